@@ -1,0 +1,35 @@
+# Every target sets up what it needs: a Python 3.12+, a virtual environment in
+# .venv and the pinned, hashed packages of requirements.lock.
+VENV := .venv
+RUN := $(VENV)/bin/python
+READY := $(VENV)/.ready
+
+.PHONY: demo test lint lock clean
+
+## Train the demo comparison (GQA against MSA) and write its report.
+demo: $(READY)
+	$(RUN) -m train compare demo
+
+## Run the tests that need no GPU.
+test: $(READY)
+	$(RUN) -m pytest
+
+## Format check, lint and type check.
+lint: $(READY)
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/pyright
+
+## Resolve requirements.lock again (needs uv).
+lock:
+	uv pip compile --universal --python-version 3.12 --generate-hashes \
+	  --no-header --no-annotate --extra train --extra dev \
+	  --constraint .ci/constraints.txt --upgrade pyproject.toml \
+	  --output-file requirements.lock
+
+$(READY): requirements.lock pyproject.toml
+	@sh .ci/setup $(VENV)
+	@touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info
