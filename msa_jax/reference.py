@@ -1,0 +1,344 @@
+"""MiniMax Sparse Attention as dense masked attention: the specification.
+
+Every function here builds O(T S) arrays and follows the formulas of
+arXiv 2606.13392 line by line, in float32 (float64 for float64 inputs) at the
+highest matmul precision. It is the oracle that `xla` and the kernels are
+tested against; use it for small sizes and for reading.
+
+Letters: B batch; T, S query and key tokens (queries are the last T of S);
+H, K, G query heads, KV heads and H // K; D, I head dim and index dim; N blocks
+of `block_size` key slots anchored at slot 0; P blocks kept (`top_k`).
+
+Non-finite inputs stay where they can be seen: a NaN or infinity in a query, in
+a visible key or in a visible value makes that query's row NaN, and one in a
+key or value that the row does not attend to changes nothing.
+
+Arguments are checked in `ops`, not here.
+"""
+
+from __future__ import annotations
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+HIGHEST = lax.Precision.HIGHEST
+
+
+def compute_dtype(x: Array) -> jnp.dtype:
+  """float32, or wider if the input is."""
+  return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def query_positions(
+  q_len: int, kv_len: int, batch: int, kv_lengths: Int[Array, "B"] | None
+) -> Int[Array, "B T"]:
+  """Slots of the queries: the last `q_len` of each row's keys.
+
+  Positions are negative where a row holds fewer than `q_len` keys.
+  """
+  if kv_lengths is None:
+    ends = jnp.full((batch,), kv_len, jnp.int32)
+  else:
+    ends = jnp.clip(kv_lengths.astype(jnp.int32), 0, kv_len)
+  return ends[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)
+
+
+def clean(
+  x: Float[Array, "*A D"],
+) -> tuple[Float[Array, "*A D"], Bool[Array, "*A"]]:
+  """Zeroes non-finite entries and says which vectors held one.
+
+  A zero weight times NaN is NaN, so masking a matmul's weights is not enough
+  to keep NaN from unattended tokens out of a sum.
+  """
+  finite = jnp.isfinite(x)
+  return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
+
+
+def chosen_tokens(
+  block_indices: Int[Array, "B K T P"],
+  positions: Int[Array, "B T"],
+  kv_len: int,
+  block_size: int,
+) -> Bool[Array, "B K T S"]:
+  """Tokens that each query and group may see: causal and in a chosen block."""
+  block = jnp.arange(kv_len) // block_size
+  chosen = jnp.any(block_indices[..., None] == block, axis=-2)
+  return chosen & causal_tokens(positions, kv_len)
+
+
+def causal_tokens(
+  positions: Int[Array, "B T"], kv_len: int
+) -> Bool[Array, "B 1 T S"]:
+  """Tokens at or before each query, for every group."""
+  return (jnp.arange(kv_len) <= positions[..., None])[:, None]
+
+
+def head_scores(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  visible: Bool[Array, "B #K T S"],
+  scale: float,
+) -> Float[Array, "B K G T S"]:
+  """Scaled scores; -inf where not visible, NaN where an operand is not finite."""
+  b, t, h, d = q.shape
+  num_kv_heads = k.shape[2]
+  q, bad_q = clean(q.reshape(b, t, num_kv_heads, h // num_kv_heads, d))
+  k, bad_k = clean(k)
+  s = scale * jnp.einsum(
+    "btkgd,bskd->bkgts",
+    q,
+    k,
+    precision=HIGHEST,
+    preferred_element_type=compute_dtype(q),
+  )
+  bad = (
+    jnp.moveaxis(bad_q, 1, 3)[..., None]
+    | jnp.moveaxis(bad_k, 1, 2)[:, :, None, None]
+  )
+  s = jnp.where(bad, jnp.nan, s)
+  return jnp.where(visible[:, :, None], s, -jnp.inf)
+
+
+def masked_logsumexp(s: Float[Array, "*A S"]) -> Float[Array, "*A"]:
+  """log sum exp over the last axis; -inf, with zero gradient, for no entry."""
+  m = lax.stop_gradient(jnp.max(s, axis=-1))
+  m = jnp.where(m == -jnp.inf, 0, m)
+  l = jnp.sum(jnp.exp(s - m[..., None]), axis=-1)
+  # The inner `where` keeps log's gradient finite on empty rows.
+  return jnp.where(l == 0, -jnp.inf, m + jnp.log(jnp.where(l == 0, 1, l)))
+
+
+def softmax(
+  s: Float[Array, "*A S"], lse: Float[Array, "*A"]
+) -> Float[Array, "*A S"]:
+  """exp(s - lse); zero for rows with nothing visible."""
+  lse = jnp.where(lse == -jnp.inf, 0, lse)
+  return jnp.exp(s - lse[..., None])
+
+
+def attend(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  visible: Bool[Array, "B #K T S"],
+  scale: float,
+  probs_dtype: jnp.dtype | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+  """softmax(q k^T scale) v over the visible tokens, and its log sum exp.
+
+  `probs_dtype` rounds the probabilities before their product with v, as fast
+  implementations do; None keeps them in the compute dtype.
+  """
+  b, t, h, d = q.shape
+  s = head_scores(q, k, visible, scale)
+  lse = masked_logsumexp(s)
+  p = softmax(s, lse)
+  v, bad_v = clean(v)
+  probs_dtype = probs_dtype or p.dtype
+  out = jnp.einsum(
+    "bkgts,bskd->btkgd",
+    p.astype(probs_dtype),
+    v.astype(probs_dtype),
+    precision=HIGHEST,
+    preferred_element_type=p.dtype,
+  )
+  poisoned = jnp.any(visible & jnp.moveaxis(bad_v, 1, 2)[:, :, None], axis=-1)
+  poisoned = jnp.moveaxis(poisoned, 1, 2)[..., None, None]
+  out = jnp.where(poisoned, jnp.nan, out).reshape(b, t, h, d)
+  return out.astype(q.dtype), lax.stop_gradient(lse.reshape(b, h, t))
+
+
+def index_scores(
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+) -> Float[Array, "B K T S"]:
+  """Unscaled scores of the Index Branch; NaN where an operand is not finite."""
+  index_q, bad_q = clean(index_q)
+  index_k, bad_k = clean(index_k)
+  s = jnp.einsum(
+    "btki,bsi->bkts",
+    index_q,
+    index_k,
+    precision=HIGHEST,
+    preferred_element_type=compute_dtype(index_q),
+  )
+  bad = jnp.moveaxis(bad_q, 1, 2)[..., None] | bad_k[:, None, None]
+  return jnp.where(bad, jnp.nan, s)
+
+
+def kl_rows(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  visible: Bool[Array, "B #K T S"],
+  *,
+  scale: float,
+  index_scale: float,
+  lse: Float[Array, "B H T"] | None,
+  detach_teacher: bool = True,
+) -> Float[Array, "B K T"]:
+  """KL(p || r) of each query and group over its visible tokens.
+
+  p is the mean over the group's heads of the main branch's probabilities, r the
+  softmax of the index scores. `detach_teacher=False` is the paper's ablation
+  that lets the KL reach q and k.
+  """
+  s = head_scores(q, k, visible, scale)
+  if lse is None:
+    lse = masked_logsumexp(s)
+  else:
+    lse = lse.reshape(s.shape[:-1])
+  p = jnp.mean(softmax(s, lse), axis=2)
+  if detach_teacher:
+    p = lax.stop_gradient(p)
+  u = index_scale * index_scores(index_q, index_k)
+  u = jnp.where(visible, u, -jnp.inf)
+  u_lse = masked_logsumexp(u)
+  # Entries with p = 0 add 0; the substitutes keep inf - inf and 0 log 0 out.
+  # A NaN p or u passes through.
+  live = (p != 0) & visible
+  log_p = jnp.log(jnp.where(live, p, 1))
+  log_r = jnp.where(live, u - jnp.where(live, u_lse[..., None], 0), 0)
+  return jnp.sum(jnp.where(live, p * (log_p - log_r), 0), axis=-1)
+
+
+def mean_kl(
+  rows: Float[Array, "B K T"], query_mask: Bool[Array, "B T"] | None
+) -> Float[Array, ""]:
+  """Mean over groups and counted queries; 0 where no query is counted."""
+  return jnp.sum(rows) / kl_divisor(rows.shape, query_mask).astype(rows.dtype)
+
+
+def kl_divisor(
+  shape: tuple[int, int, int], query_mask: Bool[Array, "B T"] | None
+) -> Float[Array, ""]:
+  """Number of (query, group) rows that the KL averages over, at least 1."""
+  b, k, t = shape
+  counted = b * t if query_mask is None else jnp.sum(query_mask)
+  return jnp.maximum(jnp.asarray(counted, jnp.float32) * k, 1.0)
+
+
+def quantise_fp8(x: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
+  """Rounds each vector to e4m3 with a scale of its own, in float32.
+
+  The scale maps the vector's largest magnitude to e4m3's largest value, 448.
+  """
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 448
+  scale = jnp.where(scale > 0, scale, 1)
+  return (x / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+
+
+def select_blocks(
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  *,
+  block_size: int,
+  top_k: int,
+  num_local_blocks: int,
+  kv_lengths: Int[Array, "B"] | None,
+  score_precision: str,
+) -> Int[Array, "B K T P"]:
+  """The P blocks of each query and group, see `msa_jax.select_blocks`."""
+  b, t, num_kv_heads, _ = index_q.shape
+  s_len = index_k.shape[1]
+  num_blocks = -(-s_len // block_size)
+  positions = query_positions(t, s_len, b, kv_lengths)
+  if score_precision == "fp8":
+    index_q, index_k = quantise_fp8(index_q), quantise_fp8(index_k)
+  s = index_scores(index_q, index_k)
+  s = jnp.where(causal_tokens(positions, s_len), s, -jnp.inf)
+  pad = num_blocks * block_size - s_len
+  s = jnp.pad(s, ((0, 0),) * 3 + ((0, pad),), constant_values=-jnp.inf)
+  score = jnp.max(
+    s.reshape(b, num_kv_heads, t, num_blocks, block_size), axis=-1
+  )
+
+  ids = jnp.arange(num_blocks, dtype=jnp.int32)
+  own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
+  visible = ids <= own
+  forced = visible & (ids > own - num_local_blocks)
+  # 2: forced, 1: may compete, 0: out. A NaN score cannot compete.
+  rank = jnp.where(forced, 2, jnp.where(visible & ~jnp.isnan(score), 1, 0))
+  key = jnp.where(rank == 1, -score, 0)
+  # Sorted by rank, then score, then id: the sort is stable and ids ascend.
+  ids = jnp.broadcast_to(ids, score.shape)
+  rank, _, ids = lax.sort((-rank, key, ids), num_keys=2, is_stable=True)
+  ids = jnp.where(rank == 0, num_blocks, ids)[..., :top_k]
+  ids = jnp.sort(ids, axis=-1)
+  ids = jnp.where(ids == num_blocks, -1, ids)
+  pad = top_k - ids.shape[-1]
+  return jnp.pad(ids, ((0, 0),) * 3 + ((0, max(pad, 0)),), constant_values=-1)
+
+
+def sparse_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  block_indices: Int[Array, "B K T P"],
+  *,
+  block_size: int,
+  scale: float,
+  kv_lengths: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+  """Attention over chosen blocks, see `msa_jax.sparse_attention`."""
+  positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
+  visible = chosen_tokens(block_indices, positions, k.shape[1], block_size)
+  return attend(q, k, v, visible, scale)
+
+
+def index_kl_loss(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  block_indices: Int[Array, "B K T P"] | None,
+  *,
+  block_size: int,
+  scale: float,
+  index_scale: float,
+  lse: Float[Array, "B H T"] | None,
+  kv_lengths: Int[Array, "B"] | None,
+  query_mask: Bool[Array, "B T"] | None,
+  detach_teacher: bool = True,
+) -> Float[Array, ""]:
+  """Mean KL(main || index), see `msa_jax.index_kl_loss`."""
+  positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
+  if block_indices is None:
+    visible = causal_tokens(positions, k.shape[1])
+  else:
+    visible = chosen_tokens(block_indices, positions, k.shape[1], block_size)
+  if query_mask is not None:
+    visible = visible & query_mask[:, None, :, None]
+  visible = jnp.broadcast_to(
+    visible, (q.shape[0], k.shape[2], q.shape[1], k.shape[1])
+  )
+  rows = kl_rows(
+    q,
+    k,
+    index_q,
+    index_k,
+    visible,
+    scale=scale,
+    index_scale=index_scale,
+    lse=lse,
+    detach_teacher=detach_teacher,
+  )
+  return mean_kl(rows, query_mask)
+
+
+def warmup_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  *,
+  scale: float,
+  kv_lengths: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+  """Dense causal attention, the main branch of the warm-up phase."""
+  positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
+  return attend(q, k, v, causal_tokens(positions, k.shape[1]), scale)

@@ -1,0 +1,798 @@
+"""MiniMax Sparse Attention for any backend: only chosen blocks are computed.
+
+The sparse path turns the choice around: it sorts the (query, block) edges by
+block and cuts each block's edges into tiles of `rows` queries. A tile is one
+dense matmul of its gathered queries with one block of keys, so no key is
+gathered per query and every shape is static. The forward leaves one partial
+result an edge, which each query then combines over its P edges; the backward
+sums dk and dv over a block's tiles in a fixed order, so repeated runs give the
+same bits. Queries are taken in chunks that bound the workspace: memory grows
+linearly with T and S.
+
+Selection, warm-up (dense, as the paper trains it first) and the recalls walk
+chunks of queries with the formulas of `reference`.
+
+Arguments are checked in `ops`, not here.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from msa_jax import reference
+from msa_jax.reference import HIGHEST, clean, compute_dtype
+
+# Elements of one chunk's largest intermediate array: 64 MiB in float32.
+_CHUNK_ELEMENTS = 1 << 24
+# Rows (queries x heads of a group) of a tile: enough for an efficient matmul,
+# few enough that the last tile of a block wastes little.
+_TILE_ROWS = 64
+
+
+class _Plan(NamedTuple):
+  """Edges of one chunk, sorted by block and cut into M tiles of R queries.
+
+  An edge is one (batch, group, query, slot) whose slot holds a block. Blocks of
+  all batch entries and groups are numbered together: (b K + k) N + n.
+  """
+
+  block: Int[Array, "M"]  # block of each tile
+  row: Int[Array, "M R"]  # its queries, numbered (b K + k) C + c
+  visible: Bool[Array, "M R bs"]  # causal mask; all False in unused rows
+  place: Int[Array, "B*K*C P"]  # where each edge sits in the M R places
+  used: Bool[Array, "B*K*C P"]  # whether the slot is an edge at all
+  last: Int[Array, "B*K*N"]  # last tile of each block
+  picked: Bool[Array, "B*K*N"]  # whether the block has tiles
+
+
+def _plan(
+  block_indices: Int[Array, "B K C P"],
+  positions: Int[Array, "B C"],
+  *,
+  num_blocks: int,
+  block_size: int,
+  group_size: int,
+) -> _Plan:
+  b, num_kv_heads, c, p = block_indices.shape
+  rows = max(_TILE_ROWS // group_size, 1)
+  total_blocks = b * num_kv_heads * num_blocks
+  edges = b * num_kv_heads * c * p
+
+  own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
+  used = (block_indices >= 0) & (block_indices <= own)
+  group = jnp.arange(b * num_kv_heads, dtype=jnp.int32)
+  group = group.reshape(b, num_kv_heads, 1, 1)
+  key = jnp.where(used, group * num_blocks + block_indices, total_blocks)
+  key, used = key.reshape(-1), used.reshape(-1, p)
+
+  order = jnp.argsort(key, stable=True).astype(jnp.int32)
+  rank = jnp.zeros_like(order).at[order].set(
+    jnp.arange(edges, dtype=jnp.int32), unique_indices=True
+  )
+  start = jnp.searchsorted(
+    key[order], jnp.arange(total_blocks + 1, dtype=key.dtype)
+  ).astype(jnp.int32)
+  count = jnp.diff(start)
+  tiles = -(-count // rows)
+  tile_end = jnp.cumsum(tiles).astype(jnp.int32)
+  tile_start = tile_end - tiles
+
+  # Each block wastes less than one tile.
+  num_tiles = edges // rows + min(total_blocks, edges)
+  tile = jnp.arange(num_tiles, dtype=jnp.int32)
+  block = jnp.searchsorted(tile_end, tile, side="right").astype(jnp.int32)
+  real = block < total_blocks
+  block = jnp.minimum(block, total_blocks - 1)
+  at = start[block] + (tile - tile_start[block]) * rows
+  at = at[:, None] + jnp.arange(rows, dtype=jnp.int32)
+  live = real[:, None] & (at < start[block + 1][:, None])
+  row = order[jnp.clip(at, 0, edges - 1)] // p
+
+  query = positions[row // (num_kv_heads * c), row % c]
+  token = (block % num_blocks * block_size)[:, None] + jnp.arange(block_size)
+  visible = live[..., None] & (token[:, None] <= query[..., None])
+
+  edge_block = jnp.minimum(key, total_blocks - 1)
+  offset = rank - start[edge_block]
+  place = tile_start[edge_block] * rows + offset
+  place = jnp.clip(place, 0, num_tiles * rows - 1).reshape(-1, p)
+  return _Plan(
+    block, row, visible, place, used, jnp.maximum(tile_end - 1, 0), count > 0
+  )
+
+
+def _blocks(
+  x: Float[Array, "B S K D"], block_size: int
+) -> Float[Array, "B*K*N bs D"]:
+  """Cuts each head's tokens into blocks; the last one is padded with zeros."""
+  b, s, h, d = x.shape
+  n = -(-s // block_size)
+  x = jnp.pad(x, ((0, 0), (0, n * block_size - s), (0, 0), (0, 0)))
+  return jnp.moveaxis(x, 2, 1).reshape(b * h * n, block_size, d)
+
+
+def _unblock(
+  x: Float[Array, "B*K*N bs D"], batch: int, num_heads: int, kv_len: int
+) -> Float[Array, "B S K D"]:
+  x = x.reshape(batch, num_heads, -1, x.shape[-1])[:, :, :kv_len]
+  return jnp.moveaxis(x, 1, 2)
+
+
+def _rows(
+  x: Float[Array, "B C H *D"], num_kv_heads: int
+) -> Float[Array, "B*K*C G *D"]:
+  """Query-major rows: one for each (batch, group, query), heads inside."""
+  b, c, h = x.shape[:3]
+  x = x.reshape(b, c, num_kv_heads, h // num_kv_heads, *x.shape[3:])
+  x = jnp.moveaxis(x, 2, 1)
+  return x.reshape(b * num_kv_heads * c, h // num_kv_heads, *x.shape[4:])
+
+
+def _unrows(
+  x: Float[Array, "B*K*C G *D"], batch: int, q_len: int
+) -> Float[Array, "B C H *D"]:
+  x = x.reshape(batch, -1, q_len, *x.shape[1:])
+  x = jnp.moveaxis(x, 1, 2)
+  return x.reshape(batch, q_len, x.shape[2] * x.shape[3], *x.shape[4:])
+
+
+def _scores(
+  q: Float[Array, "M R*G D"],
+  bad_q: Bool[Array, "M R*G"],
+  k: Float[Array, "M bs D"],
+  bad_k: Bool[Array, "M bs"],
+  visible: Bool[Array, "M R*G bs"],
+  scale: float,
+) -> Float[Array, "M R*G bs"]:
+  s = scale * jnp.einsum(
+    "mrd,mjd->mrj",
+    q,
+    k,
+    precision=HIGHEST,
+    preferred_element_type=compute_dtype(q),
+  )
+  s = jnp.where(bad_q[..., None] | bad_k[:, None], jnp.nan, s)
+  return jnp.where(visible, s, -jnp.inf)
+
+
+def _tile_rows(
+  x: Float[Array, "rows G *D"], row: Int[Array, "M R"]
+) -> Float[Array, "M R*G *D"]:
+  """Gathers a tile's rows, all heads of a query side by side."""
+  m, r = row.shape
+  return x[row].reshape(m, r * x.shape[1], *x.shape[2:])
+
+
+def _head_mask(
+  visible: Bool[Array, "M R bs"], group_size: int
+) -> Bool[Array, "M R*G bs"]:
+  return jnp.repeat(visible, group_size, axis=1)
+
+
+def _edges(
+  x: Float[Array, "M R*G *D"], plan: _Plan, group_size: int
+) -> Float[Array, "rows P G *D"]:
+  """Brings a value of each edge and head back to its query's slot."""
+  m, r = plan.row.shape
+  x = x.reshape(m * r, group_size, *x.shape[2:])
+  return x[plan.place]
+
+
+def _sum_edges(
+  x: Float[Array, "M R*G *D"], plan: _Plan, group_size: int
+) -> Float[Array, "rows G *D"]:
+  x = _edges(x, plan, group_size)
+  used = plan.used.reshape(plan.used.shape + (1,) * (x.ndim - 2))
+  return jnp.sum(jnp.where(used, x, 0), axis=1)
+
+
+def _sum_tiles(
+  x: Float[Array, "M bs D"], plan: _Plan
+) -> Float[Array, "B*K*N bs D"]:
+  """Adds up each block's tiles in a fixed order; 0 for blocks nobody picked.
+
+  A scatter-add would do on the CPU, but its order, and so its last bits, is
+  not fixed on a GPU. Tiles are sorted by block: a segmented scan adds them.
+  """
+
+  def add(left, right):
+    left_block, left_x = left
+    right_block, right_x = right
+    same = (left_block == right_block)[:, None, None]
+    return right_block, right_x + jnp.where(same, left_x, 0)
+
+  _, total = lax.associative_scan(add, (plan.block, x))
+  return jnp.where(plan.picked[:, None, None], total[plan.last], 0)
+
+
+def _log_sum_exp(
+  m: Float[Array, "M R*G"],
+  l: Float[Array, "M R*G"],
+  plan: _Plan,
+  group_size: int,
+) -> Float[Array, "rows G"]:
+  """Combines each edge's maximum and sum into the query's log sum exp."""
+  m = jnp.where(plan.used[..., None], _edges(m, plan, group_size), -jnp.inf)
+  l = jnp.where(plan.used[..., None], _edges(l, plan, group_size), 0)
+  top = jnp.max(m, axis=1)
+  top = jnp.where(top == -jnp.inf, 0, top)
+  total = jnp.sum(jnp.exp(m - top[:, None]) * l, axis=1)
+  return jnp.where(
+    total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1, total))
+  )
+
+
+def _softmax_stats(
+  s: Float[Array, "M R*G bs"],
+) -> tuple[Float[Array, "M R*G"], Float[Array, "M R*G"]]:
+  """Maximum and sum of exponentials of one edge's scores."""
+  m = jnp.max(s, axis=-1)
+  safe = jnp.where(m == -jnp.inf, 0, m)
+  return m, jnp.sum(jnp.exp(s - safe[..., None]), axis=-1)
+
+
+def _finite_lse(lse: Float[Array, "*A"]) -> Float[Array, "*A"]:
+  """Stands in for -inf, so that exp(-inf - lse) is 0 on empty rows."""
+  return jnp.where(lse == -jnp.inf, 0, lse)
+
+
+# --- sparse attention ------------------------------------------------------
+
+
+class _Chunk(NamedTuple):
+  """Static sizes of one call's chunks."""
+
+  size: int  # queries a chunk
+  count: int
+  pad: int  # queries added to fill the last chunk
+
+
+def _chunks(q_len: int, elements_per_query: int) -> _Chunk:
+  count = -(-q_len * elements_per_query // _CHUNK_ELEMENTS)
+  size = -(-q_len // max(count, 1))
+  count = -(-q_len // size)
+  return _Chunk(size, count, count * size - q_len)
+
+
+def _split(x: Array, chunk: _Chunk, axis: int, fill=0) -> Array:
+  """Cuts `axis` into chunks and puts them first."""
+  pads = [(0, 0)] * x.ndim
+  pads[axis] = (0, chunk.pad)
+  x = jnp.pad(x, pads, constant_values=fill)
+  shape = (*x.shape[:axis], chunk.count, chunk.size, *x.shape[axis + 1 :])
+  return jnp.moveaxis(x.reshape(shape), axis, 0)
+
+
+def _join(x: Array, axis: int, length: int) -> Array:
+  x = jnp.moveaxis(x, 0, axis)
+  x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
+  return lax.slice_in_dim(x, 0, length, axis=axis)
+
+
+def _over_chunks(body: Callable, carry, xs, chunk: _Chunk):
+  """`lax.scan`, without a loop around a single chunk."""
+  if chunk.count == 1:
+    carry, ys = body(carry, jax.tree.map(lambda x: x[0], xs))
+    return carry, jax.tree.map(lambda y: y[None], ys)
+  return lax.scan(body, carry, xs)
+
+
+def _sparse_chunks(q, block_indices, block_size) -> _Chunk:
+  b, t, h, d = q.shape
+  return _chunks(t, b * h * block_indices.shape[-1] * max(d, block_size))
+
+
+def sparse_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  block_indices: Int[Array, "B K T P"],
+  *,
+  block_size: int,
+  scale: float,
+  kv_lengths: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+  """Attention over chosen blocks, see `msa_jax.sparse_attention`."""
+  positions = reference.query_positions(
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths
+  )
+  out, lse = _sparse(q, k, v, block_indices, positions, block_size, scale)
+  return out, lax.stop_gradient(lse)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
+def _sparse(q, k, v, block_indices, positions, block_size, scale):
+  return _sparse_fwd(q, k, v, block_indices, positions, block_size, scale)[0]
+
+
+def _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale):
+  """Main-branch scores of every tile."""
+  group_size = q_rows.shape[1]
+  return _scores(
+    _tile_rows(q_rows, plan.row),
+    _tile_rows(bad_q, plan.row),
+    k_blocks[plan.block],
+    bad_k[plan.block],
+    _head_mask(plan.visible, group_size),
+    scale,
+  )
+
+
+def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
+  b, t, h, _ = q.shape
+  num_kv_heads = k.shape[2]
+  group_size = h // num_kv_heads
+  chunk = _sparse_chunks(q, block_indices, block_size)
+  k_blocks, bad_k = clean(_blocks(k, block_size))
+  v_blocks, bad_v = clean(_blocks(v, block_size))
+  num_blocks = k_blocks.shape[0] // (b * num_kv_heads)
+
+  def body(carry, x):
+    q, idx, pos = x
+    plan = _plan(
+      idx,
+      pos,
+      num_blocks=num_blocks,
+      block_size=block_size,
+      group_size=group_size,
+    )
+    q_rows, bad_q = clean(_rows(q, num_kv_heads))
+    s = _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale)
+    m, l = _softmax_stats(s)
+    p = jnp.exp(s - _finite_lse(m)[..., None])
+    o = jnp.einsum(
+      "mrj,mjd->mrd",
+      p.astype(v.dtype),
+      v_blocks[plan.block],
+      precision=HIGHEST,
+      preferred_element_type=p.dtype,
+    )
+    poisoned = jnp.any(plan.visible & bad_v[plan.block][:, None], axis=-1)
+    poisoned = jnp.repeat(poisoned, group_size, axis=1)
+    o = jnp.where(poisoned[..., None], jnp.nan, o)
+    lse = _log_sum_exp(m, l, plan, group_size)
+    # Each edge's share of the output: exp(m_edge - lse).
+    weight = jnp.exp(
+      jnp.where(plan.used[..., None], _edges(m, plan, group_size), -jnp.inf)
+      - _finite_lse(lse)[:, None]
+    )
+    o = _edges(o, plan, group_size)
+    o = jnp.where(plan.used[..., None, None], o, 0)
+    out = jnp.sum(weight[..., None] * o, axis=1)
+    out = _unrows(out, b, q.shape[1]).astype(q.dtype)
+    return carry, (out, _unrows(lse, b, q.shape[1]))
+
+  xs = (
+    _split(q, chunk, 1),
+    _split(block_indices, chunk, 2, fill=-1),
+    _split(positions, chunk, 1),
+  )
+  _, (out, lse) = _over_chunks(body, (), xs, chunk)
+  out = _join(out, 1, t)
+  lse = jnp.moveaxis(_join(lse, 1, t), 1, 2)
+  return (out, lse), (q, k, v, block_indices, positions, out, lse)
+
+
+def _sparse_bwd(block_size, scale, residuals, cotangents):
+  q, k, v, block_indices, positions, out, lse = residuals
+  d_out, _ = cotangents  # lse is returned under stop_gradient
+  b, t, h, _ = q.shape
+  kv_len, num_kv_heads = k.shape[1], k.shape[2]
+  group_size = h // num_kv_heads
+  dtype = compute_dtype(q)
+  chunk = _sparse_chunks(q, block_indices, block_size)
+  k_blocks, bad_k = clean(_blocks(k, block_size))
+  v_blocks, bad_v = clean(_blocks(v, block_size))
+  num_blocks = k_blocks.shape[0] // (b * num_kv_heads)
+  delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
+
+  def einsum(spec, a, b):
+    return jnp.einsum(
+      spec, a, b, precision=HIGHEST, preferred_element_type=dtype
+    )
+
+  def body(carry, x):
+    dk, dv = carry
+    q, d_out, delta, lse, idx, pos = x
+    plan = _plan(
+      idx,
+      pos,
+      num_blocks=num_blocks,
+      block_size=block_size,
+      group_size=group_size,
+    )
+    visible = _head_mask(plan.visible, group_size)
+    q_rows, bad_q = clean(_rows(q, num_kv_heads))
+    d_rows, bad_d = clean(_rows(d_out, num_kv_heads))
+    s = _tile_scores(plan, q_rows, bad_q | bad_d, k_blocks, bad_k, scale)
+    lse = _tile_rows(_finite_lse(_rows(lse, num_kv_heads)), plan.row)
+    p = jnp.exp(s - lse[..., None])
+    p = jnp.where(visible, p, 0)
+    q_tile = _tile_rows(q_rows, plan.row)
+    d_tile = _tile_rows(d_rows, plan.row)
+    v_tile, k_tile = v_blocks[plan.block], k_blocks[plan.block]
+    dp = einsum("mrd,mjd->mrj", d_tile, v_tile)
+    dp = jnp.where(bad_v[plan.block][:, None], jnp.nan, dp)
+    delta = _tile_rows(_rows(delta, num_kv_heads), plan.row)
+    ds = jnp.where(visible, p * (dp - delta[..., None]) * scale, 0)
+    ds, p = ds.astype(q.dtype), p.astype(q.dtype)
+    dq = _sum_edges(einsum("mrj,mjd->mrd", ds, k_tile), plan, group_size)
+    dk += _sum_tiles(einsum("mrj,mrd->mjd", ds, q_tile), plan)
+    dv += _sum_tiles(einsum("mrj,mrd->mjd", p, d_tile), plan)
+    return (dk, dv), _unrows(dq, b, q.shape[1]).astype(q.dtype)
+
+  xs = (
+    _split(q, chunk, 1),
+    _split(d_out, chunk, 1),
+    _split(delta, chunk, 1),
+    _split(jnp.moveaxis(lse, 1, 2), chunk, 1, fill=-jnp.inf),
+    _split(block_indices, chunk, 2, fill=-1),
+    _split(positions, chunk, 1),
+  )
+  zeros = jnp.zeros(k_blocks.shape, dtype)
+  (dk, dv), dq = _over_chunks(body, (zeros, zeros), xs, chunk)
+  dk = _unblock(dk, b, num_kv_heads, kv_len).astype(k.dtype)
+  dv = _unblock(dv, b, num_kv_heads, kv_len).astype(v.dtype)
+  return _join(dq, 1, t), dk, dv, None, None
+
+
+_sparse.defvjp(_sparse_fwd, _sparse_bwd)
+
+
+# --- KL loss ---------------------------------------------------------------
+
+
+def index_kl_loss(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  block_indices: Int[Array, "B K T P"] | None,
+  *,
+  block_size: int,
+  scale: float,
+  index_scale: float,
+  lse: Float[Array, "B H T"] | None,
+  kv_lengths: Int[Array, "B"] | None,
+  query_mask: Bool[Array, "B T"] | None,
+) -> Float[Array, ""]:
+  """Mean KL(main || index), see `msa_jax.index_kl_loss`."""
+  if block_indices is None:
+    _, _, kl = _dense(
+      q,
+      k,
+      None,
+      index_q,
+      index_k,
+      scale=scale,
+      index_scale=index_scale,
+      lse=lse,
+      kv_lengths=kv_lengths,
+      query_mask=query_mask,
+    )
+    return kl
+  positions = reference.query_positions(
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths
+  )
+  if query_mask is not None:
+    positions = jnp.where(query_mask, positions, -1)
+  if lse is None:
+    # v's part of the result is dead code to the compiler.
+    _, lse = _sparse(q, k, k, block_indices, positions, block_size, scale)
+  shape = (q.shape[0], k.shape[2], q.shape[1])
+  divisor = reference.kl_divisor(shape, query_mask)
+  return _sparse_kl(
+    *lax.stop_gradient((q, k, lse)),
+    index_q,
+    index_k,
+    block_indices,
+    positions,
+    divisor,
+    block_size,
+    scale,
+    index_scale,
+  )
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+def _sparse_kl(*args):
+  return _sparse_kl_fwd(*args)[0]
+
+
+def _sparse_kl_fwd(
+  q,
+  k,
+  lse,
+  index_q,
+  index_k,
+  block_indices,
+  positions,
+  divisor,
+  block_size,
+  scale,
+  index_scale,
+):
+  """KL value and, from the same pass, its gradients for a unit cotangent."""
+  b, t, h, _ = q.shape
+  kv_len, num_kv_heads = k.shape[1], k.shape[2]
+  group_size = h // num_kv_heads
+  dtype = compute_dtype(q)
+  chunk = _sparse_chunks(q, block_indices, block_size)
+  k_blocks, bad_k = clean(_blocks(k, block_size))
+  num_blocks = k_blocks.shape[0] // (b * num_kv_heads)
+  ik_blocks, bad_ik = clean(_blocks(index_k[:, :, None], block_size))
+
+  def body(carry, x):
+    total, d_ik = carry
+    q, index_q, lse, idx, pos = x
+    plan = _plan(
+      idx,
+      pos,
+      num_blocks=num_blocks,
+      block_size=block_size,
+      group_size=group_size,
+    )
+    m, r = plan.row.shape
+    q_rows, bad_q = clean(_rows(q, num_kv_heads))
+    s = _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale)
+    lse = _tile_rows(_finite_lse(_rows(lse, num_kv_heads)), plan.row)
+    p = jnp.exp(s - lse[..., None])
+    p = jnp.mean(p.reshape(m, r, group_size, -1), axis=2)
+    p = jnp.where(plan.visible, p, 0)
+
+    iq_rows, bad_iq = clean(_rows(index_q, num_kv_heads))
+    # One key head serves all groups: (b K + k) N + n -> b N + n.
+    shared = (
+      plan.block // (num_kv_heads * num_blocks) * num_blocks
+      + plan.block % num_blocks
+    )
+    iq_tile, ik_tile = _tile_rows(iq_rows, plan.row), ik_blocks[shared]
+    u = _scores(
+      iq_tile,
+      _tile_rows(bad_iq, plan.row),
+      ik_tile,
+      bad_ik[shared],
+      plan.visible,
+      index_scale,
+    )
+    u_lse = _finite_lse(_log_sum_exp(*_softmax_stats(u), plan, 1))
+    log_r = u - _tile_rows(u_lse, plan.row)[..., None]
+    live = p != 0
+    log_ratio = jnp.log(jnp.where(live, p, 1)) - jnp.where(live, log_r, 0)
+    row_kl = jnp.sum(jnp.where(live, p * log_ratio, 0), axis=-1)
+    total += jnp.sum(_sum_edges(row_kl, plan, 1))
+
+    du = jnp.where(plan.visible, jnp.exp(log_r) - p, 0) * index_scale / divisor
+    du = du.astype(dtype)
+    d_iq = jnp.einsum(
+      "mrj,mji->mri", du, ik_tile.astype(dtype), precision=HIGHEST
+    )
+    d_tile = jnp.einsum(
+      "mrj,mri->mji", du, iq_tile.astype(dtype), precision=HIGHEST
+    )
+    d_iq = _unrows(_sum_edges(d_iq, plan, 1), b, q.shape[1])
+    return (total, d_ik + _sum_tiles(d_tile, plan)), d_iq
+
+  xs = (
+    _split(q, chunk, 1),
+    _split(index_q, chunk, 1),
+    _split(jnp.moveaxis(lse, 1, 2), chunk, 1, fill=-jnp.inf),
+    _split(block_indices, chunk, 2, fill=-1),
+    _split(positions, chunk, 1),
+  )
+  carry = (
+    jnp.zeros((), dtype),
+    jnp.zeros((k_blocks.shape[0], block_size, index_k.shape[-1]), dtype),
+  )
+  (total, d_ik), d_iq = _over_chunks(body, carry, xs, chunk)
+  d_ik = jnp.sum(_unblock(d_ik, b, num_kv_heads, kv_len), axis=2)
+  # Empty arrays carry the dtypes of the arguments to the backward pass.
+  dtypes = (jnp.zeros((0,), index_q.dtype), jnp.zeros((0,), index_k.dtype))
+  return total / divisor.astype(dtype), (_join(d_iq, 1, t), d_ik, dtypes)
+
+
+def _sparse_kl_bwd(block_size, scale, index_scale, residuals, cotangent):
+  d_iq, d_ik, (iq_like, ik_like) = residuals
+  d_iq = (cotangent * d_iq).astype(iq_like.dtype)
+  d_ik = (cotangent * d_ik).astype(ik_like.dtype)
+  # q, k and lse arrive under stop_gradient.
+  return None, None, None, d_iq, d_ik, None, None, None
+
+
+_sparse_kl.defvjp(_sparse_kl_fwd, _sparse_kl_bwd)
+
+
+# --- selection, warm-up, recalls: chunks of queries against all keys --------
+
+
+def select_blocks(
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  *,
+  block_size: int,
+  top_k: int,
+  num_local_blocks: int,
+  kv_lengths: Int[Array, "B"] | None,
+  score_precision: str,
+) -> Int[Array, "B K T P"]:
+  """The P blocks of each query and group, see `msa_jax.select_blocks`."""
+  b, t, num_kv_heads, _ = index_q.shape
+  s_len = index_k.shape[1]
+  positions = reference.query_positions(t, s_len, b, kv_lengths)
+  if score_precision == "fp8":
+    index_q = reference.quantise_fp8(index_q)
+    index_k = reference.quantise_fp8(index_k)
+  num_blocks = -(-s_len // block_size)
+  pad = num_blocks * block_size - s_len
+  index_k = jnp.pad(index_k, ((0, 0), (0, pad), (0, 0)))
+  chunk = _chunks(t, b * num_kv_heads * num_blocks * block_size)
+  ids = jnp.arange(num_blocks, dtype=jnp.int32)
+  limits = jnp.finfo(compute_dtype(index_q))
+
+  def body(carry, x):
+    index_q, pos = x
+    s = reference.index_scores(index_q, index_k)
+    causal = reference.causal_tokens(pos, num_blocks * block_size)
+    s = jnp.where(causal, s, -jnp.inf)
+    score = jnp.max(s.reshape(*s.shape[:-1], num_blocks, block_size), axis=-1)
+    own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
+    visible = ids <= own
+    # Room for "forced" above and "out" below every score; -0 equals 0.
+    key = jnp.clip(jnp.where(score == 0, 0, score), limits.min, limits.max)
+    key = jnp.where(visible & ~jnp.isnan(score), key, -jnp.inf)
+    key = jnp.where(visible & (ids > own - num_local_blocks), jnp.inf, key)
+    # Ties go to the lower index, as `lax.top_k` promises.
+    value, chosen = lax.top_k(key, min(top_k, num_blocks))
+    chosen = jnp.where(value == -jnp.inf, num_blocks, chosen)
+    return carry, jnp.sort(chosen, axis=-1)
+
+  xs = (_split(index_q, chunk, 1), _split(positions, chunk, 1, fill=-1))
+  _, chosen = _over_chunks(body, (), xs, chunk)
+  chosen = _join(chosen, 2, t)
+  chosen = jnp.where(chosen == num_blocks, -1, chosen)
+  pad = max(top_k - num_blocks, 0)
+  return jnp.pad(chosen, ((0, 0),) * 3 + ((0, pad),), constant_values=-1)
+
+
+def _dense(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"] | None,
+  index_q: Float[Array, "B T K I"] | None,
+  index_k: Float[Array, "B S I"] | None,
+  *,
+  scale: float,
+  index_scale: float | None,
+  lse: Float[Array, "B H T"] | None,
+  kv_lengths: Int[Array, "B"] | None,
+  query_mask: Bool[Array, "B T"] | None,
+):
+  """Attention (if v is given) and KL (if index_q is) over all visible tokens.
+
+  Each chunk is recomputed in the backward pass, so memory stays linear.
+  """
+  b, t, h, _ = q.shape
+  num_kv_heads = k.shape[2]
+  positions = reference.query_positions(t, k.shape[1], b, kv_lengths)
+  chunk = _chunks(t, b * h * k.shape[1])
+
+  def body(carry, x):
+    q, index_q, lse, mask, pos = x
+    visible = reference.causal_tokens(pos, k.shape[1])
+    out, kl = None, None
+    if v is not None:
+      out, lse = reference.attend(q, k, v, visible, scale, v.dtype)
+    if index_q is not None:
+      if mask is not None:
+        visible = visible & mask[:, None, :, None]
+      rows = reference.kl_rows(
+        *lax.stop_gradient((q, k)),
+        index_q,
+        index_k,
+        visible,
+        scale=scale,
+        index_scale=index_scale,
+        lse=lse,
+      )
+      kl = jnp.sum(rows)
+    return carry, (out, lse, kl)
+
+  xs = (
+    _split(q, chunk, 1),
+    None if index_q is None else _split(index_q, chunk, 1),
+    None if lse is None else _split(lse, chunk, 2, fill=-jnp.inf),
+    None if query_mask is None else _split(query_mask, chunk, 1),
+    # Rows that only fill the last chunk see nothing.
+    _split(positions, chunk, 1, fill=-1),
+  )
+  _, (out, lse, kl) = _over_chunks(jax.checkpoint(body), (), xs, chunk)
+  if out is not None:
+    out, lse = _join(out, 1, t), _join(lse, 2, t)
+  if kl is not None:
+    divisor = reference.kl_divisor((b, num_kv_heads, t), query_mask)
+    kl = jnp.sum(kl) / divisor.astype(kl.dtype)
+  return out, lse, kl
+
+
+def warmup_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  *,
+  scale: float,
+  kv_lengths: Int[Array, "B"] | None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+  """Dense causal attention in memory linear in T."""
+  out, lse, _ = _dense(
+    q,
+    k,
+    v,
+    None,
+    None,
+    scale=scale,
+    index_scale=None,
+    lse=None,
+    kv_lengths=kv_lengths,
+    query_mask=None,
+  )
+  return out, lse
+
+
+def selection_recall(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  block_indices: Int[Array, "B K T P"],
+  *,
+  block_size: int,
+  scale: float,
+  kv_lengths: Int[Array, "B"] | None,
+) -> tuple[Float[Array, ""], Float[Array, ""]]:
+  """Block recall and score recall, see `msa_jax.selection_recall`."""
+  b, t, h, _ = q.shape
+  num_kv_heads, s_len = k.shape[2], k.shape[1]
+  top_k = block_indices.shape[-1]
+  num_blocks = -(-s_len // block_size)
+  pad = num_blocks * block_size - s_len
+  k = jnp.pad(k, ((0, 0), (0, pad), (0, 0), (0, 0)))
+  positions = reference.query_positions(t, s_len, b, kv_lengths)
+  chunk = _chunks(t, b * h * num_blocks * block_size)
+  ids = jnp.arange(num_blocks)
+
+  def body(carry, x):
+    q, idx, pos = x
+    visible = reference.causal_tokens(pos, num_blocks * block_size)
+    s = reference.head_scores(q, k, visible, scale)
+    p = jnp.mean(reference.softmax(s, reference.masked_logsumexp(s)), axis=2)
+    mass = jnp.sum(p.reshape(*p.shape[:-1], num_blocks, block_size), axis=-1)
+    own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
+    picked = jnp.any(idx[..., None] == ids, axis=-2) & (ids <= own)
+    _, best = lax.top_k(
+      jnp.where(ids <= own, mass, -1), min(top_k, num_blocks)
+    )
+    counts = best <= own
+    hits = jnp.take_along_axis(picked, best, axis=-1) & counts
+    rows = (own >= 0)[..., 0]
+    block_recall = jnp.sum(hits, -1) / jnp.maximum(jnp.sum(counts, -1), 1)
+    score_recall = jnp.sum(jnp.where(picked, mass, 0), axis=-1)
+    sums = [
+      jnp.sum(jnp.where(rows, x, 0)) for x in (block_recall, score_recall)
+    ]
+    rows = jnp.sum(jnp.broadcast_to(rows, score_recall.shape))
+    return carry, (*sums, rows)
+
+  xs = (
+    _split(q, chunk, 1),
+    _split(block_indices, chunk, 2, fill=-1),
+    _split(positions, chunk, 1, fill=-1),
+  )
+  _, sums = _over_chunks(body, (), xs, chunk)
+  block_recall, score_recall, rows = jax.tree.map(jnp.sum, sums)
+  rows = jnp.maximum(rows, 1)
+  return block_recall / rows, score_recall / rows
