@@ -1,5 +1,20 @@
 """MiniMax Sparse Attention (arXiv 2606.13392) in JAX and Flax."""
 
+from msa_jax.attention import (
+  GQAttention,
+  MSALayerOutput,
+  MSAttention,
+  Selection,
+  Sharding,
+)
+from msa_jax.model import (
+  DecoderLM,
+  IndexConfig,
+  LMOutput,
+  ModelConfig,
+  is_index_param,
+  to_msa,
+)
 from msa_jax.ops import (
   MSAOutput,
   index_kl_loss,
@@ -10,10 +25,21 @@ from msa_jax.ops import (
 )
 
 __all__ = [
+  "DecoderLM",
+  "GQAttention",
+  "IndexConfig",
+  "LMOutput",
+  "MSALayerOutput",
   "MSAOutput",
+  "MSAttention",
+  "ModelConfig",
+  "Selection",
+  "Sharding",
   "index_kl_loss",
+  "is_index_param",
   "msa_attention",
   "select_blocks",
   "selection_recall",
   "sparse_attention",
+  "to_msa",
 ]

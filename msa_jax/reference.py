@@ -206,20 +206,13 @@ def kl_rows(
   return jnp.sum(jnp.where(live, p * (log_p - log_r), 0), axis=-1)
 
 
-def mean_kl(
-  rows: Float[Array, "B K T"], query_mask: Bool[Array, "B T"] | None
-) -> Float[Array, ""]:
-  """Mean over groups and counted queries; 0 where no query is counted."""
-  return jnp.sum(rows) / kl_divisor(rows.shape, query_mask).astype(rows.dtype)
-
-
-def kl_divisor(
+def counted_rows(
   shape: tuple[int, int, int], query_mask: Bool[Array, "B T"] | None
 ) -> Float[Array, ""]:
-  """Number of (query, group) rows that the KL averages over, at least 1."""
+  """Number of (query, group) rows, of shape B, K, T, that the KL averages."""
   b, k, t = shape
   counted = b * t if query_mask is None else jnp.sum(query_mask)
-  return jnp.maximum(jnp.asarray(counted, jnp.float32) * k, 1.0)
+  return jnp.asarray(counted, jnp.float32) * k
 
 
 def quantise_fp8(x: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
@@ -328,7 +321,9 @@ def index_kl_loss(
     lse=lse,
     detach_teacher=detach_teacher,
   )
-  return mean_kl(rows, query_mask)
+  # Where no query counts the loss is 0.
+  counted = jnp.maximum(counted_rows(rows.shape, query_mask), 1)
+  return jnp.sum(rows) / counted.astype(rows.dtype)
 
 
 def warmup_attention(

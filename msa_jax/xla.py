@@ -487,7 +487,7 @@ def index_kl_loss(
     # v's part of the result is dead code to the compiler.
     _, lse = _sparse(q, k, k, block_indices, positions, block_size, scale)
   shape = (q.shape[0], k.shape[2], q.shape[1])
-  divisor = reference.kl_divisor(shape, query_mask)
+  divisor = jnp.maximum(reference.counted_rows(shape, query_mask), 1)
   return _sparse_kl(
     *lax.stop_gradient((q, k, lse)),
     index_q,
@@ -716,8 +716,8 @@ def _dense(
   if out is not None:
     out, lse = _join(out, 1, t), _join(lse, 2, t)
   if kl is not None:
-    divisor = reference.kl_divisor((b, num_kv_heads, t), query_mask)
-    kl = jnp.sum(kl) / divisor.astype(kl.dtype)
+    counted = reference.counted_rows((b, num_kv_heads, t), query_mask)
+    kl = jnp.sum(kl) / jnp.maximum(counted, 1).astype(kl.dtype)
   return out, lse, kl
 
 

@@ -1,0 +1,623 @@
+"""Attention layers in flax.nnx: dense GQA, and MSA with its Index Branch.
+
+Argument names follow `flax.nnx.MultiHeadAttention`. Both layers share every
+projection, norm and rotation of the main branch; `MSAttention` adds the index
+projections (paper arXiv 2606.13392, section 2).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Literal, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int, Int32
+
+from msa_jax import ops, reference
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharding:
+  """Mesh axes that a layer's arrays are split over.
+
+  Give it to annotate parameters and to run attention inside `jax.shard_map`
+  over batch and KV heads; modules built with it need a mesh in context
+  (`jax.set_mesh`) when they are created.
+
+  Attributes:
+    batch: axes of the batch.
+    heads: axis of the KV heads (and of the MLP's hidden units); None: whole.
+    embed: axis that parameters' embedding dimension is stored over; None:
+      whole.
+  """
+
+  batch: tuple[str, ...] = ("data", "fsdp")
+  heads: str | None = "tensor"
+  embed: str | None = "fsdp"
+
+
+class Selection(NamedTuple):
+  """What an MSA layer chose, and how well: see `msa_jax.selection_recall`."""
+
+  block_indices: Int32[Array, "*L B K T P"]
+  block_recall: Float[Array, "*L"]
+  score_recall: Float[Array, "*L"]
+
+
+class MSALayerOutput(NamedTuple):
+  """Result of `MSAttention`.
+
+  Attributes:
+    out: the layer's output.
+    kl: KL loss in nats; 0 unless asked for.
+    selection: chosen blocks and recalls; None unless asked for.
+  """
+
+  out: Float[Array, "B T E"]
+  kl: Float[Array, ""]
+  selection: Selection | None
+
+
+def partial_rope(
+  x: Float[Array, "B T H D"],
+  positions: Int[Array, "*B T"],
+  *,
+  rope_dim: int,
+  theta: float,
+) -> Float[Array, "B T H D"]:
+  """Rotary embedding of the first `rope_dim` dims; the rest passes through.
+
+  Dims i and i + rope_dim / 2 form a pair that turns by position
+  theta^(-2 i / rope_dim). Computed in float32.
+  """
+  half = rope_dim // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+  rotated = x[..., :rope_dim].astype(jnp.float32)
+  a, b = rotated[..., :half], rotated[..., half:]
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return jnp.concatenate(
+    [rotated.astype(x.dtype), x[..., rope_dim:]], axis=-1
+  )
+
+
+class GQAttention(nnx.Module):
+  """Causal grouped-query attention, dense.
+
+  Args:
+    num_heads: query heads, H.
+    in_features: size of the input's last axis.
+    qkv_features: H D; None: in_features.
+    out_features: size of the output's last axis; None: in_features.
+    num_kv_heads: KV heads, K; None: num_heads.
+    rope_dim: dims of each head that rotate; None: all.
+    rope_theta: base of the rotary frequencies.
+    normalize_qk: RMSNorm on each query and key head, before the rotation.
+    norm_eps: epsilon of those norms.
+    dtype: dtype of the computation.
+    param_dtype: dtype of the parameters.
+    kernel_init: initialiser of the projections.
+    implementation: of `jax.nn.dot_product_attention`: "xla" or "cudnn".
+    sharding: mesh axes; None: no annotations.
+    rngs: a stream named "params".
+
+  Raises:
+    ValueError: a size does not fit.
+  """
+
+  def __init__(
+    self,
+    num_heads: int,
+    in_features: int,
+    qkv_features: int | None = None,
+    out_features: int | None = None,
+    num_kv_heads: int | None = None,
+    *,
+    rope_dim: int | None = None,
+    rope_theta: float = 10_000.0,
+    normalize_qk: bool = False,
+    norm_eps: float = 1e-6,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    kernel_init: Callable = nnx.initializers.lecun_normal(),
+    implementation: str | None = "xla",
+    sharding: Sharding | None = None,
+    rngs: nnx.Rngs,
+  ):
+    qkv_features = in_features if qkv_features is None else qkv_features
+    out_features = in_features if out_features is None else out_features
+    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+    if num_heads % num_kv_heads:
+      raise ValueError(
+        f"num_heads must be a multiple of num_kv_heads = {num_kv_heads}, got"
+        f" {num_heads}"
+      )
+    if qkv_features % num_heads:
+      raise ValueError(
+        f"qkv_features must be a multiple of num_heads = {num_heads}, got"
+        f" {qkv_features}"
+      )
+    head_dim = qkv_features // num_heads
+    rope_dim = head_dim if rope_dim is None else rope_dim
+    if rope_dim % 2 or not 0 <= rope_dim <= head_dim:
+      raise ValueError(
+        f"rope_dim must be even and from 0 to head_dim = {head_dim}, got"
+        f" {rope_dim}"
+      )
+    self.num_heads = num_heads
+    self.num_kv_heads = num_kv_heads
+    self.head_dim = head_dim
+    self.rope_dim = rope_dim
+    self.rope_theta = rope_theta
+    self.implementation = implementation
+    self.sharding = sharding
+
+    self._linear = functools.partial(
+      _linear, dtype, param_dtype, kernel_init, sharding, rngs
+    )
+    self._norm = functools.partial(
+      _head_norm, normalize_qk, norm_eps, dtype, param_dtype, sharding, rngs
+    )
+    heads = (num_heads, head_dim)
+    kv_heads = (num_kv_heads, head_dim)
+    self.query = self._linear(in_features, heads)
+    self.key = self._linear(in_features, kv_heads)
+    self.value = self._linear(in_features, kv_heads)
+    self.out = self._linear(heads, out_features)
+    self.query_norm = self._norm(head_dim)
+    self.key_norm = self._norm(head_dim)
+    self._build(in_features, out_features)
+    # Only needed while building.
+    del self._linear, self._norm
+
+  def _build(self, in_features: int, out_features: int) -> None:
+    """Adds what a subclass needs beside the main branch."""
+
+  def _rotate(self, x: Array, positions: Array | None) -> Array:
+    if positions is None:
+      positions = jnp.arange(x.shape[1])
+    return partial_rope(
+      x,
+      positions,
+      rope_dim=min(self.rope_dim, x.shape[-1]),
+      theta=self.rope_theta,
+    )
+
+  def _qkv(self, x: Array, positions: Array | None) -> tuple[Array, ...]:
+    q, k = self.query(x), self.key(x)
+    if self.query_norm is not None:
+      q, k = self.query_norm(q), self.key_norm(k)
+    return self._rotate(q, positions), self._rotate(k, positions), self.value(x)
+
+  def __call__(
+    self,
+    x: Float[Array, "B T E"],
+    *,
+    positions: Int[Array, "*B T"] | None = None,
+  ) -> Float[Array, "B T E"]:
+    """Attends causally.
+
+    Args:
+      x: input.
+      positions: rotary positions; None: 0 to T - 1.
+    """
+    q, k, v = self._qkv(x, positions)
+    out = jax.nn.dot_product_attention(
+      q, k, v, is_causal=True, implementation=self.implementation
+    )
+    return self.out(out)
+
+
+class MSAttention(GQAttention):
+  """MiniMax Sparse Attention: GQA over blocks that an Index Branch chooses.
+
+  index_q = x Wq_idx (one head a group) and index_k = x Wk_idx (one head) take
+  the norm and rotation of q and k; `msa_jax.msa_attention` does the rest. The
+  KL loss trains the index projections only, and nothing else trains them.
+
+  The last group of arguments are the paper's ablations.
+
+  Args:
+    num_heads, in_features, qkv_features, out_features, num_kv_heads, rope_dim,
+      rope_theta, normalize_qk, norm_eps, dtype, param_dtype, kernel_init,
+      sharding, rngs: as in `GQAttention`. The index heads rotate their first
+      min(rope_dim, index_dim) dims.
+    index_dim: size of an index head, I.
+    block_size: tokens a block.
+    top_k: blocks kept, P.
+    num_local_blocks: blocks forced, counted back from the query's own.
+    score_precision: see `msa_jax.select_blocks`.
+    implementation: of the MSA operation: "reference", "xla", "mosaic_gpu" or
+      None.
+    selection: "index": the Index Branch chooses. "window": block 0 and the last
+      P - 1 blocks, with no Index Branch at all.
+    force_first_block: always choose block 0, inside P.
+    detach_input: stop the KL's gradient at the index projections' input.
+    detach_teacher: stop the KL's gradient at the main branch's probabilities;
+      False computes the KL densely, in O(T^2) memory.
+    value_head: add the Index Branch's own attention output (one value head,
+      over the chosen tokens) to the layer's output, so that the LM loss reaches
+      the index projections.
+  """
+
+  def __init__(
+    self,
+    num_heads: int,
+    in_features: int,
+    qkv_features: int | None = None,
+    out_features: int | None = None,
+    num_kv_heads: int | None = None,
+    *,
+    index_dim: int = 128,
+    block_size: int = 128,
+    top_k: int = 16,
+    num_local_blocks: int = 1,
+    score_precision: ops.ScorePrecision = "exact",
+    implementation: ops.Implementation | None = None,
+    selection: Literal["index", "window"] = "index",
+    force_first_block: bool = False,
+    detach_input: bool = True,
+    detach_teacher: bool = True,
+    value_head: bool = False,
+    **gqa_options,
+  ):
+    if selection not in ("index", "window"):
+      raise ValueError(
+        f"selection must be 'index' or 'window', got {selection!r}"
+      )
+    if selection == "window" and value_head:
+      raise ValueError("value_head must be False with selection='window'")
+    if force_first_block and top_k < num_local_blocks + 1:
+      raise ValueError(
+        "top_k must leave room for block 0 beside num_local_blocks ="
+        f" {num_local_blocks} when force_first_block is set, got {top_k}"
+      )
+    self.index_dim = index_dim
+    self.block_size = block_size
+    self.top_k = top_k
+    self.num_local_blocks = num_local_blocks
+    self.score_precision: ops.ScorePrecision = score_precision
+    self.selection = selection
+    self.force_first_block = force_first_block
+    self.detach_input = detach_input
+    self.detach_teacher = detach_teacher
+    self.value_head = value_head
+    super().__init__(
+      num_heads,
+      in_features,
+      qkv_features,
+      out_features,
+      num_kv_heads,
+      implementation=implementation,
+      **gqa_options,
+    )
+
+  def _build(self, in_features: int, out_features: int) -> None:
+    if self.selection == "window":
+      return
+    heads = (self.num_kv_heads, self.index_dim)
+    self.index_query = self._linear(in_features, heads)
+    self.index_key = self._linear(in_features, (self.index_dim,))
+    self.index_query_norm = self._norm(self.index_dim)
+    self.index_key_norm = self._norm(self.index_dim)
+    if self.value_head:
+      self.index_value = self._linear(in_features, (self.index_dim,))
+      self.index_out = self._linear(heads, out_features)
+
+  def _index(
+    self, x: Array, positions: Array | None
+  ) -> tuple[Array, Array, Array | None]:
+    """index_q [B, T, K, I], index_k [B, S, I] and the value head's values."""
+    if self.selection == "window":
+      b, t = x.shape[:2]
+      unused = jnp.zeros((b, t, self.num_kv_heads, 1), x.dtype)
+      return unused, unused[:, :, 0], None
+    if self.detach_input:
+      x = lax.stop_gradient(x)
+    index_q, index_k = self.index_query(x), self.index_key(x)
+    if self.index_query_norm is not None:
+      index_q = self.index_query_norm(index_q)
+      index_k = self.index_key_norm(index_k)
+    index_q = self._rotate(index_q, positions)
+    index_k = self._rotate(index_k[:, :, None], positions)[:, :, 0]
+    index_v = self.index_value(x) if self.value_head else None
+    return index_q, index_k, index_v
+
+  def __call__(
+    self,
+    x: Float[Array, "B T E"],
+    *,
+    positions: Int[Array, "*B T"] | None = None,
+    phase: ops.Phase = "sparse",
+    with_kl: bool = False,
+    with_selection: bool = False,
+    query_mask: Bool[Array, "B T"] | None = None,
+  ) -> MSALayerOutput:
+    """Attends causally over chosen blocks (over everything in the warm-up).
+
+    Args:
+      x: input.
+      positions: rotary positions; None: 0 to T - 1.
+      phase: "sparse" or "warmup".
+      with_kl: whether to compute the KL loss.
+      with_selection: whether to return the chosen blocks and their recalls
+        (costs dense scores).
+      query_mask: queries that count in the KL; None: all.
+    """
+    q, k, v = self._qkv(x, positions)
+    index_q, index_k, index_v = self._index(x, positions)
+    attend = functools.partial(
+      self._attend,
+      phase=phase,
+      with_kl=with_kl and self.selection == "index",
+      with_selection=with_selection,
+    )
+    args = (q, k, v, index_q, index_k, index_v, query_mask)
+    out, index_out, kl, selection = self._over_mesh(attend, with_selection)(*args)
+    out = self.out(out)
+    if index_out is not None:
+      out = out + self.index_out(index_out)
+    return MSALayerOutput(out, kl, selection)
+
+  def _attend(
+    self,
+    q: Array,
+    k: Array,
+    v: Array,
+    index_q: Array,
+    index_k: Array,
+    index_v: Array | None,
+    query_mask: Array | None,
+    *,
+    phase: ops.Phase,
+    with_kl: bool,
+    with_selection: bool,
+  ):
+    """One device's batch rows and KV heads: (out, index_out, kl, selection)."""
+    options = dict(
+      block_size=self.block_size, implementation=self.implementation
+    )
+    plain = self.selection == "index" and not self.force_first_block
+    if plain:
+      result = ops.msa_attention(
+        q,
+        k,
+        v,
+        index_q,
+        index_k,
+        top_k=self.top_k,
+        num_local_blocks=self.num_local_blocks,
+        phase=phase,
+        with_kl=with_kl and self.detach_teacher,
+        query_mask=query_mask,
+        score_precision=self.score_precision,
+        **options,
+      )
+      out, kl = result.out, result.kl
+      block_indices = result.block_indices
+    else:
+      block_indices = self._forced_blocks(index_q, index_k)
+      kl = jnp.zeros((), reference.compute_dtype(q))
+      if phase == "warmup":
+        out = ops.msa_attention(q, k, v, index_q, index_k, phase="warmup").out
+      else:
+        out = ops.sparse_attention(q, k, v, block_indices, **options)
+      if with_kl and self.detach_teacher:
+        kl = ops.index_kl_loss(
+          q,
+          k,
+          index_q,
+          index_k,
+          None if phase == "warmup" else block_indices,
+          query_mask=query_mask,
+          **options,
+        )
+    if with_kl and not self.detach_teacher:
+      kl = reference.index_kl_loss(
+        q,
+        k,
+        index_q,
+        index_k,
+        None if phase == "warmup" else block_indices,
+        block_size=self.block_size,
+        scale=q.shape[-1] ** -0.5,
+        index_scale=index_q.shape[-1] ** -0.5,
+        lse=None,
+        kv_lengths=None,
+        query_mask=query_mask,
+        detach_teacher=False,
+      )
+
+    index_out = None
+    if index_v is not None:
+      index_out = self._index_output(
+        index_q, index_k, index_v, block_indices, phase
+      )
+    selection = None
+    if with_selection:
+      recalls = ops.selection_recall(
+        q, k, block_indices, block_size=self.block_size
+      )
+      selection = Selection(block_indices, *recalls)
+    return out, index_out, kl, selection
+
+  def _index_output(
+    self,
+    index_q: Array,
+    index_k: Array,
+    index_v: Array,
+    block_indices: Array,
+    phase: ops.Phase,
+  ) -> Array:
+    """Attention of the index heads themselves over the attended tokens."""
+    shape = (*index_k.shape[:2], index_q.shape[2], index_k.shape[-1])
+    k = jnp.broadcast_to(index_k[:, :, None], shape)
+    v = jnp.broadcast_to(index_v[:, :, None], shape)
+    if phase == "warmup":
+      return ops.msa_attention(
+        index_q, k, v, index_q, index_k, phase="warmup"
+      ).out
+    return ops.sparse_attention(
+      index_q,
+      k,
+      v,
+      block_indices,
+      block_size=self.block_size,
+      implementation=self.implementation,
+    )
+
+  def _forced_blocks(
+    self, index_q: Array, index_k: Array
+  ) -> Int32[Array, "B K T P"]:
+    """The ablations' choices: a fixed window, or block 0 always inside P."""
+    b, t, num_kv_heads, _ = index_q.shape
+    if self.selection == "window":
+      own = jnp.arange(t) // self.block_size
+      ids = own[:, None] - jnp.arange(self.top_k - 1)
+      ids = jnp.where(ids > 0, ids, t)  # t: sorts last, then becomes -1
+      ids = jnp.concatenate([jnp.zeros((t, 1), ids.dtype), ids], axis=-1)
+      ids = jnp.sort(ids, axis=-1)
+      ids = jnp.where(ids == t, -1, ids).astype(jnp.int32)
+      return jnp.broadcast_to(ids, (b, num_kv_heads, t, self.top_k))
+    select = functools.partial(
+      ops.select_blocks,
+      index_q,
+      index_k,
+      block_size=self.block_size,
+      num_local_blocks=self.num_local_blocks,
+      score_precision=self.score_precision,
+      implementation=self.implementation,
+    )
+    chosen = select(top_k=self.top_k)
+    # Where block 0 did not make it, it takes the place of the lowest choice.
+    rest = select(top_k=self.top_k - 1)
+    rest = jnp.pad(rest, ((0, 0),) * 3 + ((1, 0),))
+    return jnp.where(chosen[..., :1] == 0, chosen, rest)
+
+  def _over_mesh(self, attend: Callable, with_selection: bool) -> Callable:
+    """Runs `attend` on each device's batch rows and KV heads.
+
+    GSPMD cannot split a Pallas call, and splits a sort badly: the operation is
+    mapped by hand. The KL is a mean, so the devices' means are weighed by the
+    rows that each one counted.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if self.sharding is None or mesh.empty:
+      return attend
+    batch = tuple(a for a in self.sharding.batch if a in mesh.axis_names)
+    heads = self.sharding.heads
+    heads = heads if heads in mesh.axis_names else None
+    axes = batch + (() if heads is None else (heads,))
+    split = 1 if heads is None else mesh.shape[heads]
+    if self.num_kv_heads % split:
+      raise ValueError(
+        f"num_kv_heads must be a multiple of mesh axis {heads!r} = {split},"
+        f" got {self.num_kv_heads}"
+      )
+
+    def local(q, k, v, index_q, index_k, index_v, query_mask):
+      out, index_out, kl, selection = attend(
+        q, k, v, index_q, index_k, index_v, query_mask
+      )
+      if axes:
+        shape = (q.shape[0], k.shape[2], q.shape[1])
+        rows = reference.counted_rows(shape, query_mask).astype(kl.dtype)
+        total = jnp.maximum(lax.psum(rows, axes), 1)
+        kl = lax.psum(kl * rows, axes) / total
+        if selection is not None:
+          recalls = lax.pmean(selection[1:], axes)
+          selection = Selection(selection.block_indices, *recalls)
+      return out, index_out, kl, selection
+
+    tokens = PartitionSpec(batch, None, heads, None)
+    shared = PartitionSpec(batch, None, None)
+    scalar = PartitionSpec()
+    blocks = PartitionSpec(batch, heads, None, None)
+    selection = Selection(blocks, scalar, scalar) if with_selection else None
+    return jax.shard_map(
+      local,
+      in_specs=(
+        *(tokens,) * 4,
+        shared,
+        shared,
+        PartitionSpec(batch, None),
+      ),
+      out_specs=(tokens, tokens, scalar, selection),
+      check_vma=False,
+    )
+
+
+def _linear(
+  dtype,
+  param_dtype,
+  kernel_init: Callable,
+  sharding: Sharding | None,
+  rngs: nnx.Rngs,
+  in_features: int | tuple[int, ...],
+  out_features: int | tuple[int, ...],
+) -> nnx.LinearGeneral:
+  """A projection into heads, or out of them; pairs are (heads, head_dim)."""
+  inward = isinstance(in_features, int)
+  if sharding is not None:
+    heads = out_features if inward else in_features
+    assert isinstance(heads, tuple)
+    split = (sharding.heads, None) if len(heads) == 2 else (None,)
+    names = (
+      (sharding.embed, *split) if inward else (*split, sharding.embed)
+    )
+    kernel_init = nnx.with_partitioning(kernel_init, names)
+  return nnx.LinearGeneral(
+    in_features,
+    out_features,
+    axis=-1 if inward else (-2, -1),
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    kernel_init=kernel_init,
+    rngs=rngs,
+  )
+
+
+def _head_norm(
+  normalize: bool,
+  epsilon: float,
+  dtype,
+  param_dtype,
+  sharding: Sharding | None,
+  rngs: nnx.Rngs,
+  size: int,
+) -> nnx.RMSNorm | None:
+  return (
+    rms_norm(size, epsilon, dtype, param_dtype, sharding, rngs)
+    if normalize
+    else None
+  )
+
+
+def rms_norm(
+  size: int,
+  epsilon: float,
+  dtype,
+  param_dtype,
+  sharding: Sharding | None,
+  rngs: nnx.Rngs,
+) -> nnx.RMSNorm:
+  """RMSNorm with a scale around 1, replicated under a mesh."""
+  scale_init = nnx.initializers.ones_init()
+  if sharding is not None:
+    scale_init = nnx.with_partitioning(scale_init, (None,))
+  return nnx.RMSNorm(
+    size,
+    epsilon=epsilon,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scale_init=scale_init,
+    rngs=rngs,
+  )

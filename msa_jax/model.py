@@ -1,0 +1,597 @@
+"""A decoder language model whose layers are each dense GQA or MSA."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Bool, Float, Int
+
+from msa_jax import ops
+from msa_jax.attention import (
+  GQAttention,
+  MSALayerOutput,
+  MSAttention,
+  Selection,
+  Sharding,
+  rms_norm,
+)
+
+LayerKind = Literal["gqa", "msa"]
+
+
+def _require(condition: bool, name: str, want: str, got: Any) -> None:
+  if not condition:
+    raise ValueError(f"{name} must be {want}, got {got!r}")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class IndexConfig:
+  """The Index Branch of MSA layers; see `MSAttention` for each field.
+
+  The first line is the method, the rest are the paper's ablations.
+  """
+
+  index_dim: int = 128
+  block_size: int = 128
+  top_k: int = 16
+  num_local_blocks: int = 1
+  score_precision: ops.ScorePrecision = "exact"
+  selection: Literal["index", "window"] = "index"
+  force_first_block: bool = False
+  detach_input: bool = True
+  detach_teacher: bool = True
+  value_head: bool = False
+
+  def __post_init__(self):
+    for name in ("index_dim", "block_size", "top_k"):
+      value = getattr(self, name)
+      _require(
+        isinstance(value, int) and value >= 1, name, "at least 1", value
+      )
+    _require(
+      0 <= self.num_local_blocks <= self.top_k,
+      "num_local_blocks",
+      f"from 0 to top_k = {self.top_k}",
+      self.num_local_blocks,
+    )
+    _require(
+      self.score_precision in get_args(ops.ScorePrecision),
+      "score_precision",
+      f"one of {get_args(ops.ScorePrecision)}",
+      self.score_precision,
+    )
+    _require(
+      self.selection in ("index", "window"),
+      "selection",
+      "'index' or 'window'",
+      self.selection,
+    )
+    _require(
+      not (self.selection == "window" and self.value_head),
+      "value_head",
+      "False with selection='window', which has no Index Branch",
+      self.value_head,
+    )
+    _require(
+      not self.force_first_block or self.top_k > self.num_local_blocks,
+      "top_k",
+      "greater than num_local_blocks with force_first_block",
+      self.top_k,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+  """Sizes and options of `DecoderLM`.
+
+  Attributes:
+    vocab_size: tokens.
+    num_layers: decoder layers, L.
+    embed_dim: width of the residual stream, E.
+    num_heads: query heads, H.
+    num_kv_heads: KV heads, K.
+    head_dim: size of a head, D.
+    mlp_dim: hidden units of the SwiGLU MLP.
+    layer_kinds: attention of each layer; the last entry repeats, so
+      ("gqa", "gqa", "gqa", "msa") keeps the first three layers dense.
+    index: the Index Branch of MSA layers.
+    rope_dim: dims of each head that rotate; None: all.
+    rope_theta: base of the rotary frequencies.
+    qk_norm: RMSNorm on each query and key head (and index head).
+    norm_eps: epsilon of every RMSNorm.
+    tie_embeddings: use the embedding as output projection.
+    remat: recompute each layer in the backward pass.
+    scan_layers: stack equal neighbouring layers and scan over them; compiles
+      faster.
+    dtype: dtype of the computation.
+    param_dtype: dtype of the parameters.
+    implementation: of the MSA operation, see `msa_jax.ops`.
+    gqa_implementation: of `jax.nn.dot_product_attention`.
+  """
+
+  vocab_size: int
+  num_layers: int
+  embed_dim: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  mlp_dim: int
+  layer_kinds: tuple[LayerKind, ...] = ("gqa",)
+  index: IndexConfig = IndexConfig()
+  rope_dim: int | None = None
+  rope_theta: float = 10_000.0
+  qk_norm: bool = True
+  norm_eps: float = 1e-6
+  tie_embeddings: bool = True
+  remat: bool = False
+  scan_layers: bool = False
+  dtype: str = "float32"
+  param_dtype: str = "float32"
+  implementation: ops.Implementation | None = None
+  gqa_implementation: Literal["xla", "cudnn"] = "xla"
+
+  def __post_init__(self):
+    sizes = (
+      "vocab_size",
+      "num_layers",
+      "embed_dim",
+      "num_heads",
+      "num_kv_heads",
+      "head_dim",
+      "mlp_dim",
+    )
+    for name in sizes:
+      value = getattr(self, name)
+      _require(
+        isinstance(value, int) and value >= 1,
+        name,
+        "an integer of at least 1",
+        value,
+      )
+    _require(
+      self.num_heads % self.num_kv_heads == 0,
+      "num_heads",
+      f"a multiple of num_kv_heads = {self.num_kv_heads}",
+      self.num_heads,
+    )
+    _require(
+      1 <= len(self.layer_kinds) <= self.num_layers
+      and all(kind in get_args(LayerKind) for kind in self.layer_kinds),
+      "layer_kinds",
+      f"1 to num_layers = {self.num_layers} entries of 'gqa' or 'msa'",
+      self.layer_kinds,
+    )
+    rope_dim = self.head_dim if self.rope_dim is None else self.rope_dim
+    _require(
+      rope_dim % 2 == 0 and 0 <= rope_dim <= self.head_dim,
+      "rope_dim",
+      f"even and from 0 to head_dim = {self.head_dim}",
+      rope_dim,
+    )
+    for name in ("dtype", "param_dtype"):
+      allowed = ("float32", "bfloat16", "float16", "float64")
+      _require(
+        getattr(self, name) in allowed,
+        name,
+        f"one of {allowed}",
+        getattr(self, name),
+      )
+    _require(
+      self.implementation in (None, *get_args(ops.Implementation)),
+      "implementation",
+      f"one of {get_args(ops.Implementation)} or None",
+      self.implementation,
+    )
+    _require(
+      self.gqa_implementation in ("xla", "cudnn"),
+      "gqa_implementation",
+      "'xla' or 'cudnn'",
+      self.gqa_implementation,
+    )
+
+  @property
+  def kinds(self) -> tuple[LayerKind, ...]:
+    """The attention of every layer."""
+    missing = self.num_layers - len(self.layer_kinds)
+    return self.layer_kinds + self.layer_kinds[-1:] * missing
+
+
+class LMOutput(NamedTuple):
+  """Result of `DecoderLM`.
+
+  Attributes:
+    logits: float32.
+    kl: KL loss of each layer in nats; 0 for dense layers, or if not asked for.
+    selection: of each layer, -1 and NaN for dense ones; None if not asked for.
+  """
+
+  logits: Float[Array, "B T V"]
+  kl: Float[Array, "L"]
+  selection: Selection | None
+
+
+class SwiGLU(nnx.Module):
+  """down(silu(gate(x)) up(x))."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    *,
+    rngs: nnx.Rngs,
+    sharding: Sharding | None = None,
+  ):
+    def linear(sizes, names):
+      init = nnx.initializers.lecun_normal()
+      if sharding is not None:
+        init = nnx.with_partitioning(init, names)
+      return nnx.Linear(
+        *sizes,
+        use_bias=False,
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.param_dtype),
+        kernel_init=init,
+        rngs=rngs,
+      )
+
+    outer, inner = (
+      (sharding.embed, sharding.heads) if sharding else (None, None)
+    )
+    sizes = (config.embed_dim, config.mlp_dim)
+    self.gate = linear(sizes, (outer, inner))
+    self.up = linear(sizes, (outer, inner))
+    self.down = linear(sizes[::-1], (inner, outer))
+
+  def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    return self.down(nnx.silu(self.gate(x)) * self.up(x))
+
+
+class DecoderLayer(nnx.Module):
+  """x + attention(norm(x)), then x + mlp(norm(x))."""
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    kind: LayerKind,
+    *,
+    rngs: nnx.Rngs,
+    sharding: Sharding | None = None,
+  ):
+    dtype = jnp.dtype(config.dtype)
+    param_dtype = jnp.dtype(config.param_dtype)
+    options = dict(
+      num_heads=config.num_heads,
+      in_features=config.embed_dim,
+      qkv_features=config.num_heads * config.head_dim,
+      num_kv_heads=config.num_kv_heads,
+      rope_dim=config.rope_dim,
+      rope_theta=config.rope_theta,
+      normalize_qk=config.qk_norm,
+      norm_eps=config.norm_eps,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      sharding=sharding,
+      rngs=rngs,
+    )
+    norm = (config.embed_dim, config.norm_eps, dtype, param_dtype, sharding)
+    self.attention_norm = rms_norm(*norm, rngs)
+    # The MLP comes before the attention here so that a GQA and an MSA model of
+    # one seed start from the same weights but for the Index Branch.
+    self.mlp_norm = rms_norm(*norm, rngs)
+    self.mlp = SwiGLU(config, rngs=rngs, sharding=sharding)
+    if kind == "gqa":
+      self.attention = GQAttention(
+        implementation=config.gqa_implementation, **options
+      )
+    else:
+      self.attention = MSAttention(
+        implementation=config.implementation,
+        **dataclasses.asdict(config.index),
+        **options,
+      )
+
+  def __call__(
+    self,
+    x: Float[Array, "B T E"],
+    *,
+    phase: ops.Phase,
+    with_kl: bool,
+    with_selection: bool,
+    query_mask: Bool[Array, "B T"] | None,
+  ) -> MSALayerOutput:
+    h = self.attention_norm(x)
+    if isinstance(self.attention, MSAttention):
+      out, kl, selection = self.attention(
+        h,
+        phase=phase,
+        with_kl=with_kl,
+        with_selection=with_selection,
+        query_mask=query_mask,
+      )
+    else:
+      out, kl, selection = self.attention(h), jnp.zeros((), jnp.float32), None
+    x = x + out
+    return MSALayerOutput(x + self.mlp(self.mlp_norm(x)), kl, selection)
+
+
+class DecoderLM(nnx.Module):
+  """Decoder-only language model: embedding, L layers, RMSNorm, logits.
+
+  Args:
+    config: sizes and options.
+    rngs: a stream named "params". Models of one seed that differ in
+      `layer_kinds` alone share the values of all parameters that both have.
+    sharding: mesh axes; needs a mesh in context. None: no annotations.
+  """
+
+  def __init__(
+    self,
+    config: ModelConfig,
+    *,
+    rngs: nnx.Rngs,
+    sharding: Sharding | None = None,
+  ):
+    self.config = config
+    self.sharding = sharding
+    dtype = jnp.dtype(config.dtype)
+    param_dtype = jnp.dtype(config.param_dtype)
+    init = nnx.initializers.variance_scaling(
+      1.0, "fan_in", "normal", out_axis=0
+    )
+    head_init = nnx.initializers.lecun_normal()
+    if sharding is not None:
+      init = nnx.with_partitioning(init, (None, sharding.embed))
+      head_init = nnx.with_partitioning(head_init, (sharding.embed, None))
+    self.embed = nnx.Embed(
+      config.vocab_size,
+      config.embed_dim,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      embedding_init=init,
+      rngs=rngs,
+    )
+    self.norm = rms_norm(
+      config.embed_dim, config.norm_eps, dtype, param_dtype, sharding, rngs
+    )
+    if not config.tie_embeddings:
+      self.head = nnx.Linear(
+        config.embed_dim,
+        config.vocab_size,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=head_init,
+        rngs=rngs,
+      )
+    keys = jax.random.split(rngs.params(), config.num_layers)
+    groups, first = [], 0
+    for kind, count in _runs(config):
+
+      build = functools.partial(_build_layer, config, kind, sharding)
+
+      if config.scan_layers:
+        stack = nnx.vmap(
+          build, transform_metadata={nnx.PARTITION_NAME: None}
+        )(keys[first : first + count])
+        groups.append(stack)
+      else:
+        groups.extend(build(key) for key in keys[first : first + count])
+      first += count
+    # One entry a layer, or with scan_layers one stack for each run of layers of
+    # one kind.
+    self.layers = nnx.List(groups)
+
+  def __call__(
+    self,
+    tokens: Int[Array, "B T"],
+    *,
+    phase: ops.Phase = "sparse",
+    with_kl: bool = False,
+    with_selection: bool = False,
+    query_mask: Bool[Array, "B T"] | None = None,
+  ) -> LMOutput:
+    """Next-token logits.
+
+    Args:
+      tokens: token ids.
+      phase: of the MSA layers: "sparse" or "warmup".
+      with_kl: whether to compute the KL losses.
+      with_selection: whether to return chosen blocks and recalls.
+      query_mask: tokens that count in the KL; None: all.
+    """
+    if tokens.ndim != 2:
+      raise ValueError(
+        f"tokens must have rank 2, [B, T], got shape {tokens.shape}"
+      )
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+      raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+    x = self._split_batch(self.embed(tokens))
+    kls, selections = [], []
+    for group in self.layers:
+      graphdef, params = nnx.split(group)
+
+      def apply(x, params, graphdef=graphdef):
+        out, kl, selection = nnx.merge(graphdef, params)(
+          x,
+          phase=phase,
+          with_kl=with_kl,
+          with_selection=with_selection,
+          query_mask=query_mask,
+        )
+        return out, (kl, selection)
+
+      if self.config.remat:
+        apply = jax.checkpoint(apply)
+      if self.config.scan_layers:
+        x, (kl, selection) = lax.scan(apply, x, params)
+      else:
+        x, layer = apply(x, params)
+        kl, selection = jax.tree.map(lambda a: a[None], layer)
+      kls.append(kl)
+      selections.append(selection)
+    x = self.norm(x)
+    if self.config.tie_embeddings:
+      weight = self.embed.embedding[...].astype(x.dtype)
+      logits = jnp.einsum(
+        "bte,ve->btv", x, weight, preferred_element_type=jnp.float32
+      )
+    else:
+      logits = self.head(x).astype(jnp.float32)
+    kl = jnp.concatenate(kls).astype(jnp.float32)
+    selection = None
+    if with_selection:
+      selection = self._stack_selections(selections, tokens.shape)
+    return LMOutput(logits, kl, selection)
+
+  def _split_batch(self, x: Array) -> Array:
+    mesh = jax.sharding.get_abstract_mesh()
+    if self.sharding is None or mesh.empty:
+      return x
+    batch = tuple(a for a in self.sharding.batch if a in mesh.axis_names)
+    return lax.with_sharding_constraint(x, PartitionSpec(batch, None, None))
+
+  def _stack_selections(
+    self, selections: Sequence[Selection | None], shape: tuple[int, ...]
+  ) -> Selection:
+    config = self.config
+    filled = []
+    counts = (
+      [count for _, count in _runs(config)]
+      if config.scan_layers
+      else [1] * config.num_layers
+    )
+    for selection, count in zip(selections, counts):
+      if selection is None:
+        blocks = (count, shape[0], config.num_kv_heads, shape[1])
+        selection = Selection(
+          jnp.full((*blocks, config.index.top_k), -1, jnp.int32),
+          *(jnp.full((count,), jnp.nan, jnp.float32),) * 2,
+        )
+      filled.append(selection)
+    return jax.tree.map(lambda *a: jnp.concatenate(a), *filled)
+
+
+def _build_layer(
+  config: ModelConfig, kind: LayerKind, sharding: Sharding | None, key: Array
+) -> DecoderLayer:
+  return DecoderLayer(
+    config, kind, rngs=nnx.Rngs(params=key), sharding=sharding
+  )
+
+
+def _runs(config: ModelConfig) -> list[tuple[LayerKind, int]]:
+  """Lengths of the runs of layers of one kind."""
+  return [
+    (kind, len(list(run))) for kind, run in itertools.groupby(config.kinds)
+  ]
+
+
+def is_index_param(path: Sequence[Any]) -> bool:
+  """Whether a parameter path belongs to the Index Branch.
+
+  Args:
+    path: keys from the model's root, as `nnx.to_flat_state` or
+      `jax.tree_util.tree_flatten_with_path` give them.
+  """
+  names = (getattr(key, "key", getattr(key, "name", key)) for key in path)
+  return any(str(name).startswith("index_") for name in names)
+
+
+def _layer_params(model: DecoderLM) -> list[dict[tuple, Array]]:
+  """Parameters of each layer by path, whether layers are stacked or not."""
+  layers = []
+  stacked = model.config.scan_layers
+  counts = [count for _, count in _runs(model.config)]
+  for i, group in enumerate(model.layers):
+    flat = dict(nnx.to_flat_state(nnx.state(group, nnx.Param)))
+    if stacked:
+      layers.extend(
+        {path: param[...][j] for path, param in flat.items()}
+        for j in range(counts[i])
+      )
+    else:
+      layers.append({path: param[...] for path, param in flat.items()})
+  return layers
+
+
+def to_msa(
+  model: DecoderLM,
+  config: ModelConfig,
+  *,
+  rngs: nnx.Rngs,
+  sharding: Sharding | None = None,
+) -> DecoderLM:
+  """Adds an Index Branch to a trained GQA model (the paper's MSA-CPT).
+
+  Every parameter of `model` is taken over; the index projections start fresh.
+
+  Args:
+    model: a model whose layers are GQA where `config`'s are MSA.
+    config: of the new model; must equal `model.config` in everything but
+      `layer_kinds`, `index`, `implementation`, `scan_layers` and `remat`.
+    rngs: for the index projections.
+    sharding: of the new model.
+
+  Raises:
+    ValueError: the configs differ elsewhere, naming the field.
+  """
+  free = {
+    "layer_kinds",
+    "index",
+    "implementation",
+    "gqa_implementation",
+    "scan_layers",
+    "remat",
+    "dtype",
+  }
+  for field in dataclasses.fields(ModelConfig):
+    old, new = getattr(model.config, field.name), getattr(config, field.name)
+    if field.name not in free and old != new:
+      raise ValueError(
+        f"config.{field.name} must be {old!r} as in the model, got {new!r}"
+      )
+  target = DecoderLM(config, rngs=rngs, sharding=sharding)
+
+  def adopt(module, values: dict[tuple, Array]) -> None:
+    state = nnx.state(module, nnx.Param)
+    flat = dict(nnx.to_flat_state(state))
+    unknown = sorted(set(values) - set(flat))
+    if unknown:
+      raise ValueError(
+        "config must describe a model that has all of the model's parameters,"
+        f" these have no place: {unknown}"
+      )
+    for path, value in values.items():
+      flat[path][...] = value.astype(flat[path].dtype)
+    nnx.update(module, nnx.from_flat_state(flat))
+
+  source = _layer_params(model)
+  if config.scan_layers:
+    first = 0
+    for group, (_, count) in zip(target.layers, _runs(config)):
+      part = source[first : first + count]
+      shared = set.intersection(*(set(layer) for layer in part))
+      adopt(
+        group,
+        {path: jnp.stack([layer[path] for layer in part]) for path in shared},
+      )
+      first += count
+  else:
+    for layer, values in zip(target.layers, source):
+      adopt(layer, values)
+  for name in ("embed", "norm", "head"):
+    if hasattr(model, name):
+      module = getattr(model, name)
+      values = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
+      adopt(
+        getattr(target, name), {p: param[...] for p, param in values.items()}
+      )
+  return target
