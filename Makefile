@@ -12,7 +12,7 @@ demo: $(READY)
 
 ## Run the tests that need no GPU.
 test: $(READY)
-	$(RUN) -m pytest
+	$(RUN) -m pytest -n 2
 
 ## Format check, lint and type check.
 lint: $(READY)

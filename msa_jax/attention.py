@@ -21,6 +21,8 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from msa_jax import ops, reference
 
+_KERNEL_INIT = nnx.initializers.lecun_normal()
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
@@ -83,9 +85,7 @@ def partial_rope(
   rotated = x[..., :rope_dim].astype(jnp.float32)
   a, b = rotated[..., :half], rotated[..., half:]
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
-  return jnp.concatenate(
-    [rotated.astype(x.dtype), x[..., rope_dim:]], axis=-1
-  )
+  return jnp.concatenate([rotated.astype(x.dtype), x[..., rope_dim:]], axis=-1)
 
 
 class GQAttention(nnx.Module):
@@ -126,7 +126,7 @@ class GQAttention(nnx.Module):
     norm_eps: float = 1e-6,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
-    kernel_init: Callable = nnx.initializers.lecun_normal(),
+    kernel_init: Callable = _KERNEL_INIT,
     implementation: str | None = "xla",
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
@@ -360,7 +360,9 @@ class MSAttention(GQAttention):
       with_selection=with_selection,
     )
     args = (q, k, v, index_q, index_k, index_v, query_mask)
-    out, index_out, kl, selection = self._over_mesh(attend, with_selection)(*args)
+    out, index_out, kl, selection = self._over_mesh(attend, with_selection)(
+      *args
+    )
     out = self.out(out)
     if index_out is not None:
       out = out + self.index_out(index_out)
@@ -569,9 +571,7 @@ def _linear(
     heads = out_features if inward else in_features
     assert isinstance(heads, tuple)
     split = (sharding.heads, None) if len(heads) == 2 else (None,)
-    names = (
-      (sharding.embed, *split) if inward else (*split, sharding.embed)
-    )
+    names = (sharding.embed, *split) if inward else (*split, sharding.embed)
     kernel_init = nnx.with_partitioning(kernel_init, names)
   return nnx.LinearGeneral(
     in_features,

@@ -54,9 +54,7 @@ class IndexConfig:
   def __post_init__(self):
     for name in ("index_dim", "block_size", "top_k"):
       value = getattr(self, name)
-      _require(
-        isinstance(value, int) and value >= 1, name, "at least 1", value
-      )
+      _require(isinstance(value, int) and value >= 1, name, "at least 1", value)
     _require(
       0 <= self.num_local_blocks <= self.top_k,
       "num_local_blocks",
@@ -374,13 +372,12 @@ class DecoderLM(nnx.Module):
     keys = jax.random.split(rngs.params(), config.num_layers)
     groups, first = [], 0
     for kind, count in _runs(config):
-
       build = functools.partial(_build_layer, config, kind, sharding)
 
       if config.scan_layers:
-        stack = nnx.vmap(
-          build, transform_metadata={nnx.PARTITION_NAME: None}
-        )(keys[first : first + count])
+        stack = nnx.vmap(build, transform_metadata={nnx.PARTITION_NAME: None})(
+          keys[first : first + count]
+        )
         groups.append(stack)
       else:
         groups.extend(build(key) for key in keys[first : first + count])

@@ -18,6 +18,8 @@ Arguments are checked in `ops`, not here.
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jax import lax
@@ -82,7 +84,7 @@ def head_scores(
   visible: Bool[Array, "B #K T S"],
   scale: float,
 ) -> Float[Array, "B K G T S"]:
-  """Scaled scores; -inf where not visible, NaN where an operand is not finite."""
+  """Scaled scores; -inf where not visible, NaN for non-finite operands."""
   b, t, h, d = q.shape
   num_kv_heads = k.shape[2]
   q, bad_q = clean(q.reshape(b, t, num_kv_heads, h // num_kv_heads, d))
@@ -169,6 +171,17 @@ def index_scores(
   return jnp.where(bad, jnp.nan, s)
 
 
+def block_max(s: Float[Array, "*A bs"]) -> Float[Array, "*A"]:
+  """Maximum of each block's scores, NaN if one of them is.
+
+  The NaN is looked for by itself: XLA's CPU backend (jax 0.11.2) takes maxima
+  over 8 or more columns in a library that loses it.
+  """
+  nan = jnp.isnan(s)
+  score = jnp.max(jnp.where(nan, -jnp.inf, s), axis=-1)
+  return jnp.where(jnp.any(nan, axis=-1), jnp.nan, score)
+
+
 def kl_rows(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -226,6 +239,15 @@ def quantise_fp8(x: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
   return (x / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "block_size",
+    "top_k",
+    "num_local_blocks",
+    "score_precision",
+  ),
+)
 def select_blocks(
   index_q: Float[Array, "B T K I"],
   index_k: Float[Array, "B S I"],
@@ -247,9 +269,7 @@ def select_blocks(
   s = jnp.where(causal_tokens(positions, s_len), s, -jnp.inf)
   pad = num_blocks * block_size - s_len
   s = jnp.pad(s, ((0, 0),) * 3 + ((0, pad),), constant_values=-jnp.inf)
-  score = jnp.max(
-    s.reshape(b, num_kv_heads, t, num_blocks, block_size), axis=-1
-  )
+  score = block_max(s.reshape(b, num_kv_heads, t, num_blocks, block_size))
 
   ids = jnp.arange(num_blocks, dtype=jnp.int32)
   own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
@@ -268,6 +288,10 @@ def select_blocks(
   return jnp.pad(ids, ((0, 0),) * 3 + ((0, max(pad, 0)),), constant_values=-1)
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=("block_size", "scale"),
+)
 def sparse_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -284,6 +308,10 @@ def sparse_attention(
   return attend(q, k, v, visible, scale)
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=("block_size", "scale", "index_scale", "detach_teacher"),
+)
 def index_kl_loss(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -326,6 +354,10 @@ def index_kl_loss(
   return jnp.sum(rows) / counted.astype(rows.dtype)
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=("scale",),
+)
 def warmup_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],

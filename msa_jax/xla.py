@@ -73,8 +73,10 @@ def _plan(
   key, used = key.reshape(-1), used.reshape(-1, p)
 
   order = jnp.argsort(key, stable=True).astype(jnp.int32)
-  rank = jnp.zeros_like(order).at[order].set(
-    jnp.arange(edges, dtype=jnp.int32), unique_indices=True
+  rank = (
+    jnp.zeros_like(order)
+    .at[order]
+    .set(jnp.arange(edges, dtype=jnp.int32), unique_indices=True)
   )
   start = jnp.searchsorted(
     key[order], jnp.arange(total_blocks + 1, dtype=key.dtype)
@@ -261,7 +263,7 @@ def _chunks(q_len: int, elements_per_query: int) -> _Chunk:
   return _Chunk(size, count, count * size - q_len)
 
 
-def _split(x: Array, chunk: _Chunk, axis: int, fill=0) -> Array:
+def _split(x: Array, chunk: _Chunk, axis: int, fill: float = 0) -> Array:
   """Cuts `axis` into chunks and puts them first."""
   pads = [(0, 0)] * x.ndim
   pads[axis] = (0, chunk.pad)
@@ -289,6 +291,10 @@ def _sparse_chunks(q, block_indices, block_size) -> _Chunk:
   return _chunks(t, b * h * block_indices.shape[-1] * max(d, block_size))
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=("block_size", "scale"),
+)
 def sparse_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -449,6 +455,9 @@ _sparse.defvjp(_sparse_fwd, _sparse_bwd)
 # --- KL loss ---------------------------------------------------------------
 
 
+@functools.partial(
+  jax.jit, static_argnames=("block_size", "scale", "index_scale")
+)
 def index_kl_loss(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -612,6 +621,15 @@ _sparse_kl.defvjp(_sparse_kl_fwd, _sparse_kl_bwd)
 # --- selection, warm-up, recalls: chunks of queries against all keys --------
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=(
+    "block_size",
+    "top_k",
+    "num_local_blocks",
+    "score_precision",
+  ),
+)
 def select_blocks(
   index_q: Float[Array, "B T K I"],
   index_k: Float[Array, "B S I"],
@@ -641,7 +659,8 @@ def select_blocks(
     s = reference.index_scores(index_q, index_k)
     causal = reference.causal_tokens(pos, num_blocks * block_size)
     s = jnp.where(causal, s, -jnp.inf)
-    score = jnp.max(s.reshape(*s.shape[:-1], num_blocks, block_size), axis=-1)
+    s = s.reshape(*s.shape[:-1], num_blocks, block_size)
+    score = reference.block_max(s)
     own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
     visible = ids <= own
     # Room for "forced" above and "out" below every score; -0 equals 0.
@@ -721,6 +740,10 @@ def _dense(
   return out, lse, kl
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=("scale",),
+)
 def warmup_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -745,6 +768,10 @@ def warmup_attention(
   return out, lse
 
 
+@functools.partial(
+  jax.jit,
+  static_argnames=("block_size", "scale"),
+)
 def selection_recall(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -756,7 +783,7 @@ def selection_recall(
 ) -> tuple[Float[Array, ""], Float[Array, ""]]:
   """Block recall and score recall, see `msa_jax.selection_recall`."""
   b, t, h, _ = q.shape
-  num_kv_heads, s_len = k.shape[2], k.shape[1]
+  s_len = k.shape[1]
   top_k = block_indices.shape[-1]
   num_blocks = -(-s_len // block_size)
   pad = num_blocks * block_size - s_len
@@ -773,9 +800,7 @@ def selection_recall(
     mass = jnp.sum(p.reshape(*p.shape[:-1], num_blocks, block_size), axis=-1)
     own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
     picked = jnp.any(idx[..., None] == ids, axis=-2) & (ids <= own)
-    _, best = lax.top_k(
-      jnp.where(ids <= own, mass, -1), min(top_k, num_blocks)
-    )
+    _, best = lax.top_k(jnp.where(ids <= own, mass, -1), min(top_k, num_blocks))
     counts = best <= own
     hits = jnp.take_along_axis(picked, best, axis=-1) & counts
     rows = (own >= 0)[..., 0]

@@ -1,0 +1,23 @@
+import os
+
+# Most of the tests' time is compilation: trade run time for it. The second flag
+# keeps NaN in row maxima, which XLA's CPU backend (jax 0.11.2) loses otherwise
+# (8 columns or more); interpreted kernels take maxima as the GPU does. Both are
+# read when the backend starts.
+os.environ["XLA_FLAGS"] = " ".join(
+  (
+    os.environ.get("XLA_FLAGS", ""),
+    "--xla_backend_optimization_level=0",
+    "--xla_cpu_experimental_ynn_fusion_type=",
+  )
+)
+
+import jax
+import pytest
+
+
+@pytest.fixture
+def x64():
+  """float64 on, for one test."""
+  with jax.enable_x64(True):
+    yield

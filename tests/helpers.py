@@ -1,0 +1,202 @@
+"""Inputs, patterns and an oracle written in loops, for the tests."""
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """Sizes of one attention call."""
+
+  batch: int = 1
+  q_len: int = 24
+  kv_len: int = 24
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_dim: int = 8
+  index_dim: int = 8
+  block_size: int = 4
+  top_k: int = 3
+  num_local_blocks: int = 1
+  kv_lengths: tuple[int, ...] | None = None
+
+  @property
+  def lengths(self):
+    if self.kv_lengths is None:
+      return None
+    return jnp.asarray(self.kv_lengths, jnp.int32)
+
+  @property
+  def num_blocks(self):
+    return -(-self.kv_len // self.block_size)
+
+  def positions(self):
+    ends = self.kv_lengths or (self.kv_len,) * self.batch
+    return np.asarray(ends)[:, None] - self.q_len + np.arange(self.q_len)
+
+  def inputs(self, seed=0, dtype=jnp.float32):
+    """q, k, v, index_q, index_k."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    kv = (self.batch, self.kv_len, self.num_kv_heads, self.head_dim)
+    shapes = (
+      (self.batch, self.q_len, self.num_heads, self.head_dim),
+      kv,
+      kv,
+      (self.batch, self.q_len, self.num_kv_heads, self.index_dim),
+      (self.batch, self.kv_len, self.index_dim),
+    )
+    return tuple(
+      jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)
+    )
+
+  def select_options(self):
+    return dict(
+      block_size=self.block_size,
+      top_k=self.top_k,
+      num_local_blocks=self.num_local_blocks,
+      kv_lengths=self.lengths,
+    )
+
+
+# Ragged sizes, T < S, S < block, N < P, rows shorter than T, G 1 to 4.
+CASES = {
+  "even": Case(),
+  "ragged": Case(batch=2, q_len=29, kv_len=29, num_local_blocks=2),
+  "cached": Case(q_len=7, kv_len=33, num_heads=6, num_kv_heads=3, head_dim=4),
+  "one_block": Case(batch=2, q_len=6, kv_len=6, block_size=8, top_k=2),
+  "few_blocks": Case(q_len=10, kv_len=10, num_heads=2, top_k=9),
+  "unforced": Case(num_heads=8, block_size=8, top_k=2, num_local_blocks=0),
+  "lengths": Case(batch=3, q_len=9, kv_len=21, kv_lengths=(21, 13, 4)),
+}
+
+
+def random_blocks(case, seed=0, share=1):
+  """Random choices; `share` neighbouring queries choose alike."""
+  rng = np.random.default_rng(seed)
+  rows = np.full(
+    (case.batch, case.num_kv_heads, case.q_len, case.top_k), -1, np.int32
+  )
+  for b in range(case.batch):
+    for g in range(case.num_kv_heads):
+      for t, position in enumerate(case.positions()[b]):
+        if t % share == 0:
+          order = rng.permutation(case.num_blocks)
+        own = position // case.block_size
+        ids = np.sort([i for i in order if i <= own][: case.top_k])
+        rows[b, g, t, : len(ids)] = ids
+  return jnp.asarray(rows)
+
+
+def patterns(case):
+  """Choices a kernel must get right, by name."""
+  shape = (case.batch, case.num_kv_heads, case.q_len, case.top_k)
+  own = np.where(case.positions() < 0, -1, case.positions() // case.block_size)
+  first = np.full(shape, -1, np.int32)
+  first[..., 0] = 0
+  only_own = np.full(shape, -1, np.int32)
+  only_own[..., 0] = own[:, None]
+  late = np.array(random_blocks(case, seed=3))
+  late[:, :, ::2] = -1
+  beyond = np.array(random_blocks(case, seed=4))
+  beyond[..., -1] = case.num_blocks + 5
+  return {
+    "random": random_blocks(case),
+    "sharing": random_blocks(case, share=8),
+    "all_on_block_0": jnp.asarray(first),
+    "own_only": jnp.asarray(only_own),
+    "some_rows_empty": jnp.asarray(late),
+    "beyond_the_end": jnp.asarray(beyond),
+  }
+
+
+def loop_select(case, index_q, index_k):
+  """`select_blocks`, one score at a time."""
+  index_q, index_k = np.asarray(index_q), np.asarray(index_k)
+  chosen = np.full(
+    (case.batch, case.num_kv_heads, case.q_len, case.top_k), -1, np.int32
+  )
+  for b in range(case.batch):
+    for g in range(case.num_kv_heads):
+      for t, position in enumerate(case.positions()[b]):
+        if position < 0:
+          continue
+        own = position // case.block_size
+        ranked = []
+        for n in range(own + 1):
+          scores = [
+            float(np.dot(index_q[b, t, g], index_k[b, j]))
+            for j in range(
+              n * case.block_size,
+              min((n + 1) * case.block_size, position + 1),
+            )
+          ]
+          forced = n > own - case.num_local_blocks
+          if forced:
+            ranked.append((-math.inf, n))
+          elif not any(math.isnan(s) for s in scores):
+            ranked.append((-max(scores), n))
+        ids = sorted(n for _, n in sorted(ranked)[: case.top_k])
+        chosen[b, g, t, : len(ids)] = ids
+  return chosen
+
+
+def loop_msa(case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None):
+  """Output, lse, KL and all gradients, one query and head at a time.
+
+  `blocks` None means all visible tokens. Returns out, lse, kl, (dq, dk, dv) for
+  the cotangent d_out, and (dindex_q, dindex_k) of the KL.
+  """
+  q, k, v, index_q, index_k, d_out = (
+    np.asarray(x, np.float64) for x in (q, k, v, index_q, index_k, d_out)
+  )
+  group = case.num_heads // case.num_kv_heads
+  scale, index_scale = case.head_dim**-0.5, case.index_dim**-0.5
+  out = np.zeros_like(q)
+  lse = np.full((case.batch, case.num_heads, case.q_len), -np.inf)
+  dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
+  d_iq, d_ik = np.zeros_like(index_q), np.zeros_like(index_k)
+  kl, rows = 0.0, 0
+  mask = (
+    np.ones((case.batch, case.q_len), bool)
+    if query_mask is None
+    else np.asarray(query_mask)
+  )
+  divisor = mask.sum() * case.num_kv_heads
+  for b in range(case.batch):
+    for t, position in enumerate(case.positions()[b]):
+      for g in range(case.num_kv_heads):
+        rows += 1
+        seen = [
+          j
+          for j in range(position + 1)
+          if blocks is None
+          or j // case.block_size in np.asarray(blocks)[b, g, t]
+        ]
+        if not seen:
+          continue
+        teacher = np.zeros(len(seen))
+        for h in range(g * group, (g + 1) * group):
+          s = scale * k[b, seen, g] @ q[b, t, h]
+          lse[b, h, t] = np.log(np.sum(np.exp(s)))
+          p = np.exp(s - lse[b, h, t])
+          teacher += p / group
+          out[b, t, h] = p @ v[b, seen, g]
+          dp = v[b, seen, g] @ d_out[b, t, h]
+          ds = scale * p * (dp - out[b, t, h] @ d_out[b, t, h])
+          dq[b, t, h] = ds @ k[b, seen, g]
+          for j, p_j, ds_j in zip(seen, p, ds):
+            dv[b, j, g] += p_j * d_out[b, t, h]
+            dk[b, j, g] += ds_j * q[b, t, h]
+        if mask[b, t]:
+          u = index_scale * index_k[b, seen] @ index_q[b, t, g]
+          student = np.exp(u - np.log(np.sum(np.exp(u))))
+          kl += np.sum(teacher * np.log(teacher / student)) / divisor
+          du = index_scale * (student - teacher) / divisor
+          d_iq[b, t, g] = du @ index_k[b, seen]
+          for j, du_j in zip(seen, du):
+            d_ik[b, j] += du_j * index_q[b, t, g]
+  return out, lse, kl, (dq, dk, dv), (d_iq, d_ik)

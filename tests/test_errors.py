@@ -1,0 +1,198 @@
+"""Wrong calls: each names the argument, what came and what is wanted."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from helpers import Case, random_blocks
+
+import msa_jax
+
+CASE = Case()
+Q, K, V, INDEX_Q, INDEX_K = CASE.inputs()
+BLOCKS = random_blocks(CASE)
+
+select = functools.partial(msa_jax.select_blocks, block_size=4, top_k=3)
+sparse = functools.partial(msa_jax.sparse_attention, block_size=4)
+kl_loss = functools.partial(msa_jax.index_kl_loss, block_size=4)
+msa = functools.partial(msa_jax.msa_attention, block_size=4, top_k=3)
+
+INPUTS = (Q, K, V, INDEX_Q, INDEX_K)
+
+
+def half(x):
+  return x.astype(jnp.bfloat16)
+
+
+WRONG = {
+  "q must have rank 4.*(24, 4, 8)": lambda: sparse(Q[0], K, V, BLOCKS),
+  "index_k must have rank 3": lambda: select(INDEX_Q, INDEX_K[:, :, None]),
+  "k must have B = 1": lambda: sparse(Q, jnp.tile(K, (2, 1, 1, 1)), V, BLOCKS),
+  "v must have S = 24": lambda: sparse(Q, K, V[:, :9], BLOCKS),
+  "v must have K = 2": lambda: sparse(Q, K, V[:, :, :1], BLOCKS),
+  "k must have D = 8": lambda: sparse(Q, K[..., :4], V, BLOCKS),
+  "v must have D = 8": lambda: sparse(Q, K, V[..., :4], BLOCKS),
+  "q must have a multiple of k's 2 heads": lambda: sparse(
+    Q[:, :, :3], K, V, BLOCKS
+  ),
+  "index_q must have K = 2": lambda: msa(Q, K, V, INDEX_Q[:, :, :1], INDEX_K),
+  "index_q must have T = 24": lambda: msa(Q, K, V, INDEX_Q[:, 1:], INDEX_K),
+  "index_k must have I = 8": lambda: select(INDEX_Q, INDEX_K[..., :4]),
+  "index_k must have S = 24": lambda: kl_loss(
+    Q[:, 4:], K, INDEX_Q[:, 4:], INDEX_K[:, :22], None
+  ),
+  "k must have the dtype of q": lambda: sparse(Q, half(K), V, BLOCKS),
+  "index_k must have the dtype of index_q": lambda: select(
+    INDEX_Q, half(INDEX_K)
+  ),
+  "q must have at most as many tokens as k": lambda: sparse(
+    Q, K[:, :9], V[:, :9], BLOCKS
+  ),
+  "index_q must have at most as many tokens": lambda: select(
+    INDEX_Q, INDEX_K[:, :9]
+  ),
+  "block_indices must have shape [B, K, T, P] = (1, 2, 24, any)": lambda: (
+    sparse(Q, K, V, BLOCKS[:, :1])
+  ),
+  "block_indices must be int32": lambda: sparse(
+    Q, K, V, BLOCKS.astype(jnp.int16)
+  ),
+  "phase must be one of 'sparse', 'warmup', got 'dense'": lambda: msa(
+    *INPUTS, phase="dense"
+  ),
+  "score_precision must be one of": lambda: select(
+    INDEX_Q, INDEX_K, score_precision="fp4"
+  ),
+  "implementation must be one of 'reference', .* got 'cuda'": (
+    lambda: msa(*INPUTS, implementation="cuda")
+  ),
+  "top_k must be an integer of at least 1, got 0": lambda: select(
+    INDEX_Q, INDEX_K, top_k=0
+  ),
+  "block_size must be an integer of at least 1, got 0": lambda: sparse(
+    Q, K, V, BLOCKS, block_size=0
+  ),
+  "num_local_blocks must be an integer from 0 to top_k = 3, got 4": lambda: (
+    select(INDEX_Q, INDEX_K, num_local_blocks=4)
+  ),
+  "kv_lengths must have shape [B] = (1), got (2,)": lambda: select(
+    INDEX_Q, INDEX_K, kv_lengths=jnp.zeros(2, jnp.int32)
+  ),
+  "kv_lengths must be integers": lambda: select(
+    INDEX_Q, INDEX_K, kv_lengths=jnp.zeros(1)
+  ),
+  "q must be bfloat16, float16, float32 or float64, got int32": lambda: sparse(
+    Q.astype(jnp.int32), K, V, BLOCKS
+  ),
+  "q must be an array of shape": lambda: sparse([[1.0]], K, V, BLOCKS),
+  "q must have no empty axis": lambda: sparse(Q[:, :0], K, V, BLOCKS),
+  "query_mask must have shape": lambda: msa(
+    *INPUTS, query_mask=jnp.ones((1, 3), bool)
+  ),
+  "query_mask must be bool": lambda: msa(*INPUTS, query_mask=jnp.ones((1, 24))),
+  "lse must have shape": lambda: kl_loss(
+    Q, K, INDEX_Q, INDEX_K, None, lse=jnp.zeros((1, 24, 4))
+  ),
+  "scale must be a Python number or None": lambda: sparse(
+    Q, K, V, BLOCKS, scale="big"
+  ),
+  "index_scale must be finite": lambda: msa(*INPUTS, index_scale=np.inf),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_calls(text):
+  before, _, after = text.partition(".*")
+  with pytest.raises(ValueError) as error:
+    WRONG[text]()
+  assert before in str(error.value) and after in str(error.value)
+
+
+def test_errors_come_before_tracing_anything():
+  """A wrong call fails on shapes alone, also under jit."""
+  with pytest.raises(ValueError, match="top_k"):
+    jax.eval_shape(lambda *x: msa(*x, top_k=-1), *INPUTS)
+
+
+def test_a_named_implementation_never_falls_back():
+  """On this machine the kernels cannot run, and say so."""
+  if jax.default_backend() == "gpu":
+    pytest.skip("needs a machine without a GPU")
+  calls = (
+    lambda **o: select(INDEX_Q, INDEX_K, **o),
+    lambda **o: sparse(Q, K, V, BLOCKS, **o),
+    lambda **o: kl_loss(Q, K, INDEX_Q, INDEX_K, BLOCKS, **o),
+    lambda **o: msa(*INPUTS, **o),
+  )
+  for call in calls:
+    with pytest.raises(NotImplementedError):
+      call(implementation="mosaic_gpu")
+    for got, want in zip(
+      jax.tree.leaves(call()), jax.tree.leaves(call(implementation="xla"))
+    ):
+      np.testing.assert_array_equal(got, want)
+
+
+CONFIG = dict(
+  vocab_size=16,
+  num_layers=2,
+  embed_dim=16,
+  num_heads=4,
+  num_kv_heads=2,
+  head_dim=4,
+  mlp_dim=16,
+)
+
+
+@pytest.mark.parametrize(
+  "change, text",
+  [
+    (dict(num_heads=3), "num_heads must be a multiple of num_kv_heads = 2"),
+    (dict(layer_kinds=("mla",)), "layer_kinds must be 1 to num_layers = 2"),
+    (dict(layer_kinds=("gqa",) * 3), "layer_kinds must be 1 to num_layers"),
+    (dict(rope_dim=3), "rope_dim must be even"),
+    (dict(num_layers=0), "num_layers must be an integer of at least 1, got 0"),
+    (dict(dtype="int8"), "dtype must be one of"),
+    (dict(implementation="cuda"), "implementation must be one of"),
+  ],
+)
+def test_wrong_model_configs(change, text):
+  with pytest.raises(ValueError, match=text):
+    msa_jax.ModelConfig(**CONFIG | change)
+
+
+@pytest.mark.parametrize(
+  "change, text",
+  [
+    (dict(top_k=0), "top_k must be at least 1"),
+    (dict(num_local_blocks=9, top_k=4), "num_local_blocks must be from 0 to"),
+    (dict(selection="all"), "selection must be 'index' or 'window'"),
+    (dict(selection="window", value_head=True), "value_head must be False"),
+    (dict(force_first_block=True, top_k=1), "top_k must be greater than"),
+    (dict(score_precision="bf16"), "score_precision must be one of"),
+  ],
+)
+def test_wrong_index_configs(change, text):
+  with pytest.raises(ValueError, match=text):
+    msa_jax.IndexConfig(**change)
+
+
+def test_wrong_modules():
+  rngs = nnx.Rngs(0)
+  with pytest.raises(ValueError, match="num_heads must be a multiple"):
+    msa_jax.GQAttention(4, 32, num_kv_heads=3, rngs=rngs)
+  with pytest.raises(ValueError, match="qkv_features must be a multiple"):
+    msa_jax.GQAttention(4, 30, num_kv_heads=2, rngs=rngs)
+  with pytest.raises(ValueError, match="rope_dim must be even"):
+    msa_jax.MSAttention(4, 32, rope_dim=10, rngs=rngs)
+  model = msa_jax.DecoderLM(msa_jax.ModelConfig(**CONFIG), rngs=rngs)
+  with pytest.raises(ValueError, match="tokens must have rank 2"):
+    model(jnp.zeros((4,), jnp.int32))
+  with pytest.raises(ValueError, match="tokens must be integers"):
+    model(jnp.zeros((1, 4)))
+  other = msa_jax.ModelConfig(**CONFIG | dict(mlp_dim=8, layer_kinds=("msa",)))
+  with pytest.raises(ValueError, match=r"config.mlp_dim must be 16"):
+    msa_jax.to_msa(model, other, rngs=rngs)

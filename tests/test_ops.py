@@ -1,0 +1,456 @@
+"""The operations against loops, finite differences and another program."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import CASES, Case, loop_msa, loop_select, patterns, random_blocks
+from jax.test_util import check_grads
+
+import msa_jax
+from msa_jax import xla
+
+DENSE_AND_SPARSE = ("reference", "xla")
+
+
+def msa(case, implementation, **options):
+  return functools.partial(
+    msa_jax.msa_attention,
+    **case.select_options(),
+    implementation=implementation,
+    **options,
+  )
+
+
+def assert_close(got, want, tolerance):
+  np.testing.assert_array_equal(np.isneginf(got), np.isneginf(want))
+  np.testing.assert_allclose(got, want, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", DENSE_AND_SPARSE)
+@pytest.mark.parametrize("name", CASES)
+def test_selection_equals_loops(name, implementation):
+  case = CASES[name]
+  index_q, index_k = case.inputs()[3:]
+  got = msa_jax.select_blocks(
+    index_q, index_k, **case.select_options(), implementation=implementation
+  )
+  np.testing.assert_array_equal(got, loop_select(case, index_q, index_k))
+
+
+@pytest.mark.parametrize(
+  "name, phase",
+  [(name, "sparse") for name in CASES]
+  + [(name, "warmup") for name in ("even", "cached", "lengths")],
+)
+def test_outputs_and_gradients_equal_loops(name, phase, x64):
+  """Both implementations in float64: out, lse, KL and every gradient."""
+  case = CASES[name]
+  inputs = case.inputs(dtype=jnp.float64)
+  d_out = jax.random.normal(jax.random.key(7), inputs[0].shape, jnp.float64)
+  mask = jax.random.bernoulli(jax.random.key(8), 0.7, inputs[0].shape[:2])
+  for implementation in DENSE_AND_SPARSE:
+
+    @jax.jit
+    def run(inputs, implementation=implementation):
+      def loss(inputs):
+        result = msa(
+          case, implementation, phase=phase, with_kl=True, query_mask=mask
+        )(*inputs)
+        return jnp.sum(result.out * d_out) + result.kl, result
+
+      return jax.grad(loss, has_aux=True)(inputs)
+
+    grads, result = run(inputs)
+    blocks = None if phase == "warmup" else result.block_indices
+    out, lse, kl, main, index = loop_msa(case, *inputs, blocks, d_out, mask)
+    assert_close(result.out, out, 1e-11)
+    assert_close(result.lse, lse, 1e-11)
+    assert_close(result.kl, kl, 1e-11)
+    for got, want in zip(grads, (*main, *index)):
+      assert_close(got, want, 1e-10)
+
+
+@pytest.mark.parametrize("implementation", DENSE_AND_SPARSE)
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+def test_gradients_equal_finite_differences(phase, implementation, x64):
+  case = Case(
+    batch=2, q_len=7, kv_len=9, num_heads=4, head_dim=3, index_dim=3, top_k=2
+  )
+  q, k, v, index_q, index_k = case.inputs(dtype=jnp.float64)
+  blocks = random_blocks(case) if phase == "sparse" else None
+  options = dict(block_size=case.block_size, implementation=implementation)
+
+  def attend(q, k, v):
+    if phase == "sparse":
+      return msa_jax.sparse_attention(q, k, v, blocks, **options)
+    return msa(case, implementation, phase=phase)(q, k, v, index_q, index_k).out
+
+  def kl(index_q, index_k):
+    return msa_jax.index_kl_loss(q, k, index_q, index_k, blocks, **options)
+
+  check_grads(jax.jit(attend), (q, k, v), order=1, modes=["rev"])
+  check_grads(jax.jit(kl), (index_q, index_k), order=1, modes=["rev"])
+
+
+@pytest.mark.parametrize("implementation", DENSE_AND_SPARSE)
+@pytest.mark.parametrize("name", ["even", "lengths"])
+def test_caller_made_choices(name, implementation):
+  """Every pattern gives the loops' values and gradients, and no NaN."""
+  case = CASES[name]
+  inputs = case.inputs()
+  d_out = jax.random.normal(jax.random.key(7), inputs[0].shape)
+
+  @jax.jit
+  def run(inputs, blocks):
+    def loss(inputs):
+      q, k, v, index_q, index_k = inputs
+      options = dict(
+        block_size=case.block_size,
+        kv_lengths=case.lengths,
+        implementation=implementation,
+      )
+      out, lse = msa_jax.sparse_attention(
+        q, k, v, blocks, return_lse=True, **options
+      )
+      kl = msa_jax.index_kl_loss(q, k, index_q, index_k, blocks, **options)
+      return jnp.sum(out * d_out) + kl, (out, lse, kl)
+
+    return jax.grad(loss, has_aux=True)(inputs)
+
+  for pattern, blocks in patterns(case).items():
+    grads, (out, lse, kl) = run(inputs, blocks)
+    want = loop_msa(case, *inputs, blocks, d_out)
+    for got, expected in zip(
+      (out, lse, kl, *grads), (*want[:3], *want[3], *want[4])
+    ):
+      np.testing.assert_array_equal(np.isneginf(got), np.isneginf(expected))
+      np.testing.assert_allclose(
+        got, expected, rtol=2e-5, atol=2e-5, err_msg=pattern
+      )
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_stays_near_the_yardstick(dtype):
+  """xla in half precision errs no more than rounded probabilities do.
+
+  Truth is the reference in float32 on the rounded inputs; the yardstick rounds
+  p and dS to the working dtype, as xla does, and its error in `out` is one half
+  unit in the last place of values of size 1.
+  """
+  case = Case(q_len=64, kv_len=64, block_size=8, top_k=4, head_dim=16)
+  inputs = case.inputs(dtype=dtype)
+  exact = tuple(x.astype(jnp.float32) for x in inputs)
+  d_out = jax.random.normal(jax.random.key(7), inputs[0].shape, dtype)
+  blocks = random_blocks(case)
+
+  def run(inputs, implementation):
+    def loss(q, k, v):
+      out = msa_jax.sparse_attention(
+        q,
+        k,
+        v,
+        blocks,
+        block_size=case.block_size,
+        implementation=implementation,
+      )
+      return jnp.sum(out.astype(jnp.float32) * d_out.astype(jnp.float32)), out
+
+    def kl(index_q, index_k):
+      return msa_jax.index_kl_loss(
+        *inputs[:2],
+        index_q,
+        index_k,
+        blocks,
+        block_size=case.block_size,
+        implementation=implementation,
+      )
+
+    grad = jax.jit(jax.value_and_grad(loss, (0, 1, 2), has_aux=True))
+    (_, out), grads = grad(*inputs[:3])
+    kl_grad = jax.jit(jax.value_and_grad(kl, (0, 1)))
+    return jax.tree.leaves((out, grads, kl_grad(*inputs[3:])))
+
+  unit = float(jnp.finfo(dtype).eps)
+  for got, want in zip(run(inputs, "xla"), run(exact, "reference")):
+    error = np.asarray(got, np.float32) - np.asarray(want)
+    assert np.sqrt(np.mean(error**2) / np.mean(np.square(want))) < unit
+  index_q, index_k = inputs[3:]
+  select = functools.partial(msa_jax.select_blocks, **case.select_options())
+  np.testing.assert_array_equal(
+    select(index_q, index_k, implementation="xla"),
+    select(*exact[3:], implementation="reference"),
+  )
+
+
+def test_chunks_change_nothing(monkeypatch):
+  """Many chunks of queries give what one chunk gives, backward included."""
+  case = CASES["ragged"]
+  inputs = case.inputs()
+
+  def run(phase):
+    def loss(inputs):
+      result = msa(case, "xla", phase=phase, with_kl=True)(*inputs)
+      recall = msa_jax.selection_recall(
+        *inputs[:2], result.block_indices, block_size=case.block_size
+      )
+      return jnp.sum(jnp.sin(result.out)) + result.kl, (result, recall)
+
+    grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
+    return jax.tree.leaves(grad(inputs))
+
+  for phase in ("sparse", "warmup"):
+    whole = run(phase)
+    monkeypatch.setattr(xla, "_CHUNK_ELEMENTS", 2000)
+    jax.clear_caches()
+    assert xla._chunks(case.q_len, case.batch * case.num_heads * 29).count > 2
+    for got, want in zip(run(phase), whole):
+      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    monkeypatch.undo()
+    jax.clear_caches()
+
+
+def test_memory_grows_linearly():
+  """Forward, backward and KL at 16,384 tokens stay under 2 GB."""
+  case = Case(
+    q_len=16384,
+    kv_len=16384,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    index_dim=64,
+    block_size=64,
+    top_k=8,
+  )
+
+  def loss(inputs):
+    result = msa(case, "xla", with_kl=True)(*inputs)
+    return jnp.sum(result.out) + result.kl
+
+  shapes = jax.eval_shape(case.inputs)
+  compiled = jax.jit(jax.grad(loss)).lower(shapes).compile()
+  assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+
+
+@pytest.mark.parametrize("implementation", DENSE_AND_SPARSE)
+def test_nan_stays_where_it_can_be_seen(implementation):
+  case = Case(q_len=32, kv_len=32, block_size=4, top_k=3)
+  inputs = case.inputs()
+  blocks = jnp.asarray(
+    np.where(np.array(patterns(case)["random"]) == 3, -1, random_blocks(case))
+  )
+
+  def run(q, k, v):
+    attend = jax.jit(
+      functools.partial(
+        msa_jax.sparse_attention, block_size=4, implementation=implementation
+      )
+    )
+    return jax.vjp(lambda *x: attend(*x, blocks), q, k, v)
+
+  q, k, v = inputs[:3]
+  clean, pullback = run(q, k, v)
+  clean_grads = pullback(jnp.ones_like(clean))
+  # Block 3 is picked by nobody: NaN there reaches nothing.
+  out, pullback = run(
+    q, k.at[:, 12:16].set(jnp.nan), v.at[:, 12:16].set(jnp.nan)
+  )
+  np.testing.assert_array_equal(out, clean)
+  for got, want in zip(pullback(jnp.ones_like(out)), clean_grads):
+    np.testing.assert_array_equal(got, want)
+  assert not np.any(clean_grads[1][:, 12:16])
+  assert not np.any(clean_grads[2][:, 12:16])
+  # NaN in one query stays in that query, in the forward and in dq.
+  out, pullback = run(q.at[:, 9].set(jnp.nan), k, v)
+  bad = np.isnan(out).any((0, 2, 3))
+  assert bad[9] and bad.sum() == 1
+  # A NaN value is seen by the queries that may attend to it, and no earlier.
+  out, _ = run(q, k, v.at[:, 17].set(jnp.nan))
+  bad = np.isnan(out).any((0, 2, 3))
+  assert not bad[:17].any() and bad[17:].any()
+
+
+@pytest.mark.parametrize("implementation", DENSE_AND_SPARSE)
+def test_nan_scores_and_ties(implementation):
+  case = Case(q_len=32, kv_len=32, block_size=4, top_k=3)
+  index_q, index_k = case.inputs()[3:]
+  select = functools.partial(
+    msa_jax.select_blocks,
+    **case.select_options(),
+    implementation=implementation,
+  )
+  # All scores equal: the own block, then the lowest ids.
+  got = select(index_q, jnp.zeros_like(index_k))
+  np.testing.assert_array_equal(got[0, 0, 31], [0, 1, 7])
+  np.testing.assert_array_equal(got[0, 0, 5], [0, 1, -1])
+  # Negative zero is zero.
+  got = select(index_q, jnp.zeros_like(index_k).at[:, ::2].set(-0.0))
+  np.testing.assert_array_equal(got[0, 0, 31], [0, 1, 7])
+
+
+@pytest.mark.parametrize("block_size", [4, 8])
+@pytest.mark.parametrize("implementation", DENSE_AND_SPARSE)
+def test_a_block_with_a_nan_score_is_chosen_only_where_forced(
+  implementation, block_size
+):
+  case = Case(q_len=64, kv_len=64, block_size=block_size, top_k=3)
+  index_q, index_k = case.inputs()[3:]
+  at = 2 * block_size + 1
+  poisoned = index_k.at[:, at].set(jnp.nan)
+  got = msa_jax.select_blocks(
+    index_q, poisoned, **case.select_options(), implementation=implementation
+  )
+  np.testing.assert_array_equal(got, loop_select(case, index_q, poisoned))
+  holds = (np.asarray(got) == 2).any(-1)[0, 0]
+  assert holds[at : 3 * block_size].all()
+  assert not holds[3 * block_size :].any()
+
+
+def test_fp8_selection_recall():
+  """e4m3 operands keep most exact choices on random data."""
+  case = Case(q_len=256, kv_len=256, index_dim=64, block_size=8, top_k=8)
+  index_q, index_k = case.inputs()[3:]
+  chosen = {
+    precision: np.asarray(
+      msa_jax.select_blocks(
+        index_q,
+        index_k,
+        **case.select_options(),
+        score_precision=precision,
+        implementation="xla",
+      )
+    )
+    for precision in ("exact", "fp8")
+  }
+  kept = (chosen["fp8"][..., None] == chosen["exact"][..., None, :]).any(-1)
+  assert 0.9 < kept[:, :, 64:].mean() < 1
+
+
+def test_recall_counts_mass_on_picked_blocks():
+  case = Case(q_len=16, kv_len=16, num_heads=2, num_kv_heads=1, top_k=2)
+  q, k = case.inputs()[:2]
+  best = np.full((1, 1, 16, 2), -1, np.int32)
+  mass_on_best = []
+  for t in range(16):
+    s = np.einsum("hd,jd->hj", q[0, t], k[0, : t + 1, 0]) * 8**-0.5
+    p = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
+    mass = np.zeros(4)
+    np.add.at(mass, np.arange(t + 1) // 4, p.mean(0))
+    ids = np.sort(np.argsort(-mass)[: min(2, t // 4 + 1)])
+    best[0, 0, t, : len(ids)] = ids
+    mass_on_best.append(mass[ids].sum())
+  recall = functools.partial(msa_jax.selection_recall, q, k, block_size=4)
+  block, score = recall(jnp.asarray(best))
+  np.testing.assert_allclose(block, 1.0, rtol=1e-6)
+  np.testing.assert_allclose(score, np.mean(mass_on_best), rtol=1e-5)
+  half = best.copy()
+  half[..., 1] = -1
+  block, _ = recall(jnp.asarray(half))
+  # Queries 0-3 see one block and pick it; the others pick one of their two.
+  np.testing.assert_allclose(block, (4 * 1 + 12 * 0.5) / 16, rtol=1e-6)
+
+
+def test_vmap_remat_and_repeats_agree():
+  case = CASES["even"]
+  inputs = case.inputs()
+
+  def loss(*inputs):
+    result = msa(case, "xla", with_kl=True)(*inputs)
+    return jnp.sum(jnp.sin(result.out)) + result.kl
+
+  grad = jax.jit(jax.grad(loss, argnums=(0, 1, 2, 3, 4)))
+  first, second = grad(*inputs), grad(*inputs)
+  for a, b in zip(first, second):
+    np.testing.assert_array_equal(a, b)
+  every = (0, 1, 2, 3, 4)
+  remat = jax.jit(jax.grad(jax.checkpoint(loss), argnums=every))(*inputs)
+  stacked = tuple(jnp.stack([x, x]) for x in inputs)
+  mapped = jax.jit(jax.vmap(jax.grad(loss, argnums=every)))(*stacked)
+  for want, a, b in zip(first, remat, mapped):
+    np.testing.assert_allclose(a, want, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(b[1], want, rtol=1e-5, atol=1e-6)
+
+
+def test_kl_gradient_stops_at_the_index_operands():
+  case = CASES["even"]
+  inputs = case.inputs()
+  for implementation in DENSE_AND_SPARSE:
+    for phase in ("sparse", "warmup"):
+
+      @jax.jit
+      def both(inputs, implementation=implementation, phase=phase):
+        run = msa(case, implementation, phase=phase, with_kl=True)
+        return (
+          jax.grad(lambda x: run(*x).kl)(inputs),
+          jax.grad(lambda x: jnp.sum(run(*x).out))(inputs),
+        )
+
+      of_kl, of_out = both(inputs)
+      assert [bool(np.any(g)) for g in of_kl] == [False] * 3 + [True] * 2
+      assert [bool(np.any(g)) for g in of_out] == [True] * 3 + [False] * 2
+
+
+@pytest.mark.parametrize("implementation", DENSE_AND_SPARSE)
+def test_equals_another_implementation(implementation):
+  """One layer of a tiny MiniMax-M3 model by Hugging Face transformers."""
+  data = np.load("tests/data/m3_tiny_attention.npz")
+  x = jnp.asarray(data["hidden_states"])
+  cotangent = jnp.asarray(data["cotangent"])
+  weights = {
+    name: jnp.asarray(data[name])
+    for name in data
+    if name.endswith(".weight") and not name.startswith("grad.")
+  }
+  cos, sin = jnp.asarray(data["cos"])[0], jnp.asarray(data["sin"])[0]
+
+  def heads(x, weights, name, norm=True):
+    prefix, dot, short = name.rpartition(".")
+    y = x @ weights[f"{name}_proj.weight"].T
+    y = y.reshape(*x.shape[:2], -1, 32)
+    if norm:
+      y = y * jax.lax.rsqrt(jnp.mean(y**2, -1, keepdims=True) + 1e-6)
+      y = y * (1 + weights[f"{prefix}{dot}{short}_norm.weight"])
+      a, b = y[..., :8], y[..., 8:16]
+      turned = jnp.concatenate([-b, a], -1)
+      rotated = y[..., :16] * cos[:, None] + turned * sin[:, None]
+      y = jnp.concatenate([rotated, y[..., 16:]], -1)
+    return y
+
+  def layer(x, weights):
+    index_q = heads(x, weights, "indexer.q")
+    index_k = heads(x, weights, "indexer.k")[:, :, 0]
+    result = msa_jax.msa_attention(
+      heads(x, weights, "q"),
+      heads(x, weights, "k"),
+      heads(x, weights, "v", norm=False),
+      index_q,
+      index_k,
+      block_size=16,
+      top_k=3,
+      implementation=implementation,
+    )
+    out = result.out.reshape(*x.shape[:2], -1) @ weights["o_proj.weight"].T
+    return jnp.sum(out * cotangent), (out, result.block_indices)
+
+  grads, (out, blocks) = jax.jit(jax.grad(layer, argnums=(0, 1), has_aux=True))(
+    x, weights
+  )
+  # Theirs are in score order.
+  want = np.where(data["block_indices"] < 0, 99, data["block_indices"])
+  want = np.sort(want, axis=-1)
+  np.testing.assert_array_equal(np.where(blocks < 0, 99, blocks), want)
+  np.testing.assert_allclose(out, data["output"], atol=2e-5)
+  np.testing.assert_allclose(grads[0], data["grad_hidden_states"], atol=2e-4)
+  checked = 0
+  for name, grad in grads[1].items():
+    if f"grad.{name}" in data:
+      checked += 1
+      scale = np.abs(data[f"grad.{name}"]).max()
+      np.testing.assert_allclose(
+        grad, data[f"grad.{name}"], atol=1e-5 * max(scale, 1)
+      )
+    else:
+      assert name.startswith("indexer.")
+  assert checked == 6

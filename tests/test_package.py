@@ -1,0 +1,94 @@
+"""What holds of the package as a whole."""
+
+import ast
+import pathlib
+import subprocess
+import sys
+
+import pytest
+from beartype import beartype
+from helpers import CASES, random_blocks
+from jaxtyping import jaxtyped
+
+import msa_jax
+
+ROOT = pathlib.Path(__file__).parent.parent
+# Each package may import the packages after it, bench.py being an entry point.
+LAYERS = ("train", "msa_jax", "pallas_kernels")
+
+
+def imported(path):
+  for node in ast.walk(ast.parse(path.read_text())):
+    if isinstance(node, ast.Import):
+      yield from (alias.name.split(".")[0] for alias in node.names)
+    elif isinstance(node, ast.ImportFrom) and node.module:
+      yield node.module.split(".")[0]
+
+
+@pytest.mark.parametrize("package", LAYERS)
+def test_imports_go_one_way(package):
+  above = LAYERS[: LAYERS.index(package)]
+  files = [
+    path
+    for path in (ROOT / package).rglob("*.py")
+    if path != ROOT / "pallas_kernels" / "bench.py"
+  ]
+  assert files
+  for path in files:
+    assert not set(imported(path)) & {*above, "tests"}, path
+
+
+def test_import_is_light():
+  """msa_jax needs no training extra and adds at most 0.3 s to jax and nnx."""
+  code = """
+import sys, time
+import jax
+from flax import nnx
+start = time.process_time()
+import msa_jax
+took = time.process_time() - start
+heavy = {"orbax", "matplotlib", "tyro", "rich", "pyarrow", "tokenizers",
+         "tensorboardX", "scipy", "safetensors", "train"}
+print(took, *sorted(heavy & set(sys.modules)), sep=" ")
+"""
+  before = "import jax; from flax import nnx; import sys; print(*sys.modules)"
+  run = lambda code: subprocess.run(  # noqa: E731
+    [sys.executable, "-c", code], capture_output=True, text=True, check=True
+  ).stdout.split()
+  # The best of three: the machine may be busy.
+  results = [run(code) for _ in range(3)]
+  assert min(float(result[0]) for result in results) < 0.3
+  known = set(run(before))
+  assert not set(results[0][1:]) - known
+
+
+def test_annotations_hold():
+  """Shapes and dtypes in the signatures are those of real calls."""
+  check = lambda f: jaxtyped(f, typechecker=beartype)  # noqa: E731
+  case = CASES["lengths"]
+  q, k, v, index_q, index_k = case.inputs()
+  blocks = random_blocks(case)
+  for implementation in ("reference", "xla"):
+    check(msa_jax.select_blocks)(
+      index_q,
+      index_k,
+      **case.select_options(),
+      implementation=implementation,
+    )
+    options = dict(
+      block_size=case.block_size,
+      kv_lengths=case.lengths,
+      implementation=implementation,
+    )
+    check(msa_jax.sparse_attention)(q, k, v, blocks, return_lse=True, **options)
+    check(msa_jax.index_kl_loss)(q, k, index_q, index_k, blocks, **options)
+    check(msa_jax.msa_attention)(
+      q,
+      k,
+      v,
+      index_q,
+      index_k,
+      with_kl=True,
+      **case.select_options(),
+      implementation=implementation,
+    )
