@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ class GQAttention(nnx.Module):
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     kernel_init: Callable = _KERNEL_INIT,
-    implementation: str | None = "xla",
+    implementation: Any = "xla",
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
@@ -159,25 +159,25 @@ class GQAttention(nnx.Module):
     self.implementation = implementation
     self.sharding = sharding
 
-    self._linear = functools.partial(
+    linear = functools.partial(
       _linear, dtype, param_dtype, kernel_init, sharding, rngs
     )
-    self._norm = functools.partial(
+    norm = functools.partial(
       _head_norm, normalize_qk, norm_eps, dtype, param_dtype, sharding, rngs
     )
     heads = (num_heads, head_dim)
     kv_heads = (num_kv_heads, head_dim)
-    self.query = self._linear(in_features, heads)
-    self.key = self._linear(in_features, kv_heads)
-    self.value = self._linear(in_features, kv_heads)
-    self.out = self._linear(heads, out_features)
-    self.query_norm = self._norm(head_dim)
-    self.key_norm = self._norm(head_dim)
-    self._build(in_features, out_features)
-    # Only needed while building.
-    del self._linear, self._norm
+    self.query = linear(in_features, heads)
+    self.key = linear(in_features, kv_heads)
+    self.value = linear(in_features, kv_heads)
+    self.out = linear(heads, out_features)
+    self.query_norm = norm(head_dim)
+    self.key_norm = norm(head_dim)
+    self._build(linear, norm, in_features, out_features)
 
-  def _build(self, in_features: int, out_features: int) -> None:
+  def _build(
+    self, linear: Callable, norm: Callable, in_features: int, out_features: int
+  ) -> None:
     """Adds what a subclass needs beside the main branch."""
 
   def _rotate(self, x: Array, positions: Array | None) -> Array:
@@ -192,7 +192,7 @@ class GQAttention(nnx.Module):
 
   def _qkv(self, x: Array, positions: Array | None) -> tuple[Array, ...]:
     q, k = self.query(x), self.key(x)
-    if self.query_norm is not None:
+    if self.query_norm is not None and self.key_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
     return self._rotate(q, positions), self._rotate(k, positions), self.value(x)
 
@@ -299,17 +299,19 @@ class MSAttention(GQAttention):
       **gqa_options,
     )
 
-  def _build(self, in_features: int, out_features: int) -> None:
+  def _build(
+    self, linear: Callable, norm: Callable, in_features: int, out_features: int
+  ) -> None:
     if self.selection == "window":
       return
     heads = (self.num_kv_heads, self.index_dim)
-    self.index_query = self._linear(in_features, heads)
-    self.index_key = self._linear(in_features, (self.index_dim,))
-    self.index_query_norm = self._norm(self.index_dim)
-    self.index_key_norm = self._norm(self.index_dim)
+    self.index_query = linear(in_features, heads)
+    self.index_key = linear(in_features, (self.index_dim,))
+    self.index_query_norm = norm(self.index_dim)
+    self.index_key_norm = norm(self.index_dim)
     if self.value_head:
-      self.index_value = self._linear(in_features, (self.index_dim,))
-      self.index_out = self._linear(heads, out_features)
+      self.index_value = linear(in_features, (self.index_dim,))
+      self.index_out = linear(heads, out_features)
 
   def _index(
     self, x: Array, positions: Array | None
@@ -322,7 +324,7 @@ class MSAttention(GQAttention):
     if self.detach_input:
       x = lax.stop_gradient(x)
     index_q, index_k = self.index_query(x), self.index_key(x)
-    if self.index_query_norm is not None:
+    if self.index_query_norm is not None and self.index_key_norm is not None:
       index_q = self.index_query_norm(index_q)
       index_k = self.index_key_norm(index_k)
     index_q = self._rotate(index_q, positions)
@@ -383,7 +385,7 @@ class MSAttention(GQAttention):
     with_selection: bool,
   ):
     """One device's batch rows and KV heads: (out, index_out, kl, selection)."""
-    options = dict(
+    options: dict[str, Any] = dict(
       block_size=self.block_size, implementation=self.implementation
     )
     plain = self.selection == "index" and not self.force_first_block
@@ -457,7 +459,7 @@ class MSAttention(GQAttention):
     index_v: Array,
     block_indices: Array,
     phase: ops.Phase,
-  ) -> Array:
+  ) -> Any:
     """Attention of the index heads themselves over the attended tokens."""
     shape = (*index_k.shape[:2], index_q.shape[2], index_k.shape[-1])
     k = jnp.broadcast_to(index_k[:, :, None], shape)
@@ -542,7 +544,8 @@ class MSAttention(GQAttention):
     shared = PartitionSpec(batch, None, None)
     scalar = PartitionSpec()
     blocks = PartitionSpec(batch, heads, None, None)
-    selection = Selection(blocks, scalar, scalar) if with_selection else None
+    specs: Any = (blocks, scalar, scalar)
+    selection = Selection(*specs) if with_selection else None
     return jax.shard_map(
       local,
       in_specs=(

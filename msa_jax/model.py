@@ -265,7 +265,7 @@ class DecoderLayer(nnx.Module):
   ):
     dtype = jnp.dtype(config.dtype)
     param_dtype = jnp.dtype(config.param_dtype)
-    options = dict(
+    options: dict[str, Any] = dict(
       num_heads=config.num_heads,
       in_features=config.embed_dim,
       qkv_features=config.num_heads * config.head_dim,
@@ -285,6 +285,7 @@ class DecoderLayer(nnx.Module):
     # one seed start from the same weights but for the Index Branch.
     self.mlp_norm = rms_norm(*norm, rngs)
     self.mlp = SwiGLU(config, rngs=rngs, sharding=sharding)
+    index_options: dict[str, Any] = dataclasses.asdict(config.index)
     if kind == "gqa":
       self.attention = GQAttention(
         implementation=config.gqa_implementation, **options
@@ -292,7 +293,7 @@ class DecoderLayer(nnx.Module):
     else:
       self.attention = MSAttention(
         implementation=config.implementation,
-        **dataclasses.asdict(config.index),
+        **index_options,
         **options,
       )
 

@@ -220,7 +220,7 @@ def kl_rows(
 
 
 def counted_rows(
-  shape: tuple[int, int, int], query_mask: Bool[Array, "B T"] | None
+  shape: tuple[int, ...], query_mask: Bool[Array, "B T"] | None
 ) -> Float[Array, ""]:
   """Number of (query, group) rows, of shape B, K, T, that the KL averages."""
   b, k, t = shape

@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -278,7 +278,7 @@ def _join(x: Array, axis: int, length: int) -> Array:
   return lax.slice_in_dim(x, 0, length, axis=axis)
 
 
-def _over_chunks(body: Callable, carry, xs, chunk: _Chunk):
+def _over_chunks(body: Callable, carry, xs, chunk: _Chunk) -> tuple[Any, Any]:
   """`lax.scan`, without a loop around a single chunk."""
   if chunk.count == 1:
     carry, ys = body(carry, jax.tree.map(lambda x: x[0], xs))
@@ -685,14 +685,14 @@ def _dense(
   k: Float[Array, "B S K D"],
   v: Float[Array, "B S K D"] | None,
   index_q: Float[Array, "B T K I"] | None,
-  index_k: Float[Array, "B S I"] | None,
+  index_k: Any,
   *,
   scale: float,
-  index_scale: float | None,
+  index_scale: float,
   lse: Float[Array, "B H T"] | None,
   kv_lengths: Int[Array, "B"] | None,
   query_mask: Bool[Array, "B T"] | None,
-):
+) -> tuple[Any, Any, Any]:
   """Attention (if v is given) and KL (if index_q is) over all visible tokens.
 
   Each chunk is recomputed in the backward pass, so memory stays linear.
@@ -733,7 +733,7 @@ def _dense(
   )
   _, (out, lse, kl) = _over_chunks(jax.checkpoint(body), (), xs, chunk)
   if out is not None:
-    out, lse = _join(out, 1, t), _join(lse, 2, t)
+    out, lse = _join(out, 1, t), _join(lse, 2, t)  # pyright: ignore
   if kl is not None:
     counted = reference.counted_rows((b, num_kv_heads, t), query_mask)
     kl = jnp.sum(kl) / jnp.maximum(counted, 1).astype(kl.dtype)
@@ -760,7 +760,7 @@ def warmup_attention(
     None,
     None,
     scale=scale,
-    index_scale=None,
+    index_scale=1.0,
     lse=None,
     kv_lengths=kv_lengths,
     query_mask=None,

@@ -1,0 +1,1 @@
+"""Train GQA and MSA language models side by side and compare them."""

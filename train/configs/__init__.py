@@ -1,0 +1,1 @@
+"""Presets: each module holds one comparison, named COMPARISON."""

@@ -1,0 +1,124 @@
+"""What the Mosaic GPU kernels support, and the launch they share.
+
+The limits are listed here and nowhere else; `check_supported` names them. The
+kernels need Hopper (compute capability 9.0): wgmma, TMA and setmaxnreg.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+DTYPES = ("bfloat16", "float16")
+HEAD_DIMS = (64, 128)  # D and I
+BLOCK_SIZES = (64, 128)
+GROUP_SIZES = (1, 2, 4, 8, 16)  # G
+MAX_TOP_K = 32  # P
+MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
+
+LOG2E = math.log2(math.e)
+LN2 = math.log(2.0)
+NUM_SMS = 132
+SMEM_LIMIT = 232_448  # bytes a CTA may use on Hopper
+
+
+def check_supported(
+  *,
+  dtype: Any,
+  block_size: int,
+  top_k: int,
+  kv_len: int,
+  head_dim: int | None = None,
+  index_dim: int | None = None,
+  group_size: int | None = None,
+) -> None:
+  """Raises NotImplementedError for a legal call that no kernel here takes."""
+
+  def check(name: str, value: Any, supported: tuple) -> None:
+    if value is not None and value not in supported:
+      wanted = ", ".join(map(str, supported))
+      raise NotImplementedError(
+        f"mosaic_gpu supports {name} in ({wanted}), got {value}"
+      )
+
+  check("dtype", jnp.dtype(dtype).name, DTYPES)
+  check("head_dim", head_dim, HEAD_DIMS)
+  check("index_dim", index_dim, HEAD_DIMS)
+  check("block_size", block_size, BLOCK_SIZES)
+  check("group_size (num_heads / num_kv_heads)", group_size, GROUP_SIZES)
+  if top_k > MAX_TOP_K:
+    raise NotImplementedError(
+      f"mosaic_gpu supports top_k up to {MAX_TOP_K}, got {top_k}"
+    )
+  if -(-kv_len // block_size) > MAX_BLOCKS:
+    raise NotImplementedError(
+      f"mosaic_gpu supports up to {MAX_BLOCKS} blocks of keys, got kv_len"
+      f" {kv_len} in blocks of {block_size}"
+    )
+
+
+def require_hopper() -> None:
+  """Raises NotImplementedError unless the default device is a Hopper GPU."""
+  device = jax.devices()[0]
+  capability = getattr(device, "compute_capability", None)
+  if device.platform != "gpu" or capability != "9.0":
+    raise NotImplementedError(
+      "mosaic_gpu supports Hopper GPUs (compute capability 9.0), the default"
+      f" device is {device.platform} {getattr(device, 'device_kind', '')}"
+      f" (compute capability {capability})"
+    )
+
+
+# SMEM layout of a 16-bit wgmma operand: 64 columns fill the 128-byte swizzle.
+OPERAND = (
+  plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
+  plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
+)
+
+
+def launch(
+  body: Callable[..., None],
+  *operands: jax.Array | Any,
+  name: str,
+  num_ctas: int,
+  num_warpgroups: int,
+  scratch: Sequence[Any],
+  interpret: bool = False,
+) -> None:
+  """Runs `body(*operand_refs, *scratch_refs)` on `num_ctas` CTAs.
+
+  Operands that are Refs (`jax.new_ref`) are written in place: that is how a
+  kernel in a loop fills a part of a large output without a copy. The axes are
+  called "cta" and "wg".
+  """
+  mesh = plgpu.Mesh(
+    grid=(num_ctas,),
+    grid_names=("cta",),
+    num_threads=num_warpgroups,
+    thread_name="wg",
+  )
+
+  def scoped(*refs):
+    pl.run_scoped(
+      lambda *scratch_refs: body(*refs, *scratch_refs),
+      *scratch,
+      collective_axes="wg",
+    )
+
+  pl.kernel(
+    scoped,
+    out_type=(),
+    mesh=mesh,
+    name=name,
+    interpret=plgpu.InterpretGPUParams() if interpret else False,
+    # Scratch for reductions across warps: no kernel launched here has one.
+    compiler_params=plgpu.CompilerParams(
+      approx_math=True, reduction_scratch_bytes=512
+    ),
+  )(*operands)

@@ -1,0 +1,581 @@
+"""Block selection of MiniMax Sparse Attention, fused: scores, max, top-k.
+
+For every query t and group g (arXiv 2606.13392, Index Branch):
+
+  s(t, j) = index_q[t, g] . index_k[j]           float32, visible keys only
+  block score = max of s over the block's visible keys
+  choice = the num_local_blocks newest blocks up to the query's own (forced),
+           then the blocks of highest score; ties go to the lower id
+
+Nothing of size T x S or T x N is written: block maxima pass from the tensor
+cores' registers through shared memory into a running top-k in registers.
+
+Rows are (query, group) pairs in memory order of index_q, since all groups share
+one index_k. One CTA owns a tile of rows and walks the key blocks that any of
+them may still compete for, so the longest tiles start first.
+
+  score warpgroups   wgmma of their rows with 128 keys a step, max over each
+                     block, maxima to shared memory. Forced blocks need no
+                     score, so these never see a partly visible block unless
+                     num_local_blocks = 0.
+  choice warpgroup   loads key tiles by TMA, and keeps the best blocks of the
+                     whole tile, one row a thread and register: a wgmma
+                     accumulator repeats a row's maximum in four lanes, so
+                     leaving the list where the maxima arise costs four times
+                     the instructions. At the end it adds the forced blocks and
+                     sorts the ids.
+
+Score precisions:
+  exact  (float32 score, id) pairs. The products of bf16 and f16 are exact in
+         float32; only the order of summation is the tensor core's.
+  fast   one int32 key a block: the score in an order-preserving code whose low
+         bits hold the id. 23 - ceil(log2 N) mantissa bits stay, at least 10;
+         more than 8192 blocks are ranked exactly.
+  fp8    as fast, on e4m3 operands. One scale a row of index_q (which cannot
+         change the row's ranking and is dropped) and one for each block of
+         index_k (which multiplies the block's maximum). Scales are powers of
+         two, so a key's rounding does not depend on its neighbours.
+
+A block whose visible scores hold NaN is not chosen unless forced; infinite
+operands follow IEEE arithmetic.
+
+Shared memory (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima
+4 KiB. Shapes: see `mosaic`. Choosing has no gradient: index_q and index_k are
+taken under stop_gradient.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array, Float, Int
+
+from pallas_kernels import mosaic
+
+_WARPGROUP = 128
+_MAX_PACKED_BLOCKS = 1 << 13
+_LOWEST = float(jnp.finfo(jnp.float32).min)
+_NO_KEY = -(1 << 31)
+_NO_BLOCK = (1 << 31) - 1
+_FP8 = jnp.float8_e4m3fn
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+  """Tile sizes; they never change the answer.
+
+  Attributes:
+    warpgroup_rows: rows that one score warpgroup multiplies with a key tile.
+    score_warpgroups: score warpgroups of a CTA.
+    step_keys: keys of one wgmma.
+    stages: key tiles in flight.
+  """
+
+  warpgroup_rows: int = 128
+  score_warpgroups: int = 2
+  step_keys: int = 128
+  stages: int = 4
+
+  def __post_init__(self):
+    if self.warpgroup_rows % 64 or self.tile_rows % _WARPGROUP:
+      raise ValueError(
+        "warpgroup_rows must be a multiple of 64 and make a tile of a multiple"
+        f" of {_WARPGROUP} rows, got {self}"
+      )
+    if self.step_keys % 128:
+      raise ValueError(f"step_keys must be a multiple of 128, got {self}")
+
+  @property
+  def tile_rows(self) -> int:
+    return self.warpgroup_rows * self.score_warpgroups
+
+
+def _scratch(
+  config: Config, index_dim: int, block_size: int, dtype: jnp.dtype
+) -> dict:
+  """Shared memory and barriers of one CTA."""
+  row_bytes = index_dim * jnp.dtype(dtype).itemsize
+  swizzle = min(row_bytes, 128)
+  columns = swizzle // jnp.dtype(dtype).itemsize
+  transforms = (
+    plgpu.TilingTransform((8, columns)),  # pyright: ignore
+    plgpu.SwizzleTransform(swizzle),  # pyright: ignore
+  )
+  blocks = config.step_keys // block_size
+  wgs, stages = config.score_warpgroups, config.stages
+  return dict(
+    q_smem=plgpu.SMEM(
+      (wgs, config.warpgroup_rows, index_dim), dtype, transforms=transforms
+    ),
+    k_smem=plgpu.SMEM(
+      (stages, config.step_keys, index_dim), dtype, transforms=transforms
+    ),
+    max_smem=plgpu.SMEM((stages, blocks, config.tile_rows), jnp.float32),
+    q_ready=plgpu.Barrier(num_barriers=wgs),
+    k_ready=plgpu.Barrier(num_barriers=stages),
+    max_ready=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
+    max_free=plgpu.Barrier(num_barriers=stages),
+  )
+
+
+def smem_bytes(
+  config: Config, index_dim: int, block_size: int, dtype: jnp.dtype
+) -> int:
+  """Shared memory of one CTA's tiles; barriers take less than 1 KiB more."""
+  scratch = _scratch(config, index_dim, block_size, dtype)
+  return sum(
+    math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
+    for name, x in scratch.items()
+    if name.endswith("_smem")
+  )
+
+
+def candidate_configs(
+  index_dim: int, block_size: int, dtype: jnp.dtype
+) -> list[Config]:
+  """Configurations worth timing, for tests and tuning."""
+  configs = [
+    Config(warpgroup_rows=rows, step_keys=keys, stages=n)
+    for rows, keys, stages in (
+      (128, 128, (3, 4)),
+      (64, 128, (4,)),
+      (64, 256, (2,)),
+    )
+    for n in stages
+  ]
+  limit = mosaic.SMEM_LIMIT - 1024
+  return [
+    c for c in configs if smem_bytes(c, index_dim, block_size, dtype) <= limit
+  ]
+
+
+def heuristic_config(num_rows: int) -> Config:
+  """The configuration used when none is given.
+
+  Args:
+    num_rows: batch x queries x groups.
+  """
+  config = Config()
+  # With two waves of tiles or less, the longest one decides: halve it.
+  if num_rows <= 2 * mosaic.NUM_SMS * config.tile_rows:
+    config = dataclasses.replace(config, warpgroup_rows=64)
+  return config
+
+
+def _sort_network(length: int) -> list[tuple[int, int]]:
+  """Comparators of Batcher's odd-even merge sort of `length` values."""
+  pairs = []
+  p = 1
+  while p < length:
+    k = p
+    while k >= 1:
+      for j in range(k % p, length - k, 2 * k):
+        for i in range(min(k, length - j - k)):
+          if (i + j) // (2 * p) == (i + j + k) // (2 * p):
+            pairs.append((i + j, i + j + k))
+      k //= 2
+    p *= 2
+  return pairs
+
+
+def _select_kernel(
+  q_gmem,
+  k_gmem,
+  k_scale_gmem,
+  kv_lengths_gmem,
+  out_gmem,
+  *,
+  scratch,
+  config: Config,
+  q_len: int,
+  num_groups: int,
+  block_size: int,
+  num_blocks: int,
+  slots: int,
+  num_local_blocks: int,
+  packed: bool,
+):
+  q_smem, k_smem, max_smem = (
+    scratch[name] for name in ("q_smem", "k_smem", "max_smem")
+  )
+  q_ready, k_ready, max_ready, max_free = (
+    scratch[name] for name in ("q_ready", "k_ready", "max_ready", "max_free")
+  )
+  rows, wgs, stages = (
+    config.warpgroup_rows,
+    config.score_warpgroups,
+    config.stages,
+  )
+  tile_rows = config.tile_rows
+  step_keys = config.step_keys
+  step_blocks = step_keys // block_size
+  batch_size = q_gmem.shape[0]
+  num_tiles = q_gmem.shape[1] // tile_rows
+
+  # Later queries see more blocks: the longest tiles start first.
+  cta = lax.axis_index("tile")
+  batch = lax.rem(cta, batch_size)
+  base = (num_tiles - 1 - lax.div(cta, batch_size)) * tile_rows
+  first_position = kv_lengths_gmem[batch] - q_len
+
+  def own_block(row):
+    position = first_position + lax.div(row, num_groups)
+    return jnp.where(position < 0, -1, lax.div(position, block_size))
+
+  # Row r competes for blocks below own_block(r) + unforced.
+  unforced = 1 - num_local_blocks
+  last_row = jnp.minimum(base + tile_rows, q_len * num_groups) - 1
+  limit = jnp.clip(own_block(last_row) + unforced, 0, num_blocks)
+  num_steps = lax.div(limit + step_blocks - 1, step_blocks)
+  wg = lax.axis_index("wg")
+
+  @pl.when(wg < wgs)
+  def score_warpgroup():
+    row = base + wg * rows
+    plgpu.copy_gmem_to_smem(
+      q_gmem.at[batch, pl.ds(row, rows)], q_smem.at[wg], q_ready.at[wg]
+    )
+    plgpu.barrier_wait(q_ready.at[wg])
+    layout = plgpu.Layout.WGMMA
+
+    def step(i, masked):
+      slot = lax.rem(i, stages)
+      plgpu.barrier_wait(k_ready.at[slot])
+
+      def matmul(acc):
+        plgpu.wgmma(acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0)))
+        return acc[...]
+
+      accumulator = plgpu.ACC((rows, step_keys), jnp.float32)  # pyright: ignore
+      s = pl.run_scoped(matmul, accumulator)
+      if masked:
+        r = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=layout)
+        c = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
+        position = first_position + lax.div(row + r, num_groups)
+        s = jnp.where(i * step_keys + c <= position, s, -jnp.inf)
+      maxima = [
+        s[:, b * block_size : (b + 1) * block_size].max(axis=1)
+        for b in range(step_blocks)
+      ]
+
+      @pl.when(i >= stages)
+      def _():
+        plgpu.barrier_wait(max_free.at[slot])
+
+      for b, m in enumerate(maxima):
+        max_smem[slot, b, pl.ds(wg * rows, rows)] = m
+      plgpu.barrier_arrive(max_ready.at[slot])
+
+    # With a forced own block every block that competes is wholly visible.
+    masked_from = num_steps
+    if num_local_blocks == 0:
+      masked_from = lax.div(jnp.maximum(own_block(base), 0), step_blocks)
+      masked_from = jnp.minimum(masked_from, num_steps)
+
+    @pl.loop(0, masked_from)
+    def _(i):
+      step(i, masked=False)
+
+    if num_local_blocks == 0:
+
+      @pl.loop(masked_from, num_steps)
+      def _(i):
+        step(i, masked=True)
+
+  @pl.when(wg == wgs)
+  def choice_warpgroup():
+    layout = plgpu.Layout.WG_STRIDED(
+      (tile_rows,), vec_size=tile_rows // _WARPGROUP
+    )
+
+    def full(value, dtype):
+      return plgpu.layout_cast(jnp.full((tile_rows,), value, dtype), layout)
+
+    def load_keys(i, slot):
+      plgpu.copy_gmem_to_smem(
+        k_gmem.at[batch, pl.ds(i * step_keys, step_keys)],
+        k_smem.at[slot],
+        k_ready.at[slot],
+      )
+
+    row = base + plgpu.broadcasted_iota(
+      jnp.int32, (tile_rows,), 0, layout=layout
+    )
+    own = own_block(row)
+    row_limit = own + unforced
+
+    def insert_pair(best, m, block):
+      # Sorted by falling score. A candidate goes behind its equals, which came
+      # earlier and so have lower ids. NaN compares false everywhere.
+      values, ids = best
+      block = full(block, jnp.int32)
+      above = [m > v for v in values]
+      new_values, new_ids = [], []
+      for j in range(slots):
+        value = lax.select(above[j], m, values[j])
+        index = lax.select(above[j], block, ids[j])
+        if j:
+          value = lax.select(above[j - 1], values[j - 1], value)
+          index = lax.select(above[j - 1], ids[j - 1], index)
+        new_values.append(value)
+        new_ids.append(index)
+      return tuple(new_values), tuple(new_ids)
+
+    id_mask = (1 << max(num_blocks - 1, 1).bit_length()) - 1
+
+    def insert_packed(keys, m, block):
+      bits = lax.bitcast_convert_type(m, jnp.int32)
+      bits = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+      key = (bits & ~id_mask) | (id_mask - block)
+      key = jnp.where(m == m, key, _NO_KEY)
+      return tuple(
+        lax.max(keys[j], lax.min(keys[j - 1], key) if j else key)
+        for j in range(slots)
+      )
+
+    insert = insert_packed if packed else insert_pair
+
+    def step(i, best):
+      slot = lax.rem(i, stages)
+      scales = []
+      if k_scale_gmem is not None:
+        # Read before the wait, which hides the latency.
+        scales = [
+          k_scale_gmem[batch, i * step_blocks + b] for b in range(step_blocks)
+        ]
+      plgpu.barrier_wait(max_ready.at[slot])
+      maxima = [
+        plgpu.load(max_smem.at[slot, b], layout=layout)
+        for b in range(step_blocks)
+      ]
+
+      # With the maxima of every score warpgroup here, the key tile is free too.
+      @pl.when(i + stages < num_steps)
+      def _():
+        plgpu.barrier_arrive(max_free.at[slot])
+        load_keys(i + stages, slot)
+
+      for b in range(step_blocks):
+        m, block = maxima[b], i * step_blocks + b
+        if scales:
+          m = m * scales[b]
+        # NaN is never inserted; a visible block that scores -inf goes before
+        # no block.
+        m = jnp.maximum(m, _LOWEST)
+        m = jnp.where(block < row_limit, m, jnp.nan)
+        best = insert(best, m, block)
+      return best
+
+    @pl.loop(0, jnp.minimum(stages, num_steps))
+    def _(i):
+      load_keys(i, i)
+
+    if packed:
+      best = tuple(full(_NO_KEY, jnp.int32) for _ in range(slots))
+    else:
+      best = (
+        tuple(full(-jnp.inf, jnp.float32) for _ in range(slots)),
+        tuple(full(_NO_BLOCK, jnp.int32) for _ in range(slots)),
+      )
+    best = lax.fori_loop(0, num_steps, step, best)
+
+    if packed:
+      ids = [
+        jnp.where(key == _NO_KEY, _NO_BLOCK, id_mask - (key & id_mask))
+        for key in best
+      ]
+    else:
+      ids = list(best[1])
+    for j in range(num_local_blocks):
+      ids.append(jnp.where(own >= j, own - j, _NO_BLOCK))
+    for a, b in _sort_network(len(ids)):
+      ids[a], ids[b] = lax.min(ids[a], ids[b]), lax.max(ids[a], ids[b])
+    for j, value in enumerate(ids):
+      value = jnp.where(value == _NO_BLOCK, -1, value)
+      out_gmem[batch, j, pl.ds(base, tile_rows)] = value
+
+
+def _power_of_two_scale(amax: Float[Array, "*A"]) -> Float[Array, "*A"]:
+  """2^e with 128 <= amax 2^e < 256: e4m3 holds magnitudes up to 448."""
+  bits = lax.bitcast_convert_type(amax.astype(jnp.float32), jnp.int32)
+  exponent = jnp.clip(bits >> 23, 8, 253)
+  return lax.bitcast_convert_type((261 - exponent) << 23, jnp.float32)
+
+
+def _finite_max(x: Float[Array, "*A"], axes: tuple[int, ...]):
+  x = jnp.abs(x.astype(jnp.float32))
+  return jnp.max(jnp.where(jnp.isfinite(x), x, 0), axis=axes, keepdims=True)
+
+
+def quantise_queries(index_q: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
+  """index_q in e4m3, each row under a scale of its own that is dropped."""
+  scale = _power_of_two_scale(_finite_max(index_q, (-1,)))
+  return _to_fp8(index_q.astype(jnp.float32) * scale)
+
+
+def quantise_keys(
+  index_k: Float[Array, "B S I"],
+  block_size: int,
+  kv_lengths: Int[Array, "B"],
+) -> tuple[Float[Array, "B S I"], Float[Array, "B N"]]:
+  """index_k in e4m3 and the factor that takes each block's scores back.
+
+  S must be a multiple of block_size. Slots at and beyond kv_lengths hold no
+  key, and have no part in a block's scale.
+  """
+  batch, kv_len, index_dim = index_k.shape
+  blocks = index_k.reshape(batch, -1, block_size, index_dim)
+  slot = jnp.arange(kv_len, dtype=jnp.int32).reshape(1, -1, block_size, 1)
+  live = jnp.where(slot < kv_lengths[:, None, None, None], blocks, 0)
+  scale = _power_of_two_scale(_finite_max(live, (2, 3)))
+  quantised = _to_fp8(blocks.astype(jnp.float32) * scale)
+  return quantised.reshape(index_k.shape), 1 / scale[:, :, 0, 0]
+
+
+def _to_fp8(x: Float[Array, "*A"]) -> Float[Array, "*A"]:
+  # The cast turns what is above 448 into NaN; clip keeps NaN as it is.
+  return jnp.clip(x, -448, 448).astype(_FP8)
+
+
+def select_blocks(
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  *,
+  block_size: int = 128,
+  top_k: int = 16,
+  num_local_blocks: int = 1,
+  kv_lengths: Int[Array, "B"] | None = None,
+  score_precision: str = "exact",
+  config: Config | None = None,
+  interpret: bool = False,
+) -> Int[Array, "B K T P"]:
+  """Chooses the KV blocks of each query and group on a Hopper GPU.
+
+  Args:
+    index_q: one index query a group; the T queries are the last of S, or of
+      kv_lengths.
+    index_k: index keys, shared by all groups.
+    block_size: keys in a block.
+    top_k: P, blocks kept for each query and group.
+    num_local_blocks: newest blocks, own one included, that are always kept.
+    kv_lengths: keys that exist in each batch entry, S where None.
+    score_precision: "exact", "fast" or "fp8", see the module's text.
+    config: tile sizes; chosen by `heuristic_config` where None.
+    interpret: runs the kernel on the CPU, for tests.
+
+  Returns:
+    Ascending block ids, then -1.
+
+  Raises:
+    NotImplementedError: for shapes and dtypes that the kernel does not take.
+  """
+  batch, q_len, num_groups, index_dim = index_q.shape
+  kv_len = index_k.shape[1]
+  num_blocks = pl.cdiv(kv_len, block_size)
+  index_q, index_k = lax.stop_gradient((index_q, index_k))
+  mosaic.check_supported(
+    dtype=index_q.dtype,
+    block_size=block_size,
+    top_k=top_k,
+    kv_len=kv_len,
+    index_dim=index_dim,
+  )
+  if kv_lengths is None:
+    kv_lengths = jnp.full((batch,), kv_len, jnp.int32)
+  else:
+    kv_lengths = jnp.clip(kv_lengths.astype(jnp.int32), 0, kv_len)
+
+  # Forced blocks take their places first; there is nothing else to rank where
+  # they fill all of them.
+  num_local_blocks = min(num_local_blocks, top_k, num_blocks)
+  slots = min(top_k, num_blocks) - num_local_blocks
+  if slots == 0:
+    ids = _forced_blocks(kv_lengths, q_len, block_size, num_local_blocks)
+    ids = jnp.broadcast_to(
+      ids[:, None], (batch, num_groups, q_len, num_local_blocks)
+    )
+    return _pad_axis(ids, 3, top_k, -1)
+
+  num_rows = q_len * num_groups
+  config = config or heuristic_config(batch * num_rows)
+  step_keys = config.step_keys
+  index_k = _pad_axis(index_k, 1, pl.cdiv(kv_len, step_keys) * step_keys)
+  k_scale = None
+  packed = score_precision != "exact" and num_blocks <= _MAX_PACKED_BLOCKS
+  if score_precision == "fp8":
+    index_q = quantise_queries(index_q)
+    index_k, k_scale = quantise_keys(index_k, block_size, kv_lengths)
+
+  num_tiles = pl.cdiv(num_rows, config.tile_rows)
+  padded_rows = num_tiles * config.tile_rows
+  index_q = index_q.reshape(batch, num_rows, index_dim)
+  index_q = _pad_axis(index_q, 1, padded_rows)
+
+  inputs = [index_q, index_k, kv_lengths]
+  if k_scale is not None:
+    inputs.insert(2, k_scale)
+
+  def kernel(*refs, **scratch):
+    q_gmem, k_gmem, *k_scale_gmem, kv_lengths_gmem, out_gmem = refs
+    _select_kernel(
+      q_gmem,
+      k_gmem,
+      k_scale_gmem[0] if k_scale_gmem else None,
+      kv_lengths_gmem,
+      out_gmem,
+      scratch=scratch,
+      config=config,
+      q_len=q_len,
+      num_groups=num_groups,
+      block_size=block_size,
+      num_blocks=num_blocks,
+      slots=slots,
+      num_local_blocks=num_local_blocks,
+      packed=packed,
+    )
+
+  ids = plgpu.kernel(
+    kernel,
+    out_type=jax.ShapeDtypeStruct(
+      (batch, slots + num_local_blocks, padded_rows), jnp.int32
+    ),
+    scratch_types=_scratch(config, index_dim, block_size, index_q.dtype),
+    grid=(num_tiles * batch,),
+    grid_names=("tile",),
+    num_threads=config.score_warpgroups + 1,
+    thread_name="wg",
+    # No thread reads shared memory that it writes.
+    compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
+    interpret=plgpu.InterpretGPUParams() if interpret else False,
+    kernel_name=f"msa_select_{score_precision}",
+  )(*inputs)
+  ids = ids[:, :, :num_rows].reshape(batch, -1, q_len, num_groups)
+  return _pad_axis(ids.transpose(0, 3, 2, 1), 3, top_k, -1)
+
+
+def _forced_blocks(
+  kv_lengths: Int[Array, "B"],
+  q_len: int,
+  block_size: int,
+  num_local_blocks: int,
+) -> Int[Array, "B T L"]:
+  """The num_local_blocks newest blocks of each query, ascending, then -1."""
+  position = kv_lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)
+  own = jnp.where(position < 0, -1, position // block_size)[..., None]
+  first = jnp.maximum(own - num_local_blocks + 1, 0)
+  ids = first + jnp.arange(num_local_blocks, dtype=jnp.int32)
+  return jnp.where(ids <= own, ids, -1)
+
+
+def _pad_axis(x: Array, axis: int, size: int, value: int = 0) -> Array:
+  if x.shape[axis] == size:
+    return x
+  widths = [(0, 0)] * x.ndim
+  widths[axis] = (0, size - x.shape[axis])
+  return jnp.pad(x, widths, constant_values=value)

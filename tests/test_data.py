@@ -1,0 +1,552 @@
+"""Corpora, tokenizers, batches and the recall task."""
+
+import json
+import multiprocessing
+import os
+import pathlib
+import warnings
+
+import numpy as np
+import pytest
+
+from train import corpus, data
+
+TEXTS = [
+  f"def f_{i}(x):\n  return x + {i}  # naïve – ünïcode 猫🐈 {'ab' * (i % 7)}\n"
+  * 4
+  for i in range(40)
+]
+
+
+@pytest.fixture
+def folder(tmp_path):
+  for i, text in enumerate(TEXTS):
+    path = tmp_path / "text" / f"part{i % 3}" / f"{i}.txt"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(text.encode())
+  return tmp_path / "text"
+
+
+def config_of(folder, **changes):
+  cache = folder.parent / "cache"
+  changes = {"held_out": 0.2, "vocab_size": 400, **changes}
+  return data.TextConfig(path=str(folder), cache_dir=str(cache), **changes)
+
+
+def batches_equal(a, b):
+  return all(np.array_equal(x, y) for x, y in zip(a, b))
+
+
+def decode(config, ids):
+  """The bytes of a token stream, end-of-text left out."""
+  source = data.load(config)
+  ids = np.asarray(ids)[source.token_bytes[ids] > 0]
+  if config.tokenizer == "byte":
+    return bytes(ids.tolist())
+  import tokenizers
+
+  (path,) = pathlib.Path(config.cache_dir).glob("bpe-*/tokenizer.json")
+  return tokenizers.Tokenizer.from_file(str(path)).decode(ids).encode()
+
+
+# --- Text --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokenizer", ["byte", "bpe"])
+def test_token_bytes_count_every_byte_and_tokens_give_the_text_back(
+  folder, tokenizer
+):
+  config = config_of(folder, tokenizer=tokenizer)
+  opened = corpus.open_corpus(config)
+  count = 0
+  found = set()
+  end_of_text = 255 if tokenizer == "byte" else 399
+  assert opened.token_bytes.shape == (end_of_text + 1,)
+  for stream in (opened.train, opened.held_out):
+    ends = np.flatnonzero(stream == end_of_text)
+    assert ends[-1] == stream.size - 1
+    for document in np.split(stream, ends + 1)[:-1]:
+      text = decode(config, document)
+      assert opened.token_bytes[document].sum() == len(text)
+      found.add(text.decode())
+      count += 1
+  assert count == len(TEXTS) and found == set(TEXTS)
+
+
+def test_bpe_tokens_are_fewer_than_bytes_and_a_text_cannot_spell_the_end(
+  folder,
+):
+  (folder / "tricky.txt").write_text("<|endoftext|> [UNK] <unk> </s>" * 3)
+  config = config_of(folder, tokenizer="bpe")
+  fingerprint = data.load(config).fingerprint
+  opened = corpus.open_corpus(config)
+  for split in ("train", "held_out"):
+    sizes = fingerprint[split]
+    assert sizes["tokens"] < 0.7 * sizes["bytes"]
+    ends = int((getattr(opened, split) == 399).sum())
+    assert ends == sizes["documents"]
+
+
+def test_training_a_bpe_tokenizer_twice_gives_the_same_tokens(folder):
+  first = config_of(folder, tokenizer="bpe")
+  second = data.TextConfig(
+    path=str(folder),
+    cache_dir=str(folder.parent / "other"),
+    tokenizer="bpe",
+    held_out=0.2,
+    vocab_size=400,
+  )
+  a, b = corpus.open_corpus(first), corpus.open_corpus(second)
+  np.testing.assert_array_equal(a.train, b.train)
+  np.testing.assert_array_equal(a.held_out, b.held_out)
+  assert a.fingerprint == b.fingerprint
+
+
+def test_train_batches_depend_on_seed_and_step_alone(folder):
+  source, again = data.load(config_of(folder)), data.load(config_of(folder))
+  shape = {"batch_size": 5, "context": 64}
+  for step in (7, 0, 3):  # in any order
+    batch = source.train_batch(1, step, **shape)
+    assert batches_equal(batch, again.train_batch(1, step, **shape))
+  tokens = [
+    source.train_batch(seed, step, **shape).tokens
+    for seed, step in ((0, 1), (1, 0), (1, 1))
+  ]
+  assert not np.array_equal(tokens[0], tokens[1])
+  assert not np.array_equal(tokens[1], tokens[2])
+  assert batch.tokens.shape == (5, 65) and batch.tokens.dtype == np.int32
+  assert batch.loss_mask.shape == (5, 64) and batch.loss_mask.all()
+  assert batch.distance.shape == (5, 64) and (batch.distance == -1).all()
+  stream = data.load(config_of(folder))._corpus.train.tobytes()
+  for row in batch.tokens:
+    assert row.astype(np.uint16).tobytes() in stream
+
+
+def test_eval_windows_meet_every_held_out_token_once_and_spread(tmp_path):
+  (tmp_path / "numbers").mkdir()
+  for i in range(10):
+    text = " ".join(str(n) for n in range(1000 * i, 1000 * i + 200))
+    (tmp_path / "numbers" / f"{i}.txt").write_text(text)
+  source = data.load(config_of(tmp_path / "numbers", held_out=0.5))
+  shape = {"batch_size": 3, "context": 32}
+  stream = np.asarray(source._corpus.held_out)
+  number = source.num_eval_batches(**shape)
+  assert number > 10
+  rows = np.concatenate(
+    [source.eval_batch(i, **shape).tokens for i in range(number)]
+  )
+  windows = [stream[s : s + 33] for s in range(0, stream.size - 32, 32)]
+  place = {window.tobytes(): i for i, window in enumerate(windows)}
+  assert len(place) == len(windows)
+  order = [place[row.astype(np.uint16).tobytes()] for row in rows]
+  assert len(set(order)) == len(order) > len(windows) - 3
+  # Even the first few reach all parts of the held-out split.
+  reached = np.sort(order[:9]) / len(windows)
+  assert np.diff(reached, prepend=0.0, append=1.0).max() < 0.3
+  with pytest.raises(ValueError, match=rf"index={number}.*{number} batches"):
+    source.eval_batch(number, **shape)
+
+
+def test_the_split_is_by_document_and_duplicates_are_dropped(folder):
+  for i in range(20):
+    (folder / f"copy{i}.txt").write_text(TEXTS[0])
+  (folder / "empty.txt").write_text("")
+  opened = corpus.open_corpus(config_of(folder))
+  meta = opened.fingerprint
+  assert meta["left_out"] == {"not_utf8": 0, "empty": 1, "duplicate": 20}
+  assert meta["files"] == 61
+  assert meta["held_out"]["documents"] == 8 and meta["train"]["documents"] == 32
+  texts = [
+    set(bytes(part.tolist()) for part in np.split(s, np.nonzero(s == 255)[0]))
+    for s in (opened.train, opened.held_out)
+  ]
+  assert not {t.strip(b"\xff") for t in texts[0]} & {
+    t.strip(b"\xff") for t in texts[1]
+  } - {b""}
+
+
+def test_one_document_holds_out_its_last_part(tmp_path):
+  path = tmp_path / "one.txt"
+  text = "".join(chr(0x3B1 + i % 24) for i in range(1000))
+  path.write_text(text, encoding="utf-8")
+  opened = corpus.open_corpus(config_of(path))
+  train, held_out = (
+    bytes(np.asarray(s)[:-1].tolist()).decode()
+    for s in (opened.train, opened.held_out)
+  )
+  assert train + held_out == text and len(held_out) == 200
+
+
+def test_max_bytes_keeps_the_first_of_a_fixed_order(folder):
+  metas = [
+    corpus.open_corpus(config_of(folder, max_bytes=limit)).fingerprint
+    for limit in (1000, 2001)
+  ]
+  for meta, limit in zip(metas, (1000, 2001)):
+    size = meta["train"]["bytes"] + meta["held_out"]["bytes"]
+    assert limit - 4 < size <= limit
+
+
+def write_jsonl(path, texts, field="text"):
+  path.parent.mkdir(parents=True, exist_ok=True)
+  lines = [json.dumps({"id": i, field: t}) for i, t in enumerate(texts)]
+  path.write_text("\n".join(lines) + "\n\n")
+
+
+def write_parquet(path, texts, field="text"):
+  pa = pytest.importorskip("pyarrow")
+  import pyarrow.parquet as pq
+
+  path.parent.mkdir(parents=True, exist_ok=True)
+  pq.write_table(pa.table({field: texts, "id": range(len(texts))}), path)
+
+
+@pytest.mark.parametrize("write", [write_jsonl, write_parquet])
+@pytest.mark.parametrize("as_folder", [True, False])
+def test_jsonl_and_parquet_rows_are_documents(tmp_path, write, as_folder):
+  name = "a.jsonl" if write is write_jsonl else "a.parquet"
+  path = tmp_path / "rows" / name
+  write(path, TEXTS, field="content")
+  root = path.parent if as_folder else path
+  config = config_of(root, text_field="content")
+  opened = corpus.open_corpus(config)
+  found = b"".join(
+    bytes(np.asarray(s).tolist()) for s in (opened.train, opened.held_out)
+  )
+  assert sorted(found.split(b"\xff")[:-1]) == sorted(t.encode() for t in TEXTS)
+  assert opened.fingerprint["held_out"]["documents"] == 8
+  with pytest.raises(ValueError, match=r"text_field='text'.*a\..*'content'"):
+    data.load(config_of(root))
+
+
+def test_the_default_is_the_standard_library_source():
+  files = corpus._find_files(data.TextConfig())
+  names = [name for name, _ in files]
+  assert names == sorted(names) and "argparse.py" in names
+  assert all(name.endswith(".py") for name in names)
+  assert not any("site-packages" in name for name in names)
+
+
+def test_files_that_are_not_text_are_left_out_with_a_warning(folder):
+  (folder / "latin.txt").write_bytes("é".encode("latin-1"))
+  (folder / "image.bin").write_bytes(b"\0\1\2\3")
+  (folder / ".hidden").write_bytes(b"no")
+  with pytest.warns(UserWarning, match="2 of 42 files are not UTF-8 text"):
+    source = data.load(config_of(folder))
+  assert source.fingerprint["left_out"]["not_utf8"] == 2
+
+
+# --- The cache ---------------------------------------------------------------
+
+
+def test_the_cache_is_used_again_and_never_when_text_or_setting_changed(
+  folder, monkeypatch
+):
+  calls = []
+  write = corpus._write_cache
+  monkeypatch.setattr(
+    corpus, "_write_cache", lambda *a: (calls.append(1), write(*a))
+  )
+  first = data.load(config_of(folder))
+  assert data.load(config_of(folder)).fingerprint == first.fingerprint
+  assert len(calls) == 1
+  # A setting that the byte tokenizer does not read changes nothing.
+  data.load(config_of(folder, vocab_size=300))
+  assert len(calls) == 1
+  data.load(config_of(folder, held_out=0.4))
+  data.load(config_of(folder, tokenizer="bpe"))
+  data.load(config_of(folder, tokenizer="bpe", vocab_size=300))
+  data.load(config_of(folder, max_bytes=2000))
+  assert len(calls) == 5
+  # Same length, same time, other content; then the same content, renamed.
+  path = folder / "part0" / "0.txt"
+  stat = path.stat()
+  path.write_bytes(path.read_bytes().replace(b"def", b"fed"))
+  os.utime(path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+  changed = data.load(config_of(folder))
+  assert len(calls) == 6
+  assert changed.fingerprint["sha256"] != first.fingerprint["sha256"]
+  path.rename(folder / "part0" / "renamed.txt")
+  data.load(config_of(folder))
+  assert len(calls) == 7
+
+
+def _load_when_told(config, barrier, queue):
+  barrier.wait()
+  source = data.load(config)
+  batch = source.train_batch(0, 0, batch_size=4, context=64)
+  queue.put((source.fingerprint["train"]["tokens"], batch.tokens.tolist()))
+
+
+def test_two_processes_at_once_leave_one_whole_cache(folder):
+  spawn = multiprocessing.get_context("spawn")
+  barrier, queue = spawn.Barrier(2), spawn.Queue()
+  config = config_of(folder, tokenizer="bpe")
+  processes = [
+    spawn.Process(target=_load_when_told, args=(config, barrier, queue))
+    for _ in range(2)
+  ]
+  for process in processes:
+    process.start()
+  results = [queue.get(timeout=60) for _ in processes]
+  for process in processes:
+    process.join()
+    assert process.exitcode == 0
+  assert results[0] == results[1]
+  (entry,) = pathlib.Path(config.cache_dir).iterdir()
+  assert entry.name.startswith("bpe-")
+
+
+def test_losing_the_race_keeps_the_winners_files(folder, monkeypatch):
+  config = config_of(folder)
+  data.load(config)
+  (entry,) = pathlib.Path(config.cache_dir).iterdir()
+  before = (entry / "train.bin").stat().st_ino
+  corpus._write_cache(entry, corpus._find_files(config), config)
+  assert (entry / "train.bin").stat().st_ino == before
+  assert list(entry.parent.iterdir()) == [entry]
+
+
+def test_a_write_that_fails_leaves_nothing(folder, monkeypatch):
+  def fail(*_):
+    raise RuntimeError("killed")
+
+  monkeypatch.setattr(np, "save", fail)
+  config = config_of(folder)
+  with pytest.raises(RuntimeError, match="killed"):
+    data.load(config)
+  assert list(pathlib.Path(config.cache_dir).iterdir()) == []
+  monkeypatch.undo()
+  data.load(config)
+
+
+def test_a_damaged_cache_is_refused(folder):
+  config = config_of(folder)
+  data.load(config)
+  (path,) = pathlib.Path(config.cache_dir).glob("*/train.bin")
+  path.write_bytes(path.read_bytes()[:-2])
+  with pytest.raises(ValueError, match=r"cache_dir=.*bytes, wanted .*Delete"):
+    data.load(config)
+
+
+# --- Bad input ---------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"tokenizer": "word"}, r"tokenizer='word'.*'byte' or 'bpe'"),
+    ({"tokenizer": "bpe", "vocab_size": 257}, r"vocab_size=257.*at least 258"),
+    ({"held_out": 0.0}, r"held_out=0.0.*0 < held_out < 1"),
+    ({"held_out": 1.0}, r"held_out=1.0.*0 < held_out < 1"),
+    ({"held_out": float("nan")}, r"held_out=nan"),
+    ({"max_bytes": 0}, r"max_bytes=0.*at least 1"),
+    ({"text_field": ""}, r"text_field is empty"),
+    ({"path": ""}, r"path='' is empty"),
+  ],
+)
+def test_text_config_refuses(changes, text):
+  with pytest.raises(ValueError, match=text):
+    data.TextConfig(**changes)
+
+
+def test_a_path_without_text_is_refused(tmp_path):
+  with pytest.raises(ValueError, match=r"path='.*nowhere' does not exist"):
+    data.load(config_of(tmp_path / "nowhere"))
+  (tmp_path / "none").mkdir()
+  with pytest.raises(ValueError, match=r"path='.*none' holds no files"):
+    data.load(config_of(tmp_path / "none"))
+  (tmp_path / "none" / "a.bin").write_bytes(b"\xff\xfe\0")
+  with (
+    warnings.catch_warnings(),
+    pytest.raises(ValueError, match=r"holds no text.*'not_utf8': 1"),
+  ):
+    warnings.simplefilter("ignore")
+    data.load(config_of(tmp_path / "none"))
+  assert not (tmp_path / "cache").exists()
+
+
+def test_an_unreadable_file_or_folder_is_refused(folder, monkeypatch):
+  def deny(*_):
+    raise PermissionError(13, "Permission denied")
+
+  with monkeypatch.context() as patch:
+    patch.setattr(pathlib.Path, "read_bytes", deny)
+    with pytest.raises(ValueError, match=r"path: file .*Permission denied"):
+      data.load(config_of(folder))
+  monkeypatch.setattr(os, "scandir", deny)
+  with pytest.raises(ValueError, match=r"folder .*cannot be read.*denied"):
+    data.load(config_of(folder))
+
+
+def test_a_cache_dir_that_is_a_file_is_refused(folder):
+  (folder.parent / "cache").write_text("")
+  with pytest.raises(ValueError, match=r"cache_dir=.*cannot be written"):
+    data.load(config_of(folder))
+
+
+@pytest.mark.parametrize(
+  ("line", "text"),
+  [
+    ("{", r"line 2 of a.jsonl is not JSON"),
+    ("[1]", r"line 2 of a.jsonl is a list: wanted a JSON object"),
+    ('{"text": 3}', r"text_field='text': line 2 .* Wanted a string"),
+    ('{"body": "x"}', r"text_field='text': line 2 .*\['body'\]"),
+    ('{"text": "\\ud800"}', r"text_field='text': line 2 .*surrogate"),
+  ],
+)
+def test_bad_jsonl_lines_are_named(tmp_path, line, text):
+  (tmp_path / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n")
+  with pytest.raises(ValueError, match=text):
+    data.load(config_of(tmp_path / "a.jsonl"))
+
+
+def test_bad_parquet_is_refused(tmp_path):
+  pytest.importorskip("pyarrow")
+  (tmp_path / "a.parquet").write_bytes(b"not parquet at all")
+  with pytest.raises(ValueError, match=r"a.parquet cannot be read as parquet"):
+    data.load(config_of(tmp_path / "a.parquet"))
+  write_parquet(tmp_path / "b.parquet", ["x", None])
+  with pytest.raises(
+    ValueError, match=r"text_field='text': row 2 of b.parquet"
+  ):
+    data.load(config_of(tmp_path / "b.parquet"))
+
+
+def test_a_context_longer_than_the_data_is_refused(folder):
+  source = data.load(config_of(folder))
+  with pytest.raises(ValueError, match=r"context=99999 takes 100000 tokens"):
+    source.train_batch(0, 0, batch_size=1, context=99_999)
+  with pytest.raises(ValueError, match=r"context=99999, which make 0 batches"):
+    source.eval_batch(0, batch_size=1, context=99_999)
+  size = source._corpus.train.size
+  assert source.train_batch(0, 0, batch_size=1, context=size - 1).tokens.size
+  with pytest.raises(ValueError, match="wanted a shorter context"):
+    source.train_batch(0, 0, batch_size=1, context=size)
+
+
+@pytest.mark.parametrize("config", ["text", "recall"])
+def test_batch_arguments_are_checked(folder, config):
+  source = data.load(
+    config_of(folder) if config == "text" else data.RecallConfig()
+  )
+  with pytest.raises(ValueError, match="batch_size=0"):
+    source.train_batch(0, 0, batch_size=0, context=8)
+  with pytest.raises(ValueError, match="context=0"):
+    source.eval_batch(0, batch_size=1, context=0)
+  with pytest.raises(ValueError, match="step=-1"):
+    source.train_batch(0, -1, batch_size=1, context=8)
+  with pytest.raises(ValueError, match="index=-1"):
+    source.eval_batch(-1, batch_size=1, context=8)
+
+
+def test_load_refuses_another_config():
+  with pytest.raises(ValueError, match="config is a dict"):
+    data.load({})
+
+
+# --- Recall ------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("tokens_per_fact", [1, 2])
+@pytest.mark.parametrize("context", [31, 256])
+def test_every_answer_is_its_facts_value_at_the_distance_told(
+  tokens_per_fact, context
+):
+  config = data.RecallConfig(num_fillers=3, tokens_per_fact=tokens_per_fact)
+  source = data.load(config)
+  batch = source.train_batch(3, 5, batch_size=8, context=context)
+  assert batch.tokens.shape == (8, context + 1)
+  assert batch.tokens.min() == 0 and batch.tokens.max() < source.vocab_size
+  key_0 = 1 + config.num_fillers
+  value_0 = key_0 + config.num_keys
+  fact_0 = value_0 + config.num_values
+  assert batch.loss_mask.sum() >= 8
+  np.testing.assert_array_equal(batch.loss_mask, batch.distance > 0)
+  for row, mask, distance in zip(*batch):
+    asked = []
+    for t in np.flatnonzero(mask):
+      key, answer = row[t] - key_0, row[t + 1] - value_0
+      assert 0 <= key < config.num_keys and 0 <= answer < config.num_values
+      fact = t - distance[t]
+      assert 1 <= fact < t
+      if tokens_per_fact == 1:
+        told = row[fact] - fact_0
+        assert told == key * config.num_values + answer
+      else:
+        assert (row[fact - 1], row[fact]) == (row[t], row[t + 1])
+      asked.append(key)
+    assert len(set(asked)) == len(asked)
+    # Nothing but facts, queries, answers, fillers and the start.
+    used = 1 + len(asked) * (2 + tokens_per_fact)
+    assert (row < key_0).sum() == context + 1 - used + 1
+    assert row[0] == 0 and (row[1:] > 0).all()
+
+
+def test_distances_spread_over_every_octave_and_end_at_max_distance():
+  source = data.load(data.RecallConfig())
+  distance = np.concatenate(
+    [
+      source.train_batch(0, step, batch_size=64, context=512).distance
+      for step in range(4)
+    ]
+  )
+  distance = distance[distance > 0]
+  share, _ = np.histogram(distance, [1, 4, 8, 16, 32, 64, 128, 256, 513])
+  assert (share / distance.size > 0.05).all()
+  assert distance.max() > 480
+  near = data.load(data.RecallConfig(max_distance=40))
+  distance = near.eval_batch(0, batch_size=64, context=512).distance
+  assert 30 < distance.max() <= 40
+
+
+def test_values_say_nothing_without_the_fact():
+  source = data.load(data.RecallConfig(num_values=4))
+  assert source.chance == 0.25 and source.token_bytes is None
+  batch = source.train_batch(0, 0, batch_size=256, context=128)
+  answers = batch.tokens[:, 1:][batch.loss_mask]
+  share = np.unique(answers, return_counts=True)[1] / answers.size
+  # Five standard deviations of a count of about 4,000.
+  np.testing.assert_allclose(share, 0.25, atol=5 * (0.19 / 3500) ** 0.5)
+
+
+def test_recall_batches_are_fixed_and_held_out():
+  source, again = data.load(data.RecallConfig()), data.load(data.RecallConfig())
+  shape = {"batch_size": 4, "context": 64}
+  a = source.train_batch(2, 9, **shape)
+  assert batches_equal(a, again.train_batch(2, 9, **shape))
+  assert batches_equal(
+    source.eval_batch(1, **shape), again.eval_batch(1, **shape)
+  )
+  others = [
+    source.train_batch(2, 8, **shape),
+    source.train_batch(1, 9, **shape),
+    source.eval_batch(9, **shape),
+  ]
+  assert not any(np.array_equal(a.tokens, b.tokens) for b in others)
+  assert source.num_eval_batches(**shape) is None
+  assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
+  changed = data.load(data.RecallConfig(num_fillers=2))
+  assert changed.fingerprint != source.fingerprint
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"num_facts": 33}, r"num_facts=33 is more than num_keys=32"),
+    ({"num_values": 1}, r"num_values=1: wanted at least 2"),
+    ({"num_keys": 0}, r"num_keys=0: wanted at least 1"),
+    ({"tokens_per_fact": 3}, r"tokens_per_fact=3: wanted 1 or 2"),
+    ({"max_distance": 1}, r"max_distance=1: wanted at least 2"),
+  ],
+)
+def test_recall_config_refuses(changes, text):
+  with pytest.raises(ValueError, match=text):
+    data.RecallConfig(**changes)
+
+
+def test_recall_wants_room_for_one_fact():
+  source = data.load(data.RecallConfig())
+  source.train_batch(0, 0, batch_size=1, context=4)
+  with pytest.raises(ValueError, match="context=3 has no room"):
+    source.train_batch(0, 0, batch_size=1, context=3)

@@ -1,0 +1,459 @@
+"""Sparse attention kernels: planned, interpreted, lowered, run on Hopper."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Case, patterns, random_blocks
+
+from msa_jax import reference
+from pallas_kernels import mosaic, schedule
+from pallas_kernels import sparse_attention as sparse
+
+EDGES = sparse.Config(shared_cost=1e9, slack=0.0)  # all but own blocks
+WALK = sparse.Config(shared_cost=0.0)  # no edges
+PATTERNS = list(patterns(Case()))
+
+
+def interpreted(config):
+  # The CPU backend starves kernels of more than a few warpgroups on machines
+  # with few cores: one CTA, and two of the edges' warpgroups.
+  return dataclasses.replace(
+    config, num_ctas=1, edge_warpgroups=2, query_stages=2
+  )
+
+
+def call(case, q, k, v, blocks, config=None, **options):
+  return sparse.sparse_attention(
+    q, k, v, blocks, block_size=case.block_size, kv_lengths=case.lengths,
+    config=config, **options,
+  )  # fmt: skip
+
+
+def check(case, q, k, v, blocks, out, lse):
+  """Error against float32, beside that of rounded probabilities."""
+  dtype = q.dtype
+  assert out.dtype == dtype and out.shape == q.shape
+  assert lse.dtype == jnp.float32
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  positions = reference.query_positions(
+    case.q_len, case.kv_len, case.batch, case.lengths
+  )
+  visible = reference.chosen_tokens(
+    blocks, positions, case.kv_len, case.block_size
+  )
+  attend = functools.partial(
+    reference.attend, q, k, v, visible, case.head_dim**-0.5
+  )
+  truth, true_lse = (np.asarray(x) for x in attend())
+  rounded = np.asarray(attend(probs_dtype=dtype)[0].astype(dtype), np.float32)
+  out, lse = np.asarray(out, np.float32), np.asarray(lse)
+  np.testing.assert_array_equal(np.isnan(out), np.isnan(truth))
+  np.testing.assert_array_equal(np.isnan(lse), np.isnan(true_lse))
+  np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(true_lse))
+  seen = np.isfinite(true_lse)
+  # Sums in float32 and exp2, log2 to 2 ulp, of scores that reach the lse.
+  np.testing.assert_allclose(lse[seen], true_lse[seen], rtol=1e-5, atol=1e-5)
+  clean = ~np.isnan(truth)
+  if not np.any(truth[clean]):
+    np.testing.assert_array_equal(out[clean], 0.0)
+    return
+  error = np.abs(out - truth)[clean]
+  # The floor is one ulp of the working dtype: the kernel rounds the partial
+  # outputs once and their sum once, half an ulp each.
+  floor = float(jnp.finfo(dtype).eps) * np.abs(truth[clean]).max()
+  assert error.max() <= 2 * np.abs(rounded - truth)[clean].max() + floor
+  assert np.linalg.norm(error) < 0.005 * np.linalg.norm(truth[clean])
+
+
+# ---------------------------------------------------------------- the plan
+
+
+def decode_shared(plan, geometry):
+  """{(tile, query in tile, block)} of the tiles' lists."""
+  info, shared = np.asarray(plan.info), np.asarray(plan.shared)
+  found = []
+  for tile in range(info.shape[0]):
+    entries = shared[tile, : info[tile, 1]]
+    blocks = entries >> schedule.SHARED_ID_SHIFT
+    assert np.all(np.diff(blocks) > 0)
+    for entry, block in zip(entries, blocks):
+      found += [
+        (tile, query, block)
+        for query in range(geometry.tile)
+        if entry >> query & 1
+      ]
+  return found
+
+
+def decode_edges(edges, choices, geometry, merges):
+  """{(tile, query in tile, block)} of the tasks, checked against the rest."""
+  chunks, tasks, order = (np.asarray(x) for x in edges)
+  chunk_tiles = geometry.chunk // geometry.tile
+  found, merged = [], np.zeros_like(merges)
+  for chunk, (first, count) in enumerate(chunks):
+    spans = []
+    for block, start, length, _ in tasks[first : first + count]:
+      assert 0 <= block < geometry.num_blocks
+      assert 0 <= length <= geometry.task
+      for place in order[start : start + length]:
+        query, p = divmod(place, geometry.top_k)
+        tile = chunk * chunk_tiles + query // geometry.tile
+        found.append((tile, query % geometry.tile, block))
+        assert merged[tile, p] >> (query % geometry.tile) & 1 == 0
+        merged[tile, p] |= 1 << (query % geometry.tile)
+        spans.append(query // geometry.span)
+    assert np.all(np.diff(spans) >= 0)
+  np.testing.assert_array_equal(merged, merges)
+  return found
+
+
+@pytest.mark.parametrize("kind", ["random", "share", "hot", "garbage", "empty"])
+@pytest.mark.parametrize("shared_cost", [0.0, 1.5, 2.2, 1e9])
+@pytest.mark.parametrize("tile", [8, 16])
+def test_every_choice_is_done_once(kind, shared_cost, tile):
+  rng = np.random.default_rng(0)
+  rows, queries, top_k, num_blocks, block_size = 2, 64, 4, 12, 16
+  geometry = schedule.Geometry(
+    num_blocks=num_blocks, block_size=block_size, top_k=top_k, chunk=32,
+    tile=tile, span=16, task=16, shared_cost=shared_cost, slack=0.0,
+  )  # fmt: skip
+  # The first row's positions begin before slot 0, the second's inside a block.
+  positions = np.stack([np.arange(-20, 44), np.arange(115, 179)])
+  own = np.where(positions < 0, -1, positions // block_size)
+  ids = np.argsort(rng.random((rows, queries, num_blocks)))[..., :top_k]
+  if kind == "share":
+    ids = np.repeat(ids[:, :: tile // 2], tile // 2, axis=1)
+  elif kind == "hot":
+    ids[..., 0] = np.where((ids[..., 1:] == 0).any(-1), -1, 0)
+  elif kind == "garbage":
+    ids[:, ::3] += 1 << 20
+    ids[:, 1::3] -= 1 << 30
+  elif kind == "empty":
+    ids[:] = -1
+  first_bad = np.full((rows, 2, num_blocks), schedule.NEVER, np.int32)
+  plan = schedule.plan_tiles(
+    jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
+    jnp.asarray(first_bad), geometry,
+  )  # fmt: skip
+  sizes = (-1, geometry.chunk // tile, tile * top_k)
+  edges = schedule.plan_edges(
+    plan.choices.reshape(sizes), plan.is_edge.reshape(sizes), geometry
+  )
+  shared = decode_shared(plan, geometry)
+  alone = decode_edges(
+    edges, plan.choices, geometry,
+    np.asarray(schedule.plan_merges(plan, geometry)),
+  )  # fmt: skip
+  valid = (ids >= 0) & (ids <= own[..., None])
+  wanted = sorted(
+    (row * (queries // tile) + t // tile, t % tile, ids[row, t, p])
+    for row, t, p in zip(*np.nonzero(valid))
+  )
+  assert sorted(shared + alone) == wanted
+  # Only tiles know causal limits.
+  for index, query, block in alone:
+    row, t = divmod(index * tile + query, queries)
+    assert block < own[row, t]
+  sees = np.asarray(plan.info)[:, 3, None] >> np.arange(tile) & 1
+  np.testing.assert_array_equal(sees.reshape(rows, queries), valid.any(-1))
+  if shared_cost == 0.0:
+    assert not alone
+  if kind == "random" and shared_cost == 1e9:
+    assert alone
+
+
+def test_walks_everything_only_while_the_list_holds_it():
+  geometry = schedule.Geometry(
+    num_blocks=64, block_size=16, top_k=4, chunk=8, tile=8, span=8, task=16,
+    shared_cost=4.0, slack=1e9,
+  )  # fmt: skip
+  ids = np.arange(32).reshape(1, 8, 4)  # 32 blocks, the list holds 10
+  plan = schedule.plan_tiles(
+    jnp.asarray(ids, jnp.int32), jnp.arange(1000, 1008)[None],
+    jnp.full((1, 2, 64), schedule.NEVER, jnp.int32), geometry,
+  )  # fmt: skip
+  assert geometry.max_shared == 10
+  assert np.asarray(plan.info)[0, 1] == 0
+  assert np.asarray(plan.is_edge).sum() == 32
+
+
+# ------------------------------------------------------------ interpret mode
+
+
+def test_interpreted_edges():
+  case = Case(
+    batch=2, q_len=11, kv_len=250, num_heads=16, num_kv_heads=1, head_dim=64,
+    block_size=64, top_k=3,
+  )  # fmt: skip
+  q, k, v, *_ = case.inputs(dtype=jnp.bfloat16)
+  blocks = np.array(random_blocks(case))
+  blocks[1, :, :6] = [-1, 0, 2]
+  blocks[1, :, 6:] = -1
+  blocks = jnp.asarray(blocks)
+  out, lse = call(case, q, k, v, blocks, interpreted(EDGES), interpret=True)
+  check(case, q, k, v, blocks, out, lse)
+
+
+def test_interpreted_walk():
+  case = Case(
+    batch=2, q_len=19, kv_len=200, num_heads=4, num_kv_heads=2, head_dim=64,
+    block_size=64, top_k=3, kv_lengths=(200, 13),
+  )  # fmt: skip
+  q, k, v, *_ = case.inputs(dtype=jnp.float16)
+  blocks = np.array(random_blocks(case))
+  blocks[0, :, :, 0] = np.where(blocks[0, :, :, 0] == 0, -1, blocks[0, :, :, 0])
+  blocks[0, 1, 5] = [0, 2, 99]
+  # Seen by one query of a tile only, by none, and only beyond kv_lengths.
+  k = k.at[0, 3, 1].set(jnp.nan)
+  v = v.at[0, 3, 0, 2].set(jnp.inf).at[1, 13:].set(jnp.nan)
+  q = q.at[0, 2, 1].set(jnp.nan)
+  blocks = jnp.asarray(blocks)
+  out, lse = call(case, q, k, v, blocks, interpreted(WALK), interpret=True)
+  check(case, q, k, v, blocks, out, lse)
+
+
+# ------------------------------------------------------- lowering and limits
+
+
+def lower(case, dtype="bfloat16", config=None, **options):
+  spec = jax.ShapeDtypeStruct
+  kv = (case.batch, case.kv_len, case.num_kv_heads, case.head_dim)
+  q = (case.batch, case.q_len, case.num_heads, case.head_dim)
+  blocks = (case.batch, case.num_kv_heads, case.q_len, case.top_k)
+
+  def function(q, k, v, blocks, lengths):
+    return sparse.sparse_attention(
+      q, k, v, blocks, block_size=case.block_size, kv_lengths=lengths,
+      config=config, **options,
+    )  # fmt: skip
+
+  args = (
+    spec(q, dtype), spec(kv, dtype), spec(kv, dtype), spec(blocks, jnp.int32),
+    spec((case.batch,), jnp.int32),
+  )  # fmt: skip
+  traced = jax.jit(function).trace(*args)
+  out, lse = traced.out_info
+  assert out.shape == q and out.dtype == dtype
+  assert lse.shape == (case.batch, case.num_heads, case.q_len)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+PAPER = Case(
+  q_len=1 << 17, kv_len=1 << 17, num_heads=64, num_kv_heads=4, head_dim=128,
+  block_size=128, top_k=16,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("config", sparse.candidate_configs(), ids=str)
+def test_lowers_every_config_at_the_paper_shape(config):
+  text = lower(PAPER, config=config)
+  assert text.count("mosaic_gpu") >= 3
+
+
+@pytest.mark.parametrize(
+  "tokens, heads, groups, dim, block, top_k, batch, dtype",
+  [
+    (1 << 13, 64, 4, 128, 128, 16, 1, "bfloat16"),
+    (1 << 20, 64, 4, 128, 128, 16, 1, "bfloat16"),
+    (4097, 8, 8, 64, 64, 32, 3, "float16"),
+    (777, 16, 2, 128, 64, 5, 2, "bfloat16"),
+    (5000, 8, 2, 64, 128, 1, 1, "float16"),
+  ],
+)
+def test_lowers(tokens, heads, groups, dim, block, top_k, batch, dtype):
+  case = Case(
+    batch=batch, q_len=tokens, kv_len=tokens, num_heads=heads,
+    num_kv_heads=groups, head_dim=dim, block_size=block, top_k=top_k,
+  )  # fmt: skip
+  lower(case, dtype)
+
+
+def test_buffers_stay_below_2_31_elements():
+  for tokens in (1 << 17, 1 << 20):
+    g = sparse._geometry(
+      tokens, tokens, 16, 128, 128, 16, sparse.heuristic_config()
+    )
+    assert g.chunk * g.top_k * 16 * 128 <= 1 << 30
+    assert g.chunk % g.tile == 0
+
+
+def test_workspace_does_not_change_the_number_of_tiles():
+  config = sparse.Config(chunk=24)
+  g = sparse._geometry(100, 100, 16, 64, 64, 2, config)
+  assert g.chunk <= 24 and g.chunk % g.tile == 0
+
+
+SMALL = Case(
+  q_len=16, kv_len=64, num_heads=16, num_kv_heads=1, head_dim=64,
+  block_size=64, top_k=1,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "change, dtype, text",
+  [
+    ({"head_dim": 96}, "bfloat16", "head_dim in (64, 128), got 96"),
+    ({"block_size": 32}, "bfloat16", "block_size in (64, 128), got 32"),
+    ({"num_heads": 3}, "bfloat16", "in (1, 2, 4, 8, 16), got 3"),
+    ({"top_k": 33}, "bfloat16", "top_k up to 32, got 33"),
+    ({}, "float32", "dtype in (bfloat16, float16), got float32"),
+    ({"kv_len": (1 << 21) + 64}, "bfloat16", "up to 32768 blocks"),
+  ],
+)
+def test_says_what_is_supported(change, dtype, text):
+  with pytest.raises(NotImplementedError) as error:
+    lower(dataclasses.replace(SMALL, **change), dtype)
+  assert text in str(error.value)
+
+
+def test_scale_must_be_positive():
+  with pytest.raises(NotImplementedError, match=r"scale > 0, got -1.0"):
+    lower(SMALL, scale=-1.0)
+
+
+@pytest.mark.parametrize("change", [{"q_len": 0}, {"kv_len": 0}, {"top_k": 0}])
+def test_nothing_to_see(change):
+  case = dataclasses.replace(SMALL, **change)
+  q, k, v, *_ = case.inputs(dtype=jnp.bfloat16)
+  blocks = jnp.zeros((1, 1, case.q_len, case.top_k), jnp.int32)
+  out, lse = call(case, q, k, v, blocks)
+  assert out.shape == q.shape and not np.any(np.asarray(out, np.float32))
+  assert lse.shape == (1, 16, case.q_len) and np.all(np.isneginf(lse))
+
+
+def test_gradient_is_refused():
+  q, k, v, *_ = SMALL.inputs(dtype=jnp.bfloat16)
+  blocks = jnp.zeros((1, 1, 16, 1), jnp.int32)
+
+  def loss(q):
+    return call(SMALL, q, k, v, blocks)[0].sum().astype(jnp.float32)
+
+  with pytest.raises(NotImplementedError, match="forward pass only"):
+    jax.grad(loss)(q)
+
+
+def test_needs_a_hopper_gpu():
+  if jax.devices()[0].platform == "gpu":
+    pytest.skip("this machine has a GPU")
+  with pytest.raises(NotImplementedError, match=r"capability 9\.0"):
+    mosaic.require_hopper()
+
+
+# ------------------------------------------------------------------- Hopper
+
+
+@pytest.fixture
+def hopper():
+  try:
+    mosaic.require_hopper()
+  except NotImplementedError as error:
+    pytest.skip(str(error))
+
+
+@functools.cache
+def compiled(case, config):
+  return jax.jit(functools.partial(call, case, config=config))
+
+
+def run_twice(case, q, k, v, blocks, config=None):
+  function = compiled(case, config)
+  first, second = function(q, k, v, blocks), function(q, k, v, blocks)
+  for a, b in zip(first, second):
+    np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+  check(case, q, k, v, blocks, *first)
+
+
+GPU_CASES = {
+  "paper_heads": (Case(
+    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
+    block_size=128, top_k=8,
+  ), "bfloat16"),
+  "ragged_batch": (Case(
+    batch=3, q_len=515, kv_len=2050, num_heads=16, num_kv_heads=2, head_dim=64,
+    block_size=64, top_k=6, kv_lengths=(2050, 301, 0),
+  ), "float16"),
+  "group_16_d64": (Case(
+    q_len=700, kv_len=700, num_heads=32, num_kv_heads=2, head_dim=64,
+    block_size=128, top_k=3,
+  ), "float16"),
+  "group_8_block_64": (Case(
+    batch=2, q_len=333, kv_len=1500, num_heads=16, num_kv_heads=2,
+    head_dim=128, block_size=64, top_k=32,
+  ), "bfloat16"),
+  "group_4": (Case(
+    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
+    block_size=128, top_k=4,
+  ), "bfloat16"),
+  "group_2": (Case(
+    q_len=300, kv_len=900, num_heads=4, num_kv_heads=2, head_dim=64,
+    block_size=64, top_k=5,
+  ), "bfloat16"),
+  "group_1": (Case(
+    q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=128,
+    block_size=128, top_k=1,
+  ), "float16"),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_patterns(hopper, name):
+  case, dtype = GPU_CASES[name]
+  q, k, v, *_ = case.inputs(dtype=dtype)
+  for blocks in patterns(case).values():
+    run_twice(case, q, k, v, blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", sparse.candidate_configs(), ids=str)
+def test_gpu_configs(hopper, config):
+  case, dtype = GPU_CASES["paper_heads"]
+  q, k, v, *_ = case.inputs(dtype=dtype)
+  for name in ("random", "sharing"):
+    run_twice(case, q, k, v, patterns(case)[name], config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [EDGES, WALK], ids=["edges", "walk"])
+def test_gpu_small_chunks_and_tasks(hopper, config):
+  case, dtype = GPU_CASES["ragged_batch"]
+  config = dataclasses.replace(config, chunk=64, span=32, task=16, num_ctas=7)
+  q, k, v, *_ = case.inputs(dtype=dtype)
+  run_twice(case, q, k, v, random_blocks(case), config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", [EDGES, WALK], ids=["edges", "walk"])
+def test_gpu_keeps_nan_where_it_is_seen(hopper, config):
+  case = Case(
+    q_len=200, kv_len=1024, num_heads=32, num_kv_heads=2, head_dim=128,
+    block_size=128, top_k=3,
+  )  # fmt: skip
+  q, k, v, *_ = case.inputs(dtype=jnp.bfloat16)
+  blocks = np.array(random_blocks(case))
+  blocks[blocks == 4] = -1  # block 4 is chosen by none
+  blocks = jnp.asarray(blocks)
+  k = k.at[0, 512:640].set(jnp.nan).at[0, 130, 1].set(jnp.inf)
+  v = v.at[0, 512:640].set(jnp.nan).at[0, 300, 0, 5].set(jnp.nan)
+  v = v.at[0, 900, 1].set(-jnp.inf)  # inside the queries' own blocks
+  q = q.at[0, 77, 3].set(jnp.nan)
+  run_twice(case, q, k, v, blocks, config)
+  poisoned = np.isnan(np.asarray(call(case, q, k, v, blocks, config)[0]))
+  assert 0 < poisoned.mean() < 1
+
+
+@pytest.mark.gpu
+def test_gpu_under_vmap(hopper):
+  case, dtype = GPU_CASES["group_4"]
+  q, k, v, *_ = case.inputs(dtype=dtype)
+  blocks = random_blocks(case)
+  two = [jnp.stack([x, x[:, ::-1]]) for x in (q, k, v)]
+  out, lse = jax.jit(jax.vmap(functools.partial(call, case), (0, 0, 0, None)))(
+    *two, blocks
+  )
+  for i in range(2):
+    check(case, *(x[i] for x in two), blocks, out[i], lse[i])

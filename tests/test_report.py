@@ -1,0 +1,372 @@
+"""The report: what it counts, what it refuses, what it says."""
+
+import json
+import math
+import re
+
+import numpy as np
+import pytest
+
+from train import report, runs
+
+_BITS = 1 / math.log(2)
+
+
+def _config(task, side, seed):
+  msa = side != "gqa"
+  return {
+    "task": task,
+    "side": side,
+    "seed": seed,
+    "num_steps": 40,
+    "batch_size": 2,
+    "context": 64,
+    "model": {
+      "num_layers": 2,
+      "layer_kinds": ["msa" if msa else "gqa"],
+      "index": {"block_size": 8, "top_k": 2, "num_local_blocks": 1},
+      "dtype": "float32",
+    },
+    "data": {"num_values": 4} if task == "recall" else {"tokenizer": "byte"},
+    "optimizer": {"learning_rate": 1e-3, "index_clip_norm": 1.0 + msa},
+    "recipe": {
+      "index_warmup_steps": 20 * msa,
+      "init_from": f"there/{task}/gqa/seed{seed}" if msa else None,
+    },
+    "folder": f"there/{task}/{side}/seed{seed}",
+  }
+
+
+def _rows(task, side, final_loss):
+  """Metrics that end at final_loss (nats); accuracy is 1 - loss."""
+  rows = []
+  for step in range(10, 50, 10):
+    phase = "dense"
+    if side != "gqa":
+      phase = "warmup" if step <= 20 else "sparse"
+    clock = {"step": step, "phase": phase, "tokens": step * 128}
+    clock["seconds"] = step / 10
+    loss = final_loss + (40 - step) / 20
+    bits = loss * _BITS if task == "text" else None
+    speed = 1.0 if step in (10, 30) else 1000.0 + step
+    rows.append(
+      {
+        "kind": "train",
+        **clock,
+        "loss": loss,
+        "bits_per_byte": bits,
+        "tokens_per_second": speed,
+        "peak_bytes": None,
+      }
+    )
+    if side != "gqa":
+      layers = [
+        {"layer": i, "kl": 0.1, "block_recall": 0.5, "score_recall": math.nan}
+        for i in range(2)
+      ]
+      rows.append(
+        {"kind": "layers", "step": step, "phase": phase, "layers": layers}
+      )
+    row = {"kind": "eval", **clock, "loss": loss, "bits_per_byte": bits}
+    row |= {"accuracy": None, "by_distance": None}
+    row["batch_loss"] = [loss - 0.01, loss + 0.01]
+    if task == "recall":
+      row["accuracy"] = 1 - final_loss
+      row["by_distance"] = [
+        {"low": 2, "high": 7, "accuracy": 1.0, "count": 50},
+        {"low": 8, "high": 63, "accuracy": 1 - final_loss, "count": 100},
+      ]
+    rows.append(row)
+  return rows
+
+
+def _make(folder, losses, index_params=24):
+  """Run folders for losses[task][side] = final loss of each seed."""
+  for task, sides in losses.items():
+    for side, values in sides.items():
+      for seed, loss in enumerate(values):
+        run = folder / task / side / f"seed{seed}"
+        run.mkdir(parents=True)
+        (run / "config.json").write_text(json.dumps(_config(task, side, seed)))
+        index = index_params * (side != "gqa")
+        environment = {
+          "device": "cpu",
+          "commit": "abc123",
+          "versions": {"jax": "0.11.2"},
+          "command": "python -m train compare tiny",
+          "data": {"name": task, "sha256": "00ff"},
+          "parameters": {"total": 1000 + index, "index": index},
+        }
+        (run / "environment.json").write_text(json.dumps(environment))
+        rows = _rows(task, side, loss)
+        (run / "metrics.jsonl").write_text(
+          "".join(json.dumps(row) + "\n" for row in rows)
+        )
+        (run / "done.json").write_text(json.dumps({"step": 40, "final": {}}))
+        if side != "gqa":
+          np.savez(
+            run / "selection.npz",
+            counts=np.tril(np.ones((2, 1, 8, 8), np.float32)),
+            layers=np.arange(2),
+            block_size=8,
+          )
+  return folder
+
+
+def _edit(path, **fields):
+  path.write_text(json.dumps(json.loads(path.read_text()) | fields))
+
+
+def _page_text(page):
+  return re.sub(r"<figure>.*?</figure>", "", page.read_text(), flags=re.S)
+
+
+def _summary(folder):
+  return json.loads((folder / "report" / "summary.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+  """A comparison of two tasks with three seeds, and its report's page."""
+  folder = _make(
+    tmp_path_factory.mktemp("pair"),
+    {
+      "text": {"gqa": [1.0, 1.1, 1.2], "msa": [1.02, 1.12, 1.23]},
+      "recall": {"gqa": [0.1, 0.2, 0.3], "msa": [0.2, 0.1, 0.3]},
+    },
+  )
+  (folder / "report").mkdir()
+  (folder / "report" / "stale.png").write_text("left by an earlier report")
+  return report.write(folder)
+
+
+def test_report_is_one_file_with_every_picture(pair):
+  page, folder = pair.read_text(), pair.parent
+  pictures = sorted(path.name for path in folder.glob("*.png"))
+  assert pictures == [
+    "overview.png",
+    "recall_accuracy_gap.png",
+    "recall_accuracy_steps.png",
+    "recall_accuracy_time.png",
+    "recall_distance.png",
+    "recall_loss_gap.png",
+    "recall_loss_steps.png",
+    "recall_loss_time.png",
+    "recall_msa_blocks.png",
+    "recall_msa_layers.png",
+    "text_bits_per_byte_gap.png",
+    "text_bits_per_byte_steps.png",
+    "text_bits_per_byte_time.png",
+    "text_msa_blocks.png",
+    "text_msa_layers.png",
+  ]
+  assert page.count('src="data:image/png;base64,') == len(pictures)
+  assert not re.search(r'(src|href)="(?!data:)', page)
+  # The old report was replaced whole, and nothing is left beside it.
+  others = {path.name for path in folder.parent.iterdir()}
+  assert others == {"report", "text", "recall"}
+
+
+def test_gap_is_paired_by_seed_with_its_t_interval(pair):
+  (found,) = _summary(pair.parent.parent)["tasks"]["text"]["gaps"]["msa"]
+  gaps = np.array([0.02, 0.02, 0.03]) * _BITS
+  np.testing.assert_allclose(found["values"], gaps)
+  # 4.302653 is the 97.5 % point of Student's t with 2 degrees of freedom.
+  half = 4.302653 * gaps.std(ddof=1) / math.sqrt(3)
+  np.testing.assert_allclose(
+    found["interval"], [gaps.mean() - half, gaps.mean() + half], rtol=1e-6
+  )
+  percent = np.mean([2.0, 100 * 0.02 / 1.1, 100 * 0.03 / 1.2])
+  np.testing.assert_allclose(found["percent"], percent)
+
+
+def test_words_follow_the_interval(pair):
+  tasks = _summary(pair.parent.parent)["tasks"]
+  (text,) = tasks["text"]["verdicts"]
+  assert "excludes 0" in text and "MSA is worse" in text
+  accuracy, loss, far = tasks["recall"]["verdicts"]
+  assert "+0.00 percentage points" in accuracy and "contains 0" in accuracy
+  assert "nats per answer" in loss
+  # 0.8 of 300 on both sides: mean over seeds, beyond the block of 8 tokens.
+  assert far.count("80.0 % of 300 (ahead of chance)") == 2
+  assert "Chance is 25.0 %" in far
+
+
+def test_report_names_what_differs_and_what_msa_adds(pair):
+  text = _page_text(pair)
+  differences = _summary(pair.parent.parent)["tasks"]["text"]["differences"]
+  assert differences["msa"] == {
+    "model.layer_kinds": [["gqa"], ["msa"]],
+    "optimizer.index_clip_norm": [1.0, 2.0],
+    "recipe.index_warmup_steps": [0, 20],
+    "recipe.init_from": [None, "gqa"],
+  }
+  assert "MSA has 24 parameters more than GQA (+2.40 %)" in text
+  for word in ("abc123", "jax 0.11.2", "python -m train compare tiny", "00ff"):
+    assert word in text
+
+
+def test_speed_leaves_compilation_out(pair):
+  rows = _summary(pair.parent.parent)["tasks"]["text"]["table"]
+  # The rows at steps 10 and 30, first of their phases, hold 1 token/s.
+  assert rows[1]["tokens/s"] == "warm-up 1,020, sparse 1,040"
+
+
+def test_one_seed_gives_no_interval(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.02]}})
+  text = _page_text(report.write(tmp_path))
+  (found,) = _summary(tmp_path)["tasks"]["text"]["gaps"]["msa"]
+  assert found["interval"] is None
+  assert "This is one seed, so there is no interval" in text
+  assert "in 2 of 2 held-out batches" in text
+  assert "95 % interval" not in text
+
+
+def test_unfinished_and_missing_runs_are_named_and_left_out(tmp_path):
+  losses = {"gqa": [1.0, 9.0, 1.0], "msa": [1.02, 1.0, math.nan]}
+  _make(tmp_path, {"text": losses})
+  (tmp_path / "text" / "msa" / "seed2" / "done.json").unlink()
+  run = tmp_path / "text" / "gqa" / "seed1"
+  (run / "done.json").unlink()
+  with (run / "metrics.jsonl").open("a") as file:
+    file.write('{"kind": "tra')  # killed while it wrote
+  plan = [{"task": "text", "side": side} for side in ("gqa", "msa")]
+  (tmp_path / "comparison.json").write_text(
+    json.dumps({"runs": plan, "seeds": [0, 1, 2, 3]})
+  )
+  (tmp_path / "text" / "msa" / "seed3").mkdir()  # has nothing yet
+  report.write(tmp_path)
+  summary = _summary(tmp_path)
+  (found,) = summary["tasks"]["text"]["gaps"]["msa"]
+  assert found["seeds"] == [0]
+  warnings = "\n".join(summary["warnings"])
+  assert "text/gqa/seed1 is not finished (at step 40)" in warnings
+  assert "text/msa/seed2 is not finished (at step 40)" in warnings
+  assert "text/gqa/seed3 is missing" in warnings
+  assert "text/msa/seed3 is missing" in warnings
+
+
+def test_report_of_runs_that_only_started(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.02]}})
+  for side in ("gqa", "msa"):
+    run = tmp_path / "text" / side / "seed0"
+    for name in ("done.json", "metrics.jsonl", "environment.json"):
+      (run / name).unlink()
+  text = _page_text(report.write(tmp_path))
+  assert "no seed has finished on both sides" in text
+
+
+def test_other_device_or_commit_is_warned_of(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.02]}})
+  path = tmp_path / "text" / "msa" / "seed0" / "environment.json"
+  _edit(path, device="H100", commit="def456")
+  folders = runs.read_runs(tmp_path)
+  tasks = {"text": runs.group_by_side(folders)}
+  warnings = "\n".join(report.find_warnings(tasks, tmp_path))
+  assert "device differs" in warnings and "cannot be compared" in warnings
+  assert "commit differs" in warnings
+
+
+def test_no_runs(tmp_path):
+  with pytest.raises(ValueError, match="holds no runs"):
+    report.write(tmp_path)
+
+
+@pytest.mark.parametrize(
+  "line", ["{not json", '{"step": 1}', '{"kind": "other", "step": 1}', "3"]
+)
+def test_corrupt_metrics_line_is_named(tmp_path, line):
+  _make(tmp_path, {"text": {"gqa": [1.0]}})
+  path = tmp_path / "text" / "gqa" / "seed0" / "metrics.jsonl"
+  lines = path.read_text().splitlines()
+  path.write_text("\n".join([*lines[:2], line, *lines[2:]]) + "\n")
+  with pytest.raises(ValueError, match=rf"{re.escape(str(path))}, line 3: not"):
+    report.write(tmp_path)
+
+
+def test_doubled_step_is_named(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0]}})
+  path = tmp_path / "text" / "gqa" / "seed0" / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join([*lines, lines[-1]]))
+  with pytest.raises(ValueError, match=r"line 9: eval step 40 follows step 40"):
+    report.write(tmp_path)
+
+
+def test_check_comparable_gives_the_differences():
+  first = _config("text", "gqa", 0)
+  other = _config("text", "msa", 0)
+  other["model"]["index"]["top_k"] = 4
+  found = dict(
+    (field, values)
+    for field, *values in report.check_comparable([first, first, other])
+  )
+  assert found["model.index.top_k"] == [2, 4]
+  assert found["model.layer_kinds"] == [["gqa"], ["msa"]]
+  assert report.check_comparable([first]) == []
+
+
+@pytest.mark.parametrize(
+  "path, value",
+  [
+    (("seed",), 1),
+    (("num_steps",), 41),
+    (("batch_size",), 3),
+    (("context",), 128),
+    (("data", "tokenizer"), "bpe"),
+    (("optimizer", "learning_rate"), 2e-3),
+    (("model", "num_layers"), 3),
+    (("model", "dtype"), "bfloat16"),
+    (("model", "qk_norm"), True),  # absent in the first
+  ],
+)
+def test_check_comparable_refuses_all_but_attention(path, value):
+  first, other = _config("text", "gqa", 0), _config("text", "msa", 0)
+  *outer, name = path
+  place = other
+  for key in outer:
+    place = place[key]
+  before = repr(place.get(name, "absent"))
+  place[name] = value
+  wanted = f"{'.'.join(path)} is {before} in config 0 and {value!r} in config 1"
+  with pytest.raises(ValueError, match=re.escape(wanted)):
+    report.check_comparable([first, other])
+
+
+def test_refusal_leaves_the_old_report(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.02]}})
+  (tmp_path / "report").mkdir()
+  (tmp_path / "report" / "report.html").write_text("old")
+  path = tmp_path / "text" / "msa" / "seed0" / "environment.json"
+  _edit(path, data={"name": "text", "sha256": "beef"})
+  with pytest.raises(ValueError, match=r"sha256 is '00ff' in .*'beef' in"):
+    report.write(tmp_path)
+  assert (tmp_path / "report" / "report.html").read_text() == "old"
+  assert {p.name for p in tmp_path.iterdir()} == {"report", "text"}
+
+
+def test_seeds_of_a_side_share_one_config(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0, 1.0], "msa": [1.02, 1.02]}})
+  path = tmp_path / "text" / "msa" / "seed1" / "config.json"
+  _edit(path, recipe={"index_warmup_steps": 5, "init_from": None})
+  with pytest.raises(ValueError, match="seeds of text/msa must share one"):
+    report.write(tmp_path)
+
+
+def test_pair_needs_the_same_held_out_batches(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.02]}})
+  path = tmp_path / "text" / "msa" / "seed0" / "metrics.jsonl"
+  *lines, last = path.read_text().splitlines()
+  last = json.dumps(json.loads(last) | {"batch_loss": [1.02]})
+  path.write_text("\n".join([*lines, last]) + "\n")
+  with pytest.raises(ValueError, match="with 2 and 1 held-out batches"):
+    report.write(tmp_path)
+
+
+def test_parameters_outside_the_index_branch_are_warned_of(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.02]}})
+  path = tmp_path / "text" / "msa" / "seed0" / "environment.json"
+  _edit(path, parameters={"total": 1100, "index": 24})
+  tasks = {"text": runs.group_by_side(runs.read_runs(tmp_path))}
+  (warning,) = report.find_warnings(tasks, tmp_path)
+  assert "outside the index branch: 1,000, 1,076" in warning

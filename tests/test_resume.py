@@ -1,0 +1,159 @@
+"""A run that is killed at any moment ends as if nothing had happened."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from test_train import read_rows, tiny_run
+
+from train import checkpoint, loop
+from train import config as config_lib
+from train import program as program_lib
+
+NUM_STEPS = 12
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+  return tmp_path_factory.mktemp("resume")
+
+
+@pytest.fixture(scope="module")
+def run(place) -> config_lib.RunConfig:
+  return tiny_run(
+    place,
+    recipe=config_lib.RecipeConfig(index_warmup_steps=5),
+    num_steps=NUM_STEPS,
+    eval_every=4,
+    layers_every=3,
+    checkpoint_every=2,
+    keep_steps=(5,),
+  )
+
+
+@pytest.fixture(scope="module")
+def reference(place, run) -> pathlib.Path:
+  """The run that nobody stops."""
+  run = dataclasses.replace(run, folder=str(place / "reference"))
+  loop.run(run)
+  return pathlib.Path(run.folder)
+
+
+def start(config: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
+  # Each start compiles what the first one compiled.
+  env = os.environ | {
+    "JAX_COMPILATION_CACHE_DIR": str(cache),
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+  }
+  return subprocess.Popen(
+    [sys.executable, "-m", "train", "train", "--config", str(config)],
+    env=env,
+    stdout=subprocess.PIPE,
+    stderr=subprocess.STDOUT,
+    text=True,
+  )
+
+
+def wait_for(process: subprocess.Popen, happened) -> None:
+  limit = time.monotonic() + 240
+  while not happened():
+    if process.poll() is not None:
+      pytest.fail(f"the run ended by itself:\n{process.stdout.read()}")
+    assert time.monotonic() < limit
+    time.sleep(0.0005)
+
+
+def kill(process: subprocess.Popen) -> None:
+  os.kill(process.pid, signal.SIGKILL)
+  assert process.wait() == -signal.SIGKILL
+  process.stdout.close()
+
+
+def without_times(rows: list[dict]) -> list[dict]:
+  times = ("seconds", "tokens_per_second")
+  return [{k: v for k, v in r.items() if k not in times} for r in rows]
+
+
+def test_killed_run_ends_with_the_same_bits(place, run, reference):
+  folder = place / "killed"
+  run = dataclasses.replace(run, folder=str(folder))
+  config = place / "run.json"
+  checkpoint.write_json(config, config_lib.to_dict(run))
+  metrics = folder / "metrics.jsonl"
+  rng = random.Random(0)
+
+  def rows() -> int:
+    return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
+
+  def writes(step: int):
+    """Whether the checkpoint of a step is there, complete or not."""
+    there = folder / "checkpoints"
+    return lambda: (
+      there.exists()
+      and any(path.name.split(".")[0] == str(step) for path in there.iterdir())
+    )
+
+  moments = [
+    lambda: rows() >= 1,  # before any checkpoint
+    writes(4),  # while a checkpoint is written
+    lambda: rows() >= 9,  # about the switch to sparse
+    writes(10),
+  ]
+  for i, moment in enumerate(moments):
+    process = start(config, place / "cache")
+    wait_for(process, moment)
+    time.sleep(rng.random() * 0.02 if i % 2 == 0 else 0)
+    kill(process)
+    assert not (folder / "done.json").exists()
+    if i == 2:
+      # What a kill within a write leaves.
+      with open(metrics, "a") as file:
+        file.write('{"kind": "train", "st')
+  process = start(config, place / "cache")
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+  assert without_times(read_rows(folder)) == without_times(read_rows(reference))
+  steps = [r["step"] for r in read_rows(folder) if r["kind"] == "train"]
+  assert steps == list(range(1, NUM_STEPS + 1))
+  seconds = [r["seconds"] for r in read_rows(folder) if r["kind"] == "train"]
+  assert seconds == sorted(seconds)
+
+  program = program_lib.Program(run)
+  wanted = program_lib.flatten_state(program.abstract_state)
+  readers = [
+    checkpoint.Checkpoints(f, read_only=True) for f in (folder, reference)
+  ]
+  assert readers[0].latest() == NUM_STEPS
+  for step in (5, 10, NUM_STEPS):
+    mine, theirs = (r.restore(step, wanted)[0] for r in readers)
+    for name in wanted:
+      np.testing.assert_array_equal(mine[name], theirs[name], name)
+  counts = [np.load(f / "selection.npz")["counts"] for f in (folder, reference)]
+  np.testing.assert_array_equal(*counts)
+  environment = json.loads((folder / "environment.json").read_text())
+  assert environment["resumed"][-1]["step"] >= 8
+
+
+def test_half_written_checkpoint_does_not_count(place):
+  """The latest complete one does; the half one is written again."""
+  folder = place / "half"
+  saved = checkpoint.Checkpoints(folder)
+  state = {"x": np.arange(3.0)}
+  saved.save(2, state, 1.0)
+  saved.close()
+  half = folder / "checkpoints" / "4.orbax-checkpoint-tmp-1"
+  half.mkdir()
+  (half / "state").write_bytes(b"?")
+  again = checkpoint.Checkpoints(folder)
+  assert again.latest() == 2
+  again.save(4, state, 1.0)
+  again.close()
+  assert checkpoint.Checkpoints(folder, read_only=True).latest() == 4

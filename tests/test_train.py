@@ -1,0 +1,664 @@
+"""The training loop on tiny models: gradients, phases, meshes, errors."""
+
+import dataclasses
+import functools
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from msa_jax.model import IndexConfig, ModelConfig
+from train import __main__ as cli
+from train import checkpoint, data, loop
+from train import config as config_lib
+from train import program as program_lib
+
+
+def write_text(folder: pathlib.Path) -> pathlib.Path:
+  """A few small files with something to learn."""
+  rng = np.random.default_rng(0)
+  words = ["alpha", "beta", "gamma", "delta", "def", "return", "x = y\n"]
+  for i in range(40):
+    text = " ".join(rng.choice(words, 300))
+    (folder / f"{i}.txt").write_text(text)
+  return folder
+
+
+def tiny_run(folder: pathlib.Path, **changes) -> config_lib.RunConfig:
+  """An MSA run of 4 steps, 2 of them warm-up."""
+  text = folder / "text"
+  if not text.exists():
+    text.mkdir(parents=True)
+    write_text(text)
+  run = config_lib.RunConfig(
+    task="text",
+    side="msa",
+    model=ModelConfig(
+      vocab_size=256,
+      num_layers=2,
+      embed_dim=32,
+      num_heads=4,
+      num_kv_heads=2,
+      head_dim=8,
+      mlp_dim=48,
+      layer_kinds=("gqa", "msa"),
+      index=IndexConfig(index_dim=8, block_size=16, top_k=2),
+      implementation="xla",
+    ),
+    data=data.TextConfig(path=str(text), cache_dir=str(folder / "cache")),
+    optimizer=config_lib.OptimizerConfig(warmup_steps=1),
+    recipe=config_lib.RecipeConfig(index_warmup_steps=2),
+    num_steps=4,
+    batch_size=4,
+    context=64,
+    log_every=1,
+    eval_every=2,
+    eval_batches=2,
+    layers_every=2,
+    checkpoint_every=2,
+    folder=str(folder / "run"),
+  )
+  return dataclasses.replace(run, **changes)
+
+
+def as_gqa(run: config_lib.RunConfig, **changes) -> config_lib.RunConfig:
+  return dataclasses.replace(
+    run,
+    side="gqa",
+    model=dataclasses.replace(
+      run.model, layer_kinds=("gqa",), index=IndexConfig()
+    ),
+    recipe=config_lib.RecipeConfig(),
+    **changes,
+  )
+
+
+def read_rows(folder: pathlib.Path) -> list[dict]:
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [json.loads(line) for line in lines]
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  """A folder; programs compiled once in this file are not compiled again."""
+  folder = tmp_path_factory.mktemp("train")
+  settings = {
+    "jax_compilation_cache_dir": str(folder / "compiled"),
+    "jax_persistent_cache_min_compile_time_secs": 0,
+  }
+  before = {name: getattr(jax.config, name) for name in settings}
+  for name, value in settings.items():
+    jax.config.update(name, value)
+  # Halves the time to compile; test_resume runs optimised code.
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield folder
+  jax.config.update("jax_disable_most_optimizations", False)
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def source(place) -> data.Source:
+  return data.load(tiny_run(place).data)
+
+
+def parts_of(batch: data.Batch, count: int) -> tuple[np.ndarray, np.ndarray]:
+  return tuple(
+    a.reshape(count, -1, *a.shape[1:]) for a in (batch.tokens, batch.loss_mask)
+  )
+
+
+# --- Gradients ----------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def program(place) -> program_lib.Program:
+  return program_lib.Program(tiny_run(place))
+
+
+@pytest.fixture(scope="module")
+def params(program) -> program_lib.Params:
+  return program.init().params
+
+
+@functools.cache
+def loss_of(program: program_lib.Program, phase: str):
+  return jax.jit(functools.partial(program.loss, phase=phase))
+
+
+def gradients_by_weight(program, params, source, phase):
+  """Gradients without and with the KL, from one compiled function."""
+  batch = source.train_batch(0, 0, batch_size=4, context=64)
+  return [
+    loss_of(program, phase)(params, *parts_of(batch, 1), weight)[1]
+    for weight in (0.0, 1.0)
+  ]
+
+
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+def test_kl_never_reaches_the_backbone(program, params, source, phase):
+  without, with_kl = gradients_by_weight(program, params, source, phase)
+  for name, group in program.groups.items():
+    if group == "backbone":
+      assert np.any(with_kl[name]), name
+      np.testing.assert_array_equal(without[name], with_kl[name], name)
+    else:
+      assert not np.any(without[name]), name
+      assert np.any(with_kl[name]), name
+
+
+def test_kl_reaches_the_backbone_without_the_wall(place, params, source):
+  """The control: the test above can fail."""
+  run = tiny_run(place)
+  index = dataclasses.replace(run.model.index, detach_input=False)
+  run = dataclasses.replace(
+    run, model=dataclasses.replace(run.model, index=index)
+  )
+  program = program_lib.Program(run)
+  without, with_kl = gradients_by_weight(program, params, source, "sparse")
+  changed = [n for n in program.groups if np.any(without[n] != with_kl[n])]
+  assert any(program.groups[name] == "backbone" for name in changed)
+
+
+def test_parts_of_a_batch_add_up(program, params, source):
+  batch = source.train_batch(0, 0, batch_size=4, context=64)
+  # Parts with very different numbers of targets.
+  mask = batch.loss_mask & (np.arange(64) < np.array([[3], [60], [9], [64]]))
+  batch = batch._replace(loss_mask=mask)
+  loss = loss_of(program, "sparse")
+  (whole, metrics), grads = loss(params, *parts_of(batch, 1), 1.0)
+  (whole_4, metrics_4), grads_4 = loss(params, *parts_of(batch, 4), 1.0)
+  np.testing.assert_allclose(whole, whole_4, rtol=1e-6)
+  for name in metrics:
+    np.testing.assert_allclose(metrics[name], metrics_4[name], rtol=1e-6)
+  for name in grads:
+    scale = np.abs(grads[name]).max()
+    np.testing.assert_allclose(
+      grads[name] / scale, grads_4[name] / scale, atol=2e-6, err_msg=name
+    )
+
+
+def test_switch_to_sparse_keeps_the_moments(program, source):
+  run = program.config
+  state = program.init()
+  batches = [
+    source.train_batch(0, i, batch_size=4, context=64) for i in range(3)
+  ]
+  for step in (1, 2):
+    assert run.phase(step) == "warmup"
+    state, _ = program.step(state, batches[step - 1], step)
+  before = jax.device_get(state)
+  assert run.phase(3) == "sparse"
+  loss = loss_of(program, "sparse")
+  _, grads = loss(before.params, *parts_of(batches[2], 1), 1.0)
+  after = jax.device_get(program.step(state, batches[2], 3)[0])
+  for group in ("backbone", "index"):
+    mine = program.group(grads, group)
+    norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in mine.values()))
+    clip = min(1.0, 1.0 / norm)
+    old, new = before.opt[group][1], after.opt[group][1]
+    assert (old.count, new.count) == (2, 3)
+    for name, grad in mine.items():
+      wanted = 0.9 * old.mu[name] + 0.1 * clip * np.asarray(grad)
+      np.testing.assert_allclose(new.mu[name], wanted, rtol=1e-4, atol=1e-7)
+
+
+def test_weight_decay_leaves_norms_alone(program, params):
+  zeros = jax.tree.map(np.zeros_like, params)
+  for group, transform in program._transforms.items():
+    mine = program.group(params, group)
+    updates, _ = transform.update(
+      program.group(zeros, group), transform.init(mine), mine
+    )
+    for name, update in updates.items():
+      assert np.any(update) == (not name.endswith("scale")), name
+
+
+# --- Devices ------------------------------------------------------------------
+
+FOUR_DEVICES = """
+import dataclasses, json, pathlib, sys
+import jax, numpy as np
+from test_train import tiny_run
+from train import checkpoint, data
+from train import program as program_lib
+from train.config import MeshConfig
+folder = pathlib.Path(sys.argv[1])
+run = tiny_run(folder)
+model = dataclasses.replace(run.model, num_layers=1, layer_kinds=("msa",))
+run = dataclasses.replace(run, model=model)
+source = data.load(run.data)
+batches = [
+  source.train_batch(0, i, batch_size=4, context=64) for i in range(4)
+]
+result = {"devices": jax.device_count()}
+states = {}
+for data_, fsdp, tensor in ((1, 1, 1), (4, 1, 1), (1, 2, 2)):
+  mesh = MeshConfig(data=data_, fsdp=fsdp, tensor=tensor)
+  program = program_lib.Program(dataclasses.replace(run, mesh=mesh))
+  state, rows = program.init(), []
+  for step, batch in enumerate(batches, 1):
+    state, metrics = program.step(state, batch, step)
+    rows.append([float(metrics[n]) for n in ("loss", "kl", "grad_norm")])
+  states[program.mesh.size] = (program, state)
+  result[f"{data_}{fsdp}{tensor}"] = {"rows": rows}
+  split = [a for a in state.params.values() if not a.is_fully_replicated]
+  result[f"{data_}{fsdp}{tensor}"]["split"] = len(split)
+# A checkpoint of four devices goes on on one.
+_, state = states[4]
+saved = checkpoint.Checkpoints(folder / "four")
+saved.save(4, program_lib.flatten_state(state), 1.0)
+saved.close()
+program, _ = states[1]
+reader = checkpoint.Checkpoints(folder / "four", read_only=True)
+flat, _ = reader.restore(4, program_lib.flatten_state(program.abstract_state))
+result["same"] = all(
+  np.array_equal(value, flat[name])
+  for name, value in program_lib.flatten_state(state).items()
+)
+back = program_lib.unflatten_state(flat, program.abstract_state)
+_, metrics = program.step(back, batches[0], 4)
+result["next"] = float(metrics["loss"])
+print(json.dumps(result))
+"""
+
+
+def test_four_devices_give_the_losses_of_one(place):
+  env = os.environ | {
+    "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    "JAX_PLATFORMS": "cpu",
+    "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    "PYTHONPATH": str(pathlib.Path(__file__).parent),
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", FOUR_DEVICES, str(place / "mesh")],
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  result = json.loads(done.stdout.splitlines()[-1])
+  assert result["devices"] == 4
+  one = result["111"]
+  assert one["split"] == 0 and result["122"]["split"] > 0
+  for mesh in ("411", "122"):
+    np.testing.assert_allclose(result[mesh]["rows"], one["rows"], rtol=1e-5)
+  assert result["same"] and np.isfinite(result["next"])
+
+
+# --- A comparison, end to end -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def comparison(place) -> config_lib.ComparisonConfig:
+  msa = tiny_run(place, keep_steps=(1,))
+  cpt = config_lib.RecipeConfig(
+    index_warmup_steps=1, init_from="gqa", init_step=1
+  )
+  return config_lib.ComparisonConfig(
+    name="tiny",
+    runs=(
+      dataclasses.replace(msa, side="msa_cpt", recipe=cpt),
+      as_gqa(msa),
+      msa,
+    ),
+  )
+
+
+@pytest.fixture(scope="module")
+def compared(place, comparison) -> pathlib.Path:
+  file = place / "comparison.json"
+  checkpoint.write_json(file, config_lib.to_dict(comparison))
+  out = place / "compared"
+  command = ["compare", "--config", str(file), "--out", str(out)]
+  assert cli.main(command) == 0
+  return out
+
+
+def test_compare_fills_the_run_folders(compared):
+  assert (compared / "report" / "report.html").exists()
+  for side in ("gqa", "msa", "msa_cpt"):
+    folder = compared / "text" / side / "seed0"
+    rows = read_rows(folder)
+    trained = [row for row in rows if row["kind"] == "train"]
+    first = 2 if side == "msa_cpt" else 1
+    assert [row["step"] for row in trained] == list(range(first, 5))
+    phases = {
+      "gqa": ["dense"] * 4,
+      "msa": ["warmup", "warmup", "sparse", "sparse"],
+      "msa_cpt": ["warmup", "sparse", "sparse"],
+    }[side]
+    assert [row["phase"] for row in trained] == phases
+    assert [row["tokens"] for row in trained] == [
+      256 * row["step"] for row in trained
+    ]
+    assert all((row["kl"] is None) == (side == "gqa") for row in trained)
+    evals = [row for row in rows if row["kind"] == "eval"]
+    assert [row["step"] for row in evals] == [2, 4]
+    assert json.loads((folder / "done.json").read_text()) == {
+      "step": 4,
+      "final": evals[-1],
+    }
+    # The loss is the mean over bytes, and bytes have 8 bits.
+    for row in evals:
+      assert row["loss"] == pytest.approx(np.mean(row["batch_loss"]))
+      assert row["bits_per_byte"] == pytest.approx(
+        row["loss"] / np.log(2), rel=0.02
+      )
+    environment = json.loads((folder / "environment.json").read_text())
+    assert environment["versions"]["jax"] == jax.__version__
+    parameters = environment["parameters"]
+    assert (parameters["index"] == 0) == (side == "gqa")
+    assert (folder / "selection.npz").exists() == (side != "gqa")
+
+
+def test_sides_share_the_backbone_and_the_batches(compared):
+  """The warm-up's main attention is dense, so its losses are GQA's."""
+  losses = {
+    side: [
+      row["loss"]
+      for row in read_rows(compared / "text" / side / "seed0")
+      if row["kind"] == "train"
+    ]
+    for side in ("gqa", "msa", "msa_cpt")
+  }
+  np.testing.assert_allclose(losses["msa"][:2], losses["gqa"][:2], rtol=1e-5)
+  np.testing.assert_allclose(losses["msa_cpt"][0], losses["gqa"][1], rtol=1e-5)
+  assert losses["msa"][3] != losses["gqa"][3]
+
+
+def test_selection_counts_are_shares(compared):
+  saved = np.load(compared / "text" / "msa" / "seed0" / "selection.npz")
+  counts = saved["counts"]
+  assert counts.shape == (1, 2, 4, 4) and counts.dtype == np.float32
+  assert saved["layers"].tolist() == [1] and saved["block_size"] == 16
+  own = np.diagonal(counts, axis1=2, axis2=3)
+  np.testing.assert_array_equal(own, np.ones_like(own))
+  assert not np.triu(counts, 1).any()
+  # Block 0 has one block to choose from, the others have P = 2 or more.
+  np.testing.assert_allclose(counts.sum(-1)[0], [[1, 2, 2, 2]] * 2)
+
+
+def test_finished_runs_are_skipped(compared, capsys):
+  folder = compared / "text" / "msa" / "seed0"
+  before = (folder / "metrics.jsonl").read_bytes()
+  assert cli.main(["train", "--config", str(folder / "config.json")]) == 0
+  assert "finished at step 4 before" in capsys.readouterr().out
+  assert (folder / "metrics.jsonl").read_bytes() == before
+
+
+def test_cpt_takes_over_backbone_moments_and_step(compared):
+  start = compared / "text" / "gqa" / "seed0"
+  run = config_lib.load(
+    config_lib.RunConfig,
+    compared / "text" / "msa_cpt" / "seed0" / "config.json",
+  )
+  assert run.recipe.init_from == str(start)
+  program = program_lib.Program(run)
+  state, fresh = program.start_from_dense(), program.init()
+  saved = program_lib.Program(as_gqa(run))
+  reader = checkpoint.Checkpoints(start, read_only=True)
+  wanted = program_lib.flatten_state(saved.abstract_state)
+  flat, _ = reader.restore(1, wanted)
+  old = program_lib.unflatten_state(flat, saved.abstract_state)
+  for name, group in program.groups.items():
+    if group == "backbone":
+      np.testing.assert_array_equal(state.params[name], old.params[name])
+      for moment in ("mu", "nu"):
+        mine = getattr(state.opt[group][1], moment)[name]
+        theirs = getattr(old.opt[group][1], moment)[name]
+        assert np.any(theirs), name
+        np.testing.assert_array_equal(mine, theirs)
+    else:
+      assert not np.any(state.opt[group][1].mu[name])
+      np.testing.assert_array_equal(state.params[name], fresh.params[name])
+  assert state.opt["backbone"][1].count == 1
+  assert state.opt["index"][1].count == 0
+
+
+def test_cpt_refuses_another_architecture(compared, place):
+  run = config_lib.load(
+    config_lib.RunConfig,
+    compared / "text" / "msa_cpt" / "seed0" / "config.json",
+  )
+  model = dataclasses.replace(
+    run.model, mlp_dim=40, qk_norm=False, tie_embeddings=False
+  )
+  other = dataclasses.replace(run, model=model, folder=str(place / "other"))
+  with pytest.raises(ValueError) as error:
+    loop.run(other)
+  text = str(error.value)
+  assert "holds another architecture" in text
+  assert "missing: params.head.kernel" in text
+  assert "unexpected: params.layers.1.attention.query_norm.scale" in text
+  assert "params.layers.0.mlp.up.kernel is (32, 48), wanted" in text
+  recipe = dataclasses.replace(run.recipe, init_step=3, index_warmup_steps=0)
+  other = dataclasses.replace(run, recipe=recipe, folder=str(place / "step"))
+  with pytest.raises(ValueError, match="no checkpoint of step 3; there are"):
+    loop.run(other)
+
+
+def test_load_model_gives_the_trained_model(compared, source):
+  folder = compared / "text" / "msa" / "seed0"
+  model, run = loop.load_model(folder)
+  final = json.loads((folder / "done.json").read_text())["final"]
+  batch = source.eval_batch(0, batch_size=4, context=64)
+  logits = model(batch.tokens[:, :-1]).logits
+  logp = jax.nn.log_softmax(logits)
+  taken = np.take_along_axis(
+    np.asarray(logp), batch.tokens[:, 1:, None], axis=-1
+  )
+  loss = -taken[..., 0][batch.loss_mask].mean()
+  np.testing.assert_allclose(loss, final["batch_loss"][0], rtol=1e-5)
+  assert run.side == "msa"
+
+
+# --- What stops a run ---------------------------------------------------------
+
+
+def test_nan_stops_the_run_and_keeps_the_checkpoint(place, source, monkeypatch):
+  run = as_gqa(tiny_run(place), folder=str(place / "nan"))
+  step = program_lib.Program.step
+
+  def poison(self, state, batch, number):
+    if number == 4:
+      name = next(iter(state.params))
+      params = state.params | {name: state.params[name] * np.nan}
+      state = state._replace(params=params)
+    return step(self, state, batch, number)
+
+  monkeypatch.setattr(program_lib.Program, "step", poison)
+  with pytest.raises(loop.NonFiniteError) as error:
+    loop.run(run, source)
+  assert str(error.value).startswith("step 4:")
+  assert "step 2" in str(error.value)
+  folder = pathlib.Path(run.folder)
+  assert not (folder / "done.json").exists()
+  assert max(row["step"] for row in read_rows(folder)) == 3
+  monkeypatch.undo()
+  assert loop.run(run, source)["step"] == 4
+  steps = [r["step"] for r in read_rows(folder) if r["kind"] == "train"]
+  assert steps == [1, 2, 3, 4]
+
+
+def test_another_config_or_data_is_refused(compared, place, source):
+  folder = compared / "text" / "gqa" / "seed0"
+  run = config_lib.load(config_lib.RunConfig, folder / "config.json")
+  other = dataclasses.replace(run, batch_size=8, seed=3)
+  with pytest.raises(ValueError) as error:
+    loop.run(other, source)
+  assert "batch_size: 4 there, 8 asked for" in str(error.value)
+  assert "seed: 0 there, 3 asked for" in str(error.value)
+  (place / "text2").mkdir()
+  text2 = write_text(place / "text2")
+  (text2 / "0.txt").write_text("other words")
+  changed = data.load(dataclasses.replace(run.data, path=str(text2)))
+  with pytest.raises(ValueError, match="the data are not those"):
+    loop.run(run, changed)
+
+
+def test_one_process_a_folder(place, source):
+  run = as_gqa(tiny_run(place), folder=str(place / "locked"))
+  open_folder = checkpoint.RunFolder(run, source.fingerprint)
+  with pytest.raises(ValueError, match="another process is training"):
+    loop.run(run, source)
+  open_folder.close()
+
+
+@pytest.mark.parametrize(
+  "changes, text",
+  [
+    ({"num_steps": 0}, "num_steps=0: wanted a number of at least 1"),
+    ({"task": "a/b"}, "task='a/b'"),
+    ({"grad_accumulation": 3}, "batch_size=4 is no multiple"),
+    ({"keep_steps": (9,)}, r"keep_steps=\(9,\): wanted steps of 1 to 4"),
+    (
+      {"recipe": config_lib.RecipeConfig(index_warmup_steps=4)},
+      "leave no sparse step",
+    ),
+    (
+      {"optimizer": config_lib.OptimizerConfig(warmup_steps=9)},
+      "optimizer.warmup_steps=9 is more than",
+    ),
+  ],
+)
+def test_contradictions_are_named(place, changes, text):
+  with pytest.raises(ValueError, match=text):
+    tiny_run(place, **changes)
+
+
+def test_more_contradictions(place):
+  with pytest.raises(ValueError, match="has no warm-up"):
+    dataclasses.replace(
+      as_gqa(tiny_run(place)),
+      recipe=config_lib.RecipeConfig(index_warmup_steps=1),
+    )
+  with pytest.raises(ValueError, match="wanted both or none"):
+    config_lib.RecipeConfig(init_from="gqa")
+  with pytest.raises(ValueError, match=r"beta2=1.0: wanted 0 <= beta2 < 1"):
+    config_lib.OptimizerConfig(beta2=1.0)
+  with pytest.raises(ValueError, match="wants 6 devices, 4 are here"):
+    config_lib.MeshConfig(data=3, fsdp=2).shape(4)
+  assert config_lib.MeshConfig(data=-1, tensor=2).shape(8) == (4, 1, 2)
+  run = tiny_run(place)
+  small = dataclasses.replace(run.model, vocab_size=100)
+  with pytest.raises(ValueError, match=r"vocab_size=100: the data have 256"):
+    loop.run(dataclasses.replace(run, model=small))
+  with pytest.raises(ValueError, match=r"eval_batches=9999: the held-out"):
+    loop.run(dataclasses.replace(run, eval_batches=9999))
+
+
+def test_saved_configs_are_checked(place, comparison):
+  run = tiny_run(place)
+  saved = json.loads(json.dumps(config_lib.to_dict(run)))
+  assert config_lib.from_dict(config_lib.RunConfig, saved) == run
+  load = functools.partial(config_lib.from_dict, config_lib.RunConfig)
+  with pytest.raises(ValueError, match=r"unknown fields \['depth'\]"):
+    load(saved | {"depth": 3})
+  with pytest.raises(ValueError, match=r"config.model: unknown .*\['heads'\]"):
+    load(saved | {"model": saved["model"] | {"heads": 3}})
+  with pytest.raises(ValueError, match=r"wants the fields \['data'\]"):
+    load({k: v for k, v in saved.items() if k != "data"})
+  with pytest.raises(ValueError, match=r"config.seed='x': wanted int"):
+    load(saved | {"seed": "x"})
+  with pytest.raises(ValueError, match="'type' that is one of"):
+    load(saved | {"data": {}})
+  again = config_lib.from_dict(
+    config_lib.ComparisonConfig,
+    json.loads(json.dumps(config_lib.to_dict(comparison))),
+  )
+  assert again == comparison
+
+
+def test_sides_that_differ_elsewhere_are_refused(place, capsys):
+  msa = tiny_run(place)
+  runs = (as_gqa(msa), dataclasses.replace(msa, batch_size=8))
+  comparison = config_lib.ComparisonConfig(name="bad", runs=runs)
+  out = place / "bad"
+  with pytest.raises(ValueError, match="batch_size is 4 in text/gqa"):
+    cli.compare(comparison, out)
+  assert not out.exists()
+
+
+def test_a_side_must_keep_what_another_starts_from(comparison):
+  runs = tuple(dataclasses.replace(r, keep_steps=()) for r in comparison.runs)
+  with pytest.raises(ValueError, match=r"init_step=1 of side 'gqa' is not"):
+    dataclasses.replace(comparison, runs=runs)
+
+
+def test_schedule():
+  optimizer = config_lib.OptimizerConfig(
+    learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.1
+  )
+  rates = [optimizer.schedule(step, 10) for step in range(1, 11)]
+  np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
+  assert rates[6] == pytest.approx(2.0 * 0.55) and rates[-1] == pytest.approx(
+    0.2
+  )
+
+
+# --- Command line -------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", config_lib.presets())
+def test_presets_are_comparable(name):
+  from train import runs
+
+  comparison = config_lib.preset(name)
+  assert comparison.name == name
+  resolved = list(comparison.resolve("runs"))
+  assert len(resolved) == len(comparison.runs) * len(comparison.seeds)
+  for task in comparison.tasks():
+    sides = [
+      config_lib.to_dict(r)
+      for r in resolved
+      if r.task == task and r.seed == comparison.seeds[0]
+    ]
+    runs.check_comparable(sides)
+  for run in comparison.runs:
+    if isinstance(run.data, data.RecallConfig):
+      assert data.load(run.data).vocab_size <= run.model.vocab_size
+
+
+def test_help(capsys):
+  for command, words in {
+    "--help": ("train", "compare", "report"),
+    "compare --help": ("--seeds", "--out", "smoke", "demo"),
+    "train smoke --task text --side msa --help": (
+      "--model.num-layers",
+      "--optimizer.index-learning-rate-factor",
+      "--recipe.kl-weight",
+      "--data.tokenizer",
+    ),
+  }.items():
+    with pytest.raises(SystemExit) as stop:
+      cli.main(command.split())
+    assert stop.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(word in shown for word in words), shown
+  assert cli.main(["train", "--help"]) == 0
+  assert "--task" in capsys.readouterr().out
+
+
+def test_command_line_errors(capsys):
+  for command, words in {
+    "train nothing": "preset 'nothing' is unknown: wanted one of",
+    "train smoke --task text --side mla": "--task text --side msa",
+    "compare": "wanted a preset",
+    "compare --config /nowhere.json": "cannot be read",
+  }.items():
+    assert cli.main(command.split()) == 1
+    assert words in capsys.readouterr().err
+
+
+def test_import_is_light():
+  code = (
+    "import sys, train;"
+    "assert not {'jax', 'orbax', 'tyro', 'matplotlib'} & set(sys.modules)"
+  )
+  subprocess.run([sys.executable, "-c", code], check=True)

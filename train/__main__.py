@@ -1,0 +1,217 @@
+"""Command line: train one run, compare sides, write a report.
+
+python -m train compare demo
+python -m train train demo --task text --side msa --seed 0
+python -m train report runs/demo
+"""
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Sequence
+
+from train import checkpoint
+from train import config as config_lib
+
+
+def _parser() -> argparse.ArgumentParser:
+  names = ", ".join(config_lib.presets())
+  parser = argparse.ArgumentParser(
+    prog="python -m train",
+    description="Train GQA and MSA language models and compare them.",
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+
+  def command(name: str, text: str, **kwargs) -> argparse.ArgumentParser:
+    return commands.add_parser(name, help=text, description=text, **kwargs)
+
+  train = command(
+    "train",
+    "Train one run; a run that was stopped goes on where it was.",
+    add_help=False,
+    epilog="Every field of the run is an option too: name a run and add"
+    " --help to see them all, with the run's values.",
+  )
+  compare = command(
+    "compare",
+    "Train every side of a comparison, then write its report. Finished runs"
+    " are kept, stopped ones go on.",
+  )
+  for sub in (train, compare):
+    sub.add_argument(
+      "preset", nargs="?", help=f"a file of train/configs: {names}"
+    )
+    sub.add_argument(
+      "--config",
+      type=pathlib.Path,
+      help="instead of a preset: a saved config.json (train) or"
+      " comparison.json (compare)",
+    )
+    sub.add_argument(
+      "--distributed",
+      action="store_true",
+      help="call jax.distributed.initialize(): one process a host, started by"
+      " the cluster",
+    )
+  train.add_argument("--task", help="of a preset: which task, such as text")
+  train.add_argument("--side", help="of a preset: which side, such as msa")
+  train.add_argument("--seed", type=int, help="seed of the run")
+  train.add_argument("--help", "-h", action="store_true", help="this text")
+  compare.add_argument(
+    "--out",
+    type=pathlib.Path,
+    help="folder of the comparison (default: runs/NAME)",
+  )
+  compare.add_argument(
+    "--seeds", type=int, nargs="+", help="seeds (default: the preset's)"
+  )
+  report = command("report", "Write the report of a comparison's folder.")
+  report.add_argument("folder", type=pathlib.Path)
+  parser.set_defaults(train_parser=train)
+  return parser
+
+
+def _need_one_source(args: argparse.Namespace) -> None:
+  if (args.preset is None) == (args.config is None):
+    raise ValueError(
+      f"{args.command}: wanted a preset ({', '.join(config_lib.presets())}) or"
+      " --config FILE."
+    )
+
+
+def _pick_run(args: argparse.Namespace) -> config_lib.RunConfig:
+  """The run that the arguments name."""
+  _need_one_source(args)
+  if args.config is not None:
+    run = config_lib.load(config_lib.RunConfig, args.config)
+    if args.task not in (None, run.task) or args.side not in (None, run.side):
+      raise ValueError(
+        f"--task and --side pick a run of a preset; {args.config} is"
+        f" {run.task}/{run.side}."
+      )
+    if args.seed is not None:
+      run = dataclasses.replace(run, seed=args.seed)
+    return run
+  comparison = config_lib.preset(args.preset)
+  if args.seed is not None:
+    comparison = dataclasses.replace(comparison, seeds=(args.seed,))
+  for run in comparison.resolve(_default_folder(comparison)):
+    if run.task == args.task and run.side == args.side:
+      return run
+  there = [f"--task {r.task} --side {r.side}" for r in comparison.runs]
+  raise ValueError(
+    f"--task {args.task} --side {args.side}: preset {args.preset!r} has\n  "
+    + "\n  ".join(there)
+  )
+
+
+def _default_folder(comparison: config_lib.ComparisonConfig) -> pathlib.Path:
+  return pathlib.Path("runs") / comparison.name
+
+
+def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
+  import tyro
+
+  run = tyro.cli(
+    config_lib.RunConfig,
+    default=_pick_run(args),
+    args=list(overrides) + (["--help"] if args.help else []),
+    prog="python -m train train",
+    description="Train one run. The options change its fields.",
+    config=(tyro.conf.AvoidSubcommands,),
+  )
+  _start_devices(args)
+  from train import loop
+
+  loop.run(run)
+
+
+def _start_devices(args: argparse.Namespace) -> None:
+  if args.distributed:
+    import jax
+
+    jax.distributed.initialize()
+
+
+def _compare(args: argparse.Namespace) -> None:
+  _need_one_source(args)
+  if args.config is None:
+    comparison = config_lib.preset(args.preset)
+  else:
+    comparison = config_lib.load(config_lib.ComparisonConfig, args.config)
+  if args.seeds is not None:
+    comparison = dataclasses.replace(comparison, seeds=tuple(args.seeds))
+  _start_devices(args)
+  print(compare(comparison, args.out or _default_folder(comparison)))
+
+
+def compare(
+  comparison: config_lib.ComparisonConfig, folder: pathlib.Path
+) -> pathlib.Path:
+  """Trains every run of a comparison and writes its report.
+
+  Returns:
+    The path of the report.
+
+  Raises:
+    ValueError: sides of a task differ in more than attention, or a run cannot
+      start; nothing is trained then.
+  """
+  import jax
+
+  from train import data, loop, program, report, runs
+
+  resolved = list(comparison.resolve(folder))
+  for task in comparison.tasks():
+    sides = [r for r in resolved if r.task == task]
+    runs.check_comparable(
+      [
+        config_lib.to_dict(dataclasses.replace(r, seed=0, folder=""))
+        for r in sides
+      ],
+      [f"{r.task}/{r.side}" for r in sides],
+    )
+  folder.mkdir(parents=True, exist_ok=True)
+  if jax.process_index() == 0:
+    checkpoint.write_json(
+      folder / "comparison.json", config_lib.to_dict(comparison)
+    )
+  for task in comparison.tasks():
+    source, programs = None, {}
+    for run in (r for r in resolved if r.task == task):
+      if source is None:
+        source = data.load(run.data)
+      if run.side not in programs:
+        programs[run.side] = program.Program(run)
+      loop.run(run, source, programs[run.side])
+    del programs
+    jax.clear_caches()
+  return report.write(folder) if jax.process_index() == 0 else folder
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  parser = _parser()
+  args, rest = parser.parse_known_args(arguments)
+  if rest and args.command != "train":
+    parser.error(f"unknown arguments: {' '.join(rest)}")
+  try:
+    if args.command == "train":
+      if args.help and args.preset is None and args.config is None:
+        args.train_parser.print_help()
+        return 0
+      _train(args, rest)
+    elif args.command == "compare":
+      _compare(args)
+    else:
+      from train import report
+
+      print(report.write(args.folder))
+  except (ValueError, NotImplementedError, FloatingPointError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

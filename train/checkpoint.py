@@ -1,0 +1,350 @@
+"""A run's folder: config, metrics and checkpoints that survive a kill.
+
+Three rules make a run that is killed at any moment end with the same bits:
+every file is replaced as a whole, a checkpoint counts only once it is complete,
+and rows of metrics.jsonl after the checkpoint's step are dropped on resume.
+"""
+
+import datetime
+import fcntl
+import importlib.metadata
+import json
+import os
+import pathlib
+import platform
+import shlex
+import subprocess
+import sys
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+
+from train import config as config_lib
+
+State = dict[str, jax.Array]
+
+
+def write_json(path: pathlib.Path, value: Any) -> None:
+  """Replaces a JSON file as a whole."""
+  text = json.dumps(value, indent=2, allow_nan=False) + "\n"
+  replace_file(path, text.encode())
+
+
+def replace_file(path: pathlib.Path, content: bytes) -> None:
+  """Writes a file such that a kill leaves the old one or the new one."""
+  part = path.with_name(f".{path.name}.part")
+  with open(part, "wb") as file:
+    file.write(content)
+    file.flush()
+    os.fsync(file.fileno())
+  os.replace(part, path)
+
+
+def check_tree(
+  found: Mapping[str, Any], wanted: Mapping[str, Any], where: str
+) -> None:
+  """Compares names and shapes of a checkpoint with those of a model.
+
+  Raises:
+    ValueError: lists the parameters that are missing, unexpected or of
+      another shape.
+  """
+  # A parameter's moments have its name and shape: it speaks for them.
+  known = {name for name in {**found, **wanted} if name.startswith("params.")}
+  names = sorted(known or {**found, **wanted})
+  complaints = [f"missing: {name}" for name in names if name not in found]
+  complaints += [f"unexpected: {name}" for name in names if name not in wanted]
+  complaints += [
+    f"shape: {name} is {tuple(found[name].shape)}, wanted"
+    f" {tuple(wanted[name].shape)}"
+    for name in names
+    if name in found
+    and name in wanted
+    and tuple(found[name].shape) != tuple(wanted[name].shape)
+  ]
+  if complaints:
+    shown = "\n  ".join(complaints[:20])
+    more = len(complaints) - 20
+    raise ValueError(
+      f"{where} holds another architecture than the config's model:\n  {shown}"
+      + (f"\n  and {more} more" if more > 0 else "")
+    )
+
+
+class Checkpoints:
+  """Checkpoints of a run: a flat dict of arrays and the seconds trained."""
+
+  def __init__(
+    self,
+    folder: pathlib.Path,
+    *,
+    keep: int = 1,
+    keep_steps: tuple[int, ...] = (),
+    read_only: bool = False,
+  ):
+    # A second of import time that other commands need not wait for.
+    import orbax.checkpoint as ocp
+
+    self._ocp = ocp
+    self.folder = folder / "checkpoints"
+    policies = ocp.checkpoint_managers
+    options = ocp.CheckpointManagerOptions(
+      create=not read_only,
+      read_only=read_only,
+      cleanup_tmp_directories=not read_only,
+      preservation_policy=policies.AnyPreservationPolicy(
+        [policies.LatestN(keep), policies.CustomSteps(list(keep_steps))]
+      ),
+    )
+    self._manager = ocp.CheckpointManager(
+      self.folder.absolute(),
+      options=options,
+      item_handlers={
+        "state": ocp.StandardCheckpointHandler(),
+        "clock": ocp.JsonCheckpointHandler(),
+      },
+    )
+
+  def latest(self) -> int | None:
+    return self._manager.latest_step()
+
+  def save(self, step: int, state: State, seconds: float) -> None:
+    """Copies the state and writes it in the background."""
+    args = self._ocp.args
+    self._manager.save(
+      step,
+      args=args.Composite(
+        state=args.StandardSave(state),
+        clock=args.JsonSave({"seconds": seconds}),
+      ),
+      force=True,
+    )
+
+  def shapes(self, step: int) -> dict[str, Any]:
+    """Shape and dtype of each array of a checkpoint."""
+    if step not in self._manager.all_steps():
+      raise ValueError(
+        f"{self.folder}: no checkpoint of step {step}; there are"
+        f" {sorted(self._manager.all_steps())}."
+      )
+    return dict(self._manager.item_metadata(step)["state"])
+
+  def restore(
+    self, step: int, wanted: Mapping[str, jax.ShapeDtypeStruct]
+  ) -> tuple[State, float]:
+    """Reads arrays of the given shapes, placed by their shardings.
+
+    Returns:
+      The arrays and the seconds trained.
+    """
+    check_tree(self.shapes(step), wanted, f"{self.folder}/{step}")
+    args = self._ocp.args
+    saved = self._manager.restore(
+      step,
+      args=args.Composite(
+        state=args.StandardRestore(dict(wanted)), clock=args.JsonRestore()
+      ),
+    )
+    return saved["state"], saved["clock"]["seconds"]
+
+  def wait(self) -> None:
+    """Waits for the last checkpoint to be complete."""
+    self._manager.wait_until_finished()
+
+  def close(self) -> None:
+    self.wait()
+    self._manager.close()
+
+
+class RunFolder:
+  """Everything a run writes; only the first process writes metrics.
+
+  Opening it refuses a folder that belongs to another config, to other data or
+  to a process that is still running.
+  """
+
+  def __init__(self, config: config_lib.RunConfig, data: dict):
+    self.path = pathlib.Path(config.folder)
+    self._config = config
+    self._writes = jax.process_index() == 0
+    self.path.mkdir(parents=True, exist_ok=True)
+    self._lock = os.open(self.path, os.O_RDONLY)
+    if self._writes:
+      try:
+        fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+      except OSError:
+        os.close(self._lock)
+        raise ValueError(
+          f"{self.path}: another process is training here."
+        ) from None
+    try:
+      self._check(data)
+      self.checkpoints = Checkpoints(
+        self.path, keep=config.keep_checkpoints, keep_steps=config.keep_steps
+      )
+      self.start = self.checkpoints.latest() or 0
+      self._metrics = self._open_metrics() if self._writes else None
+    except BaseException:
+      os.close(self._lock)
+      raise
+
+  @property
+  def done(self) -> pathlib.Path:
+    return self.path / "done.json"
+
+  def _check(self, data: dict) -> None:
+    saved = read_config(self.path)
+    wanted = config_lib.to_dict(self._config)
+    if saved is not None:
+      # Where a run lies and what it runs on may change, nothing else.
+      changed = config_lib.differences(
+        saved, wanted, ("folder", "mesh", "data.cache_dir")
+      )
+      if changed:
+        raise ValueError(
+          f"{self.path} belongs to a run with another config; go on with that"
+          " one or choose another folder:\n  " + "\n  ".join(changed)
+        )
+    environment = self.path / "environment.json"
+    if environment.exists():
+      before = json.loads(environment.read_text())["data"]
+      changed = config_lib.differences(before, json.loads(json.dumps(data)))
+      if changed:
+        raise ValueError(
+          f"{self.path}: the data are not those the run began with:\n  "
+          + "\n  ".join(changed[:20])
+        )
+    if saved is None and self._writes:
+      write_json(self.path / "config.json", wanted)
+
+  def _open_metrics(self):
+    """Drops a half line and the rows that will be written again."""
+    path = self.path / "metrics.jsonl"
+    kept = []
+    if path.exists():
+      for line in path.read_text().splitlines():
+        try:
+          row = json.loads(line)
+        except json.JSONDecodeError:
+          break
+        if row["step"] > self.start:
+          break
+        kept.append(line + "\n")
+    replace_file(path, "".join(kept).encode())
+    return open(path, "a")
+
+  def write_environment(self, data: dict, parameters: dict) -> None:
+    """Says what the run was made with; a resumed run adds to the list."""
+    if not self._writes:
+      return
+    path = self.path / "environment.json"
+    now = {
+      "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+      "command": _command(),
+    }
+    if path.exists():
+      saved = json.loads(path.read_text())
+      resumed = [*saved["resumed"], {"step": self.start, **now}]
+      write_json(path, saved | {"resumed": resumed})
+      return
+    device = jax.devices()[0]
+    write_json(
+      path,
+      {
+        "versions": versions(),
+        "device": device.device_kind,
+        "platform": device.platform,
+        "device_count": jax.device_count(),
+        "process_count": jax.process_count(),
+        **revision(),
+        **now,
+        "resumed": [],
+        "data": data,
+        "parameters": parameters,
+      },
+    )
+
+  def log(self, row: dict) -> None:
+    """Adds a row to metrics.jsonl."""
+    if self._metrics is not None:
+      self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+      self._metrics.flush()
+
+  def save(self, step: int, state: State, seconds: float) -> None:
+    """Makes a checkpoint; the rows up to it are on disk before it."""
+    if self._metrics is not None:
+      os.fsync(self._metrics.fileno())
+    self.checkpoints.save(step, state, seconds)
+
+  def last_eval(self) -> dict:
+    """The last eval row of metrics.jsonl."""
+    lines = (self.path / "metrics.jsonl").read_text().splitlines()
+    rows = (json.loads(line) for line in reversed(lines))
+    return next(row for row in rows if row["kind"] == "eval")
+
+  def read_done(self) -> dict | None:
+    """What finish() wrote; None if the run is not finished."""
+    return json.loads(self.done.read_text()) if self.done.exists() else None
+
+  def finish(self, value: dict) -> None:
+    """Waits for the last checkpoint, then marks the run as finished."""
+    self.checkpoints.wait()
+    if self._writes:
+      write_json(self.done, value)
+
+  def close(self) -> None:
+    if self._metrics is not None:
+      self._metrics.close()
+    self.checkpoints.close()
+    os.close(self._lock)
+
+
+def _command() -> str:
+  program = pathlib.Path(sys.argv[0])
+  words = [program.name]
+  if program.name == "__main__.py":
+    words = ["python", "-m", program.parent.name]
+  return shlex.join([*words, *sys.argv[1:]])
+
+
+def read_config(folder: pathlib.Path) -> dict | None:
+  """The saved config of a run folder; None if it has none."""
+  path = folder / "config.json"
+  return json.loads(path.read_text()) if path.exists() else None
+
+
+def versions() -> dict[str, str]:
+  """Versions of what decides a run's numbers."""
+  names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
+  found = {"python": platform.python_version()}
+  for name in ("msa-jax", *names):
+    try:
+      found[name] = importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+      continue
+  return found
+
+
+def revision() -> dict[str, Any]:
+  """Commit of the checkout that runs; None without one."""
+
+  def git(*words: str) -> str | None:
+    try:
+      result = subprocess.run(
+        ["git", *words],
+        cwd=pathlib.Path(__file__).parent,
+        capture_output=True,
+        text=True,
+        timeout=10,
+      )
+    except (OSError, subprocess.TimeoutExpired):
+      return None
+    return result.stdout.strip() if result.returncode == 0 else None
+
+  commit = git("rev-parse", "HEAD")
+  changes = git("status", "--porcelain", "--untracked-files=no")
+  return {
+    "commit": commit,
+    "dirty": None if changes is None else bool(changes),
+  }

@@ -1,0 +1,487 @@
+"""Configs of runs and comparisons: checked, frozen, saved as JSON."""
+
+import dataclasses
+import importlib
+import json
+import math
+import pathlib
+import pkgutil
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from msa_jax.model import ModelConfig
+from train.data import DataConfig
+
+
+def _check(ok: bool, text: str) -> None:
+  if not ok:
+    raise ValueError(text)
+
+
+def _check_least(config: Any, least: float, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _check(
+      isinstance(value, (int, float)) and value >= least,
+      f"{name}={value!r}: wanted a number of at least {least}.",
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+  """AdamW under a cosine schedule with a linear warm-up."""
+
+  learning_rate: float = 3e-3
+  """The schedule's peak."""
+
+  min_lr_ratio: float = 0.1
+  """The schedule's last value, as a share of its peak."""
+
+  warmup_steps: int = 50
+  """Steps of the learning rate's linear rise."""
+
+  beta1: float = 0.9
+  beta2: float = 0.95
+  eps: float = 1e-8
+
+  weight_decay: float = 0.1
+  """Decay of matrices; norms and biases have none."""
+
+  clip_norm: float = 1.0
+  """Largest global gradient norm of the backbone."""
+
+  index_learning_rate_factor: float = 1.0
+  """Learning rate of the Index Branch, as a multiple of the backbone's."""
+
+  index_clip_norm: float = 1.0
+  """Largest global gradient norm of the Index Branch. It is clipped apart:
+  its gradient comes from the KL loss and has a scale of its own."""
+
+  def __post_init__(self):
+    _check_least(self, 0, "min_lr_ratio", "warmup_steps", "weight_decay")
+    for name in (
+      "learning_rate",
+      "eps",
+      "clip_norm",
+      "index_clip_norm",
+      "index_learning_rate_factor",
+    ):
+      value = getattr(self, name)
+      _check(value > 0, f"{name}={value!r}: wanted a number above 0.")
+    _check(
+      self.min_lr_ratio <= 1,
+      f"min_lr_ratio={self.min_lr_ratio}: wanted a share, 0 to 1.",
+    )
+    for name in ("beta1", "beta2"):
+      value = getattr(self, name)
+      _check(0 <= value < 1, f"{name}={value!r}: wanted 0 <= {name} < 1.")
+
+  def schedule(self, step: int, num_steps: int) -> float:
+    """The learning rate of a step (counted from 1) of num_steps."""
+    if step <= self.warmup_steps:
+      return self.learning_rate * step / self.warmup_steps
+    done = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)
+    wave = 0.5 * (1 + math.cos(math.pi * done))
+    return self.learning_rate * (
+      self.min_lr_ratio + (1 - self.min_lr_ratio) * wave
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecipeConfig:
+  """How an MSA side is trained. A GQA side keeps the defaults."""
+
+  kl_weight: float = 1.0
+  """lambda: the loss is LM + lambda * the sum of the layers' KL."""
+
+  index_warmup_steps: int = 0
+  """Steps with dense main attention, before attention goes sparse."""
+
+  init_from: str | None = None
+  """MSA-CPT: the folder of the GQA run to start from. In a comparison, the
+  name of another side of the task: its run of the same seed."""
+
+  init_step: int | None = None
+  """The step of init_from's checkpoint. Schedule and batches go on from it."""
+
+  def __post_init__(self):
+    _check_least(self, 0, "kl_weight", "index_warmup_steps")
+    _check(
+      (self.init_from is None) == (self.init_step is None),
+      f"init_from={self.init_from!r} and init_step={self.init_step!r}: wanted"
+      " both or none.",
+    )
+    if self.init_step is not None:
+      _check_least(self, 1, "init_step")
+
+  @property
+  def first_sparse_step(self) -> int:
+    """The first step (counted from 1) after the warm-up."""
+    return (self.init_step or 0) + self.index_warmup_steps + 1
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+  """Devices: data * fsdp * tensor of them. The mesh never changes what is
+  computed, and a run may resume on another."""
+
+  data: int = 1
+  """Copies of the model, each with its share of the batch; -1: as many as
+  the devices allow."""
+
+  fsdp: int = 1
+  """Shards of the parameters; the batch is split over them too."""
+
+  tensor: int = 1
+  """Shards of the heads and of the MLP."""
+
+  def __post_init__(self):
+    _check_least(self, 1, "fsdp", "tensor")
+    _check(
+      self.data == -1 or self.data >= 1,
+      f"data={self.data}: wanted at least 1, or -1 for all devices.",
+    )
+
+  def shape(self, num_devices: int) -> tuple[int, int, int]:
+    """Sizes of the axes (data, fsdp, tensor) on num_devices devices."""
+    rest = self.fsdp * self.tensor
+    data = num_devices // rest if self.data == -1 else self.data
+    _check(
+      1 <= data * rest <= num_devices,
+      f"mesh (data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}) wants"
+      f" {max(data, 1) * rest} devices, {num_devices} are here.",
+    )
+    return data, self.fsdp, self.tensor
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RunConfig:
+  """One side of a comparison, for one seed."""
+
+  task: str
+  """What is learnt; names a folder."""
+
+  side: str
+  """Which attention learns it; names a folder."""
+
+  model: ModelConfig
+  data: DataConfig
+  optimizer: OptimizerConfig = OptimizerConfig()
+  recipe: RecipeConfig = RecipeConfig()
+  mesh: MeshConfig = MeshConfig()
+
+  seed: int = 0
+  """Initial parameters and order of the batches."""
+
+  num_steps: int = 500
+  batch_size: int = 8
+  context: int = 1024
+
+  grad_accumulation: int = 1
+  """Parts of a batch computed one after the other."""
+
+  log_every: int = 10
+
+  eval_every: int = 100
+  """Steps between evaluations; the last step always has one."""
+
+  eval_batches: int = 8
+  """Held-out batches of batch_size / grad_accumulation rows."""
+
+  layers_every: int = 100
+  """Steps between measures of each layer's KL and recalls."""
+
+  checkpoint_every: int = 100
+  """Steps between checkpoints; the last step always has one."""
+
+  keep_checkpoints: int = 2
+  """How many of the latest checkpoints stay."""
+
+  keep_steps: tuple[int, ...] = ()
+  """Steps whose checkpoint is made and stays, for runs that start there."""
+
+  folder: str = ""
+  """The run's folder."""
+
+  def __post_init__(self):
+    for name in ("task", "side"):
+      value = getattr(self, name)
+      _check(
+        bool(value) and "/" not in value and not value.startswith("."),
+        f"{name}={value!r}: wanted a name that can be a folder's.",
+      )
+    _check_least(self, 0, "seed")
+    _check_least(
+      self,
+      1,
+      "num_steps",
+      "batch_size",
+      "context",
+      "grad_accumulation",
+      "log_every",
+      "eval_every",
+      "eval_batches",
+      "layers_every",
+      "checkpoint_every",
+      "keep_checkpoints",
+    )
+    _check(
+      self.batch_size % self.grad_accumulation == 0,
+      f"batch_size={self.batch_size} is no multiple of"
+      f" grad_accumulation={self.grad_accumulation}.",
+    )
+    _check(
+      self.optimizer.warmup_steps <= self.num_steps,
+      f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than"
+      f" num_steps={self.num_steps}.",
+    )
+    for step in self.keep_steps:
+      _check(
+        1 <= step <= self.num_steps,
+        f"keep_steps={self.keep_steps}: wanted steps of 1 to"
+        f" {self.num_steps} (num_steps).",
+      )
+    recipe = self.recipe
+    _check(
+      self.uses_msa
+      or (recipe.index_warmup_steps == 0 and recipe.init_from is None),
+      f"recipe.index_warmup_steps={recipe.index_warmup_steps},"
+      f" recipe.init_from={recipe.init_from!r}: a model without an msa layer"
+      f" (model.layer_kinds={self.model.layer_kinds}) has no warm-up and no"
+      " start from a GQA run.",
+    )
+    _check(
+      recipe.first_sparse_step <= self.num_steps,
+      f"recipe.init_step={recipe.init_step} and recipe.index_warmup_steps="
+      f"{recipe.index_warmup_steps} leave no sparse step of"
+      f" num_steps={self.num_steps}.",
+    )
+
+  @property
+  def uses_msa(self) -> bool:
+    """Whether any layer is an msa layer."""
+    return "msa" in self.model.kinds
+
+  def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
+    """What attention does in a step (counted from 1)."""
+    if not self.uses_msa:
+      return "dense"
+    return "warmup" if step < self.recipe.first_sparse_step else "sparse"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ComparisonConfig:
+  """Sides to train on the same batches, for each task and seed."""
+
+  name: str
+  runs: tuple[RunConfig, ...]
+  """Every side of every task; seed and folder are set for each run."""
+
+  seeds: tuple[int, ...] = (0,)
+
+  def __post_init__(self):
+    _check(bool(self.name), "name='': wanted a name.")
+    _check(bool(self.runs), "runs=(): wanted at least one side of a task.")
+    _check(bool(self.seeds), "seeds=(): wanted at least one seed.")
+    _check(
+      len(set(self.seeds)) == len(self.seeds),
+      f"seeds={self.seeds}: wanted each seed once.",
+    )
+    sides = {(run.task, run.side): run for run in self.runs}
+    _check(
+      len(sides) == len(self.runs),
+      "runs: wanted each side of a task once, got"
+      f" {[f'{run.task}/{run.side}' for run in self.runs]}.",
+    )
+    for run in self.runs:
+      recipe = run.recipe
+      source = sides.get((run.task, str(recipe.init_from)))
+      if source is None:
+        continue
+      _check(
+        recipe.init_step in source.keep_steps,
+        f"{run.task}/{run.side}: recipe.init_step={recipe.init_step} of side"
+        f" {source.side!r} is not kept (its keep_steps={source.keep_steps}).",
+      )
+
+  def tasks(self) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(run.task for run in self.runs))
+
+  def resolve(self, folder: str | pathlib.Path) -> Iterator[RunConfig]:
+    """Every run with its seed and folder, in an order that they can run."""
+    folder = pathlib.Path(folder)
+    for task in self.tasks():
+      sides = [run for run in self.runs if run.task == task]
+      names = {run.side for run in sides}
+      for seed in self.seeds:
+        # A side that starts from another comes after it.
+        for run in sorted(sides, key=lambda r: r.recipe.init_from in names):
+          place = folder / task / run.side / f"seed{seed}"
+          recipe = run.recipe
+          if recipe.init_from in names:
+            start = folder / task / str(recipe.init_from) / f"seed{seed}"
+            recipe = dataclasses.replace(recipe, init_from=str(start))
+          yield dataclasses.replace(
+            run, seed=seed, folder=str(place), recipe=recipe
+          )
+
+
+# ------------------------------------------------------------------- JSON
+
+
+def to_dict(config: Any) -> Any:
+  """A config as JSON values; a dataclass that is one of several says which
+  under "type"."""
+  if dataclasses.is_dataclass(config):
+    saved = {}
+    hints = typing.get_type_hints(type(config))
+    for field in dataclasses.fields(config):
+      value = to_dict(getattr(config, field.name))
+      if len(_dataclasses_in(hints[field.name])) > 1:
+        value = {"type": type(getattr(config, field.name)).__name__, **value}
+      saved[field.name] = value
+    return saved
+  if isinstance(config, (tuple, list)):
+    return [to_dict(item) for item in config]
+  return config
+
+
+def from_dict(cls: type, saved: Any, where: str = "config") -> Any:
+  """Makes a config from JSON values.
+
+  Raises:
+    ValueError: names every field that is unknown or missing, and any value of
+      a wrong type or out of range.
+  """
+  _check(
+    isinstance(saved, dict),
+    f"{where}: wanted the fields of a {cls.__name__}, got {saved!r}.",
+  )
+  fields = {field.name: field for field in dataclasses.fields(cls)}
+  unknown = sorted(set(saved) - set(fields))
+  _check(
+    not unknown,
+    f"{where}: unknown fields {unknown} of a {cls.__name__}; it has"
+    f" {sorted(fields)}.",
+  )
+  missing = sorted(
+    name
+    for name, field in fields.items()
+    if name not in saved
+    and field.default is dataclasses.MISSING
+    and field.default_factory is dataclasses.MISSING
+  )
+  _check(not missing, f"{where}: a {cls.__name__} wants the fields {missing}.")
+  hints = typing.get_type_hints(cls)
+  values = {
+    name: _value(hints[name], value, f"{where}.{name}")
+    for name, value in saved.items()
+  }
+  try:
+    return cls(**values)
+  except ValueError as error:
+    raise ValueError(f"{where}: {error}") from None
+
+
+def _dataclasses_in(hint: Any) -> list[type]:
+  return [
+    member
+    for member in _members(hint)
+    if isinstance(member, type) and dataclasses.is_dataclass(member)
+  ]
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+  if isinstance(hint, types.UnionType) or typing.get_origin(hint) is (
+    typing.Union
+  ):
+    return typing.get_args(hint)
+  return (hint,)
+
+
+def _value(hint: Any, value: Any, where: str) -> Any:
+  members = _members(hint)
+  if value is None and type(None) in members:
+    return None
+  configs = _dataclasses_in(hint)
+  if len(configs) == 1:
+    return from_dict(configs[0], value, where)
+  if configs:
+    named = {config.__name__: config for config in configs}
+    value = value if isinstance(value, dict) else {}
+    kind = value.get("type", "nothing")
+    _check(
+      kind in named,
+      f"{where}: wanted a field 'type' that is one of {sorted(named)}, got"
+      f" {kind!r}.",
+    )
+    rest = {name: item for name, item in value.items() if name != "type"}
+    return from_dict(named[kind], rest, where)
+  for member in members:
+    origin, arguments = typing.get_origin(member), typing.get_args(member)
+    if origin is tuple and isinstance(value, (list, tuple)):
+      return tuple(
+        _value(arguments[0], item, f"{where}[{i}]")
+        for i, item in enumerate(value)
+      )
+    if origin is Literal and value in arguments:
+      return value
+    if member is float and type(value) is int:
+      return float(value)
+    if isinstance(member, type) and type(value) is member:
+      return value
+  wanted = " or ".join(getattr(m, "__name__", str(m)) for m in members)
+  if any(typing.get_origin(member) is Literal for member in members):
+    wanted = " or ".join(
+      repr(a) for m in members for a in typing.get_args(m) or (m,)
+    )
+  raise ValueError(f"{where}={value!r}: wanted {wanted}.")
+
+
+def load(cls: type, path: str | pathlib.Path) -> Any:
+  """Reads a config that was saved as JSON."""
+  try:
+    saved = json.loads(pathlib.Path(path).read_text())
+  except (OSError, json.JSONDecodeError) as error:
+    raise ValueError(f"config {str(path)!r} cannot be read: {error}") from None
+  return from_dict(cls, saved, str(path))
+
+
+def differences(saved: dict, wanted: dict, ignore: Sequence[str] = ()) -> list:
+  """Lines that say which fields of two saved configs differ."""
+
+  def flat(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+      if isinstance(value, dict):
+        yield from flat(value, f"{prefix}{name}.")
+      else:
+        yield prefix + name, value
+
+  old, new = dict(flat(saved, "")), dict(flat(wanted, ""))
+  return [
+    f"{name}: {old.get(name, 'absent')!r} there,"
+    f" {new.get(name, 'absent')!r} asked for"
+    for name in {**old, **new}
+    if old.get(name, "absent") != new.get(name, "absent")
+    and not any(name == i or name.startswith(f"{i}.") for i in ignore)
+  ]
+
+
+# ---------------------------------------------------------------- presets
+
+
+def presets() -> tuple[str, ...]:
+  """Names of the comparisons in train/configs."""
+  package = importlib.import_module("train.configs")
+  return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
+
+
+def preset(name: str) -> ComparisonConfig:
+  """The comparison of a file in train/configs."""
+  _check(
+    name in presets(),
+    f"preset {name!r} is unknown: wanted one of {', '.join(presets())}.",
+  )
+  return importlib.import_module(f"train.configs.{name}").COMPARISON

@@ -1,0 +1,60 @@
+"""The paper's ablations, each one a side that differs in one field.
+
+All attend to the same number of keys (block_size * top_k). `msa` is the
+method; the other sides change what their name says.
+"""
+
+import dataclasses
+
+from msa_jax.model import IndexConfig
+from train.config import ComparisonConfig, RecipeConfig, RunConfig
+from train.configs import demo, parity
+
+
+def _sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
+  recipe = RecipeConfig(index_warmup_steps=gqa.num_steps // 5)
+  keys = index.block_size * index.top_k
+
+  def blocks(size: int) -> IndexConfig:
+    return dataclasses.replace(index, block_size=size, top_k=keys // size)
+
+  value_head = dataclasses.replace(index, value_head=True)
+  changes = {
+    "input_not_detached": dict(detach_input=False),
+    "teacher_not_detached": dict(detach_teacher=False),
+    "own_block_not_forced": dict(num_local_blocks=0),
+    "first_block_forced": dict(force_first_block=True),
+    "fixed_window": dict(selection="window"),
+  }
+  sides = {
+    "msa": (index, recipe),
+    "no_warmup": (index, RecipeConfig()),
+    **{
+      name: (dataclasses.replace(index, **change), recipe)
+      for name, change in changes.items()
+    },
+    f"block_{index.block_size // 2}": (blocks(index.block_size // 2), recipe),
+    f"block_{index.block_size * 2}": (blocks(index.block_size * 2), recipe),
+    "index_value_head": (value_head, recipe),
+    # The index learns from the LM loss alone, through its value head.
+    "lm_trained_index": (
+      value_head,
+      dataclasses.replace(recipe, kl_weight=0.0),
+    ),
+  }
+  return (
+    gqa,
+    *(
+      demo.msa(gqa, index, recipe, side=name)
+      for name, (index, recipe) in sides.items()
+    ),
+  )
+
+
+COMPARISON = ComparisonConfig(
+  name="ablations",
+  runs=(
+    *_sides(parity.TEXT, demo.TEXT_INDEX),
+    *_sides(parity.RECALL, demo.RECALL_INDEX),
+  ),
+)

@@ -1,0 +1,58 @@
+"""The comparison to trust: three seeds, longer runs, three sides.
+
+`msa` is MSA-PT: from scratch, warm-up first. `msa_cpt` is MSA-CPT: it starts
+from the GQA run's checkpoint half-way. Models and data are those of `demo`. On
+a GPU it takes minutes, on two CPU cores an hour or more.
+"""
+
+import dataclasses
+
+from msa_jax.model import IndexConfig
+from train.config import ComparisonConfig, RecipeConfig, RunConfig
+from train.configs import demo
+
+SEEDS = (0, 1, 2)
+
+
+def _longer(run: RunConfig, num_steps: int) -> RunConfig:
+  return dataclasses.replace(
+    run,
+    num_steps=num_steps,
+    eval_batches=16,
+    eval_every=num_steps // 10,
+    layers_every=num_steps // 10,
+    checkpoint_every=num_steps // 2,
+    keep_steps=(num_steps // 2,),
+  )
+
+
+TEXT = _longer(demo.TEXT, 600)
+RECALL = _longer(demo.RECALL, 600)
+
+
+def _sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
+  warmup = gqa.num_steps // 5
+  return (
+    gqa,
+    demo.msa(gqa, index, RecipeConfig(index_warmup_steps=warmup)),
+    demo.msa(
+      gqa,
+      index,
+      RecipeConfig(
+        index_warmup_steps=warmup,
+        init_from="gqa",
+        init_step=gqa.num_steps // 2,
+      ),
+      side="msa_cpt",
+    ),
+  )
+
+
+COMPARISON = ComparisonConfig(
+  name="parity",
+  seeds=SEEDS,
+  runs=(
+    *_sides(TEXT, demo.TEXT_INDEX),
+    *_sides(RECALL, demo.RECALL_INDEX),
+  ),
+)

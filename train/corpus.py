@@ -1,0 +1,453 @@
+"""Text files -> token streams, kept in a content-addressed cache.
+
+A document is a text file, a jsonl line or a parquet row. Documents are split
+into training and held-out ones, tokenized once, and joined into one stream
+per split with an end-of-text token after each. The cache's key holds every
+file's name and content and every setting that matters, so text that changed
+never meets old tokens.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import platform
+import shutil
+import sysconfig
+import tempfile
+import warnings
+from collections.abc import Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Int32, UInt
+
+# Part of every cache key: raise it when the token stream's making changes.
+_CACHE_VERSION = 1
+# UTF-8 never holds this byte, so the byte tokenizer can end texts with it.
+_BYTE_END_OF_TEXT = 0xFF
+_SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TextConfig:
+  """Real text, as bytes or as BPE tokens."""
+
+  path: str | None = None
+  """A text, jsonl or parquet file, or a folder of them (hidden files and
+  files that are not UTF-8 are left out). None: the source of the running
+  Python's standard library."""
+
+  tokenizer: Literal["byte", "bpe"] = "byte"
+  """byte: 256 ids; bpe: byte-level BPE trained on the training split."""
+
+  vocab_size: int = 4096
+  """Ids of the bpe tokenizer, the 256 bytes and end-of-text among them."""
+
+  held_out: float = 0.05
+  """Share of the documents held out, chosen by a hash of their names. Of a
+  single document, the last part is held out."""
+
+  max_bytes: int | None = None
+  """Keep at most this much text: documents in an order fixed by a hash of
+  their names, the last one cut."""
+
+  text_field: str = "text"
+  """The field of jsonl lines or parquet rows that holds the text."""
+
+  cache_dir: str = "runs/.cache"
+  """Where tokens and tokenizers are kept; safe to delete."""
+
+  def __post_init__(self):
+    if self.tokenizer not in ("byte", "bpe"):
+      raise ValueError(
+        f"tokenizer={self.tokenizer!r} is unknown: wanted 'byte' or 'bpe'."
+      )
+    if self.tokenizer == "bpe" and not 258 <= self.vocab_size <= 2**31:
+      raise ValueError(
+        f"vocab_size={self.vocab_size} is out of range for tokenizer='bpe':"
+        " wanted at least 258 (256 bytes, one merge, end-of-text)."
+      )
+    if not 0.0 < self.held_out < 1.0:
+      raise ValueError(
+        f"held_out={self.held_out} is not a share: wanted 0 < held_out < 1."
+      )
+    if self.max_bytes is not None and self.max_bytes < 1:
+      raise ValueError(
+        f"max_bytes={self.max_bytes}: wanted at least 1, or None for all."
+      )
+    if self.path == "":
+      raise ValueError(
+        "path='' is empty: wanted a file, a folder, or None for the standard"
+        " library's source."
+      )
+    if not self.text_field:
+      raise ValueError("text_field is empty: wanted the name of a field.")
+
+
+class Corpus(NamedTuple):
+  """Token streams of both splits, memory-mapped.
+
+  Attributes:
+    train: the training documents' tokens.
+    held_out: the held-out documents' tokens.
+    token_bytes: bytes of text that each id stands for; 0 for end-of-text.
+    fingerprint: what the text and its tokens are, fit for JSON.
+  """
+
+  train: UInt[np.ndarray, "N"]
+  held_out: UInt[np.ndarray, "M"]
+  token_bytes: Int32[np.ndarray, "V"]
+  fingerprint: dict[str, Any]
+
+
+def open_corpus(config: TextConfig) -> Corpus:
+  """Reads and hashes the text; tokenizes it unless the cache has its tokens.
+
+  Raises:
+    ValueError: the path holds no text, cannot be read, or is not what its
+      name says.
+  """
+  files = _find_files(config)
+  content = _digest(
+    [(name, hashlib.sha256(_read(path)).hexdigest()) for name, path in files]
+  )
+  fields = ["tokenizer", "held_out", "max_bytes", "text_field"]
+  if config.tokenizer == "bpe":
+    fields.append("vocab_size")
+  settings: dict[str, Any] = {name: getattr(config, name) for name in fields}
+  if config.tokenizer == "bpe":
+    import tokenizers  # an extra
+
+    settings["tokenizers"] = tokenizers.__version__
+  key = _digest([_CACHE_VERSION, content, settings])
+  folder = pathlib.Path(config.cache_dir) / f"{config.tokenizer}-{key[:32]}"
+  if not folder.exists():
+    _write_cache(folder, files, config)
+  meta = json.loads((folder / "meta.json").read_text())
+
+  def stream(split: str) -> np.ndarray:
+    path = folder / f"{split}.bin"
+    dtype = _token_dtype(meta["vocab_size"])
+    wanted = meta[split]["tokens"] * dtype().itemsize
+    if path.stat().st_size != wanted:
+      raise ValueError(
+        f"cache_dir={config.cache_dir!r}: {path} has {path.stat().st_size}"
+        f" bytes, wanted {wanted}. Delete {folder} to make it anew."
+      )
+    return np.memmap(path, mode="r", dtype=dtype)
+
+  if config.path is None:
+    name = f"Python {platform.python_version()} standard library"
+  else:
+    name = pathlib.Path(config.path).resolve().name
+  return Corpus(
+    train=stream("train"),
+    held_out=stream("held_out"),
+    token_bytes=np.load(folder / "token_bytes.npy"),
+    fingerprint={
+      "name": name,
+      "sha256": content,
+      "settings": settings,
+      **meta,
+    },
+  )
+
+
+def _digest(value: Any) -> str:
+  return hashlib.sha256(json.dumps(value).encode()).hexdigest()
+
+
+def _token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
+  return np.uint16 if vocab_size <= 2**16 else np.uint32
+
+
+def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
+  """(name, path) of each file, sorted by name, the path relative to the root.
+
+  Of the standard library: Python files, without installed packages and
+  without the build's own record, which differs from machine to machine.
+  """
+  root = pathlib.Path(config.path or sysconfig.get_paths()["stdlib"])
+  if root.is_file():
+    return [(root.name, root)]
+  if not root.is_dir():
+    raise ValueError(
+      f"path={str(root)!r} does not exist: wanted a text, jsonl or parquet"
+      " file, or a folder of them."
+    )
+
+  def refuse(error: OSError):
+    raise ValueError(
+      f"path={str(root)!r}: folder {error.filename!r} cannot be read"
+      f" ({error.strerror})."
+    ) from error
+
+  files = []
+  for folder, subfolders, names in os.walk(root, onerror=refuse):
+    subfolders[:] = [
+      name
+      for name in subfolders
+      if name not in _SKIPPED_FOLDERS and not name.startswith(".")
+    ]
+    for name in names:
+      path = pathlib.Path(folder, name)
+      if name.startswith(".") or not path.is_file():
+        continue
+      if config.path is None and (
+        path.suffix != ".py" or name.startswith("_sysconfigdata")
+      ):
+        continue
+      files.append((path.relative_to(root).as_posix(), path))
+  if not files:
+    raise ValueError(
+      f"path={str(root)!r} holds no files: wanted text, jsonl or parquet."
+    )
+  return sorted(files)
+
+
+def _read(path: pathlib.Path) -> bytes:
+  try:
+    return path.read_bytes()
+  except OSError as error:
+    raise ValueError(
+      f"path: file {str(path)!r} cannot be read ({error.strerror})."
+    ) from error
+
+
+def _documents(
+  name: str, path: pathlib.Path, text_field: str
+) -> Iterator[tuple[str, str | None]]:
+  """(name, text) of each document of a file; None: the file is not text."""
+
+  def check(text: Any, where: str, fields: list[str]) -> str:
+    if not isinstance(text, str):
+      raise ValueError(
+        f"text_field={text_field!r}: {where} has no text there (fields:"
+        f" {fields}). Wanted a string in that field."
+      )
+    try:
+      text.encode()
+    except UnicodeEncodeError as error:
+      raise ValueError(
+        f"text_field={text_field!r}: {where} holds half of a surrogate pair"
+        f" ({error}). Wanted text that UTF-8 can hold."
+      ) from error
+    return text
+
+  suffix = path.suffix.lower()
+  if suffix in (".jsonl", ".ndjson"):
+    for number, line in enumerate(_read(path).splitlines(), 1):
+      where = f"line {number} of {name}"
+      if not line.strip():
+        continue
+      try:
+        row = json.loads(line)
+      except ValueError as error:
+        raise ValueError(f"path: {where} is not JSON: {error}") from error
+      if not isinstance(row, dict):
+        raise ValueError(
+          f"path: {where} is a {type(row).__name__}: wanted a JSON object."
+        )
+      text = check(row.get(text_field), where, list(row))
+      yield f"{name}:{number}", text
+  elif suffix == ".parquet":
+    import pyarrow
+    import pyarrow.parquet as pq
+
+    try:
+      table = pq.ParquetFile(path)
+      fields = table.schema_arrow.names
+      if text_field not in fields:
+        check(None, name, fields)
+      number = 0
+      for batch in table.iter_batches(columns=[text_field]):
+        for text in batch.column(0).to_pylist():
+          number += 1
+          yield (
+            f"{name}:{number}",
+            check(text, f"row {number} of {name}", fields),
+          )
+    except (pyarrow.ArrowException, OSError) as error:
+      raise ValueError(
+        f"path: {name} cannot be read as parquet: {error}"
+      ) from error
+  else:
+    try:
+      text = _read(path).decode()
+    except UnicodeDecodeError:
+      text = None
+    # Text has no NUL; many binary formats have, and are UTF-8 by chance.
+    yield name, None if text is None or "\0" in text else text
+
+
+def _split(
+  files: list[tuple[str, pathlib.Path]], config: TextConfig
+) -> tuple[dict[str, list[tuple[str, str]]], dict[str, int]]:
+  """The documents of both splits, and how many were left out and why.
+
+  A text that came before is dropped, so that no held-out document was
+  trained on.
+  """
+  documents: list[tuple[str, str]] = []
+  left_out = {"not_utf8": 0, "empty": 0, "duplicate": 0}
+  seen = set()
+  for file_name, path in files:
+    for name, text in _documents(file_name, path, config.text_field):
+      if text is None:
+        left_out["not_utf8"] += 1
+      elif not text:
+        left_out["empty"] += 1
+      elif text in seen:
+        left_out["duplicate"] += 1
+      else:
+        seen.add(text)
+        documents.append((name, text))
+  if left_out["not_utf8"] and config.path is not None:
+    warnings.warn(
+      f"path={config.path!r}: {left_out['not_utf8']} of {len(files)} files"
+      " are not UTF-8 text and are left out.",
+      stacklevel=6,
+    )
+  if not documents:
+    raise ValueError(
+      f"path={config.path!r} holds no text ({len(files)} files; documents left"
+      f" out: {left_out}): wanted UTF-8 text, jsonl or parquet."
+    )
+
+  def order(salt: str):
+    return lambda pair: hashlib.sha256(f"{salt}:{pair[0]}".encode()).digest()
+
+  if config.max_bytes is not None:
+    room, kept = config.max_bytes, []
+    for name, text in sorted(documents, key=order("sample")):
+      cut = text.encode()[:room].decode(errors="ignore")
+      room -= len(cut.encode())
+      if cut:
+        kept.append((name, cut))
+      if room <= 0 or len(cut) < len(text):
+        break
+    documents = kept
+  if len(documents) == 1:
+    name, text = documents[0]
+    cut = round(len(text) * (1.0 - config.held_out))
+    splits = {
+      "train": [(f"{name} (first part)", text[:cut])],
+      "held_out": [(f"{name} (last part)", text[cut:])],
+    }
+  else:
+    count = round(config.held_out * len(documents))
+    count = min(max(count, 1), len(documents) - 1)
+    ranked = sorted(documents, key=order("held out"))
+    splits = {
+      "train": sorted(ranked[count:]),
+      "held_out": sorted(ranked[:count]),
+    }
+  for split, parts in splits.items():
+    if not any(text for _, text in parts):
+      raise ValueError(
+        f"held_out={config.held_out} leaves the {split} split of"
+        f" path={config.path!r} empty: wanted more text or another share."
+      )
+  return splits, left_out
+
+
+class _ByteTokenizer:
+  vocab_size = 256
+  end_of_text = _BYTE_END_OF_TEXT
+  token_bytes = np.where(np.arange(256) == _BYTE_END_OF_TEXT, 0, 1)
+
+  def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+    return (np.frombuffer(text.encode(), np.uint8) for text in texts)
+
+
+class _BPETokenizer:
+  """Byte-level BPE. The last id is end-of-text and not in the vocabulary of
+  the `tokenizers` object, so that no text can spell it.
+  """
+
+  def __init__(self, texts: list[str], vocab_size: int):
+    import tokenizers
+
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    self.model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    self.model.pre_tokenizer = byte_level
+    self.model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size - 1,
+      initial_alphabet=sorted(byte_level.alphabet()),
+      show_progress=False,
+    )
+    self.model.train_from_iterator(texts, trainer=trainer)
+    self.vocab_size = vocab_size
+    self.end_of_text = vocab_size - 1
+    # One character of a token's name stands for one byte. Ids that a small
+    # corpus leaves unused have no name, and never occur.
+    self.token_bytes = np.zeros(vocab_size)
+    for token, index in self.model.get_vocab().items():
+      self.token_bytes[index] = len(token)
+
+  def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
+    return (np.array(e.ids) for e in self.model.encode_batch_fast(texts))
+
+
+def _write_cache(
+  folder: pathlib.Path,
+  files: list[tuple[str, pathlib.Path]],
+  config: TextConfig,
+):
+  """Writes tokens, tokenizer and facts about both: all of them or nothing."""
+  splits, left_out = _split(files, config)
+  if config.tokenizer == "byte":
+    tokenizer = _ByteTokenizer()
+  else:
+    texts = [text for _, text in splits["train"]]
+    tokenizer = _BPETokenizer(texts, config.vocab_size)
+  meta: dict[str, Any] = {
+    "vocab_size": tokenizer.vocab_size,
+    "files": len(files),
+    "left_out": left_out,
+  }
+  dtype = _token_dtype(tokenizer.vocab_size)
+  try:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = pathlib.Path(tempfile.mkdtemp(prefix="tmp-", dir=folder.parent))
+  except OSError as error:
+    raise ValueError(
+      f"cache_dir={config.cache_dir!r} cannot be written ({error.strerror}):"
+      " wanted a folder, or a place to make one."
+    ) from error
+  try:
+    for split, parts in splits.items():
+      num_tokens = 0
+      with open(temporary / f"{split}.bin", "wb") as file:
+        for first in range(0, len(parts), 256):
+          texts = [text for _, text in parts[first : first + 256]]
+          for ids in tokenizer.encode(texts):
+            ids = np.append(ids, tokenizer.end_of_text).astype(dtype)
+            num_tokens += ids.size
+            file.write(ids.tobytes())
+      names = [name for name, _ in parts]
+      meta[split] = {
+        "documents": len(parts),
+        "bytes": sum(len(text.encode()) for _, text in parts),
+        "tokens": num_tokens,
+        "names_sha256": _digest(names),
+      }
+      if split == "held_out":
+        meta[split]["first_names"] = names[:500]
+    np.save(
+      temporary / "token_bytes.npy", tokenizer.token_bytes.astype(np.int32)
+    )
+    if isinstance(tokenizer, _BPETokenizer):
+      tokenizer.model.save(str(temporary / "tokenizer.json"))
+    (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
+    try:
+      os.replace(temporary, folder)
+    except OSError:
+      # Another process was first; its files are the same.
+      if not (folder / "meta.json").exists():
+        raise
+  finally:
+    shutil.rmtree(temporary, ignore_errors=True)

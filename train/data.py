@@ -1,0 +1,318 @@
+"""Training data: batches that are a pure function of (seed, step).
+
+Two kinds of source, one interface:
+
+- `TextConfig`: real text, one token stream per split (see `train.corpus`).
+  Training windows start anywhere in the stream, uniformly; held-out windows
+  lie side by side and never overlap.
+- `RecallConfig`: associative recall. Facts (key -> value) lie scattered over
+  the context, a later query names a key, and only the value that answers it
+  counts. The distance back to the fact is log-uniform, so that accuracy can
+  be drawn against distance.
+
+Nothing here keeps a position: resuming a run needs its step only, and two
+models that are compared see the same tokens.
+"""
+
+import abc
+import dataclasses
+import hashlib
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+from jaxtyping import Bool, Int32
+
+from train.corpus import TextConfig, open_corpus
+
+_TRAIN_STREAM, _EVAL_STREAM = 0, 1
+
+
+class Batch(NamedTuple):
+  """One batch on the host; inputs are tokens[:, :-1], targets tokens[:, 1:].
+
+  Attributes:
+    tokens: token ids.
+    loss_mask: the targets that count.
+    distance: at a target that answers a recall query, how many tokens lie
+      between the query's token and the fact it asks for; -1 elsewhere.
+  """
+
+  tokens: Int32[np.ndarray, "B T+1"]
+  loss_mask: Bool[np.ndarray, "B T"]
+  distance: Int32[np.ndarray, "B T"]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RecallConfig:
+  """Associative recall over a chosen distance.
+
+  After a start token, the context is cut into cells of two tokens. A fact
+  fills one cell, its query a later one (the key, then the value that the
+  model must predict), the rest is filler. Each key is stated and asked once
+  a sequence, so nothing but the fact itself can answer. Values are drawn
+  independently: without the fact in sight, accuracy is 1 / num_values.
+  """
+
+  num_keys: int = 32
+  num_values: int = 8
+  num_fillers: int = 1
+  """Different filler tokens. More of them make the task slower to learn."""
+
+  num_facts: int = 32
+  """Facts tried a sequence; those that find no two free cells are dropped."""
+
+  tokens_per_fact: Literal[1, 2] = 1
+  """1: one token stands for the pair (key, value), and one attention layer
+  can answer. 2: the key, then the value, which takes two layers (an
+  induction circuit) and far longer to learn."""
+
+  max_distance: int | None = None
+  """The longest distance in tokens; None: the whole context."""
+
+  def __post_init__(self):
+    wanted = {"num_keys": 1, "num_values": 2, "num_fillers": 1, "num_facts": 1}
+    for name, least in wanted.items():
+      if getattr(self, name) < least:
+        raise ValueError(
+          f"{name}={getattr(self, name)}: wanted at least {least}."
+        )
+    if self.num_facts > self.num_keys:
+      raise ValueError(
+        f"num_facts={self.num_facts} is more than num_keys={self.num_keys}:"
+        " a sequence states each key once."
+      )
+    if self.tokens_per_fact not in (1, 2):
+      raise ValueError(
+        f"tokens_per_fact={self.tokens_per_fact}: wanted 1 or 2."
+      )
+    if self.max_distance is not None and self.max_distance < 2:
+      raise ValueError(
+        f"max_distance={self.max_distance}: wanted at least 2, or None."
+      )
+
+
+DataConfig = TextConfig | RecallConfig
+
+
+class Source(abc.ABC):
+  """Where batches come from.
+
+  Attributes:
+    vocab_size: ids are below this.
+    token_bytes: how many bytes of text each id stands for (0 for
+      end-of-text); None where bits per byte mean nothing.
+    fingerprint: what the data are, fit for JSON: equal for equal data.
+    chance: accuracy without seeing the answer's fact; None for text.
+  """
+
+  vocab_size: int
+  token_bytes: Int32[np.ndarray, "V"] | None
+  fingerprint: dict[str, Any]
+  chance: float | None
+
+  @abc.abstractmethod
+  def train_batch(
+    self, seed: int, step: int, *, batch_size: int, context: int
+  ) -> Batch:
+    """The batch of one step: the same for the same arguments, always."""
+
+  @abc.abstractmethod
+  def eval_batch(self, index: int, *, batch_size: int, context: int) -> Batch:
+    """A held-out batch, the same for every seed and every model.
+
+    Raises:
+      ValueError: index is beyond `num_eval_batches`.
+    """
+
+  @abc.abstractmethod
+  def num_eval_batches(self, *, batch_size: int, context: int) -> int | None:
+    """How many batches the held-out data give; None: any number."""
+
+
+def load(config: DataConfig) -> Source:
+  """Opens the data that a config names.
+
+  Text is read and hashed at each call, but tokenized only if no earlier call
+  with the same text and settings left its tokens in `cache_dir`.
+
+  Raises:
+    ValueError: the path holds no text, cannot be read, or is not what its
+      name says.
+  """
+  if isinstance(config, RecallConfig):
+    return _RecallSource(config)
+  if isinstance(config, TextConfig):
+    return _TextSource(config)
+  raise ValueError(
+    f"config is a {type(config).__name__}: wanted TextConfig or RecallConfig."
+  )
+
+
+def _check_batch(batch_size: int, context: int, **counters: int):
+  for name, value in {"batch_size": batch_size, "context": context}.items():
+    if value < 1:
+      raise ValueError(f"{name}={value}: wanted at least 1.")
+  for name, value in counters.items():
+    if value < 0:
+      raise ValueError(f"{name}={value}: wanted at least 0.")
+
+
+# --- Text --------------------------------------------------------------------
+
+
+class _TextSource(Source):
+  """Windows of a corpus."""
+
+  chance = None
+
+  def __init__(self, config: TextConfig):
+    self._corpus = open_corpus(config)
+    self.fingerprint = self._corpus.fingerprint
+    self.token_bytes = self._corpus.token_bytes
+    self.vocab_size = self.token_bytes.size
+
+  def train_batch(self, seed, step, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, seed=seed, step=step)
+    num_starts = self._corpus.train.size - context
+    if num_starts < 1:
+      raise ValueError(
+        f"context={context} takes {context + 1} tokens, but the training"
+        f" split has only {self._corpus.train.size}: wanted a shorter"
+        " context or more text."
+      )
+    rng = np.random.default_rng((_TRAIN_STREAM, seed, step))
+    starts = rng.integers(num_starts, size=batch_size)
+    return _windows(self._corpus.train, starts, context)
+
+  def eval_batch(self, index, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, index=index)
+    num_batches = self.num_eval_batches(batch_size=batch_size, context=context)
+    num_windows = (self._corpus.held_out.size - 1) // context
+    if index >= num_batches:
+      raise ValueError(
+        f"index={index}: the held-out split has {num_windows} windows of"
+        f" context={context}, which make {num_batches} batches of"
+        f" batch_size={batch_size}. Wanted fewer eval batches, a shorter"
+        " context, or a larger held_out."
+      )
+    # A stride near the golden section spreads any number of first windows
+    # evenly; with no divisor in common it meets each window once.
+    stride = max(1, round(num_windows * 0.618))
+    while np.gcd(stride, num_windows) != 1:
+      stride += 1
+    order = index * batch_size + np.arange(batch_size)
+    return _windows(
+      self._corpus.held_out, order * stride % num_windows * context, context
+    )
+
+  def num_eval_batches(self, *, batch_size, context) -> int:
+    _check_batch(batch_size, context)
+    num_windows = (self._corpus.held_out.size - 1) // context
+    return num_windows // batch_size
+
+
+def _windows(stream: np.ndarray, starts: np.ndarray, context: int) -> Batch:
+  tokens = np.stack([stream[s : s + context + 1] for s in starts.tolist()])
+  shape = (len(starts), context)
+  return Batch(
+    tokens=tokens.astype(np.int32),
+    loss_mask=np.ones(shape, np.bool_),
+    distance=np.full(shape, -1, np.int32),
+  )
+
+
+# --- Recall ------------------------------------------------------------------
+
+
+class _RecallSource(Source):
+  """Fresh sequences for every (seed, step).
+
+  Ids: 0 starts a sequence, then the fillers, the keys, the values and, if a
+  fact is one token, the num_keys * num_values facts.
+  """
+
+  token_bytes = None
+
+  def __init__(self, config: RecallConfig):
+    self._config = config
+    self._first_key = 1 + config.num_fillers
+    self._first_value = self._first_key + config.num_keys
+    self._first_fact = self._first_value + config.num_values
+    self.vocab_size = self._first_fact
+    if config.tokens_per_fact == 1:
+      self.vocab_size += config.num_keys * config.num_values
+    self.chance = 1.0 / config.num_values
+    sample = self.eval_batch(0, batch_size=4, context=256)
+    self.fingerprint = {
+      "name": "recall",
+      **dataclasses.asdict(config),
+      "vocab_size": self.vocab_size,
+      "chance": self.chance,
+      # Of a sample, so that a changed generator shows.
+      "sha256": hashlib.sha256(sample.tokens.tobytes()).hexdigest(),
+    }
+
+  def train_batch(self, seed, step, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, seed=seed, step=step)
+    return self._make((_TRAIN_STREAM, seed, step), batch_size, context)
+
+  def eval_batch(self, index, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, index=index)
+    return self._make((_EVAL_STREAM, index), batch_size, context)
+
+  def num_eval_batches(self, *, batch_size, context) -> None:
+    _check_batch(batch_size, context)
+
+  def _make(
+    self, stream: tuple[int, ...], batch_size: int, context: int
+  ) -> Batch:
+    config = self._config
+    num_cells = context // 2
+    longest = min(config.max_distance or context, context) // 2
+    longest = min(longest, num_cells - 1)
+    if longest < 1:
+      raise ValueError(
+        f"context={context} has no room for a fact and its query: wanted at"
+        " least 4."
+      )
+    rng = np.random.default_rng(stream)
+    shape = (batch_size, config.num_facts)
+    # Log-uniform over 1 .. longest cells: each octave gets the same share.
+    apart = np.exp(rng.uniform(0.0, np.log(longest + 1), shape)).astype(int)
+    apart = np.clip(apart, 1, longest)
+    fact_cell = (rng.random(shape) * (num_cells - apart)).astype(int)
+    query_cell = fact_cell + apart
+    keys = rng.permuted(
+      np.tile(np.arange(config.num_keys), (batch_size, 1)), axis=1
+    )[:, : config.num_facts]
+    values = rng.integers(config.num_values, size=shape)
+    # Which of its cell's two tokens a one-token fact takes.
+    offset = rng.integers(2, size=shape)
+    tokens = rng.integers(
+      1, self._first_key, size=(batch_size, context + 1), dtype=np.int32
+    )
+    tokens[:, 0] = 0
+    loss_mask = np.zeros((batch_size, context), np.bool_)
+    distance = np.full((batch_size, context), -1, np.int32)
+    taken = np.zeros((batch_size, num_cells), np.bool_)
+    for i in range(config.num_facts):
+      every = np.arange(batch_size)
+      free = ~(taken[every, fact_cell[:, i]] | taken[every, query_cell[:, i]])
+      row = every[free]
+      fact, query = fact_cell[free, i], query_cell[free, i]
+      key, value = keys[free, i], values[free, i]
+      taken[row, fact] = taken[row, query] = True
+      if config.tokens_per_fact == 1:
+        fact_token = 1 + 2 * fact + offset[free, i]
+        pair = key * config.num_values + value
+        tokens[row, fact_token] = self._first_fact + pair
+      else:
+        fact_token = 2 + 2 * fact
+        tokens[row, fact_token - 1] = self._first_key + key
+        tokens[row, fact_token] = self._first_value + value
+      query_token = 1 + 2 * query
+      tokens[row, query_token] = self._first_key + key
+      tokens[row, query_token + 1] = self._first_value + value
+      loss_mask[row, query_token] = True
+      distance[row, query_token] = query_token - fact_token
+    return Batch(tokens, loss_mask, distance)

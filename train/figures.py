@@ -1,0 +1,418 @@
+"""The report's pictures, drawn from runs read back. Notebooks may use them.
+
+`sides` maps a side's name to its runs in one task, `colors` to its colour.
+"""
+
+import itertools
+import math
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.figure import Figure
+from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
+
+from train.runs import (
+  BASELINE,
+  Metric,
+  Run,
+  chance_of,
+  metrics_of,
+  paired_runs,
+  t_interval,
+  token_budget,
+)
+
+# Okabe and Ito's palette, told apart by colour-blind readers; no yellow,
+# which is too faint on white.
+COLORS = [
+  "#0072B2",
+  "#D55E00",
+  "#009E73",
+  "#CC79A7",
+  "#E69F00",
+  "#56B4E9",
+  "#333333",
+]
+STYLE: dict[Any, Any] = {
+  "figure.dpi": 100,
+  "savefig.dpi": 150,
+  "figure.facecolor": "white",
+  "font.size": 11,
+  "axes.titlesize": 12,
+  "axes.spines.top": False,
+  "axes.spines.right": False,
+  "axes.grid": True,
+  "grid.color": "#e4e4e4",
+  "axes.axisbelow": True,
+  "legend.frameon": False,
+}
+
+
+def side_name(side: str) -> str:
+  """The side in words: msa_cpt is "MSA CPT", msa_window "MSA window"."""
+  upper = {"gqa", "msa", "cpt", "pt", "kl"}
+  return " ".join(
+    word.upper() if word in upper else word for word in side.split("_")
+  )
+
+
+def _figure(width=9.0, height=4.4, columns=1, rows=1, **kwargs):
+  figure = Figure(figsize=(width, height), layout="constrained")
+  axes = figure.subplots(rows, columns, squeeze=False, **kwargs)
+  return figure, axes
+
+
+def _legend(figure: Figure, *panels) -> None:
+  """One legend below the axes, each label once."""
+  found = {}
+  for axes in panels:
+    for handle, label in zip(*axes.get_legend_handles_labels()):
+      found.setdefault(label, handle)
+  number = len(found)
+  figure.legend(
+    found.values(),
+    found.keys(),
+    loc="outside lower center",
+    ncols=number if number <= 4 else min(math.ceil(number / 2), 6),
+  )
+
+
+def _label(name: str, finished: list) -> str:
+  number = len(finished)
+  seeds = f"{number} seed{'s' * (number > 1)}" if number else "unfinished"
+  return f"{name} ({seeds})"
+
+
+def _width(side: str) -> float:
+  # The baseline lies below the others: wider, it shows where they agree.
+  return 3.4 if side == BASELINE else 1.8
+
+
+def _mean_curve(runs: list[Run], get: Callable[[dict], Any], kind="eval"):
+  """Rows of a kind averaged over runs, at the steps that all of them have."""
+  by_step: dict[int, list] = {}
+  for run in runs:
+    for row in run.rows[kind]:
+      by_step.setdefault(row["step"], []).append(get(row))
+  steps = [s for s, values in by_step.items() if len(values) == len(runs)]
+  return steps, np.array([np.mean(by_step[s], axis=0) for s in steps])
+
+
+def _late_limits(axes, curves: Iterable[tuple[Sequence, Sequence]]) -> None:
+  """Cuts the y axis to what is seen after the first quarter of training."""
+  late = []
+  for x, y in curves:
+    x, y = np.asarray(x), np.asarray(y, float)
+    late += list(y[(x >= 0.25 * x.max()) & np.isfinite(y)]) if x.size else []
+  if late and max(late) > min(late):
+    pad = 0.06 * (max(late) - min(late))
+    axes.set_ylim(min(late) - pad, max(late) + pad)
+
+
+def _draw_chance(axes, sides) -> None:
+  if chance := chance_of(next(iter(sides.values()))[0]):
+    axes.axhline(100 * chance, color="#555555", ls="--", lw=1.2, label="chance")
+
+
+def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
+  """Metric against "step" or "seconds": a thin line a seed, thick the mean."""
+  drawn = []
+  for side, runs in sides.items():
+    runs = [r for r in runs if r.rows["eval"]]
+    done = [r for r in runs if r.finished]
+    for run in runs:
+      x = [row[clock] / unit for row in run.rows["eval"]]
+      y = [row[metric.key] * metric.scale for row in run.rows["eval"]]
+      drawn.append((x, y))
+      axes.plot(
+        x,
+        y,
+        color=colors[side],
+        linewidth=0.8,
+        alpha=0.55,
+        linestyle="-" if run.finished else ":",
+      )
+    label = _label(side_name(side), done)
+    if done:
+      _, mean = _mean_curve(
+        done, lambda r: (r[clock] / unit, r[metric.key] * metric.scale)
+      )
+      axes.plot(*mean.T, color=colors[side], lw=_width(side), label=label)
+    elif runs:
+      axes.plot([], [], color=colors[side], ls=":", label=label)
+  if metric.higher_is_better:
+    axes.set_ylim(0, 102)
+    _draw_chance(axes, sides)
+  else:
+    _late_limits(axes, drawn)
+  axes.set_ylabel(f"{metric.title} ({metric.unit})")
+
+
+def _mark_switch(axes, sides, colors) -> None:
+  for side, runs in sides.items():
+    warmup = runs[0].warmup()
+    if warmup and any(r.final.get("step", 0) > warmup[1] for r in runs):
+      axes.axvline(
+        warmup[1],
+        color=colors[side],
+        lw=1.2,
+        ls=(0, (2, 3)),
+        label=f"{side_name(side)} goes sparse",
+      )
+
+
+def curves(task, sides, colors, metric: Metric, clock: str) -> Figure:
+  """A metric against "step" (with tokens on top) or against "seconds"."""
+  figure, ((axes,),) = _figure()
+  finals = [r.final for runs in sides.values() for r in runs if r.final]
+  if clock == "step":
+    _draw_curves(axes, sides, colors, metric, clock)
+    _mark_switch(axes, sides, colors)
+    axes.set_xlabel("Training steps")
+    # Batch and context are equal, so tokens are steps times a constant.
+    ratio = max(final["tokens"] / final["step"] for final in finals)
+    top = axes.secondary_xaxis(
+      "top", functions=(lambda x: x * ratio, lambda x: x / ratio)
+    )
+    top.set_xlabel("Training tokens")
+    top.xaxis.set_major_formatter(EngFormatter(sep=" "))
+    against = "steps and tokens"
+  else:
+    longest = max(final["seconds"] for final in finals)
+    units = {"hours": 3600, "minutes": 60, "seconds": 1}
+    word = next(w for w, u in units.items() if longest > 2 * u or u == 1)
+    _draw_curves(axes, sides, colors, metric, clock, units[word])
+    axes.set_xlabel(f"Training wall time without evaluation ({word})")
+    against = "wall time"
+  axes.set_xlim(left=0)
+  axes.set_title(f"{task}: {metric.title.lower()} against {against}")
+  _legend(figure, axes)
+  return figure
+
+
+def gap_figure(task, sides, colors, metric: Metric) -> Figure | None:
+  """The paired gap during training with its t-interval."""
+  figure, ((axes,),) = _figure()
+  drawn, bands = [], []
+  for side in sides:
+    pairs = paired_runs(sides, side) if side != BASELINE else []
+    curves: dict[int, list[float]] = {}
+    for a, b in pairs:
+      base = {r["step"]: r[metric.key] for r in a.rows["eval"]}
+      points = [
+        (r["step"], (r[metric.key] - base[r["step"]]) * metric.scale)
+        for r in b.rows["eval"]
+        if r["step"] in base
+      ]
+      if not points:
+        continue
+      drawn.append(tuple(zip(*points)))
+      if len(pairs) > 1:
+        axes.plot(*drawn[-1], color=colors[side], lw=0.8, alpha=0.55)
+      for step, value in points:
+        curves.setdefault(step, []).append(value)
+    steps = [s for s, v in curves.items() if len(v) == len(pairs)]
+    if not steps:
+      continue
+    name = f"{side_name(side)} − {side_name(BASELINE)}"
+    mean = [statistics.fmean(curves[s]) for s in steps]
+    axes.plot(
+      steps, mean, color=colors[side], lw=2.2, label=_label(name, pairs)
+    )
+    if len(pairs) > 1:
+      band = list(zip(*(t_interval(curves[s]) or () for s in steps)))
+      axes.fill_between(steps, *band, color=colors[side], alpha=0.13, lw=0)
+      bands += [(steps, edge) for edge in band]
+  if not drawn:
+    return None
+  _late_limits(axes, [*drawn, *bands, ([0, 1], [0, 0])])
+  axes.axhline(0, color="black", lw=1)
+  good = "above" if metric.higher_is_better else "below"
+  axes.set_ylabel(f"Gap ({metric.gap_unit})")
+  axes.set_xlabel("Training steps")
+  axes.set_title(
+    f"{task}: gap in {metric.title.lower()} "
+    f"({good} 0: better than {side_name(BASELINE)})"
+  )
+  _legend(figure, axes)
+  return figure
+
+
+def _number(value: float | None) -> float:
+  return math.nan if value is None else value
+
+
+def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
+  """KL and recalls of every MSA layer during training, mean over runs."""
+  runs = [r for r in runs if r.finished] or runs[:1]
+  runs = [r for r in runs if r.rows["layers"]]
+  if not runs:
+    return None
+  titles = {
+    "kl": "KL loss (nats)",
+    "block_recall": "Block recall",
+    "score_recall": "Score recall",
+  }
+  steps, values = _mean_curve(
+    runs,
+    lambda r: [[_number(x[k]) for k in titles] for x in r["layers"]],
+    "layers",
+  )
+  ids = [x["layer"] for x in runs[0].rows["layers"][0]["layers"]]
+  figure, axes = _figure(11, 4.2, columns=3)
+  shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ids)))
+  for column, title in enumerate(titles.values()):
+    axis = axes[0, column]
+    for i, layer in enumerate(ids):
+      axis.plot(
+        steps,
+        values[:, i, column],
+        color=shades[i],
+        lw=1.8,
+        marker=".",
+        label=f"layer {layer}",
+      )
+    if warmup := runs[0].warmup():
+      axis.axvspan(*warmup, color="#eeeeee", zorder=0, lw=0, label="warm-up")
+    axis.set_title(title)
+    axis.set_xlabel("Training steps")
+    axis.set_xlim(left=0)
+    axis.set_ylim(*((0, None) if column == 0 else (0, 1.02)))
+  figure.suptitle(
+    f"{task}, {side_name(side)}: how well the index follows attention"
+  )
+  _legend(figure, axes[0, 0])
+  return figure
+
+
+def selection_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
+  """Share of the queries of a block that chose each key block."""
+  saved = (r for r in runs if (r.folder / "selection.npz").exists())
+  run = next(saved, None)
+  if run is None:
+    return None
+  with np.load(run.folder / "selection.npz") as file:
+    counts, layers = file["counts"], file["layers"]
+    block_size = int(file["block_size"])
+  num_layers, num_groups, num_query_blocks, num_key_blocks = counts.shape
+  figure, axes = _figure(
+    1.6 + 2.6 * num_groups,
+    1.4 + 2.6 * num_layers,
+    num_groups,
+    num_layers,
+    sharex=True,
+    sharey=True,
+  )
+  offset = num_key_blocks - num_query_blocks
+  future = np.triu(np.ones(counts.shape[2:], bool), 1 + offset)
+  colors = matplotlib.colormaps["viridis"].with_extremes(bad="#dddddd")
+  images = []
+  for (i, j), axis in np.ndenumerate(axes):
+    image = axis.imshow(
+      np.ma.masked_array(counts[i, j], future),
+      vmin=0,
+      vmax=1,
+      cmap=colors,
+      interpolation="nearest",
+    )
+    images.append(image)
+    axis.set_title(f"layer {layers[i]}, group {j}")
+    axis.grid(False)
+  bar = figure.colorbar(
+    images[-1], ax=axes, shrink=0.8 if num_layers < 3 else 0.4
+  )
+  bar.set_label("Share of the block's queries")
+  figure.supxlabel(f"Key block ({block_size} tokens each)")
+  figure.supylabel("Query block")
+  figure.suptitle(
+    f"{task}, {side_name(side)}: blocks the queries choose (seed {run.seed})"
+  )
+  return figure
+
+
+def _draw_distance(axes, sides, colors) -> None:
+  for marker, (side, runs) in zip(itertools.cycle("osD^v"), sides.items()):
+    done = [r for r in runs if r.finished and r.final.get("by_distance")]
+    curves = []
+    for run in done:
+      bins = [b for b in run.final["by_distance"] if b["count"]]
+      x = [math.sqrt(max(b["low"], 1) * max(b["high"], 1)) for b in bins]
+      curves.append([100 * b["accuracy"] for b in bins])
+      if len(done) > 1:
+        axes.plot(x, curves[-1], color=colors[side], lw=0.8, alpha=0.55)
+    if curves:
+      axes.plot(
+        x,
+        np.mean(curves, axis=0),
+        color=colors[side],
+        lw=_width(side) / 2 + 1,
+        marker=marker,
+        label=_label(side_name(side), done),
+      )
+  axes.set_xscale("log", base=2)
+  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+  axes.xaxis.set_minor_locator(NullLocator())
+  axes.set_ylim(0, 102)
+  _draw_chance(axes, sides)
+  marks = (
+    *(token_budget(sides) or (None, None)),
+    next(iter(sides.values()))[0].get("context"),
+  )
+  for word, x in zip(("local block", "tokens read", "context"), marks):
+    if not x:
+      continue
+    axes.axvline(x, color="#999999", lw=1, ls=":")
+    axes.annotate(
+      word,
+      (x, 1),
+      xycoords=("data", "axes fraction"),
+      xytext=(0, 2),
+      textcoords="offset points",
+      ha="center",
+      fontsize=8,
+      color="#555555",
+    )
+  axes.set_xlabel("Distance back to the fact (tokens)")
+  axes.set_ylabel("Answers right (%)")
+
+
+def distance_figure(task, sides, colors) -> Figure | None:
+  if not any(r.final.get("by_distance") for rs in sides.values() for r in rs):
+    return None
+  figure, ((axes,),) = _figure()
+  _draw_distance(axes, sides, colors)
+  axes.set_title(f"{task}: answers right after training, by distance", pad=18)
+  _legend(figure, axes)
+  return figure
+
+
+def overview_figure(
+  tasks: dict[str, dict[str, list[Run]]], colors
+) -> Figure | None:
+  """Curves of the first text task beside recall by distance, for a README."""
+  panels = []
+  for task, sides in tasks.items():
+    finals = [r.final for rs in sides.values() for r in rs if r.final]
+    by_distance = any(f.get("by_distance") for f in finals)
+    if finals and by_distance not in [panel[0] for panel in panels]:
+      panels.append((by_distance, task, sides, metrics_of(finals)[0]))
+  if not panels:
+    return None
+  panels.sort(key=lambda panel: panel[0])
+  figure, axes = _figure(8, 3.7, columns=len(panels))
+  for axis, (by_distance, task, sides, metric) in zip(axes[0], panels):
+    if by_distance:
+      _draw_distance(axis, sides, colors)
+      title = f"{task}: accuracy by distance"
+    else:
+      _draw_curves(axis, sides, colors, metric, "step")
+      axis.set_xlabel("Training steps")
+      title = f"{task}: {metric.title.lower()}"
+    axis.set_title(title, pad=18)
+    for line in axis.lines:  # the numbers of seeds may differ by task
+      line.set_label(line.get_label().split(" (")[0])
+  _legend(figure, *reversed(axes[0]))
+  return figure

@@ -1,0 +1,300 @@
+"""The training loop: one run, from its config to a finished run folder."""
+
+import contextlib
+import dataclasses
+import io
+import pathlib
+import time
+from typing import NamedTuple
+
+import jax
+import numpy as np
+
+from msa_jax import model as model_lib
+from train import config as config_lib
+from train import data as data_lib
+from train.checkpoint import Checkpoints, RunFolder, replace_file
+from train.program import (
+  Program,
+  bits_per_byte,
+  count_bytes,
+  flatten_state,
+  selection_counts,
+  unflatten_state,
+)
+from train.progress import Progress
+
+
+class NonFiniteError(FloatingPointError):
+  """The loss, a gradient or the state is not finite any more."""
+
+
+class _Clock:
+  """Seconds spent training, without those of evaluation and compilation."""
+
+  def __init__(self, seconds: float):
+    self._before = seconds
+    self._since: float | None = None
+
+  @property
+  def seconds(self) -> float:
+    running = 0.0 if self._since is None else time.monotonic() - self._since
+    return self._before + running
+
+  @contextlib.contextmanager
+  def stopped(self):
+    self._before, self._since = self.seconds, None
+    yield
+    self._since = time.monotonic()
+
+  def start(self) -> None:
+    self._since = time.monotonic()
+
+
+def run(
+  config: config_lib.RunConfig,
+  source: data_lib.Source | None = None,
+  program: Program | None = None,
+) -> dict:
+  """Trains a run, or goes on with one that was stopped.
+
+  Args:
+    config: its `folder` is where everything is written.
+    source: the config's data, where they are loaded already.
+    program: of another seed of the side, where there is one: saves time.
+
+  Returns:
+    What done.json holds.
+
+  Raises:
+    ValueError: the config cannot run here, or the folder belongs to another
+      run.
+    NonFiniteError: the training broke down; the last checkpoint is good.
+  """
+  if not config.folder:
+    raise ValueError("folder='': wanted the run's folder.")
+  source = data_lib.load(config.data) if source is None else source
+  _check_data(config, source)
+  folder = RunFolder(config, source.fingerprint)
+  try:
+    finished = folder.read_done()
+    if finished is not None:
+      print(f"{folder.path}: finished at step {finished['step']} before.")
+      return finished
+    program = Program(config) if program is None else program.for_run(config)
+    return _Run(config, source, folder, program).train()
+  finally:
+    folder.close()
+
+
+def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
+  if source.vocab_size > config.model.vocab_size:
+    raise ValueError(
+      f"model.vocab_size={config.model.vocab_size}: the data have"
+      f" {source.vocab_size} different tokens."
+    )
+  rows = config.batch_size // config.grad_accumulation
+  there = source.num_eval_batches(batch_size=rows, context=config.context)
+  if there is not None and there < config.eval_batches:
+    raise ValueError(
+      f"eval_batches={config.eval_batches}: the held-out data give {there}"
+      f" batches of {rows} rows with context={config.context}."
+    )
+
+
+class _Pending(NamedTuple):
+  """A step whose metrics are read while the next one runs."""
+
+  step: int
+  metrics: dict[str, jax.Array]
+  bytes: int | None
+  targets: int
+
+
+class _Run:
+  """A run at work."""
+
+  def __init__(
+    self,
+    config: config_lib.RunConfig,
+    source: data_lib.Source,
+    folder: RunFolder,
+    program: Program,
+  ):
+    self.config = config
+    self.source = source
+    self.folder = folder
+    self.program = program
+    self.first = config.recipe.init_step or 0
+    self.memory: int | None = None
+    seconds = 0.0
+    if folder.start:
+      wanted = flatten_state(self.program.abstract_state)
+      flat, seconds = folder.checkpoints.restore(folder.start, wanted)
+      self.state = unflatten_state(flat, self.program.abstract_state)
+      self.first = folder.start
+    elif config.recipe.init_from is not None:
+      self.state = self.program.start_from_dense()
+    else:
+      self.state = self.program.init()
+    self.clock = _Clock(seconds)
+    self.logged = (self.first, seconds)
+    folder.write_environment(
+      source.fingerprint, self.program.count_parameters()
+    )
+
+  def tokens(self, step: int) -> int:
+    return step * self.config.batch_size * self.config.context
+
+  def train(self) -> dict:
+    config = self.config
+    label = f"{config.task}/{config.side} seed {config.seed}"
+    pending: _Pending | None = None
+    phase = None
+    with Progress(label, config.num_steps, self.folder.path) as self.progress:
+      self.progress.start(self.first, self.program.count_parameters())
+      self.clock.start()
+      for step in range(self.first + 1, config.num_steps + 1):
+        if config.phase(step) != phase:
+          self._record(pending)
+          pending, phase = None, config.phase(step)
+          with self.clock.stopped():
+            self.memory = self.program.compile(phase)
+        batch = self.source.train_batch(
+          config.seed,
+          step - 1,
+          batch_size=config.batch_size,
+          context=config.context,
+        )
+        self.state, metrics = self.program.step(self.state, batch, step)
+        self._record(pending)
+        pending = _Pending(
+          step,
+          metrics,
+          count_bytes(self.source, batch),
+          int(batch.loss_mask.sum()),
+        )
+        if self._is_due(step):
+          self._record(pending)
+          pending = None
+          with self.clock.stopped():
+            self._pause(step)
+      self._record(pending)
+      return self._finish()
+
+  def _is_due(self, step: int) -> bool:
+    config = self.config
+    every = (config.eval_every, config.layers_every, config.checkpoint_every)
+    return (
+      step == config.num_steps
+      or step in config.keep_steps
+      or any(step % n == 0 for n in every)
+    )
+
+  def _record(self, pending: _Pending | None) -> None:
+    """Reads a step's metrics; writes a row if it is due."""
+    if pending is None:
+      return
+    config, step = self.config, pending.step
+    metrics = {k: v.item() for k, v in jax.device_get(pending.metrics).items()}
+    if not metrics["finite"]:
+      saved = self.folder.checkpoints.latest()
+      raise NonFiniteError(
+        f"step {step}: the training is not finite any more (loss"
+        f" {metrics['loss']}, kl {metrics['kl']}, grad_norm"
+        f" {metrics['grad_norm']}, index_grad_norm"
+        f" {metrics['index_grad_norm']}). The last good checkpoint is"
+        + (f" that of step {saved}" if saved else " none")
+        + f", in {self.folder.path}."
+      )
+    if step % config.log_every and step != config.num_steps:
+      return
+    seconds = self.clock.seconds
+    last_step, last_seconds = self.logged
+    tokens = self.tokens(step) - self.tokens(last_step)
+    speed = tokens / max(seconds - last_seconds, 1e-9)
+    self.logged = (step, seconds)
+    index = self.program.has_index
+    row = {
+      **self._stamp("train", step),
+      "loss": metrics["loss"],
+      "bits_per_byte": bits_per_byte(
+        metrics["loss"] * pending.targets, [pending.bytes]
+      ),
+      "kl": metrics["kl"] if index else None,
+      "learning_rate": config.optimizer.schedule(step, config.num_steps),
+      "grad_norm": metrics["grad_norm"],
+      "index_grad_norm": metrics["index_grad_norm"] if index else None,
+      "tokens_per_second": speed,
+      "peak_bytes": self.memory,
+    }
+    self._log(row)
+
+  def _stamp(self, kind: str, step: int) -> dict:
+    return {
+      "kind": kind,
+      "step": step,
+      "phase": self.config.phase(step),
+      "tokens": self.tokens(step),
+      "seconds": self.clock.seconds,
+    }
+
+  def _log(self, row: dict) -> None:
+    self.folder.log(row)
+    self.progress.show(row)
+
+  def _pause(self, step: int) -> None:
+    """Evaluates, measures and saves, whatever is due after a step."""
+    config = self.config
+    phase, last = config.phase(step), step == config.num_steps
+    params = self.state.params
+    if step % config.eval_every == 0 or last:
+      result = self.program.evaluate(params, self.source, phase)
+      self._log(self._stamp("eval", step) | result)
+    if self.program.msa_layers and (step % config.layers_every == 0 or last):
+      measured = self.program.measure(params, self.source, phase)
+      row = {"kind": "layers", "step": step, "phase": phase}
+      self._log(row | {"layers": self.program.layer_rows(*measured)})
+    if step % config.checkpoint_every == 0 or step in config.keep_steps or last:
+      self.folder.save(step, flatten_state(self.state), self.clock.seconds)
+
+  def _finish(self) -> dict:
+    config = self.config
+    if self.program.msa_layers:
+      layers = self.program.msa_layers
+      _, selection = self.program.measure(
+        self.state.params, self.source, config.phase(config.num_steps)
+      )
+      block_size = config.model.index.block_size
+      content = io.BytesIO()
+      np.savez_compressed(
+        content,
+        counts=selection_counts(
+          selection.block_indices[np.asarray(layers)], block_size
+        ),
+        layers=np.asarray(layers),
+        block_size=np.asarray(block_size),
+      )
+      if jax.process_index() == 0:
+        replace_file(self.folder.path / "selection.npz", content.getvalue())
+    done = {"step": config.num_steps, "final": self.folder.last_eval()}
+    self.folder.finish(done)
+    return done
+
+
+def load_model(
+  folder: str | pathlib.Path, step: int | None = None
+) -> tuple[model_lib.DecoderLM, config_lib.RunConfig]:
+  """The model of a run folder, from its latest or a given checkpoint."""
+  folder = pathlib.Path(folder)
+  config = config_lib.load(config_lib.RunConfig, folder / "config.json")
+  config = dataclasses.replace(config, mesh=config_lib.MeshConfig())
+  program = Program(config)
+  checkpoints = Checkpoints(folder, read_only=True)
+  step = checkpoints.latest() if step is None else step
+  if step is None:
+    raise ValueError(f"{folder}: no checkpoint.")
+  flat, _ = checkpoints.restore(step, flatten_state(program.abstract_state))
+  checkpoints.close()
+  state = unflatten_state(flat, program.abstract_state)
+  return program.merge(state.params), config

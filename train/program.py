@@ -1,0 +1,555 @@
+"""The compiled functions of a run: initial state, training step, evaluation.
+
+Parameters are a flat dict from dotted names to arrays, split in two groups:
+the Index Branch, which only the KL loss trains, and the backbone. Each group
+has its own clipping, Adam moments and learning rate.
+"""
+
+import contextlib
+import copy
+import dataclasses
+import math
+import pathlib
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as Pspec
+
+from msa_jax import model as model_lib
+from train import config as config_lib
+from train import data as data_lib
+from train.checkpoint import Checkpoints, read_config
+
+_AXES = ("data", "fsdp", "tensor")
+_GROUPS = ("backbone", "index")
+Params = dict[str, jax.Array]
+
+
+class TrainState(NamedTuple):
+  """What a checkpoint holds; opt has one entry for each parameter group."""
+
+  params: Params
+  opt: dict[str, Any]
+
+
+class Program:
+  """The functions of a run on a mesh of devices."""
+
+  def __init__(self, config: config_lib.RunConfig, model=None):
+    self.config = config
+    self.model_config = config.model if model is None else model
+    shape = config.mesh.shape(jax.device_count())
+    self._check_mesh(shape)
+    devices = jax.devices()[: math.prod(shape)]
+    self.mesh = jax.make_mesh(
+      shape,
+      _AXES,
+      devices=devices,
+      axis_types=(jax.sharding.AxisType.Auto,) * len(_AXES),
+    )
+    self.sharding = model_lib.Sharding() if self.mesh.size > 1 else None
+    self.replicated = NamedSharding(self.mesh, Pspec())
+    with self.context():
+      model = nnx.eval_shape(lambda: self._make_model(0))
+      self._graphdef, variables = nnx.split(model, nnx.Param)
+      specs = nnx.to_flat_state(nnx.get_partition_spec(variables))
+    flat = list(nnx.to_flat_state(variables))
+    self._paths = {_name(path): path for path, _ in flat}
+    self.shapes = {
+      _name(path): jax.ShapeDtypeStruct(leaf.shape, leaf.dtype)
+      for path, leaf in flat
+    }
+    self._param_shardings = {
+      _name(path): NamedSharding(self.mesh, leaf.get_value())
+      for path, leaf in specs
+    }
+    self.groups = {
+      name: _GROUPS[model_lib.is_index_param(path)]
+      for name, path in self._paths.items()
+    }
+    self.has_index = "index" in self.groups.values()
+    self._transforms = self._make_transforms()
+    with self.context():
+      state = jax.eval_shape(lambda: self._fresh_state(0))
+    self.state_shardings = jax.tree_util.tree_map_with_path(
+      lambda path, _: self._param_shardings.get(
+        str(getattr(path[-1], "key", "")), self.replicated
+      ),
+      state,
+    )
+    self.abstract_state = jax.tree.map(
+      lambda leaf, place: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=place
+      ),
+      state,
+      self.state_shardings,
+    )
+    self._compiled: dict[str, Any] = {}
+    self._jit_init = jax.jit(
+      self._fresh_state, out_shardings=self.state_shardings
+    )
+    self._jit_step = jax.jit(
+      self._step,
+      static_argnames="phase",
+      donate_argnums=0,
+      out_shardings=(self.state_shardings, self.replicated),
+    )
+    self._jit_eval = jax.jit(
+      self._evaluate,
+      static_argnames="phase",
+      out_shardings=self.replicated,
+    )
+    self._jit_measure = jax.jit(
+      self._measure,
+      static_argnames="phase",
+      out_shardings=self.replicated,
+    )
+
+  def for_run(self, config: config_lib.RunConfig) -> "Program":
+    """The same compiled functions, for another run of the side."""
+
+    def side(config: config_lib.RunConfig) -> config_lib.RunConfig:
+      recipe = dataclasses.replace(
+        config.recipe, init_from=None, init_step=None
+      )
+      # A run that starts late has no other functions, but other phases.
+      return dataclasses.replace(config, seed=0, folder="", recipe=recipe)
+
+    if side(config) != side(self.config):
+      raise ValueError(
+        "config: wanted a run of the same side, that differs in seed, folder"
+        " and start only."
+      )
+    program = copy.copy(self)
+    program.config = config
+    return program
+
+  def _check_mesh(self, shape: tuple[int, int, int]) -> None:
+    data, fsdp, tensor = shape
+    rows = self.config.batch_size // self.config.grad_accumulation
+    if rows % (data * fsdp):
+      raise ValueError(
+        f"batch_size / grad_accumulation = {rows} rows cannot be split over"
+        f" mesh.data * mesh.fsdp = {data * fsdp}."
+      )
+    if self.model_config.num_kv_heads % tensor:
+      raise ValueError(
+        f"model.num_kv_heads={self.model_config.num_kv_heads} cannot be split"
+        f" over mesh.tensor={tensor}."
+      )
+
+  def context(self):
+    """The mesh that the model's operations see; none on one device."""
+    if self.mesh.size == 1:
+      return contextlib.nullcontext()
+    return jax.set_mesh(self.mesh)
+
+  # --- Parameters and optimiser ---------------------------------------------
+
+  def _make_model(self, seed: int | jax.Array) -> model_lib.DecoderLM:
+    # Sides of one seed start from the same backbone: see DecoderLM.
+    return model_lib.DecoderLM(
+      self.model_config,
+      rngs=nnx.Rngs(jax.random.key(seed)),
+      sharding=self.sharding,
+    )
+
+  def merge(self, params: Params) -> model_lib.DecoderLM:
+    """The model with these parameters."""
+    items = [(path, params[name]) for name, path in self._paths.items()]
+    return nnx.merge(self._graphdef, nnx.from_flat_state(items))
+
+  def group(self, tree: dict[str, Any], name: str) -> dict[str, Any]:
+    """The entries of one parameter group."""
+    return {k: v for k, v in tree.items() if self.groups[k] == name}
+
+  def _make_transforms(self) -> dict[str, optax.GradientTransformation]:
+    optimizer = self.config.optimizer
+
+    def decayed(tree: Any) -> dict[str, bool]:
+      return {name: _decays(name) for name in tree}
+
+    def adam(clip_norm: float) -> optax.GradientTransformation:
+      return optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.eps),
+        optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
+      )
+
+    return {
+      "backbone": adam(optimizer.clip_norm),
+      "index": adam(optimizer.index_clip_norm),
+    }
+
+  def _state(self, params: Params) -> TrainState:
+    opt = {g: self._transforms[g].init(self.group(params, g)) for g in _GROUPS}
+    return TrainState(params, opt)
+
+  def _fresh_state(self, seed: int | jax.Array) -> TrainState:
+    return self._state(_flatten_model(self._make_model(seed)))
+
+  def init(self) -> TrainState:
+    """The state that the seed gives."""
+    with self.context():
+      return self._jit_init(np.uint32(self.config.seed))
+
+  def start_from_dense(self) -> TrainState:
+    """The state that a GQA run's checkpoint gives, with a fresh index branch.
+
+    The backbone keeps its Adam moments and their step.
+    """
+    recipe = self.config.recipe
+    assert recipe.init_from is not None and recipe.init_step is not None
+    dense = Program(self.config, dense_twin(self.model_config))
+    folder = pathlib.Path(recipe.init_from)
+    if read_config(folder) is None:
+      raise ValueError(
+        f"recipe.init_from={recipe.init_from!r}: no run folder (it has no"
+        " config.json)."
+      )
+    checkpoints = Checkpoints(folder, read_only=True)
+    saved, _ = checkpoints.restore(
+      recipe.init_step, flatten_state(dense.abstract_state)
+    )
+    checkpoints.close()
+    state = unflatten_state(saved, dense.abstract_state)
+
+    def graft(state: TrainState) -> TrainState:
+      def convert(tree: Params) -> Params:
+        model = model_lib.to_msa(
+          dense.merge(tree),
+          self.model_config,
+          rngs=nnx.Rngs(jax.random.key(self.config.seed)),
+          sharding=self.sharding,
+        )
+        return _flatten_model(model)
+
+      fresh = self._state(convert(state.params))
+      clip, adam, decay = state.opt["backbone"]
+      adam = adam._replace(
+        mu=self.group(convert(adam.mu), "backbone"),
+        nu=self.group(convert(adam.nu), "backbone"),
+      )
+      return TrainState(
+        fresh.params, fresh.opt | {"backbone": (clip, adam, decay)}
+      )
+
+    with self.context():
+      return jax.jit(graft, out_shardings=self.state_shardings)(state)
+
+  # --- What is computed -----------------------------------------------------
+
+  def loss(
+    self,
+    params: Params,
+    tokens: jax.Array,
+    loss_mask: jax.Array,
+    kl_weight: float | jax.Array,
+    *,
+    phase: str,
+  ):
+    """LM loss + kl_weight * the sum of the layers' KL, of a batch in parts.
+
+    Args:
+      params: parameters by name.
+      tokens: int32 [part, row, context + 1].
+      loss_mask: bool [part, row, context], the targets that count.
+      kl_weight: lambda.
+      phase: "dense", "warmup" or "sparse".
+
+    Returns:
+      ((loss, {"loss": LM loss, "kl": sum of KL}), gradients), the same for
+      any number of parts.
+    """
+    count = jnp.maximum(jnp.sum(loss_mask), 1)
+    parts = tokens.shape[0]
+
+    def part_loss(params, tokens, loss_mask):
+      out = self._apply(params, tokens, phase=phase, with_kl=self.has_index)
+      lm = jnp.sum(_cross_entropy(out.logits, tokens) * loss_mask) / count
+      kl = jnp.sum(out.kl) / parts
+      return lm + kl_weight * kl, {"loss": lm, "kl": kl}
+
+    grad = jax.value_and_grad(part_loss, has_aux=True)
+    if parts == 1:
+      return grad(params, tokens[0], loss_mask[0])
+
+    def add(total, part):
+      return jax.tree.map(jnp.add, total, grad(params, *part)), None
+
+    first = jax.eval_shape(grad, params, tokens[0], loss_mask[0])
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
+    return jax.lax.scan(add, zeros, (tokens, loss_mask))[0]
+
+  def _apply(self, params: Params, tokens: jax.Array, *, phase: str, **kwargs):
+    return self.merge(params)(
+      tokens[:, :-1],
+      phase="warmup" if phase == "warmup" else "sparse",
+      **kwargs,
+    )
+
+  def _step(self, state: TrainState, tokens, loss_mask, rate, *, phase: str):
+    (_, metrics), grads = self.loss(
+      state.params,
+      tokens,
+      loss_mask,
+      self.config.recipe.kl_weight,
+      phase=phase,
+    )
+    params, opt = dict(state.params), {}
+    factors = {
+      "backbone": 1.0,
+      "index": self.config.optimizer.index_learning_rate_factor,
+    }
+    for group in _GROUPS:
+      updates: Any
+      updates, opt[group] = self._transforms[group].update(
+        self.group(grads, group),
+        state.opt[group],
+        self.group(state.params, group),
+      )
+      for name, update in updates.items():
+        step = (rate * factors[group] * update).astype(params[name].dtype)
+        params[name] = params[name] - step
+    state = TrainState(params, opt)
+    norm = optax.tree.norm
+    metrics |= {
+      "grad_norm": norm(self.group(grads, "backbone")),
+      "index_grad_norm": norm(self.group(grads, "index")),
+    }
+    # The state as well: a checkpoint must never hold what is not finite.
+    watched = [*metrics.values(), norm(params), norm(opt)]
+    metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(watched)))
+    return state, metrics
+
+  def _evaluate(self, params, tokens, loss_mask, *, phase: str):
+    out = self._apply(params, tokens, phase=phase)
+    loss = jnp.sum(_cross_entropy(out.logits, tokens) * loss_mask)
+    return loss, jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
+
+  def _measure(self, params, tokens, *, phase: str):
+    out = self._apply(
+      params, tokens, phase=phase, with_kl=self.has_index, with_selection=True
+    )
+    return out.kl, out.selection
+
+  # --- Calls from the host --------------------------------------------------
+
+  def put(self, array: np.ndarray, *, parts: bool = False) -> jax.Array:
+    """Places a batch (in parts, if asked) with its rows over the mesh; each
+    process gives its own rows only."""
+    spec = Pspec(("data", "fsdp"))
+    if parts:
+      count = self.config.grad_accumulation
+      array = array.reshape(count, -1, *array.shape[1:])
+      spec = Pspec(None, *spec)
+    return jax.make_array_from_callback(
+      array.shape, NamedSharding(self.mesh, spec), lambda index: array[index]
+    )
+
+  def compile(self, phase: str) -> int | None:
+    """Compiles the training step of a phase; returns the bytes it needs on
+    one device, where the compiler says so."""
+    if phase not in self._compiled:
+      config = self.config
+      rows = np.zeros((config.batch_size, config.context + 1), np.int32)
+      with self.context():
+        self._compiled[phase] = self._jit_step.lower(
+          self.abstract_state,
+          self.put(rows, parts=True),
+          self.put(rows[:, 1:] == 0, parts=True),
+          np.float32(0),
+          phase=phase,
+        ).compile()
+    memory = self._compiled[phase].memory_analysis()
+    if memory is None:
+      return None
+    return int(
+      memory.argument_size_in_bytes
+      + memory.output_size_in_bytes
+      - memory.alias_size_in_bytes
+      + memory.temp_size_in_bytes
+    )
+
+  def step(self, state: TrainState, batch: data_lib.Batch, step: int):
+    """One optimiser step (counted from 1); does not wait for its end."""
+    config = self.config
+    phase = config.phase(step)
+    self.compile(phase)
+    rate = config.optimizer.schedule(step, config.num_steps)
+    with self.context():
+      return self._compiled[phase](
+        state,
+        self.put(batch.tokens, parts=True),
+        self.put(batch.loss_mask, parts=True),
+        np.float32(rate),
+      )
+
+  @property
+  def eval_shape(self) -> dict[str, int]:
+    """Size of a held-out batch: that of one part of a training batch."""
+    rows = self.config.batch_size // self.config.grad_accumulation
+    return {"batch_size": rows, "context": self.config.context}
+
+  def evaluate(
+    self, params: Params, source: data_lib.Source, phase: str
+  ) -> dict:
+    """Loss and answers on the held-out batches."""
+    losses, counts, sizes, right, distances = [], [], [], [], []
+    for index in range(self.config.eval_batches):
+      batch = source.eval_batch(index, **self.eval_shape)
+      with self.context():
+        loss, correct = self._jit_eval(
+          params,
+          self.put(batch.tokens),
+          self.put(batch.loss_mask),
+          phase=phase,
+        )
+      answers = batch.distance >= 0
+      losses.append(float(loss))
+      counts.append(int(batch.loss_mask.sum()))
+      sizes.append(count_bytes(source, batch))
+      right.append(np.asarray(correct)[answers])
+      distances.append(batch.distance[answers])
+    right, distances = np.concatenate(right), np.concatenate(distances)
+    return {
+      "loss": sum(losses) / sum(counts),
+      "bits_per_byte": bits_per_byte(sum(losses), sizes),
+      "accuracy": float(right.mean()) if right.size else None,
+      "by_distance": by_distance(right, distances) if right.size else None,
+      "batch_loss": [loss / max(n, 1) for loss, n in zip(losses, counts)],
+    }
+
+  def measure(self, params: Params, source: data_lib.Source, phase: str):
+    """KL by layer and selection of the first held-out batch, as NumPy."""
+    batch = source.eval_batch(0, **self.eval_shape)
+    with self.context():
+      return jax.device_get(
+        self._jit_measure(params, self.put(batch.tokens), phase=phase)
+      )
+
+  @property
+  def msa_layers(self) -> list[int]:
+    kinds = enumerate(self.model_config.kinds)
+    return [layer for layer, kind in kinds if kind == "msa"]
+
+  def layer_rows(self, kl, selection) -> list[dict]:
+    """KL and recalls of the msa layers; None for what is not defined."""
+
+    def number(value) -> float | None:
+      return float(value) if math.isfinite(value) else None
+
+    return [
+      {
+        "layer": layer,
+        "kl": number(kl[layer]) if self.has_index else None,
+        "block_recall": number(selection.block_recall[layer]),
+        "score_recall": number(selection.score_recall[layer]),
+      }
+      for layer in self.msa_layers
+    ]
+
+  def count_parameters(self) -> dict[str, int]:
+    """How many parameters: all, token embedding and output, Index Branch."""
+    sizes = {n: math.prod(shape.shape) for n, shape in self.shapes.items()}
+    vocab = self.model_config.vocab_size
+    return {
+      "total": sum(sizes.values()),
+      "embedding": sum(
+        sizes[n] for n, s in self.shapes.items() if vocab in s.shape
+      ),
+      "index": sum(self.group(sizes, "index").values()),
+    }
+
+
+def _name(path: tuple) -> str:
+  return ".".join(map(str, path))
+
+
+def _flatten_model(model: model_lib.DecoderLM) -> Params:
+  state = nnx.to_flat_state(nnx.state(model, nnx.Param))
+  return {_name(path): leaf.get_value() for path, leaf in state}
+
+
+def _decays(name: str) -> bool:
+  return not name.endswith(("scale", "bias"))
+
+
+def _cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
+  return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+
+
+def dense_twin(model: model_lib.ModelConfig) -> model_lib.ModelConfig:
+  """The same model with dense attention in every layer."""
+  return dataclasses.replace(
+    model, layer_kinds=("gqa",), index=model_lib.IndexConfig()
+  )
+
+
+def flatten_state(state: TrainState) -> dict[str, Any]:
+  """The leaves of a state by dotted names, as checkpoints hold them."""
+  leaves = jax.tree_util.tree_leaves_with_path(state)
+  return {
+    jax.tree_util.keystr(path, simple=True, separator="."): leaf
+    for path, leaf in leaves
+  }
+
+
+def unflatten_state(flat: dict[str, Any], like: TrainState) -> TrainState:
+  """The state whose leaves have these names."""
+  treedef = jax.tree.structure(like)
+  return jax.tree.unflatten(treedef, [flat[n] for n in flatten_state(like)])
+
+
+def count_bytes(source: data_lib.Source, batch: data_lib.Batch) -> int | None:
+  """Bytes of text that a batch's counted targets stand for."""
+  if source.token_bytes is None:
+    return None
+  targets = batch.tokens[:, 1:][batch.loss_mask]
+  return int(source.token_bytes[targets].sum())
+
+
+def bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
+  """Bits that a byte costs, of a summed loss in nats."""
+  total = sum(size or 0 for size in sizes)
+  return nats / math.log(2) / total if total else None
+
+
+def by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
+  """Accuracy by distance, low <= distance < high, in powers of two."""
+  bins = np.log2(np.maximum(distances, 1)).astype(int)
+  return [
+    {
+      "low": 2**i,
+      "high": 2 ** (i + 1),
+      "accuracy": float(right[bins == i].mean()),
+      "count": int((bins == i).sum()),
+    }
+    for i in sorted(set(bins.tolist()))
+  ]
+
+
+def selection_counts(block_indices: np.ndarray, block_size: int) -> np.ndarray:
+  """Which blocks the queries of a block choose.
+
+  Args:
+    block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
+    block_size: tokens in a block.
+
+  Returns:
+    float32 [L, K, Nq, Nk]: the share of the queries in block i that chose j.
+  """
+  layers, _, heads, length, _ = block_indices.shape
+  blocks = -(-length // block_size)
+  counts = np.zeros((layers, heads, blocks, blocks), np.float32)
+  for i in range(blocks):
+    chosen = block_indices[:, :, :, i * block_size : (i + 1) * block_size]
+    for j in range(i + 1):
+      # A query chooses a block once, so any() counts it right.
+      counts[:, :, i, j] = (chosen == j).any(-1).mean((1, 3))
+  return counts

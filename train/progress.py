@@ -1,0 +1,113 @@
+"""What a run shows while it works: a bar in a terminal, lines elsewhere, and
+TensorBoard files where tensorboardX is installed."""
+
+import importlib.util
+import pathlib
+import sys
+
+import jax
+
+
+class Progress:
+  """Shows the rows of metrics.jsonl; the first process only."""
+
+  def __init__(self, label: str, num_steps: int, folder: pathlib.Path):
+    self._label = label
+    self._num_steps = num_steps
+    self._folder = folder
+    self._active = jax.process_index() == 0
+    self._bar = None
+    self._writer = None
+
+  def __enter__(self) -> "Progress":
+    return self
+
+  def __exit__(self, *_) -> None:
+    if self._bar is not None:
+      self._bar.stop()
+    if self._writer is not None:
+      self._writer.close()
+
+  def start(self, step: int, parameters: dict[str, int]) -> None:
+    """Opens the displays at the step that the run goes on from."""
+    if not self._active:
+      return
+    if importlib.util.find_spec("tensorboardX") is not None:
+      import tensorboardX
+
+      # Points after this step are of a run that was stopped.
+      self._writer = tensorboardX.SummaryWriter(
+        str(self._folder / "tensorboard"), purge_step=step + 1
+      )
+    if sys.stdout.isatty() and importlib.util.find_spec("rich") is not None:
+      from rich import progress
+
+      self._bar = progress.Progress(
+        progress.TextColumn("[bold]{task.description}"),
+        progress.BarColumn(),
+        progress.MofNCompleteColumn(),
+        progress.TimeRemainingColumn(),
+        progress.TextColumn("{task.fields[note]}"),
+      )
+      self._bar.start()
+      self._task = self._bar.add_task(
+        self._label, total=self._num_steps, completed=step, note=""
+      )
+    self._print(
+      f"{self._label}: {parameters['total']:,} parameters"
+      f" ({parameters['index']:,} of the index branch), step {step} of"
+      f" {self._num_steps}, {self._folder}"
+    )
+
+  def _print(self, text: str) -> None:
+    if self._bar is not None:
+      self._bar.console.print(text, highlight=False, markup=False)
+    else:
+      print(text, flush=True)
+
+  def show(self, row: dict) -> None:
+    """Shows a row."""
+    if not self._active:
+      return
+    if self._writer is not None:
+      for name, value in _scalars(row):
+        self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
+    note = _note(row)
+    if self._bar is None or row["kind"] == "eval":
+      step = f"step {row['step']}/{self._num_steps}"
+      self._print(f"{self._label}  {step}  {row['phase']}  {note}")
+    if self._bar is not None and row["kind"] == "train":
+      self._bar.update(self._task, completed=row["step"], note=note)
+
+
+def _scalars(row: dict):
+  for layer in row.get("layers", ()):
+    for name in ("kl", "block_recall", "score_recall"):
+      if layer[name] is not None:
+        yield f"{name}/layer{layer['layer']}", layer[name]
+  for name, value in row.items():
+    number = isinstance(value, (int, float)) and name != "step"
+    if number:
+      yield name, value
+
+
+def _note(row: dict) -> str:
+  if row["kind"] == "layers":
+    shown = ("kl", "block_recall", "score_recall")
+    means = []
+    for name in shown:
+      values = [r[name] for r in row["layers"] if r[name] is not None]
+      if values:
+        means.append(f"{name} {sum(values) / len(values):.3f}")
+    return "layers: " + "  ".join(means)
+  words = [f"loss {row['loss']:.4f}"]
+  if row["bits_per_byte"] is not None:
+    words.append(f"bits/byte {row['bits_per_byte']:.4f}")
+  if row["kind"] == "eval":
+    words.insert(0, "held out:")
+    if row["accuracy"] is not None:
+      words.append(f"right {100 * row['accuracy']:.1f} %")
+    return "  ".join(words)
+  if row["kl"] is not None:
+    words.append(f"kl {row['kl']:.4f}")
+  return "  ".join([*words, f"{row['tokens_per_second']:,.0f} tokens/s"])

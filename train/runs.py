@@ -1,0 +1,369 @@
+"""Run folders read back: may they be compared, and what is the gap.
+
+A comparison's sides are held against the one named ``gqa``, seed by seed on
+the same held-out tokens. Runs that differ in more than attention are refused.
+"""
+
+import dataclasses
+import json
+import re
+import statistics
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from scipy import stats
+
+BASELINE = "gqa"
+# What the two sides of a comparison may differ in: attention and its recipe,
+# and what is kept of a run and where.
+_ATTENTION = re.compile(
+  r"model\.(layer_kinds|implementation|gqa_implementation|index(\..+)?)"
+  r"|recipe(\..+)?|optimizer\.index_.+"
+)
+_PLACE = re.compile(r"side|folder|keep_steps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Metric:
+  """A number of an eval row, and how to show it (value times scale)."""
+
+  key: str
+  title: str
+  unit: str
+  scale: float = 1.0
+  higher_is_better: bool = False
+
+  @property
+  def digits(self) -> int:
+    return 2 if self.unit == "%" else 4
+
+  @property
+  def gap_unit(self) -> str:
+    return "percentage points" if self.unit == "%" else self.unit
+
+
+BITS = Metric("bits_per_byte", "Held-out loss", "bits per byte")
+ACCURACY = Metric("accuracy", "Held-out answers right", "%", 100.0, True)
+NATS = Metric("loss", "Held-out loss", "nats per token")
+
+
+@dataclasses.dataclass
+class Run:
+  """One run folder, read whole."""
+
+  folder: Path
+  task: str
+  side: str
+  seed: int
+  config: dict
+  environment: dict
+  rows: dict[str, list[dict]]  # by kind: "train", "eval", "layers"
+  finished: bool
+
+  @property
+  def label(self) -> str:
+    return f"{self.task}/{self.side}/seed{self.seed}"
+
+  @property
+  def final(self) -> dict:
+    return self.rows["eval"][-1] if self.rows["eval"] else {}
+
+  def get(self, path: str, default: Any = None) -> Any:
+    """A config value by its dotted path."""
+    return flatten(self.config).get(path, default)
+
+  def speed(self) -> dict[str, float]:
+    """Median tokens a second of each phase, without its first row, which
+    holds the compilation."""
+    phases: dict[str, list[float]] = {}
+    for row in self.rows["train"]:
+      if row["tokens_per_second"] is not None:
+        phases.setdefault(row["phase"], []).append(row["tokens_per_second"])
+    return {k: statistics.median(v[1:]) for k, v in phases.items() if v[1:]}
+
+  def warmup(self) -> tuple[int, int] | None:
+    """Steps done before the warm-up and at its end."""
+    length = self.get("recipe.index_warmup_steps")
+    start = self.get("recipe.init_step") or 0
+    return (start, start + length) if length else None
+
+
+def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
+  """Nested dicts as one, with dotted keys."""
+  flat = {}
+  for key, value in config.items():
+    if isinstance(value, dict) and value:
+      flat |= flatten(value, f"{prefix}{key}.")
+    else:
+      flat[prefix + key] = value
+  return flat
+
+
+def check_comparable(
+  configs: Sequence[dict], names: Sequence[str] | None = None
+) -> list[tuple[str, Any, Any]]:
+  """Compares resolved run configs with the first of them.
+
+  Args:
+    configs: nested dicts, as in a run's config.json.
+    names: what to call them in the error's text.
+
+  Returns:
+    (field, value of the first, value of the other) for every difference, all
+    of them in attention. A field that one side lacks has the value "absent".
+
+  Raises:
+    ValueError: the configs differ in anything but attention; the text names
+      each such field and both values.
+  """
+  names = names or [f"config {i}" for i in range(len(configs))]
+  differences: list[tuple[str, Any, Any]] = []
+  flats = [
+    {k: list(v) if isinstance(v, tuple) else v for k, v in flatten(c).items()}
+    for c in configs
+  ]
+  for name, flat in zip(names[1:], flats[1:], strict=True):
+    refused = []
+    for field in sorted(flats[0].keys() | flat.keys()):
+      a, b = flats[0].get(field, "absent"), flat.get(field, "absent")
+      if a == b:
+        continue
+      if not (_ATTENTION.fullmatch(field) or _PLACE.fullmatch(field)):
+        refused.append(f"{field} is {a!r} in {names[0]} and {b!r} in {name}")
+      elif (field, a, b) not in differences:
+        differences.append((field, a, b))
+    if refused:
+      raise ValueError(
+        "runs to compare may differ in attention only (model.layer_kinds, "
+        "model.index, model.implementation, model.gqa_implementation, recipe, "
+        "optimizer.index_*), but " + "; ".join(refused)
+      )
+  return differences
+
+
+_NEEDED = {
+  "train": ("step", "phase", "tokens", "seconds", "loss", "tokens_per_second"),
+  "eval": ("step", "phase", "tokens", "seconds", "loss", "batch_loss"),
+  "layers": ("step", "phase", "layers"),
+}
+
+
+def _read_metrics(path: Path, finished: bool) -> dict[str, list[dict]]:
+  rows: dict[str, list[dict]] = {kind: [] for kind in _NEEDED}
+  lines = path.read_text().splitlines(keepends=True) if path.exists() else []
+  for number, line in enumerate(lines, start=1):
+    # A run that is going on, or was killed, may have half a last line.
+    if not finished and number == len(lines) and not line.endswith("\n"):
+      break
+    try:
+      row = json.loads(line)
+      kind = row["kind"]
+      missing = [key for key in _NEEDED[kind] if key not in row]
+    except (ValueError, KeyError, TypeError) as error:
+      raise ValueError(
+        f"{path}, line {number}: not a metrics row ({error!r}): {line[:80]!r}"
+      ) from error
+    if missing:
+      raise ValueError(f"{path}, line {number}: {kind} row lacks {missing}")
+    if rows[kind] and row["step"] <= rows[kind][-1]["step"]:
+      raise ValueError(
+        f"{path}, line {number}: {kind} step {row['step']} follows step "
+        f"{rows[kind][-1]['step']}; steps must grow"
+      )
+    rows[kind].append(row)
+  return rows
+
+
+def _read_json(path: Path) -> dict:
+  try:
+    return json.loads(path.read_text()) if path.exists() else {}
+  except ValueError as error:
+    raise ValueError(f"{path}: not JSON ({error})") from error
+
+
+def read_runs(folder: Path) -> list[Run]:
+  """Reads every run of a comparison: the baseline first, then as planned."""
+  runs = []
+  for path in sorted(folder.glob("*/*/seed*")):
+    seed = path.name.removeprefix("seed")
+    config = _read_json(path / "config.json")
+    if not seed.isdigit() or not config:
+      continue
+    done = (path / "done.json").exists()
+    rows = _read_metrics(path / "metrics.jsonl", done)
+    environment = _read_json(path / "environment.json")
+    task, side = path.parts[-3:-1]
+    finished = done and bool(rows["eval"])
+    runs.append(
+      Run(path, task, side, int(seed), config, environment, rows, finished)
+    )
+  if not runs:
+    raise ValueError(
+      f"comparison_folder {folder} holds no runs; wanted "
+      "<task>/<side>/seed<k>/config.json below it"
+    )
+  runs.sort(key=lambda r: (r.task, r.side, r.seed))
+  order = [plan[:2] for plan in planned_runs(folder, runs)]
+  return sorted(
+    runs, key=lambda r: (r.side != BASELINE, order.index((r.task, r.side)))
+  )
+
+
+def group_by_side(runs: Iterable[Run]) -> dict[str, list[Run]]:
+  sides: dict[str, list[Run]] = {}
+  for run in runs:
+    sides.setdefault(run.side, []).append(run)
+  return sides
+
+
+def planned_runs(
+  folder: Path, runs: Iterable[Run]
+) -> list[tuple[str, str, int]]:
+  """(task, side, seed) of every run that the comparison should have."""
+  runs = list(runs)
+  saved = _read_json(folder / "comparison.json")
+  sides = [(r["task"], r["side"]) for r in saved.get("runs", [])]
+  sides += [(r.task, r.side) for r in runs]
+  seeds = saved.get("seeds") or sorted({r.seed for r in runs})
+  return [(*side, seed) for side in dict.fromkeys(sides) for seed in seeds]
+
+
+def _without_seed(run: Run) -> dict:
+  """The run's config without what differs between the runs of a side."""
+  config = {**run.config, "seed": "any"}
+  start = Path((config.get("recipe") or {}).get("init_from") or "")
+  if start.name == f"seed{run.seed}":
+    config["recipe"] = {**config["recipe"], "init_from": start.parent.name}
+  return config
+
+
+def check_runs(runs: list[Run]) -> dict[str, dict[str, tuple[Any, Any]]]:
+  """Refuses the runs of one task if they are not comparable.
+
+  Returns for each side the attention fields it sets otherwise than the first
+  side does: (the first's value, its own).
+  """
+  first = runs[0]
+  different: dict[str, dict[str, tuple[Any, Any]]] = {}
+  for run in runs:
+    # The sides are paired by seed later.
+    pair = [_without_seed(first), _without_seed(run)]
+    fields = {
+      field: (a, b)
+      for field, a, b in check_comparable(pair, [first.label, run.label])
+      if not _PLACE.fullmatch(field)
+    }
+    if fields != different.setdefault(run.side, fields):
+      raise ValueError(
+        f"the seeds of {run.task}/{run.side} must share one config; against "
+        f"{first.label} one sets {different[run.side]}, {run.label} {fields}"
+      )
+    a, b = (flatten(r.environment.get("data") or {}) for r in (first, run))
+    other = [k for k in sorted(a.keys() | b.keys()) if a.get(k) != b.get(k)]
+    if a and b and other:
+      raise ValueError(
+        "runs to compare must read the same data, but "
+        + "; ".join(
+          f"data fingerprint {k} is {a.get(k)!r:.90} in {first.label} and "
+          f"{b.get(k)!r:.90} in {run.label}"
+          for k in other
+        )
+      )
+  return different
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+  """Student-t 95 % interval of the mean; None below two values."""
+  if len(values) < 2:
+    return None
+  half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+  mean = statistics.fmean(values)
+  return mean - float(half), mean + float(half)
+
+
+def paired_runs(
+  sides: dict[str, list[Run]], side: str
+) -> list[tuple[Run, Run]]:
+  """(baseline, side) runs of the seeds that both have finished."""
+  base = {r.seed: r for r in sides.get(BASELINE, []) if r.finished}
+  return [
+    (base[r.seed], r) for r in sides[side] if r.finished and r.seed in base
+  ]
+
+
+def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
+  """Side minus baseline after training, paired by seed.
+
+  Percent is relative to the baseline of the same seed, and is left out for
+  metrics that are a percentage themselves.
+  """
+  for a, b in pairs:
+    lengths = [len(r.final["batch_loss"]) for r in (a, b)]
+    if lengths[0] != lengths[1] or a.final["step"] != b.final["step"]:
+      raise ValueError(
+        f"{a.label} and {b.label} end with {lengths[0]} and {lengths[1]} "
+        f"held-out batches at steps {a.final['step']} and {b.final['step']}; "
+        "a pair needs the same batches at the same step"
+      )
+  base = [a.final[metric.key] for a, _ in pairs]
+  values = [b.final[metric.key] - x for (_, b), x in zip(pairs, base)]
+  relative = metric.unit != "%"
+  percents = [100 * v / x for v, x in zip(values, base) if relative]
+  return {
+    "metric": metric.key,
+    "unit": metric.unit,
+    "seeds": [a.seed for a, _ in pairs],
+    "values": values,
+    "mean": statistics.fmean(values) if values else None,
+    "interval": t_interval(values),
+    "percent": statistics.fmean(percents) if percents else None,
+    "percent_interval": t_interval(percents),
+    "batches": [len(a.final["batch_loss"]) for a, _ in pairs],
+    "batches_with_higher_loss": [
+      sum(y > x for x, y in zip(a.final["batch_loss"], b.final["batch_loss"]))
+      for a, b in pairs
+    ],
+  }
+
+
+def recall_beyond(runs: list[Run], local: int) -> tuple[float, int] | None:
+  """Share of right answers at distances beyond `local`, and their number."""
+  bins = [
+    (row["accuracy"], row["count"])
+    for run in runs
+    if run.finished
+    for row in run.final.get("by_distance") or []
+    if row["low"] >= local and row["count"]
+  ]
+  count = sum(n for _, n in bins)
+  return (sum(a * n for a, n in bins) / count, count) if count else None
+
+
+def chance_of(run: Run) -> float | None:
+  data = run.environment.get("data") or {}
+  if data.get("chance") is not None:
+    return data["chance"]
+  values = run.get("data.num_values")
+  return 1 / values if values else None
+
+
+def token_budget(sides: dict[str, list[Run]]) -> tuple[int, int] | None:
+  """(tokens always local, tokens a query may read) of the first sparse side."""
+  for side, runs in sides.items():
+    index = [
+      runs[0].get(f"model.index.{k}")
+      for k in ("block_size", "num_local_blocks", "top_k")
+    ]
+    if side != BASELINE and None not in index:
+      return index[0] * index[1], index[0] * index[2]
+  return None
+
+
+def metrics_of(finals: list[dict]) -> list[Metric]:
+  """What a task is judged by, the most telling first."""
+  if any(f.get("bits_per_byte") is not None for f in finals):
+    return [BITS]
+  if any(f.get("accuracy") is not None for f in finals):
+    return [ACCURACY, dataclasses.replace(NATS, unit="nats per answer")]
+  return [NATS]
