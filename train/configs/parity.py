@@ -2,7 +2,7 @@
 
 `msa` is MSA-PT: from scratch, warm-up first. `msa_cpt` is MSA-CPT: it starts
 from the GQA run's checkpoint half-way. Models and data are those of `demo`. On
-a GPU it takes minutes, on two CPU cores an hour or more.
+a GPU it takes minutes, on two CPU cores most of an hour.
 """
 
 import dataclasses
@@ -19,15 +19,15 @@ def _longer(run: RunConfig, num_steps: int) -> RunConfig:
     run,
     num_steps=num_steps,
     eval_batches=16,
-    eval_every=num_steps // 10,
-    layers_every=num_steps // 10,
+    eval_every=num_steps // 6,
+    layers_every=num_steps // 6,
     checkpoint_every=num_steps // 2,
     keep_steps=(num_steps // 2,),
   )
 
 
-TEXT = _longer(demo.TEXT, 600)
-RECALL = _longer(demo.RECALL, 600)
+TEXT = _longer(demo.TEXT, 300)
+RECALL = _longer(demo.RECALL, 300)
 
 
 def _sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
