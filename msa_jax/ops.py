@@ -410,7 +410,8 @@ def selection_recall(
 
 def _no_kernel(name: str):
   raise NotImplementedError(
-    f"{name}: no mosaic_gpu kernel yet; use implementation='xla'"
+    f"{name}: the mosaic_gpu kernels are not connected yet; use"
+    " implementation='xla'"
   )
 
 

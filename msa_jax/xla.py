@@ -309,8 +309,8 @@ def sparse_attention(
   positions = reference.query_positions(
     q.shape[1], k.shape[1], q.shape[0], kv_lengths
   )
-  out, lse = _sparse(q, k, v, block_indices, positions, block_size, scale)
-  return out, lax.stop_gradient(lse)
+  result: Any = _sparse(q, k, v, block_indices, positions, block_size, scale)
+  return result[0], lax.stop_gradient(result[1])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
@@ -494,7 +494,8 @@ def index_kl_loss(
     positions = jnp.where(query_mask, positions, -1)
   if lse is None:
     # v's part of the result is dead code to the compiler.
-    _, lse = _sparse(q, k, k, block_indices, positions, block_size, scale)
+    result: Any = _sparse(q, k, k, block_indices, positions, block_size, scale)
+    lse = result[1]
   shape = (q.shape[0], k.shape[2], q.shape[1])
   divisor = jnp.maximum(reference.counted_rows(shape, query_mask), 1)
   return _sparse_kl(

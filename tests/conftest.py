@@ -12,6 +12,10 @@ os.environ["XLA_FLAGS"] = " ".join(
   )
 )
 
+# Interpreted kernels block a thread for each warpgroup: on two cores the CPU
+# backend's pool would starve.
+os.environ.setdefault("NPROC", "16")
+
 import jax
 import pytest
 

@@ -2,14 +2,6 @@
 
 import functools
 import json
-import os
-
-# ruff: noqa: E402
-# XLA's CPU backend takes maxima of 8 or more columns in a library that loses
-# NaN (JAX 0.11.2), also in interpreted kernels. Read when the backend starts.
-_KEEP_NAN = "--xla_cpu_experimental_ynn_fusion_type="
-if _KEEP_NAN not in os.environ.get("XLA_FLAGS", ""):
-  os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_KEEP_NAN}"
 
 import jax
 import jax.numpy as jnp
@@ -192,14 +184,6 @@ def test_ties_go_to_the_lower_id(precision):
   np.testing.assert_array_equal(ids[0, 0], np.tile([1, 3, 5, 6], (8, 1)))
 
 
-@pytest.fixture
-def row_max_keeps_nan():
-  x = jnp.ones((128, 64)).at[:, 6].set(jnp.nan)
-  if not jnp.isnan(jnp.max(x, axis=1)).all():
-    pytest.skip(f"the CPU backend started without {_KEEP_NAN}")
-
-
-@pytest.mark.usefixtures("row_max_keeps_nan")
 @pytest.mark.parametrize("precision", ["exact", "fast", "fp8"])
 def test_nan_stays_where_it_is(precision):
   index_q, index_k = make(3, 1, 8, 448, 2, 64)

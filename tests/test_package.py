@@ -92,3 +92,12 @@ def test_annotations_hold():
       **case.select_options(),
       implementation=implementation,
     )
+
+
+def test_the_readme_example_runs():
+  text = (ROOT / "README.md").read_text()
+  code = text.split("```python\n")[1].split("```")[0]
+  names = {}
+  exec(code, names)
+  assert names["out"].shape == names["x"].shape and names["kl"] > 0
+  assert names["y"].shape == names["q"].shape
