@@ -177,6 +177,7 @@ def compare(
     checkpoint.write_json(
       folder / "comparison.json", config_lib.to_dict(comparison)
     )
+  failed = []
   for task in comparison.tasks():
     source, programs = None, {}
     for run in (r for r in resolved if r.task == task):
@@ -184,10 +185,18 @@ def compare(
         source = data.load(run.data)
       if run.side not in programs:
         programs[run.side] = program.Program(run)
-      loop.run(run, source, programs[run.side])
+      try:
+        loop.run(run, source, programs[run.side])
+      except loop.NonFiniteError as error:
+        # The other sides go on: a side that breaks down is a result too.
+        print(f"error: {run.folder}: {error}", file=sys.stderr)
+        failed.append(f"{run.folder}: {error}")
     del programs
     jax.clear_caches()
-  return report.write(folder) if jax.process_index() == 0 else folder
+  path = report.write(folder) if jax.process_index() == 0 else folder
+  if failed:
+    raise FloatingPointError(f"{path} lacks\n" + "\n".join(failed))
+  return path
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

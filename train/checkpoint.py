@@ -239,30 +239,24 @@ class RunFolder:
     if not self._writes:
       return
     path = self.path / "environment.json"
+    device = jax.devices()[0]
     now = {
       "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
       "command": _command(),
+      "versions": versions(),
+      "device": device.device_kind,
+      "platform": device.platform,
+      "device_count": jax.device_count(),
+      "process_count": jax.process_count(),
+      **_REVISION,
     }
     if path.exists():
       saved = json.loads(path.read_text())
       resumed = [*saved["resumed"], {"step": self.start, **now}]
       write_json(path, saved | {"resumed": resumed})
       return
-    device = jax.devices()[0]
     write_json(
-      path,
-      {
-        "versions": versions(),
-        "device": device.device_kind,
-        "platform": device.platform,
-        "device_count": jax.device_count(),
-        "process_count": jax.process_count(),
-        **revision(),
-        **now,
-        "resumed": [],
-        "data": data,
-        "parameters": parameters,
-      },
+      path, {**now, "resumed": [], "data": data, "parameters": parameters}
     )
 
   def log(self, row: dict) -> None:
@@ -326,14 +320,14 @@ def versions() -> dict[str, str]:
   return found
 
 
-def revision() -> dict[str, Any]:
+def _revision() -> dict[str, Any]:
   """Commit of the checkout that runs; None without one."""
 
   def git(*words: str) -> str | None:
     try:
       result = subprocess.run(
         ["git", *words],
-        cwd=pathlib.Path(__file__).parent,
+        cwd=pathlib.Path(__file__).parent.parent,
         capture_output=True,
         text=True,
         timeout=10,
@@ -343,8 +337,15 @@ def revision() -> dict[str, Any]:
     return result.stdout.strip() if result.returncode == 0 else None
 
   commit = git("rev-parse", "HEAD")
-  changes = git("status", "--porcelain", "--untracked-files=no")
+  packages = ("msa_jax", "pallas_kernels", "train")
+  changes = git(
+    "status", "--porcelain", "--untracked-files=no", "--", *packages
+  )
   return {
     "commit": commit,
     "dirty": None if changes is None else bool(changes),
   }
+
+
+# Of the code that this process has loaded: the checkout may move on meanwhile.
+_REVISION = _revision()

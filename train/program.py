@@ -457,11 +457,12 @@ class Program:
   def count_parameters(self) -> dict[str, int]:
     """How many parameters: all, token embedding and output, Index Branch."""
     sizes = {n: math.prod(shape.shape) for n, shape in self.shapes.items()}
-    vocab = self.model_config.vocab_size
     return {
       "total": sum(sizes.values()),
       "embedding": sum(
-        sizes[n] for n, s in self.shapes.items() if vocab in s.shape
+        size
+        for name, size in sizes.items()
+        if name.startswith(("embed.", "head."))
       ),
       "index": sum(self.group(sizes, "index").values()),
     }

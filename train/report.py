@@ -315,9 +315,13 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
     "commit": "the runs were made by different code",
     "versions": "the runs were made with different packages",
   }.items():
-    values = {
-      json.dumps(r.environment.get(key)) for r in every if r.environment
-    }
+    starts = [
+      start
+      for r in every
+      if r.environment
+      for start in (r.environment, *r.environment.get("resumed", ()))
+    ]
+    values = {json.dumps(start.get(key)) for start in starts}
     if len(values) > 1:
       words.append(f"{key} differs, {text}: {', '.join(sorted(values))}")
   if any(r.environment.get("dirty") for r in every):

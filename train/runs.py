@@ -194,6 +194,12 @@ def read_runs(folder: Path) -> list[Run]:
     rows = _read_metrics(path / "metrics.jsonl", done)
     environment = _read_json(path / "environment.json")
     task, side = path.parts[-3:-1]
+    place, wanted = (task, side, int(seed)), ("task", "side", "seed")
+    if tuple(config.get(name) for name in wanted) != place:
+      raise ValueError(
+        f"{path} must hold the run that its name says, its config.json is of "
+        f"{[config.get(name) for name in wanted]}"
+      )
     finished = done and bool(rows["eval"])
     runs.append(
       Run(path, task, side, int(seed), config, environment, rows, finished)

@@ -36,14 +36,14 @@ TEXT = RunConfig(
   optimizer=OptimizerConfig(
     learning_rate=4e-3, warmup_steps=20, index_learning_rate_factor=2.0
   ),
-  num_steps=160,
+  num_steps=120,
   batch_size=4,
   context=1024,
   log_every=10,
   eval_every=40,
   eval_batches=8,
   layers_every=40,
-  checkpoint_every=80,
+  checkpoint_every=60,
 )
 TEXT_INDEX = IndexConfig(index_dim=32, block_size=64, top_k=4)
 
@@ -90,7 +90,7 @@ COMPARISON = ComparisonConfig(
   name="demo",
   runs=(
     TEXT,
-    msa(TEXT, TEXT_INDEX, RecipeConfig(index_warmup_steps=50)),
+    msa(TEXT, TEXT_INDEX, RecipeConfig(index_warmup_steps=40)),
     RECALL,
     msa(RECALL, RECALL_INDEX, RecipeConfig(index_warmup_steps=100)),
   ),

@@ -2,7 +2,7 @@
 
 `msa` is MSA-PT: from scratch, warm-up first. `msa_cpt` is MSA-CPT: it starts
 from the GQA run's checkpoint half-way. Models and data are those of `demo`. On
-a GPU it takes minutes, on two CPU cores most of an hour.
+a GPU it takes minutes, on two CPU cores half an hour and more.
 """
 
 import dataclasses
@@ -18,15 +18,15 @@ def _longer(run: RunConfig, num_steps: int) -> RunConfig:
   return dataclasses.replace(
     run,
     num_steps=num_steps,
-    eval_batches=16,
-    eval_every=num_steps // 6,
-    layers_every=num_steps // 6,
+    eval_batches=12,
+    eval_every=num_steps // 5,
+    layers_every=num_steps // 5,
     checkpoint_every=num_steps // 2,
     keep_steps=(num_steps // 2,),
   )
 
 
-TEXT = _longer(demo.TEXT, 300)
+TEXT = _longer(demo.TEXT, 200)
 RECALL = _longer(demo.RECALL, 300)
 
 
