@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
 
@@ -112,6 +113,8 @@ class GQAttention(nnx.Module):
     ValueError: a size does not fit.
   """
 
+  implementations: tuple = ("xla", "cudnn", None)
+
   def __init__(
     self,
     num_heads: int,
@@ -134,7 +137,7 @@ class GQAttention(nnx.Module):
     qkv_features = in_features if qkv_features is None else qkv_features
     out_features = in_features if out_features is None else out_features
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_heads % num_kv_heads:
+    if num_kv_heads < 1 or num_heads % num_kv_heads:
       raise ValueError(
         f"num_heads must be a multiple of num_kv_heads = {num_kv_heads}, got"
         f" {num_heads}"
@@ -158,6 +161,11 @@ class GQAttention(nnx.Module):
     self.rope_theta = rope_theta
     self.implementation = implementation
     self.sharding = sharding
+    if implementation not in self.implementations:
+      raise ValueError(
+        f"implementation must be one of {self.implementations}, got"
+        f" {implementation!r}"
+      )
 
     linear = functools.partial(
       _linear, dtype, param_dtype, kernel_init, sharding, rngs
@@ -186,7 +194,7 @@ class GQAttention(nnx.Module):
     return partial_rope(
       x,
       positions,
-      rope_dim=min(self.rope_dim, x.shape[-1]),
+      rope_dim=min(self.rope_dim, x.shape[-1] // 2 * 2),
       theta=self.rope_theta,
     )
 
@@ -208,10 +216,17 @@ class GQAttention(nnx.Module):
       x: input.
       positions: rotary positions; None: 0 to T - 1.
     """
+    _check_input(x)
     q, k, v = self._qkv(x, positions)
-    out = jax.nn.dot_product_attention(
-      q, k, v, is_causal=True, implementation=self.implementation
-    )
+    try:
+      out = jax.nn.dot_product_attention(
+        q, k, v, is_causal=True, implementation=self.implementation
+      )
+    except RuntimeError as error:
+      # jax says so where cuDNN is missing.
+      raise NotImplementedError(
+        f"implementation={self.implementation!r} is not possible here: {error}"
+      ) from error
     return self.out(out)
 
 
@@ -247,6 +262,8 @@ class MSAttention(GQAttention):
       the index projections.
   """
 
+  implementations: tuple = (*typing.get_args(ops.Implementation), None)
+
   def __init__(
     self,
     num_heads: int,
@@ -274,10 +291,11 @@ class MSAttention(GQAttention):
       )
     if selection == "window" and value_head:
       raise ValueError("value_head must be False with selection='window'")
-    if force_first_block and top_k < num_local_blocks + 1:
+    if force_first_block and top_k <= max(num_local_blocks, 1):
       raise ValueError(
-        "top_k must leave room for block 0 beside num_local_blocks ="
-        f" {num_local_blocks} when force_first_block is set, got {top_k}"
+        "top_k must be at least 2 and leave room for block 0 beside"
+        f" num_local_blocks = {num_local_blocks} when force_first_block is set,"
+        f" got {top_k}"
       )
     self.index_dim = index_dim
     self.block_size = block_size
@@ -353,8 +371,9 @@ class MSAttention(GQAttention):
         (costs dense scores).
       query_mask: queries that count in the KL; None: all.
     """
+    _check_input(x)
     q, k, v = self._qkv(x, positions)
-    index_q, index_k, index_v = self._index(x, positions)
+    index_q, index_k, index_v = self._index(x.astype(q.dtype), positions)
     attend = functools.partial(
       self._attend,
       phase=phase,
@@ -410,7 +429,15 @@ class MSAttention(GQAttention):
       block_indices = self._forced_blocks(index_q, index_k)
       kl = jnp.zeros((), reference.compute_dtype(q))
       if phase == "warmup":
-        out = ops.msa_attention(q, k, v, index_q, index_k, phase="warmup").out
+        out = ops.msa_attention(
+          q,
+          k,
+          v,
+          index_q,
+          index_k,
+          phase="warmup",
+          implementation=self.implementation,
+        ).out
       else:
         out = ops.sparse_attention(q, k, v, block_indices, **options)
       if with_kl and self.detach_teacher:
@@ -466,7 +493,13 @@ class MSAttention(GQAttention):
     v = jnp.broadcast_to(index_v[:, :, None], shape)
     if phase == "warmup":
       return ops.msa_attention(
-        index_q, k, v, index_q, index_k, phase="warmup"
+        index_q,
+        k,
+        v,
+        index_q,
+        index_k,
+        phase="warmup",
+        implementation=self.implementation,
       ).out
     return ops.sparse_attention(
       index_q,
@@ -557,6 +590,11 @@ class MSAttention(GQAttention):
       out_specs=(tokens, tokens, scalar, selection),
       check_vma=False,
     )
+
+
+def _check_input(x: Array) -> None:
+  if x.ndim != 3:
+    raise ValueError(f"x must have rank 3, [B, T, E], got shape {x.shape}")
 
 
 def _linear(

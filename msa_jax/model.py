@@ -80,11 +80,19 @@ class IndexConfig:
       self.value_head,
     )
     _require(
-      not self.force_first_block or self.top_k > self.num_local_blocks,
+      not self.force_first_block or self.top_k > max(self.num_local_blocks, 1),
       "top_k",
-      "greater than num_local_blocks with force_first_block",
+      "greater than num_local_blocks, and than 1, with force_first_block",
       self.top_k,
     )
+    defaults = {field.name: field.default for field in dataclasses.fields(self)}
+    for name in ("force_first_block", "detach_input", "detach_teacher"):
+      _require(
+        self.selection == "index" or getattr(self, name) == defaults[name],
+        name,
+        f"{defaults[name]} with selection='window', which has no Index Branch",
+        getattr(self, name),
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -175,6 +183,9 @@ class ModelConfig:
       f"even and from 0 to head_dim = {self.head_dim}",
       rope_dim,
     )
+    for name in ("rope_theta", "norm_eps"):
+      value = getattr(self, name)
+      _require(0 < value < float("inf"), name, "above 0 and finite", value)
     for name in ("dtype", "param_dtype"):
       allowed = ("float32", "bfloat16", "float16", "float64")
       _require(
@@ -442,7 +453,12 @@ class DecoderLM(nnx.Module):
         "bte,ve->btv", x, weight, preferred_element_type=jnp.float32
       )
     else:
-      logits = self.head(x).astype(jnp.float32)
+      logits = jnp.einsum(
+        "bte,ev->btv",
+        x,
+        self.head.kernel[...].astype(x.dtype),
+        preferred_element_type=jnp.float32,
+      )
     kl = jnp.concatenate(kls).astype(jnp.float32)
     selection = None
     if with_selection:
@@ -534,7 +550,8 @@ def to_msa(
   Args:
     model: a model whose layers are GQA where `config`'s are MSA.
     config: of the new model; must equal `model.config` in everything but
-      `layer_kinds`, `index`, `implementation`, `scan_layers` and `remat`.
+      `layer_kinds`, `index`, `implementation`, `gqa_implementation`,
+      `scan_layers`, `remat` and `dtype`.
     rngs: for the index projections.
     sharding: of the new model.
 
@@ -576,10 +593,14 @@ def to_msa(
     first = 0
     for group, (_, count) in zip(target.layers, _runs(config)):
       part = source[first : first + count]
-      shared = set.intersection(*(set(layer) for layer in part))
+      if len({frozenset(layer) for layer in part}) > 1:
+        raise ValueError(
+          "config.scan_layers must be False to stack layers of the model that"
+          " hold different parameters, got True"
+        )
       adopt(
         group,
-        {path: jnp.stack([layer[path] for layer in part]) for path in shared},
+        {path: jnp.stack([layer[path] for layer in part]) for path in part[0]},
       )
       first += count
   else:

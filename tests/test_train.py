@@ -437,6 +437,10 @@ def test_cpt_refuses_another_architecture(compared, place):
   assert "missing: params.head.kernel" in text
   assert "unexpected: params.layers.1.attention.query_norm.scale" in text
   assert "params.layers.0.mlp.up.kernel is (32, 48), wanted" in text
+  model = dataclasses.replace(run.model, rope_theta=5e6)
+  other = dataclasses.replace(run, model=model, folder=str(place / "theta"))
+  with pytest.raises(ValueError, match=r"another model:\n  rope_theta: 1"):
+    loop.run(other)
   recipe = dataclasses.replace(run.recipe, init_step=3, index_warmup_steps=0)
   other = dataclasses.replace(run, recipe=recipe, folder=str(place / "step"))
   with pytest.raises(ValueError, match="no checkpoint of step 3; there are"):

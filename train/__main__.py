@@ -50,9 +50,11 @@ def _parser() -> argparse.ArgumentParser:
     )
     sub.add_argument(
       "--distributed",
-      action="store_true",
-      help="call jax.distributed.initialize(): one process a host, started by"
-      " the cluster",
+      nargs="*",
+      metavar=("ADDRESS:PORT COUNT", "ID"),
+      help="several processes: without values as the cluster says (Slurm, Open"
+      " MPI, TPU), else the coordinator's address, the number of processes and"
+      " this one's number",
     )
   train.add_argument("--task", help="of a preset: which task, such as text")
   train.add_argument("--side", help="of a preset: which side, such as msa")
@@ -62,6 +64,13 @@ def _parser() -> argparse.ArgumentParser:
     "--out",
     type=pathlib.Path,
     help="folder of the comparison (default: runs/NAME)",
+  )
+  compare.add_argument(
+    "--mesh",
+    type=int,
+    nargs=3,
+    metavar=("DATA", "FSDP", "TENSOR"),
+    help="devices of every run (default: the preset's; DATA -1: all)",
   )
   compare.add_argument(
     "--seeds", type=int, nargs="+", help="seeds (default: the preset's)"
@@ -128,9 +137,19 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _start_devices(args: argparse.Namespace) -> None:
-  if args.distributed:
-    import jax
+  if args.distributed is None:
+    return
+  import jax
 
+  values = args.distributed
+  if len(values) not in (0, 3):
+    raise ValueError(
+      f"--distributed {' '.join(values)}: wanted no values, or three:"
+      " ADDRESS:PORT COUNT ID."
+    )
+  if values:
+    jax.distributed.initialize(values[0], int(values[1]), int(values[2]))
+  else:
     jax.distributed.initialize()
 
 
@@ -142,6 +161,12 @@ def _compare(args: argparse.Namespace) -> None:
     comparison = config_lib.load(config_lib.ComparisonConfig, args.config)
   if args.seeds is not None:
     comparison = dataclasses.replace(comparison, seeds=tuple(args.seeds))
+  if args.mesh is not None:
+    mesh = config_lib.MeshConfig(
+      **dict(zip(("data", "fsdp", "tensor"), args.mesh, strict=True))
+    )
+    sides = tuple(dataclasses.replace(r, mesh=mesh) for r in comparison.runs)
+    comparison = dataclasses.replace(comparison, runs=sides)
   _start_devices(args)
   print(compare(comparison, args.out or _default_folder(comparison)))
 
@@ -172,6 +197,18 @@ def compare(
       ],
       [f"{r.task}/{r.side}" for r in sides],
     )
+  planned = {run.folder for run in resolved}
+  for run in resolved:
+    start = run.recipe.init_from
+    if (
+      start
+      and start not in planned
+      and not checkpoint.read_config(pathlib.Path(start))
+    ):
+      raise ValueError(
+        f"{run.task}/{run.side}: recipe.init_from={start!r} is neither a side"
+        " of the task nor a run folder."
+      )
   folder.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
     checkpoint.write_json(
@@ -216,7 +253,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
       from train import report
 
       print(report.write(args.folder))
-  except (ValueError, NotImplementedError, FloatingPointError) as error:
+  except (
+    ValueError,
+    NotImplementedError,
+    FloatingPointError,
+    OSError,
+    ImportError,
+  ) as error:
     print(f"error: {error}", file=sys.stderr)
     return 1
   return 0

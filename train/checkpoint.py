@@ -167,6 +167,7 @@ class RunFolder:
   def __init__(self, config: config_lib.RunConfig, data: dict):
     self.path = pathlib.Path(config.folder)
     self._config = config
+    self._last_eval: dict | None = None
     self._writes = jax.process_index() == 0
     self.path.mkdir(parents=True, exist_ok=True)
     self._lock = os.open(self.path, os.O_RDONLY)
@@ -196,11 +197,22 @@ class RunFolder:
   def _check(self, data: dict) -> None:
     saved = read_config(self.path)
     wanted = config_lib.to_dict(self._config)
+    checkpoints = self.path / "checkpoints"
+    began = self.done.exists() or (
+      checkpoints.is_dir() and any(checkpoints.iterdir())
+    )
+    if saved is not None and not began:
+      # Whatever was tried here left nothing to go on with.
+      saved = None
+      if self._writes:
+        (self.path / "environment.json").unlink(missing_ok=True)
     if saved is not None:
-      # Where a run lies and what it runs on may change, nothing else.
-      changed = config_lib.differences(
-        saved, wanted, ("folder", "mesh", "data.cache_dir")
-      )
+      # Where runs lie and what they run on may change, nothing else.
+      ignored = ["folder", "mesh", "data.cache_dir"]
+      starts = [c["recipe"].get("init_from") for c in (saved, wanted)]
+      if all(starts) and len({pathlib.Path(p).parts[-2:] for p in starts}) == 1:
+        ignored.append("recipe.init_from")
+      changed = config_lib.differences(saved, wanted, tuple(ignored))
       if changed:
         raise ValueError(
           f"{self.path} belongs to a run with another config; go on with that"
@@ -261,6 +273,8 @@ class RunFolder:
 
   def log(self, row: dict) -> None:
     """Adds a row to metrics.jsonl."""
+    if row["kind"] == "eval":
+      self._last_eval = row
     if self._metrics is not None:
       self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
       self._metrics.flush()
@@ -272,7 +286,9 @@ class RunFolder:
     self.checkpoints.save(step, state, seconds)
 
   def last_eval(self) -> dict:
-    """The last eval row of metrics.jsonl."""
+    """The last eval row, of metrics.jsonl if none was logged since."""
+    if self._last_eval is not None:
+      return self._last_eval
     lines = (self.path / "metrics.jsonl").read_text().splitlines()
     rows = (json.loads(line) for line in reversed(lines))
     return next(row for row in rows if row["kind"] == "eval")

@@ -14,6 +14,7 @@ import os
 import pathlib
 import platform
 import shutil
+import stat
 import sysconfig
 import tempfile
 import warnings
@@ -170,11 +171,13 @@ def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
   without the build's own record, which differs from machine to machine.
   """
   root = pathlib.Path(config.path or sysconfig.get_paths()["stdlib"])
-  if root.is_file():
+  # Unlike Path.is_file, these take what cannot be looked at for absent.
+  if os.path.isfile(root):
     return [(root.name, root)]
-  if not root.is_dir():
+  if not os.path.isdir(root):
     raise ValueError(
-      f"path={str(root)!r} does not exist: wanted a text, jsonl or parquet"
+      f"path={str(root)!r} does not exist, or may not be looked at: wanted a"
+      " text, jsonl or parquet"
       " file, or a folder of them."
     )
 
@@ -193,7 +196,17 @@ def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
     ]
     for name in names:
       path = pathlib.Path(folder, name)
-      if name.startswith(".") or not path.is_file():
+      if name.startswith("."):
+        continue
+      try:
+        regular = stat.S_ISREG(path.stat().st_mode)
+      except FileNotFoundError:
+        continue  # a link to nowhere
+      except OSError as error:
+        raise ValueError(
+          f"path: file {str(path)!r} cannot be read ({error.strerror})."
+        ) from error
+      if not regular:
         continue
       if config.path is None and (
         path.suffix != ".py" or name.startswith("_sysconfigdata")

@@ -5,7 +5,7 @@ import dataclasses
 import io
 import pathlib
 import time
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
 
 import jax
 import numpy as np
@@ -93,6 +93,8 @@ def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
       f"model.vocab_size={config.model.vocab_size}: the data have"
       f" {source.vocab_size} different tokens."
     )
+  # Refuses a context that the training data cannot fill.
+  source.train_batch(config.seed, 0, batch_size=1, context=config.context)
   rows = config.batch_size // config.grad_accumulation
   there = source.num_eval_batches(batch_size=rows, context=config.context)
   if there is not None and there < config.eval_batches:
@@ -198,15 +200,8 @@ class _Run:
     config, step = self.config, pending.step
     metrics = {k: v.item() for k, v in jax.device_get(pending.metrics).items()}
     if not metrics["finite"]:
-      saved = self.folder.checkpoints.latest()
-      raise NonFiniteError(
-        f"step {step}: the training is not finite any more (loss"
-        f" {metrics['loss']}, kl {metrics['kl']}, grad_norm"
-        f" {metrics['grad_norm']}, index_grad_norm"
-        f" {metrics['index_grad_norm']}). The last good checkpoint is"
-        + (f" that of step {saved}" if saved else " none")
-        + f", in {self.folder.path}."
-      )
+      names = ("loss", "kl", "grad_norm", "index_grad_norm")
+      self._stop(step, ", ".join(f"{n} {metrics[n]}" for n in names))
     if step % config.log_every and step != config.num_steps:
       return
     seconds = self.clock.seconds
@@ -230,6 +225,15 @@ class _Run:
     }
     self._log(row)
 
+  def _stop(self, step: int, why: str) -> NoReturn:
+    saved = self.folder.checkpoints.latest()
+    raise NonFiniteError(
+      f"step {step}: the training is not finite any more ({why}). The last good"
+      " checkpoint is"
+      + (f" that of step {saved}" if saved else " none")
+      + f", in {self.folder.path}."
+    )
+
   def _stamp(self, kind: str, step: int) -> dict:
     return {
       "kind": kind,
@@ -250,6 +254,8 @@ class _Run:
     params = self.state.params
     if step % config.eval_every == 0 or last:
       result = self.program.evaluate(params, self.source, phase)
+      if not np.isfinite(result["loss"]):
+        self._stop(step, f"held-out loss {result['loss']}")
       self._log(self._stamp("eval", step) | result)
     if self.program.msa_layers and (step % config.layers_every == 0 or last):
       measured = self.program.measure(params, self.source, phase)

@@ -131,6 +131,27 @@ class Program:
 
   def _check_mesh(self, shape: tuple[int, int, int]) -> None:
     data, fsdp, tensor = shape
+    model = self.model_config
+    if jax.process_count() > 1 and math.prod(shape) != jax.device_count():
+      raise ValueError(
+        f"mesh (data={data}, fsdp={fsdp}, tensor={tensor}) uses"
+        f" {math.prod(shape)} devices: {jax.process_count()} processes need"
+        f" all {jax.device_count()} (mesh.data=-1 takes what is left)."
+      )
+    wide = jnp.dtype("float64").name in (model.dtype, model.param_dtype)
+    if wide and not jax.config.jax_enable_x64:
+      raise ValueError(
+        "model.dtype or model.param_dtype is 'float64': wanted JAX_ENABLE_X64=1"
+        " in the environment."
+      )
+    for name, size, axis, parts in (
+      ("embed_dim", model.embed_dim, "fsdp", fsdp),
+      ("mlp_dim", model.mlp_dim, "tensor", tensor),
+    ):
+      if size % parts:
+        raise ValueError(
+          f"model.{name}={size} cannot be split over mesh.{axis}={parts}."
+        )
     rows = self.config.batch_size // self.config.grad_accumulation
     if rows % (data * fsdp):
       raise ValueError(
@@ -207,7 +228,8 @@ class Program:
     assert recipe.init_from is not None and recipe.init_step is not None
     dense = Program(self.config, dense_twin(self.model_config))
     folder = pathlib.Path(recipe.init_from)
-    if read_config(folder) is None:
+    source = read_config(folder)
+    if source is None:
       raise ValueError(
         f"recipe.init_from={recipe.init_from!r}: no run folder (it has no"
         " config.json)."
@@ -217,6 +239,23 @@ class Program:
       recipe.init_step, flatten_state(dense.abstract_state)
     )
     checkpoints.close()
+    # What the parameters' shapes do not show.
+    changed = config_lib.differences(
+      source["model"],
+      config_lib.to_dict(dense.model_config),
+      (
+        "index",
+        "implementation",
+        "gqa_implementation",
+        "remat",
+        "dtype",
+      ),
+    )
+    if changed:
+      raise ValueError(
+        f"recipe.init_from={recipe.init_from!r} is of another model:\n  "
+        + "\n  ".join(changed)
+      )
     state = unflatten_state(saved, dense.abstract_state)
 
     def graft(state: TrainState) -> TrainState:

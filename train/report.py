@@ -274,6 +274,8 @@ def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
         f"{name} has {extra:,} parameters more than {side_name(BASELINE)} "
         f"({100 * extra / base['total']:+.2f} %): the projections of "
         "its index branch."
+        if extra
+        else f"{name} has as many parameters as {side_name(BASELINE)}."
       )
     if start := runs[0].get("recipe.init_from"):
       place = Path(start)
@@ -389,6 +391,8 @@ def write(comparison_folder: Path) -> Path:
   others = itertools.cycle(COLORS[1:])
   colors = {s: COLORS[0] if s == BASELINE else next(others) for s in names}
 
+  for stale in folder.glob(".report-*"):  # of a killed process
+    shutil.rmtree(stale, ignore_errors=True)
   temporary = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
   try:
     temporary.chmod(0o755)
