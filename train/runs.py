@@ -314,7 +314,8 @@ def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
       )
   base = [a.final[metric.key] for a, _ in pairs]
   values = [b.final[metric.key] - x for (_, b), x in zip(pairs, base)]
-  relative = metric.unit != "%"
+  # A share of a loss that nears 0 says nothing.
+  relative = metric.key == "bits_per_byte"
   percents = [100 * v / x for v, x in zip(values, base) if relative]
   return {
     "metric": metric.key,
