@@ -258,9 +258,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
     NotImplementedError,
     FloatingPointError,
     OSError,
-    ImportError,
   ) as error:
     print(f"error: {error}", file=sys.stderr)
+    return 1
+  except ModuleNotFoundError as error:
+    print(
+      f"error: {error}. Training needs: pip install 'msa-jax[train]'",
+      file=sys.stderr,
+    )
     return 1
   return 0
 
