@@ -296,12 +296,12 @@ class DecoderLayer(nnx.Module):
     # one seed start from the same weights but for the Index Branch.
     self.mlp_norm = rms_norm(*norm, rngs)
     self.mlp = SwiGLU(config, rngs=rngs, sharding=sharding)
-    index_options: dict[str, Any] = dataclasses.asdict(config.index)
     if kind == "gqa":
       self.attention = GQAttention(
         implementation=config.gqa_implementation, **options
       )
     else:
+      index_options: dict[str, Any] = dataclasses.asdict(config.index)
       self.attention = MSAttention(
         implementation=config.implementation,
         **index_options,

@@ -55,14 +55,13 @@ class _Plan(NamedTuple):
 def _plan(
   block_indices: Int[Array, "B K C P"],
   positions: Int[Array, "B C"],
-  *,
-  num_blocks: int,
-  block_size: int,
+  k_blocks: Float[Array, "B*K*N bs D"],
   group_size: int,
 ) -> _Plan:
   b, num_kv_heads, c, p = block_indices.shape
+  total_blocks, block_size, _ = k_blocks.shape
+  num_blocks = total_blocks // (b * num_kv_heads)
   rows = max(_TILE_ROWS // group_size, 1)
-  total_blocks = b * num_kv_heads * num_blocks
   edges = b * num_kv_heads * c * p
 
   own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
@@ -338,17 +337,10 @@ def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
   chunk = _sparse_chunks(q, block_indices, block_size)
   k_blocks, bad_k = clean(_blocks(k, block_size))
   v_blocks, bad_v = clean(_blocks(v, block_size))
-  num_blocks = k_blocks.shape[0] // (b * num_kv_heads)
 
   def body(carry, x):
     q, idx, pos = x
-    plan = _plan(
-      idx,
-      pos,
-      num_blocks=num_blocks,
-      block_size=block_size,
-      group_size=group_size,
-    )
+    plan = _plan(idx, pos, k_blocks, group_size)
     q_rows, bad_q = clean(_rows(q, num_kv_heads))
     s = _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale)
     m, l = _softmax_stats(s)
@@ -396,7 +388,6 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
   chunk = _sparse_chunks(q, block_indices, block_size)
   k_blocks, bad_k = clean(_blocks(k, block_size))
   v_blocks, bad_v = clean(_blocks(v, block_size))
-  num_blocks = k_blocks.shape[0] // (b * num_kv_heads)
   delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
 
   def einsum(spec, a, b):
@@ -407,13 +398,7 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
   def body(carry, x):
     dk, dv = carry
     q, d_out, delta, lse, idx, pos = x
-    plan = _plan(
-      idx,
-      pos,
-      num_blocks=num_blocks,
-      block_size=block_size,
-      group_size=group_size,
-    )
+    plan = _plan(idx, pos, k_blocks, group_size)
     visible = _head_mask(plan.visible, group_size)
     q_rows, bad_q = clean(_rows(q, num_kv_heads))
     d_rows, bad_d = clean(_rows(d_out, num_kv_heads))
@@ -542,13 +527,7 @@ def _sparse_kl_fwd(
   def body(carry, x):
     total, d_ik = carry
     q, index_q, lse, idx, pos = x
-    plan = _plan(
-      idx,
-      pos,
-      num_blocks=num_blocks,
-      block_size=block_size,
-      group_size=group_size,
-    )
+    plan = _plan(idx, pos, k_blocks, group_size)
     m, r = plan.row.shape
     q_rows, bad_q = clean(_rows(q, num_kv_heads))
     s = _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale)
