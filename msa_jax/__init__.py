@@ -17,6 +17,7 @@ from msa_jax.model import (
 )
 from msa_jax.ops import (
   MSAOutput,
+  check_block_indices,
   index_kl_loss,
   msa_attention,
   select_blocks,
@@ -35,6 +36,7 @@ __all__ = [
   "ModelConfig",
   "Selection",
   "Sharding",
+  "check_block_indices",
   "index_kl_loss",
   "is_index_param",
   "msa_attention",

@@ -15,6 +15,7 @@ the argument, what came and what is wanted. Letters in shapes are those of
 
 from __future__ import annotations
 
+import functools
 import math
 import typing
 from collections.abc import Callable, Sequence
@@ -22,9 +23,10 @@ from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
-from msa_jax import reference, xla
+from msa_jax import mosaic_gpu, reference, xla
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 Phase = Literal["sparse", "warmup"]
@@ -105,7 +107,7 @@ def select_blocks(
     implementation,
     reference=lambda: reference.select_blocks(index_q, index_k, **options),
     xla=lambda: xla.select_blocks(index_q, index_k, **options),
-    mosaic_gpu=lambda: _no_kernel("select_blocks"),
+    mosaic_gpu=lambda: mosaic_gpu.select_blocks(index_q, index_k, **options),
   )
 
 
@@ -168,7 +170,7 @@ def sparse_attention(
     implementation,
     reference=lambda: reference.sparse_attention(*args, **options),
     xla=lambda: xla.sparse_attention(*args, **options),
-    mosaic_gpu=lambda: _no_kernel("sparse_attention"),
+    mosaic_gpu=lambda: mosaic_gpu.sparse_attention(*args, **options),
   )
   return (out, lse) if return_lse else out
 
@@ -246,7 +248,7 @@ def index_kl_loss(
     implementation,
     reference=lambda: reference.index_kl_loss(*args, **options),
     xla=lambda: xla.index_kl_loss(*args, **options),
-    mosaic_gpu=lambda: _no_kernel("index_kl_loss"),
+    mosaic_gpu=lambda: mosaic_gpu.index_kl_loss(*args, **options),
   )
 
 
@@ -362,7 +364,52 @@ def msa_attention(
     implementation,
     reference=lambda: run(reference),
     xla=lambda: run(xla),
-    mosaic_gpu=lambda: _no_kernel("msa_attention"),
+    mosaic_gpu=lambda: run(mosaic_gpu),
+  )
+
+
+def check_block_indices(
+  block_indices: Int32[Array, "B K T P"],
+  kv_len: int,
+  *,
+  block_size: int = 128,
+) -> None:
+  """Checks the values of a choice of blocks, for debugging.
+
+  The operations assume, and do not check, that each row of block_indices holds
+  ascending block ids without duplicates, each in 0 .. ceil(kv_len / block_size)
+  - 1, and then only -1. This function looks: it copies the array to the host,
+  so it is no part of a jitted program.
+
+  Raises:
+    ValueError: names the first bad entry, [b, k, t, p], and what is wrong. Also
+      under jit, where there are no values to look at.
+  """
+  if isinstance(block_indices, jax.core.Tracer):
+    raise ValueError(
+      "block_indices must be a concrete array to be checked, got a traced one:"
+      " call check_block_indices outside jit"
+    )
+  _check_positive("kv_len", kv_len)
+  _check_positive("block_size", block_size)
+  _check_array("block_indices", block_indices, (None,) * 4, "[B, K, T, P]")
+  ids = np.asarray(block_indices)
+  num_blocks = -(-kv_len // block_size)
+  before = np.concatenate([np.full_like(ids[..., :1], -2), ids[..., :-1]], -1)
+  faults = {
+    f"must be -1 or a block id below {num_blocks}": (ids < -1)
+    | (ids >= num_blocks),
+    "must not follow a -1": (before == -1) & (ids != -1),
+    "must be larger than the id before it": (ids >= 0) & (ids <= before),
+  }
+  bad = functools.reduce(np.logical_or, faults.values())
+  if not bad.any():
+    return
+  at = tuple(int(i) for i in np.argwhere(bad)[0])
+  what = next(text for text, where in faults.items() if where[at])
+  raise ValueError(
+    f"block_indices[{', '.join(map(str, at))}] {what}, got {int(ids[at])} in"
+    f" the row {ids[at[:3]].tolist()}"
   )
 
 
@@ -406,13 +453,6 @@ def selection_recall(
 
 
 # --- choice of implementation ----------------------------------------------
-
-
-def _no_kernel(name: str):
-  raise NotImplementedError(
-    f"{name}: the mosaic_gpu kernels are not connected yet; use"
-    " implementation='xla'"
-  )
 
 
 def _dispatch(

@@ -111,6 +111,40 @@ def test_wrong_calls(text):
   assert before in str(error.value) and after in str(error.value)
 
 
+@pytest.mark.parametrize(
+  "row, text",
+  [
+    ([0, 3, -1], None),
+    ([-1, -1, -1], None),
+    (
+      [0, 4, -1],
+      r"block_indices\[1, 0, 2, 1\] must be -1 or a block id below 4",
+    ),
+    ([-2, -1, -1], r"\[1, 0, 2, 0\] must be -1 or a block id below 4, got -2"),
+    ([1, -1, 2], r"\[1, 0, 2, 2\] must not follow a -1, got 2"),
+    ([0, 2, 2], r"\[1, 0, 2, 2\] must be larger than the id before it, got 2"),
+    ([2, 1, -1], r"\[1, 0, 2, 1\] must be larger .* in the row \[2, 1, -1\]"),
+  ],
+)
+def test_check_block_indices_names_the_first_bad_entry(row, text):
+  ids = np.tile(np.int32([0, 1, 3]), (2, 2, 3, 1))
+  ids[1, 0, 2] = row
+  check = functools.partial(
+    msa_jax.check_block_indices, kv_len=13, block_size=4
+  )
+  if text is None:
+    check(jnp.asarray(ids))
+    return
+  with pytest.raises(ValueError, match=text):
+    check(jnp.asarray(ids))
+
+
+def test_check_block_indices_needs_values():
+  ids = jnp.zeros((1, 1, 1, 1), jnp.int32)
+  with pytest.raises(ValueError, match="outside jit"):
+    jax.jit(lambda x: msa_jax.check_block_indices(x, 4))(ids)
+
+
 def test_errors_come_before_tracing_anything():
   """A wrong call fails on shapes alone, also under jit."""
   with pytest.raises(ValueError, match="top_k"):

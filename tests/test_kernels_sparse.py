@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from helpers import Case, patterns, random_blocks
 
+import msa_jax
 from msa_jax import reference
 from pallas_kernels import mosaic, schedule
 from pallas_kernels import sparse_attention as sparse
@@ -457,3 +458,26 @@ def test_gpu_under_vmap(hopper):
   )
   for i in range(2):
     check(case, *(x[i] for x in two), blocks, out[i], lse[i])
+
+
+@pytest.mark.gpu
+def test_gpu_operations_choose_the_kernels(hopper):
+  case, dtype = GPU_CASES["paper_heads"]
+  case = dataclasses.replace(case, index_dim=128)
+  args = case.inputs(dtype=dtype)
+  options = dict(block_size=case.block_size, top_k=case.top_k)
+  attend = functools.partial(msa_jax.msa_attention, **options)
+  named, chosen, xla = (
+    jax.jit(functools.partial(attend, implementation=name))(*args)
+    for name in ("mosaic_gpu", None, "xla")
+  )
+  jax.tree.map(np.testing.assert_array_equal, named, chosen)
+  q, k, v, *_ = args
+  check(case, q, k, v, named.block_indices, named.out, named.lse)
+  agree = np.mean(named.block_indices == xla.block_indices)
+  assert agree > 0.999  # equal but for ties of float32 sums
+  # float32 is legal, but no kernel takes it: only None moves on.
+  wide = case.inputs(dtype=jnp.float32)
+  attend(*wide)
+  with pytest.raises(NotImplementedError, match="bfloat16, float16"):
+    attend(*wide, implementation="mosaic_gpu")
