@@ -1,7 +1,6 @@
 """Selection kernel: interpreted at small shapes, lowered at the paper's."""
 
 import functools
-import json
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 
 from msa_jax import reference
-from pallas_kernels import bench, cases
+from pallas_kernels import cases
 from pallas_kernels import select_blocks as sb
 
 SMALL = sb.Config(warpgroup_rows=64, stages=2)
@@ -480,83 +479,3 @@ def test_gpu_recall_and_union(selection):
   for precision, floor in (("fast", 0.999), ("fp8", 0.9)):
     ids = sb.select_blocks(index_q, index_k, score_precision=precision)
     assert cases.recall(ids[:, :, -4096:], exact) >= floor
-
-
-@pytest.fixture
-def tiny_bench(monkeypatch):
-  """The benchmark on the CPU, with the reference in the kernels' places."""
-
-  def select(case, precision):
-    return functools.partial(
-      reference.select_blocks,
-      block_size=case.block_size,
-      top_k=case.top_k,
-      num_local_blocks=1,
-      kv_lengths=None,
-      score_precision=precision,
-    )
-
-  def sparse(case):
-    return functools.partial(
-      reference.sparse_attention,
-      block_size=case.block_size,
-      scale=case.head_dim**-0.5,
-      kv_lengths=None,
-    )
-
-  sizes = dict(num_heads=4, num_kv_heads=2, head_dim=64, index_dim=64)
-  case = cases.Case(tokens=64, block_size=4, top_k=4, **sizes)
-  monkeypatch.setattr(bench, "select", select)
-  monkeypatch.setattr(bench, "sparse", sparse)
-  monkeypatch.setattr(bench, "cudnn_attention", lambda q, k, v: q)
-  monkeypatch.setattr(bench, "mosaic_attention", lambda q, k, v: q)
-  monkeypatch.setattr(
-    bench, "ceilings", lambda: dict(matmul_tflops=1.0, copy_tbs=1.0)
-  )
-  monkeypatch.setattr(bench.mosaic, "require_hopper", lambda: None)
-  monkeypatch.setitem(cases.CASES, "8k", case)
-
-
-def test_bench_writes_and_merges_rows(tiny_bench, tmp_path):
-  pytest.importorskip("matplotlib")
-  path = tmp_path / "device.json"
-  arguments = ["--tokens", "8k", "--results", str(path), "--commit", "abc"]
-  assert bench.main([*arguments, "--precision", "exact", "fp8"]) == 0
-  content = json.loads(path.read_text())
-  assert set(content) == {"device", "jax", "rows", "recall"}
-  rows = content["rows"]
-  # prefill and select: 2 selections x 2 precisions; sparse_forward: exact only.
-  assert len(rows) == 10
-  wanted = (
-    "op tokens kv_tokens batch num_heads num_kv_heads head_dim index_dim"
-    " block_size top_k dtype selection union8 score_precision ms spread_ms"
-    " dense_ms dense speedup tflops peak_bytes matmul_tflops copy_tbs date"
-    " commit"
-  )
-  assert all(set(row) == set(wanted.split()) for row in rows)
-  assert all(row["ms"] > 0 and row["kv_tokens"] == 64 for row in rows)
-  assert all(
-    (row["speedup"] is None) == (row["op"] != "prefill") for row in rows
-  )
-  assert path.with_suffix(".png").stat().st_size > 0
-  recalls = {(r["selection"], r["score_precision"]) for r in content["recall"]}
-  assert recalls == {(s, "fp8") for s in cases.SELECTIONS}
-
-  again = ["--ops", "select", "--precision", "exact", "--selection", "random"]
-  assert bench.main([*arguments, *again]) == 0
-  merged = json.loads(path.read_text())["rows"]
-  assert len(merged) == 10
-  assert sum(a != b for a, b in zip(rows, merged)) <= 1
-
-
-def test_bench_prints_no_number_on_a_failed_check(
-  tiny_bench, tmp_path, monkeypatch, capsys
-):
-  wrong = functools.partial(jnp.zeros, (2, 2, 64, 4), jnp.int32)
-  monkeypatch.setattr(bench, "select", lambda *_: lambda q, k: wrong())
-  path = tmp_path / "device.json"
-  arguments = ["--tokens", "8k", "--results", str(path), "--ops", "select"]
-  assert bench.main(arguments) == 1
-  out = capsys.readouterr().out
-  assert "select exact: recall" in out and " ms" not in out
-  assert not path.exists()

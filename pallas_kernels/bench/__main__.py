@@ -1,0 +1,153 @@
+"""Measures the kernels on a Hopper GPU and writes results/<device>.json.
+
+  python -m pallas_kernels.bench --tokens 32k 128k --ops prefill select
+
+Each op is first checked against `msa_jax.reference`; on a failed check no
+number is printed. Shapes run from the longest to the shortest: programs of the
+shorter ones compile while dense attention keeps the GPU busy, and every shape
+is stored when it is done. A row replaces the one of the same op, shape,
+selection and score precision; all other rows stay. The plot shows speed-up over
+dense attention, measured in the same run, against length.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import pathlib
+import sys
+
+import jax
+
+from pallas_kernels import cases, mosaic
+from pallas_kernels.bench import forward, measure, results, training
+
+GROUPS = (forward, training)
+OPS = tuple(op for group in GROUPS for op in group.OPS)
+PRECISIONS = ("exact", "fast", "fp8")
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m pallas_kernels.bench",
+    description=(__doc__ or "").split("\n\n")[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+  parser.add_argument(
+    "--tokens",
+    nargs="+",
+    choices=list(cases.CASES),
+    default=list(cases.CASES),
+    help="named shapes, see pallas_kernels/cases.py",
+  )
+  parser.add_argument(
+    "--selection",
+    nargs="+",
+    choices=("random", "trained_like"),
+    default=["random", "trained_like"],
+  )
+  parser.add_argument(
+    "--precision",
+    nargs="+",
+    choices=PRECISIONS,
+    default=list(PRECISIONS),
+    help="of the index scores; training ops know exact only",
+  )
+  parser.add_argument(
+    "--no-dense", action="store_true", help="leave dense attention out"
+  )
+  parser.add_argument(
+    "--results", type=pathlib.Path, help="JSON file; results/<device>.json"
+  )
+  parser.add_argument("--commit", help="commit to note; asked from git")
+  parser.add_argument(
+    "--plot-only", type=pathlib.Path, metavar="JSON",
+    help="draw the plot of a results file and stop",
+  )  # fmt: skip
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+  args = parse(argv)
+  if args.plot_only:
+    content = results.read_json(args.plot_only)
+    results.plot(content, args.plot_only.with_suffix(".png"))
+    return 0
+  mosaic.require_hopper()
+  path = args.results or results.FOLDER / f"{results.device_slug()}.json"
+  ops = {
+    group: chosen
+    for group in GROUPS
+    if (chosen := [op for op in group.OPS if op in args.ops])
+  }
+  chosen = {name: cases.CASES[name] for name in args.tokens}
+  # One check for each head shape: more blocks than top_k, ragged, and small
+  # enough for the dense reference.
+  checked = {
+    dataclasses.replace(
+      case,
+      tokens=min(256, case.tokens),
+      kv_tokens=33 * case.block_size - 5,
+      batch=2,
+    )
+    for case in chosen.values()
+  }
+  with concurrent.futures.ThreadPoolExecutor(12) as pool:
+    measure.log(f"checking {', '.join(args.ops)}")
+    checks = [
+      group.start_checks(pool, case, group_ops, args.precision)
+      for case in checked
+      for group, group_ops in ops.items()
+    ]
+    ordered = sorted(chosen.items(), key=lambda item: -item[1].tokens)
+    programs = {}
+    for name, case in ordered:
+      for group, group_ops in ops.items():
+        programs[name, group] = measure.Programs(pool)
+        group.add_programs(
+          programs[name, group],
+          case,
+          group_ops,
+          args.selection,
+          args.precision,
+          not args.no_dense,
+        )
+    failed = [
+      f"{name}: {check.result()}"
+      for of_group in checks
+      for name, check in of_group.items()
+      if check.result()
+    ]
+    if failed:
+      pool.shutdown(cancel_futures=True)
+      print("\n".join(["check failed, nothing measured:", *failed]))
+      return 1
+    rates = measure.ceilings()
+    measure.log(f"ceilings {rates}")
+    note = dict(
+      date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+      commit=args.commit or results.commit_name(),
+    )
+    content = results.read_json(path)
+    for name, case in ordered:
+      measure.log(name)
+      for group, group_ops in ops.items():
+        rows, recalls = group.rows(
+          case,
+          programs[name, group],
+          group_ops,
+          args.selection,
+          args.precision,
+        )
+        rows = [row | rates | note for row in rows]
+        content = results.store(path, rows, recalls)
+  results.plot(content, path.with_suffix(".png"))
+  measure.log(f"wrote {path} on {jax.devices()[0].device_kind}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

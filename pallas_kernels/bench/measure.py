@@ -1,0 +1,217 @@
+"""Timing, the rates of this device, and what an op must compute.
+
+Times are device times: several calls are queued and awaited together, and the
+median over rounds is kept with its spread (largest minus smallest). The one
+exception are calls of many seconds, which run once.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import cases
+from pallas_kernels.cases import Case
+
+ONCE_SECONDS = 5.0
+
+
+def log(text: str) -> None:
+  print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+def measure(
+  call: Callable[[], Any], once: bool = False
+) -> tuple[float, float | None]:
+  """Median seconds of a call and the spread between rounds."""
+
+  def seconds(count: int = 1) -> float:
+    start = time.perf_counter()
+    for _ in range(count):
+      out = call()
+    jax.block_until_ready(out)
+    return (time.perf_counter() - start) / count
+
+  first = seconds()
+  if once:
+    return first, None
+  estimate = seconds()
+  if estimate > 0.6:
+    # The first call may load code; the median of three leaves it out.
+    times = [first, estimate, seconds()]
+  elif estimate > 0.1:
+    times = [estimate, seconds(), seconds()]
+  else:
+    count = max(1, min(50, int(0.04 / estimate)))
+    times = [seconds(count) for _ in range(7)]
+  return float(np.median(times)), max(times) - min(times)
+
+
+def ceilings() -> dict[str, float]:
+  """Rates of a large matmul and a large copy, measured now."""
+  n = 8192
+  a, b = (
+    cases.normal(jax.random.key(i), (1, n, n)).reshape(n, n) for i in (0, 1)
+  )
+  matmul = jax.jit(jnp.matmul)
+  matmul_seconds, _ = measure(lambda: matmul(a, b))
+  x = jnp.arange(1 << 29, dtype=jnp.float32)
+  copy = jax.jit(lambda x: x + 1)
+  copy_seconds, _ = measure(lambda: copy(x))
+  return dict(
+    matmul_tflops=round(2 * n**3 / matmul_seconds / 1e12, 1),
+    copy_tbs=round(2 * x.nbytes / copy_seconds / 1e12, 3),
+  )
+
+
+# ---- What an op must compute, in floating-point operations ----
+
+
+def visible_tokens(case: Case) -> np.ndarray:
+  return case.kv_tokens - case.tokens + 1.0 + np.arange(case.tokens)
+
+
+def index_flops(case: Case) -> float:
+  """Index scores of all visible keys."""
+  rows = case.batch * case.num_kv_heads
+  return 2.0 * case.index_dim * rows * visible_tokens(case).sum()
+
+
+def attended_pairs(case: Case) -> float:
+  """Pairs of a query and a visible token of its chosen blocks, a group."""
+  seen = visible_tokens(case)
+  own = (seen - 1) % case.block_size + 1
+  attended = np.minimum(seen, (case.top_k - 1) * case.block_size + own)
+  return case.batch * attended.sum()
+
+
+def main_flops(case: Case) -> float:
+  """q k and p v with the tokens of the chosen blocks."""
+  return 4.0 * case.head_dim * case.num_heads * attended_pairs(case)
+
+
+def dense_flops(case: Case) -> float:
+  """q k and p v with all visible tokens."""
+  heads = case.batch * case.num_heads
+  return 4.0 * case.head_dim * heads * visible_tokens(case).sum()
+
+
+# ---- Programs ----
+
+
+class Programs:
+  """Compiled programs of one case, made side by side in the background."""
+
+  def __init__(self, pool: concurrent.futures.Executor):
+    self._pool = pool
+    self._futures: dict[str, concurrent.futures.Future] = {}
+
+  def add(self, name: str, function: Callable, *arguments: Any) -> None:
+    def build():
+      return jax.jit(function).lower(*arguments).compile()
+
+    self._futures[name] = self._pool.submit(build)
+
+  def __contains__(self, name: str) -> bool:
+    return name in self._futures
+
+  def __getitem__(self, name: str) -> Any:
+    return self._futures[name].result()
+
+
+def shapes(case: Case, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
+  """The arrays of a case, by name."""
+  q_lead = (case.batch, case.tokens)
+  kv_lead = (case.batch, case.kv_tokens)
+  kv = (*kv_lead, case.num_kv_heads, case.head_dim)
+  sizes = dict(
+    q=(*q_lead, case.num_heads, case.head_dim),
+    k=kv,
+    v=kv,
+    index_q=(*q_lead, case.num_kv_heads, case.index_dim),
+    index_k=(*kv_lead, case.index_dim),
+  )
+  out = {
+    name: jax.ShapeDtypeStruct(size, dtype) for name, size in sizes.items()
+  }
+  ids = (case.batch, case.num_kv_heads, case.tokens, case.top_k)
+  lse = (case.batch, case.num_heads, case.tokens)
+  return out | dict(
+    ids=jax.ShapeDtypeStruct(ids, jnp.int32),
+    lse=jax.ShapeDtypeStruct(lse, jnp.float32),
+    key=jax.eval_shape(lambda: jax.random.key(0)),
+  )
+
+
+def program_bytes(compiled: Any) -> int:
+  """Arguments, results and workspace of a compiled program."""
+  memory = compiled.memory_analysis()
+  return int(
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    + memory.temp_size_in_bytes
+    - memory.alias_size_in_bytes
+  )
+
+
+def faster(
+  peers: dict[str, Callable[[], Any]], once: bool
+) -> tuple[str, float]:
+  """Name and seconds of the fastest of some dense programs."""
+  seconds = {}
+  for name, call in peers.items():
+    try:
+      seconds[name], _ = measure(call, once)
+    except Exception as error:  # a peer may not take a shape: say so, go on
+      log(f"  dense {name} does not run here: {str(error)[:200]}")
+    else:
+      log(f"  dense {name}: {seconds[name] * 1e3:.3f} ms")
+  if not seconds:
+    raise RuntimeError("no dense attention runs at this shape")
+  best = min(seconds, key=lambda name: seconds[name])
+  return best, seconds[best]
+
+
+def row(
+  op: str,
+  case: Case,
+  call: Callable[[], Any],
+  *,
+  flops: float,
+  peak_bytes: int,
+  selection: str,
+  union8: float,
+  score_precision: str = "exact",
+  dense: tuple[str, float] | None = None,
+) -> dict[str, Any]:
+  """Times an op and describes it as results/<device>.json does."""
+  seconds, spread = measure(call)
+  name, dense_seconds = dense or (None, None)
+  speedup = None if dense_seconds is None else dense_seconds / seconds
+  beside = "" if speedup is None else f", {speedup:.2f}x over {name}"
+  tflops = flops / seconds / 1e12
+  log(
+    f"  {op} {selection} {score_precision}: {seconds * 1e3:.3f} ms,"
+    f" {tflops:.0f} TFLOP/s{beside}"
+  )
+  return dict(
+    op=op,
+    **dataclasses.asdict(case),
+    selection=selection,
+    union8=round(union8, 2),
+    score_precision=score_precision,
+    ms=round(seconds * 1e3, 4),
+    spread_ms=None if spread is None else round(spread * 1e3, 4),
+    dense_ms=None if dense_seconds is None else round(dense_seconds * 1e3, 4),
+    dense=name,
+    speedup=None if speedup is None else round(speedup, 2),
+    tflops=round(tflops, 1),
+    peak_bytes=peak_bytes,
+  )

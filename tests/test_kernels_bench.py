@@ -1,0 +1,125 @@
+"""The benchmark on the CPU, with the reference in the kernels' places."""
+
+import json
+
+import jax.numpy as jnp
+import pytest
+
+from pallas_kernels import cases
+from pallas_kernels.bench import __main__ as bench
+from pallas_kernels.bench import forward, measure, training
+
+FIELDS = {
+  *cases.Case.__dataclass_fields__,
+  *(
+    "op",
+    "selection",
+    "union8",
+    "score_precision",
+    "ms",
+    "spread_ms",
+    "dense_ms",
+    "dense",
+    "speedup",
+    "tflops",
+    "peak_bytes",
+    "matmul_tflops",
+    "copy_tbs",
+    "date",
+    "commit",
+  ),
+}
+
+
+@pytest.fixture
+def arguments(monkeypatch, tmp_path):
+  """Of a run over one tiny case; rows are written to tmp_path."""
+  sizes = dict(num_heads=4, num_kv_heads=2, head_dim=64, index_dim=64)
+  case = cases.Case(tokens=64, block_size=4, top_k=4, **sizes)
+  monkeypatch.setattr(forward, "IMPLEMENTATION", "reference")
+  monkeypatch.setattr(training, "IMPLEMENTATION", "reference")
+  monkeypatch.setattr(forward, "cudnn_attention", lambda q, k, v: q)
+  monkeypatch.setattr(forward, "mosaic_attention", lambda q, k, v: q)
+  monkeypatch.setattr(
+    measure, "ceilings", lambda: dict(matmul_tflops=1.0, copy_tbs=1.0)
+  )
+  monkeypatch.setattr(bench.mosaic, "require_hopper", lambda: None)
+  monkeypatch.setitem(cases.CASES, "8k", case)
+  path = tmp_path / "device.json"
+  return ["--tokens", "8k", "--results", str(path), "--commit", "abc"], path
+
+
+def test_forward_ops_write_and_merge_rows(arguments):
+  pytest.importorskip("matplotlib")
+  arguments, path = arguments
+  ops = ["--ops", *forward.OPS]
+  assert bench.main([*arguments, *ops, "--precision", "exact", "fp8"]) == 0
+  content = json.loads(path.read_text())
+  assert set(content) == {"device", "jax", "rows", "recall"}
+  rows = content["rows"]
+  # prefill and select: 2 selections x 2 precisions; sparse_forward: exact only.
+  assert len(rows) == 10
+  assert all(set(row) == FIELDS for row in rows)
+  assert all(row["ms"] > 0 and row["kv_tokens"] == 64 for row in rows)
+  assert all(
+    (row["speedup"] is None) == (row["op"] != "prefill") for row in rows
+  )
+  assert path.with_suffix(".png").stat().st_size > 0
+  recalls = {(r["selection"], r["score_precision"]) for r in content["recall"]}
+  assert recalls == {(s, "fp8") for s in cases.SELECTIONS}
+
+  again = ["--ops", "select", "--precision", "exact", "--selection", "random"]
+  assert bench.main([*arguments, *again]) == 0
+  merged = json.loads(path.read_text())["rows"]
+  assert len(merged) == 10
+  assert sum(a != b for a, b in zip(rows, merged)) <= 1
+
+
+def test_training_ops_write_rows(arguments):
+  pytest.importorskip("matplotlib")
+  arguments, path = arguments
+  assert bench.main([*arguments, "--ops", *training.OPS]) == 0
+  rows = json.loads(path.read_text())["rows"]
+  assert all(set(row) == FIELDS for row in rows)
+  assert sorted(row["op"] for row in rows) == sorted(
+    [*training.OPS[:3] * 2, "warmup"]
+  )
+  for row in rows:
+    assert (row["speedup"] is None) == (row["op"] in ("sparse_backward", "kl"))
+  assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_no_number_on_a_wrong_choice(arguments, monkeypatch, capsys):
+  arguments, path = arguments
+  ids = jnp.zeros((2, 2, 64, 4), jnp.int32)
+  monkeypatch.setattr(forward, "select", lambda *_: lambda q, k: ids)
+  assert bench.main([*arguments, "--ops", "select"]) == 1
+  out = capsys.readouterr().out
+  assert "select exact: recall" in out and " ms" not in out
+  assert not path.exists()
+
+
+@pytest.mark.parametrize("wrong", ["kl", "dk"])
+def test_no_number_on_a_wrong_gradient(arguments, monkeypatch, capsys, wrong):
+  arguments, path = arguments
+  layer = training.layer
+
+  def off(case, phase, implementation):
+    run = layer(case, phase, implementation)
+    if implementation != "xla":
+      return run
+
+    def worse(*inputs):
+      kl, (dq, dk, *rest) = run(*inputs)
+      return (2 * kl, (dq, dk, *rest)) if wrong == "kl" else (
+        kl, (dq, 1.01 * dk, *rest)
+      )  # fmt: skip
+
+    return worse
+
+  monkeypatch.setattr(training, "IMPLEMENTATION", "xla")
+  monkeypatch.setattr(training, "layer", off)
+  assert bench.main([*arguments, "--ops", "train"]) == 1
+  out = capsys.readouterr().out
+  assert f"train: {wrong}" in out and " ms" not in out
+  assert not path.exists()
