@@ -267,3 +267,114 @@ def plan_edges(
     ),
     order=order.astype(jnp.int32),
   )
+
+
+class OwnerPlan(NamedTuple):
+  """Who computes the gradients of which keys, for one chunk of queries.
+
+  Keys come in owner blocks of `OWNER_BLOCK` tokens. Several chosen blocks of
+  one query inside an owner block are one edge.
+
+  Attributes:
+    tasks: int32 [max_tasks, 4]: owner block, first edge, number of edges, and
+      the slot that takes the sum: the block's own for its first task, one after
+      the blocks' slots for the others.
+    num_tasks: int32 [1].
+    extra: int32 [blocks, 2]: first extra slot of a block and their number.
+    order: int32 [edges]: place in the chunk (query * P + p) above 2 bits, which
+      say what halves of the owner block were chosen. By block, then query.
+    is_edge: bool [queries, P]: whether this choice is its edge's place.
+  """
+
+  tasks: Int[Array, "tasks 4"]
+  num_tasks: Int[Array, "1"]
+  extra: Int[Array, "blocks 2"]
+  order: Int[Array, "edges"]
+  is_edge: Bool[Array, "queries P"]
+
+
+OWNER_BLOCK = 128
+
+
+def max_owner_tasks(num_owners: int, num_edges: int, task: int) -> int:
+  return num_owners + num_edges // task
+
+
+def plan_owners(
+  ids: Int[Array, "queries P"],
+  positions: Int[Array, "queries"],
+  *,
+  block_size: int,
+  num_blocks: int,
+  task: int,
+) -> OwnerPlan:
+  """Sorts the choices of a chunk by owner block and cuts them into tasks.
+
+  Args:
+    ids: chosen blocks, any order, anything outside 0 .. own block is dropped.
+    positions: the queries' key slots; negative for queries that see nothing.
+    block_size: tokens of a block, OWNER_BLOCK or half of it.
+    num_blocks: N.
+    task: most edges of a task, a multiple of 8.
+  """
+  num_queries, top_k = ids.shape
+  num_edges = num_queries * top_k
+  each = OWNER_BLOCK // block_size
+  num_owners = -(-num_blocks // each)
+  place_bits = (num_edges - 1).bit_length()
+  if num_owners.bit_length() + place_bits > 32:
+    raise ValueError(
+      f"{num_queries} queries of {top_k} choices among {num_owners} owner"
+      " blocks do not fit a sort key of 32 bits"
+    )
+  own = jnp.where(positions < 0, -1, positions // block_size)[:, None]
+  is_edge = (ids >= 0) & (ids <= own) & (ids < num_blocks)
+  owner = jnp.clip(ids, 0, num_blocks - 1) // each
+  halves = jnp.full_like(ids, 3)
+  if each == 2:
+    same = (owner[:, :, None] == owner[:, None, :]) & is_edge[:, None, :]
+    halves = jnp.stack(
+      [
+        jnp.any(same & ((ids & 1) == half)[:, None, :], axis=-1)
+        for half in range(2)
+      ],
+      axis=-1,
+    )
+    halves = halves[..., 0] + 2 * halves[..., 1].astype(jnp.int32)
+    earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
+    is_edge &= ~jnp.any(same & earlier, axis=-1)
+  place = jnp.arange(num_edges, dtype=jnp.uint32).reshape(ids.shape)
+  unused = jnp.uint32(0xFFFFFFFF)
+  key = jnp.where(
+    is_edge, (owner.astype(jnp.uint32) << place_bits) | place, unused
+  )
+  key = lax.sort(key.reshape(-1), is_stable=False)
+  starts = jnp.arange(num_owners + 1, dtype=jnp.uint32) << place_bits
+  bounds = jnp.searchsorted(key, starts, method="scan_unrolled").astype(
+    jnp.int32
+  )
+  place = (key & ((1 << place_bits) - 1)).astype(jnp.int32)
+  order = (place << 2) | halves.reshape(-1)[place]
+
+  counts = bounds[1:] - bounds[:-1]
+  pieces = -(-counts // task)
+  ends = jnp.cumsum(pieces)
+  index = jnp.arange(max_owner_tasks(num_owners, num_edges, task))
+  block = jnp.searchsorted(ends, index, side="right", method="scan_unrolled")
+  block = jnp.minimum(block.astype(jnp.int32), num_owners - 1)
+  piece = index - (ends - pieces)[block]
+  # Pieces of one block are equal up to the 8 queries of a tile.
+  size = -(-counts // jnp.maximum(pieces, 1))
+  size = (-(-size // 8) * 8)[block]
+  start = jnp.minimum(bounds[block] + piece * size, bounds[block + 1])
+  count = jnp.clip(bounds[block + 1] - start, 0, size)
+  more = jnp.maximum(pieces - 1, 0)
+  first_extra = num_owners + jnp.cumsum(more) - more
+  slot = jnp.where(piece == 0, block, first_extra[block] + piece - 1)
+  return OwnerPlan(
+    tasks=jnp.stack([block, start, count, slot], axis=-1).astype(jnp.int32),
+    num_tasks=ends[-1:].astype(jnp.int32),
+    extra=jnp.stack([first_extra, more], axis=-1).astype(jnp.int32),
+    order=order,
+    is_edge=is_edge,
+  )

@@ -29,7 +29,8 @@ entries zeroed, because a zero probability times NaN is NaN: a query that sees
 such an entry is made NaN at the end instead, and no other is touched.
 
 Groups of fewer than 8 heads are padded to 8 rows (a TMA copy moves 8-row
-tiles): right, but the padding costs as much as heads would. Forward only.
+tiles): right, but the padding costs as much as heads would. Gradients:
+`sparse_attention_bwd`.
 """
 
 from __future__ import annotations
@@ -45,7 +46,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic, schedule
+from pallas_kernels import mosaic, schedule, sparse_attention_bwd
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # of a wgmma tile
@@ -680,6 +681,17 @@ def _geometry(
   )
 
 
+def _pad_heads(x: Array, num_kv_heads: int) -> Array:
+  """[B,T,H,D] with at least 8 heads a group, the new ones 0."""
+  b, t, num_heads, d = x.shape
+  group_size = num_heads // num_kv_heads
+  if group_size >= 8:
+    return x
+  x = x.reshape(b, t, num_kv_heads, group_size, d)
+  pad = ((0, 0), (0, 0), (0, 0), (0, 8 - group_size), (0, 0))
+  return jnp.pad(x, pad).reshape(b, t, num_kv_heads * 8, d)
+
+
 def _block_major(x: Array, num_blocks: int, block_size: int):
   """[B,S,K,D] -> finite [B,K,N*block_size,D], each block's first bad slot."""
   b, s_len, num_kv_heads, _ = x.shape
@@ -718,10 +730,7 @@ def _forward(
     config=config,
     interpret=interpret,
   )
-  if rows != group_size:
-    q = q.reshape(b, t, num_kv_heads, group_size, d)
-    pad = ((0, 0), (0, 0), (0, 0), (0, rows - group_size), (0, 0))
-    q = jnp.pad(q, pad).reshape(b, t, num_kv_heads * rows, d)
+  q = _pad_heads(q, num_kv_heads)
   k, bad_k = _block_major(k, g.num_blocks, block_size)
   v, bad_v = _block_major(v, g.num_blocks, block_size)
   first_bad = jnp.stack([bad_k, bad_v], axis=2)
@@ -813,10 +822,41 @@ def _forward(
   return out, lse.reshape(b, num_heads, t)
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8))
+@functools.partial(
+  jax.jit, static_argnames=("block_size", "scale", "config", "interpret")
+)
+def _backward(
+  q, k, v, out, lse, dout, block_indices, kv_lengths, *, block_size, scale,
+  config, interpret,
+):  # fmt: skip
+  b, t, num_heads, d = q.shape
+  s_len, num_kv_heads = k.shape[1:3]
+  group_size = num_heads // num_kv_heads
+  num_owners = -(-s_len // schedule.OWNER_BLOCK)
+  k, v = (_block_major(x, num_owners, schedule.OWNER_BLOCK)[0] for x in (k, v))
+  q, out, dout = (_pad_heads(x, num_kv_heads) for x in (q, out, dout))
+  rows = q.shape[2] // num_kv_heads
+  lse = lse.reshape(b, num_kv_heads, group_size, t)
+  pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
+  lse = jnp.pad(lse, pad, constant_values=jnp.inf).reshape(b, -1, t)
+  dq, dk, dv = sparse_attention_bwd.backward(
+    q, k, v, out, lse, dout, block_indices,
+    jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len),
+    block_size=block_size,
+    scale=scale,
+    config=config or sparse_attention_bwd.heuristic_config(),
+    interpret=interpret,
+  )  # fmt: skip
+  dk, dv = (x[:, :, :s_len].swapaxes(1, 2) for x in (dk, dv))
+  dq = dq.reshape(b, t, num_kv_heads, rows, d)[..., :group_size, :]
+  return dq.reshape(b, t, num_heads, d), dk, dv
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
 def _sparse_attention(
-  q, k, v, block_indices, kv_lengths, block_size, scale, config, interpret
-):
+  q, k, v, block_indices, kv_lengths, block_size, scale, config,
+  backward_config, interpret,
+):  # fmt: skip
   # Under vmap the kernels run once for each entry.
   @jax.custom_batching.sequential_vmap
   def run(*args):
@@ -828,14 +868,29 @@ def _sparse_attention(
   return run(q, k, v, block_indices, kv_lengths)
 
 
-def _no_gradient(*args):
-  raise NotImplementedError(
-    "mosaic_gpu sparse_attention supports the forward pass only; its gradient"
-    " needs implementation='xla' or 'reference'"
-  )
+def _vjp_forward(q, k, v, block_indices, kv_lengths, *options):
+  out, lse = _sparse_attention(q, k, v, block_indices, kv_lengths, *options)
+  return (out, lse), (q, k, v, out, lse, block_indices, kv_lengths)
 
 
-_sparse_attention.defvjp(_no_gradient, _no_gradient)
+def _vjp_backward(
+  block_size, scale, config, backward_config, interpret, residuals, cotangents
+):
+  q, k, v, out, lse, block_indices, kv_lengths = residuals
+
+  @jax.custom_batching.sequential_vmap
+  def run(*args):
+    return _backward(
+      *args, block_size=block_size, scale=scale, config=backward_config,
+      interpret=interpret,
+    )  # fmt: skip
+
+  dout, _ = cotangents  # lse is a constant to its users
+  grads = run(q, k, v, out, lse, dout, block_indices, kv_lengths)
+  return *grads, None, None
+
+
+_sparse_attention.defvjp(_vjp_forward, _vjp_backward)
 
 
 def sparse_attention(
@@ -848,6 +903,7 @@ def sparse_attention(
   scale: float | None = None,
   kv_lengths: Int[Array, "B"] | None = None,
   config: Config | None = None,
+  backward_config: sparse_attention_bwd.Config | None = None,
   interpret: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """Attention of each query over the tokens of its group's chosen blocks.
@@ -862,15 +918,15 @@ def sparse_attention(
     scale: of the scores; D^-0.5 without one. A positive number.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
     config: tile sizes; a heuristic picks them without one.
+    backward_config: the same for the gradients.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Returns:
-    out in q's dtype and lse (natural log, float32). A query that sees nothing
-    gets 0 and -inf.
+    out in q's dtype and lse (natural log, float32), which carries no gradient.
+    A query that sees nothing gets 0, -inf and gradients of 0.
 
   Raises:
-    NotImplementedError: the call is legal but beyond `mosaic`'s limits, or its
-      gradient was asked for.
+    NotImplementedError: the call is legal but beyond `mosaic`'s limits.
   """
   group_size = q.shape[2] // k.shape[2]
   mosaic.check_supported(
@@ -891,7 +947,8 @@ def sparse_attention(
     return jnp.zeros_like(q), jnp.full((b, num_heads, t), -jnp.inf, jnp.float32)
   if kv_lengths is None:
     kv_lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)
-  return _sparse_attention(
+  out, lse = _sparse_attention(
     q, k, v, block_indices, kv_lengths,
-    block_size, scale, config or heuristic_config(), interpret,
+    block_size, scale, config or heuristic_config(), backward_config, interpret,
   )  # fmt: skip
+  return out, lax.stop_gradient(lse)

@@ -25,3 +25,14 @@ def x64():
   """float64 on, for one test."""
   with jax.enable_x64(True):
     yield
+
+
+@pytest.fixture
+def hopper():
+  """Skips a test that needs a Hopper GPU, naming what is there."""
+  from pallas_kernels import mosaic
+
+  try:
+    mosaic.require_hopper()
+  except NotImplementedError as error:
+    pytest.skip(str(error))

@@ -327,17 +327,6 @@ def test_nothing_to_see(change):
   assert lse.shape == (1, 16, case.q_len) and np.all(np.isneginf(lse))
 
 
-def test_gradient_is_refused():
-  q, k, v, *_ = SMALL.inputs(dtype=jnp.bfloat16)
-  blocks = jnp.zeros((1, 1, 16, 1), jnp.int32)
-
-  def loss(q):
-    return call(SMALL, q, k, v, blocks)[0].sum().astype(jnp.float32)
-
-  with pytest.raises(NotImplementedError, match="forward pass only"):
-    jax.grad(loss)(q)
-
-
 def test_needs_a_hopper_gpu():
   if jax.devices()[0].platform == "gpu":
     pytest.skip("this machine has a GPU")
@@ -346,14 +335,6 @@ def test_needs_a_hopper_gpu():
 
 
 # ------------------------------------------------------------------- Hopper
-
-
-@pytest.fixture
-def hopper():
-  try:
-    mosaic.require_hopper()
-  except NotImplementedError as error:
-    pytest.skip(str(error))
 
 
 @functools.cache

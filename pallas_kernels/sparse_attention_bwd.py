@@ -1,0 +1,616 @@
+"""Gradients of block-sparse attention on Hopper.
+
+With p = exp(scale q.k - lse), dp = dout.v, delta = out.dout and
+ds = p (dp - delta), over the visible tokens of the chosen blocks:
+
+  dv = p^T dout    dk = scale ds^T q    dq = scale ds k
+
+**owners** (KV-outer). A CTA owns a task: K and V of one owner block of 128 keys
+stay in SMEM and its dK and dV in registers, 64 keys a warpgroup, while the
+queries that chose the block are gathered beside it, 64 rows (queries x the
+group's heads) at a time, one TMA copy a query. Scores are computed as k q^T, so
+that p and ds leave the softmax as the register operands of dV and dK; only ds
+passes through SMEM, for dQ, which needs both halves of the keys. A warpgroup
+writes ds of one piece and multiplies that of the piece before it, so that the
+two never wait for each other's current one. dQ leaves as one partial an edge,
+in q's dtype, summed over the choices afterwards in their order. No atomics: a
+block's first task adds to the block's float32 sum, the others of a hot block
+write sums of their own, which **sum_extra** adds in order. All order is fixed.
+
+Blocks of 64 keys share an owner block in pairs: a query that chose one of them
+is masked in the other, which is right, and costs up to twice the products.
+
+Chunks of one group's queries take turns in a workspace of 2^30 elements.
+
+Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
+in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte.
+SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32, dQ 16.
+
+NaN: a query that sees a NaN has an lse or delta of NaN and hands it to its dq
+and to dk and dv of the keys that it sees, as the formula does. Masked pairs are
+replaced after the exponential, and in pieces that have some, q and dout are
+zeroed where not finite, so that no NaN passes through them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels import mosaic, schedule
+
+ACC = plgpu.WGMMAAccumulatorRef
+ROWS = 64  # of a piece
+KEYS = 64  # of a warpgroup
+MAX_WORKSPACE = 1 << 30  # elements of the dQ partials
+
+
+@dataclasses.dataclass(frozen=True)
+class Config:
+  """Tile and pipeline sizes; the result changes by rounding only.
+
+  Attributes:
+    stages: gathered pieces in flight.
+    task: most edges of a task; 0 lets the number of edges decide.
+    chunk: most queries of a chunk; 0 lets the workspace decide.
+    num_ctas: CTAs of the persistent grid.
+  """
+
+  stages: int = 3
+  task: int = 0
+  chunk: int = 0
+  num_ctas: int = mosaic.NUM_SMS
+
+
+def heuristic_config() -> Config:
+  """The config used without one."""
+  return Config()
+
+
+def candidate_configs() -> tuple[Config, ...]:
+  """Configs that are worth timing; every one is tested."""
+  return Config(), Config(stages=2), Config(task=128), Config(task=2048)
+
+
+@dataclasses.dataclass(frozen=True)
+class Shape:
+  """Static sizes of one call, after padding."""
+
+  num_kv_heads: int
+  rows: int  # of one query in a piece: its heads, at least 8
+  head_dim: int
+  block_size: int
+  top_k: int
+  num_owners: int
+  dtype: jnp.dtype
+  scale: float
+  config: Config
+  interpret: bool
+
+  @property
+  def half(self) -> int:
+    """Queries in 64 rows."""
+    return ROWS // self.rows
+
+
+def _zeros(shape):
+  return plgpu.layout_cast(
+    jnp.full(shape, 0.0, jnp.float32), plgpu.Layout.WGMMA
+  )
+
+
+def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
+  """Fills the dQ partials of a chunk and adds its dK and dV.
+
+  `where`: batch row, group, first query, its position, number of tasks.
+  """
+  s, config = shape, shape.config
+  half, rows, d, stages = s.half, s.rows, s.head_dim, config.stages
+  row_layout = plgpu.Layout.WGMMA.reduce(0)
+  columns = min(d, 64)  # of dQ that a warpgroup computes
+
+  def body(
+    where_gmem, tasks_gmem, order_gmem, q_gmem, do_gmem, k_gmem, v_gmem,
+    lse_gmem, delta_gmem, part_gmem, sums_gmem,
+    q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem,
+    q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
+  ):  # fmt: skip
+    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    my_tasks = (where_gmem[4] - cta + config.num_ctas - 1) // config.num_ctas
+
+    def read_task(i):
+      return (tasks_gmem[cta + i * config.num_ctas, j] for j in range(4))
+
+    def read_edges(start, count, piece):
+      return tuple(
+        order_gmem[start + jnp.minimum(piece * half + a, count - 1)]
+        for a in range(half)
+      )
+
+    @pl.when(wg < 2)
+    def _compute():
+      plgpu.set_max_registers(232, action="increase")
+      position = where_gmem[3]
+      key = (
+        plgpu.broadcasted_iota(
+          jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
+        )
+        + wg * KEYS
+      )
+      query_of_row = (
+        plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout) // rows
+      )
+
+      def dq_product(acc, slot):
+        at = pl.ds(wg * 64, 64) if d == 128 else pl.ds(0, 64)
+        for h in range(2):
+          plgpu.wgmma(
+            acc,
+            ds_smem.at[slot, h].transpose((1, 0)),
+            k_smem.at[h].at[:, at],
+          )
+
+      def store_dq(dq, edges, first, count, group, turn):
+        """Sends the partials of a piece on their way."""
+
+        def send():
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          dq_smem[wg] = (dq * s.scale).astype(s.dtype)
+          plgpu.commit_smem()
+          for a in range(half):
+
+            @pl.when(first + a < count)
+            def _store(a=a):
+              place = edges[a] >> 2
+              at = pl.ds(wg * 64 if d == 128 else 0, columns)
+              plgpu.copy_smem_to_gmem(
+                dq_smem.at[wg, pl.ds(a * rows, rows)],
+                part_gmem.at[
+                  place // s.top_k, lax.rem(place, s.top_k), pl.ds(0, rows), at
+                ],
+                commit_group=False,
+              )
+
+          plgpu.commit_smem_to_gmem_group()
+
+        if d == 128:  # a half of the columns each
+          send()
+        else:  # every second piece each
+          pl.when(lax.rem(turn, 2) == wg)(send)
+
+      def task(i, done):
+        block, start, count, slot = read_task(i)
+        group = where_gmem[1]
+        pieces = (count + half - 1) // half
+        plgpu.barrier_wait(kv_ready)
+
+        def piece(j, carry):
+          dk, dv, *before = carry
+          step = done + j
+          stage = lax.rem(step, stages)
+          here, last = lax.rem(step, 2), lax.rem(step + 1, 2)
+          edges = read_edges(start, count, j)
+          first_position = position + (edges[0] >> 2) // s.top_k
+          # Queries inside the block, and repeats of the last one.
+          is_masked = (first_position < (block + 1) * schedule.OWNER_BLOCK) | (
+            (j + 1) * half > count
+          )
+          if s.block_size < schedule.OWNER_BLOCK:
+            is_masked = True
+          plgpu.barrier_wait(q_ready.at[stage])
+
+          def scrub(x_smem):
+            for column in range(0, d, 64):
+              at = x_smem.at[stage, :, pl.ds(column, 64)]
+              x = plgpu.load(at, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+              x = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
+              at[...] = x.astype(s.dtype)
+
+          @pl.when(is_masked)
+          def _zero_times_nan_is_nan():
+            pl.when(wg == 0)(lambda: scrub(q_smem))
+            pl.when(wg == 1)(lambda: scrub(do_smem))
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(clean)
+            plgpu.barrier_wait(clean)
+
+          def products(score_acc, dp_acc):
+            plgpu.wgmma(
+              score_acc, k_smem.at[wg], q_smem.at[stage].transpose((1, 0))
+            )
+            plgpu.wgmma(
+              dp_acc, v_smem.at[wg], do_smem.at[stage].transpose((1, 0))
+            )
+            return score_acc[...], dp_acc[...]
+
+          scores, dp = pl.run_scoped(
+            products,
+            ACC((KEYS, ROWS), jnp.float32),
+            ACC((KEYS, ROWS), jnp.float32),
+          )
+          lse_rows = plgpu.load(lse_smem.at[stage], layout=row_layout)
+          delta_rows = plgpu.load(delta_smem.at[stage], layout=row_layout)
+
+          def along(x):
+            return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
+
+          p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
+          ds = p * (dp - along(delta_rows))
+
+          def hide(p, ds):
+            limit = jnp.full((ROWS,), -1, jnp.int32)
+            limit = plgpu.layout_cast(limit, row_layout)
+            for a in range(half):
+              query = position + (edges[a] >> 2) // s.top_k
+              seen = jnp.minimum(
+                query - block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK - 1
+              )
+              live = (j * half + a < count) & (((edges[a] >> wg) & 1) == 1)
+              seen = jnp.where(live, seen, -1)
+              limit = jnp.where(query_of_row == a, seen, limit)
+            visible = key <= along(limit)
+            return jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
+
+          if s.block_size < schedule.OWNER_BLOCK:
+            p, ds = hide(p, ds)
+          else:
+            p, ds = lax.cond(is_masked, hide, lambda *x: x, p, ds)
+          p, ds = p.astype(s.dtype), ds.astype(s.dtype)
+
+          @pl.when(step >= 2)
+          def _():
+            plgpu.barrier_wait(ds_free.at[here])
+
+          ds_smem[here, wg] = ds
+          if s.interpret:
+            probs[0][wg] = p
+          plgpu.commit_smem()
+          plgpu.barrier_arrive(ds_ready.at[here])
+
+          @pl.when(j > 0)
+          def _():
+            plgpu.barrier_wait(ds_ready.at[last])
+
+          # Before the first piece there is no ds: that product goes nowhere.
+          if s.interpret:
+
+            def product(a, b):
+              def run(acc):
+                plgpu.wgmma(acc, a, b)
+                return acc[...]
+
+              return pl.run_scoped(run, ACC((KEYS, d), jnp.float32))
+
+            dv = dv + product(probs[0].at[wg], do_smem.at[stage])
+            dk = dk + product(ds_smem.at[here, wg], q_smem.at[stage])
+            dq = pl.run_scoped(
+              lambda acc: (dq_product(acc, last), acc[...])[1],
+              ACC((ROWS, columns), jnp.float32),
+            )
+          else:
+
+            def accumulate(refs):
+              dv_ref, dk_ref, dq_ref = refs
+              plgpu.wgmma(dv_ref, p, do_smem.at[stage])
+              plgpu.wgmma(dk_ref, ds, q_smem.at[stage])
+              dq_product(dq_ref, last)
+
+            dv, dk, dq = pl.run_state(accumulate)(
+              (
+                ACC.init(dv),
+                ACC.init(dk),
+                ACC.init(_zeros((ROWS, columns))),
+              )
+            )
+          plgpu.barrier_arrive(q_free.at[stage])
+
+          @pl.when(j > 0)
+          def _():
+            plgpu.barrier_arrive(ds_free.at[last])
+            store_dq(dq, before, (j - 1) * half, count, group, step - 1)
+
+          return dk, dv, *edges
+
+        none = tuple(jnp.int32(0) for _ in range(half))
+        zero = _zeros((KEYS, d))
+        dk, dv, *before = lax.fori_loop(0, pieces, piece, (zero, zero, *none))
+
+        @pl.when(pieces > 0)
+        def _last_piece():
+          step = done + pieces - 1
+          here = lax.rem(step, 2)
+          plgpu.barrier_wait(ds_ready.at[here])
+          dq = pl.run_scoped(
+            lambda acc: (dq_product(acc, here), acc[...])[1],
+            ACC((ROWS, columns), jnp.float32),
+          )
+          plgpu.barrier_arrive(ds_free.at[here])
+          store_dq(dq, before, (pieces - 1) * half, count, group, step)
+
+        plgpu.barrier_arrive(kv_free)
+        is_first = slot < s.num_owners
+        for kind, x in ((0, dk * s.scale), (1, dv)):
+          at = sums_gmem.at[kind, slot, pl.ds(wg * KEYS, KEYS)]
+
+          def add(at=at, x=x):
+            so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
+            return so_far + x
+
+          at[...] = lax.cond(is_first, add, lambda x=x: x)
+        return done + pieces
+
+      done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
+      for slot in range(2):
+
+        @pl.when(done > slot)
+        def _(slot=slot):
+          plgpu.barrier_wait(ds_free.at[slot])
+
+      plgpu.wait_smem_to_gmem(0)
+
+    @pl.when(wg == 2)
+    def _copy():
+      plgpu.set_max_registers(40, action="decrease")
+      row, group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
+      heads = pl.ds(group * rows, rows)
+
+      def task(i, done):
+        block, start, count, _ = read_task(i)
+
+        @pl.when(i > 0)
+        def _():
+          plgpu.barrier_wait(kv_free)
+
+        for h in range(2):
+          tokens = pl.ds(block * schedule.OWNER_BLOCK + h * KEYS, KEYS)
+          for x_gmem, x_smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
+            plgpu.copy_gmem_to_smem(
+              x_gmem.at[row, group, tokens], x_smem.at[h], kv_ready
+            )
+
+        def gather(j, step):
+          stage = lax.rem(step, stages)
+          edges = read_edges(start, count, j)
+
+          @pl.when(step >= stages)
+          def _():
+            plgpu.barrier_wait(q_free.at[stage])
+
+          for a in range(half):
+            query = origin + (edges[a] >> 2) // s.top_k
+            for x_gmem, x_smem in ((q_gmem, q_smem), (do_gmem, do_smem)):
+              plgpu.copy_gmem_to_smem(
+                x_gmem.at[row, query, heads],
+                x_smem.at[stage, pl.ds(a * rows, rows)],
+                q_ready.at[stage],
+              )
+          at = pl.ds((start + j * half) * rows, ROWS)
+          for x_gmem, x_smem in (
+            (lse_gmem, lse_smem),
+            (delta_gmem, delta_smem),
+          ):
+            plgpu.copy_gmem_to_smem(
+              x_gmem.at[at], x_smem.at[stage], q_ready.at[stage]
+            )
+          return step + 1
+
+        return lax.fori_loop(0, (count + half - 1) // half, gather, done)
+
+      done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
+      for stage in range(stages):
+
+        @pl.when(done > stage)
+        def _(stage=stage):
+          plgpu.barrier_wait(q_free.at[stage])
+
+      @pl.when(my_tasks > 0)
+      def _():
+        plgpu.barrier_wait(kv_free)
+
+  def operand(*leading):
+    return plgpu.SMEM((*leading, d), s.dtype, transforms=mosaic.OPERAND)
+
+  probs = [
+    plgpu.SMEM((2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND)
+  ] * s.interpret
+  mosaic.launch(
+    body, where, plan.tasks, plan.order, q, dout, k, v, lse, delta,
+    partials, sums,
+    name="sparse_owners",
+    num_ctas=config.num_ctas,
+    num_warpgroups=3,
+    interpret=s.interpret,
+    scratch=[
+      operand(stages, ROWS),
+      operand(stages, ROWS),
+      operand(2, KEYS),
+      operand(2, KEYS),
+      plgpu.SMEM((stages, ROWS), jnp.float32),
+      plgpu.SMEM((stages, ROWS), jnp.float32),
+      plgpu.SMEM((2, 2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND),
+      plgpu.SMEM((2, ROWS, columns), s.dtype, transforms=mosaic.OPERAND),
+      plgpu.Barrier(num_arrivals=2 * half + 2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=4),
+      plgpu.Barrier(num_arrivals=2),
+      plgpu.Barrier(num_arrivals=2, num_barriers=2),
+      plgpu.Barrier(num_arrivals=2, num_barriers=2),
+      plgpu.Barrier(num_arrivals=2),
+      *probs,
+    ],
+  )  # fmt: skip
+
+
+def _sum_extra(sums, extra, *, shape):
+  """Adds the extra sums of hot blocks to the blocks' own, in order."""
+  s = shape
+  piece = 32  # keys of a CTA's tile
+  tiles = schedule.OWNER_BLOCK // piece
+  layout = plgpu.Layout.WG_STRIDED((piece, s.head_dim), vec_size=4)
+
+  def body(extra_gmem, sums_gmem):
+    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    block, tile = cta // tiles, lax.rem(cta, tiles)
+    first, count = extra_gmem[block, 0], extra_gmem[block, 1]
+    at = pl.ds(tile * piece, piece)
+
+    def read(slot):
+      return plgpu.load(
+        sums_gmem.at[wg, slot, at], layout=layout, optimized=False
+      )
+
+    @pl.when(count > 0)
+    def _():
+      total = lax.fori_loop(
+        0, count, lambda i, x: x + read(first + i), read(block)
+      )
+      sums_gmem[wg, block, at] = total
+
+  mosaic.launch(
+    body, extra, sums,
+    name="sparse_sum_extra",
+    num_ctas=s.num_owners * tiles,
+    num_warpgroups=2,  # dK, dV
+    interpret=s.interpret,
+    scratch=[],
+  )  # fmt: skip
+
+
+def backward(
+  q, k, v, out, lse, dout, block_indices, kv_lengths, *, block_size, scale,
+  config, interpret,
+):  # fmt: skip
+  """dq, dk, dv; k and v head-major, finite and padded to owner blocks.
+
+  Args:
+    q, out, dout: [B, T, K * rows, D], a group's heads padded to `rows`.
+    k, v: [B, K, S', D], S' a multiple of `schedule.OWNER_BLOCK`.
+    lse: float32 [B, K * rows, T], +inf for padding heads.
+    block_indices: [B, K, T, P].
+    kv_lengths: [B], at most S.
+
+  Returns:
+    dq like q, dk and dv like k and v.
+  """
+  b, t, all_rows, d = q.shape
+  num_kv_heads, s_len = k.shape[1:3]
+  rows = all_rows // num_kv_heads
+  top_k = block_indices.shape[-1]
+  num_owners = s_len // schedule.OWNER_BLOCK
+
+  most = MAX_WORKSPACE // (top_k * rows * d)
+  # Places of a chunk and owner blocks share a sort key of 32 bits.
+  most = min(most, (1 << (32 - num_owners.bit_length())) // top_k)
+  if config.chunk:
+    most = min(most, config.chunk)
+  num_chunks = -(-t // most)
+  chunk = -(-t // num_chunks)
+  task = config.task
+  if not task:
+    # About six tasks a CTA, so that they end together.
+    task = chunk * top_k // (6 * mosaic.NUM_SMS)
+    task = min(max(task, 128), 1024)
+  task = -(-task // 8) * 8
+  shape = Shape(
+    num_kv_heads=num_kv_heads,
+    rows=rows,
+    head_dim=d,
+    block_size=block_size,
+    top_k=top_k,
+    num_owners=num_owners,
+    dtype=jnp.dtype(q.dtype),
+    scale=scale,
+    config=config,
+    interpret=interpret,
+  )
+  pad = num_chunks * chunk - t
+  delta = jnp.sum(
+    out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1
+  ).reshape(b, t, num_kv_heads, rows)
+  lse = lse.reshape(b, num_kv_heads, rows, t) * mosaic.LOG2E
+  if pad:
+    block_indices = jnp.pad(
+      block_indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1
+    )
+    delta = jnp.pad(delta, ((0, 0), (0, pad), (0, 0), (0, 0)))
+    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, 0), (0, pad)))
+  starts = kv_lengths - t
+  max_tasks = schedule.max_owner_tasks(num_owners, chunk * top_k, task)
+
+  def row_group(index, carry):
+    dq, dk, dv = carry
+    row, group = index // num_kv_heads, index % num_kv_heads
+    sums = jnp.zeros((2, num_owners, schedule.OWNER_BLOCK, d), jnp.float32)
+    extra = lax.empty(
+      (2, max_tasks - num_owners, schedule.OWNER_BLOCK, d), jnp.float32
+    )
+    sums = jnp.concatenate([sums, extra], axis=1)
+    partials = lax.empty((chunk, top_k, rows, d), q.dtype)
+
+    def cut(x, axis, i):
+      return lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis)
+
+    def step(i, carry):
+      dq, sums, partials = carry
+      position = starts[row] + i * chunk
+      plan = schedule.plan_owners(
+        cut(block_indices[row, group], 0, i),
+        position + jnp.arange(chunk, dtype=jnp.int32),
+        block_size=block_size,
+        num_blocks=-(-s_len // block_size),
+        task=task,
+      )
+      query = (plan.order >> 2) // top_k
+
+      def by_edge(x):
+        x = x[query].reshape(-1)
+        return jnp.pad(x, (0, ROWS))
+
+      where = jnp.stack(
+        [row, group, i * chunk, position, plan.num_tasks[0]]
+      ).astype(jnp.int32)
+      one_delta = cut(delta[row, :, group], 0, i)
+      # Through lse, a dout that is not finite reaches dv of what it sees only.
+      one_lse = jnp.where(
+        jnp.isfinite(one_delta), cut(lse[row, group], 1, i).T, jnp.nan
+      )
+      sums_ref, partials_ref = jax.new_ref(sums), jax.new_ref(partials)
+      _owners(
+        partials_ref, sums_ref, where, plan, q, dout, k, v,
+        by_edge(one_lse), by_edge(one_delta),
+        shape=shape,
+      )  # fmt: skip
+      _sum_extra(sums_ref, plan.extra, shape=shape)
+      partials = jax.freeze(partials_ref)
+      # Places without an edge hold anything.
+      one = jnp.sum(
+        jnp.where(
+          plan.is_edge[..., None, None], partials.astype(jnp.float32), 0.0
+        ),
+        axis=1,
+      ).astype(q.dtype)
+      dq = lax.dynamic_update_slice(
+        dq, one[None, :, None], (row, i * chunk, group, 0, 0)
+      )
+      return dq, jax.freeze(sums_ref), partials
+
+    dq, sums, _ = lax.fori_loop(0, num_chunks, step, (dq, sums, partials))
+    sums = sums[:, :num_owners].astype(q.dtype).reshape(2, 1, 1, s_len, d)
+    at = (row, group, 0, 0)
+    dk = lax.dynamic_update_slice(dk, sums[0], at)
+    dv = lax.dynamic_update_slice(dv, sums[1], at)
+    return dq, dk, dv
+
+  dq = lax.empty((b, t + pad, num_kv_heads, rows, d), q.dtype)
+  dq, dk, dv = lax.fori_loop(
+    0,
+    b * num_kv_heads,
+    row_group,
+    (dq, lax.empty(k.shape, q.dtype), lax.empty(v.shape, q.dtype)),
+  )
+  return dq[:, :t].reshape(q.shape), dk, dv

@@ -1,0 +1,384 @@
+"""Gradients of sparse attention: planned, interpreted, lowered, on Hopper."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Case, patterns, random_blocks
+
+from msa_jax import reference
+from pallas_kernels import cases, schedule
+from pallas_kernels import sparse_attention as sparse
+from pallas_kernels import sparse_attention_bwd as bwd
+
+NAMES = ("dq", "dk", "dv")
+
+
+@functools.partial(jax.jit, static_argnames=("case", "dtype"))
+def formula(case, q, k, v, dout, blocks, dtype=None):
+  """dq, dk, dv in float32; `dtype` rounds what a kernel has to round: the
+  operands of products (probabilities and ds) and out, from which delta comes.
+  """
+  rounded = (
+    (lambda x: x.astype(dtype).astype(x.dtype)) if dtype else lambda x: x
+  )
+  q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
+  positions = reference.query_positions(
+    case.q_len, case.kv_len, case.batch, case.lengths
+  )
+  visible = reference.chosen_tokens(
+    blocks, positions, case.kv_len, case.block_size
+  )
+  scale = case.head_dim**-0.5
+  group = case.num_heads // case.num_kv_heads
+  sizes = (case.batch, case.q_len, case.num_kv_heads, group, case.head_dim)
+  p = reference.head_scores(q, k, visible, scale)
+  p = reference.softmax(p, reference.masked_logsumexp(p))
+  q, dout = q.reshape(sizes), dout.reshape(sizes)
+  einsum = functools.partial(jnp.einsum, precision="highest")
+  out = rounded(einsum("bkgts,bskd->btkgd", rounded(p), v))
+  dp = einsum("btkgd,bskd->bkgts", dout, v)
+  delta = jnp.moveaxis(jnp.sum(out * dout, axis=-1), 1, -1)
+  ds = rounded(p * (dp - delta[..., None]))
+  dq = scale * einsum("bkgts,bskd->btkgd", ds, k)
+  dk = scale * einsum("bkgts,btkgd->bskd", ds, q)
+  dv = einsum("bkgts,btkgd->bskd", rounded(p), dout)
+  dq = dq.reshape(case.batch, case.q_len, case.num_heads, case.head_dim)
+  return dq, dk, dv
+
+
+def check(case, q, k, v, dout, blocks, grads):
+  dtype = q.dtype
+  truth = formula(case, q, k, v, dout, blocks)
+  yardstick = formula(case, q, k, v, dout, blocks, dtype)
+  for name, got, true, near in zip(NAMES, grads, truth, yardstick):
+    assert got.dtype == dtype, name
+    got, true, near = (np.asarray(x, np.float32) for x in (got, true, near))
+    assert got.shape == true.shape, name
+    assert np.all(np.isfinite(got)), name
+    # Nothing flows where nothing was chosen.
+    np.testing.assert_array_equal(got[true == 0], 0.0, err_msg=name)
+    error = np.abs(got - true)
+    # The floor is one ulp of the working dtype: partials of dq are rounded
+    # once and their sum once, half an ulp each.
+    floor = float(jnp.finfo(dtype).eps) * np.abs(true).max()
+    assert error.max() <= 2 * np.abs(near - true).max() + floor, name
+    assert np.linalg.norm(error) <= 0.005 * np.linalg.norm(true), name
+
+
+def inputs(case, dtype):
+  q, k, v, *_ = case.inputs(dtype=dtype)
+  return q, k, v, jax.random.normal(jax.random.key(9), q.shape, dtype)
+
+
+def lengths(case):
+  if case.lengths is None:
+    return jnp.full((case.batch,), case.kv_len, jnp.int32)
+  return case.lengths
+
+
+def interpreted(case, q, k, v, dout, blocks, **config):
+  """The backward pass alone, after the reference's forward."""
+  out, lse = reference.sparse_attention(
+    q, k, v, blocks, block_size=case.block_size, scale=case.head_dim**-0.5,
+    kv_lengths=case.lengths,
+  )  # fmt: skip
+  return sparse._backward(
+    q, k, v, out, lse, dout, blocks, lengths(case),
+    block_size=case.block_size,
+    scale=case.head_dim**-0.5,
+    config=bwd.Config(**dict(stages=2, num_ctas=1) | config),
+    interpret=True,
+  )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the plan
+
+
+@pytest.mark.parametrize("kind", ["random", "hot", "garbage", "empty"])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_every_choice_has_one_owner(kind, block_size):
+  rng = np.random.default_rng(0)
+  queries, top_k, num_blocks, task = 64, 4, 13, 16
+  positions = np.arange(queries) * 25 - 40
+  own = np.where(positions < 0, -1, positions // block_size)
+  ids = np.argsort(rng.random((queries, num_blocks)))[:, :top_k]
+  if kind == "hot":
+    ids[:, 0] = np.where((ids[:, 1:] == 0).any(-1), -1, 0)
+  elif kind == "garbage":
+    ids[::3] += 1 << 20
+    ids[1::3] -= 1 << 30
+  elif kind == "empty":
+    ids[:] = -1
+  plan = schedule.plan_owners(
+    jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
+    block_size=block_size, num_blocks=num_blocks, task=task,
+  )  # fmt: skip
+  tasks, (num_tasks,), extra, order, is_edge = (np.asarray(x) for x in plan)
+  num_owners = -(-num_blocks // (128 // block_size))
+  found, slots = [], {}
+  for owner, start, count, slot in tasks[:num_tasks]:
+    assert 0 <= count <= task and 0 <= owner < num_owners
+    slots.setdefault(owner, []).append(slot)
+    places = order[start : start + count] >> 2
+    assert np.all(np.diff(places) > 0)
+    for place, halves in zip(places, order[start : start + count] & 3):
+      query, p = divmod(place, top_k)
+      assert is_edge[query, p]
+      for half in range(2):
+        if block_size == 64 and halves >> half & 1:
+          found.append((query, owner * 2 + half))
+      if block_size == 128:
+        found.append((query, owner))
+  # The first task of a block has the block's slot, the rest those of `extra`.
+  for owner, mine in slots.items():
+    first, more = extra[owner]
+    assert mine == [owner, *range(first, first + more)]
+  assert sum(extra[:, 1]) == num_tasks - len(slots)
+  wanted = [
+    (t, i)
+    for t in range(queries)
+    for i in ids[t]
+    if 0 <= i <= own[t] and i < num_blocks
+  ]
+  assert sorted(found) == sorted(wanted)
+  assert is_edge.sum() == sum(count for _, _, count, _ in tasks[:num_tasks])
+
+
+def test_a_chunk_too_long_for_the_sort_is_refused():
+  with pytest.raises(ValueError, match="sort key of 32 bits"):
+    jax.eval_shape(
+      functools.partial(
+        schedule.plan_owners, block_size=128, num_blocks=1 << 15, task=128
+      ),
+      jax.ShapeDtypeStruct((1 << 15, 16), jnp.int32),
+      jax.ShapeDtypeStruct((1 << 15,), jnp.int32),
+    )
+
+
+# ------------------------------------------------------------ interpret mode
+
+INTERPRETED = {
+  # Ragged batch, T < S, a row shorter than T, pairs of blocks of 64, G 8.
+  "block_64": (Case(
+    batch=2, q_len=11, kv_len=250, num_heads=8, num_kv_heads=1, head_dim=64,
+    block_size=64, top_k=3, kv_lengths=(250, 7),
+  ), dict()),
+  # Two groups, hot blocks split, two chunks.
+  "split": (Case(
+    q_len=20, kv_len=270, num_heads=32, num_kv_heads=2, head_dim=128,
+    block_size=128, top_k=2,
+  ), dict(task=8, chunk=12)),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", INTERPRETED)
+def test_interpreted(name):
+  case, config = INTERPRETED[name]
+  q, k, v, dout = inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  grads = interpreted(case, q, k, v, dout, blocks, **config)
+  check(case, q, k, v, dout, blocks, grads)
+
+
+def test_interpreted_pads_heads_and_keeps_nan_where_it_is_seen():
+  case = Case(
+    q_len=9, kv_len=384, num_heads=2, num_kv_heads=1, head_dim=64,
+    block_size=128, top_k=2,
+  )  # fmt: skip
+  q, k, v, dout = inputs(case, jnp.float16)
+  blocks = np.tile(np.int32([0, 2]), (1, 1, 9, 1))
+  blocks[:, :, 4:, 0] = -1  # only queries 0 to 3 choose block 0
+  blocks = jnp.asarray(np.sort(blocks))
+  k = k.at[:, 128:256].set(jnp.nan)  # chosen by none
+  v = v.at[:, 128:256].set(jnp.nan)
+  clean = interpreted(case, q, k, v, dout, blocks)
+  check(case, q, k.at[:, 128:256].set(0), v.at[:, 128:256].set(0), dout, blocks,
+        clean)  # fmt: skip
+  q = q.at[0, 2, 1].set(jnp.nan)
+  dq, dk, dv = interpreted(case, q, k, v, dout, blocks)
+  bad = np.isnan(np.asarray(dq)).any((0, 3))
+  np.testing.assert_array_equal(np.argwhere(bad), [[2, 1]])
+  seen = np.zeros(384, bool)
+  seen[:128] = seen[256 : 375 + 2 + 1] = True  # query 2 stands at 377
+  for x in (dk, dv):
+    np.testing.assert_array_equal(
+      np.isnan(np.asarray(x))[0, :, 0].all(-1), seen
+    )
+    np.testing.assert_array_equal(np.asarray(x)[0, 128:256], 0.0)
+
+
+# ------------------------------------------------------------------ lowering
+
+
+@pytest.mark.parametrize("name", ["8k", "128k", "1m", "small_heads_32k"])
+def test_lowers_for_cuda(name):
+  case = cases.CASES[name]
+  kv = (case.batch, case.kv_tokens, case.num_kv_heads, case.head_dim)
+  shapes = [
+    jax.ShapeDtypeStruct(shape, case.dtype)
+    for shape in (
+      (case.batch, case.tokens, case.num_heads, case.head_dim),
+      kv,
+      kv,
+    )
+  ]
+  ids = (case.batch, case.num_kv_heads, case.tokens, case.top_k)
+
+  def loss(q, k, v, ids):
+    # Rematerialised, as a training step would have it.
+    out, _ = jax.checkpoint(
+      functools.partial(sparse.sparse_attention, block_size=case.block_size)
+    )(q, k, v, ids)
+    return out.astype(jnp.float32).sum()
+
+  grad = jax.jit(jax.grad(loss, (0, 1, 2)))
+  lowered = grad.trace(*shapes, jax.ShapeDtypeStruct(ids, jnp.int32)).lower(
+    lowering_platforms=("cuda",)
+  )
+  text = lowered.as_text()
+  assert "sparse_owners" in text and "sparse_sum_extra" in text
+  kept = [
+    x.shape
+    for x in jax.tree.leaves(
+      jax.eval_shape(
+        lambda *x: jax.vjp(
+          lambda q: sparse.sparse_attention(
+            q, *x[1:], block_size=case.block_size
+          )[0],
+          x[0],
+        )[1],
+        *shapes,
+        jax.ShapeDtypeStruct(ids, jnp.int32),
+      )
+    )
+  ]
+  # Residuals: no array of T x S.
+  assert max(np.prod(shape) for shape in kept) == np.prod(shapes[0].shape)
+
+
+# ------------------------------------------------------------------- Hopper
+
+
+@functools.cache
+def compiled(case, config):
+  def run(q, k, v, dout, blocks):
+    def attend(q, k, v):
+      return sparse.sparse_attention(
+        q, k, v, blocks, block_size=case.block_size, kv_lengths=case.lengths,
+        backward_config=config,
+      )[0]  # fmt: skip
+
+    return jax.vjp(attend, q, k, v)[1](dout)
+
+  return jax.jit(run)
+
+
+def run_twice(case, q, k, v, dout, blocks, config=None):
+  function = compiled(case, config)
+  args = (q, k, v, dout, blocks)
+  first, second = function(*args), function(*args)
+  for a, b in zip(first, second):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  check(case, q, k, v, dout, blocks, first)
+
+
+GPU_CASES = {
+  "paper_heads": (Case(
+    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
+    block_size=128, top_k=8,
+  ), "bfloat16"),
+  "ragged_batch": (Case(
+    batch=3, q_len=515, kv_len=2050, num_heads=16, num_kv_heads=2, head_dim=64,
+    block_size=64, top_k=6, kv_lengths=(2050, 301, 0),
+  ), "float16"),
+  "group_16_d64": (Case(
+    q_len=700, kv_len=700, num_heads=32, num_kv_heads=2, head_dim=64,
+    block_size=128, top_k=3,
+  ), "float16"),
+  "group_8_block_64": (Case(
+    batch=2, q_len=333, kv_len=1500, num_heads=16, num_kv_heads=2,
+    head_dim=128, block_size=64, top_k=32,
+  ), "bfloat16"),
+  "group_4": (Case(
+    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
+    block_size=128, top_k=4,
+  ), "bfloat16"),
+  "group_1": (Case(
+    q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=64,
+    block_size=128, top_k=1,
+  ), "float16"),
+}  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_patterns(hopper, name):
+  case, dtype = GPU_CASES[name]
+  args = inputs(case, dtype)
+  for blocks in patterns(case).values():
+    run_twice(case, *args, blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", bwd.candidate_configs(), ids=str)
+def test_gpu_configs(hopper, config):
+  case, dtype = GPU_CASES["paper_heads"]
+  args = inputs(case, dtype)
+  for name in ("random", "sharing", "all_on_block_0"):
+    run_twice(case, *args, patterns(case)[name], config)
+
+
+@pytest.mark.gpu
+def test_gpu_small_chunks_and_tasks(hopper):
+  case, dtype = GPU_CASES["ragged_batch"]
+  config = bwd.Config(chunk=64, task=16, num_ctas=7)
+  run_twice(case, *inputs(case, dtype), random_blocks(case), config)
+
+
+@pytest.mark.gpu
+def test_gpu_nan_of_unchosen_blocks_reaches_nothing(hopper):
+  case = dataclasses.replace(GPU_CASES["paper_heads"][0], q_len=300)
+  q, k, v, dout = inputs(case, "bfloat16")
+  blocks = np.array(random_blocks(case))
+  blocks[blocks == 4] = -1
+  blocks = jnp.asarray(blocks)
+  want = compiled(case, None)(q, k, v, dout, blocks)
+  k, v = (x.at[:, 512:640].set(jnp.nan) for x in (k, v))
+  got = compiled(case, None)(q, k, v, dout, blocks)
+  for a, b in zip(got, want):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  for x in got[1:]:
+    np.testing.assert_array_equal(np.asarray(x)[:, 512:640], 0.0)
+
+
+@pytest.mark.gpu
+def test_gpu_nan_query_poisons_its_row_and_its_blocks_only(hopper):
+  case = dataclasses.replace(GPU_CASES["paper_heads"][0], q_len=300)
+  q, k, v, dout = inputs(case, "bfloat16")
+  blocks = random_blocks(case)
+  dq, dk, dv = compiled(case, None)(
+    q.at[0, 77, 3].set(jnp.nan), k, v, dout, blocks
+  )
+  bad = np.isnan(np.asarray(dq, np.float32)).any((0, 3))
+  np.testing.assert_array_equal(np.argwhere(bad), [[77, 3]])
+  chosen = np.isin(np.arange(case.kv_len) // 128, np.asarray(blocks)[0, 0, 77])
+  chosen &= np.arange(case.kv_len) <= case.positions()[0, 77]
+  for x in (dk, dv):
+    bad = np.isnan(np.asarray(x, np.float32))[0].any(-1)
+    np.testing.assert_array_equal(bad[:, 0], chosen)
+    assert not bad[:, 1:].any()
+
+
+@pytest.mark.gpu
+def test_gpu_under_vmap(hopper):
+  case, dtype = GPU_CASES["group_4"]
+  args = inputs(case, dtype)
+  blocks = random_blocks(case)
+  two = [jnp.stack([x, x[:, ::-1]]) for x in args]
+  grads = jax.vmap(compiled(case, None), (0, 0, 0, 0, None))(*two, blocks)
+  for i in range(2):
+    check(case, *(x[i] for x in two), blocks, [x[i] for x in grads])
