@@ -276,9 +276,10 @@ class OwnerPlan(NamedTuple):
   one query inside an owner block are one edge.
 
   Attributes:
-    tasks: int32 [max_tasks, 4]: owner block, first edge, number of edges, and
-      the slot that takes the sum: the block's own for its first task, one after
-      the blocks' slots for the others.
+    tasks: int32 [max_tasks, 5]: owner block, first edge, number of edges, how
+      many of them (the first ones) are of queries inside the block, and the
+      slot that takes the sum: the block's own for its first task, one after the
+      blocks' slots for the others.
     num_tasks: int32 [1].
     extra: int32 [blocks, 2]: first extra slot of a block and their number.
     order: int32 [edges]: place in the chunk (query * P + p) above 2 bits, which
@@ -286,7 +287,7 @@ class OwnerPlan(NamedTuple):
     is_edge: bool [queries, P]: whether this choice is its edge's place.
   """
 
-  tasks: Int[Array, "tasks 4"]
+  tasks: Int[Array, "tasks 5"]
   num_tasks: Int[Array, "1"]
   extra: Int[Array, "blocks 2"]
   order: Int[Array, "edges"]
@@ -312,7 +313,8 @@ def plan_owners(
 
   Args:
     ids: chosen blocks, any order, anything outside 0 .. own block is dropped.
-    positions: the queries' key slots; negative for queries that see nothing.
+    positions: the queries' key slots, one after the other; negative for queries
+      that see nothing.
     block_size: tokens of a block, OWNER_BLOCK or half of it.
     num_blocks: N.
     task: most edges of a task, a multiple of 8.
@@ -350,8 +352,16 @@ def plan_owners(
   )
   key = lax.sort(key.reshape(-1), is_stable=False)
   starts = jnp.arange(num_owners + 1, dtype=jnp.uint32) << place_bits
-  bounds = jnp.searchsorted(key, starts, method="scan_unrolled").astype(
-    jnp.int32
+  # The first place of a block's list whose query stands after the block.
+  after = (jnp.arange(num_owners) + 1) * OWNER_BLOCK - positions[0]
+  after = jnp.clip(after, 0, num_queries).astype(jnp.uint32) * top_k
+  bounds, inside = jnp.split(
+    jnp.searchsorted(
+      key,
+      jnp.concatenate([starts, starts[:-1] + after]),
+      method="scan_unrolled",
+    ).astype(jnp.int32),
+    [num_owners + 1],
   )
   place = (key & ((1 << place_bits) - 1)).astype(jnp.int32)
   order = (place << 2) | halves.reshape(-1)[place]
@@ -372,7 +382,10 @@ def plan_owners(
   first_extra = num_owners + jnp.cumsum(more) - more
   slot = jnp.where(piece == 0, block, first_extra[block] + piece - 1)
   return OwnerPlan(
-    tasks=jnp.stack([block, start, count, slot], axis=-1).astype(jnp.int32),
+    tasks=jnp.stack(
+      [block, start, count, jnp.clip(inside[block] - start, 0, count), slot],
+      axis=-1,
+    ).astype(jnp.int32),
     num_tasks=ends[-1:].astype(jnp.int32),
     extra=jnp.stack([first_extra, more], axis=-1).astype(jnp.int32),
     order=order,

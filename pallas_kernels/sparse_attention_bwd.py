@@ -12,8 +12,8 @@ group's heads) at a time, one TMA copy a query. Scores are computed as k q^T, so
 that p and ds leave the softmax as the register operands of dV and dK; only ds
 passes through SMEM, for dQ, which needs both halves of the keys. A warpgroup
 writes ds of one piece and multiplies that of the piece before it, so that the
-two never wait for each other's current one. dQ leaves as one partial an edge,
-in q's dtype, summed over the choices afterwards in their order. No atomics: a
+two never wait for each other's current one. A third warpgroup gathers, a fourth
+stores dQ: one partial an edge, in q's dtype, summed afterwards. No atomics: a
 block's first task adds to the block's float32 sum, the others of a hot block
 write sums of their own, which **sum_extra** adds in order. All order is fixed.
 
@@ -24,7 +24,7 @@ Chunks of one group's queries take turns in a workspace of 2^30 elements.
 
 Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
 in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte.
-SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32, dQ 16.
+SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32, dQ 32.
 
 NaN: a query that sees a NaN has an lse or delta of NaN and hands it to its dq
 and to dk and dv of the keys that it sees, as the formula does. Masked pairs are
@@ -112,19 +112,19 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
   s, config = shape, shape.config
   half, rows, d, stages = s.half, s.rows, s.head_dim, config.stages
   row_layout = plgpu.Layout.WGMMA.reduce(0)
-  columns = min(d, 64)  # of dQ that a warpgroup computes
 
   def body(
     where_gmem, tasks_gmem, order_gmem, q_gmem, do_gmem, k_gmem, v_gmem,
     lse_gmem, delta_gmem, part_gmem, sums_gmem,
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem,
-    q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
+    q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, dq_ready, dq_free,
+    clean, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = (where_gmem[4] - cta + config.num_ctas - 1) // config.num_ctas
 
     def read_task(i):
-      return (tasks_gmem[cta + i * config.num_ctas, j] for j in range(4))
+      return (tasks_gmem[cta + i * config.num_ctas, j] for j in range(5))
 
     def read_edges(start, count, piece):
       return tuple(
@@ -134,7 +134,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
     @pl.when(wg < 2)
     def _compute():
-      plgpu.set_max_registers(232, action="increase")
+      plgpu.set_max_registers(224, action="increase")
       position = where_gmem[3]
       key = (
         plgpu.broadcasted_iota(
@@ -147,7 +147,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       )
 
       def dq_product(acc, slot):
-        at = pl.ds(wg * 64, 64) if d == 128 else pl.ds(0, 64)
+        at = pl.ds(wg * 64 if d == 128 else 0, 64)
         for h in range(2):
           plgpu.wgmma(
             acc,
@@ -155,51 +155,37 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             k_smem.at[h].at[:, at],
           )
 
-      def store_dq(dq, edges, first, count, group, turn):
-        """Sends the partials of a piece on their way."""
+      def give_dq(dq, step):
+        """Hands the dQ of a piece to the warpgroup that stores it."""
+        slot = lax.rem(step, 2)
 
-        def send():
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          dq_smem[wg] = (dq * s.scale).astype(s.dtype)
-          plgpu.commit_smem()
-          for a in range(half):
+        @pl.when(step >= 2)
+        def _():
+          plgpu.barrier_wait(dq_free.at[slot])
 
-            @pl.when(first + a < count)
-            def _store(a=a):
-              place = edges[a] >> 2
-              at = pl.ds(wg * 64 if d == 128 else 0, columns)
-              plgpu.copy_smem_to_gmem(
-                dq_smem.at[wg, pl.ds(a * rows, rows)],
-                part_gmem.at[
-                  place // s.top_k, lax.rem(place, s.top_k), pl.ds(0, rows), at
-                ],
-                commit_group=False,
-              )
-
-          plgpu.commit_smem_to_gmem_group()
+        def write():
+          at = pl.ds(wg * 64 if d == 128 else 0, 64)
+          dq_smem.at[slot, :, at][...] = (dq * s.scale).astype(s.dtype)
 
         if d == 128:  # a half of the columns each
-          send()
-        else:  # every second piece each
-          pl.when(lax.rem(turn, 2) == wg)(send)
+          write()
+        else:  # both have it, they take turns
+          pl.when(slot == wg)(write)
+        plgpu.commit_smem()
+        plgpu.barrier_arrive(dq_ready.at[slot])
 
       def task(i, done):
-        block, start, count, slot = read_task(i)
-        group = where_gmem[1]
+        block, start, count, inside, slot = read_task(i)
         pieces = (count + half - 1) // half
         plgpu.barrier_wait(kv_ready)
 
         def piece(j, carry):
-          dk, dv, *before = carry
+          dk, dv = carry
           step = done + j
           stage = lax.rem(step, stages)
           here, last = lax.rem(step, 2), lax.rem(step + 1, 2)
-          edges = read_edges(start, count, j)
-          first_position = position + (edges[0] >> 2) // s.top_k
           # Queries inside the block, and repeats of the last one.
-          is_masked = (first_position < (block + 1) * schedule.OWNER_BLOCK) | (
-            (j + 1) * half > count
-          )
+          is_masked = (j * half < inside) | ((j + 1) * half > count)
           if s.block_size < schedule.OWNER_BLOCK:
             is_masked = True
           plgpu.barrier_wait(q_ready.at[stage])
@@ -243,6 +229,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           ds = p * (dp - along(delta_rows))
 
           def hide(p, ds):
+            edges = read_edges(start, count, j)
             limit = jnp.full((ROWS,), -1, jnp.int32)
             limit = plgpu.layout_cast(limit, row_layout)
             for a in range(half):
@@ -290,7 +277,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             dk = dk + product(ds_smem.at[here, wg], q_smem.at[stage])
             dq = pl.run_scoped(
               lambda acc: (dq_product(acc, last), acc[...])[1],
-              ACC((ROWS, columns), jnp.float32),
+              ACC((ROWS, 64), jnp.float32),
             )
           else:
 
@@ -304,7 +291,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               (
                 ACC.init(dv),
                 ACC.init(dk),
-                ACC.init(_zeros((ROWS, columns))),
+                ACC.init(_zeros((ROWS, 64))),
               )
             )
           plgpu.barrier_arrive(q_free.at[stage])
@@ -312,13 +299,12 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           @pl.when(j > 0)
           def _():
             plgpu.barrier_arrive(ds_free.at[last])
-            store_dq(dq, before, (j - 1) * half, count, group, step - 1)
+            give_dq(dq, step - 1)
 
-          return dk, dv, *edges
+          return dk, dv
 
-        none = tuple(jnp.int32(0) for _ in range(half))
         zero = _zeros((KEYS, d))
-        dk, dv, *before = lax.fori_loop(0, pieces, piece, (zero, zero, *none))
+        dk, dv = lax.fori_loop(0, pieces, piece, (zero, zero))
 
         @pl.when(pieces > 0)
         def _last_piece():
@@ -327,10 +313,10 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           plgpu.barrier_wait(ds_ready.at[here])
           dq = pl.run_scoped(
             lambda acc: (dq_product(acc, here), acc[...])[1],
-            ACC((ROWS, columns), jnp.float32),
+            ACC((ROWS, 64), jnp.float32),
           )
           plgpu.barrier_arrive(ds_free.at[here])
-          store_dq(dq, before, (pieces - 1) * half, count, group, step)
+          give_dq(dq, step)
 
         plgpu.barrier_arrive(kv_free)
         is_first = slot < s.num_owners
@@ -350,17 +336,16 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
         @pl.when(done > slot)
         def _(slot=slot):
           plgpu.barrier_wait(ds_free.at[slot])
-
-      plgpu.wait_smem_to_gmem(0)
+          plgpu.barrier_wait(dq_free.at[slot])
 
     @pl.when(wg == 2)
     def _copy():
-      plgpu.set_max_registers(40, action="decrease")
+      plgpu.set_max_registers(32, action="decrease")
       row, group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
       heads = pl.ds(group * rows, rows)
 
       def task(i, done):
-        block, start, count, _ = read_task(i)
+        block, start, count, _, _ = read_task(i)
 
         @pl.when(i > 0)
         def _():
@@ -412,6 +397,38 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       def _():
         plgpu.barrier_wait(kv_free)
 
+    @pl.when(wg == 3)
+    def _store():
+      plgpu.set_max_registers(32, action="decrease")
+
+      def task(i, done):
+        _, start, count, _, _ = read_task(i)
+
+        def piece(j, step):
+          slot = lax.rem(step, 2)
+          edges = read_edges(start, count, j)
+          plgpu.barrier_wait(dq_ready.at[slot])
+          for a in range(half):
+
+            @pl.when(j * half + a < count)
+            def _(a=a):
+              place = edges[a] >> 2
+              plgpu.copy_smem_to_gmem(
+                dq_smem.at[slot, pl.ds(a * rows, rows)],
+                part_gmem.at[place // s.top_k, lax.rem(place, s.top_k)],
+                commit_group=False,
+              )
+
+          plgpu.commit_smem_to_gmem_group()
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          plgpu.barrier_arrive(dq_free.at[slot])
+          return step + 1
+
+        return lax.fori_loop(0, (count + half - 1) // half, piece, done)
+
+      lax.fori_loop(0, my_tasks, task, jnp.int32(0))
+      plgpu.wait_smem_to_gmem(0)
+
   def operand(*leading):
     return plgpu.SMEM((*leading, d), s.dtype, transforms=mosaic.OPERAND)
 
@@ -423,7 +440,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     partials, sums,
     name="sparse_owners",
     num_ctas=config.num_ctas,
-    num_warpgroups=3,
+    num_warpgroups=4,
     interpret=s.interpret,
     scratch=[
       operand(stages, ROWS),
@@ -433,13 +450,15 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       plgpu.SMEM((stages, ROWS), jnp.float32),
       plgpu.SMEM((stages, ROWS), jnp.float32),
       plgpu.SMEM((2, 2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND),
-      plgpu.SMEM((2, ROWS, columns), s.dtype, transforms=mosaic.OPERAND),
+      operand(2, ROWS),
       plgpu.Barrier(num_arrivals=2 * half + 2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=4),
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=2, num_barriers=2),
       plgpu.Barrier(num_arrivals=2, num_barriers=2),
+      plgpu.Barrier(num_arrivals=2, num_barriers=2),
+      plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(num_arrivals=2),
       *probs,
     ],

@@ -102,8 +102,8 @@ def interpreted(case, q, k, v, dout, blocks, **config):
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_every_choice_has_one_owner(kind, block_size):
   rng = np.random.default_rng(0)
-  queries, top_k, num_blocks, task = 64, 4, 13, 16
-  positions = np.arange(queries) * 25 - 40
+  queries, top_k, num_blocks, task = 160, 4, 7, 16
+  positions = np.arange(queries) + 300
   own = np.where(positions < 0, -1, positions // block_size)
   ids = np.argsort(rng.random((queries, num_blocks)))[:, :top_k]
   if kind == "hot":
@@ -120,11 +120,12 @@ def test_every_choice_has_one_owner(kind, block_size):
   tasks, (num_tasks,), extra, order, is_edge = (np.asarray(x) for x in plan)
   num_owners = -(-num_blocks // (128 // block_size))
   found, slots = [], {}
-  for owner, start, count, slot in tasks[:num_tasks]:
+  for owner, start, count, inside, slot in tasks[:num_tasks]:
     assert 0 <= count <= task and 0 <= owner < num_owners
     slots.setdefault(owner, []).append(slot)
     places = order[start : start + count] >> 2
     assert np.all(np.diff(places) > 0)
+    assert inside == np.sum(positions[places // top_k] < (owner + 1) * 128)
     for place, halves in zip(places, order[start : start + count] & 3):
       query, p = divmod(place, top_k)
       assert is_edge[query, p]
@@ -145,7 +146,7 @@ def test_every_choice_has_one_owner(kind, block_size):
     if 0 <= i <= own[t] and i < num_blocks
   ]
   assert sorted(found) == sorted(wanted)
-  assert is_edge.sum() == sum(count for _, _, count, _ in tasks[:num_tasks])
+  assert is_edge.sum() == sum(task[2] for task in tasks[:num_tasks])
 
 
 def test_a_chunk_too_long_for_the_sort_is_refused():
