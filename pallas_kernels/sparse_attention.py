@@ -176,7 +176,7 @@ def _over_columns(x, width: int):
   return lax.broadcast_in_dim(x, (ROWS, width), [0])
 
 
-def _drain(free, step) -> None:
+def drain(free, step) -> None:
   """Waits until the last `step` uses of a ring of barriers are over."""
   for slot in range(free.shape[0]):
 
@@ -316,7 +316,7 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
         return lax.fori_loop(0, (count + half - 1) // half, gather, step)
 
       step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      _drain(q_free, step)
+      drain(q_free, step)
 
       @pl.when(my_tasks > 0)
       def _():
@@ -612,10 +612,10 @@ def _tiles(
       kv_step, merge_step = lax.fori_loop(
         0, my_tiles, tile, (jnp.int32(0), jnp.int32(0))
       )
-      _drain(k_free, kv_step)
-      _drain(v_free, kv_step)
+      drain(k_free, kv_step)
+      drain(v_free, kv_step)
       if merging:
-        _drain(o_free, merge_step)
+        drain(o_free, merge_step)
 
   merge_scratch = [
     s.operand(merge_stages, 2, ROWS),
@@ -681,7 +681,7 @@ def _geometry(
   )
 
 
-def _pad_heads(x: Array, num_kv_heads: int) -> Array:
+def pad_heads(x: Array, num_kv_heads: int) -> Array:
   """[B,T,H,D] with at least 8 heads a group, the new ones 0."""
   b, t, num_heads, d = x.shape
   group_size = num_heads // num_kv_heads
@@ -692,7 +692,7 @@ def _pad_heads(x: Array, num_kv_heads: int) -> Array:
   return jnp.pad(x, pad).reshape(b, t, num_kv_heads * 8, d)
 
 
-def _block_major(x: Array, num_blocks: int, block_size: int):
+def block_major(x: Array, num_blocks: int, block_size: int):
   """[B,S,K,D] -> finite [B,K,N*block_size,D], each block's first bad slot."""
   b, s_len, num_kv_heads, _ = x.shape
   pad = num_blocks * block_size - s_len
@@ -730,9 +730,9 @@ def _forward(
     config=config,
     interpret=interpret,
   )
-  q = _pad_heads(q, num_kv_heads)
-  k, bad_k = _block_major(k, g.num_blocks, block_size)
-  v, bad_v = _block_major(v, g.num_blocks, block_size)
+  q = pad_heads(q, num_kv_heads)
+  k, bad_k = block_major(k, g.num_blocks, block_size)
+  v, bad_v = block_major(v, g.num_blocks, block_size)
   first_bad = jnp.stack([bad_k, bad_v], axis=2)
   pad = num_chunks * g.chunk - t
   if pad:
@@ -833,8 +833,8 @@ def _backward(
   s_len, num_kv_heads = k.shape[1:3]
   group_size = num_heads // num_kv_heads
   num_owners = -(-s_len // schedule.OWNER_BLOCK)
-  k, v = (_block_major(x, num_owners, schedule.OWNER_BLOCK)[0] for x in (k, v))
-  q, out, dout = (_pad_heads(x, num_kv_heads) for x in (q, out, dout))
+  k, v = (block_major(x, num_owners, schedule.OWNER_BLOCK)[0] for x in (k, v))
+  q, out, dout = (pad_heads(x, num_kv_heads) for x in (q, out, dout))
   rows = q.shape[2] // num_kv_heads
   lse = lse.reshape(b, num_kv_heads, group_size, t)
   pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))

@@ -465,12 +465,17 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
   )  # fmt: skip
 
 
-def _sum_extra(sums, extra, *, shape):
-  """Adds the extra sums of hot blocks to the blocks' own, in order."""
-  s = shape
+def sum_extra(sums, extra, *, num_owners, interpret):
+  """Adds the extra sums of hot blocks to the blocks' own, in order.
+
+  Args:
+    sums: Ref, float32 [kinds, slots, OWNER_BLOCK, D].
+    extra: `OwnerPlan.extra`.
+  """
+  kinds, _, _, d = sums.shape
   piece = 32  # keys of a CTA's tile
   tiles = schedule.OWNER_BLOCK // piece
-  layout = plgpu.Layout.WG_STRIDED((piece, s.head_dim), vec_size=4)
+  layout = plgpu.Layout.WG_STRIDED((piece, d), vec_size=4)
 
   def body(extra_gmem, sums_gmem):
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -493,9 +498,9 @@ def _sum_extra(sums, extra, *, shape):
   mosaic.launch(
     body, extra, sums,
     name="sparse_sum_extra",
-    num_ctas=s.num_owners * tiles,
-    num_warpgroups=2,  # dK, dV
-    interpret=s.interpret,
+    num_ctas=num_owners * tiles,
+    num_warpgroups=kinds,
+    interpret=interpret,
     scratch=[],
   )  # fmt: skip
 
@@ -604,7 +609,9 @@ def backward(
         by_edge(one_lse), by_edge(one_delta),
         shape=shape,
       )  # fmt: skip
-      _sum_extra(sums_ref, plan.extra, shape=shape)
+      sum_extra(
+        sums_ref, plan.extra, num_owners=num_owners, interpret=interpret
+      )
       partials = jax.freeze(partials_ref)
       # Places without an edge hold anything.
       one = jnp.sum(

@@ -1,0 +1,321 @@
+"""The KL kernels: interpreted, lowered, run on Hopper."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Case, patterns, random_blocks
+
+from msa_jax import reference
+from pallas_kernels import cases, index_kl
+
+# On the CPU: one CTA, small tasks.
+INTERPRETED = index_kl.Config(stages=2, task=64, num_ctas=1)
+
+
+@functools.partial(jax.jit, static_argnames=("case", "dtype"))
+def formula(case, q, k, index_q, index_k, blocks, mask, dtype=None):
+  """KL, its gradients, and the part of them that comes from r, in float32.
+
+  `dtype` rounds what a kernel has to round: p of each head, and g = r - p.
+  """
+  rounded = (
+    (lambda x: x.astype(dtype).astype(x.dtype)) if dtype else lambda x: x
+  )
+  q, k, index_q, index_k = (
+    x.astype(jnp.float32) for x in (q, k, index_q, index_k)
+  )
+  positions = reference.query_positions(
+    case.q_len, case.kv_len, case.batch, case.lengths
+  )
+  visible = reference.chosen_tokens(
+    blocks, positions, case.kv_len, case.block_size
+  )
+  visible &= mask[:, None, :, None]
+  s = reference.head_scores(q, k, visible, case.head_dim**-0.5)
+  p = reference.softmax(s, reference.masked_logsumexp(s))
+  p = jnp.mean(rounded(p), axis=2)
+  u = case.index_dim**-0.5 * reference.index_scores(index_q, index_k)
+  u = jnp.where(visible, u, -jnp.inf)
+  lse = reference.masked_logsumexp(u)
+  r = reference.softmax(u, lse)
+  log_r = jnp.where(
+    visible, u - jnp.where(lse == -jnp.inf, 0, lse)[..., None], 0
+  )
+  log_p = jnp.log(jnp.where(p > 0, p, 1))
+  counted = jnp.maximum(mask.sum(), 1) * case.num_kv_heads
+  value = jnp.sum(p * (log_p - log_r)) / counted
+
+  def gradients(g):
+    g = g * (case.index_dim**-0.5 / counted)
+    einsum = functools.partial(jnp.einsum, precision="highest")
+    return (
+      einsum("bkts,bsi->btki", g, index_k),
+      einsum("bkts,btki->bsi", g, index_q),
+    )
+
+  return value, gradients(rounded(r - p)), gradients(r)
+
+
+def inputs(case, dtype, seed=0):
+  q, k, v, index_q, index_k = case.inputs(seed, dtype=dtype)
+  return q, k, v, index_q, index_k
+
+
+def run(
+  case, q, k, index_q, index_k, blocks, mask=None, config=None, **options
+):
+  """Value and gradients, with the reference's lse."""
+  _, lse = reference.sparse_attention(
+    q, k, k, blocks, block_size=case.block_size, scale=case.head_dim**-0.5,
+    kv_lengths=case.lengths,
+  )  # fmt: skip
+
+  def loss(index_q, index_k):
+    return index_kl.index_kl_loss(
+      q, k, index_q, index_k, blocks, lse=lse, block_size=case.block_size,
+      kv_lengths=case.lengths, query_mask=mask, config=config, **options,
+    )  # fmt: skip
+
+  return jax.value_and_grad(loss, (0, 1))(index_q, index_k)
+
+
+def check(case, q, k, index_q, index_k, blocks, got, mask=None):
+  dtype = q.dtype
+  if mask is None:
+    mask = jnp.ones((case.batch, case.q_len), bool)
+  args = (case, q, k, index_q, index_k, blocks, mask)
+  true, grads, scales = formula(*args)
+  near, near_grads, _ = formula(*args, dtype=dtype)
+  value, got_grads = got
+  assert value.dtype == jnp.float32 and value.shape == ()
+  # A sum over all pairs in float32, of terms with p rounded.
+  assert abs(value - true) <= 2 * abs(near - true) + 2e-4 * abs(true)
+  eps = float(jnp.finfo(dtype).eps)
+  for name, x, want, close, scale in zip(
+    ("dindex_q", "dindex_k"), got_grads, grads, near_grads, scales
+  ):
+    assert x.dtype == dtype, name
+    x, want, close, scale = (
+      np.asarray(y, np.float32) for y in (x, want, close, scale)
+    )
+    assert np.all(np.isfinite(x)), name
+    np.testing.assert_array_equal(x[scale == 0], 0.0, err_msg=name)
+    error = np.abs(x - want)
+    # The floor is one ulp of the r part: gradients are differences r - p, whose
+    # partials are rounded once and their sum once.
+    floor = eps * np.abs(scale).max()
+    assert error.max() <= 2 * np.abs(close - want).max() + floor, name
+    assert np.linalg.norm(error) <= 0.005 * np.linalg.norm(scale), name
+
+
+# ------------------------------------------------------------ interpret mode
+
+CASES = {
+  # A ragged batch, T < S, a row shorter than T, pairs of blocks of 64, G 8.
+  "block_64": Case(
+    batch=2, q_len=7, kv_len=250, num_heads=8, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=64, top_k=3, kv_lengths=(250, 5),
+  ),
+  # Two groups of 16 heads.
+  "group_16": Case(
+    q_len=6, kv_len=270, num_heads=32, num_kv_heads=2, head_dim=128,
+    index_dim=128, block_size=128, top_k=2,
+  ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_interpreted(name):
+  case = CASES[name]
+  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  got = run(
+    case, q, k, index_q, index_k, blocks, config=INTERPRETED, interpret=True
+  )
+  check(case, q, k, index_q, index_k, blocks, got)
+
+
+def test_interpreted_masks_splits_and_keeps_nan_out():
+  case = Case(
+    q_len=70, kv_len=384, num_heads=1, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=128, top_k=2,
+  )  # fmt: skip
+  q, k, _, index_q, index_k = inputs(case, jnp.float16)
+  blocks = np.tile(np.int32([0, 2]), (1, 1, 70, 1))
+  blocks[:, :, 5] = -1
+  blocks = jnp.asarray(blocks)
+  mask = jnp.arange(70)[None] != 3
+  # Nobody chose block 1, and query 3 does not count.
+  k, index_k = (x.at[:, 128:256].set(jnp.nan) for x in (k, index_k))
+  q, index_q = q.at[0, 3].set(jnp.nan), index_q.at[0, 3].set(jnp.nan)
+  # Two chunks, and block 0 split over tasks.
+  config = dataclasses.replace(INTERPRETED, task=24, chunk=40)
+  got = run(
+    case, q, k, index_q, index_k, blocks, mask, config=config, interpret=True
+  )
+  k, index_k = (x.at[:, 128:256].set(0) for x in (k, index_k))
+  q, index_q = q.at[0, 3].set(0), index_q.at[0, 3].set(0)
+  check(case, q, k, index_q, index_k, blocks, got, mask)
+
+
+# ------------------------------------------------------------------ lowering
+
+
+@pytest.mark.parametrize("name", ["8k", "128k", "1m", "small_heads_32k"])
+def test_lowers_for_cuda(name):
+  case = cases.CASES[name]
+  q_lead, kv_lead = (case.batch, case.tokens), (case.batch, case.kv_tokens)
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
+  ids = (case.batch, case.num_kv_heads, case.tokens, case.top_k)
+  shapes = (
+    shape((*q_lead, case.num_kv_heads, case.index_dim)),
+    shape((*kv_lead, case.index_dim)),
+    shape((*q_lead, case.num_heads, case.head_dim)),
+    shape((*kv_lead, case.num_kv_heads, case.head_dim)),
+    jax.ShapeDtypeStruct(ids, jnp.int32),
+    jax.ShapeDtypeStruct(
+      (case.batch, case.num_heads, case.tokens), jnp.float32
+    ),
+  )
+
+  def loss(index_q, index_k, q, k, ids, lse):
+    return index_kl.index_kl_loss(
+      q, k, index_q, index_k, ids, lse=lse, block_size=case.block_size
+    )
+
+  for function in (loss, jax.value_and_grad(loss, (0, 1))):
+    text = (
+      jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
+    ).as_text()
+    assert "kl_owners" in text and "kl_index_lse" in text
+
+
+def test_only_the_index_branch_gets_a_gradient():
+  case = CASES["group_16"]
+  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  lse = jnp.zeros((1, 32, 6), jnp.float32)
+
+  def loss(q, k, lse):
+    return index_kl.index_kl_loss(
+      q, k, index_q, index_k, random_blocks(case), lse=lse
+    )
+
+  jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, lse)
+  # Nothing to compute: the zeros are constants.
+  assert "kl_owners" not in str(jaxpr.eqns[-1])
+
+
+# ------------------------------------------------------------------- Hopper
+
+GPU_CASES = {
+  "paper_heads": (Case(
+    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
+    index_dim=128, block_size=128, top_k=8,
+  ), "bfloat16"),
+  "ragged_batch": (Case(
+    batch=3, q_len=515, kv_len=2050, num_heads=16, num_kv_heads=2, head_dim=64,
+    index_dim=128, block_size=64, top_k=6, kv_lengths=(2050, 301, 0),
+  ), "float16"),
+  "group_16_d64": (Case(
+    q_len=700, kv_len=700, num_heads=32, num_kv_heads=2, head_dim=64,
+    index_dim=64, block_size=128, top_k=3,
+  ), "float16"),
+  "group_8_block_64": (Case(
+    batch=2, q_len=333, kv_len=1500, num_heads=16, num_kv_heads=2,
+    head_dim=128, index_dim=64, block_size=64, top_k=32,
+  ), "bfloat16"),
+  "group_4": (Case(
+    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
+    index_dim=128, block_size=128, top_k=4,
+  ), "bfloat16"),
+  "group_1": (Case(
+    q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=64,
+    index_dim=64, block_size=128, top_k=1,
+  ), "float16"),
+}  # fmt: skip
+
+
+@functools.cache
+def compiled(case, config, with_mask=False):
+  if with_mask:
+    return jax.jit(lambda *x: run(case, *x[:-1], mask=x[-1], config=config))
+  return jax.jit(functools.partial(run, case, config=config))
+
+
+def run_twice(case, args, config=None):
+  function = compiled(case, config)
+  first, second = function(*args), function(*args)
+  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  check(case, *args, first)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_patterns(hopper, name):
+  case, dtype = GPU_CASES[name]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  for blocks in patterns(case).values():
+    run_twice(case, (q, k, index_q, index_k, blocks))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", index_kl.candidate_configs(), ids=str)
+def test_gpu_configs(hopper, config):
+  case, dtype = GPU_CASES["paper_heads"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  for name in ("random", "sharing", "all_on_block_0"):
+    run_twice(case, (q, k, index_q, index_k, patterns(case)[name]), config)
+
+
+@pytest.mark.gpu
+def test_gpu_small_chunks_and_tasks(hopper):
+  case, dtype = GPU_CASES["ragged_batch"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  config = index_kl.Config(task=72, chunk=100, num_ctas=7)
+  run_twice(case, (q, k, index_q, index_k, random_blocks(case)), config)
+
+
+@pytest.mark.gpu
+def test_gpu_mask_and_nan(hopper):
+  case = dataclasses.replace(GPU_CASES["paper_heads"][0], q_len=300)
+  q, k, _, index_q, index_k = inputs(case, "bfloat16")
+  blocks = np.array(random_blocks(case))
+  blocks[blocks == 4] = -1
+  blocks = jnp.asarray(blocks)
+  mask = jnp.arange(300)[None] % 7 != 3
+  bad = [x.at[:, 512:640].set(jnp.nan) for x in (k, index_k)]
+  q_bad, index_q_bad = (
+    jnp.where(mask.reshape(1, 300, 1, 1), x, jnp.nan) for x in (q, index_q)
+  )
+  got = compiled(case, None, True)(
+    q_bad, bad[0], index_q_bad, bad[1], blocks, mask
+  )
+  check(case, q, k.at[:, 512:640].set(0), index_q,
+        index_k.at[:, 512:640].set(0), blocks, got, mask)  # fmt: skip
+  # A counted query that holds NaN: its row, its keys and the value.
+  value, (diq, dik) = compiled(case, None)(
+    q.at[0, 77, 3].set(jnp.nan), k, index_q, index_k, blocks
+  )
+  assert np.isnan(value)
+  diq, dik = (np.isnan(np.asarray(x, np.float32)) for x in (diq, dik))
+  np.testing.assert_array_equal(np.argwhere(diq.any((0, 3))), [[77, 0]])
+  chosen = np.isin(np.arange(case.kv_len) // 128, np.asarray(blocks)[0, 0, 77])
+  chosen &= np.arange(case.kv_len) <= case.positions()[0, 77]
+  np.testing.assert_array_equal(dik[0].any(-1), chosen)
+
+
+@pytest.mark.gpu
+def test_gpu_under_vmap(hopper):
+  case, dtype = GPU_CASES["group_4"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  blocks = random_blocks(case)
+  two = [jnp.stack([x, x[:, ::-1]]) for x in (q, k, index_q, index_k)]
+  got = jax.vmap(compiled(case, None), (0, 0, 0, 0, None))(*two, blocks)
+  for i in range(2):
+    one = jax.tree.map(lambda x, i=i: x[i], got)
+    check(case, *(x[i] for x in two), blocks, one)
