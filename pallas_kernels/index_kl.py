@@ -277,7 +277,7 @@ def _owners(
             plgpu.barrier_arrive(q_free.at[stage])
             p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
             # A NaN of one query must not reach the others of this product.
-            p = jnp.where(p >= 0.0, p, 0.0).astype(s.dtype)
+            p = jnp.where(jnp.abs(scores) < jnp.inf, p, 0.0).astype(s.dtype)
             at = pl.multiple_of(56 - 8 * (t // ways), 8)
             matrix = means_smem.at[lax.rem(t, ways), pl.ds(at, EDGES)]
 
@@ -558,7 +558,8 @@ def _loss(
   rows = q.shape[2] // num_kv_heads
   lse = lse.reshape(b, num_kv_heads, group_size, t).astype(jnp.float32)
   bad_lse = jnp.any(jnp.isnan(lse), axis=2)
-  lse = jnp.where(lse == -jnp.inf, jnp.inf, lse)  # empty rows: p = 0
+  # Rows that are empty or poisoned: p = 0, the latter's NaN is in index_lse.
+  lse = jnp.where(jnp.isnan(lse) | (lse == -jnp.inf), jnp.inf, lse)
   pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
   lse = jnp.pad(lse * mosaic.LOG2E, pad, constant_values=jnp.inf)
 
@@ -746,12 +747,20 @@ def _run(
 
 def _kl_forward(index_q, index_k, *rest):
   value, diq, dik = _run(index_q, index_k, *rest, True)
-  return value, (diq.astype(index_q.dtype), dik.astype(index_k.dtype))
+  # Kept in float32: a loss scale comes in with the cotangent, too late for
+  # what float16 would have lost.
+  return value, (diq, dik, index_q, index_k)
 
 
-def _kl_backward(block_size, scale, index_scale, config, interpret, grads, ct):
-  diq, dik = ((x * ct).astype(x.dtype) for x in grads)
-  return diq, dik, *[None] * 6
+def _kl_backward(
+  block_size, scale, index_scale, config, interpret, residuals, cotangent
+):
+  diq, dik, index_q, index_k = residuals
+  return (
+    (diq * cotangent).astype(index_q.dtype),
+    (dik * cotangent).astype(index_k.dtype),
+    *[None] * 6,
+  )
 
 
 _kl.defvjp(_kl_forward, _kl_backward)
