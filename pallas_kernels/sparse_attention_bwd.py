@@ -35,6 +35,7 @@ zeroed where not finite, so that no NaN passes through them.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -126,6 +127,25 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     def read_task(i):
       return (tasks_gmem[cta + i * config.num_ctas, j] for j in range(5))
 
+    def order_of(count, inside):
+      """How many pieces are masked, and the place of the i-th piece worked on.
+
+      Queries inside the block come first, a last one may hold repeats. Masked
+      pieces lead, so that the loop over the others knows nothing of masks.
+      """
+      pieces = (count + half - 1) // half
+      full = count // half
+      led = (inside + half - 1) // half
+      masked = pieces if s.block_size < schedule.OWNER_BLOCK else (
+        jnp.minimum(led, full) + pieces - full
+      )  # fmt: skip
+
+      def place(i):
+        behind = (i >= led) & (pieces > full)
+        return jnp.where(behind, jnp.where(i == led, full, i - 1), i)
+
+      return pieces, masked, place
+
     def read_edges(start, count, piece):
       return tuple(
         order_gmem[start + jnp.minimum(piece * half + a, count - 1)]
@@ -136,15 +156,6 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     def _compute():
       plgpu.set_max_registers(224, action="increase")
       position = where_gmem[3]
-      key = (
-        plgpu.broadcasted_iota(
-          jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
-        )
-        + wg * KEYS
-      )
-      query_of_row = (
-        plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout) // rows
-      )
 
       def dq_product(acc, slot):
         at = pl.ds(wg * 64 if d == 128 else 0, 64)
@@ -176,18 +187,14 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
       def task(i, done):
         block, start, count, inside, slot = read_task(i)
-        pieces = (count + half - 1) // half
+        pieces, masked, place_of = order_of(count, inside)
         plgpu.barrier_wait(kv_ready)
 
-        def piece(j, carry):
+        def piece(j, carry, is_masked):
           dk, dv = carry
           step = done + j
           stage = lax.rem(step, stages)
           here, last = lax.rem(step, 2), lax.rem(step + 1, 2)
-          # Queries inside the block, and repeats of the last one.
-          is_masked = (j * half < inside) | ((j + 1) * half > count)
-          if s.block_size < schedule.OWNER_BLOCK:
-            is_masked = True
           plgpu.barrier_wait(q_ready.at[stage])
 
           def scrub(x_smem):
@@ -197,8 +204,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               x = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
               at[...] = x.astype(s.dtype)
 
-          @pl.when(is_masked)
-          def _zero_times_nan_is_nan():
+          if is_masked:  # zero times NaN is NaN
             pl.when(wg == 0)(lambda: scrub(q_smem))
             pl.when(wg == 1)(lambda: scrub(do_smem))
             plgpu.commit_smem()
@@ -228,8 +234,19 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
           ds = p * (dp - along(delta_rows))
 
-          def hide(p, ds):
-            edges = read_edges(start, count, j)
+          if is_masked:
+            first = place_of(j) * half
+            edges = read_edges(start, count, place_of(j))
+            key = (
+              plgpu.broadcasted_iota(
+                jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
+              )
+              + wg * KEYS
+            )
+            query_of_row = (
+              plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
+              // rows
+            )
             limit = jnp.full((ROWS,), -1, jnp.int32)
             limit = plgpu.layout_cast(limit, row_layout)
             for a in range(half):
@@ -237,16 +254,11 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               seen = jnp.minimum(
                 query - block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK - 1
               )
-              live = (j * half + a < count) & (((edges[a] >> wg) & 1) == 1)
+              live = (first + a < count) & (((edges[a] >> wg) & 1) == 1)
               seen = jnp.where(live, seen, -1)
               limit = jnp.where(query_of_row == a, seen, limit)
             visible = key <= along(limit)
-            return jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
-
-          if s.block_size < schedule.OWNER_BLOCK:
-            p, ds = hide(p, ds)
-          else:
-            p, ds = lax.cond(is_masked, hide, lambda *x: x, p, ds)
+            p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
           p, ds = p.astype(s.dtype), ds.astype(s.dtype)
 
           @pl.when(step >= 2)
@@ -304,7 +316,14 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           return dk, dv
 
         zero = _zeros((KEYS, d))
-        dk, dv = lax.fori_loop(0, pieces, piece, (zero, zero))
+        carry = lax.fori_loop(
+          0, masked, functools.partial(piece, is_masked=True), (zero, zero)
+        )
+        if s.block_size == schedule.OWNER_BLOCK:
+          carry = lax.fori_loop(
+            masked, pieces, functools.partial(piece, is_masked=False), carry
+          )
+        dk, dv = carry
 
         @pl.when(pieces > 0)
         def _last_piece():
@@ -345,7 +364,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       heads = pl.ds(group * rows, rows)
 
       def task(i, done):
-        block, start, count, _, _ = read_task(i)
+        block, start, count, inside, _ = read_task(i)
+        pieces, _, place_of = order_of(count, inside)
 
         @pl.when(i > 0)
         def _():
@@ -360,7 +380,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
         def gather(j, step):
           stage = lax.rem(step, stages)
-          edges = read_edges(start, count, j)
+          place = place_of(j)
+          edges = read_edges(start, count, place)
 
           @pl.when(step >= stages)
           def _():
@@ -374,7 +395,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
                 x_smem.at[stage, pl.ds(a * rows, rows)],
                 q_ready.at[stage],
               )
-          at = pl.ds((start + j * half) * rows, ROWS)
+          at = pl.ds((start + place * half) * rows, ROWS)
           for x_gmem, x_smem in (
             (lse_gmem, lse_smem),
             (delta_gmem, delta_smem),
@@ -384,7 +405,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             )
           return step + 1
 
-        return lax.fori_loop(0, (count + half - 1) // half, gather, done)
+        return lax.fori_loop(0, pieces, gather, done)
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       for stage in range(stages):
@@ -402,15 +423,17 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       plgpu.set_max_registers(32, action="decrease")
 
       def task(i, done):
-        _, start, count, _, _ = read_task(i)
+        _, start, count, inside, _ = read_task(i)
+        pieces, _, place_of = order_of(count, inside)
 
         def piece(j, step):
           slot = lax.rem(step, 2)
-          edges = read_edges(start, count, j)
+          first = place_of(j) * half
+          edges = read_edges(start, count, place_of(j))
           plgpu.barrier_wait(dq_ready.at[slot])
           for a in range(half):
 
-            @pl.when(j * half + a < count)
+            @pl.when(first + a < count)
             def _(a=a):
               place = edges[a] >> 2
               plgpu.copy_smem_to_gmem(
@@ -424,7 +447,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           plgpu.barrier_arrive(dq_free.at[slot])
           return step + 1
 
-        return lax.fori_loop(0, (count + half - 1) // half, piece, done)
+        return lax.fori_loop(0, pieces, piece, done)
 
       lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
