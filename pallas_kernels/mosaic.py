@@ -90,12 +90,17 @@ def launch(
   num_warpgroups: int,
   scratch: Sequence[Any],
   interpret: bool = False,
+  auto_barriers: bool = True,
 ) -> None:
   """Runs `body(*operand_refs, *scratch_refs)` on `num_ctas` CTAs.
 
   Operands that are Refs (`jax.new_ref`) are written in place: that is how a
   kernel in a loop fills a part of a large output without a copy. The axes are
   called "cta" and "wg".
+
+  Without `auto_barriers` the warps of a warpgroup meet where the body says so
+  (`commit_smem`), and not around every store and copy: the body's barriers must
+  order what one warpgroup writes and reads in shared memory.
   """
   mesh = plgpu.Mesh(
     grid=(num_ctas,),
@@ -119,6 +124,8 @@ def launch(
     interpret=plgpu.InterpretGPUParams() if interpret else False,
     # Scratch for reductions across warps: no kernel launched here has one.
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=512
+      approx_math=True,
+      reduction_scratch_bytes=512,
+      unsafe_no_auto_barriers=not auto_barriers,
     ),
   )(*operands)
