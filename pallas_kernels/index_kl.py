@@ -751,13 +751,13 @@ def _kl(
 ):  # fmt: skip
   return _run(
     index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
-    block_size, scale, index_scale, config, interpret, False,
+    block_size, scale, index_scale, config, interpret, with_gradients=False,
   )[0]  # fmt: skip
 
 
 def _run(
   index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
-  block_size, scale, index_scale, config, interpret, with_gradients,
+  block_size, scale, index_scale, config, interpret, *, with_gradients,
 ):  # fmt: skip
   # Under vmap the kernels run once for each entry.
   @jax.custom_batching.sequential_vmap
@@ -779,8 +779,9 @@ def _run(
   return run(q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask)
 
 
-def _kl_forward(index_q, index_k, *rest):
-  value, diq, dik = _run(index_q, index_k, *rest, True)
+def _kl_forward(*args):
+  value, diq, dik = _run(*args, with_gradients=True)
+  index_q, index_k = args[:2]
   # Kept in float32: a loss scale comes in with the cotangent, too late for
   # what float16 would have lost.
   return value, (diq, dik, index_q, index_k)
@@ -842,13 +843,17 @@ def index_kl_loss(
     NotImplementedError: the call is legal but beyond `mosaic`'s limits.
   """
   b, t, num_heads, d = q.shape
-  sizes = dict(dtype=q.dtype, head_dim=d, index_dim=index_q.shape[-1])
+  check = functools.partial(
+    mosaic.check_supported,
+    dtype=q.dtype,
+    head_dim=d,
+    index_dim=index_q.shape[-1],
+  )
   if block_indices is None:
-    mosaic.check_supported(**sizes)
+    check()
     config = config or warmup.heuristic_config()
   else:
-    mosaic.check_supported(
-      **sizes,
+    check(
       block_size=block_size,
       top_k=block_indices.shape[-1],
       kv_len=k.shape[1],

@@ -1,9 +1,10 @@
-"""The warm-up phase on Hopper: dense attention, and the KL over all visible tokens.
+"""The warm-up phase on Hopper: dense attention and the KL over all tokens.
 
 **attention**: cuDNN's, forward and backward, with the float32 log sum exp that
 its forward keeps for its backward. Non-finite operands are zeroed before it and
 the rows that see one are made NaN after it: cuDNN's masked zeros times NaN
-would reach rows that see none.
+would reach rows that see none. Its backward repeats its bits only if XLA is
+told to want that (`--xla_gpu_exclude_nondeterministic_ops`).
 
 **kl**: with p_j = mean over the group's heads of exp(scale q.k_j - lse) and
 r_j = exp(index_scale index_q.index_k_j - index_lse), over visible tokens j:
@@ -27,12 +28,12 @@ divided by the rows that count. Two kernels and two products, no gathers:
 
 Nothing crosses CTAs but the sum of their values: all order is fixed.
 
-Bound: scores of all heads, half of a dense forward's products, and as many
-exponentials: at H 64, D 128 and 32K tokens 8.8 TFLOP, 11 ms at 800 TFLOP/s,
-and 9.6 ms of the exponential units, which overlap as far as the two warpgroups
-take turns; one part in 16 more for the index scores. The copies of q are 256
-FLOP a byte, from L2. g is written once and read twice, zeros included: 21 GB,
-8 ms. SMEM at D = I = 128: K 64 KB, index_k 64, q 3 x 16, index_q 16, g 32.
+Bound: the scores of all heads, half the products of a dense forward, and an
+exponential each; one part in 16 more for the index scores. At H 64, D = I = 128
+and 32K tokens 9.3 TFLOP, 12 ms at 800 TFLOP/s, and 10 ms of the exponential
+units, which overlap as far as the two warpgroups take turns. q comes from L2,
+256 FLOP a byte. g is written once and read twice, zeros included: 21 GB, 8 ms.
+SMEM at D = I = 128: K and index_k 64 KB each, q 16 a stage, index_q 16, g 32.
 
 NaN: one in a query or in the lse reaches g of what the query sees and nothing
 else; index keys that are not finite are zeroed, and rows that see one are made
@@ -43,6 +44,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +92,7 @@ def candidate_configs() -> tuple[Config, ...]:
 # ---- Attention ----
 
 
-def _cudnn_attention(q, k, v, scale):
+def _cudnn_attention(q, k, v, scale) -> Any:
   """cuDNN's causal attention: out and the natural log sum exp in float32.
 
   jax.nn.dot_product_attention returns the log sum exp in q's dtype, whose 8
@@ -127,16 +129,15 @@ def _poison(x, bad):
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q, k, v, scale):
+def _attention(q, k, v, scale) -> Any:
   return _attention_forward(q, k, v, scale)[0]
 
 
 def _attention_forward(q, k, v, scale):
   (q, bad_q), (k, bad_k), (v, bad_v) = (_zero_bad(x) for x in (q, k, v))
   num_heads = q.shape[2]
-  (out, lse), pull = jax.vjp(
-    functools.partial(_cudnn_attention, scale=scale), q, k, v
-  )
+  attend = functools.partial(_cudnn_attention, scale=scale)
+  (out, lse), pull = jax.vjp(attend, q, k, v)
   bad_scores = bad_q | _seeing(bad_k, num_heads)
   bad_out = bad_scores | _seeing(bad_v, num_heads)
   lse = jnp.where(jnp.moveaxis(bad_scores, 1, 2), jnp.nan, lse)
@@ -190,8 +191,8 @@ def attention(
       "mosaic_gpu attention of the warm-up phase supports as many keys as"
       f" queries, got {k.shape[1]} keys and {q.shape[1]} queries"
     )
-  out, lse = _attention(q, k, v, float(d**-0.5 if scale is None else scale))
-  return out, lax.stop_gradient(lse)
+  result: Any = _attention(q, k, v, d**-0.5 if scale is None else float(scale))
+  return result[0], lax.stop_gradient(result[1])
 
 
 # ---- KL ----
@@ -478,9 +479,7 @@ def _pairs(
 
         return lax.fori_loop(0, tiles, tile, carry)
 
-      _, value = lax.fori_loop(
-        0, mine, unit, (jnp.int32(0), _row_vector(0.0))
-      )
+      _, value = lax.fori_loop(0, mine, unit, (jnp.int32(0), _row_vector(0.0)))
       values_gmem[cta, wg] = value
       plgpu.wait_smem_to_gmem(0)
 
