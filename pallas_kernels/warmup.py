@@ -114,14 +114,16 @@ def _zero_bad(x):
 
 def _seeing(bad: Bool[Array, "B S K"], num_heads: int) -> Bool[Array, "B T H"]:
   """Queries that see a bad key: the first one and all after it."""
-  seen = lax.cummax(bad.astype(jnp.int32), axis=1).astype(bool)
-  return jnp.repeat(seen, num_heads // bad.shape[-1], axis=-1)
+  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
+  first = jnp.min(jnp.where(bad, slot, schedule.NEVER), axis=1, keepdims=True)
+  return jnp.repeat(slot >= first, num_heads // bad.shape[-1], axis=-1)
 
 
 def _seen(bad: Bool[Array, "B T H"], num_kv_heads: int) -> Bool[Array, "B S K"]:
   """Keys that a bad query sees: the last one and all before it."""
   bad = jnp.any(bad.reshape(*bad.shape[:2], num_kv_heads, -1), axis=-1)
-  return lax.cummax(bad.astype(jnp.int32), axis=1, reverse=True).astype(bool)
+  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
+  return slot <= jnp.max(jnp.where(bad, slot, -1), axis=1, keepdims=True)
 
 
 def _poison(x, bad):
