@@ -264,26 +264,22 @@ def _owners(
           tile_step, piece_step, value, dik = carry
           num_tiles = tiles_of(count, j)
 
-          def exponents(t, scores):
-            """Of tile t's probabilities; gives its stage back."""
-            stage = lax.rem(tile_step + t, stages)
-            lse_rows = plgpu.load(lse_smem.at[stage], layout=column_layout)
-            plgpu.barrier_arrive(q_free.at[stage])
-            return scores * (s.scale * mosaic.LOG2E) - along(lse_rows)
-
-          def score_product(acc, t):
+          def tile(t, mean):
             stage = lax.rem(tile_step + t, stages)
             plgpu.barrier_wait(q_ready.at[stage])
-            # An address that does not change would be kept, and spilled.
-            turn = jnp.minimum(t, 0)
-            plgpu.wgmma(
-              acc, k_smem.at[wg + turn], q_smem.at[stage].transpose((1, 0))
-            )
 
-          def add_to_mean(mean, x, t):
-            p = jnp.exp2(x)
+            def product(acc):
+              plgpu.wgmma(
+                acc, k_smem.at[wg], q_smem.at[stage].transpose((1, 0))
+              )
+              return acc[...]
+
+            scores = pl.run_scoped(product, ACC((KEYS, ROWS), jnp.float32))
+            lse_rows = plgpu.load(lse_smem.at[stage], layout=column_layout)
+            plgpu.barrier_arrive(q_free.at[stage])
+            p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
             # A NaN of one query must not reach the others of this product.
-            p = jnp.where(jnp.abs(x) < jnp.inf, p, 0.0).astype(s.dtype)
+            p = jnp.where(jnp.abs(scores) < jnp.inf, p, 0.0).astype(s.dtype)
             at = pl.multiple_of(56 - 8 * (t // ways), 8)
             matrix = means_smem.at[lax.rem(t, ways), pl.ds(at, EDGES)]
 
@@ -299,25 +295,7 @@ def _owners(
               )
             return pl.run_state(lambda acc: add(acc, p))(ACC.init(mean))
 
-          def tile(t, carry):
-            mean, x = carry
-
-            def run(acc):
-              # The next tile's scores, while this one's p are computed.
-              score_product(acc, t + 1)
-              return add_to_mean(mean, x, t), acc[...]
-
-            mean, scores = pl.run_scoped(run, ACC((KEYS, ROWS), jnp.float32))
-            return mean, exponents(t + 1, scores)
-
-          first_scores = pl.run_scoped(
-            lambda acc: (score_product(acc, 0), acc[...])[1],
-            ACC((KEYS, ROWS), jnp.float32),
-          )
-          mean, x = lax.fori_loop(
-            0, num_tiles - 1, tile, (zero, exponents(0, first_scores))
-          )
-          mean = add_to_mean(mean, x, num_tiles - 1)
+          mean = lax.fori_loop(0, num_tiles, tile, zero)
           stage = lax.rem(piece_step, 2)
           plgpu.barrier_wait(iq_ready.at[stage])
 
@@ -524,7 +502,6 @@ def _owners(
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
-    auto_barriers=False,
     scratch=[
       operand(stages, ROWS, d),
       plgpu.SMEM((stages, ROWS), jnp.float32),
