@@ -15,9 +15,9 @@ qs = max |index_q| / 448 of that query and group.
 
 Two launches, nothing else:
 
-* **scan** reads the index keys once for all T x K rows. Their tiles are numbered
-  row after row of the batch, and each CTA gets an equal, contiguous share of
-  them, so ragged batches balance. Warpgroup roles:
+* **scan** reads the index keys once for all T x K rows. Their tiles are
+  numbered row after row of the batch, and each CTA gets an equal, contiguous
+  share of them, so ragged batches balance. Warpgroup roles:
     copy    fills a ring of key tiles by TMA; all shared memory is in flight.
     score   (two) wgmma of the index queries, padded to 64 rows, with a tile.
             Queries are the M side: the maximum over a block's keys is then
@@ -63,6 +63,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic
+from pallas_kernels.select_blocks import sort_network
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # of a wgmma tile
@@ -73,6 +74,7 @@ NO_BLOCK = (1 << 31) - 1
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
 MERGE_SLOTS = 16  # longest list of which a lane holds five in registers
+MERGE_ROUNDS = 5  # blocks found before the lists in registers are cut shorter
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -672,33 +674,36 @@ def _insert(best, value, block):
 # ---- Choice and attention ----
 
 
-def _merge_lists(codes: list, ids: list) -> list:
-  """Ids of the best blocks of many sorted lists, then NO_BLOCK.
+def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
+  """Writes the ids of the best blocks of many sorted lists, then NO_BLOCK.
 
   codes[j] and ids[j] hold the j-th best of every list. The list whose head is
   best (and of equal ones, has the lowest id) gives it up and moves up.
   """
-  chosen = []
-  slots = len(codes)
-  for taken in range(slots):
-    top = codes[0].max()
-    # The lowest id is the highest complement.
-    head = ~jnp.where(codes[0] == top, ~ids[0], NO_KEY).max()
-    chosen.append(jnp.where(top == NO_KEY, NO_BLOCK, head))
-    won = ids[0] == head
-    for j in range(slots - 1 - taken):
-      codes[j] = jnp.where(won, codes[j + 1], codes[j])
-      ids[j] = jnp.where(won, ids[j + 1], ids[j])
-  return chosen
+  taken, slots = 0, len(codes)
+  while taken < slots:
+    # What cannot be chosen any more is not moved: parts of a few rounds.
+    rounds = min(MERGE_ROUNDS, slots - taken)
 
+    def pop(i, heads, taken=taken):
+      codes, ids = heads
+      top = codes[0].max()
+      # The lowest id is the highest complement.
+      head = ~jnp.where(codes[0] == top, ~ids[0], NO_KEY).max()
+      chosen_smem[offset + taken + i] = jnp.where(top == NO_KEY, NO_BLOCK, head)
+      won = ids[0] == head
+      return tuple(
+        (*(jnp.where(won, *pair) for pair in zip(x[1:], x)), x[-1])
+        for x in heads
+      )
 
-def _sorted_scalars(x: list) -> list:
-  """Ascending; an insertion sort of scalars by minima and maxima."""
-  x = list(x)
-  for last in range(len(x) - 1, 0, -1):
-    for i in range(last):
-      x[i], x[i + 1] = jnp.minimum(x[i], x[i + 1]), jnp.maximum(x[i], x[i + 1])
-  return x
+    codes, ids = lax.fori_loop(
+      0,
+      rounds,
+      pop,
+      (tuple(codes[: slots - taken]), tuple(ids[: slots - taken])),
+    )
+    taken += rounds
 
 
 class _Row(NamedTuple):
@@ -961,9 +966,8 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
       own = jnp.where(
         where.position < 0, -1, lax.div(where.position, s.block_size)
       )
-      chosen = [
-        jnp.where(own >= j, own - j, NO_BLOCK) for j in range(s.local_blocks)
-      ]
+      for j in range(s.local_blocks):
+        ids_smem[j] = jnp.where(own >= j, own - j, NO_BLOCK)
       if s.slots:
         first, count = _lists_of(lengths_gmem, where.b, s)
         lanes = _lanes(32 if s.slots <= MERGE_SLOTS else 128)
@@ -981,10 +985,15 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
             for j in range(s.slots)
           ]
 
-        chosen += _merge_lists(
-          heads_of(codes_gmem, NO_KEY), heads_of(ids_gmem, NO_BLOCK)
-        )
-      chosen = _sorted_scalars(chosen)
+        _merge_lists(
+          heads_of(codes_gmem, NO_KEY), heads_of(ids_gmem, NO_BLOCK),
+          ids_smem, s.local_blocks,
+        )  # fmt: skip
+      # Every thread reads what it wrote itself.
+      chosen = [ids_smem[j] for j in range(s.local_blocks + s.slots)]
+      for i, j in sort_network(len(chosen)):
+        low, high = chosen[i], chosen[j]
+        chosen[i], chosen[j] = jnp.minimum(low, high), jnp.maximum(low, high)
       known = sum((x != NO_BLOCK).astype(jnp.int32) for x in chosen)
       for j, block in enumerate(chosen):
         ids_smem[j] = block
