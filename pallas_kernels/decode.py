@@ -490,7 +490,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
           rows = pl.ds(m * ROWS, ROWS)
           x = plgpu.load(q_smem.at[wg, rows], layout=layout)
           x = x.astype(jnp.float32)
-          scale = jnp.abs(x).max(axis=1) * (1 / FP8_MAX)
+          scale = jnp.abs(x).max(axis=1) / FP8_MAX
           scale = jnp.where(scale > 0, scale, 1.0)
           x = x / _over_columns(scale, s.index_dim)
           smem["q8_smem"][wg, rows] = x.astype(s.key_dtype)
