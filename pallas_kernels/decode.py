@@ -74,6 +74,7 @@ NO_BLOCK = (1 << 31) - 1
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
 MERGE_SLOTS = 16  # longest list of which a lane holds five in registers
+LENGTHS_AT_ONCE = 32  # of batch rows, read side by side
 MERGE_ROUNDS = 5  # blocks found before the lists in registers are cut shorter
 
 
@@ -287,8 +288,8 @@ def _tiles_of(length, s: Shape):
 
 
 def _fold_rows(lengths_gmem, s: Shape, update: Callable, carry: Any) -> Any:
-  """update(b, tiles of b, carry) over the batch, 32 lengths read at once."""
-  chunk = min(s.batch, 32)
+  """update(b, tiles of b, carry) over the batch."""
+  chunk = min(s.batch, LENGTHS_AT_ONCE)
 
   def run(i, carry):
     rows = [i * chunk + j for j in range(chunk)]
@@ -793,23 +794,25 @@ def _finish(acc, total, s: Shape):
   return out.astype(s.dtype)
 
 
-@plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-def _signal(ctx, counter):
+def _signal(counter) -> None:
   """Adds 1 to a counter, after all that this warpgroup wrote."""
-  del ctx
-  mgpu_utils.warpgroup_barrier()
-  mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(counter)).signal(
-    1, memory_scope="gpu"
-  )
+
+  @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
+  def signal(*args):
+    mgpu_utils.warpgroup_barrier()
+    pointer = mgpu_utils.memref_ptr(args[-1])
+    mgpu_utils.SemaphoreRef(pointer).signal(1, memory_scope="gpu")
+
+  signal(counter)
 
 
 def _wait_for(counter, value: int) -> None:
   """Waits until a counter holds `value`."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
-  def wait(ctx, counter):
-    del ctx
-    mgpu_utils.SemaphoreRef(mgpu_utils.memref_ptr(counter)).wait(
+  def wait(*args):
+    pointer = mgpu_utils.memref_ptr(args[-1])
+    mgpu_utils.SemaphoreRef(pointer).wait(
       value, decrement=False, memory_scope="gpu"
     )
 
@@ -1094,7 +1097,7 @@ def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: Shape):
     codes, ids = new(lists, jnp.int32), new(lists, jnp.int32)
     _scan(index_q, index_k, index_k_scale, lengths, (codes, ids, counters), s)
   elif s.splits > 1:
-    counters[...] = jnp.zeros_like(counters)
+    counters[...] = jnp.zeros(counters.shape, jnp.int32)
   out = new((b, t, kv, g, s.head_dim), s.dtype)
   chosen = new((b, kv, t, s.top_k), jnp.int32)
   outputs = [out, chosen]
