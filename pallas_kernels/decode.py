@@ -452,6 +452,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
   layout = plgpu.Layout.WGMMA
   scratch = _scan_scratch(s)
   stages = scratch["k_smem"].shape[0]
+  score_registers, choose_registers = {1: (216, 216), 2: (152, 136)}[wgs]
 
   def body(*refs, **smem):
     q_gmem, k_gmem, *refs = refs
@@ -471,7 +472,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
 
     @pl.when(wg < wgs)
     def _score():
-      plgpu.set_max_registers(152, action="increase")
+      plgpu.set_max_registers(score_registers, action="increase")
 
       def load_queries(b):
         """Index queries as a wgmma operand, and each row's fp8 scale."""
@@ -550,7 +551,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
 
     @pl.when(wg == wgs)
     def _choose():
-      plgpu.set_max_registers(136, action="increase")
+      plgpu.set_max_registers(choose_registers, action="increase")
       lanes = _lanes(s.list_rows)
       shape = (s.list_rows,)
 
