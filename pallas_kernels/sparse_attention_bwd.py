@@ -12,10 +12,15 @@ group's heads) at a time, one TMA copy a query. Scores are computed as k q^T, so
 that p and ds leave the softmax as the register operands of dV and dK; only ds
 passes through SMEM, for dQ, which needs both halves of the keys. A warpgroup
 writes ds of one piece and multiplies that of the piece before it, so that the
-two never wait for each other's current one. A third warpgroup gathers, a fourth
-stores dQ: one partial an edge, in q's dtype, summed afterwards. No atomics: a
-block's first task adds to the block's float32 sum, the others of a hot block
-write sums of their own, which **sum_extra** adds in order. All order is fixed.
+two never wait for each other's current one. dP runs while p is computed, and dV
+while ds is. A third warpgroup gathers, and stores dQ some pieces later: one
+partial an edge, in q's dtype, summed afterwards. No atomics: a block's first
+task adds to the block's float32 sum, the others of a hot block write sums of
+their own, which **sum_extra** adds in order. All order is fixed.
+
+Registers are what is short: dK and dV take half of a thread's. Pieces with
+masks (a query's own block, a list's last piece, blocks of 64) have a loop of
+their own, so that the other one knows nothing of masks.
 
 Blocks of 64 keys share an owner block in pairs: a query that chose one of them
 is masked in the other, which is right, and costs up to twice the products.
@@ -23,8 +28,10 @@ is masked in the other, which is right, and costs up to twice the products.
 Chunks of one group's queries take turns in a workspace of 2^30 elements.
 
 Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
-in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte.
-SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32, dQ 32.
+in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte; or
+shared memory, which a piece keeps as busy as the tensor cores. What is reached
+is in results/LOG.md. SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage,
+ds 32, dQ 32.
 
 NaN: a query that sees a NaN has an lse or delta of NaN and hands it to its dq
 and to dk and dv of the keys that it sees, as the formula does. Masked pairs are
@@ -327,9 +334,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           return dk, dv
 
         zero = _zeros((KEYS, d))
-        carry = (zero, zero)
         carry = lax.fori_loop(
-          0, masked, functools.partial(piece, is_masked=True), carry
+          0, masked, functools.partial(piece, is_masked=True), (zero, zero)
         )
         if s.block_size == schedule.OWNER_BLOCK:
           carry = lax.fori_loop(
