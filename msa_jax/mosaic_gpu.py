@@ -41,3 +41,10 @@ def index_kl_loss(q, k, index_q, index_k, block_indices, **options):
   raise NotImplementedError(
     "mosaic_gpu does not support the KL loss; use implementation='xla'"
   )
+
+
+def decode_attention(q, k, v, index_q, index_k, **options):
+  _require_hopper()
+  from pallas_kernels import decode as kernels
+
+  return kernels.decode_attention(q, k, v, index_q, index_k, **options)
