@@ -1,0 +1,274 @@
+"""Generation: prompts of different lengths, sampling, stopping, streaming."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from test_modules import INDEX, build
+
+from msa_jax import generate as generate_lib
+from msa_jax.generate import Sampling, generate, sample, stream
+
+PROMPTS = [
+  np.asarray(jax.random.randint(jax.random.key(i), (n,), 0, 64))
+  for i, n in enumerate((19, 3, 40, 8))
+]
+
+
+@functools.cache
+def model(kinds=("gqa", "msa"), **index):
+  return build(
+    num_layers=2,
+    layer_kinds=kinds,
+    index=dataclasses.replace(INDEX, **index),
+    tie_embeddings=False,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def next_logits(graphdef, params, tokens):
+  return nnx.merge(graphdef, params)(tokens).logits
+
+
+def greedy_loop(model, prompt, count):
+  """One full pass a token. Tokens after the last one change nothing."""
+  tokens = np.zeros((1, 64), np.int32)
+  tokens[0, : len(prompt)] = prompt
+  for n in range(len(prompt), len(prompt) + count):
+    logits = next_logits(*nnx.split(model), tokens)
+    tokens[0, n] = np.argmax(logits[0, n - 1])
+  return tokens[0, len(prompt) : len(prompt) + count]
+
+
+@pytest.mark.parametrize("kinds", [("gqa", "msa"), ("msa",)])
+def test_each_row_is_continued_as_if_alone(kinds):
+  got = generate(
+    model(kinds), PROMPTS, max_new_tokens=12, prefill_tokens=17, steps=5
+  )
+  for prompt, row in zip(PROMPTS, got):
+    np.testing.assert_array_equal(row, greedy_loop(model(kinds), prompt, 12))
+  # The sizes of chunks and calls change nothing, nor does spare room.
+  again = generate(
+    model(kinds), PROMPTS, max_new_tokens=12, capacity=70, steps=100
+  )
+  np.testing.assert_array_equal(again, got)
+
+
+def test_prompts_are_padded_on_the_left():
+  chunks = list(generate_lib.prefill_chunks([[1, 2, 3, 4, 5], [6], [7, 8]], 3))
+  tokens = np.concatenate([tokens for tokens, _ in chunks], axis=1)
+  np.testing.assert_array_equal(
+    tokens, [[0, 1, 2, 3, 4, 5], [0, 0, 0, 0, 0, 6], [0, 0, 0, 0, 7, 8]]
+  )
+  np.testing.assert_array_equal(
+    [counts for _, counts in chunks], [[2, 0, 0], [3, 1, 2]]
+  )
+
+
+def test_fp8_index_keys():
+  """The same tokens as the full passes of a model that scores in fp8."""
+  fp8 = model(("msa",), score_precision="fp8")
+  got = generate(
+    model(("msa",)),
+    PROMPTS[:2],
+    max_new_tokens=6,
+    index_dtype=jnp.float8_e4m3fn,
+  )
+  for prompt, row in zip(PROMPTS, got):
+    np.testing.assert_array_equal(row, greedy_loop(fp8, prompt, 6))
+
+
+def test_rows_end_with_their_stop_token():
+  whole = generate(model(), PROMPTS, max_new_tokens=12, steps=4)
+  # Ids that end rows 0 and 2 inside a call, at different steps.
+  stops = {0: whole[0][2], 2: whole[2][5]}
+  got = generate(
+    model(),
+    PROMPTS,
+    max_new_tokens=12,
+    steps=4,
+    stop_tokens=tuple(stops.values()),
+  )
+  lengths = []
+  for full, row in zip(whole, got):
+    ends = np.flatnonzero(np.isin(full, list(stops.values())))
+    lengths.append(ends[0] + 1 if ends.size else 12)
+    np.testing.assert_array_equal(row, full[: lengths[-1]])
+  assert lengths[0] <= 3 and lengths[2] <= 6
+  # The first token may be the last.
+  parts = list(
+    stream(
+      model(), PROMPTS[:1], max_new_tokens=12, stop_tokens=[int(whole[0][0])]
+    )
+  )
+  assert len(parts) == 1 and parts[0][0].tolist() == [whole[0][0]]
+
+
+def test_streaming_hands_out_calls_of_one_size():
+  whole = generate(model(), PROMPTS, max_new_tokens=12, steps=5)
+  parts = list(stream(model(), PROMPTS, max_new_tokens=12, steps=5))
+  # One token from the prompt, then 11 in 3 calls.
+  assert [len(part[0]) for part in parts] == [1, 4, 4, 3]
+  for i, row in enumerate(whole):
+    np.testing.assert_array_equal(np.concatenate([p[i] for p in parts]), row)
+
+
+def test_steps_are_compiled_once_and_run_ahead(monkeypatch):
+  """No call waits for the host, and none is compiled again."""
+  options = dict(max_new_tokens=13, steps=3)
+  generate(model(), PROMPTS, **options)
+  sizes = [
+    f._cache_size() for f in (generate_lib.decode_steps, generate_lib._prefill)
+  ]
+  events = []
+  decode_steps, fetch = generate_lib.decode_steps, generate_lib._fetch
+
+  def watched_steps(*args, **kwargs):
+    events.append("call")
+    return decode_steps(*args, **kwargs)
+
+  def watched_fetch(new):
+    events.append("fetch")
+    return fetch(new)
+
+  monkeypatch.setattr(generate_lib, "decode_steps", watched_steps)
+  monkeypatch.setattr(generate_lib, "_fetch", watched_fetch)
+  # Other prompts of the same sizes, in the middle of a Python program.
+  generate(model(), [p[::-1] for p in PROMPTS], **options)
+  assert events == ["call", "fetch"] * 4 + ["fetch"]
+  assert sizes == [
+    decode_steps._cache_size(),
+    generate_lib._prefill._cache_size(),
+  ]
+
+
+def test_decoding_makes_no_second_cache():
+  """Steps write the donated cache, also inside the compiled loop."""
+  graphdef, params = nnx.split(model(("msa",)))
+  cache = model(("msa",)).init_cache(2, 4096)
+  held = sum(x.nbytes for x in jax.tree.leaves(cache))
+  state = generate_lib.DecodeState(
+    cache,
+    jnp.zeros(2, jnp.int32),
+    jnp.full(2, 9, jnp.int32),
+    jax.random.split(jax.random.key(0), 2),
+  )
+  memory = (
+    generate_lib.decode_steps.lower(graphdef, params, state, steps=4)
+    .compile()
+    .memory_analysis()
+  )
+  assert memory.alias_size_in_bytes >= held
+  assert memory.temp_size_in_bytes < held / 3
+
+
+# --- sampling -----------------------------------------------------------------
+
+
+def draws(logits, count=4000, seed=0, **options):
+  """Shares of each token among many draws."""
+  logits = jnp.broadcast_to(jnp.asarray(logits), (count, len(logits)))
+  keys = jax.random.split(jax.random.key(seed), count)
+  tokens = jax.jit(sample, static_argnums=2)(logits, keys, Sampling(**options))
+  return np.bincount(tokens, minlength=logits.shape[1]) / count
+
+
+PROBS = np.array([0.1, 0.4, 0.05, 0.25, 0.2])
+LOGITS = np.log(PROBS).astype(np.float32)
+# Four standard deviations of a share of 4,000 draws.
+SPREAD = 4 * np.sqrt(0.25 / 4000)
+
+
+@pytest.mark.parametrize(
+  "options, kept",
+  [
+    (dict(temperature=1.0), [0, 1, 2, 3, 4]),
+    (dict(temperature=1.0, top_k=3), [1, 3, 4]),
+    (dict(temperature=1.0, top_k=9), [0, 1, 2, 3, 4]),
+    # 0.4 + 0.25 < 0.7: the token that passes the sum is in.
+    (dict(temperature=1.0, top_p=0.7), [1, 3, 4]),
+    (dict(temperature=1.0, top_p=0.3), [1]),
+    # Of the two that stay, the first has 0.4 / 0.65.
+    (dict(temperature=1.0, top_k=2, top_p=0.6), [1]),
+    (dict(temperature=1.0, top_k=2, top_p=0.62), [1, 3]),
+  ],
+)
+def test_shares_of_the_tokens_drawn(options, kept):
+  want = np.where(np.isin(np.arange(5), kept), PROBS, 0)
+  got = draws(LOGITS, **options)
+  np.testing.assert_allclose(got, want / want.sum(), atol=SPREAD)
+  assert not got[np.setdiff1d(np.arange(5), kept)].any()
+
+
+def test_temperature_divides_the_logits():
+  want = PROBS**0.5 / np.sum(PROBS**0.5)
+  np.testing.assert_allclose(draws(LOGITS, temperature=2.0), want, atol=SPREAD)
+  assert draws(LOGITS)[1] == 1  # greedy
+
+
+def test_a_row_draws_by_its_key_and_position():
+  options = dict(max_new_tokens=10, sampling=Sampling(temperature=5.0))
+  draw = functools.partial(generate, model(), **options)
+  twice = [PROMPTS[0], PROMPTS[0]]
+  a, b = draw(twice, key=jax.random.key(1), steps=3)
+  assert a.tolist() != b.tolist()
+  # Neither the calls' size nor other rows change it.
+  np.testing.assert_array_equal(draw(twice, key=jax.random.key(1)), [a, b])
+  np.testing.assert_array_equal(
+    draw([PROMPTS[0], PROMPTS[2]], key=jax.random.key(1))[0], a
+  )
+  assert draw(twice, key=jax.random.key(2))[0].tolist() != a.tolist()
+
+
+def test_nan_is_reported():
+  broken = build(num_layers=1, layer_kinds=("gqa",))
+  broken.norm.scale[...] = broken.norm.scale[...].at[0].set(jnp.nan)
+  with pytest.raises(FloatingPointError, match=r"logits of rows \[0, 1\]"):
+    generate(broken, PROMPTS[:2], max_new_tokens=2)
+
+
+WRONG = {
+  "temperature must be finite and at least 0": lambda: Sampling(temperature=-1),
+  "top_k must be an integer of at least 1": lambda: Sampling(
+    temperature=1.0, top_k=0
+  ),
+  "top_p must be above 0 and at most 1": lambda: Sampling(
+    temperature=1.0, top_p=0.0
+  ),
+  "top_p must be None with temperature=0": lambda: Sampling(top_p=0.5),
+  "prompts must hold at least one": lambda: stream(
+    model(), [], max_new_tokens=1
+  ),
+  "prompts[1] must be one or more token ids": lambda: stream(
+    model(), [[1], []], max_new_tokens=1
+  ),
+  "prompts[0] must hold ids below vocab_size = 64, got 3 to 64": lambda: stream(
+    model(), [[64, 3]], max_new_tokens=1
+  ),
+  "max_new_tokens must be an integer of at least 1, got 0": lambda: stream(
+    model(), [[1]], max_new_tokens=0
+  ),
+  "steps must be an integer of at least 1": lambda: stream(
+    model(), [[1]], max_new_tokens=1, steps=0
+  ),
+  "key must be a random key": lambda: stream(
+    model(), [[1]], max_new_tokens=1, sampling=Sampling(temperature=1.0)
+  ),
+  "stop_tokens must be ids below vocab_size = 64, got 99": lambda: stream(
+    model(), [[1]], max_new_tokens=1, stop_tokens=(99,)
+  ),
+  "capacity must be at least 48, the longest prompt's 40 tokens and 9": (
+    lambda: stream(model(), PROMPTS, max_new_tokens=9, capacity=47)
+  ),
+}
+
+
+@pytest.mark.parametrize("text", WRONG)
+def test_wrong_calls_fail_before_anything_runs(text):
+  with pytest.raises(ValueError) as error:
+    WRONG[text]()
+  assert text in str(error.value)
