@@ -24,7 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Int32
 
 from msa_jax import cache as cache_lib
 from msa_jax import model as model_lib
@@ -224,7 +224,7 @@ def decode_steps(
 
 def stream(
   model: model_lib.DecoderLM,
-  prompts: Sequence[Sequence[int]] | Int[np.ndarray, "B T"],
+  prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
   *,
   max_new_tokens: int,
   sampling: Sampling = GREEDY,
@@ -356,7 +356,7 @@ def _fetch(new: NewTokens) -> tuple[list[np.ndarray], bool]:
 
 def generate(
   model: model_lib.DecoderLM,
-  prompts: Sequence[Sequence[int]] | Int[np.ndarray, "B T"],
+  prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
   **options: Any,
 ) -> list[Int32[np.ndarray, "N"]]:
   """The new tokens of each row, see `stream` for the options."""
@@ -365,7 +365,7 @@ def generate(
 
 
 def prefill_chunks(
-  rows: Sequence[Sequence[int]], size: int
+  rows: Sequence[Sequence[int] | np.ndarray], size: int
 ) -> Iterator[tuple[Int32[np.ndarray, "B T"], Int32[np.ndarray, "B"]]]:
   """Cuts prompts, padded on the left, into chunks for `DecoderLM.extend`.
 
@@ -383,7 +383,7 @@ def prefill_chunks(
 
 
 def _check_prompts(
-  prompts: Sequence[Sequence[int]] | np.ndarray, vocab_size: int
+  prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray, vocab_size: int
 ) -> list[np.ndarray]:
   rows = [np.asarray(row) for row in prompts]
   if not rows:

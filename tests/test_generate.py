@@ -2,6 +2,9 @@
 
 import dataclasses
 import functools
+import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -9,9 +12,15 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_modules import INDEX, build
+from test_train import as_gqa, tiny_run
 
 from msa_jax import generate as generate_lib
 from msa_jax.generate import Sampling, generate, sample, stream
+from train import checkpoint, corpus, data
+from train import config as config_lib
+from train import program as program_lib
+from train import sample as sample_lib
+from train.__main__ import main as cli
 
 PROMPTS = [
   np.asarray(jax.random.randint(jax.random.key(i), (n,), 0, 64))
@@ -272,3 +281,166 @@ def test_wrong_calls_fail_before_anything_runs(text):
   with pytest.raises(ValueError) as error:
     WRONG[text]()
   assert text in str(error.value)
+
+
+# --- sampling from run folders ------------------------------------------------
+
+
+def make_run(run, steps=(4,)):
+  """A run folder with checkpoints of untrained parameters."""
+  source = data.load(run.data)
+  folder = checkpoint.RunFolder(run, source.fingerprint)
+  program = program_lib.Program(run)
+  state = program.init()
+  folder.write_environment(source.fingerprint, {})
+  for step in steps:
+    folder.save(step, program_lib.flatten_state(state), 0.0)
+  folder.close()
+  return program.merge(state.params)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+  return tmp_path_factory.mktemp("sample")
+
+
+@pytest.fixture(scope="module")
+def byte_run(place):
+  """The model of a run whose step 2 ends its warm-up, and the run."""
+  run = tiny_run(place, keep_checkpoints=2)
+  return make_run(run, steps=(2, 4)), run
+
+
+def test_sampling_from_a_run_folder(byte_run, capsys):
+  model, run = byte_run
+  prompts = ["def f(x):", "import os"]
+  options = dict(max_new_tokens=20, key=jax.random.key(7))
+  sampling = Sampling(temperature=0.5, top_k=200)
+  ids = [list(prompt.encode()) for prompt in prompts]
+  rows = generate(model, ids, stop_tokens=(255,), sampling=sampling, **options)
+  arguments = ["--max_new_tokens=20", "--seed=7", "--top_k=200"]
+  assert not cli(
+    [
+      "sample",
+      run.folder,
+      "--prompt",
+      *prompts,
+      "--temperature=0.5",
+      *arguments,
+    ]
+  )
+  want = "".join(
+    f"--- {prompt!r}\n{prompt}"
+    + bytes(row[row != 255].tolist()).decode(errors="replace")
+    + "\n"
+    for prompt, row in zip(prompts, rows)
+  )
+  assert capsys.readouterr().out == want
+
+
+def test_text_comes_in_whole_characters(byte_run, monkeypatch):
+  """No part ends inside a character, and the parts make up the text."""
+  _, run = byte_run
+  text = "aß€😀b\ufffd"
+  ids = np.frombuffer(text.encode()[:-1], np.uint8).astype(np.int32)
+
+  def parts(*args, **kwargs):
+    assert kwargs["stop_tokens"] == (255,) and args[1][0].tolist() == [255]
+    yield from ([part] for part in np.split(ids, [1, 2, 5, 7, 10]))
+
+  monkeypatch.setattr(generate_lib, "stream", parts)
+  got = [row for (row,) in sample_lib.run(pathlib.Path(run.folder))]
+  assert got == ["a", "", "ß", "€", "😀", "b", "\ufffd"]
+
+
+def test_a_checkpoint_is_sampled_in_its_phase(byte_run, monkeypatch):
+  _, run = byte_run
+  phases = []
+  monkeypatch.setattr(
+    generate_lib,
+    "stream",
+    lambda *args, phase, **kwargs: phases.append(phase) or iter([]),
+  )
+  for step in (2, 4, None):
+    list(sample_lib.run(pathlib.Path(run.folder), prompts=["a"], step=step))
+  assert phases == ["warmup", "sparse", "sparse"]
+
+
+def test_a_bpe_tokenizer_comes_back(place):
+  run = tiny_run(place)
+  config = dataclasses.replace(
+    run.data,
+    tokenizer="bpe",
+    vocab_size=300,
+    cache_dir=str(place / "bpe"),
+    path=str(place / "bpe_text"),
+  )
+  shutil.copytree(run.data.path, config.path)
+  fingerprint = data.load(config).fingerprint
+  fingerprint = json.loads(json.dumps(fingerprint))  # as in environment.json
+  text = "def naïve(x): return '😀' * x"
+
+  def round_trip():
+    tokenizer = corpus.open_tokenizer(config, fingerprint)
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.decode(ids) == text and max(ids) > 255
+    with_end = np.append(ids, tokenizer.end_of_text)
+    assert tokenizer.decode(with_end) == text + "\ufffd"
+    return ids.tolist()
+
+  ids = round_trip()
+  # Made again from the same text, refused from another.
+  shutil.rmtree(config.cache_dir)
+  assert round_trip() == ids
+  shutil.rmtree(config.cache_dir)
+  (place / "bpe_text" / "more.txt").write_text("more")
+  with pytest.raises(ValueError, match=r"tokenizer .* is gone, and the text"):
+    corpus.open_tokenizer(config, fingerprint)
+
+
+def test_wrong_samples(byte_run, place, capsys):
+  _, run = byte_run
+  recall = dataclasses.replace(
+    run, data=data.RecallConfig(), folder=str(place / "recall")
+  )
+  make_run(recall)
+  # A GQA checkpoint whose config asks for MSA.
+  dense = as_gqa(run, folder=str(place / "dense"))
+  make_run(dense)
+  saved = json.loads((place / "dense" / "config.json").read_text())
+  saved["model"] = config_lib.to_dict(run.model)
+  (place / "dense" / "config.json").write_text(json.dumps(saved))
+  (place / "empty").mkdir()
+  for text, arguments in {
+    "no run folder": [str(place / "nothing")],
+    "it has no config.json": [str(place / "empty")],
+    "no checkpoint of step 3; there are [2, 4]": [run.folder, "--step=3"],
+    "missing: params.layers.1.attention.index_key.kernel": [dense.folder],
+    "the longest prompt has 60 tokens, which with 9 new ones are more than the"
+    " run's context=64": [
+      run.folder,
+      "--prompt",
+      "x" * 60,
+      "--max_new_tokens=9",
+    ],
+    "the run's data are no text: wanted --tokens": [
+      recall.folder,
+      "--prompt=a",
+    ],
+    "prompts[0] must hold ids below vocab_size = 256": [
+      recall.folder,
+      "--tokens=300",
+    ],
+    "--prompt and --tokens: wanted one of them": [
+      run.folder,
+      "--prompt=a",
+      "--tokens=1",
+    ],
+    "top_p must be above 0": [run.folder, "--top_p=2"],
+  }.items():
+    assert cli(["sample", *arguments]) == 1
+    assert text in capsys.readouterr().err
+  assert not cli(
+    ["sample", recall.folder, "--tokens", "1", "2", "--max_new_tokens=3"]
+  )
+  assert len(capsys.readouterr().out.split()) == 3
