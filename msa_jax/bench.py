@@ -142,11 +142,12 @@ def _decode(
     jnp.full(args.batch, needed, jnp.int32),
     jax.random.split(jax.random.key(0), args.batch),
   )
+  stop_tokens = jnp.zeros(0, jnp.int32)
   seconds = []
   for _ in range(args.repeats + 1):
     start = time.perf_counter()
     state, new = generate.decode_steps(
-      graphdef, params, state, steps=args.steps
+      graphdef, params, state, stop_tokens, steps=args.steps
     )
     jax.block_until_ready(new)
     seconds.append((time.perf_counter() - start) / args.steps)

@@ -151,9 +151,7 @@ def _prefill(graphdef, params, tokens, counts, cache, phase):
 
 
 @functools.partial(
-  jax.jit,
-  static_argnames=("sampling", "stop_tokens"),
-  donate_argnames=("cache",),
+  jax.jit, static_argnames=("sampling",), donate_argnames=("cache",)
 )
 def _start(logits, cache, key, max_new_tokens, sampling, stop_tokens):
   """The state after the first token."""
@@ -169,30 +167,30 @@ def _next(
   state: DecodeState,
   logits: Float[Array, "B V"],
   sampling: Sampling,
-  stop_tokens: tuple[int, ...],
+  stop_tokens: Int32[Array, "X"],
 ) -> tuple[DecodeState, Int32[Array, "B"], Bool[Array, "B"]]:
   """Draws a token for the rows that are running."""
   running = state.left > 0
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
   token = jnp.where(running, sample(logits, keys, sampling), 0)
-  stopped = jnp.isin(token, jnp.asarray((-1, *stop_tokens), jnp.int32))
+  stopped = (token < 0) | jnp.isin(token, stop_tokens)
   left = jnp.where(stopped, 0, jnp.maximum(state.left - 1, 0))
   return state._replace(token=token, left=left), token, running
 
 
 @functools.partial(
   jax.jit,
-  static_argnames=("graphdef", "steps", "phase", "sampling", "stop_tokens"),
+  static_argnames=("graphdef", "steps", "sampling", "phase"),
   donate_argnames=("state",),
 )
 def decode_steps(
   graphdef: nnx.GraphDef,
   params: Any,
   state: DecodeState,
+  stop_tokens: Int32[Array, "X"],
   *,
   steps: int,
   sampling: Sampling = GREEDY,
-  stop_tokens: tuple[int, ...] = (),
   phase: ops.Phase = "sparse",
 ) -> tuple[DecodeState, NewTokens]:
   """Several steps as one program; the state is written in place.
@@ -200,9 +198,9 @@ def decode_steps(
   Args:
     graphdef, params: of `flax.nnx.split(model)`.
     state: of the steps before.
+    stop_tokens: ids that end a row.
     steps: tokens to make.
     sampling: how to draw.
-    stop_tokens: ids that end a row.
     phase: of the MSA layers.
   """
   model = nnx.merge(graphdef, params)
@@ -294,7 +292,7 @@ def stream(
     max_new_tokens,
     sampling,
     jax.random.key(0) if key is None else key,
-    tuple(int(token) for token in stop_tokens),
+    np.asarray(stop_tokens, np.int32),
     model.init_cache(len(rows), capacity, index_dtype=index_dtype),
     phase,
     # Chunks of few sizes, so that few are compiled.
@@ -331,9 +329,9 @@ def _stream(
       graphdef,
       params,
       state,
+      stop_tokens,
       steps=steps,
       sampling=sampling,
-      stop_tokens=stop_tokens,
       phase=phase,
     )
     # The device works on these steps while the host reads the ones before.

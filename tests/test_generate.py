@@ -12,12 +12,11 @@ import numpy as np
 import pytest
 from flax import nnx
 from test_modules import INDEX, build
-from test_train import as_gqa, tiny_run
+from test_train import tiny_run
 
 from msa_jax import generate as generate_lib
 from msa_jax.generate import Sampling, generate, sample, stream
 from train import checkpoint, corpus, data
-from train import config as config_lib
 from train import program as program_lib
 from train import sample as sample_lib
 from train.__main__ import main as cli
@@ -53,17 +52,16 @@ def greedy_loop(model, prompt, count):
   return tokens[0, len(prompt) : len(prompt) + count]
 
 
-@pytest.mark.parametrize("kinds", [("gqa", "msa"), ("msa",)])
-def test_each_row_is_continued_as_if_alone(kinds):
-  got = generate(
-    model(kinds), PROMPTS, max_new_tokens=12, prefill_tokens=17, steps=5
-  )
+# Of one size, so that most tests share what is compiled.
+SIZES = dict(max_new_tokens=12, prefill_tokens=17, steps=4)
+
+
+def test_each_row_is_continued_as_if_alone():
+  got = generate(model(), PROMPTS, **SIZES)
   for prompt, row in zip(PROMPTS, got):
-    np.testing.assert_array_equal(row, greedy_loop(model(kinds), prompt, 12))
+    np.testing.assert_array_equal(row, greedy_loop(model(), prompt, 12))
   # The sizes of chunks and calls change nothing, nor does spare room.
-  again = generate(
-    model(kinds), PROMPTS, max_new_tokens=12, capacity=70, steps=100
-  )
+  again = generate(model(), PROMPTS, max_new_tokens=12, capacity=70, steps=100)
   np.testing.assert_array_equal(again, got)
 
 
@@ -85,6 +83,7 @@ def test_fp8_index_keys():
     model(("msa",)),
     PROMPTS[:2],
     max_new_tokens=6,
+    prefill_tokens=17,
     index_dtype=jnp.float8_e4m3fn,
   )
   for prompt, row in zip(PROMPTS, got):
@@ -92,34 +91,25 @@ def test_fp8_index_keys():
 
 
 def test_rows_end_with_their_stop_token():
-  whole = generate(model(), PROMPTS, max_new_tokens=12, steps=4)
+  whole = generate(model(), PROMPTS, **SIZES)
   # Ids that end rows 0 and 2 inside a call, at different steps.
-  stops = {0: whole[0][2], 2: whole[2][5]}
-  got = generate(
-    model(),
-    PROMPTS,
-    max_new_tokens=12,
-    steps=4,
-    stop_tokens=tuple(stops.values()),
-  )
+  stops = [int(whole[0][2]), int(whole[2][5])]
+  got = generate(model(), PROMPTS, **SIZES, stop_tokens=stops)
   lengths = []
   for full, row in zip(whole, got):
-    ends = np.flatnonzero(np.isin(full, list(stops.values())))
+    ends = np.flatnonzero(np.isin(full, stops))
     lengths.append(ends[0] + 1 if ends.size else 12)
     np.testing.assert_array_equal(row, full[: lengths[-1]])
   assert lengths[0] <= 3 and lengths[2] <= 6
-  # The first token may be the last.
-  parts = list(
-    stream(
-      model(), PROMPTS[:1], max_new_tokens=12, stop_tokens=[int(whole[0][0])]
-    )
-  )
-  assert len(parts) == 1 and parts[0][0].tolist() == [whole[0][0]]
+  # Once all rows have ended, no more is handed out.
+  first = [int(row[0]) for row in whole]
+  parts = list(stream(model(), PROMPTS, **SIZES, stop_tokens=first))
+  assert len(parts) == 1 and np.concatenate(parts[0]).tolist() == first
 
 
 def test_streaming_hands_out_calls_of_one_size():
-  whole = generate(model(), PROMPTS, max_new_tokens=12, steps=5)
-  parts = list(stream(model(), PROMPTS, max_new_tokens=12, steps=5))
+  whole = generate(model(), PROMPTS, **SIZES)
+  parts = list(stream(model(), PROMPTS, **SIZES | dict(steps=5)))
   # One token from the prompt, then 11 in 3 calls.
   assert [len(part[0]) for part in parts] == [1, 4, 4, 3]
   for i, row in enumerate(whole):
@@ -128,17 +118,15 @@ def test_streaming_hands_out_calls_of_one_size():
 
 def test_steps_are_compiled_once_and_run_ahead(monkeypatch):
   """No call waits for the host, and none is compiled again."""
-  options = dict(max_new_tokens=13, steps=3)
-  generate(model(), PROMPTS, **options)
-  sizes = [
-    f._cache_size() for f in (generate_lib.decode_steps, generate_lib._prefill)
-  ]
+  generate(model(), PROMPTS, **SIZES)
+  compiled = (generate_lib.decode_steps, generate_lib._prefill)
+  sizes = [f._cache_size() for f in compiled]
   events = []
-  decode_steps, fetch = generate_lib.decode_steps, generate_lib._fetch
+  fetch = generate_lib._fetch
 
   def watched_steps(*args, **kwargs):
     events.append("call")
-    return decode_steps(*args, **kwargs)
+    return compiled[0](*args, **kwargs)
 
   def watched_fetch(new):
     events.append("fetch")
@@ -146,13 +134,10 @@ def test_steps_are_compiled_once_and_run_ahead(monkeypatch):
 
   monkeypatch.setattr(generate_lib, "decode_steps", watched_steps)
   monkeypatch.setattr(generate_lib, "_fetch", watched_fetch)
-  # Other prompts of the same sizes, in the middle of a Python program.
-  generate(model(), [p[::-1] for p in PROMPTS], **options)
-  assert events == ["call", "fetch"] * 4 + ["fetch"]
-  assert sizes == [
-    decode_steps._cache_size(),
-    generate_lib._prefill._cache_size(),
-  ]
+  # Other prompts of the same sizes.
+  generate(model(), [p[::-1] for p in PROMPTS], **SIZES)
+  assert events == ["call", "fetch"] * 3 + ["fetch"]
+  assert sizes == [f._cache_size() for f in compiled]
 
 
 def test_decoding_makes_no_second_cache():
@@ -167,7 +152,9 @@ def test_decoding_makes_no_second_cache():
     jax.random.split(jax.random.key(0), 2),
   )
   memory = (
-    generate_lib.decode_steps.lower(graphdef, params, state, steps=4)
+    generate_lib.decode_steps.lower(
+      graphdef, params, state, jnp.zeros(0, jnp.int32), steps=4
+    )
     .compile()
     .memory_analysis()
   )
@@ -220,17 +207,18 @@ def test_temperature_divides_the_logits():
 
 
 def test_a_row_draws_by_its_key_and_position():
-  options = dict(max_new_tokens=10, sampling=Sampling(temperature=5.0))
-  draw = functools.partial(generate, model(), **options)
-  twice = [PROMPTS[0], PROMPTS[0]]
-  a, b = draw(twice, key=jax.random.key(1), steps=3)
-  assert a.tolist() != b.tolist()
-  # Neither the calls' size nor other rows change it.
-  np.testing.assert_array_equal(draw(twice, key=jax.random.key(1)), [a, b])
-  np.testing.assert_array_equal(
-    draw([PROMPTS[0], PROMPTS[2]], key=jax.random.key(1))[0], a
+  draw = functools.partial(
+    generate, model(), **SIZES, sampling=Sampling(temperature=5.0)
   )
-  assert draw(twice, key=jax.random.key(2))[0].tolist() != a.tolist()
+  twice = [PROMPTS[0]] * 4
+  rows = draw(twice, key=jax.random.key(1))
+  assert len({tuple(row.tolist()) for row in rows}) == 4
+  # Neither the calls' size nor other rows change it.
+  others = [PROMPTS[0], PROMPTS[2], PROMPTS[1], PROMPTS[0]]
+  again = draw(others, key=jax.random.key(1), steps=11)
+  np.testing.assert_array_equal(again[0], rows[0])
+  np.testing.assert_array_equal(again[3], rows[3])
+  assert draw(twice, key=jax.random.key(2))[0].tolist() != rows[0].tolist()
 
 
 def test_nan_is_reported():
@@ -286,17 +274,14 @@ def test_wrong_calls_fail_before_anything_runs(text):
 # --- sampling from run folders ------------------------------------------------
 
 
-def make_run(run, steps=(4,)):
-  """A run folder with checkpoints of untrained parameters."""
-  source = data.load(run.data)
-  folder = checkpoint.RunFolder(run, source.fingerprint)
-  program = program_lib.Program(run)
-  state = program.init()
-  folder.write_environment(source.fingerprint, {})
+def save(run, state, steps=(4,)):
+  """A run folder with checkpoints of a state."""
+  fingerprint = data.load(run.data).fingerprint
+  folder = checkpoint.RunFolder(run, fingerprint)
+  folder.write_environment(fingerprint, {})
   for step in steps:
-    folder.save(step, program_lib.flatten_state(state), 0.0)
+    folder.save(step, state, 0.0)
   folder.close()
-  return program.merge(state.params)
 
 
 @pytest.fixture(scope="module")
@@ -305,14 +290,18 @@ def place(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def byte_run(place):
-  """The model of a run whose step 2 ends its warm-up, and the run."""
+def trained(place):
+  """A run whose step 2 ends its warm-up, its untrained model and state."""
   run = tiny_run(place, keep_checkpoints=2)
-  return make_run(run, steps=(2, 4)), run
+  program = program_lib.Program(run)
+  state = program.init()
+  flat = program_lib.flatten_state(state)
+  save(run, flat, steps=(2, 4))
+  return run, program.merge(state.params), flat
 
 
-def test_sampling_from_a_run_folder(byte_run, capsys):
-  model, run = byte_run
+def test_sampling_from_a_run_folder(trained, capsys):
+  run, model, _ = trained
   prompts = ["def f(x):", "import os"]
   options = dict(max_new_tokens=20, key=jax.random.key(7))
   sampling = Sampling(temperature=0.5, top_k=200)
@@ -338,9 +327,9 @@ def test_sampling_from_a_run_folder(byte_run, capsys):
   assert capsys.readouterr().out == want
 
 
-def test_text_comes_in_whole_characters(byte_run, monkeypatch):
+def test_text_comes_in_whole_characters(trained, monkeypatch):
   """No part ends inside a character, and the parts make up the text."""
-  _, run = byte_run
+  run, _, _ = trained
   text = "aß€😀b\ufffd"
   ids = np.frombuffer(text.encode()[:-1], np.uint8).astype(np.int32)
 
@@ -353,8 +342,8 @@ def test_text_comes_in_whole_characters(byte_run, monkeypatch):
   assert got == ["a", "", "ß", "€", "😀", "b", "\ufffd"]
 
 
-def test_a_checkpoint_is_sampled_in_its_phase(byte_run, monkeypatch):
-  _, run = byte_run
+def test_a_checkpoint_is_sampled_in_its_phase(trained, monkeypatch):
+  run, _, _ = trained
   phases = []
   monkeypatch.setattr(
     generate_lib,
@@ -398,18 +387,15 @@ def test_a_bpe_tokenizer_comes_back(place):
     corpus.open_tokenizer(config, fingerprint)
 
 
-def test_wrong_samples(byte_run, place, capsys):
-  _, run = byte_run
+def test_wrong_samples(trained, place, capsys):
+  run, _, state = trained
   recall = dataclasses.replace(
     run, data=data.RecallConfig(), folder=str(place / "recall")
   )
-  make_run(recall)
+  save(recall, state)
   # A GQA checkpoint whose config asks for MSA.
-  dense = as_gqa(run, folder=str(place / "dense"))
-  make_run(dense)
-  saved = json.loads((place / "dense" / "config.json").read_text())
-  saved["model"] = config_lib.to_dict(run.model)
-  (place / "dense" / "config.json").write_text(json.dumps(saved))
+  dense = dataclasses.replace(run, folder=str(place / "dense"))
+  save(dense, {name: x for name, x in state.items() if "index" not in name})
   (place / "empty").mkdir()
   for text, arguments in {
     "no run folder": [str(place / "nothing")],

@@ -24,9 +24,21 @@ from train.program import Program, flatten_state, unflatten_state
 _NEW_TOKENS = 256
 
 
+def load_config(folder: pathlib.Path) -> config_lib.RunConfig:
+  """The config of a run, for one device.
+
+  Raises:
+    ValueError: there is no such run.
+  """
+  if not (folder / "config.json").exists():
+    raise ValueError(f"{folder}: no run folder (it has no config.json).")
+  config = config_lib.load(config_lib.RunConfig, folder / "config.json")
+  return dataclasses.replace(config, mesh=config_lib.MeshConfig())
+
+
 def load_model(
   folder: pathlib.Path, step: int | None = None
-) -> tuple[DecoderLM, config_lib.RunConfig, int]:
+) -> tuple[DecoderLM, int]:
   """The model of a run's checkpoint, on one device.
 
   Args:
@@ -34,16 +46,13 @@ def load_model(
     step: of the checkpoint; None: the latest.
 
   Returns:
-    The model, the run's config and the checkpoint's step.
+    The model, and the checkpoint's step.
 
   Raises:
     ValueError: there is no such run or checkpoint, or the checkpoint is not of
       the config's model.
   """
-  if not (folder / "config.json").exists():
-    raise ValueError(f"{folder}: no run folder (it has no config.json).")
-  config = config_lib.load(config_lib.RunConfig, folder / "config.json")
-  config = dataclasses.replace(config, mesh=config_lib.MeshConfig())
+  program = Program(load_config(folder))
   if not (folder / "checkpoints").is_dir():
     raise ValueError(f"{folder}: the run has no checkpoint.")
   checkpoints = Checkpoints(folder, read_only=True)
@@ -51,12 +60,11 @@ def load_model(
     found = checkpoints.latest() if step is None else step
     if found is None:
       raise ValueError(f"{folder}: the run has no checkpoint.")
-    program = Program(config)
     saved, _ = checkpoints.restore(found, flatten_state(program.abstract_state))
   finally:
     checkpoints.close()
   state = unflatten_state(saved, program.abstract_state)
-  return program.merge(state.params), config, found
+  return program.merge(state.params), found
 
 
 class _Plain:
@@ -96,7 +104,7 @@ def run(
   Raises:
     ValueError: an argument is wrong or does not fit the run.
   """
-  model, config, found = load_model(folder, step)
+  config = load_config(folder)
   data = config.data
   tokenizer: Any = _Plain()
   if isinstance(data, TextConfig):
@@ -123,6 +131,7 @@ def run(
       f" context={config.context}: wanted a shorter prompt or fewer"
       " max_new_tokens."
     )
+  model, found = load_model(folder, step)
   phase: ops.Phase = "sparse"
   if config.phase(found) == "warmup":
     phase = "warmup"
