@@ -539,7 +539,8 @@ class DecoderLM(nnx.Module):
 
     Logits equal those of one pass over each row's tokens from the first.
     Rows that overflow are marked in the cache, see `msa_jax.Cache`; their
-    logits mean nothing, and nor do those of padding.
+    logits mean nothing, and nor do those of padding. With `scan_layers` each
+    call copies the stacked weights: `to_msa` unstacks them.
 
     Args:
       tokens: token ids.

@@ -688,7 +688,8 @@ with jax.set_mesh(jax.make_mesh((4,), ("data",),
   model = DecoderLM(FP8_CONFIG, rngs=nnx.Rngs(0),
                     sharding=Sharding(heads=None, embed=None))
   graphdef, params = nnx.split(model)
-  step = jax.jit(lambda p, c: nnx.merge(graphdef, p).extend(tokens[0, :, :1], c))
+  one = tokens[0, :, :1]
+  step = jax.jit(lambda p, c: nnx.merge(graphdef, p).extend(one, c))
   text = step.lower(params, model.init_cache(4, 24)).compile().as_text()
   for collective in ("all-gather", "all-to-all", "collective-permute"):
     assert collective not in text, collective
