@@ -74,3 +74,10 @@ def index_kl_loss(
     kv_lengths=kv_lengths,
     **options,
   )
+
+
+def decode_attention(q, k, v, index_q, index_k, **options):
+  _require_hopper()
+  from pallas_kernels import decode as kernels
+
+  return kernels.decode_attention(q, k, v, index_q, index_k, **options)
