@@ -199,7 +199,7 @@ def test_interpreted_one_group_at_a_time(monkeypatch):
   )  # fmt: skip
   rows = case.num_heads // case.num_kv_heads
   one = case.q_len * case.top_k * rows * case.head_dim
-  monkeypatch.setattr(sparse_attention_bwd, "MAX_WORKSPACE", one)
+  monkeypatch.setattr(bwd, "MAX_WORKSPACE", one)
   q, k, v, dout = inputs(case, jnp.bfloat16)
   blocks = random_blocks(case)
   grads = interpreted(case, q, k, v, dout, blocks)

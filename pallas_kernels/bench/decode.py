@@ -58,14 +58,6 @@ def attention(case: Case, config: decode.Config | None = None) -> Callable:
   return run
 
 
-def quantise(index_k: Array) -> tuple[Array, Array]:
-  """index_k in e4m3, with a scale for each key."""
-  x = index_k.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=-1) / 448
-  scale = jnp.where(scale > 0, scale, 1)
-  return (x / scale[..., None]).astype(FP8), scale
-
-
 def index_bytes(case: Case, precision: str) -> int:
   """Index keys, and scales, that a step reads."""
   key = 2 * case.index_dim if precision == "exact" else case.index_dim + 4
@@ -88,7 +80,7 @@ def cache(key: Array, case: Case, precision: str) -> tuple[Any, ...]:
   index_k = cases.normal(index_key, (*kv[:2], case.index_dim), case.dtype)
   scale = None
   if precision == "fp8":
-    index_k, scale = quantise(index_k)
+    index_k, scale = reference.fp8_codes(index_k)
   k, v = (cases.normal(x, kv, case.dtype) for x in (k_key, v_key))
   return k, v, index_k, scale
 
@@ -259,7 +251,7 @@ def check_decode(case: Case, precision: str) -> str | None:
     *arguments(q, index_q, (k, v, index_k, scale), lengths)
   )
   if scale is not None:
-    index_q, q_scale = quantise(index_q)
+    index_q, q_scale = reference.fp8_codes(index_q)
     index_q = index_q.astype(jnp.float32) * q_scale[..., None]
     index_k = index_k.astype(jnp.float32) * scale[..., None]
   want_ids = reference.select_blocks(
