@@ -12,6 +12,7 @@ from msa_jax.model import (
   IndexConfig,
   LMOutput,
   ModelConfig,
+  MoEConfig,
   is_index_param,
   to_msa,
 )
@@ -33,6 +34,7 @@ __all__ = [
   "MSALayerOutput",
   "MSAOutput",
   "MSAttention",
+  "MoEConfig",
   "ModelConfig",
   "Selection",
   "Sharding",

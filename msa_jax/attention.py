@@ -34,15 +34,18 @@ class Sharding:
   (`jax.set_mesh`) when they are created.
 
   Attributes:
-    batch: axes of the batch.
+    batch: axes of the batch; those that the mesh lacks do not count.
     heads: axis of the KV heads (and of the MLP's hidden units); None: whole.
     embed: axis that parameters' embedding dimension is stored over; None:
       whole.
+    expert: axis of the experts; None: whole. The batch may be split over it
+      too.
   """
 
-  batch: tuple[str, ...] = ("data", "fsdp")
+  batch: tuple[str, ...] = ("data", "fsdp", "expert")
   heads: str | None = "tensor"
   embed: str | None = "fsdp"
+  expert: str | None = "expert"
 
 
 class Selection(NamedTuple):
@@ -102,6 +105,7 @@ class GQAttention(nnx.Module):
     rope_theta: base of the rotary frequencies.
     normalize_qk: RMSNorm on each query and key head, before the rotation.
     norm_eps: epsilon of those norms.
+    zero_centered_norm: those norms scale by 1 + w, see `rms_norm`.
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
     kernel_init: initialiser of the projections.
@@ -127,6 +131,7 @@ class GQAttention(nnx.Module):
     rope_theta: float = 10_000.0,
     normalize_qk: bool = False,
     norm_eps: float = 1e-6,
+    zero_centered_norm: bool = False,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     kernel_init: Callable = _KERNEL_INIT,
@@ -171,7 +176,14 @@ class GQAttention(nnx.Module):
       _linear, dtype, param_dtype, kernel_init, sharding, rngs
     )
     norm = functools.partial(
-      _head_norm, normalize_qk, norm_eps, dtype, param_dtype, sharding, rngs
+      _head_norm,
+      normalize_qk,
+      norm_eps,
+      zero_centered_norm,
+      dtype,
+      param_dtype,
+      sharding,
+      rngs,
     )
     heads = (num_heads, head_dim)
     kv_heads = (num_kv_heads, head_dim)
@@ -241,9 +253,9 @@ class MSAttention(GQAttention):
 
   Args:
     num_heads, in_features, qkv_features, out_features, num_kv_heads, rope_dim,
-      rope_theta, normalize_qk, norm_eps, dtype, param_dtype, kernel_init,
-      sharding, rngs: as in `GQAttention`. The index heads rotate their first
-      min(rope_dim, index_dim) dims.
+      rope_theta, normalize_qk, norm_eps, zero_centered_norm, dtype,
+      param_dtype, kernel_init, sharding, rngs: as in `GQAttention`. The index
+      heads rotate their first min(rope_dim, index_dim) dims.
     index_dim: size of an index head, I.
     block_size: tokens a block.
     top_k: blocks kept, P.
@@ -629,6 +641,7 @@ def _linear(
 def _head_norm(
   normalize: bool,
   epsilon: float,
+  zero_centered: bool,
   dtype,
   param_dtype,
   sharding: Sharding | None,
@@ -636,25 +649,44 @@ def _head_norm(
   size: int,
 ) -> nnx.RMSNorm | None:
   return (
-    rms_norm(size, epsilon, dtype, param_dtype, sharding, rngs)
+    rms_norm(size, epsilon, zero_centered, dtype, param_dtype, sharding, rngs)
     if normalize
     else None
   )
 
 
+class _ZeroCenteredRMSNorm(nnx.RMSNorm):
+  """RMSNorm that scales by 1 + scale, in float32 until the end."""
+
+  def __call__(self, x: Array) -> Array:  # pyright: ignore
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * lax.rsqrt(mean + self.epsilon)
+    assert self.scale is not None
+    return (y * (1 + self.scale[...].astype(y.dtype))).astype(self.dtype)
+
+
 def rms_norm(
   size: int,
   epsilon: float,
+  zero_centered: bool,
   dtype,
   param_dtype,
   sharding: Sharding | None,
   rngs: nnx.Rngs,
 ) -> nnx.RMSNorm:
-  """RMSNorm with a scale around 1, replicated under a mesh."""
-  scale_init = nnx.initializers.ones_init()
+  """RMSNorm, replicated under a mesh.
+
+  It scales by its parameter, which starts at 1; zero_centered: by 1 + the
+  parameter, which starts at 0.
+  """
+  initializers = nnx.initializers
+  scale_init = (
+    initializers.zeros_init() if zero_centered else initializers.ones_init()
+  )
   if sharding is not None:
     scale_init = nnx.with_partitioning(scale_init, (None,))
-  return nnx.RMSNorm(
+  return (_ZeroCenteredRMSNorm if zero_centered else nnx.RMSNorm)(
     size,
     epsilon=epsilon,
     dtype=dtype,

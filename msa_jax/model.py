@@ -13,19 +13,20 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Int32
 
 from msa_jax import ops
 from msa_jax.attention import (
   GQAttention,
-  MSALayerOutput,
   MSAttention,
   Selection,
   Sharding,
   rms_norm,
 )
+from msa_jax.mlp import Activation, MixtureOfExperts, SwiGLU
 
 LayerKind = Literal["gqa", "msa"]
+MLPKind = Literal["dense", "moe"]
 
 
 def _require(condition: bool, name: str, want: str, got: Any) -> None:
@@ -96,6 +97,44 @@ class IndexConfig:
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
+class MoEConfig:
+  """The mixture of experts of MoE layers; see `MixtureOfExperts`."""
+
+  num_experts: int = 64
+  top_k: int = 4
+  expert_dim: int = 1536
+  shared_dim: int = 0
+  routed_scale: float = 1.0
+
+  def __post_init__(self):
+    for name, least in (
+      ("num_experts", 1),
+      ("top_k", 1),
+      ("expert_dim", 1),
+      ("shared_dim", 0),
+    ):
+      value = getattr(self, name)
+      _require(
+        isinstance(value, int) and value >= least,
+        name,
+        f"an integer of at least {least}",
+        value,
+      )
+    _require(
+      self.top_k <= self.num_experts,
+      "top_k",
+      f"at most num_experts = {self.num_experts}",
+      self.top_k,
+    )
+    _require(
+      0 < self.routed_scale < float("inf"),
+      "routed_scale",
+      "above 0 and finite",
+      self.routed_scale,
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
 class ModelConfig:
   """Sizes and options of `DecoderLM`.
 
@@ -106,14 +145,19 @@ class ModelConfig:
     num_heads: query heads, H.
     num_kv_heads: KV heads, K.
     head_dim: size of a head, D.
-    mlp_dim: hidden units of the SwiGLU MLP.
+    mlp_dim: hidden units of a dense layer's SwiGLU MLP.
     layer_kinds: attention of each layer; the last entry repeats, so
       ("gqa", "gqa", "gqa", "msa") keeps the first three layers dense.
     index: the Index Branch of MSA layers.
+    mlp_kinds: MLP of each layer, "dense" or "moe"; the last entry repeats.
+    moe: the mixture of experts of MoE layers.
+    activation: of every MLP and expert, see `msa_jax.mlp.gated`.
+    swiglu_alpha, swiglu_limit: of activation "swiglu_oai".
     rope_dim: dims of each head that rotate; None: all.
     rope_theta: base of the rotary frequencies.
     qk_norm: RMSNorm on each query and key head (and index head).
     norm_eps: epsilon of every RMSNorm.
+    zero_centered_norm: every RMSNorm scales by 1 + w, with w around 0.
     tie_embeddings: use the embedding as output projection.
     remat: recompute each layer in the backward pass.
     scan_layers: stack equal neighbouring layers and scan over them; compiles
@@ -133,10 +177,16 @@ class ModelConfig:
   mlp_dim: int
   layer_kinds: tuple[LayerKind, ...] = ("gqa",)
   index: IndexConfig = IndexConfig()
+  mlp_kinds: tuple[MLPKind, ...] = ("dense",)
+  moe: MoEConfig = MoEConfig()
+  activation: Activation = "swiglu"
+  swiglu_alpha: float = 1.702
+  swiglu_limit: float = 7.0
   rope_dim: int | None = None
   rope_theta: float = 10_000.0
   qk_norm: bool = True
   norm_eps: float = 1e-6
+  zero_centered_norm: bool = False
   tie_embeddings: bool = True
   remat: bool = False
   scan_layers: bool = False
@@ -169,12 +219,21 @@ class ModelConfig:
       f"a multiple of num_kv_heads = {self.num_kv_heads}",
       self.num_heads,
     )
+    for name, kinds in (("layer_kinds", LayerKind), ("mlp_kinds", MLPKind)):
+      given, allowed = getattr(self, name), get_args(kinds)
+      _require(
+        1 <= len(given) <= self.num_layers
+        and all(kind in allowed for kind in given),
+        name,
+        f"1 to num_layers = {self.num_layers} entries of"
+        f" {' or '.join(map(repr, allowed))}",
+        given,
+      )
     _require(
-      1 <= len(self.layer_kinds) <= self.num_layers
-      and all(kind in get_args(LayerKind) for kind in self.layer_kinds),
-      "layer_kinds",
-      f"1 to num_layers = {self.num_layers} entries of 'gqa' or 'msa'",
-      self.layer_kinds,
+      self.activation in get_args(Activation),
+      "activation",
+      f"one of {get_args(Activation)}",
+      self.activation,
     )
     rope_dim = self.head_dim if self.rope_dim is None else self.rope_dim
     _require(
@@ -183,7 +242,7 @@ class ModelConfig:
       f"even and from 0 to head_dim = {self.head_dim}",
       rope_dim,
     )
-    for name in ("rope_theta", "norm_eps"):
+    for name in ("rope_theta", "norm_eps", "swiglu_alpha", "swiglu_limit"):
       value = getattr(self, name)
       _require(0 < value < float("inf"), name, "above 0 and finite", value)
     for name in ("dtype", "param_dtype"):
@@ -213,6 +272,12 @@ class ModelConfig:
     missing = self.num_layers - len(self.layer_kinds)
     return self.layer_kinds + self.layer_kinds[-1:] * missing
 
+  @property
+  def mlps(self) -> tuple[MLPKind, ...]:
+    """The MLP of every layer."""
+    missing = self.num_layers - len(self.mlp_kinds)
+    return self.mlp_kinds + self.mlp_kinds[-1:] * missing
+
 
 class LMOutput(NamedTuple):
   """Result of `DecoderLM`.
@@ -221,46 +286,21 @@ class LMOutput(NamedTuple):
     logits: float32.
     kl: KL loss of each layer in nats; 0 for dense layers, or if not asked for.
     selection: of each layer, -1 and NaN for dense ones; None if not asked for.
+    experts: the experts that each token went to, -1 in layers with a dense MLP;
+      None for a model without MoE layers.
   """
 
   logits: Float[Array, "B T V"]
   kl: Float[Array, "L"]
   selection: Selection | None
+  experts: Int32[Array, "L B T A"] | None
 
 
-class SwiGLU(nnx.Module):
-  """down(silu(gate(x)) up(x))."""
-
-  def __init__(
-    self,
-    config: ModelConfig,
-    *,
-    rngs: nnx.Rngs,
-    sharding: Sharding | None = None,
-  ):
-    def linear(sizes, names):
-      init = nnx.initializers.lecun_normal()
-      if sharding is not None:
-        init = nnx.with_partitioning(init, names)
-      return nnx.Linear(
-        *sizes,
-        use_bias=False,
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.param_dtype),
-        kernel_init=init,
-        rngs=rngs,
-      )
-
-    outer, inner = (
-      (sharding.embed, sharding.heads) if sharding else (None, None)
-    )
-    sizes = (config.embed_dim, config.mlp_dim)
-    self.gate = linear(sizes, (outer, inner))
-    self.up = linear(sizes, (outer, inner))
-    self.down = linear(sizes[::-1], (inner, outer))
-
-  def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
-    return self.down(nnx.silu(self.gate(x)) * self.up(x))
+class _LayerOutput(NamedTuple):
+  out: Array
+  kl: Array
+  selection: Selection | None
+  experts: Array | None
 
 
 class DecoderLayer(nnx.Module):
@@ -270,6 +310,7 @@ class DecoderLayer(nnx.Module):
     self,
     config: ModelConfig,
     kind: LayerKind,
+    mlp_kind: MLPKind,
     *,
     rngs: nnx.Rngs,
     sharding: Sharding | None = None,
@@ -285,17 +326,38 @@ class DecoderLayer(nnx.Module):
       rope_theta=config.rope_theta,
       normalize_qk=config.qk_norm,
       norm_eps=config.norm_eps,
+      zero_centered_norm=config.zero_centered_norm,
       dtype=dtype,
       param_dtype=param_dtype,
       sharding=sharding,
       rngs=rngs,
     )
-    norm = (config.embed_dim, config.norm_eps, dtype, param_dtype, sharding)
+    norm = (
+      config.embed_dim,
+      config.norm_eps,
+      config.zero_centered_norm,
+      dtype,
+      param_dtype,
+      sharding,
+    )
     self.attention_norm = rms_norm(*norm, rngs)
     # The MLP comes before the attention here so that a GQA and an MSA model of
     # one seed start from the same weights but for the Index Branch.
     self.mlp_norm = rms_norm(*norm, rngs)
-    self.mlp = SwiGLU(config, rngs=rngs, sharding=sharding)
+    mlp_options: dict[str, Any] = dict(
+      activation=config.activation,
+      alpha=config.swiglu_alpha,
+      limit=config.swiglu_limit,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      sharding=sharding,
+      rngs=rngs,
+    )
+    if mlp_kind == "dense":
+      self.mlp = SwiGLU(config.embed_dim, config.mlp_dim, **mlp_options)
+    else:
+      moe: dict[str, Any] = dataclasses.asdict(config.moe)
+      self.mlp = MixtureOfExperts(config.embed_dim, **moe, **mlp_options)
     if kind == "gqa":
       self.attention = GQAttention(
         implementation=config.gqa_implementation, **options
@@ -316,7 +378,7 @@ class DecoderLayer(nnx.Module):
     with_kl: bool,
     with_selection: bool,
     query_mask: Bool[Array, "B T"] | None,
-  ) -> MSALayerOutput:
+  ) -> _LayerOutput:
     h = self.attention_norm(x)
     if isinstance(self.attention, MSAttention):
       out, kl, selection = self.attention(
@@ -329,7 +391,11 @@ class DecoderLayer(nnx.Module):
     else:
       out, kl, selection = self.attention(h), jnp.zeros((), jnp.float32), None
     x = x + out
-    return MSALayerOutput(x + self.mlp(self.mlp_norm(x)), kl, selection)
+    experts = None
+    out = self.mlp(self.mlp_norm(x))
+    if isinstance(out, tuple):
+      out, experts = out
+    return _LayerOutput(x + out, kl, selection, experts)
 
 
 class DecoderLM(nnx.Module):
@@ -369,7 +435,13 @@ class DecoderLM(nnx.Module):
       rngs=rngs,
     )
     self.norm = rms_norm(
-      config.embed_dim, config.norm_eps, dtype, param_dtype, sharding, rngs
+      config.embed_dim,
+      config.norm_eps,
+      config.zero_centered_norm,
+      dtype,
+      param_dtype,
+      sharding,
+      rngs,
     )
     if not config.tie_embeddings:
       self.head = nnx.Linear(
@@ -383,8 +455,8 @@ class DecoderLM(nnx.Module):
       )
     keys = jax.random.split(rngs.params(), config.num_layers)
     groups, first = [], 0
-    for kind, count in _runs(config):
-      build = functools.partial(_build_layer, config, kind, sharding)
+    for kinds, count in _runs(config):
+      build = functools.partial(_build_layer, config, *kinds, sharding)
 
       if config.scan_layers:
         stack = nnx.vmap(build, transform_metadata={nnx.PARTITION_NAME: None})(
@@ -395,7 +467,7 @@ class DecoderLM(nnx.Module):
         groups.extend(build(key) for key in keys[first : first + count])
       first += count
     # One entry a layer, or with scan_layers one stack for each run of layers of
-    # one kind.
+    # one kind of attention and MLP.
     self.layers = nnx.List(groups)
 
   def __call__(
@@ -423,29 +495,31 @@ class DecoderLM(nnx.Module):
     if not jnp.issubdtype(tokens.dtype, jnp.integer):
       raise ValueError(f"tokens must be integers, got {tokens.dtype}")
     x = self._split_batch(self.embed(tokens))
-    kls, selections = [], []
+    kls, selections, experts = [], [], []
     for group in self.layers:
       graphdef, params = nnx.split(group)
 
       def apply(x, params, graphdef=graphdef):
-        out, kl, selection = nnx.merge(graphdef, params)(
+        out, *rest = nnx.merge(graphdef, params)(
           x,
           phase=phase,
           with_kl=with_kl,
           with_selection=with_selection,
           query_mask=query_mask,
         )
-        return out, (kl, selection)
+        return out, rest
 
       if self.config.remat:
         apply = jax.checkpoint(apply)
       if self.config.scan_layers:
-        x, (kl, selection) = lax.scan(apply, x, params)
+        x, layers = lax.scan(apply, x, params)
       else:
         x, layer = apply(x, params)
-        kl, selection = jax.tree.map(lambda a: a[None], layer)
+        layers = jax.tree.map(lambda a: a[None], layer)
+      kl, selection, chosen = layers
       kls.append(kl)
       selections.append(selection)
+      experts.append(chosen)
     x = self.norm(x)
     if self.config.tie_embeddings:
       weight = self.embed.embedding[...].astype(x.dtype)
@@ -463,7 +537,9 @@ class DecoderLM(nnx.Module):
     selection = None
     if with_selection:
       selection = self._stack_selections(selections, tokens.shape)
-    return LMOutput(logits, kl, selection)
+    return LMOutput(
+      logits, kl, selection, self._stack_experts(experts, tokens.shape)
+    )
 
   def _split_batch(self, x: Array) -> Array:
     mesh = jax.sharding.get_abstract_mesh()
@@ -477,12 +553,7 @@ class DecoderLM(nnx.Module):
   ) -> Selection:
     config = self.config
     filled = []
-    counts = (
-      [count for _, count in _runs(config)]
-      if config.scan_layers
-      else [1] * config.num_layers
-    )
-    for selection, count in zip(selections, counts):
+    for selection, count in zip(selections, group_sizes(config)):
       if selection is None:
         blocks = (count, shape[0], config.num_kv_heads, shape[1])
         selection = Selection(
@@ -492,20 +563,44 @@ class DecoderLM(nnx.Module):
       filled.append(selection)
     return jax.tree.map(lambda *a: jnp.concatenate(a), *filled)
 
+  def _stack_experts(
+    self, experts: Sequence[Array | None], shape: tuple[int, ...]
+  ) -> Array | None:
+    if all(chosen is None for chosen in experts):
+      return None
+    return jnp.concatenate(
+      [
+        jnp.full((count, *shape, self.config.moe.top_k), -1, jnp.int32)
+        if chosen is None
+        else chosen
+        for chosen, count in zip(experts, group_sizes(self.config))
+      ]
+    )
+
 
 def _build_layer(
-  config: ModelConfig, kind: LayerKind, sharding: Sharding | None, key: Array
+  config: ModelConfig,
+  kind: LayerKind,
+  mlp_kind: MLPKind,
+  sharding: Sharding | None,
+  key: Array,
 ) -> DecoderLayer:
   return DecoderLayer(
-    config, kind, rngs=nnx.Rngs(params=key), sharding=sharding
+    config, kind, mlp_kind, rngs=nnx.Rngs(params=key), sharding=sharding
   )
 
 
-def _runs(config: ModelConfig) -> list[tuple[LayerKind, int]]:
-  """Lengths of the runs of layers of one kind."""
-  return [
-    (kind, len(list(run))) for kind, run in itertools.groupby(config.kinds)
-  ]
+def _runs(config: ModelConfig) -> list[tuple[tuple[LayerKind, MLPKind], int]]:
+  """Lengths of the runs of layers of one kind of attention and MLP."""
+  kinds = zip(config.kinds, config.mlps)
+  return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
+
+
+def group_sizes(config: ModelConfig) -> list[int]:
+  """How many layers each entry of `DecoderLM.layers` holds."""
+  if config.scan_layers:
+    return [count for _, count in _runs(config)]
+  return [1] * config.num_layers
 
 
 def is_index_param(path: Sequence[Any]) -> bool:
@@ -523,13 +618,12 @@ def _layer_params(model: DecoderLM) -> list[dict[tuple, Array]]:
   """Parameters of each layer by path, whether layers are stacked or not."""
   layers = []
   stacked = model.config.scan_layers
-  counts = [count for _, count in _runs(model.config)]
-  for i, group in enumerate(model.layers):
+  for group, count in zip(model.layers, group_sizes(model.config)):
     flat = dict(nnx.to_flat_state(nnx.state(group, nnx.Param)))
     if stacked:
       layers.extend(
         {path: param[...][j] for path, param in flat.items()}
-        for j in range(counts[i])
+        for j in range(count)
       )
     else:
       layers.append({path: param[...] for path, param in flat.items()})
