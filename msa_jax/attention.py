@@ -34,7 +34,7 @@ class Sharding:
   (`jax.set_mesh`) when they are created.
 
   Attributes:
-    batch: axes of the batch; those that the mesh lacks do not count.
+    batch: axes of the batch; see `batch_axes`.
     heads: axis of the KV heads (and of the MLP's hidden units); None: whole.
     embed: axis that parameters' embedding dimension is stored over; None:
       whole.
@@ -46,6 +46,18 @@ class Sharding:
   heads: str | None = "tensor"
   embed: str | None = "fsdp"
   expert: str | None = "expert"
+
+  def batch_axes(self, mesh: Any, rows: int) -> tuple[str, ...]:
+    """The axes that split a batch of rows: those that the mesh has, as long as
+    they divide it (one row alone is computed everywhere)."""
+    axes, parts = (), 1
+    for axis in self.batch:
+      if axis in mesh.axis_names:
+        parts *= mesh.shape[axis]
+        if rows % parts:
+          break
+        axes += (axis,)
+    return axes
 
 
 class Selection(NamedTuple):
@@ -393,9 +405,8 @@ class MSAttention(GQAttention):
       with_selection=with_selection,
     )
     args = (q, k, v, index_q, index_k, index_v, query_mask)
-    out, index_out, kl, selection = self._over_mesh(attend, with_selection)(
-      *args
-    )
+    attend = self._over_mesh(attend, x.shape[0], with_selection)
+    out, index_out, kl, selection = attend(*args)
     out = self.out(out)
     if index_out is not None:
       out = out + self.index_out(index_out)
@@ -550,7 +561,9 @@ class MSAttention(GQAttention):
     rest = jnp.pad(rest, ((0, 0),) * 3 + ((1, 0),))
     return jnp.where(chosen[..., :1] == 0, chosen, rest)
 
-  def _over_mesh(self, attend: Callable, with_selection: bool) -> Callable:
+  def _over_mesh(
+    self, attend: Callable, rows: int, with_selection: bool
+  ) -> Callable:
     """Runs `attend` on each device's batch rows and KV heads.
 
     GSPMD cannot split a Pallas call, and splits a sort badly: the operation is
@@ -560,7 +573,7 @@ class MSAttention(GQAttention):
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return attend
-    batch = tuple(a for a in self.sharding.batch if a in mesh.axis_names)
+    batch = self.sharding.batch_axes(mesh, rows)
     heads = self.sharding.heads
     heads = heads if heads in mesh.axis_names else None
     axes = batch + (() if heads is None else (heads,))

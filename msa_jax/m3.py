@@ -12,37 +12,34 @@ from __future__ import annotations
 
 import argparse
 import collections
-import contextlib
 import dataclasses
 import functools
 import itertools
-import json
 import logging
 import math
 import os
 import pathlib
-import shutil
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import ml_dtypes
 import numpy as np
 from flax import nnx
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from msa_jax import safetensors
 from msa_jax.attention import Sharding
+from msa_jax.m3_config import config_json, read_config
 from msa_jax.model import (
   DecoderLM,
-  IndexConfig,
   ModelConfig,
   MoEConfig,
   group_sizes,
   is_index_param,
 )
+from msa_jax.safetensors import DTYPES
 
 PAPER_10B = ModelConfig(
   vocab_size=200_000,
@@ -90,15 +87,8 @@ M3 = ModelConfig(
 )
 """The released MiniMax-M3: 428B parameters, 23B active."""
 
-_INDEX_FILE = "model.safetensors.index.json"
-_SINGLE_FILE = "model.safetensors"
 _PREFIX = "language_model."
 _SKIPPED = ("vision_tower", "multi_modal_projector", "patch_merge_mlp", "mtp")
-_DTYPES = {
-  "F32": np.dtype(np.float32),
-  "F16": np.dtype(np.float16),
-  "BF16": np.dtype(ml_dtypes.bfloat16),
-}
 # What changes how a model is computed, not what.
 _OPTIONS = ("implementation", "gqa_implementation", "remat", "scan_layers")
 
@@ -274,377 +264,7 @@ def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[_Leaf]:
   return leaves
 
 
-# ---------------------------------------------------------------- config
-
-
-def read_config(folder: str | os.PathLike) -> ModelConfig:
-  """The model that a folder's config.json describes.
-
-  Raises:
-    ValueError: the file is missing, contradicts itself or describes a model
-      that is none of ours; the text names each field.
-  """
-  path = pathlib.Path(folder) / "config.json"
-  try:
-    whole = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from None
-  if not isinstance(whole, dict):
-    raise ValueError(f"{path}: wanted a JSON object, got {whole!r}")
-  text = whole.get("text_config")
-  fields = whole if text is None else {**whole, **text}
-  reader = _Fields(fields)
-  try:
-    config = reader.model()
-  except (ValueError, TypeError, KeyError) as error:
-    # Problems found before say more.
-    if not reader.problems:
-      raise ValueError(f"{path}: {error}") from None
-    config = None
-  if reader.problems or config is None:
-    raise ValueError(f"{path}:\n  " + "\n  ".join(reader.problems))
-  return config
-
-
-class _Fields:
-  """Reads a config's fields, whatever key they are under; lists problems."""
-
-  def __init__(self, fields: Mapping[str, Any]):
-    self.fields = fields
-    self.sparse = fields.get("sparse_attention_config") or {}
-    self.rope = fields.get("rope_parameters") or {}
-    self.problems: list[str] = []
-
-  def one(self, values: Mapping[str, Any], default: Any = None) -> Any:
-    """The value that all keys which have one agree on."""
-    there = {key: v for key, v in values.items() if v is not None}
-    first = next(iter(there.values()), default)
-    if any(value != first for value in there.values()):
-      text = ", ".join(f"{key}={value!r}" for key, value in there.items())
-      self.problems.append(f"fields disagree: {text}")
-    return first
-
-  def get(self, *keys: str, default: Any = None) -> Any:
-    return self.one({key: self.fields.get(key) for key in keys}, default)
-
-  def need(self, *keys: str) -> Any:
-    value = self.get(*keys)
-    if value is None:
-      self.problems.append(f"field missing: {' or '.join(keys)}")
-    return value
-
-  def indexed(self, new: str, old: str, default: Any = None) -> Any:
-    """A setting of the Index Branch, under its new or its older key."""
-    name = f"sparse_attention_config.{old}"
-    return self.one(
-      {new: self.fields.get(new), name: self.sparse.get(old)}, default
-    )
-
-  def refuse(self, where: str, value: Any, *allowed: Any) -> None:
-    if value not in (None, *allowed):
-      wanted = " or ".join(map(repr, allowed))
-      self.problems.append(f"{where}={value!r} is not supported: only {wanted}")
-
-  def kinds(
-    self, key: str, names: Mapping[str, str], old: str, flags: Any, default: str
-  ) -> tuple[Any, ...]:
-    """A kind for each layer, from names or the older 0s and 1s."""
-    count = self.fields.get("num_hidden_layers") or 1
-    given = self.fields.get(key)
-    values = {}
-    if given is not None:
-      unknown = sorted({str(name) for name in given} - set(names))
-      if unknown:
-        self.problems.append(
-          f"{key}: unknown {unknown}, wanted {sorted(names)}"
-        )
-      values[key] = [names.get(name) for name in given]
-    if flags is not None:
-      kinds = list(names.values())
-      values[old] = [kinds[bool(flag)] for flag in flags]
-    for name, value in values.items():
-      if len(value) != count:
-        self.problems.append(
-          f"{name} has {len(value)} entries, num_hidden_layers={count}"
-        )
-    return tuple(self.one(values, [default] * count))
-
-  def rope_dim(self, head_dim: int) -> int:
-    """Rotary dims: transformers reads the factor, others rotary_dim."""
-    rotary = self.get("rotary_dim")
-    factor = self.one(
-      {
-        "partial_rotary_factor": self.get("partial_rotary_factor"),
-        "rope_parameters.partial_rotary_factor": self.rope.get(
-          "partial_rotary_factor"
-        ),
-      }
-    )
-    by_factor = None if factor is None else round(head_dim * factor)
-    if None not in (rotary, by_factor) and rotary != by_factor:
-      self.problems.append(
-        f"fields disagree: rotary_dim={rotary}, but partial_rotary_factor="
-        f"{factor} of head_dim={head_dim} is {by_factor}"
-      )
-    return next((x for x in (rotary, by_factor) if x is not None), head_dim)
-
-  def model(self) -> ModelConfig:
-    self.refuse_others()
-    sizes = {
-      "vocab_size": self.need("vocab_size"),
-      "num_layers": self.need("num_hidden_layers"),
-      "embed_dim": self.need("hidden_size"),
-      "num_heads": self.need("num_attention_heads"),
-      "num_kv_heads": self.need("num_key_value_heads"),
-    }
-    experts = self.get("num_local_experts", "num_experts", default=0)
-    expert_dim = self.need("intermediate_size")
-    if self.problems:
-      raise ValueError("incomplete")
-    head_dim = self.get(
-      "head_dim", default=sizes["embed_dim"] // sizes["num_heads"]
-    )
-    oai = {
-      name: self.get(name)
-      for name in ("swiglu_alpha", "swiglu_limit")
-      if self.get(name) is not None
-    }
-    # transformers writes "silu" beside these fields: they decide.
-    is_oai = bool(oai) or self.get("hidden_act") == "swigluoai"
-    options: dict[str, Any] = {}
-    layer_kinds = self.kinds(
-      "layer_types",
-      {"full_attention": "gqa", "minimax_m3_sparse": "msa"},
-      "sparse_attention_config.sparse_attention_freq",
-      self.sparse_flags(),
-      "gqa",
-    )
-    if "msa" in layer_kinds:
-      options["index"] = self.index(sizes["num_kv_heads"])
-    mlp_kinds = self.kinds(
-      "mlp_layer_types",
-      {"dense": "dense", "sparse": "moe"},
-      "moe_layer_freq",
-      self.fields.get("moe_layer_freq"),
-      "moe" if experts else "dense",
-    )
-    if "moe" in mlp_kinds:
-      shared = self.get("shared_intermediate_size", default=0)
-      options["moe"] = MoEConfig(
-        num_experts=experts,
-        top_k=self.need("num_experts_per_tok"),
-        expert_dim=expert_dim,
-        shared_dim=0 if self.get("n_shared_experts") == 0 else shared,
-        routed_scale=float(self.get("routed_scaling_factor", default=1.0)),
-      )
-    rope_theta = self.one(
-      {
-        "rope_theta": self.fields.get("rope_theta"),
-        "rope_parameters.rope_theta": self.rope.get("rope_theta"),
-      },
-      10_000.0,
-    )
-    return ModelConfig(
-      **sizes,
-      **options,
-      **{name: float(value) for name, value in oai.items()},
-      head_dim=head_dim,
-      mlp_dim=self.get(
-        "dense_intermediate_size", "mlp_intermediate_size", default=expert_dim
-      ),
-      layer_kinds=layer_kinds,
-      mlp_kinds=mlp_kinds,
-      activation="swiglu_oai" if is_oai else "swiglu",
-      rope_dim=self.rope_dim(head_dim),
-      rope_theta=float(rope_theta),
-      qk_norm=self.get("use_qk_norm", default=True),
-      norm_eps=self.get("rms_norm_eps", default=1e-6),
-      # The M3 series alone has both; no field of its newer configs says so.
-      zero_centered_norm=self.get("use_gemma_norm", default=is_oai),
-      tie_embeddings=self.get("tie_word_embeddings", default=False),
-    )
-
-  def sparse_flags(self) -> Any:
-    if not self.sparse.get("use_sparse_attention", True):
-      return [0] * self.fields["num_hidden_layers"]
-    return self.sparse.get("sparse_attention_freq")
-
-  def index(self, num_kv_heads: int) -> IndexConfig:
-    heads = self.indexed("index_n_heads", "sparse_num_index_heads")
-    if heads not in (None, num_kv_heads):
-      self.problems.append(
-        f"index heads must be num_key_value_heads={num_kv_heads}, got {heads}"
-      )
-    return IndexConfig(
-      index_dim=self.indexed("index_head_dim", "sparse_index_dim", 128),
-      block_size=self.indexed("index_block_size", "sparse_block_size", 128),
-      top_k=self.indexed("index_topk_blocks", "sparse_topk_blocks", 16),
-      num_local_blocks=self.indexed(
-        "index_local_blocks", "sparse_local_block", 1
-      ),
-    )
-
-  def refuse_others(self) -> None:
-    """Lists what changes the model and is not supported."""
-    quantised = self.get("quantization_config")
-    if quantised is not None:
-      method = quantised.get("quant_method", quantised)
-      self.problems.append(
-        f"quantization_config ({method}): quantised weights are not supported,"
-        f" only {sorted(map(str, _DTYPES.values()))}"
-      )
-    for key, *allowed in (
-      ("hidden_act", "silu", "swigluoai"),
-      ("scoring_func", "sigmoid"),
-      ("use_routing_bias", True),
-      ("qk_norm_type", "per_head"),
-      ("attention_bias", False),
-      ("n_shared_experts", 0, 1),
-      ("sliding_window", 0),
-    ):
-      self.refuse(key, self.fields.get(key), *allowed)
-    self.refuse(
-      "rope_parameters.rope_type", self.rope.get("rope_type"), "default"
-    )
-    scaling = self.fields.get("rope_scaling") or {}
-    self.refuse(
-      "rope_scaling.rope_type",
-      scaling.get("rope_type", scaling.get("type")),
-      "default",
-    )
-    for key, allowed in (
-      ("sparse_score_type", "max"),
-      ("sparse_init_block", 0),
-    ):
-      name = f"sparse_attention_config.{key}"
-      self.refuse(name, self.sparse.get(key), allowed)
-
-
-def _config_json(config: ModelConfig, dtype: str) -> dict[str, Any]:
-  """What `read_config` reads as this model, under transformers' keys."""
-  index, moe = config.index, config.moe
-  rope_dim = config.head_dim if config.rope_dim is None else config.rope_dim
-  fields: dict[str, Any] = {
-    "architectures": ["MiniMaxM3VLForCausalLM"],
-    "model_type": "minimax_m3_vl_text",
-    "dtype": dtype,
-    "vocab_size": config.vocab_size,
-    "hidden_size": config.embed_dim,
-    "num_hidden_layers": config.num_layers,
-    "num_attention_heads": config.num_heads,
-    "num_key_value_heads": config.num_kv_heads,
-    "head_dim": config.head_dim,
-    "rms_norm_eps": config.norm_eps,
-    "use_gemma_norm": config.zero_centered_norm,
-    "use_qk_norm": config.qk_norm,
-    "tie_word_embeddings": config.tie_embeddings,
-    "hidden_act": "silu",
-    "rotary_dim": rope_dim,
-    "rope_parameters": {
-      "rope_type": "default",
-      "rope_theta": config.rope_theta,
-      "partial_rotary_factor": rope_dim / config.head_dim,
-    },
-    "intermediate_size": config.mlp_dim,
-    "dense_intermediate_size": config.mlp_dim,
-    "layer_types": [
-      "full_attention" if kind == "gqa" else "minimax_m3_sparse"
-      for kind in config.kinds
-    ],
-    "mlp_layer_types": [
-      "dense" if kind == "dense" else "sparse" for kind in config.mlps
-    ],
-  }
-  if config.activation == "swiglu_oai":
-    fields |= {
-      "swiglu_alpha": config.swiglu_alpha,
-      "swiglu_limit": config.swiglu_limit,
-    }
-  if "moe" in config.mlps:
-    fields |= {
-      "intermediate_size": moe.expert_dim,
-      "num_local_experts": moe.num_experts,
-      "num_experts_per_tok": moe.top_k,
-      "shared_intermediate_size": moe.shared_dim,
-      "n_shared_experts": 1 if moe.shared_dim else 0,
-      "routed_scaling_factor": moe.routed_scale,
-    }
-  if "msa" in config.kinds:
-    fields |= {
-      "index_n_heads": config.num_kv_heads,
-      "index_head_dim": index.index_dim,
-      "index_block_size": index.block_size,
-      "index_topk_blocks": index.top_k,
-      "index_local_blocks": index.num_local_blocks,
-    }
-  return fields
-
-
 # ----------------------------------------------------------------- files
-
-
-class _Tensor(NamedTuple):
-  """Where a tensor lies."""
-
-  file: pathlib.Path
-  dtype: str
-  shape: tuple[int, ...]
-  offset: int
-
-  def open(self) -> np.ndarray:
-    """The tensor, mapped: its pages are read when they are looked at."""
-    # Mapped as bits: not every NumPy can map bfloat16.
-    dtype = _DTYPES[self.dtype]
-    bits = np.memmap(
-      self.file,
-      dtype=f"u{dtype.itemsize}",
-      mode="r",
-      offset=self.offset,
-      shape=self.shape,
-    )
-    return bits.view(np.ndarray).view(dtype)
-
-
-def _read_header(path: pathlib.Path) -> dict[str, _Tensor]:
-  """The tensors of a safetensors file; raises ValueError if it is damaged."""
-  try:
-    size = path.stat().st_size
-    with path.open("rb") as file:
-      length = int.from_bytes(file.read(8), "little")
-      if size < 8 + length:
-        raise ValueError(
-          f"{path} is truncated: its header wants {8 + length} bytes, it has"
-          f" {size}"
-        )
-      header = json.loads(file.read(length))
-    tensors, end = {}, 0
-    for name, entry in header.items():
-      if name == "__metadata__":
-        continue
-      first, last = entry["data_offsets"]
-      shape, dtype = tuple(entry["shape"]), entry["dtype"]
-      want = (
-        math.prod(shape) * _DTYPES[dtype].itemsize if dtype in _DTYPES else None
-      )
-      if want not in (None, last - first):
-        raise ValueError(
-          f"{path} is damaged: {name} {dtype} {list(shape)} takes {want} bytes,"
-          f" the header gives it {last - first}"
-        )
-      tensors[name] = _Tensor(path, dtype, shape, 8 + length + first)
-      end = max(end, 8 + length + last)
-  except OSError as error:
-    raise ValueError(f"{path} cannot be read: {error}") from None
-  except (KeyError, TypeError, AttributeError, UnicodeDecodeError) as error:
-    raise ValueError(f"{path} is no safetensors file: {error!r}") from None
-  except json.JSONDecodeError as error:
-    raise ValueError(f"{path} is no safetensors file: {error}") from None
-  if size != end:
-    state = "truncated" if size < end else "damaged"
-    raise ValueError(
-      f"{path} is {state}: its tensors want {end} bytes, it has {size}"
-    )
-  return tensors
 
 
 @dataclasses.dataclass(frozen=True)
@@ -658,44 +278,14 @@ class _Checkpoint:
     files: the safetensors files.
   """
 
-  tensors: dict[str, _Tensor]
+  tensors: dict[str, safetensors.Tensor]
   prefix: str
   skipped: list[str]
   files: list[pathlib.Path]
 
   @classmethod
   def read(cls, folder: pathlib.Path) -> _Checkpoint:
-    index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
-    if index.exists():
-      try:
-        places = dict(json.loads(index.read_text())["weight_map"])
-      except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{index} cannot be read: {error!r}") from None
-      files = sorted({folder / name for name in places.values()})
-    elif single.exists():
-      places, files = {}, [single]
-    else:
-      raise ValueError(f"{folder} has neither {_INDEX_FILE} nor {_SINGLE_FILE}")
-    problems, named = [], {}
-    for file in files:
-      try:
-        header = _read_header(file)
-      except ValueError as error:
-        problems.append(str(error))
-        continue
-      twice = sorted(set(header) & set(named))
-      if twice:
-        problems.append(f"in two files: {_some(twice)}")
-      absent = [
-        name
-        for name, place in places.items()
-        if folder / place == file and name not in header
-      ]
-      if absent:
-        problems.append(f"{file} lacks what the index says: {_some(absent)}")
-      named |= header
-    if problems:
-      raise ValueError(f"{folder}:\n  " + "\n  ".join(problems))
+    named, files = safetensors.read_headers(folder)
     inner = any(name.startswith(_PREFIX) for name in named)
     prefix = _PREFIX if inner else ""
     skipped = sorted(name for name in named if _part(name) in _SKIPPED)
@@ -709,7 +299,7 @@ class _Checkpoint:
   def dtype_of(self, leaf: _Leaf) -> np.dtype:
     """The dtype of a parameter's tensors."""
     (name,) = {self.tensors[name].dtype for name in leaf.names.values()}
-    return _DTYPES[name]
+    return DTYPES[name]
 
   def check(self, folder: pathlib.Path, leaves: Sequence[_Leaf]) -> None:
     """Raises ValueError unless each leaf's tensors, and no others, are here."""
@@ -738,15 +328,15 @@ class _Checkpoint:
         if here[name].shape != wanted[name]
       ],
       "of a dtype that is not supported (quantised?), wanted"
-      f" {' or '.join(_DTYPES)}": [
+      f" {' or '.join(DTYPES)}": [
         f"{name} {here[name].dtype}"
         for name in shared
-        if here[name].dtype not in _DTYPES
+        if here[name].dtype not in DTYPES
       ],
       "of several dtypes in one parameter": mixed,
     }
     lines = [
-      f"{len(found)} tensors {what}: {_some(found)}"
+      f"{len(found)} tensors {what}: {safetensors.some(found)}"
       for what, found in problems.items()
       if found
     ]
@@ -756,16 +346,15 @@ class _Checkpoint:
       )
 
 
+def _names(dtypes: Mapping[str, np.dtype]) -> list[str]:
+  return sorted(dtype.name for dtype in dtypes.values())
+
+
 def _part(name: str) -> str:
   """The model's part that a tensor belongs to: its first telling word."""
   words = name.split(".")
   telling = (w for w in words if w not in ("model", "language_model"))
   return next(telling, name)
-
-
-def _some(names: Sequence[str], most: int = 20) -> str:
-  more = f", and {len(names) - most} more" if len(names) > most else ""
-  return ", ".join(names[:most]) + more
 
 
 # ------------------------------------------------------------------ load
@@ -791,7 +380,8 @@ def load(
       routers' weights and choice biases keep theirs in any case.
     mesh: devices to split the parameters over, by the axes of
       `msa_jax.Sharding` that it has ("fsdp", "expert", "tensor", ...). Call the
-      model under `jax.set_mesh(mesh)`. None: one device.
+      model under `jax.set_mesh(mesh)`, with every axis of type Auto. None: one
+      device.
     **options: `implementation`, `gqa_implementation`, `remat` and `scan_layers`
       of `msa_jax.ModelConfig`.
 
@@ -803,10 +393,14 @@ def load(
   unknown = sorted(set(options) - set(_OPTIONS))
   if unknown:
     raise ValueError(f"options must be among {_OPTIONS}, got {unknown}")
-  if dtype is not None and np.dtype(dtype) not in _DTYPES.values():
+  if dtype is not None and np.dtype(dtype) not in DTYPES.values():
     raise ValueError(
-      f"dtype must be one of {sorted(map(str, _DTYPES.values()))} or None, got"
-      f" {np.dtype(dtype)}"
+      f"dtype must be one of {_names(DTYPES)} or None, got {np.dtype(dtype)}"
+    )
+  if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
+    raise ValueError(
+      "mesh must have axes of type Auto (make_mesh takes axis_types), got"
+      f" {mesh.axis_types}"
     )
   config, checkpoint = _open(folder, **options)
   if checkpoint.skipped:
@@ -817,23 +411,24 @@ def load(
     sizes = collections.Counter()
     for tensor in checkpoint.tensors.values():
       sizes[tensor.dtype] += math.prod(tensor.shape)
-    compute = _DTYPES[sizes.most_common(1)[0][0]]
+    compute = DTYPES[sizes.most_common(1)[0][0]]
   else:
     compute = np.dtype(dtype)
   config = dataclasses.replace(
     config, dtype=compute.name, param_dtype=compute.name
   )
   sharding = None if mesh is None else _sharding(mesh)
-  with contextlib.nullcontext() if mesh is None else jax.set_mesh(mesh):
+  with jax.set_mesh(mesh):
     graphdef, shapes, specs = _abstract(config, sharding)
-    leaves = _leaves(config, shapes)
-    places = {}
+  leaves = _leaves(config, shapes)
+  # A piece goes to one device, whatever mesh the caller works under.
+  with jax.set_mesh(None):
+    places: dict[tuple, jax.sharding.Sharding] = {}
     for leaf in leaves:
       if mesh is None:
         places[leaf.path] = jnp.zeros(()).sharding
       else:
-        places[leaf.path] = NamedSharding(mesh, specs[leaf.path])
-        _check_split(leaf, places[leaf.path])
+        places[leaf.path] = _place(leaf, mesh, specs[leaf.path])
     items = []
     for leaf in leaves:
       kept = dtype is None or leaf.keeps_dtype
@@ -844,7 +439,7 @@ def load(
         lambda name: checkpoint.tensors[name].open(),
       )
       items.append((leaf.path, array))
-    return nnx.merge(graphdef, nnx.from_flat_state(items))
+  return nnx.merge(graphdef, nnx.from_flat_state(items))
 
 
 def _open(
@@ -877,14 +472,16 @@ def _sharding(mesh: Mesh) -> Sharding:
   )
 
 
-def _check_split(leaf: _Leaf, place: NamedSharding) -> None:
+def _place(leaf: _Leaf, mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+  place = NamedSharding(mesh, spec)
   try:
     place.shard_shape(leaf.shape)
   except ValueError:
     raise ValueError(
-      f"mesh {dict(place.mesh.shape)} cannot split parameter"
-      f" {'.'.join(map(str, leaf.path))} {list(leaf.shape)} by {place.spec}"
+      f"mesh {dict(mesh.shape)} cannot split parameter"
+      f" {'.'.join(map(str, leaf.path))} {list(leaf.shape)} by {spec}"
     ) from None
+  return place
 
 
 def _read(
@@ -896,24 +493,27 @@ def _read(
   """A parameter on its devices, made of its tensors one at a time."""
   parts = []
   depth = len(next(iter(leaf.names)))
-  for device, index in place.addressable_devices_indices_map(
-    leaf.shape
-  ).items():
-    bounds = [part.indices(size) for part, size in zip(index, leaf.shape)]
+  places = place.addressable_devices_indices_map(leaf.shape)
+  for device, index in places.items():
+    bounds = [part.indices(size) for part, size in zip(index or (), leaf.shape)]
+    firsts = [first for first, _, _ in bounds[:depth]]
+    within = tuple(slice(*bound) for bound in bounds[depth:])
     buffer = None
-    if depth:
-      shape = tuple(last - first for first, last, _ in bounds)
-      buffer = jnp.zeros(shape, dtype, device=device)
     for at in itertools.product(*(range(*bound) for bound in bounds[:depth])):
       tensor = open_tensor(leaf.names[at]).reshape(leaf.layout.split)
       # A copy: a device's array must not lie on the file.
-      piece = np.array(tensor[leaf.layout.source(index[depth:])])
-      piece = jax.device_put(piece, device)
-      if buffer is None:
-        buffer = _transposed(piece, leaf.layout.axes, dtype)
+      piece = np.array(tensor[leaf.layout.source(within)])
+      piece = _transposed(
+        jax.device_put(piece, device), leaf.layout.axes, dtype
+      )
+      if not depth:
+        buffer = piece
       else:
-        start = [i - first for i, (first, _, _) in zip(at, bounds)]
-        buffer = _placed(buffer, piece, start, leaf.layout.axes)
+        if buffer is None:
+          shape = tuple(last - first for first, last, _ in bounds)
+          buffer = jnp.zeros(shape, dtype, device=device)
+        start = [i - first for i, first in zip(at, firsts)]
+        buffer = _placed(buffer, piece, start)
       # Or the host would run ahead and hold many.
       buffer.block_until_ready()
     parts.append(buffer)
@@ -925,11 +525,8 @@ def _transposed(piece: jax.Array, axes: tuple[int, ...], dtype) -> jax.Array:
   return jnp.transpose(piece, axes).astype(dtype)
 
 
-@functools.partial(jax.jit, static_argnums=3, donate_argnums=0)
-def _placed(
-  buffer: jax.Array, piece: jax.Array, start: list, axes: tuple[int, ...]
-) -> jax.Array:
-  piece = _transposed(piece, axes, buffer.dtype)
+@functools.partial(jax.jit, donate_argnums=0)
+def _placed(buffer: jax.Array, piece: jax.Array, start: list) -> jax.Array:
   start = [*start, *[0] * piece.ndim]
   piece = piece[(None,) * (buffer.ndim - piece.ndim)]
   return jax.lax.dynamic_update_slice(buffer, piece, start)
@@ -948,9 +545,8 @@ def save(
   """Writes a checkpoint that `load` reads back with the same bits.
 
   config.json, safetensors files and their index, under the released names and
-  in the parameters' dtypes; no tokenizer. The host never holds more than one
-  tensor. All is written to a folder of another name first: `folder` appears
-  whole or not at all.
+  in the parameters' dtypes; no tokenizer. The host holds one tensor at a time.
+  The folder appears whole or not at all.
 
   Args:
     model: any `DecoderLM` whose parameters have released names.
@@ -959,14 +555,13 @@ def save(
     max_file_bytes: where the next file begins.
 
   Raises:
-    ValueError: the folder holds something, or the model has options that a
-      checkpoint cannot say.
-    NotImplementedError: the parameters lie on devices of other processes.
+    ValueError: the folder holds something, or the model has what a checkpoint
+      cannot say.
+    NotImplementedError: parameters lie on devices of other processes.
   """
   folder = pathlib.Path(folder)
+  safetensors.check_free(folder)
   config = model.config
-  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"folder must be empty or missing, got {folder}")
   for name, want in (
     ("selection", "index"),
     ("value_head", False),
@@ -981,92 +576,34 @@ def save(
     path: leaf.get_value()
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
-  codes = {dtype: code for code, dtype in _DTYPES.items()}
-  tensors: dict[str, tuple[_Leaf, tuple[int, ...]]] = {}
+  tensors, places = {}, {}
   for leaf in _leaves(config, params):
     array, dotted = params[leaf.path], ".".join(map(str, leaf.path))
-    if np.dtype(array.dtype) not in codes:
+    dtype = np.dtype(array.dtype)
+    if dtype not in DTYPES.values():
       raise ValueError(
-        f"model: {dotted} is {array.dtype}, a checkpoint holds"
-        f" {sorted(map(str, codes))}"
+        f"model: {dotted} is {dtype}, a checkpoint holds {_names(DTYPES)}"
       )
     if not array.is_fully_addressable:
       raise NotImplementedError(
         f"model: {dotted} lies on devices of other processes"
       )
     for at, name in leaf.names.items():
-      tensors[prefix + name] = (leaf, at)
+      tensors[prefix + name] = (dtype, leaf.layout.tensor)
+      places[prefix + name] = (array, at, leaf.layout)
 
-  def entry(name: str) -> tuple[np.dtype, tuple[int, ...], int]:
-    leaf, _ = tensors[name]
-    dtype, shape = np.dtype(params[leaf.path].dtype), leaf.layout.tensor
-    return dtype, shape, math.prod(shape) * dtype.itemsize
+  def fetch(name: str) -> np.ndarray:
+    array, at, layout = places[name]
+    back = tuple(int(axis) for axis in np.argsort(layout.axes))
+    return np.asarray(jnp.transpose(array[at], back).reshape(layout.tensor))
 
-  files = _pack({name: entry(name)[2] for name in tensors}, max_file_bytes)
-  folder.parent.mkdir(parents=True, exist_ok=True)
-  work = pathlib.Path(
-    tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+  safetensors.write(
+    folder,
+    tensors,
+    fetch,
+    documents={"config.json": config_json(config)},
+    max_file_bytes=max_file_bytes,
   )
-  try:
-    places, total = {}, 0
-    for number, names in enumerate(files, 1):
-      file = f"model-{number:05}-of-{len(files):05}.safetensors"
-      header, end = {"__metadata__": {"format": "pt"}}, 0
-      for name in names:
-        dtype, shape, size = entry(name)
-        header[name] = {
-          "dtype": codes[dtype],
-          "shape": list(shape),
-          "data_offsets": [end, end + size],
-        }
-        places[name], end = file, end + size
-      total += end
-      with (work / file).open("wb") as out:
-        text = json.dumps(header, separators=(",", ":")).encode()
-        text += b" " * (-len(text) % 8)
-        out.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-          leaf, at = tensors[name]
-          array = np.asarray(_taken(params[leaf.path], at, leaf.layout))
-          out.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8))
-    dtype = config.param_dtype
-    _write_json(work / "config.json", _config_json(config, dtype))
-    index = {"metadata": {"total_size": total}, "weight_map": places}
-    _write_json(work / _INDEX_FILE, index)
-    os.chmod(work, 0o777 & ~_umask())
-    os.replace(work, folder)
-  except BaseException:
-    shutil.rmtree(work, ignore_errors=True)
-    raise
-
-
-def _taken(array: jax.Array, at: tuple[int, ...], layout: _Layout) -> jax.Array:
-  """The tensor that lies at an index of a parameter."""
-  back = np.argsort(layout.axes)
-  return jnp.transpose(array[at], back).reshape(layout.tensor)
-
-
-def _pack(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-  """Names in order, split where a file would get too large."""
-  files: list[list[str]] = []
-  left = 0
-  for name, size in sorted(sizes.items()):
-    if not files or size > left:
-      files.append([])
-      left = most
-    files[-1].append(name)
-    left -= size
-  return files
-
-
-def _write_json(path: pathlib.Path, value: Any) -> None:
-  path.write_text(json.dumps(value, indent=2) + "\n")
-
-
-def _umask() -> int:
-  mask = os.umask(0)
-  os.umask(mask)
-  return mask
 
 
 # -------------------------------------------------------------- commands

@@ -208,7 +208,7 @@ class MixtureOfExperts(nnx.Module):
   ) -> tuple[Float[Array, "B T E"], Int32[Array, "B T A"]]:
     """The output, and the experts that each token went to."""
     weights = (self.gate, self.up, self.down)
-    out, experts = self._over_mesh()(
+    out, experts = self._over_mesh(x.shape[0])(
       x.astype(self.dtype),
       self.router[...],
       self.choice_bias[...],
@@ -218,13 +218,13 @@ class MixtureOfExperts(nnx.Module):
       out = out + self.shared(x)
     return out, experts
 
-  def _over_mesh(self) -> Callable:
+  def _over_mesh(self, rows: int) -> Callable:
     """`_local` on each device's tokens and experts."""
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return self._local
     names = mesh.axis_names
-    batch = tuple(a for a in self.sharding.batch if a in names)
+    batch = self.sharding.batch_axes(mesh, rows)
     expert, heads = (
       axis if axis in names else None
       for axis in (self.sharding.expert, self.sharding.heads)

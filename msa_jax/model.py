@@ -545,7 +545,7 @@ class DecoderLM(nnx.Module):
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return x
-    batch = tuple(a for a in self.sharding.batch if a in mesh.axis_names)
+    batch = self.sharding.batch_axes(mesh, x.shape[0])
     return lax.with_sharding_constraint(x, PartitionSpec(batch, None, None))
 
   def _stack_selections(
