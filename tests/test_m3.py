@@ -16,11 +16,14 @@ import jax
 import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 
-from msa_jax import ModelConfig, MoEConfig, m3
+import msa_jax
+from msa_jax import DecoderLM, IndexConfig, ModelConfig, MoEConfig, m3
 from msa_jax.safetensors import read_headers, write
+from train import data
 
 TINY = pathlib.Path("tests/data/m3_tiny")
 GOLDEN = dict(np.load(TINY / "golden.npz"))
@@ -103,7 +106,7 @@ def test_mlps_equal_transformers():
 
 
 def test_attention_layer_and_its_gradients_equal_transformers():
-  data = np.load(TINY.parent / "m3_tiny_attention.npz")
+  there = np.load(TINY.parent / "m3_tiny_attention.npz")
   layer = m3.load(TINY, implementation="xla").layers[2].attention
   heads = {"query": (8, 32), "key": (2, 32), "value": (2, 32)}
 
@@ -111,21 +114,21 @@ def test_attention_layer_and_its_gradients_equal_transformers():
     """transformers' arrays under our names and layouts."""
     arrays = {}
     for name, size in heads.items():
-      array = data[f"{prefix}{name[0]}_proj.weight"]
+      array = there[f"{prefix}{name[0]}_proj.weight"]
       arrays[name, "kernel"] = array.T.reshape(64, *size)
-    out = data[f"{prefix}o_proj.weight"]
+    out = there[f"{prefix}o_proj.weight"]
     arrays["out", "kernel"] = out.T.reshape(8, 32, 64)
     for name in ("query", "key"):
-      arrays[f"{name}_norm", "scale"] = data[f"{prefix}{name[0]}_norm.weight"]
+      arrays[f"{name}_norm", "scale"] = there[f"{prefix}{name[0]}_norm.weight"]
     return arrays
 
   index = {
-    ("index_query", "kernel"): data["indexer.q_proj.weight"].T.reshape(
+    ("index_query", "kernel"): there["indexer.q_proj.weight"].T.reshape(
       64, 2, 32
     ),
-    ("index_key", "kernel"): data["indexer.k_proj.weight"].T,
-    ("index_query_norm", "scale"): data["indexer.q_norm.weight"],
-    ("index_key_norm", "scale"): data["indexer.k_norm.weight"],
+    ("index_key", "kernel"): there["indexer.k_proj.weight"].T,
+    ("index_query_norm", "scale"): there["indexer.q_norm.weight"],
+    ("index_key_norm", "scale"): there["indexer.k_norm.weight"],
   }
   graphdef, state = nnx.split(layer, nnx.Param)
   # The checkpoint's third layer is the recorded one.
@@ -136,14 +139,14 @@ def test_attention_layer_and_its_gradients_equal_transformers():
   @jax.jit
   def loss(state, x):
     out = nnx.merge(graphdef, state)(x).out
-    return jnp.sum(out * data["cotangent"]), out
+    return jnp.sum(out * there["cotangent"]), out
 
-  x = jnp.asarray(data["hidden_states"])
+  x = jnp.asarray(there["hidden_states"])
   grad = jax.jit(jax.grad(loss, (0, 1), has_aux=True))
   (grads, dx), out = grad(state, x)
-  np.testing.assert_allclose(out, data["output"], atol=1e-5)
+  np.testing.assert_allclose(out, there["output"], atol=1e-5)
   got = {path: leaf[...] for path, leaf in nnx.to_flat_state(grads)}
-  want = ours("grad.") | {("x",): data["grad_hidden_states"]}
+  want = ours("grad.") | {("x",): there["grad_hidden_states"]}
   for path, value in want.items():
     ours_ = dx if path == ("x",) else got[path]
     scale = np.abs(value).max()
@@ -186,7 +189,7 @@ same_bits(tensors_of(TINY), tensors_of(sys.argv[2]))
 try:
   m3.load(TINY, mesh=jax.make_mesh((3,), ("expert",), axis_types=(Auto,)))
 except ValueError as error:
-  assert "cannot split parameter layers.1.mlp.gate [4, 64, 48]" in str(error)
+  assert "cannot split parameter layers.1.mlp.down [4, 48, 64]" in str(error)
 print("as on one device")
 """
 
@@ -583,6 +586,131 @@ def test_m2_style_loads(m2_folder, tmp_path):
   assert np.abs(dense - GOLDEN["logits"]).max() > 0.1
   m3.save(model, tmp_path / "out", prefix="")
   same_bits(tensors_of(m2_folder), tensors_of(tmp_path / "out"))
+
+
+def to_msa(model, index, seed=0, **options):
+  config = dataclasses.replace(
+    model.config, layer_kinds=("msa",), index=index, implementation="xla"
+  )
+  return msa_jax.to_msa(model, config, rngs=nnx.Rngs(seed), **options)
+
+
+def test_index_of_one_head_ranks_as_the_head_does():
+  """H = 1, D = I, blocks of one token: exactly the main branch's choice."""
+  config = ModelConfig(
+    vocab_size=64,
+    num_layers=2,
+    embed_dim=16,
+    num_heads=1,
+    num_kv_heads=1,
+    head_dim=8,
+    mlp_dim=16,
+    rope_dim=4,
+  )
+  tokens = jax.random.randint(jax.random.key(0), (2, 40), 0, 64)
+  index = IndexConfig(index_dim=8, block_size=1, top_k=5, num_local_blocks=0)
+  gqa = DecoderLM(config, rngs=nnx.Rngs(0))
+  for layer in gqa.layers:
+    for norm in (layer.attention.query_norm, layer.attention.key_norm):
+      norm.scale[...] = jax.random.uniform(jax.random.key(1), (8,)) + 0.5
+  out = run(to_msa(gqa, index), tokens, "warmup")
+  np.testing.assert_array_equal(out.selection.block_recall, 1.0)
+  out = run(to_msa(gqa, index, index_init="random"), tokens, "warmup")
+  assert np.all(out.selection.block_recall < 0.7)
+  with pytest.raises(ValueError, match="index_init must be 'main' or 'random'"):
+    to_msa(gqa, index, index_init="mean")
+
+
+@nnx.jit
+def measure(model, tokens):
+  """Block recall, score recall and KL before any training."""
+  out = model(tokens, phase="warmup", with_selection=True, with_kl=True)
+  return jnp.stack(
+    [out.selection.block_recall, out.selection.score_recall, out.kl]
+  )
+
+
+@pytest.mark.parametrize("index_dim", [16, 8])
+def test_to_msa_starts_from_the_main_attention(index_dim):
+  """Recalls of a trained model against fresh projections; the numbers of
+  index_dim 16 are those in to_msa's docstring."""
+  gqa = m3.load("tests/data/recall_gqa")
+  batch = data.load(data.RecallConfig()).eval_batch(
+    0, batch_size=8, context=256
+  )
+  tokens = jnp.asarray(batch.tokens[:, :-1])
+  index = IndexConfig(index_dim=index_dim, block_size=16, top_k=4)
+  dense = run(gqa, tokens).logits
+  right = np.argmax(dense, -1) == batch.tokens[:, 1:]
+  assert right[batch.distance >= 0].mean() > 0.9  # It has learnt its task.
+  main = to_msa(gqa, index)
+  np.testing.assert_allclose(
+    run(main, tokens, "warmup").logits, dense, atol=1e-4
+  )
+  got = measure(main, tokens)
+  fresh = [
+    measure(to_msa(gqa, index, seed, index_init="random"), tokens)
+    for seed in range(3)
+  ]
+  fresh = np.mean(fresh, axis=0)
+  # In each layer.
+  assert np.all(got[0] > fresh[0] + 0.05)
+  assert np.all(got[1] > fresh[1] + 0.01)
+  assert np.all(got[2] < 0.6 * fresh[2])
+  if index_dim == 16:
+    means = np.stack([fresh.mean(-1), got.mean(-1)], axis=-1)
+    want = [(0.555, 0.666), (0.562, 0.604), (0.68, 0.26)]
+    np.testing.assert_allclose(means, want, atol=0.01)
+
+
+def test_index_dims_beyond_the_heads_start_at_random():
+  gqa = m3.load("tests/data/recall_gqa")
+  index = IndexConfig(index_dim=20, block_size=16, top_k=4)
+  main, fresh = (
+    to_msa(gqa, index, index_init=kind).layers[0].attention
+    for kind in ("main", "random")
+  )
+  mean = jnp.mean(gqa.layers[0].attention.key.kernel[...], axis=1)
+  got = main.index_key.kernel[...]
+  np.testing.assert_array_equal(got[:, :16], mean)
+  np.testing.assert_array_equal(got[:, 16:], fresh.index_key.kernel[:, 16:])
+
+
+def test_a_loaded_model_can_be_fine_tuned(m2_folder, tmp_path):
+  """MSA-CPT of two layers of an M2-style model: LM loss and KL fall, both."""
+  tensors = {
+    name: value
+    for name, value in tensors_of(m2_folder).items()
+    if ".layers.2." not in name and ".layers.3." not in name
+  }
+  two = dict(num_hidden_layers=2, mlp_layer_types=["dense", "sparse"])
+  folder = make(
+    tmp_path / "two", tensors, two, drop=("layer_types", "index_n_heads")
+  )
+  index = IndexConfig(index_dim=16, block_size=16, top_k=3)
+  model = to_msa(m3.load(folder), index)
+  for layer in model.layers:
+    layer.attention.implementation = "reference"  # The faster to compile.
+  optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
+  tokens = TOKENS[:, :65]
+
+  @nnx.jit
+  def step(model, optimizer):
+    def loss(model):
+      out = model(tokens[:, :-1], with_kl=True)
+      lm = optax.softmax_cross_entropy_with_integer_labels(
+        out.logits, tokens[:, 1:]
+      ).mean()
+      return lm + out.kl.sum(), (lm, out.kl)
+
+    grads, aux = nnx.grad(loss, has_aux=True)(model)
+    optimizer.update(model, grads)
+    return aux
+
+  losses = [step(model, optimizer) for _ in range(8)]
+  lm, kl = (np.stack([loss[i] for loss in losses]) for i in (0, 1))
+  assert lm[-1] < lm[0] - 0.5
+  assert np.all(kl[-1] < kl[0])
 
 
 # --- Commands -----------------------------------------------------------------

@@ -115,6 +115,10 @@ class RecipeConfig:
   """MSA-CPT: the folder of the GQA run to start from. In a comparison, the
   name of another side of the task: its run of the same seed."""
 
+  index_init: Literal["random", "main"] = "random"
+  """MSA-CPT: index projections that start fresh, as the paper's, or from the
+  main branch's (see `msa_jax.to_msa`)."""
+
   init_step: int | None = None
   """The step of init_from's checkpoint. Schedule and batches go on from it."""
 
@@ -127,6 +131,14 @@ class RecipeConfig:
     )
     if self.init_step is not None:
       _check_least(self, 1, "init_step")
+    _check(
+      self.index_init in ("random", "main"),
+      f"index_init={self.index_init!r}: wanted 'random' or 'main'.",
+    )
+    _check(
+      self.index_init == "random" or self.init_from is not None,
+      "index_init='main': wanted init_from, a GQA run to start from.",
+    )
 
   @property
   def first_sparse_step(self) -> int:

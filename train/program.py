@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -272,16 +272,19 @@ class Program:
     state = unflatten_state(saved, dense.abstract_state)
 
     def graft(state: TrainState) -> TrainState:
-      def convert(tree: Params) -> Params:
+      def convert(
+        tree: Params, index_init: Literal["main", "random"] = "random"
+      ) -> Params:
         model = model_lib.to_msa(
           dense.merge(tree),
           self.model_config,
           rngs=nnx.Rngs(jax.random.key(self.config.seed)),
           sharding=self.sharding,
+          index_init=index_init,
         )
         return _flatten_model(model)
 
-      fresh = self._state(convert(state.params))
+      fresh = self._state(convert(state.params, recipe.index_init))
       clip, adam, decay = state.opt["backbone"]
       adam = adam._replace(
         mu=self.group(convert(adam.mu), "backbone"),
