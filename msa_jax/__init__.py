@@ -7,8 +7,10 @@ from msa_jax.attention import (
   Selection,
   Sharding,
 )
+from msa_jax.cache import Cache, LayerCache
 from msa_jax.model import (
   DecoderLM,
+  ExtendOutput,
   IndexConfig,
   LMOutput,
   ModelConfig,
@@ -17,8 +19,10 @@ from msa_jax.model import (
   to_msa,
 )
 from msa_jax.ops import (
+  DecodeOutput,
   MSAOutput,
   check_block_indices,
+  decode_attention,
   index_kl_loss,
   msa_attention,
   select_blocks,
@@ -27,10 +31,14 @@ from msa_jax.ops import (
 )
 
 __all__ = [
+  "Cache",
+  "DecodeOutput",
   "DecoderLM",
+  "ExtendOutput",
   "GQAttention",
   "IndexConfig",
   "LMOutput",
+  "LayerCache",
   "MSALayerOutput",
   "MSAOutput",
   "MSAttention",
@@ -39,6 +47,7 @@ __all__ = [
   "Selection",
   "Sharding",
   "check_block_indices",
+  "decode_attention",
   "index_kl_loss",
   "is_index_param",
   "msa_attention",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -20,6 +21,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from msa_jax import cache as cache_lib
 from msa_jax import ops, reference
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -34,30 +36,28 @@ class Sharding:
   (`jax.set_mesh`) when they are created.
 
   Attributes:
-    batch: axes of the batch; see `batch_axes`.
+    batch: axes of the batch; those that the mesh lacks do not count.
     heads: axis of the KV heads (and of the MLP's hidden units); None: whole.
     embed: axis that parameters' embedding dimension is stored over; None:
       whole.
-    expert: axis of the experts; None: whole. The batch may be split over it
-      too.
+    expert: axis of the experts; None: whole. A batch that it divides is split
+      over it too.
   """
 
-  batch: tuple[str, ...] = ("data", "fsdp", "expert")
+  batch: tuple[str, ...] = ("data", "fsdp")
   heads: str | None = "tensor"
   embed: str | None = "fsdp"
   expert: str | None = "expert"
 
   def batch_axes(self, mesh: Any, rows: int) -> tuple[str, ...]:
-    """The axes that split a batch of rows: those that the mesh has, as long as
-    they divide it (one row alone is computed everywhere)."""
-    axes, parts = (), 1
-    for axis in self.batch:
-      if axis in mesh.axis_names:
-        parts *= mesh.shape[axis]
-        if rows % parts:
-          break
-        axes += (axis,)
-    return axes
+    """The axes of the mesh that split a batch of rows."""
+    axes = tuple(axis for axis in self.batch if axis in mesh.axis_names)
+    expert = self.expert
+    if expert is None or expert not in mesh.axis_names or expert in axes:
+      return axes
+    split = (*axes, expert)
+    parts = math.prod(mesh.shape[axis] for axis in split)
+    return split if rows % parts == 0 else axes
 
 
 class Selection(NamedTuple):
@@ -80,6 +80,20 @@ class MSALayerOutput(NamedTuple):
   out: Float[Array, "B T E"]
   kl: Float[Array, ""]
   selection: Selection | None
+
+
+class CachedOutput(NamedTuple):
+  """Result of a layer's `extend`.
+
+  Attributes:
+    out: the layer's output.
+    cache: the layer's cache with the tokens in it.
+    block_indices: what an MSA layer chose; None for dense attention.
+  """
+
+  out: Float[Array, "B T E"]
+  cache: cache_lib.LayerCache
+  block_indices: Int32[Array, "B K T P"] | None
 
 
 def partial_rope(
@@ -242,16 +256,89 @@ class GQAttention(nnx.Module):
     """
     _check_input(x)
     q, k, v = self._qkv(x, positions)
-    try:
-      out = jax.nn.dot_product_attention(
-        q, k, v, is_causal=True, implementation=self.implementation
-      )
-    except RuntimeError as error:
-      # jax says so where cuDNN is missing.
-      raise NotImplementedError(
-        f"implementation={self.implementation!r} is not possible here: {error}"
-      ) from error
+    out = _dot_product_attention(
+      q, k, v, is_causal=True, implementation=self.implementation
+    )
     return self.out(out)
+
+  def init_cache(
+    self, batch: int, capacity: int, *, index_dtype: Any = None
+  ) -> cache_lib.LayerCache:
+    """An empty cache, see `msa_jax.cache.empty_layer`."""
+    return cache_lib.empty_layer(
+      batch,
+      capacity,
+      self.num_kv_heads,
+      self.head_dim,
+      dtype=self.value.dtype or jnp.float32,
+      index_dim=self._cached_index_dim(),
+      index_dtype=index_dtype,
+    )
+
+  def _cached_index_dim(self) -> int | None:
+    """Size of a cached index key; None: there are none."""
+    return None
+
+  def extend(
+    self,
+    x: Float[Array, "B T E"],
+    cache: cache_lib.LayerCache,
+    span: cache_lib.Span,
+  ) -> CachedOutput:
+    """Caches the next T tokens of each row and attends from them.
+
+    Args:
+      x: input.
+      cache: what the layer keeps of the tokens before.
+      span: of `msa_jax.Cache.reserve`.
+    """
+    _check_input(x)
+    q, k, v = self._qkv(x, span.positions)
+    extend = functools.partial(
+      _extend_dense, implementation=self.implementation
+    )
+    extend = self._over_mesh_cached(extend, x.shape[0])
+    result = extend(q, k, v, None, None, cache, span)
+    return result._replace(out=self.out(result.out))
+
+  def mesh_axes(self, rows: int) -> tuple[tuple[str, ...], str | None] | None:
+    """Axes of a batch of rows and of the KV heads in the mesh; None without
+    one."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if self.sharding is None or mesh.empty:
+      return None
+    batch = self.sharding.batch_axes(mesh, rows)
+    heads = self.sharding.heads
+    heads = heads if heads in mesh.axis_names else None
+    split = 1 if heads is None else mesh.shape[heads]
+    if self.num_kv_heads % split:
+      raise ValueError(
+        f"num_kv_heads must be a multiple of mesh axis {heads!r} = {split},"
+        f" got {self.num_kv_heads}"
+      )
+    return batch, heads
+
+  def _over_mesh_cached(self, extend: Callable, rows: int) -> Callable:
+    """Runs `extend(q, k, v, index_q, index_k, cache, span)`, which returns a
+    `CachedOutput` of heads, on each device's batch rows and KV heads.
+
+    A cache is written and read where it lies: nothing moves between devices.
+    """
+    axes = self.mesh_axes(rows)
+    if axes is None:
+      return extend
+    batch, heads = axes
+    tokens: Any = PartitionSpec(batch, None, heads, None)
+    shared = PartitionSpec(batch, None, None)
+    cache = cache_lib.layer_partition(batch, heads)
+    span: Any = (PartitionSpec(batch, None), PartitionSpec(batch))
+    blocks: Any = PartitionSpec(batch, heads, None, None)
+    return jax.shard_map(
+      extend,
+      in_specs=(*(tokens,) * 4, shared, cache, cache_lib.Span(*span)),
+      out_specs=CachedOutput(tokens, cache, blocks),
+      check_vma=False,
+    )
 
 
 class MSAttention(GQAttention):
@@ -412,6 +499,96 @@ class MSAttention(GQAttention):
       out = out + self.index_out(index_out)
     return MSALayerOutput(out, kl, selection)
 
+  def _cached_index_dim(self) -> int | None:
+    if self.selection != "index" or self.force_first_block or self.value_head:
+      raise NotImplementedError(
+        "a cache supports MSA with selection='index', force_first_block=False"
+        f" and value_head=False, got {self.selection!r},"
+        f" {self.force_first_block} and {self.value_head}"
+      )
+    return self.index_dim
+
+  def extend(
+    self,
+    x: Float[Array, "B T E"],
+    cache: cache_lib.LayerCache,
+    span: cache_lib.Span,
+    *,
+    phase: ops.Phase = "sparse",
+  ) -> CachedOutput:
+    """Caches the next T tokens of each row and attends from them.
+
+    Up to `msa_jax.ops.MAX_DECODE_TOKENS` tokens go through `decode_attention`,
+    more through `msa_attention`.
+
+    Args:
+      x: input.
+      cache: what the layer keeps of the tokens before. With index keys in e4m3
+        blocks are scored as with score_precision="fp8", else exactly.
+      span: of `msa_jax.Cache.reserve`.
+      phase: "sparse", or "warmup" for dense attention.
+    """
+    _check_input(x)
+    self._cached_index_dim()
+    q, k, v = self._qkv(x, span.positions)
+    index_q, index_k, _ = self._index(x.astype(q.dtype), span.positions)
+    extend = functools.partial(self._extend, phase=phase)
+    result = self._over_mesh_cached(extend, x.shape[0])(
+      q, k, v, index_q, index_k, cache, span
+    )
+    return result._replace(out=self.out(result.out))
+
+  def _extend(
+    self,
+    q: Array,
+    k: Array,
+    v: Array,
+    index_q: Array,
+    index_k: Array,
+    cache: cache_lib.LayerCache,
+    span: cache_lib.Span,
+    *,
+    phase: ops.Phase,
+  ) -> CachedOutput:
+    """One device's batch rows and KV heads."""
+    cache = cache.write(span.slots, k, v, index_k)
+    cached_index_k: Any = cache.index_k
+    options: dict[str, Any] = dict(
+      kv_lengths=span.lengths,
+      block_size=self.block_size,
+      top_k=self.top_k,
+      num_local_blocks=self.num_local_blocks,
+      implementation=self.implementation,
+    )
+    if phase == "sparse" and q.shape[1] <= ops.MAX_DECODE_TOKENS:
+      result = ops.decode_attention(
+        q,
+        cache.k,
+        cache.v,
+        index_q,
+        cached_index_k,
+        index_k_scale=cache.index_k_scale,
+        **options,
+      )
+    else:
+      keys: Any = cache.index_keys()
+      precision = self.score_precision
+      if cache.index_k_scale is not None:
+        precision = "fp8"
+      elif precision == "fp8":
+        precision = "exact"
+      result = ops.msa_attention(
+        q,
+        cache.k,
+        cache.v,
+        index_q,
+        keys,
+        phase=phase,
+        score_precision=precision,
+        **options,
+      )
+    return CachedOutput(result.out, cache, result.block_indices)
+
   def _attend(
     self,
     q: Array,
@@ -570,19 +747,11 @@ class MSAttention(GQAttention):
     mapped by hand. The KL is a mean, so the devices' means are weighed by the
     rows that each one counted.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if self.sharding is None or mesh.empty:
+    mesh_axes = self.mesh_axes(rows)
+    if mesh_axes is None:
       return attend
-    batch = self.sharding.batch_axes(mesh, rows)
-    heads = self.sharding.heads
-    heads = heads if heads in mesh.axis_names else None
+    batch, heads = mesh_axes
     axes = batch + (() if heads is None else (heads,))
-    split = 1 if heads is None else mesh.shape[heads]
-    if self.num_kv_heads % split:
-      raise ValueError(
-        f"num_kv_heads must be a multiple of mesh axis {heads!r} = {split},"
-        f" got {self.num_kv_heads}"
-      )
 
     def local(q, k, v, index_q, index_k, index_v, query_mask):
       out, index_out, kl, selection = attend(
@@ -615,6 +784,66 @@ class MSAttention(GQAttention):
       out_specs=(tokens, tokens, scalar, selection),
       check_vma=False,
     )
+
+
+# cuDNN reads keys and values in tiles, the last of them past a row's end.
+_CUDNN_TILE = 256
+
+
+def _extend_dense(
+  q: Array,
+  k: Array,
+  v: Array,
+  index_q: None,
+  index_k: None,
+  cache: cache_lib.LayerCache,
+  span: cache_lib.Span,
+  *,
+  implementation: Any,
+) -> CachedOutput:
+  """Dense attention of one device's batch rows and KV heads.
+
+  A weight of zero times NaN is NaN, so what unused slots hold is kept out of
+  the values: by a mask, or, as cuDNN skips the tiles that no row uses, by
+  zeros in the unused part of the last one, which cost next to nothing.
+  """
+  cache = cache.write(span.slots, k, v)
+  q_len, capacity = q.shape[1], cache.k.shape[1]
+  slot = jnp.arange(capacity)
+  if implementation == "cudnn":
+    tail = span.lengths[:, None] + jnp.arange(_CUDNN_TILE)
+    # Rows that may see nothing can hold something: they stay as they are.
+    unused = (tail < capacity) & (span.lengths[:, None] > 0)
+    zeros = jnp.zeros((*tail.shape, *k.shape[2:]), k.dtype)
+    cache = cache.write(jnp.where(unused, tail, capacity + tail), zeros, zeros)
+    values = cache.v
+  else:
+    used = (slot < span.lengths[:, None])[..., None, None]
+    values = jnp.where(used, cache.v, 0)
+  # A single query sees all keys of its row.
+  visible = (slot <= span.positions[..., None])[:, None]
+  out = _dot_product_attention(
+    q,
+    cache.k,
+    values,
+    mask=None if q_len == 1 else visible,
+    key_value_seq_lengths=jnp.maximum(span.lengths, 1),
+    implementation=implementation,
+  )
+  # Padding, and rows that may see nothing.
+  out = jnp.where((span.positions >= 0)[..., None, None], out, 0)
+  return CachedOutput(out, cache, None)
+
+
+def _dot_product_attention(q: Array, k: Array, v: Array, **options) -> Array:
+  """`jax.nn.dot_product_attention`, which says so where cuDNN is missing."""
+  try:
+    return jax.nn.dot_product_attention(q, k, v, **options)
+  except RuntimeError as error:
+    raise NotImplementedError(
+      f"implementation={options['implementation']!r} is not possible here:"
+      f" {error}"
+    ) from error
 
 
 def _check_input(x: Array) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import itertools
-from collections.abc import Sequence
+import math
+from collections.abc import Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -16,8 +17,10 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
+from msa_jax import cache as cache_lib
 from msa_jax import ops
 from msa_jax.attention import (
+  CachedOutput,
   GQAttention,
   MSAttention,
   Selection,
@@ -304,6 +307,21 @@ class _LayerOutput(NamedTuple):
   experts: Array | None
 
 
+class ExtendOutput(NamedTuple):
+  """Result of `DecoderLM.extend`.
+
+  Attributes:
+    logits: float32, of every token or of the last one.
+    cache: the cache with the tokens in it.
+    block_indices: chosen blocks of each layer, -1 for dense ones; None if not
+      asked for.
+  """
+
+  logits: Float[Array, "B T V"]
+  cache: cache_lib.Cache
+  block_indices: Int[Array, "L B K T P"] | None
+
+
 class DecoderLayer(nnx.Module):
   """x + attention(norm(x)), then x + mlp(norm(x))."""
 
@@ -391,12 +409,33 @@ class DecoderLayer(nnx.Module):
       )
     else:
       out, kl, selection = self.attention(h), jnp.zeros((), jnp.float32), None
-    x = x + out
-    experts = None
-    out = self.mlp(self.mlp_norm(x))
-    if isinstance(out, tuple):
-      out, experts = out
-    return _LayerOutput(x + out, kl, selection, experts)
+    x, experts = self._add_mlp(x + out)
+    return _LayerOutput(x, kl, selection, experts)
+
+  def extend(
+    self,
+    x: Float[Array, "B T E"],
+    cache: cache_lib.LayerCache,
+    span: cache_lib.Span,
+    *,
+    phase: ops.Phase,
+  ) -> CachedOutput:
+    """The next T tokens of each row, which go into the cache."""
+    h = self.attention_norm(x)
+    if isinstance(self.attention, MSAttention):
+      result = self.attention.extend(h, cache, span, phase=phase)
+    else:
+      result = self.attention.extend(h, cache, span)
+    x, _ = self._add_mlp(x + result.out)
+    return result._replace(out=x)
+
+  def _add_mlp(self, x: Array) -> tuple[Array, Array | None]:
+    """x + mlp(norm(x)), and the experts that were chosen."""
+    h = self.mlp_norm(x)
+    if isinstance(self.mlp, MixtureOfExperts):
+      out, experts = self.mlp(h)
+      return x + out, experts
+    return x + self.mlp(h), None
 
 
 class DecoderLM(nnx.Module):
@@ -489,12 +528,7 @@ class DecoderLM(nnx.Module):
       with_selection: whether to return chosen blocks and recalls.
       query_mask: tokens that count in the KL; None: all.
     """
-    if tokens.ndim != 2:
-      raise ValueError(
-        f"tokens must have rank 2, [B, T], got shape {tokens.shape}"
-      )
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-      raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+    _check_tokens(tokens)
     x = self._split_batch(self.embed(tokens))
     kls, selections, experts = [], [], []
     for group in self.layers:
@@ -521,25 +555,162 @@ class DecoderLM(nnx.Module):
       kls.append(kl)
       selections.append(selection)
       experts.append(chosen)
-    x = self.norm(x)
-    if self.config.tie_embeddings:
-      weight = self.embed.embedding[...].astype(x.dtype)
-      logits = jnp.einsum(
-        "bte,ve->btv", x, weight, preferred_element_type=jnp.float32
-      )
-    else:
-      logits = jnp.einsum(
-        "bte,ev->btv",
-        x,
-        self.head.kernel[...].astype(x.dtype),
-        preferred_element_type=jnp.float32,
-      )
+    logits = self._logits(x)
     kl = jnp.concatenate(kls).astype(jnp.float32)
     selection = None
     if with_selection:
       selection = self._stack_selections(selections, tokens.shape)
     return LMOutput(
       logits, kl, selection, self._stack_experts(experts, tokens.shape)
+    )
+
+  def init_cache(
+    self, batch: int, capacity: int, *, index_dtype: Any = None
+  ) -> cache_lib.Cache:
+    """An empty cache, split over the mesh in context.
+
+    Args:
+      batch: rows, B.
+      capacity: tokens that each row has room for, C.
+      index_dtype: of the index keys: the model's dtype, or float8_e4m3fn, which
+        halves what decoding reads and scores blocks as score_precision="fp8"
+        does. None: float8_e4m3fn if that is the config's score_precision.
+
+    Raises:
+      ValueError: an argument is wrong.
+      NotImplementedError: an ablation of the config has no cached form.
+    """
+    if index_dtype is None and self.config.index.score_precision == "fp8":
+      index_dtype = cache_lib.FP8
+
+    def build():
+      return cache_lib.empty(
+        tuple(
+          layer.attention.init_cache(batch, capacity, index_dtype=index_dtype)
+          for layer in self._each_layer()
+        )
+      )
+
+    axes = next(self._each_layer()).attention.mesh_axes(batch)
+    if axes is None:
+      return build()
+    split = math.prod(
+      jax.sharding.get_abstract_mesh().shape[axis] for axis in axes[0]
+    )
+    _require(
+      batch % split == 0,
+      "batch",
+      f"a multiple of mesh axes {axes[0]} = {split}",
+      batch,
+    )
+    places = cache_lib.partition(jax.eval_shape(build), *axes)
+    return jax.jit(build, out_shardings=places)()
+
+  def extend(
+    self,
+    tokens: Int[Array, "B T"],
+    cache: cache_lib.Cache,
+    *,
+    counts: Int[Array, "B"] | None = None,
+    phase: ops.Phase = "sparse",
+    last_only: bool = False,
+    with_selection: bool = False,
+  ) -> ExtendOutput:
+    """Reads the next T tokens of each row, which go into the cache.
+
+    Logits equal those of one pass over each row's tokens from the first.
+    Rows that overflow are marked in the cache, see `msa_jax.Cache`; their
+    logits mean nothing, and nor do those of padding. With `scan_layers` each
+    call copies the stacked weights: `to_msa` unstacks them.
+
+    Args:
+      tokens: token ids.
+      cache: of `init_cache` or an earlier call; donate it to write in place.
+      counts: real tokens of each row, the last counts[b] of T: padding is on
+        the left. None: all.
+      phase: of the MSA layers: "sparse" or "warmup".
+      last_only: whether to return the last token's logits alone.
+      with_selection: whether to return chosen blocks.
+
+    Raises:
+      ValueError: the tokens or the cache do not fit the model or each other.
+    """
+    _check_tokens(tokens)
+    self._check_cache(cache, tokens.shape)
+    cache, span = cache.reserve(tokens.shape[1], counts)
+    x = self._split_batch(self.embed(tokens))
+    layers, choices = [], []
+    for layer, held in zip(self._each_layer(), cache.layers):
+      x, held, blocks = layer.extend(x, held, span, phase=phase)
+      layers.append(held)
+      choices.append(blocks)
+    logits = self._logits(x[:, -1:] if last_only else x)
+    block_indices = None
+    if with_selection:
+      config = self.config
+      b, t = tokens.shape
+      shape = (b, config.num_kv_heads, t, config.index.top_k)
+      none = jnp.full(shape, -1, jnp.int32)
+      block_indices = jnp.stack([none if c is None else c for c in choices])
+    cache = cache._replace(layers=tuple(layers))
+    return ExtendOutput(logits, cache, block_indices)
+
+  def _each_layer(self) -> Iterator[DecoderLayer]:
+    """The layers one by one, also if they are stacked."""
+    if not self.config.scan_layers:
+      yield from self.layers
+      return
+    for stack, (_, count) in zip(self.layers, _runs(self.config)):
+      graphdef, params = nnx.split(stack)
+      for i in range(count):
+        yield nnx.merge(graphdef, jax.tree.map(lambda p, i=i: p[i], params))
+
+  def _check_cache(
+    self, cache: cache_lib.Cache, tokens_shape: tuple[int, ...]
+  ) -> None:
+    """Compares a cache with the one that `init_cache` would make."""
+    if not isinstance(cache, cache_lib.Cache):
+      raise ValueError(
+        f"cache must be a msa_jax.Cache, got {type(cache).__name__}"
+      )
+    batch, q_len = tokens_shape
+    index_dtypes = [
+      layer.index_k.dtype for layer in cache.layers if layer.index_k is not None
+    ]
+    codes = any(dtype == cache_lib.FP8 for dtype in index_dtypes)
+    build = functools.partial(
+      self.init_cache,
+      batch,
+      cache.capacity,
+      index_dtype=cache_lib.FP8 if codes else self.config.dtype,
+    )
+    found, wanted = _describe(cache), _describe(jax.eval_shape(build))
+    for name in sorted({*found, *wanted}):
+      got, want = found.get(name, "None"), wanted.get(name, "None")
+      if got != want:
+        raise ValueError(
+          f"cache{name} must be {want} for {batch} rows of this model, got"
+          f" {got}"
+        )
+    _require(
+      q_len <= cache.capacity,
+      "tokens",
+      f"at most the cache's capacity = {cache.capacity} a row",
+      q_len,
+    )
+
+  def _logits(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
+    x = self.norm(x)
+    if self.config.tie_embeddings:
+      weight = self.embed.embedding[...].astype(x.dtype)
+      return jnp.einsum(
+        "bte,ve->btv", x, weight, preferred_element_type=jnp.float32
+      )
+    return jnp.einsum(
+      "bte,ev->btv",
+      x,
+      self.head.kernel[...].astype(x.dtype),
+      preferred_element_type=jnp.float32,
     )
 
   def _split_batch(self, x: Array) -> Array:
@@ -577,6 +748,23 @@ class DecoderLM(nnx.Module):
         for chosen, count in zip(experts, group_sizes(self.config))
       ]
     )
+
+
+def _check_tokens(tokens: Array) -> None:
+  if tokens.ndim != 2:
+    raise ValueError(
+      f"tokens must have rank 2, [B, T], got shape {tokens.shape}"
+    )
+  if not jnp.issubdtype(tokens.dtype, jnp.integer):
+    raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+
+
+def _describe(tree: Any) -> dict[str, str]:
+  """Dtype and shape of each array by its place."""
+  return {
+    jax.tree_util.keystr(path): f"{x.dtype} of shape {tuple(x.shape)}"
+    for path, x in jax.tree_util.tree_leaves_with_path(tree)
+  }
 
 
 def _build_layer(

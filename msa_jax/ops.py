@@ -32,6 +32,9 @@ Implementation = Literal["reference", "xla", "mosaic_gpu"]
 Phase = Literal["sparse", "warmup"]
 ScorePrecision = Literal["exact", "fast", "fp8"]
 
+# Query tokens a row that `decode_attention` takes.
+MAX_DECODE_TOKENS = 16
+
 
 class MSAOutput(NamedTuple):
   """What `msa_attention` returns; a pytree.
@@ -48,6 +51,18 @@ class MSAOutput(NamedTuple):
   kl: Float[Array, ""]
   block_indices: Int32[Array, "B K T P"]
   lse: Float[Array, "B H T"]
+
+
+class DecodeOutput(NamedTuple):
+  """What `decode_attention` returns; a pytree.
+
+  Attributes:
+    out: attention output, in q's dtype.
+    block_indices: the blocks that the Index Branch chose.
+  """
+
+  out: Float[Array, "B T H D"]
+  block_indices: Int32[Array, "B K T P"]
 
 
 def select_blocks(
@@ -368,6 +383,102 @@ def msa_attention(
   )
 
 
+def decode_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B C K D"],
+  v: Float[Array, "B C K D"],
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B C I"],
+  *,
+  kv_lengths: Integer[Array, "B"],
+  index_k_scale: Float[Array, "B C"] | None = None,
+  block_size: int = 128,
+  top_k: int = 16,
+  num_local_blocks: int = 1,
+  scale: float | None = None,
+  implementation: Implementation | None = None,
+) -> DecodeOutput:
+  """Sparse attention of a row's last 1 to 16 tokens to the tokens of a cache.
+
+  The same as `msa_attention` in the sparse phase, for arrays that have room
+  for C tokens a row. Slots from kv_lengths[b] on are unused: whatever they
+  hold, NaN included, changes nothing.
+
+  Index keys may be e4m3 codes with a float32 scale a token, as `msa_jax.Cache`
+  keeps them. The score of key j is then
+  index_k_scale[b, j] (e4m3(index_q / r) . index_k[b, j]) r,
+  r = max |index_q| / 448 of each query and group: `score_precision="fp8"`.
+
+  Nothing is to be trained through a cache: there is no gradient.
+
+  Args:
+    q: queries, the last T of the row's kv_lengths[b] tokens.
+    k: keys.
+    v: values.
+    index_q: index queries, one head a group.
+    index_k: index keys, one head; in q's dtype or float8_e4m3fn.
+    kv_lengths: tokens that each row holds, the queries' own among them. Rows
+      that hold fewer than T have empty rows first.
+    index_k_scale: with e4m3 index keys, and only then.
+    block_size: tokens a block.
+    top_k: blocks kept, P.
+    num_local_blocks: blocks forced, counted back from the query's own.
+    scale: factor of the main scores; None: D^-0.5.
+    implementation: see the module's text.
+
+  Raises:
+    ValueError: an argument is wrong.
+    NotImplementedError: the named implementation does not support the call, or
+      it is differentiated.
+  """
+  _check_floats(
+    q=(q, "B T H D"),
+    k=(k, "B C K D"),
+    v=(v, "B C K D"),
+    index_q=(index_q, "B T K I"),
+  )
+  _check_attention(q, k, v)
+  _check_decode_index(index_q, index_k, index_k_scale, q, k)
+  if q.shape[1] > MAX_DECODE_TOKENS:
+    raise ValueError(
+      f"q must have 1 to {MAX_DECODE_TOKENS} tokens, got T = {q.shape[1]};"
+      " msa_attention with kv_lengths takes more"
+    )
+  _check_blocks(block_size, top_k, num_local_blocks)
+  if kv_lengths is None:
+    raise ValueError("kv_lengths must be an array of shape [B], got None")
+  _check_kv_lengths(kv_lengths, q.shape[0])
+  options = dict(
+    block_size=block_size,
+    top_k=top_k,
+    num_local_blocks=num_local_blocks,
+    scale=_scale("scale", scale, q),
+  )
+
+  @jax.custom_jvp
+  def run(q, k, v, index_q, index_k, kv_lengths, index_k_scale):
+    args = (q, k, v, index_q, index_k)
+    cached = dict(kv_lengths=kv_lengths, index_k_scale=index_k_scale)
+    return _dispatch(
+      implementation,
+      reference=lambda: reference.decode_attention(*args, **cached, **options),
+      xla=lambda: xla.decode_attention(*args, **cached, **options),
+      mosaic_gpu=lambda: mosaic_gpu.decode_attention(
+        *args, **cached, **options
+      ),
+    )
+
+  @run.defjvp
+  def _(primals, tangents):
+    raise NotImplementedError(
+      "decode_attention has no gradient; msa_attention has one"
+    )
+
+  return DecodeOutput(
+    *run(q, k, v, index_q, index_k, kv_lengths, index_k_scale)
+  )
+
+
 def check_block_indices(
   block_indices: Int32[Array, "B K T P"],
   kv_len: int,
@@ -559,6 +670,40 @@ def _check_index(
     raise ValueError(
       f"index_q must have at most as many tokens as index_k (the queries are"
       f" the last T of S), got T = {t} and S = {index_k.shape[1]}"
+    )
+
+
+def _check_decode_index(
+  index_q: Array,
+  index_k: Array,
+  index_k_scale: Array | None,
+  q: Array,
+  k: Array,
+) -> None:
+  """The index operands of decoding, whose keys may be e4m3 codes."""
+  _check_array("index_k", index_k, (None,) * 3, "[B, C, I]")
+  codes = index_k.dtype == jnp.float8_e4m3fn
+  if not codes and index_k.dtype != index_q.dtype:
+    raise ValueError(
+      f"index_k must have the dtype of index_q, {index_q.dtype}, or"
+      f" float8_e4m3fn, got {index_k.dtype}"
+    )
+  _check_index(index_q, index_k, q, k)
+  if not codes:
+    if index_k_scale is not None:
+      raise ValueError(
+        "index_k_scale must be None unless index_k is float8_e4m3fn, got an"
+        f" index_k of {index_k.dtype}"
+      )
+    return
+  if index_k_scale is None:
+    raise ValueError(
+      "index_k_scale must be given with an index_k of float8_e4m3fn, got None"
+    )
+  _check_array("index_k_scale", index_k_scale, index_k.shape[:2], "[B, C]")
+  if index_k_scale.dtype != jnp.float32:
+    raise ValueError(
+      f"index_k_scale must be float32, got {index_k_scale.dtype}"
     )
 
 

@@ -228,15 +228,42 @@ def counted_rows(
   return jnp.asarray(counted, jnp.float32) * k
 
 
-def quantise_fp8(x: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
-  """Rounds each vector to e4m3 with a scale of its own, in float32.
+def fp8_codes(
+  x: Float[Array, "*A I"],
+) -> tuple[Float[Array, "*A I"], Float[Array, "*A"]]:
+  """Each vector in e4m3 and its float32 scale: x is about codes * scale.
 
-  The scale maps the vector's largest magnitude to e4m3's largest value, 448.
+  The scale maps the vector's largest magnitude to e4m3's largest value, 448; a
+  vector of zeros has the scale 1.
   """
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=-1, keepdims=True) / 448
+  scale = jnp.max(jnp.abs(x), axis=-1) / 448
   scale = jnp.where(scale > 0, scale, 1)
-  return (x / scale).astype(jnp.float8_e4m3fn).astype(jnp.float32) * scale
+  return (x / scale[..., None]).astype(jnp.float8_e4m3fn), scale
+
+
+def quantise_fp8(x: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
+  """Rounds each vector to e4m3 with a scale of its own, in float32."""
+  codes, scale = fp8_codes(x)
+  return codes.astype(jnp.float32) * scale[..., None]
+
+
+def decode_scores(
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  index_k_scale: Float[Array, "B S"] | None,
+) -> Float[Array, "B K T S"]:
+  """`index_scores` of cached index keys, which e4m3 codes and scales may hold.
+
+  With a scale, s = index_k_scale (codes of index_q . index_k) index_q's scale:
+  the products are exact, and only the query is rounded here.
+  """
+  if index_k_scale is None:
+    return index_scores(index_q, index_k)
+  index_q, q_scale = fp8_codes(index_q)
+  s = index_scores(index_q.astype(jnp.float32), index_k.astype(jnp.float32))
+  s = s * index_k_scale[:, None, None]
+  return s * jnp.moveaxis(q_scale, 1, 2)[..., None]
 
 
 @functools.partial(
@@ -259,13 +286,31 @@ def select_blocks(
   score_precision: str,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, see `msa_jax.select_blocks`."""
-  b, t, num_kv_heads, _ = index_q.shape
-  s_len = index_k.shape[1]
-  num_blocks = -(-s_len // block_size)
-  positions = query_positions(t, s_len, b, kv_lengths)
+  positions = query_positions(
+    index_q.shape[1], index_k.shape[1], index_q.shape[0], kv_lengths
+  )
   if score_precision == "fp8":
     index_q, index_k = quantise_fp8(index_q), quantise_fp8(index_k)
-  s = index_scores(index_q, index_k)
+  return choose_blocks(
+    index_scores(index_q, index_k),
+    positions,
+    block_size=block_size,
+    top_k=top_k,
+    num_local_blocks=num_local_blocks,
+  )
+
+
+def choose_blocks(
+  s: Float[Array, "B K T S"],
+  positions: Int[Array, "B T"],
+  *,
+  block_size: int,
+  top_k: int,
+  num_local_blocks: int,
+) -> Int[Array, "B K T P"]:
+  """The P blocks of each query and group, of every token's score."""
+  b, num_kv_heads, t, s_len = s.shape
+  num_blocks = -(-s_len // block_size)
   s = jnp.where(causal_tokens(positions, s_len), s, -jnp.inf)
   pad = num_blocks * block_size - s_len
   s = jnp.pad(s, ((0, 0),) * 3 + ((0, pad),), constant_values=-jnp.inf)
@@ -369,3 +414,35 @@ def warmup_attention(
   """Dense causal attention, the main branch of the warm-up phase."""
   positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
   return attend(q, k, v, causal_tokens(positions, k.shape[1]), scale)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("block_size", "top_k", "num_local_blocks", "scale"),
+)
+def decode_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B C K D"],
+  v: Float[Array, "B C K D"],
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B C I"],
+  *,
+  kv_lengths: Int[Array, "B"],
+  index_k_scale: Float[Array, "B C"] | None,
+  block_size: int,
+  top_k: int,
+  num_local_blocks: int,
+  scale: float,
+) -> tuple[Float[Array, "B T H D"], Int[Array, "B K T P"]]:
+  """Selection and attention over a cache, see `msa_jax.decode_attention`."""
+  positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
+  block_indices = choose_blocks(
+    decode_scores(index_q, index_k, index_k_scale),
+    positions,
+    block_size=block_size,
+    top_k=top_k,
+    num_local_blocks=num_local_blocks,
+  )
+  visible = chosen_tokens(block_indices, positions, k.shape[1], block_size)
+  out, _ = attend(q, k, v, visible, scale)
+  return out, block_indices

@@ -631,8 +631,6 @@ def select_blocks(
   pad = num_blocks * block_size - s_len
   index_k = jnp.pad(index_k, ((0, 0), (0, pad), (0, 0)))
   chunk = _chunks(t, b * num_kv_heads * num_blocks * block_size)
-  ids = jnp.arange(num_blocks, dtype=jnp.int32)
-  limits = jnp.finfo(compute_dtype(index_q))
 
   def body(carry, x):
     index_q, pos = x
@@ -641,20 +639,35 @@ def select_blocks(
     s = jnp.where(causal, s, -jnp.inf)
     s = s.reshape(*s.shape[:-1], num_blocks, block_size)
     score = reference.block_max(s)
-    own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
-    visible = ids <= own
-    # Room for "forced" above and "out" below every score; -0 equals 0.
-    key = jnp.clip(jnp.where(score == 0, 0, score), limits.min, limits.max)
-    key = jnp.where(visible & ~jnp.isnan(score), key, -jnp.inf)
-    key = jnp.where(visible & (ids > own - num_local_blocks), jnp.inf, key)
-    # Ties go to the lower index, as `lax.top_k` promises.
-    value, chosen = lax.top_k(key, min(top_k, num_blocks))
-    chosen = jnp.where(value == -jnp.inf, num_blocks, chosen)
-    return carry, jnp.sort(chosen, axis=-1)
+    chosen = _best_blocks(score, pos, block_size, top_k, num_local_blocks)
+    return carry, chosen
 
   xs = (_split(index_q, chunk, 1), _split(positions, chunk, 1, fill=-1))
   _, chosen = _over_chunks(body, (), xs, chunk)
-  chosen = _join(chosen, 2, t)
+  return _join(chosen, 2, t)
+
+
+def _best_blocks(
+  score: Float[Array, "B K T N"],
+  positions: Int[Array, "B T"],
+  block_size: int,
+  top_k: int,
+  num_local_blocks: int,
+) -> Int[Array, "B K T P"]:
+  """The P blocks of each query and group, of every block's score."""
+  num_blocks = score.shape[-1]
+  ids = jnp.arange(num_blocks, dtype=jnp.int32)
+  own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
+  visible = ids <= own
+  # Room for "forced" above and "out" below every score; -0 equals 0.
+  limits = jnp.finfo(score.dtype)
+  key = jnp.clip(jnp.where(score == 0, 0, score), limits.min, limits.max)
+  key = jnp.where(visible & ~jnp.isnan(score), key, -jnp.inf)
+  key = jnp.where(visible & (ids > own - num_local_blocks), jnp.inf, key)
+  # Ties go to the lower index, as `lax.top_k` promises.
+  value, chosen = lax.top_k(key, min(top_k, num_blocks))
+  chosen = jnp.where(value == -jnp.inf, num_blocks, chosen)
+  chosen = jnp.sort(chosen, axis=-1)
   chosen = jnp.where(chosen == num_blocks, -1, chosen)
   pad = max(top_k - num_blocks, 0)
   return jnp.pad(chosen, ((0, 0),) * 3 + ((0, pad),), constant_values=-1)
@@ -801,3 +814,135 @@ def selection_recall(
   block_recall, score_recall, rows = jax.tree.map(jnp.sum, sums)
   rows = jnp.maximum(rows, 1)
   return block_recall / rows, score_recall / rows
+
+
+# --- decoding: few queries against a cache ----------------------------------
+
+
+def _decode_block_scores(
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B C I"],
+  index_k_scale: Float[Array, "B C"] | None,
+  positions: Int[Array, "B T"],
+  block_size: int,
+) -> Float[Array, "B K T N"]:
+  """Block maxima of the index scores, in one pass over chunks of keys."""
+  b, t, num_kv_heads, _ = index_q.shape
+  capacity = index_k.shape[1]
+  whole = capacity // block_size
+
+  def score(first: Int[Array, ""] | int, num_blocks: int, size: int):
+    def cut(x):
+      return lax.dynamic_slice_in_dim(x, first, num_blocks * size, axis=1)
+
+    scale = None if index_k_scale is None else cut(index_k_scale)
+    s = reference.decode_scores(index_q, cut(index_k), scale)
+    slot = first + jnp.arange(num_blocks * size)
+    s = jnp.where(slot <= positions[:, None, :, None], s, -jnp.inf)
+    s = s.reshape(*s.shape[:-1], num_blocks, size)
+    return reference.block_max(s)
+
+  scores = []
+  if whole:
+    elements = b * num_kv_heads * t * whole * block_size
+    size = -(-whole // -(-elements // _CHUNK_ELEMENTS))
+    count = -(-whole // size)
+    if count == 1:
+      scores.append(score(0, whole, block_size))
+    else:
+      # The last chunk ends with the last whole block, and so may do some of
+      # the one before it again.
+      def body(i, scores):
+        first = jnp.minimum(i * size, whole - size)
+        part = score(first * block_size, size, block_size)
+        return lax.dynamic_update_slice_in_dim(scores, part, first, axis=3)
+
+      shape = (b, num_kv_heads, t, whole)
+      scores.append(
+        lax.fori_loop(0, count, body, jnp.zeros(shape, compute_dtype(index_q)))
+      )
+  if capacity % block_size:
+    scores.append(score(whole * block_size, 1, capacity % block_size))
+  return jnp.concatenate(scores, axis=-1)
+
+
+@functools.partial(
+  jax.jit,
+  static_argnames=("block_size", "top_k", "num_local_blocks", "scale"),
+)
+def decode_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B C K D"],
+  v: Float[Array, "B C K D"],
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B C I"],
+  *,
+  kv_lengths: Int[Array, "B"],
+  index_k_scale: Float[Array, "B C"] | None,
+  block_size: int,
+  top_k: int,
+  num_local_blocks: int,
+  scale: float,
+) -> tuple[Float[Array, "B T H D"], Int[Array, "B K T P"]]:
+  """Selection and attention over a cache, see `msa_jax.decode_attention`.
+
+  Each query gathers the tokens of its chosen blocks and nothing else of k, v.
+  """
+  b, t, h, d = q.shape
+  capacity, num_kv_heads = k.shape[1], k.shape[2]
+  positions = reference.query_positions(t, capacity, b, kv_lengths)
+  block_indices = _best_blocks(
+    _decode_block_scores(
+      index_q, index_k, index_k_scale, positions, block_size
+    ),
+    positions,
+    block_size,
+    top_k,
+    num_local_blocks,
+  )
+  tokens = top_k * block_size
+  chunk = _chunks(t, b * num_kv_heads * tokens * d)
+  row = jnp.arange(b)[:, None, None, None]
+  head = jnp.arange(num_kv_heads)[:, None, None]
+
+  def body(carry, x):
+    q, idx, pos = x
+    slot = idx[..., None] * block_size + jnp.arange(block_size)
+    slot = slot.reshape(*idx.shape[:3], tokens)
+    visible = jnp.repeat(idx >= 0, block_size, axis=-1)
+    visible &= slot <= pos[:, None, :, None]
+    slot = jnp.where(visible, slot, 0)
+    # As `reference.attend`, with keys and values of each query's own.
+    q, bad_q = clean(q.reshape(b, -1, num_kv_heads, h // num_kv_heads, d))
+    k_chosen, bad_k = clean(k.at[row, slot, head].get(mode="promise_in_bounds"))
+    v_chosen, bad_v = clean(v.at[row, slot, head].get(mode="promise_in_bounds"))
+    s = scale * jnp.einsum(
+      "btkgd,bktjd->bktgj",
+      q,
+      k_chosen,
+      precision=HIGHEST,
+      preferred_element_type=compute_dtype(q),
+    )
+    bad_q = jnp.moveaxis(bad_q, 1, 2)[..., None]
+    s = jnp.where(bad_q | bad_k[:, :, :, None], jnp.nan, s)
+    s = jnp.where(visible[:, :, :, None], s, -jnp.inf)
+    p = reference.softmax(s, reference.masked_logsumexp(s))
+    out = jnp.einsum(
+      "bktgj,bktjd->btkgd",
+      p.astype(v.dtype),
+      v_chosen,
+      precision=HIGHEST,
+      preferred_element_type=p.dtype,
+    )
+    poisoned = jnp.any(visible & bad_v, axis=-1)
+    poisoned = jnp.moveaxis(poisoned, 1, 2)[..., None, None]
+    out = jnp.where(poisoned, jnp.nan, out)
+    return carry, out.reshape(b, -1, h, d).astype(v.dtype)
+
+  xs = (
+    _split(q, chunk, 1),
+    _split(block_indices, chunk, 2, fill=-1),
+    _split(positions, chunk, 1, fill=-1),
+  )
+  _, out = _over_chunks(body, (), xs, chunk)
+  return _join(out, 1, t), block_indices

@@ -11,6 +11,7 @@ from helpers import CASES, random_blocks
 from jaxtyping import jaxtyped
 
 import msa_jax
+from msa_jax import reference
 
 ROOT = pathlib.Path(__file__).parent.parent
 # Each package may import the packages after it, bench being an entry point.
@@ -92,6 +93,17 @@ def test_annotations_hold():
       **case.select_options(),
       implementation=implementation,
     )
+    for keys in ((index_k, None), reference.fp8_codes(index_k)):
+      check(msa_jax.decode_attention)(
+        q,
+        k,
+        v,
+        index_q,
+        keys[0],
+        index_k_scale=keys[1],
+        **case.select_options(),
+        implementation=implementation,
+      )
 
 
 def test_the_readme_example_runs():

@@ -1,8 +1,9 @@
-"""Command line: train one run, compare sides, write a report.
+"""Command line: train one run, compare sides, write a report, sample.
 
 python -m train compare demo
 python -m train train demo --task text --side msa --seed 0
 python -m train report runs/demo
+python -m train sample runs/demo/text/msa/seed0 --prompt "import "
 """
 
 import argparse
@@ -77,6 +78,19 @@ def _parser() -> argparse.ArgumentParser:
   )
   report = command("report", "Write the report of a comparison's folder.")
   report.add_argument("folder", type=pathlib.Path)
+  sample = command(
+    "sample", "Continue prompts with the model of a run folder's checkpoint."
+  )
+  add = sample.add_argument
+  add("folder", type=pathlib.Path, help="the run's folder")
+  add("--prompt", nargs="+", default=[], help="texts, each a row")
+  add("--tokens", nargs="+", type=int, default=[], help="ids of one row")
+  add("--step", type=int, help="of the checkpoint (default: the latest)")
+  add("--max_new_tokens", type=int, help="default: 256, or up to the context")
+  add("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
+  add("--top_k", type=int, help="draw from so many of the likeliest tokens")
+  add("--top_p", type=float, help="draw from so much of the probability")
+  add("--seed", type=int, default=0, help="of the draws")
   parser.set_defaults(train_parser=train)
   return parser
 
@@ -134,6 +148,32 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
   from train import loop
 
   loop.run(run)
+
+
+def _sample(args: argparse.Namespace) -> None:
+  from msa_jax import generate
+  from train import sample
+
+  parts = sample.run(
+    args.folder,
+    prompts=args.prompt,
+    tokens=args.tokens,
+    step=args.step,
+    max_new_tokens=args.max_new_tokens,
+    sampling=generate.Sampling(
+      temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+    ),
+    seed=args.seed,
+  )
+  if len(args.prompt) > 1:
+    # Rows grow together: each is printed when all have ended.
+    for prompt, row in zip(args.prompt, zip(*parts)):
+      print(f"--- {prompt!r}\n{prompt}{''.join(row)}")
+    return
+  print("".join(args.prompt), end="", flush=True)
+  for (text,) in parts:
+    print(text, end="", flush=True)
+  print()
 
 
 def _start_devices(args: argparse.Namespace) -> None:
@@ -249,6 +289,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
       _train(args, rest)
     elif args.command == "compare":
       _compare(args)
+    elif args.command == "sample":
+      _sample(args)
     else:
       from train import report
 

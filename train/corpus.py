@@ -122,8 +122,7 @@ def open_corpus(config: TextConfig) -> Corpus:
     import tokenizers  # an extra
 
     settings["tokenizers"] = tokenizers.__version__
-  key = _digest([_CACHE_VERSION, content, settings])
-  folder = pathlib.Path(config.cache_dir) / f"{config.tokenizer}-{key[:32]}"
+  folder = _cache_folder(config, content, settings)
   if not folder.exists():
     _write_cache(folder, files, config)
   meta = json.loads((folder / "meta.json").read_text())
@@ -154,6 +153,41 @@ def open_corpus(config: TextConfig) -> Corpus:
       **meta,
     },
   )
+
+
+def _cache_folder(
+  config: TextConfig, content: str, settings: dict[str, Any]
+) -> pathlib.Path:
+  key = _digest([_CACHE_VERSION, content, settings])
+  return pathlib.Path(config.cache_dir) / f"{config.tokenizer}-{key[:32]}"
+
+
+def open_tokenizer(
+  config: TextConfig, fingerprint: dict[str, Any]
+) -> "_ByteTokenizer | _BPETokenizer":
+  """The tokenizer of a run.
+
+  Args:
+    config: the run's data.
+    fingerprint: of the `Corpus` that the run was trained on.
+
+  Raises:
+    ValueError: a bpe tokenizer is neither in the cache, nor can it be made
+      again from the same text.
+  """
+  if config.tokenizer == "byte":
+    return _ByteTokenizer()
+  content, settings = fingerprint["sha256"], fingerprint["settings"]
+  path = _cache_folder(config, content, settings) / "tokenizer.json"
+  if not path.exists():
+    open_corpus(config)
+  if not path.exists():
+    raise ValueError(
+      f"cache_dir={config.cache_dir!r}: the run's tokenizer {path} is gone, and"
+      " the text or the tokenizers package is another now. Wanted the file, or"
+      " both as they were."
+    )
+  return _BPETokenizer(path.read_text(), config.vocab_size)
 
 
 def _digest(value: Any) -> str:
@@ -374,25 +408,22 @@ class _ByteTokenizer:
   def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
     return (np.frombuffer(text.encode(), np.uint8) for text in texts)
 
+  def decode(self, ids: np.ndarray) -> str:
+    """Text of ids; U+FFFD for what is no text."""
+    # Byte 255 is in no text, as are ids beyond it.
+    return bytes(np.minimum(ids, 255).tolist()).decode(errors="replace")
+
 
 class _BPETokenizer:
   """Byte-level BPE. The last id is end-of-text and not in the vocabulary of
   the `tokenizers` object, so that no text can spell it.
   """
 
-  def __init__(self, texts: list[str], vocab_size: int):
+  def __init__(self, saved: str, vocab_size: int):
+    """Reads the JSON text of a `tokenizers` object."""
     import tokenizers
 
-    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    self.model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    self.model.pre_tokenizer = byte_level
-    self.model.decoder = tokenizers.decoders.ByteLevel()
-    trainer = tokenizers.trainers.BpeTrainer(
-      vocab_size=vocab_size - 1,
-      initial_alphabet=sorted(byte_level.alphabet()),
-      show_progress=False,
-    )
-    self.model.train_from_iterator(texts, trainer=trainer)
+    self.model = tokenizers.Tokenizer.from_str(saved)
     self.vocab_size = vocab_size
     self.end_of_text = vocab_size - 1
     # One character of a token's name stands for one byte. Ids that a small
@@ -401,8 +432,33 @@ class _BPETokenizer:
     for token, index in self.model.get_vocab().items():
       self.token_bytes[index] = len(token)
 
+  @classmethod
+  def train(cls, texts: list[str], vocab_size: int) -> "_BPETokenizer":
+    import tokenizers
+
+    byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    model = tokenizers.Tokenizer(tokenizers.models.BPE())
+    model.pre_tokenizer = byte_level
+    model.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(
+      vocab_size=vocab_size - 1,
+      initial_alphabet=sorted(byte_level.alphabet()),
+      show_progress=False,
+    )
+    model.train_from_iterator(texts, trainer=trainer)
+    return cls(model.to_str(), vocab_size)
+
   def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
     return (np.array(e.ids) for e in self.model.encode_batch_fast(texts))
+
+  def decode(self, ids: np.ndarray) -> str:
+    """Text of ids; U+FFFD for what is no text."""
+    parts, start = [], 0
+    known = np.isin(ids, list(self.model.get_vocab().values()))
+    for stop in [*np.flatnonzero(~known), len(ids)]:
+      parts.append(self.model.decode(ids[start:stop].tolist()))
+      start = stop + 1
+    return "\ufffd".join(parts)
 
 
 def _write_cache(
@@ -416,7 +472,7 @@ def _write_cache(
     tokenizer = _ByteTokenizer()
   else:
     texts = [text for _, text in splits["train"]]
-    tokenizer = _BPETokenizer(texts, config.vocab_size)
+    tokenizer = _BPETokenizer.train(texts, config.vocab_size)
   meta: dict[str, Any] = {
     "vocab_size": tokenizer.vocab_size,
     "files": len(files),

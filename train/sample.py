@@ -1,0 +1,160 @@
+"""Samples from a run folder's checkpoint.
+
+python -m train sample runs/demo/text/msa/seed0 --prompt "import "
+"""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from msa_jax import generate, ops
+from msa_jax.model import DecoderLM
+from train import config as config_lib
+from train import corpus
+from train.checkpoint import Checkpoints
+from train.data import TextConfig
+from train.program import Program, flatten_state, unflatten_state
+
+# New tokens, where no number is asked for and the context allows them.
+_NEW_TOKENS = 256
+
+
+def load_config(folder: pathlib.Path) -> config_lib.RunConfig:
+  """The config of a run, for one device.
+
+  Raises:
+    ValueError: there is no such run.
+  """
+  if not (folder / "config.json").exists():
+    raise ValueError(f"{folder}: no run folder (it has no config.json).")
+  config = config_lib.load(config_lib.RunConfig, folder / "config.json")
+  return dataclasses.replace(config, mesh=config_lib.MeshConfig())
+
+
+def load_model(
+  folder: pathlib.Path, step: int | None = None
+) -> tuple[DecoderLM, int]:
+  """The model of a run's checkpoint, on one device.
+
+  Args:
+    folder: the run's folder.
+    step: of the checkpoint; None: the latest.
+
+  Returns:
+    The model, and the checkpoint's step.
+
+  Raises:
+    ValueError: there is no such run or checkpoint, or the checkpoint is not of
+      the config's model.
+  """
+  program = Program(load_config(folder))
+  if not (folder / "checkpoints").is_dir():
+    raise ValueError(f"{folder}: the run has no checkpoint.")
+  checkpoints = Checkpoints(folder, read_only=True)
+  try:
+    found = checkpoints.latest() if step is None else step
+    if found is None:
+      raise ValueError(f"{folder}: the run has no checkpoint.")
+    saved, _ = checkpoints.restore(found, flatten_state(program.abstract_state))
+  finally:
+    checkpoints.close()
+  state = unflatten_state(saved, program.abstract_state)
+  return program.merge(state.params), found
+
+
+class _Plain:
+  """Stands in for a tokenizer where tokens are no text."""
+
+  end_of_text = None
+
+  def decode(self, ids: np.ndarray) -> str:
+    return "".join(f"{i} " for i in ids.tolist())
+
+
+def run(
+  folder: pathlib.Path,
+  *,
+  prompts: Sequence[str] = (),
+  tokens: Sequence[int] = (),
+  step: int | None = None,
+  max_new_tokens: int | None = None,
+  sampling: generate.Sampling = generate.GREEDY,
+  seed: int = 0,
+) -> Iterator[list[str]]:
+  """Continues prompts with a run's model, up to its context.
+
+  Args:
+    folder: the run's folder.
+    prompts: texts, a row each; without any, and without tokens, one row begins
+      a document.
+    tokens: instead of texts, the ids of one row.
+    step: of the checkpoint; None: the latest.
+    max_new_tokens: of each row; None: 256, or what the context leaves.
+    sampling: how to draw.
+    seed: of the draws.
+
+  Yields:
+    New text of each row as it comes. Rows end with the end of their document.
+
+  Raises:
+    ValueError: an argument is wrong or does not fit the run.
+  """
+  config = load_config(folder)
+  data = config.data
+  tokenizer: Any = _Plain()
+  if isinstance(data, TextConfig):
+    environment = json.loads((folder / "environment.json").read_text())
+    tokenizer = corpus.open_tokenizer(data, environment["data"])
+  elif prompts or not tokens:
+    raise ValueError(
+      f"{folder}: the run's data are no text: wanted --tokens with ids below"
+      f" {config.model.vocab_size}."
+    )
+  if prompts and tokens:
+    raise ValueError("--prompt and --tokens: wanted one of them.")
+  rows = [np.asarray(tokens)] if tokens else list(tokenizer.encode(prompts))
+  if not rows:
+    rows = [np.asarray([tokenizer.end_of_text])]
+  longest = max(len(row) for row in rows)
+  room = config.context - longest
+  if max_new_tokens is None:
+    max_new_tokens = max(min(_NEW_TOKENS, room), 1)
+  if max_new_tokens > room:
+    raise ValueError(
+      f"{folder}: the longest prompt has {longest} tokens, which with"
+      f" {max_new_tokens} new ones are more than the run's"
+      f" context={config.context}: wanted a shorter prompt or fewer"
+      " max_new_tokens."
+    )
+  model, found = load_model(folder, step)
+  phase: ops.Phase = "sparse"
+  if config.phase(found) == "warmup":
+    phase = "warmup"
+  stop = tokenizer.end_of_text
+  parts = generate.stream(
+    model,
+    rows,
+    max_new_tokens=max_new_tokens,
+    sampling=sampling,
+    key=jax.random.key(seed),
+    stop_tokens=() if stop is None else (stop,),
+    phase=phase,
+  )
+  done = [np.zeros(0, np.int32)] * len(rows)
+  shown = [0] * len(rows)
+  for part in parts:
+    texts = []
+    for i, new in enumerate(part):
+      done[i] = np.concatenate([done[i], new[new != stop]])
+      text = tokenizer.decode(done[i])
+      # The rest of a character may still come.
+      ready = len(text.rstrip("\ufffd"))
+      texts.append(text[shown[i] : ready])
+      shown[i] = max(ready, shown[i])
+    yield texts
+  yield [tokenizer.decode(row)[n:] for row, n in zip(done, shown)]
