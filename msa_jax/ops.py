@@ -24,6 +24,7 @@ from typing import Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
 from msa_jax import mosaic_gpu, reference, xla
@@ -496,7 +497,7 @@ def check_block_indices(
     ValueError: names the first bad entry, [b, k, t, p], and what is wrong. Also
       under jit, where there are no values to look at.
   """
-  if isinstance(block_indices, jax.core.Tracer):
+  if isinstance(block_indices, Tracer):
     raise ValueError(
       "block_indices must be a concrete array to be checked, got a traced one:"
       " call check_block_indices outside jit"

@@ -73,6 +73,14 @@ SMALL_HEADS = Case(
   block_size=64,
 )
 CASES = PAPER | {"small_heads_32k": SMALL_HEADS}
+DECODE = {  # batch x cached tokens
+  f"{batch}x{name}": Case(
+    tokens=1, kv_tokens=PAPER[name].tokens, batch=batch
+  )
+  for batch, name in (
+    (1, "32k"), (1, "128k"), (1, "1m"), (8, "128k"), (32, "32k")
+  )
+}  # fmt: skip
 
 
 def normal(

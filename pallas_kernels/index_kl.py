@@ -618,7 +618,7 @@ def _loss(
 
     ids, where_q = cut(block_indices[row, group]), cut(positions[row])
     plan = schedule.plan_owners(
-      ids,
+      ids[None],
       where_q,
       block_size=block_size,
       num_blocks=num_owners * schedule.OWNER_BLOCK // block_size,
@@ -658,7 +658,7 @@ def _loss(
       index_lse, plan.num_tasks[0], plan, firsts, limits, iq, ik, row,
       shape=shape,
     )  # fmt: skip
-    parts = jnp.where(plan.is_edge, jax.freeze(index_lse)[slot_of], -jnp.inf)
+    parts = jnp.where(plan.is_edge[0], jax.freeze(index_lse)[slot_of], -jnp.inf)
     m = jnp.max(parts, axis=-1, initial=sparse_attention.FLOOR)
     one = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[:, None]), axis=-1))
     known = jnp.clip(ids, 0, bad.shape[1] - 1)
@@ -683,7 +683,7 @@ def _loss(
     if with_gradients:
       sum_extra(sums, plan.extra, num_owners=num_owners, interpret=interpret)
       x = jax.freeze(partials)[slot_of].astype(jnp.float32)
-      x = jnp.sum(jnp.where(plan.is_edge[..., None], x, 0), axis=1)
+      x = jnp.sum(jnp.where(plan.is_edge[0, ..., None], x, 0), axis=1)
       diq = lax.dynamic_update_slice(
         diq, x[None, :, None], (row, i * chunk, group, 0)
       )

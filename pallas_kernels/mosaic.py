@@ -6,8 +6,9 @@ kernels need Hopper (compute capability 9.0): wgmma, TMA and setmaxnreg.
 
 from __future__ import annotations
 
+import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,6 +22,9 @@ BLOCK_SIZES = (64, 128)
 GROUP_SIZES = (1, 2, 4, 8, 16)  # G
 MAX_TOP_K = 32  # P
 MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
+MAX_DECODE_TOKENS = 16  # T of decoding
+MAX_DECODE_ROWS = 256  # T x K of decoding: all rows of a wgmma step
+MAX_TMA_ROWS = 1 << 31  # B x C x K of a cache: TMA coordinates are 32 bits
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
@@ -66,6 +70,32 @@ def check_supported(
     )
 
 
+def check_decode_supported(
+  *, tokens: int, num_kv_heads: int, cache_rows: int
+) -> None:
+  """Raises NotImplementedError beyond the limits that only decoding has.
+
+  Args:
+    tokens: T.
+    num_kv_heads: K.
+    cache_rows: B x C x K.
+  """
+  for name, value, most in (
+    ("query tokens", tokens, MAX_DECODE_TOKENS),
+    ("query tokens x KV heads", tokens * num_kv_heads, MAX_DECODE_ROWS),
+    ("batch x capacity x KV heads", cache_rows, MAX_TMA_ROWS - 1),
+  ):
+    if value > most:
+      raise NotImplementedError(
+        f"mosaic_gpu decode_attention supports {name} up to {most}, got {value}"
+      )
+
+
+def num_sms() -> int:
+  """Multiprocessors of the default device; of an H100 where it is no GPU."""
+  return getattr(jax.devices()[0], "core_count", None) or NUM_SMS
+
+
 def require_hopper() -> None:
   """Raises NotImplementedError unless the default device is a Hopper GPU."""
   device = jax.devices()[0]
@@ -91,19 +121,21 @@ def launch(
   name: str,
   num_ctas: int,
   num_warpgroups: int,
-  scratch: Sequence[Any],
+  scratch: Sequence[Any] | Mapping[str, Any],
   interpret: bool = False,
   auto_barriers: bool = True,
+  reduction_scratch: int = 512,
 ) -> None:
   """Runs `body(*operand_refs, *scratch_refs)` on `num_ctas` CTAs.
 
   Operands that are Refs (`jax.new_ref`) are written in place: that is how a
   kernel in a loop fills a part of a large output without a copy. The axes are
-  called "cta" and "wg".
+  called "cta" and "wg". A mapping of scratch is passed by keyword.
 
   Without `auto_barriers` the warps of a warpgroup meet where the body says so
   (`commit_smem`), and not around every store and copy: the body's barriers must
   order what one warpgroup writes and reads in shared memory.
+  `reduction_scratch` are the bytes for reductions across warps.
   """
   mesh = plgpu.Mesh(
     grid=(num_ctas,),
@@ -113,10 +145,12 @@ def launch(
   )
 
   def scoped(*refs):
+    named = scratch if isinstance(scratch, Mapping) else {}
     pl.run_scoped(
-      lambda *scratch_refs: body(*refs, *scratch_refs),
-      *scratch,
+      functools.partial(body, *refs),
+      *(() if named else scratch),
       collective_axes="wg",
+      **named,
     )
 
   pl.kernel(
@@ -125,10 +159,9 @@ def launch(
     mesh=mesh,
     name=name,
     interpret=plgpu.InterpretGPUParams() if interpret else False,
-    # Scratch for reductions across warps: no kernel launched here has one.
     compiler_params=plgpu.CompilerParams(
       approx_math=True,
-      reduction_scratch_bytes=512,
+      reduction_scratch_bytes=reduction_scratch,
       unsafe_no_auto_barriers=not auto_barriers,
     ),
   )(*operands)

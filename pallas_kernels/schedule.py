@@ -272,8 +272,9 @@ def plan_edges(
 class OwnerPlan(NamedTuple):
   """Who computes the gradients of which keys, for one chunk of queries.
 
-  Keys come in owner blocks of `OWNER_BLOCK` tokens. Several chosen blocks of
-  one query inside an owner block are one edge.
+  Keys come in owner blocks of `OWNER_BLOCK` tokens, a group's after those of
+  the group before it. Several chosen blocks of one query inside an owner block
+  are one edge.
 
   Attributes:
     tasks: int32 [max_tasks, 5]: owner block, first edge, number of edges, how
@@ -282,19 +283,25 @@ class OwnerPlan(NamedTuple):
       blocks' slots for the others.
     num_tasks: int32 [1].
     extra: int32 [blocks, 2]: first extra slot of a block and their number.
-    order: int32 [edges]: place in the chunk (query * P + p) above 2 bits, which
-      say what halves of the owner block were chosen. By block, then query.
-    is_edge: bool [queries, P]: whether this choice is its edge's place.
+    order: int32 [edges]: place in the chunk ((group * queries + query) * P + p)
+      above 2 bits, which say what halves of the owner block were chosen. By
+      block, then query.
+    is_edge: bool [groups, queries, P]: whether this choice is its edge's place.
   """
 
   tasks: Int[Array, "tasks 5"]
   num_tasks: Int[Array, "1"]
   extra: Int[Array, "blocks 2"]
   order: Int[Array, "edges"]
-  is_edge: Bool[Array, "queries P"]
+  is_edge: Bool[Array, "groups queries P"]
 
 
 OWNER_BLOCK = 128
+
+
+def owners_fit(num_owners: int, num_edges: int) -> bool:
+  """Whether `plan_owners` can sort so many edges of so many blocks."""
+  return num_owners.bit_length() + (num_edges - 1).bit_length() <= 32
 
 
 def max_owner_tasks(num_owners: int, num_edges: int, task: int) -> int:
@@ -302,7 +309,7 @@ def max_owner_tasks(num_owners: int, num_edges: int, task: int) -> int:
 
 
 def plan_owners(
-  ids: Int[Array, "queries P"],
+  ids: Int[Array, "groups queries P"],
   positions: Int[Array, "queries"],
   *,
   block_size: int,
@@ -312,32 +319,36 @@ def plan_owners(
   """Sorts the choices of a chunk by owner block and cuts them into tasks.
 
   Args:
-    ids: chosen blocks, any order, anything outside 0 .. own block is dropped.
+    ids: blocks that each group chose, any order, anything outside 0 .. own
+      block is dropped.
     positions: the queries' key slots, one after the other; negative for queries
       that see nothing.
     block_size: tokens of a block, OWNER_BLOCK or half of it.
     num_blocks: N.
     task: most edges of a task, a multiple of 8.
   """
-  num_queries, top_k = ids.shape
-  num_edges = num_queries * top_k
+  num_groups, num_queries, top_k = ids.shape
+  num_edges = ids.size
   each = OWNER_BLOCK // block_size
-  num_owners = -(-num_blocks // each)
+  group_owners = -(-num_blocks // each)
+  num_owners = num_groups * group_owners
   place_bits = (num_edges - 1).bit_length()
-  if num_owners.bit_length() + place_bits > 32:
+  if not owners_fit(num_owners, num_edges):
     raise ValueError(
-      f"{num_queries} queries of {top_k} choices among {num_owners} owner"
-      " blocks do not fit a sort key of 32 bits"
+      f"{num_groups * num_queries} queries of {top_k} choices among"
+      f" {num_owners} owner blocks do not fit a sort key of 32 bits"
     )
   own = jnp.where(positions < 0, -1, positions // block_size)[:, None]
   is_edge = (ids >= 0) & (ids <= own) & (ids < num_blocks)
   owner = jnp.clip(ids, 0, num_blocks - 1) // each
+  group = jnp.arange(num_groups)[:, None]
   halves = jnp.full_like(ids, 3)
   if each == 2:
-    same = (owner[:, :, None] == owner[:, None, :]) & is_edge[:, None, :]
+    same = owner[..., :, None] == owner[..., None, :]
+    same &= is_edge[..., None, :]
     halves = jnp.stack(
       [
-        jnp.any(same & ((ids & 1) == half)[:, None, :], axis=-1)
+        jnp.any(same & ((ids & 1) == half)[..., None, :], axis=-1)
         for half in range(2)
       ],
       axis=-1,
@@ -345,6 +356,7 @@ def plan_owners(
     halves = halves[..., 0] + 2 * halves[..., 1].astype(jnp.int32)
     earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
     is_edge &= ~jnp.any(same & earlier, axis=-1)
+  owner += group[..., None] * group_owners
   place = jnp.arange(num_edges, dtype=jnp.uint32).reshape(ids.shape)
   unused = jnp.uint32(0xFFFFFFFF)
   key = jnp.where(
@@ -353,8 +365,9 @@ def plan_owners(
   key = lax.sort(key.reshape(-1), is_stable=False)
   starts = jnp.arange(num_owners + 1, dtype=jnp.uint32) << place_bits
   # The first place of a block's list whose query stands after the block.
-  after = (jnp.arange(num_owners) + 1) * OWNER_BLOCK - positions[0]
-  after = jnp.clip(after, 0, num_queries).astype(jnp.uint32) * top_k
+  after = (jnp.arange(group_owners) + 1) * OWNER_BLOCK - positions[0]
+  after = group * num_queries + jnp.clip(after, 0, num_queries)
+  after = after.reshape(-1).astype(jnp.uint32) * top_k
   bounds, inside = jnp.split(
     jnp.searchsorted(
       key,

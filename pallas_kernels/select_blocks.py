@@ -168,7 +168,7 @@ def heuristic_config(num_rows: int) -> Config:
   return config
 
 
-def _sort_network(length: int) -> list[tuple[int, int]]:
+def sort_network(length: int) -> list[tuple[int, int]]:
   """Comparators of Batcher's odd-even merge sort of `length` values."""
   pairs = []
   p = 1
@@ -394,7 +394,7 @@ def _select_kernel(
       ids = list(best[1])
     for j in range(num_local_blocks):
       ids.append(jnp.where(own >= j, own - j, _NO_BLOCK))
-    for a, b in _sort_network(len(ids)):
+    for a, b in sort_network(len(ids)):
       ids[a], ids[b] = lax.min(ids[a], ids[b]), lax.max(ids[a], ids[b])
     for j, value in enumerate(ids):
       value = jnp.where(value == _NO_BLOCK, -1, value)

@@ -869,8 +869,9 @@ def _sparse_attention(
 
 
 def _vjp_forward(q, k, v, block_indices, kv_lengths, *options):
-  out, lse = _sparse_attention(q, k, v, block_indices, kv_lengths, *options)
-  return (out, lse), (q, k, v, out, lse, block_indices, kv_lengths)
+  both: Any = _sparse_attention(q, k, v, block_indices, kv_lengths, *options)
+  out, lse = both
+  return both, (q, k, v, out, lse, block_indices, kv_lengths)
 
 
 def _vjp_backward(
@@ -947,8 +948,9 @@ def sparse_attention(
     return jnp.zeros_like(q), jnp.full((b, num_heads, t), -jnp.inf, jnp.float32)
   if kv_lengths is None:
     kv_lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)
-  out, lse = _sparse_attention(
+  both: Any = _sparse_attention(
     q, k, v, block_indices, kv_lengths,
     block_size, scale, config or heuristic_config(), backward_config, interpret,
   )  # fmt: skip
+  out, lse = both
   return out, lax.stop_gradient(lse)

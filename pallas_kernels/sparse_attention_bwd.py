@@ -12,10 +12,15 @@ group's heads) at a time, one TMA copy a query. Scores are computed as k q^T, so
 that p and ds leave the softmax as the register operands of dV and dK; only ds
 passes through SMEM, for dQ, which needs both halves of the keys. A warpgroup
 writes ds of one piece and multiplies that of the piece before it, so that the
-two never wait for each other's current one. A third warpgroup gathers, a fourth
-stores dQ: one partial an edge, in q's dtype, summed afterwards. No atomics: a
-block's first task adds to the block's float32 sum, the others of a hot block
-write sums of their own, which **sum_extra** adds in order. All order is fixed.
+two never wait for each other's current one. dP runs while p is computed, and dV
+while ds is. A third warpgroup gathers, and stores dQ some pieces later: one
+partial an edge, in q's dtype, summed afterwards. No atomics: a block's first
+task adds to the block's float32 sum, the others of a hot block write sums of
+their own, which **sum_extra** adds in order. All order is fixed.
+
+Registers are what is short: dK and dV take half of a thread's. Pieces with
+masks (a query's own block, a list's last piece, blocks of 64) have a loop of
+their own, so that the other one knows nothing of masks.
 
 Blocks of 64 keys share an owner block in pairs: a query that chose one of them
 is masked in the other, which is right, and costs up to twice the products.
@@ -23,8 +28,10 @@ is masked in the other, which is right, and costs up to twice the products.
 Chunks of one group's queries take turns in a workspace of 2^30 elements.
 
 Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
-in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte.
-SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32, dQ 32.
+in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte; or
+shared memory, which a piece keeps as busy as the tensor cores. What is reached
+is in results/LOG.md. SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage,
+ds 32, dQ 32.
 
 NaN: a query that sees a NaN has an lse or delta of NaN and hands it to its dq
 and to dk and dv of the keys that it sees, as the formula does. Masked pairs are
@@ -87,7 +94,9 @@ class Shape:
   head_dim: int
   block_size: int
   top_k: int
-  num_owners: int
+  num_groups: int  # that a launch works on
+  num_owners: int  # of a group
+  chunk: int
   dtype: jnp.dtype
   scale: float
   config: Config
@@ -108,7 +117,7 @@ def _zeros(shape):
 def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
   """Fills the dQ partials of a chunk and adds its dK and dV.
 
-  `where`: batch row, group, first query, its position, number of tasks.
+  `where`: batch row, first group, first query, its position, number of tasks.
   """
   s, config = shape, shape.config
   half, rows, d, stages = s.half, s.rows, s.head_dim, config.stages
@@ -125,7 +134,15 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     my_tasks = (where_gmem[4] - cta + config.num_ctas - 1) // config.num_ctas
 
     def read_task(i):
-      return (tasks_gmem[cta + i * config.num_ctas, j] for j in range(5))
+      """Group in the launch, its block, and the rest of the task's row."""
+      owner, *rest = (
+        tasks_gmem[cta + i * config.num_ctas, j] for j in range(5)
+      )
+      return owner // s.num_owners, lax.rem(owner, s.num_owners), *rest
+
+    def query_of(edge, group):
+      """Query in the chunk."""
+      return (edge >> 2) // s.top_k - group * s.chunk
 
     def order_of(count, inside):
       """How many pieces are masked, and the place of the i-th piece worked on.
@@ -186,7 +203,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
         plgpu.barrier_arrive(dq_ready.at[slot])
 
       def task(i, done):
-        block, start, count, inside, slot = read_task(i)
+        group, block, start, count, inside, slot = read_task(i)
         pieces, masked, place_of = order_of(count, inside)
         plgpu.barrier_wait(kv_ready)
 
@@ -239,7 +256,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             limit = jnp.full((ROWS,), -1, jnp.int32)
             limit = plgpu.layout_cast(limit, row_layout)
             for a in range(half):
-              query = position + (edges[a] >> 2) // s.top_k
+              query = position + query_of(edges[a], group)
               seen = jnp.minimum(
                 query - block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK - 1
               )
@@ -327,9 +344,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           return dk, dv
 
         zero = _zeros((KEYS, d))
-        carry = (zero, zero)
         carry = lax.fori_loop(
-          0, masked, functools.partial(piece, is_masked=True), carry
+          0, masked, functools.partial(piece, is_masked=True), (zero, zero)
         )
         if s.block_size == schedule.OWNER_BLOCK:
           carry = lax.fori_loop(
@@ -350,7 +366,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           give_dq(dq, step)
 
         plgpu.barrier_arrive(kv_free)
-        is_first = slot < s.num_owners
+        is_first = slot < s.num_groups * s.num_owners
         for kind, x in ((0, dk * s.scale), (1, dv)):
           at = sums_gmem.at[kind, slot, pl.ds(wg * KEYS, KEYS)]
 
@@ -374,12 +390,13 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       plgpu.set_max_registers(24, action="decrease")
       # A piece's dQ is stored when the pieces after it are being computed.
       lag = stages + 1
-      row, group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
-      heads = pl.ds(group * rows, rows)
+      row, first_group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
 
       def task(i, done):
-        block, start, count, inside, _ = read_task(i)
+        group, block, start, count, inside, _ = read_task(i)
         pieces, _, place_of = order_of(count, inside)
+        kv_head = first_group + group
+        heads = pl.ds(kv_head * rows, rows)
 
         @pl.when(i > 0)
         def _():
@@ -389,7 +406,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           tokens = pl.ds(block * schedule.OWNER_BLOCK + h * KEYS, KEYS)
           for x_gmem, x_smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
             plgpu.copy_gmem_to_smem(
-              x_gmem.at[row, group, tokens], x_smem.at[h], kv_ready
+              x_gmem.at[row, kv_head, tokens], x_smem.at[h], kv_ready
             )
 
         def store(j, step):
@@ -422,7 +439,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             plgpu.barrier_wait(q_free.at[stage])
 
           for a in range(half):
-            query = origin + (edges[a] >> 2) // s.top_k
+            query = origin + query_of(edges[a], group)
             for x_gmem, x_smem in ((q_gmem, q_smem), (do_gmem, do_smem)):
               plgpu.copy_gmem_to_smem(
                 x_gmem.at[row, query, heads],
@@ -557,18 +574,24 @@ def backward(
   top_k = block_indices.shape[-1]
   num_owners = s_len // schedule.OWNER_BLOCK
 
-  most = MAX_WORKSPACE // (top_k * rows * d)
-  # Places of a chunk and owner blocks share a sort key of 32 bits.
-  most = min(most, (1 << (32 - num_owners.bit_length())) // top_k)
-  if config.chunk:
-    most = min(most, config.chunk)
-  num_chunks = -(-t // most)
+  def fits(groups, queries):
+    edges = groups * queries * top_k
+    return edges * rows * d <= MAX_WORKSPACE and schedule.owners_fit(
+      groups * num_owners, edges
+    )
+
+  # Several groups at once if all their queries fit, else one in chunks.
+  divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+  groups = max([n for n in divisors if fits(n, t)], default=1)
+  num_chunks = -(-t // config.chunk) if config.chunk else 1
+  while not fits(groups, -(-t // num_chunks)):
+    num_chunks += 1
   chunk = -(-t // num_chunks)
+  edges = groups * chunk * top_k
   task = config.task
   if not task:
     # About six tasks a CTA, so that they end together.
-    task = chunk * top_k // (6 * mosaic.NUM_SMS)
-    task = min(max(task, 128), 1024)
+    task = min(max(edges // (6 * mosaic.NUM_SMS), 128), 1024)
   task = -(-task // 8) * 8
   shape = Shape(
     num_kv_heads=num_kv_heads,
@@ -576,44 +599,49 @@ def backward(
     head_dim=d,
     block_size=block_size,
     top_k=top_k,
+    num_groups=groups,
     num_owners=num_owners,
+    chunk=chunk,
     dtype=jnp.dtype(q.dtype),
     scale=scale,
     config=config,
     interpret=interpret,
   )
   pad = num_chunks * chunk - t
-  delta = jnp.sum(
-    out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1
-  ).reshape(b, t, num_kv_heads, rows)
-  lse = lse.reshape(b, num_kv_heads, rows, t) * mosaic.LOG2E
+  delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+  delta = delta.reshape(b, t, num_kv_heads, rows).swapaxes(1, 2)
+  lse = lse.reshape(b, num_kv_heads, rows, t).swapaxes(2, 3) * mosaic.LOG2E
   if pad:
-    block_indices = jnp.pad(
-      block_indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1
+    block_indices, delta, lse = (
+      jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=value)
+      for x, value in ((block_indices, -1), (delta, 0), (lse, 0))
     )
-    delta = jnp.pad(delta, ((0, 0), (0, pad), (0, 0), (0, 0)))
-    lse = jnp.pad(lse, ((0, 0), (0, 0), (0, 0), (0, pad)))
   starts = kv_lengths - t
-  max_tasks = schedule.max_owner_tasks(num_owners, chunk * top_k, task)
+  num_slots = groups * num_owners
+  max_tasks = schedule.max_owner_tasks(num_slots, edges, task)
 
-  def row_group(index, carry):
+  def row_groups(index, carry):
     dq, dk, dv = carry
-    row, group = index // num_kv_heads, index % num_kv_heads
-    sums = jnp.zeros((2, num_owners, schedule.OWNER_BLOCK, d), jnp.float32)
+    row = index // (num_kv_heads // groups)
+    group = index % (num_kv_heads // groups) * groups
+    sums = jnp.zeros((2, num_slots, schedule.OWNER_BLOCK, d), jnp.float32)
     extra = lax.empty(
-      (2, max_tasks - num_owners, schedule.OWNER_BLOCK, d), jnp.float32
+      (2, max_tasks - num_slots, schedule.OWNER_BLOCK, d), jnp.float32
     )
     sums = jnp.concatenate([sums, extra], axis=1)
-    partials = lax.empty((chunk, top_k, rows, d), q.dtype)
-
-    def cut(x, axis, i):
-      return lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis)
+    partials = lax.empty((groups * chunk, top_k, rows, d), q.dtype)
 
     def step(i, carry):
       dq, sums, partials = carry
       position = starts[row] + i * chunk
+
+      def cut(x):
+        """[B, K, T, X]: this step's, [groups, chunk, X]."""
+        at = (row, group, i * chunk, 0)
+        return lax.dynamic_slice(x, at, (1, groups, chunk, x.shape[-1]))[0]
+
       plan = schedule.plan_owners(
-        cut(block_indices[row, group], 0, i),
+        cut(block_indices),
         position + jnp.arange(chunk, dtype=jnp.int32),
         block_size=block_size,
         num_blocks=-(-s_len // block_size),
@@ -622,41 +650,35 @@ def backward(
       query = (plan.order >> 2) // top_k
 
       def by_edge(x):
-        x = x[query].reshape(-1)
+        x = x.reshape(-1, rows)[query].reshape(-1)
         return jnp.pad(x, (0, ROWS))
 
       where = jnp.stack(
         [row, group, i * chunk, position, plan.num_tasks[0]]
       ).astype(jnp.int32)
-      one_delta = cut(delta[row, :, group], 0, i)
+      one_delta = cut(delta)
       # Through lse, a dout that is not finite reaches dv of what it sees only.
-      one_lse = jnp.where(
-        jnp.isfinite(one_delta), cut(lse[row, group], 1, i).T, jnp.nan
-      )
+      one_lse = jnp.where(jnp.isfinite(one_delta), cut(lse), jnp.nan)
       sums_ref, partials_ref = jax.new_ref(sums), jax.new_ref(partials)
       _owners(
         partials_ref, sums_ref, where, plan, q, dout, k, v,
         by_edge(one_lse), by_edge(one_delta),
         shape=shape,
       )  # fmt: skip
-      sum_extra(
-        sums_ref, plan.extra, num_owners=num_owners, interpret=interpret
-      )
+      sum_extra(sums_ref, plan.extra, num_owners=num_slots, interpret=interpret)
       partials = jax.freeze(partials_ref)
       # Places without an edge hold anything.
-      one = jnp.sum(
-        jnp.where(
-          plan.is_edge[..., None, None], partials.astype(jnp.float32), 0.0
-        ),
-        axis=1,
-      ).astype(q.dtype)
+      one = partials.reshape(groups, chunk, top_k, rows, d)
+      one = jnp.where(plan.is_edge[..., None, None], one.astype(jnp.float32), 0)
+      one = jnp.sum(one, axis=2).astype(q.dtype).swapaxes(0, 1)
       dq = lax.dynamic_update_slice(
-        dq, one[None, :, None], (row, i * chunk, group, 0, 0)
+        dq, one[None], (row, i * chunk, group, 0, 0)
       )
       return dq, jax.freeze(sums_ref), partials
 
     dq, sums, _ = lax.fori_loop(0, num_chunks, step, (dq, sums, partials))
-    sums = sums[:, :num_owners].astype(q.dtype).reshape(2, 1, 1, s_len, d)
+    sums = sums[:, :num_slots].astype(q.dtype)
+    sums = sums.reshape(2, 1, groups, s_len, d)
     at = (row, group, 0, 0)
     dk = lax.dynamic_update_slice(dk, sums[0], at)
     dv = lax.dynamic_update_slice(dv, sums[1], at)
@@ -665,8 +687,8 @@ def backward(
   dq = lax.empty((b, t + pad, num_kv_heads, rows, d), q.dtype)
   dq, dk, dv = lax.fori_loop(
     0,
-    b * num_kv_heads,
-    row_group,
+    b * (num_kv_heads // groups),
+    row_groups,
     (dq, lax.empty(k.shape, q.dtype), lax.empty(v.shape, q.dtype)),
   )
   return dq[:, :t].reshape(q.shape), dk, dv

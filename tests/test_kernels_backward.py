@@ -103,17 +103,18 @@ def interpreted(case, q, k, v, dout, blocks, **config):
 
 @pytest.mark.parametrize("kind", ["random", "hot", "garbage", "empty"])
 @pytest.mark.parametrize("block_size", [64, 128])
-def test_every_choice_has_one_owner(kind, block_size):
+@pytest.mark.parametrize("groups", [1, 3])
+def test_every_choice_has_one_owner(kind, block_size, groups):
   rng = np.random.default_rng(0)
   queries, top_k, num_blocks, task = 160, 4, 7, 16
   positions = np.arange(queries) + 300
   own = np.where(positions < 0, -1, positions // block_size)
-  ids = np.argsort(rng.random((queries, num_blocks)))[:, :top_k]
+  ids = np.argsort(rng.random((groups, queries, num_blocks)))[..., :top_k]
   if kind == "hot":
-    ids[:, 0] = np.where((ids[:, 1:] == 0).any(-1), -1, 0)
+    ids[..., 0] = np.where((ids[..., 1:] == 0).any(-1), -1, 0)
   elif kind == "garbage":
-    ids[::3] += 1 << 20
-    ids[1::3] -= 1 << 30
+    ids[:, ::3] += 1 << 20
+    ids[:, 1::3] -= 1 << 30
   elif kind == "empty":
     ids[:] = -1
   plan = schedule.plan_owners(
@@ -124,28 +125,31 @@ def test_every_choice_has_one_owner(kind, block_size):
   num_owners = -(-num_blocks // (128 // block_size))
   found, slots = [], {}
   for owner, start, count, inside, slot in tasks[:num_tasks]:
-    assert 0 <= count <= task and 0 <= owner < num_owners
+    assert 0 <= count <= task and 0 <= owner < groups * num_owners
     slots.setdefault(owner, []).append(slot)
+    group, block = divmod(owner, num_owners)
     places = order[start : start + count] >> 2
     assert np.all(np.diff(places) > 0)
-    assert inside == np.sum(positions[places // top_k] < (owner + 1) * 128)
+    at = positions[places // top_k - group * queries]
+    assert inside == np.sum(at < (block + 1) * 128)
     for place, halves in zip(places, order[start : start + count] & 3):
-      query, p = divmod(place, top_k)
-      assert is_edge[query, p]
+      query, p = divmod(place - group * queries * top_k, top_k)
+      assert is_edge[group, query, p]
       for half in range(2):
         if block_size == 64 and halves >> half & 1:
-          found.append((query, owner * 2 + half))
+          found.append((group, query, block * 2 + half))
       if block_size == 128:
-        found.append((query, owner))
+        found.append((group, query, block))
   # The first task of a block has the block's slot, the rest those of `extra`.
   for owner, mine in slots.items():
     first, more = extra[owner]
     assert mine == [owner, *range(first, first + more)]
   assert sum(extra[:, 1]) == num_tasks - len(slots)
   wanted = [
-    (t, i)
+    (group, t, i)
+    for group in range(groups)
     for t in range(queries)
-    for i in ids[t]
+    for i in ids[group, t]
     if 0 <= i <= own[t] and i < num_blocks
   ]
   assert sorted(found) == sorted(wanted)
@@ -158,7 +162,7 @@ def test_a_chunk_too_long_for_the_sort_is_refused():
       functools.partial(
         schedule.plan_owners, block_size=128, num_blocks=1 << 15, task=128
       ),
-      jax.ShapeDtypeStruct((1 << 15, 16), jnp.int32),
+      jax.ShapeDtypeStruct((1, 1 << 15, 16), jnp.int32),
       jax.ShapeDtypeStruct((1 << 15,), jnp.int32),
     )
 
@@ -185,6 +189,20 @@ def test_interpreted(name):
   q, k, v, dout = inputs(case, jnp.bfloat16)
   blocks = random_blocks(case)
   grads = interpreted(case, q, k, v, dout, blocks, **config)
+  check(case, q, k, v, dout, blocks, grads)
+
+
+def test_interpreted_one_group_at_a_time(monkeypatch):
+  case = Case(
+    q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
+    block_size=128, top_k=2,
+  )  # fmt: skip
+  rows = case.num_heads // case.num_kv_heads
+  one = case.q_len * case.top_k * rows * case.head_dim
+  monkeypatch.setattr(bwd, "MAX_WORKSPACE", one)
+  q, k, v, dout = inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  grads = interpreted(case, q, k, v, dout, blocks)
   check(case, q, k, v, dout, blocks, grads)
 
 

@@ -5,9 +5,11 @@ import json
 import jax.numpy as jnp
 import pytest
 
+import msa_jax
+from msa_jax import reference
 from pallas_kernels import cases
 from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench import forward, measure, training
+from pallas_kernels.bench import decode, forward, measure, training
 
 FIELDS = {
   *cases.Case.__dataclass_fields__,
@@ -87,6 +89,77 @@ def test_training_ops_write_rows(arguments):
   for row in rows:
     assert (row["speedup"] is None) == (row["op"] in ("sparse_backward", "kl"))
   assert path.with_suffix(".png").stat().st_size > 0
+
+
+def reference_decode(case, config=None):
+  """What the kernels compute, by the reference."""
+
+  def run(q, k, v, index_q, index_k, scale, kv_lengths):
+    if scale is not None:
+      index_q, q_scale = decode.quantise(index_q)
+      index_q = index_q.astype(jnp.float32) * q_scale[..., None]
+      index_k = index_k.astype(jnp.float32) * scale[..., None]
+    options = dict(block_size=case.block_size, kv_lengths=kv_lengths)
+    ids = msa_jax.select_blocks(
+      index_q, index_k, top_k=case.top_k, implementation="reference", **options
+    )
+    out, _ = reference.sparse_attention(
+      q, k, v, ids, scale=case.head_dim**-0.5, **options
+    )
+    return out, ids
+
+  return run
+
+
+@pytest.fixture
+def decode_arguments(arguments, monkeypatch):
+  case = cases.Case(
+    tokens=1, kv_tokens=64, batch=2, block_size=4, top_k=4, num_heads=4,
+    num_kv_heads=2, head_dim=64, index_dim=64,
+  )  # fmt: skip
+  monkeypatch.setitem(cases.DECODE, "1x32k", case)
+  monkeypatch.setattr(decode, "attention", reference_decode)
+  monkeypatch.setattr(decode, "COLD_BYTES", 1 << 14)
+  monkeypatch.setattr(decode, "MIN_STEPS", 4)
+  monkeypatch.setattr(decode, "cudnn_decode", lambda q, k, v: q)
+  monkeypatch.setattr(
+    measure, "kernel_seconds", lambda call: {"decode_scan_kernel": [1e-6] * 4}
+  )
+  arguments, path = arguments
+  return ["--ops", "decode", *arguments, "--tokens", "1x32k"], path
+
+
+def test_decode_writes_rows(decode_arguments):
+  pytest.importorskip("matplotlib")
+  arguments, path = decode_arguments
+  assert bench.main(arguments) == 0
+  rows = json.loads(path.read_text())["rows"]
+  assert [row["score_precision"] for row in rows] == ["exact", "fp8"]
+  extra = {"kernels_ms", "index_tbs", "copy_fraction"}
+  for row in rows:
+    assert set(row) == FIELDS | extra
+    assert row["batch"] == 2 and row["kv_tokens"] == 64
+    assert row["ms"] > 0 and row["dense"] == "cudnn"
+    assert row["kernels_ms"] == {"decode_scan_kernel": 1e-3}
+  assert rows[0]["index_tbs"] == round(2 * 64 * 128 / 1e6, 3)
+
+
+def test_no_number_on_a_wrong_decode(decode_arguments, monkeypatch, capsys):
+  arguments, path = decode_arguments
+  right = reference_decode
+
+  def off(case, config=None):
+    def run(*inputs):
+      out, ids = right(case, config)(*inputs)
+      return jnp.multiply(out, 1.02), ids
+
+    return run
+
+  monkeypatch.setattr(decode, "attention", off)
+  assert bench.main(arguments) == 1
+  out = capsys.readouterr().out
+  assert "decode exact: out's RMS error" in out and " ms" not in out
+  assert not path.exists()
 
 
 def test_no_number_on_a_wrong_choice(arguments, monkeypatch, capsys):

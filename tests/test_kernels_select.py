@@ -249,10 +249,10 @@ def test_no_gradient():
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 23, 32])
-def test_sort_network(length):
+def testsort_network(length):
   rng = np.random.default_rng(length)
   x = rng.integers(0, 2, (length, 4096))
-  for a, b in sb._sort_network(length):
+  for a, b in sb.sort_network(length):
     x[a], x[b] = np.minimum(x[a], x[b]), np.maximum(x[a], x[b])
   assert (np.diff(x, axis=0) >= 0).all()
 

@@ -27,6 +27,7 @@ from pallas_kernels.bench import measure
 from pallas_kernels.cases import Case
 
 OPS = ("prefill", "select", "sparse_forward")
+CASES = cases.CASES
 IMPLEMENTATION: Implementation = "mosaic_gpu"
 MOSAIC_DENSE_TOKENS = 1 << 17
 OUTLIER_TOKENS = 1 << 17

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import pathlib
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any
@@ -52,6 +54,24 @@ def measure(
     count = max(1, min(50, int(0.04 / estimate)))
     times = [seconds(count) for _ in range(7)]
   return float(np.median(times)), max(times) - min(times)
+
+
+def kernel_seconds(call: Callable[[], Any]) -> dict[str, list[float]]:
+  """Durations of the kernels of a call by name, as the device saw them."""
+  jax.block_until_ready(call())
+  with tempfile.TemporaryDirectory() as folder:
+    with jax.profiler.trace(folder):
+      jax.block_until_ready(call())
+    [path] = pathlib.Path(folder).rglob("*.xplane.pb")
+    planes = jax.profiler.ProfileData.from_file(str(path)).planes
+    found: dict[str, list[float]] = {}
+    for plane in planes:
+      if plane.name.startswith("/device:GPU"):
+        for line in plane.lines:
+          if line.name.startswith("Stream"):
+            for event in line.events:
+              found.setdefault(event.name, []).append(event.duration_ns / 1e9)
+  return found
 
 
 def ceilings() -> dict[str, float]:
@@ -190,9 +210,14 @@ def row(
   union8: float,
   score_precision: str = "exact",
   dense: tuple[str, float] | None = None,
+  steps: int = 1,
 ) -> dict[str, Any]:
-  """Times an op and describes it as results/<device>.json does."""
+  """Times an op and describes it as results/<device>.json does.
+
+  A call may consist of several equal `steps`, of which one is described.
+  """
   seconds, spread = measure(call)
+  seconds, spread = seconds / steps, spread and spread / steps
   name, dense_seconds = dense or (None, None)
   speedup = None if dense_seconds is None else dense_seconds / seconds
   beside = "" if speedup is None else f", {speedup:.2f}x over {name}"

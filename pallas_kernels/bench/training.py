@@ -25,6 +25,7 @@ from pallas_kernels.bench import forward, measure
 from pallas_kernels.cases import Case
 
 OPS = ("train", "sparse_backward", "kl", "warmup")
+CASES = cases.CASES
 IMPLEMENTATION: Implementation = "mosaic_gpu"
 MAX_TOKENS = 1 << 19  # q, out and their gradients at 1M fill the memory
 WARMUP_TOKENS = 1 << 17  # quadratic

@@ -1,0 +1,300 @@
+"""Op `decode`: one token a row over a cache, beside dense decoding.
+
+What is timed is a program of several steps, each of which depends on the one
+before, so that launches and the gaps between them count as they do for a model.
+Steps take turns with caches that do not fit the GPU's second-level cache
+together. `kernels_ms` is what the kernels of a step take by themselves, by
+name, and `index_tbs` how fast the scan reads index keys (and their scales).
+
+The dense peers are cuDNN and XLA's own fusions, on the same caches in programs
+of the same kind; the faster is named.
+"""
+
+from __future__ import annotations
+
+import concurrent.futures
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array
+
+from msa_jax import reference
+from pallas_kernels import cases, decode
+from pallas_kernels.bench import measure
+from pallas_kernels.cases import Case
+
+OPS = ("decode",)
+CASES = cases.DECODE
+PRECISIONS = ("exact", "fp8")
+COLD_BYTES = 128 << 20  # more than twice the second-level cache
+MAX_CACHES = 16
+MIN_STEPS = 16
+FP8 = jnp.float8_e4m3fn
+SCAN = "decode_scan"
+
+
+def attention(case: Case, config: decode.Config | None = None) -> Callable:
+  """(q, k, v, index_q, index_k, scale, kv_lengths) -> (out, ids)."""
+
+  def run(q, k, v, index_q, index_k, scale, kv_lengths):
+    return decode.decode_attention(
+      q,
+      k,
+      v,
+      index_q,
+      index_k,
+      kv_lengths=kv_lengths,
+      index_k_scale=scale,
+      block_size=case.block_size,
+      top_k=case.top_k,
+      config=config,
+    )
+
+  return run
+
+
+def index_bytes(case: Case, precision: str) -> int:
+  """Index keys, and scales, that a step reads."""
+  key = 2 * case.index_dim if precision == "exact" else case.index_dim + 4
+  return case.batch * case.kv_tokens * key
+
+
+def num_caches(case: Case) -> int:
+  return min(-(-COLD_BYTES // index_bytes(case, "fp8")), MAX_CACHES)
+
+
+def num_steps(case: Case) -> int:
+  return max(MIN_STEPS, 2 * num_caches(case))
+
+
+@functools.partial(jax.jit, static_argnames=("case", "precision"))
+def cache(key: Array, case: Case, precision: str) -> tuple[Any, ...]:
+  """k, v, index_k and its scales or None."""
+  k_key, v_key, index_key = jax.random.split(key, 3)
+  kv = (case.batch, case.kv_tokens, case.num_kv_heads, case.head_dim)
+  index_k = cases.normal(index_key, (*kv[:2], case.index_dim), case.dtype)
+  scale = None
+  if precision == "fp8":
+    index_k, scale = reference.fp8_codes(index_k)
+  k, v = (cases.normal(x, kv, case.dtype) for x in (k_key, v_key))
+  return k, v, index_k, scale
+
+
+@functools.partial(jax.jit, static_argnames="case")
+def queries(key: Array, case: Case) -> tuple[Array, Array]:
+  """q and index_q."""
+  q_key, index_key = jax.random.split(key)
+  lead = (case.batch, case.tokens)
+  return (
+    cases.normal(q_key, (*lead, case.num_heads, case.head_dim), case.dtype),
+    cases.normal(
+      index_key, (*lead, case.num_kv_heads, case.index_dim), case.dtype
+    ),
+  )
+
+
+def steps(case: Case, config: decode.Config | None = None) -> Callable:
+  """(q, index_q, caches) -> the last output and all choices."""
+  step = attention(case, config)
+
+  def run(q, index_q, caches):
+    lengths = jnp.full((case.batch,), case.kv_tokens, jnp.int32)
+    chosen = []
+    for i in range(num_steps(case)):
+      q, ids = step(*arguments(q, index_q, caches[i % len(caches)], lengths))
+      # The next step's index queries wait for this step's output too.
+      q, index_q = lax.optimization_barrier((q, index_q))
+      chosen.append(ids)
+    return q, chosen
+
+  return run
+
+
+def arguments(q, index_q, cache, lengths):
+  k, v, index_k, scale = cache
+  return q, k, v, index_q, index_k, scale, lengths
+
+
+def cudnn_decode(q: Array, k: Array, v: Array) -> Array:
+  return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
+def xla_decode(q: Array, k: Array, v: Array) -> Array:
+  return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+
+def dense_peers() -> dict[str, Callable]:
+  return {"cudnn": cudnn_decode, "xla": xla_decode}
+
+
+def dense_steps(case: Case, attend: Callable) -> Callable:
+  def run(q, caches):
+    for i in range(num_steps(case)):
+      k, v, *_ = caches[i % len(caches)]
+      q = attend(q, k, v).astype(q.dtype)
+    return q
+
+  return run
+
+
+def add_programs(
+  programs: measure.Programs,
+  case: Case,
+  ops: list[str],
+  selections: list[str],
+  precisions: list[str],
+  with_dense: bool,
+) -> None:
+  if "decode" not in ops or "random" not in selections:
+    return
+  key = jax.eval_shape(lambda: jax.random.key(0))
+  q, index_q = jax.eval_shape(functools.partial(queries, case=case), key)
+  alone = dataclasses.replace(decode.heuristic_config(), pdl=False)
+  for precision in precisions:
+    if precision not in PRECISIONS:
+      continue
+    one = jax.eval_shape(
+      functools.partial(cache, case=case, precision=precision), key
+    )
+    caches = [one] * num_caches(case)
+    lengths = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
+    programs.add(
+      f"decode {precision}",
+      attention(case),
+      *arguments(q, index_q, one, lengths),
+    )
+    programs.add(f"steps {precision}", steps(case), q, index_q, caches)
+    # Kernels that overlap would count the time that they wait.
+    programs.add(f"alone {precision}", steps(case, alone), q, index_q, caches)
+    if with_dense and precision == "exact":
+      for name, attend in dense_peers().items():
+        programs.add(f"dense {name}", dense_steps(case, attend), q, caches)
+
+
+def rows(
+  case: Case,
+  programs: measure.Programs,
+  ops: list[str],
+  selections: list[str],
+  precisions: list[str],
+) -> tuple[list[dict], list[dict]]:
+  """Rows of one shape; no recalls."""
+  del ops, selections
+  found = []
+  dense = None
+  q, index_q = queries(jax.random.key(0), case)
+  # exact comes first: dense attention is measured on its caches.
+  for precision in PRECISIONS:
+    if precision not in precisions or f"steps {precision}" not in programs:
+      continue
+    caches = [
+      cache(jax.random.key(i + 1), case, precision)
+      for i in range(num_caches(case))
+    ]
+    count = num_steps(case)
+    if precision == "exact":
+      peers = {}
+      for name in dense_peers():
+        if f"dense {name}" in programs:
+          peers[name] = functools.partial(run_dense, programs, name, q, caches)
+      if peers:
+        name, seconds = measure.faster(peers, once=False)
+        dense = name, seconds / count
+    row = measure.row(
+      "decode",
+      case,
+      functools.partial(programs[f"steps {precision}"], q, index_q, caches),
+      flops=measure.index_flops(case) + measure.main_flops(case),
+      peak_bytes=measure.program_bytes(programs[f"decode {precision}"]),
+      selection="random",
+      union8=case.top_k,
+      score_precision=precision,
+      dense=dense,
+      steps=count,
+    )
+    kernels = measure.kernel_seconds(
+      functools.partial(programs[f"alone {precision}"], q, index_q, caches)
+    )
+    milliseconds = {
+      name: round(sum(times) / count * 1e3, 4)
+      for name, times in sorted(kernels.items())
+    }
+    scan = sum(ms for name, ms in milliseconds.items() if SCAN in name)
+    rate = index_bytes(case, precision) / scan / 1e9
+    measure.log(f"    kernels {milliseconds} ms, index keys {rate:.3f} TB/s")
+    row |= dict(kernels_ms=milliseconds, index_tbs=round(rate, 3))
+    found.append(row)
+  return found, []
+
+
+def run_dense(programs, name, q, caches):
+  """Compiles at the first call, where `faster` copes with a failure."""
+  return programs[f"dense {name}"](q, caches)
+
+
+# ---- Checks ----
+
+
+def check_decode(case: Case, precision: str) -> str | None:
+  """What is wrong with a step over ragged rows, or None."""
+  q, index_q = queries(jax.random.key(8), case)
+  k, v, index_k, scale = cache(jax.random.key(9), case, precision)
+  lengths = jnp.array(
+    [case.kv_tokens - 37 * i for i in range(case.batch)], jnp.int32
+  )
+  out, ids = jax.jit(attention(case))(
+    *arguments(q, index_q, (k, v, index_k, scale), lengths)
+  )
+  if scale is not None:
+    index_q, q_scale = reference.fp8_codes(index_q)
+    index_q = index_q.astype(jnp.float32) * q_scale[..., None]
+    index_k = index_k.astype(jnp.float32) * scale[..., None]
+  want_ids = reference.select_blocks(
+    index_q,
+    index_k,
+    block_size=case.block_size,
+    top_k=case.top_k,
+    num_local_blocks=1,
+    kv_lengths=lengths,
+    score_precision="exact",
+  )
+  recall = float(cases.recall(ids, want_ids))
+  # Blocks whose scores are as good as equal may stand for each other; Hopper
+  # sums e4m3 products with about 14 bits.
+  floor = dict(exact=0.99, fp8=0.95)[precision]
+  if not recall >= floor:
+    return f"recall {recall:.5f} against the reference, at least {floor} needed"
+  positions = reference.query_positions(
+    case.tokens, case.kv_tokens, case.batch, lengths
+  )
+  visible = reference.chosen_tokens(
+    ids, positions, case.kv_tokens, case.block_size
+  )
+  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+  want, _ = reference.attend(q, k, v, visible, case.head_dim**-0.5)
+  error = out.astype(jnp.float32) - want
+  rms = jnp.sqrt(jnp.mean(error**2) / jnp.mean(want**2))
+  if not rms < 0.005:
+    return f"out's RMS error is {rms}, less than 0.005 needed"
+  return None
+
+
+def start_checks(
+  pool: concurrent.futures.Executor,
+  case: Case,
+  ops: list[str],
+  precisions: list[str],
+) -> dict[str, concurrent.futures.Future]:
+  """Checks of the ops on a small case, running."""
+  if "decode" not in ops:
+    return {}
+  return {
+    f"decode {precision}": pool.submit(check_decode, case, precision)
+    for precision in precisions
+    if precision in PRECISIONS
+  }

@@ -1,0 +1,476 @@
+"""Decoding: interpreted at small shapes, lowered at the paper's, on Hopper."""
+
+import dataclasses
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from test_kernels_select import EXACT, check_choice
+
+from msa_jax import reference
+from pallas_kernels import decode, mosaic
+
+FP8 = jnp.float8_e4m3fn
+SMALL = decode.Config(num_ctas=3, stages=2, splits=2)
+# Hopper sums e4m3 products with about 14 bits, and one entry of index_q may
+# round the other way after an approximate division.
+FP8_GPU = 2.0**-10
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+  """One call; slots beyond the lengths hold NaN."""
+
+  lengths: tuple[int, ...] = (300, 325)
+  capacity: int = 328
+  tokens: int = 1
+  num_heads: int = 4
+  num_kv_heads: int = 2
+  head_dim: int = 64
+  index_dim: int = 64
+  block_size: int = 64
+  top_k: int = 3
+  num_local: int = 1
+  dtype: str = "bfloat16"
+  fp8: bool = False
+
+  @property
+  def batch(self):
+    return len(self.lengths)
+
+  def inputs(self, seed=0):
+    """q, k, v, index_q, index_k and the scales of index_k or None."""
+    keys = jax.random.split(jax.random.key(seed), 5)
+    kv = (self.batch, self.capacity, self.num_kv_heads, self.head_dim)
+    heads = (self.batch, self.tokens)
+    shapes = (
+      (*heads, self.num_heads, self.head_dim),
+      kv,
+      kv,
+      (*heads, self.num_kv_heads, self.index_dim),
+      (self.batch, self.capacity, self.index_dim),
+    )
+    q, k, v, index_q, index_k = (
+      jax.random.normal(key, shape, self.dtype)
+      for key, shape in zip(keys, shapes)
+    )
+    scale = None
+    if self.fp8:
+      index_k, scale = quantise(index_k)
+      scale = jnp.where(self.unused(), jnp.nan, scale)
+    k, v, index_k = (
+      jnp.where(
+        self.unused().reshape(*self.unused().shape, *(1,) * (x.ndim - 2)),
+        jnp.asarray(jnp.nan, x.dtype),
+        x,
+      )
+      for x in (k, v, index_k)
+    )
+    return q, k, v, index_q, index_k, scale
+
+  def unused(self):
+    return jnp.arange(self.capacity) >= jnp.array(self.lengths)[:, None]
+
+
+def quantise(x):
+  """e4m3 and one scale a vector."""
+  x = x.astype(jnp.float32)
+  scale = jnp.max(jnp.abs(x), axis=-1) / 448
+  scale = jnp.where(scale > 0, scale, 1)
+  return (x / scale[..., None]).astype(FP8), scale
+
+
+@functools.cache
+def compiled(block_size, top_k, num_local, config, interpret):
+  return jax.jit(
+    functools.partial(
+      decode.decode_attention,
+      block_size=block_size,
+      top_k=top_k,
+      num_local_blocks=num_local,
+      config=config,
+      interpret=interpret,
+    )
+  )
+
+
+def run(case, inputs, config: Any = SMALL, interpret=True):
+  """out in float32, and ids; on a GPU of two runs with the same bits."""
+  *inputs, scale = inputs
+  call = functools.partial(
+    compiled(case.block_size, case.top_k, case.num_local, config, interpret),
+    *inputs,
+    kv_lengths=jnp.array(case.lengths, jnp.int32),
+    index_k_scale=scale,
+  )
+  out, ids = call()
+  assert out.dtype == inputs[0].dtype and out.shape == inputs[0].shape
+  out, ids = np.asarray(out.astype(jnp.float32)), np.array(ids)
+  if not interpret:
+    again = call()
+    np.testing.assert_array_equal(out, again[0].astype(jnp.float32))
+    np.testing.assert_array_equal(ids, again[1])
+  return out, ids
+
+
+def check(case, inputs, out, ids, margin):
+  """Ids against the scores in float64, out against attention of those ids."""
+  q, k, v, index_q, index_k, scale = inputs
+  lengths = jnp.array(case.lengths, jnp.int32)
+  if scale is not None:
+    index_q, q_scale = quantise(index_q)
+    index_q = index_q.astype(jnp.float32) * q_scale[..., None]
+    index_k = index_k.astype(jnp.float32) * scale[..., None]
+  check_choice(
+    index_q,
+    index_k,
+    ids,
+    block_size=case.block_size,
+    top_k=case.top_k,
+    num_local=case.num_local,
+    kv_lengths=case.lengths,
+    margin=margin,
+  )
+  positions = reference.query_positions(
+    case.tokens, case.capacity, case.batch, lengths
+  )
+  visible = reference.chosen_tokens(
+    jnp.asarray(ids), positions, case.capacity, case.block_size
+  )
+  wide = tuple(x.astype(jnp.float32) for x in (q, k, v))
+  attend = functools.partial(
+    reference.attend, *wide, visible, case.head_dim**-0.5
+  )
+  want = np.asarray(attend()[0])
+  near = np.asarray(attend(jnp.dtype(case.dtype))[0])
+  assert np.isfinite(out).all()
+  error = np.abs(out - want)
+  floor = float(jnp.finfo(case.dtype).eps) * np.abs(want).max()
+  assert error.max() <= 2 * np.abs(near - want).max() + floor
+  assert np.linalg.norm(error) <= 0.005 * np.linalg.norm(want)
+  empty = np.asarray(positions) < 0
+  assert (out[empty] == 0).all()
+
+
+def run_and_check(case, inputs=None, config: Any = SMALL, interpret=True):
+  inputs = inputs or case.inputs()
+  out, ids = run(case, inputs, config, interpret)
+  margin = EXACT if interpret or not case.fp8 else FP8_GPU
+  check(case, inputs, out, ids, margin)
+  return out, ids
+
+
+@pytest.mark.parametrize("lengths, fp8", [((256, 20), False), ((300, 0), True)])
+def test_ragged_rows_and_unused_slots(lengths, fp8):
+  """Rows end inside a block, at its end, and before the first query."""
+  case = Case(lengths=lengths, fp8=fp8)
+  out, ids = run_and_check(case)
+  if fp8:
+    assert (ids[1] == -1).all() and (out[1] == 0).all()
+    return
+  _, _, _, index_q, index_k, _ = case.inputs()
+  want = reference.select_blocks(
+    index_q,
+    index_k,
+    block_size=64,
+    top_k=3,
+    num_local_blocks=1,
+    kv_lengths=jnp.array(lengths),
+    score_precision="exact",
+  )
+  np.testing.assert_array_equal(ids, want)
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    # Queries that span two blocks.
+    Case(
+      lengths=(137,), capacity=200, tokens=16, num_heads=2, num_kv_heads=1,
+      top_k=2,
+    ),
+    # Rows of index queries that fill no swizzle tile; a capacity of no
+    # multiple of 8; attention in half blocks; heads of their own.
+    Case(
+      lengths=(389,), capacity=389, tokens=3, num_heads=3, num_kv_heads=3,
+      head_dim=128, index_dim=128, block_size=128, top_k=2, dtype="float16",
+    ),
+    # Own blocks compete, partly visible; more blocks wanted than there are;
+    # fewer keys than queries.
+    Case(lengths=(200, 1), tokens=2, num_local=0, top_k=5, fp8=True),
+    Case(lengths=(60, 300), num_local=2, num_heads=16, num_kv_heads=1),
+  ],
+)  # fmt: skip
+def test_tokens_groups_and_forced_blocks(case):
+  config = dataclasses.replace(SMALL, unit=64)
+  run_and_check(case, config=config)
+
+
+def test_all_forced_needs_no_scan():
+  case = Case(lengths=(300, 40), top_k=2, num_local=2)
+  _, ids = run_and_check(case)
+  np.testing.assert_array_equal(ids[:, 0, 0], [[3, 4], [0, -1]])
+
+
+def test_several_rows_in_the_share_of_a_cta(monkeypatch):
+  """More rows than lengths are read at once; other tiles, nothing split."""
+  monkeypatch.setattr(decode, "LENGTHS_AT_ONCE", 2)
+  case = Case(
+    lengths=(130, 0, 328, 64, 300, 129, 1), num_heads=1, num_kv_heads=1,
+    top_k=2,
+  )  # fmt: skip
+  config = decode.Config(
+    num_ctas=3, step_keys=256, stages=3, score_warpgroups=1, splits=1
+  )
+  run_and_check(case, config=config)
+
+
+def test_ties_go_to_the_lower_id():
+  case = Case(lengths=(325, 320))
+  q, k, v, index_q, index_k, _ = case.inputs()
+  index_q = jnp.ones_like(index_q)
+
+  def ids_of(keys):
+    keys = (keys[..., None] * jnp.ones_like(index_k)).astype(index_k.dtype)
+    _, ids = run_and_check(case, (q, k, v, index_q, keys, None))
+    assert (ids[:, 0] == ids[:, 1]).all()
+    return ids[:, 0, 0]
+
+  # -0 equals 0, whatever CTA saw it.
+  zeros = jnp.where(jnp.arange(328) < 128, -0.0, 0.0)
+  np.testing.assert_array_equal(ids_of(zeros), [[0, 1, 5], [0, 1, 4]])
+  level = jnp.array([[1, 2, 2, 3, 2, 9], [1, 3, 3, 3, 0, 9]])
+  level = jnp.repeat(level, 64, axis=1)[:, :328]
+  np.testing.assert_array_equal(ids_of(level), [[1, 3, 5], [1, 2, 4]])
+
+
+def test_nan_stays_where_it_can_be_seen():
+  case = Case()
+  inputs = case.inputs()
+  q, k, v, index_q, index_k, scale = inputs
+  out, ids = run(case, inputs)
+  assert (ids[1, :, 0, 2] == 5).all()
+
+  # A NaN score keeps a block out, unless it is forced.
+  bad_k = index_k.at[0, 70, 3].set(jnp.nan).at[1, 323, 0].set(jnp.nan)
+  bad_q = index_q.at[1, 0, 1, 0].set(jnp.nan)
+  _, got = run(case, (q, k, v, bad_q, bad_k, scale))
+  assert (got[0] != 1).all()
+  np.testing.assert_array_equal(got[1, 1, 0], [5, -1, -1])
+  untouched = (ids != 1).all(-1)
+  untouched[1] = [[True], [False]]
+  np.testing.assert_array_equal(got[untouched], ids[untouched])
+
+  # Keys and values poison the rows that attend to them, wholly, and no other.
+  chosen = int(ids[0, 0, 0, 1]) * 64 + 5
+  bad_k = k.at[0, chosen, 0, 2].set(-jnp.inf)
+  bad_v = v.at[1, 324, 1, 0].set(jnp.inf)
+  got, _ = run(case, (q, bad_k, bad_v, index_q, index_k, scale))
+  hit = np.zeros((2, 1, 4), bool)
+  hit[0, 0, :2] = hit[1, 0, 2:] = True
+  assert np.isnan(got[hit]).all()
+  np.testing.assert_array_equal(got[~hit], out[~hit])
+
+
+@pytest.mark.parametrize("lengths", [(5, 0, 900), (0, 0), (130,), (64,) * 40])
+@pytest.mark.parametrize("num_ctas", [1, 3, 132])
+def test_lists_of_a_row_are_where_the_shares_leave_them(lengths, num_ctas):
+  blocks = [max(-(-n // 64) - 1, 0) for n in lengths]
+  tiles = [-(-n // 2) for n in blocks]
+  share, extra = divmod(sum(tiles), num_ctas)
+  bounds = np.cumsum([0, *(share + (np.arange(num_ctas) < extra))])
+  before = np.cumsum([0, *tiles])
+  case = Case(lengths=lengths, capacity=1024)
+  shape = shape_of(case, decode.Config(num_ctas=num_ctas))
+  firsts, counts = jax.jit(
+    jax.vmap(lambda b: decode._lists_of(jnp.array(lengths), b, shape))
+  )(jnp.arange(len(lengths)))
+  for b, (first, count) in enumerate(zip(firsts, counts)):
+    owners = [
+      c
+      for c in range(num_ctas)
+      if max(bounds[c], before[b]) < min(bounds[c + 1], before[b + 1])
+    ]
+    assert count == len(owners)
+    if owners:
+      assert first == owners[0] + b
+      assert first + shape.window <= shape.num_lists
+
+
+def shape_of(case, config):
+  return decode.Shape(
+    batch=case.batch,
+    tokens=case.tokens,
+    num_kv_heads=case.num_kv_heads,
+    group_size=case.num_heads // case.num_kv_heads,
+    head_dim=case.head_dim,
+    index_dim=case.index_dim,
+    capacity=case.capacity,
+    block_size=case.block_size,
+    top_k=case.top_k,
+    local_blocks=case.num_local,
+    scale_log2=1.0,
+    dtype=jnp.dtype(case.dtype),
+    index_dtype=jnp.dtype(case.dtype),
+    key_dtype=jnp.dtype(FP8 if case.fp8 else case.dtype),
+    config=config,
+    interpret=False,
+  )
+
+
+def test_nothing_to_attend_to():
+  case = Case(lengths=(0,), capacity=0)
+  q, k, v, index_q, index_k, _ = case.inputs()
+  out, ids = decode.decode_attention(
+    q, k, v, index_q, index_k, kv_lengths=jnp.zeros((1,), jnp.int32), top_k=3
+  )
+  assert (out == 0).all() and (ids == -1).all() and ids.shape == (1, 2, 1, 3)
+
+
+@pytest.mark.parametrize(
+  "change, text",
+  [
+    (dict(tokens=17), "query tokens up to 16, got 17"),
+    (dict(num_heads=6), "in (1, 2, 4, 8, 16), got 3"),
+    (dict(head_dim=32), "head_dim in (64, 128), got 32"),
+    (dict(index_dim=96), "index_dim in (64, 128), got 96"),
+    (dict(block_size=32), "block_size in (64, 128), got 32"),
+    (dict(top_k=33), "top_k up to 32, got 33"),
+    (dict(dtype="float32"), "in (bfloat16, float16), got float32"),
+    (
+      dict(tokens=16, num_heads=32, num_kv_heads=32),
+      "query tokens x KV heads up to 256, got 512",
+    ),
+  ],
+)
+def test_not_supported(change, text):
+  case = dataclasses.replace(Case(), **change)
+  inputs = case.inputs()
+  with pytest.raises(NotImplementedError) as error:
+    run(case, inputs, None)
+  assert text in str(error.value)
+
+
+def test_other_calls_that_are_not_supported():
+  case = Case()
+  q, k, v, index_q, index_k, _ = case.inputs()
+  call = functools.partial(
+    decode.decode_attention, q, k, v, index_q,
+    kv_lengths=jnp.array(case.lengths), interpret=True, block_size=64,
+  )  # fmt: skip
+  with pytest.raises(NotImplementedError, match="with a scale each"):
+    call(index_k.astype(FP8))
+  with pytest.raises(NotImplementedError, match="with scales"):
+    call(index_k, index_k_scale=jnp.ones((2, 328)))
+  with pytest.raises(NotImplementedError, match="scale > 0, got -1"):
+    call(index_k, scale=-1.0)
+  with pytest.raises(NotImplementedError, match="capacity x KV heads"):
+    mosaic.check_decode_supported(tokens=1, num_kv_heads=4, cache_rows=1 << 31)
+  with pytest.raises(ValueError, match="merge must be"):
+    decode.Config(merge="later")
+
+
+# ---- Lowering ----
+
+PAPER = Case(
+  num_heads=64, num_kv_heads=4, head_dim=128, index_dim=128, block_size=128,
+  top_k=16,
+)  # fmt: skip
+
+
+def lower(case, config=None):
+  def struct(*shape, dtype=case.dtype):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  b, c, t, kv = case.batch, case.capacity, case.tokens, case.num_kv_heads
+  cache = struct(b, c, kv, case.head_dim)
+
+  def call(q, k, v, index_q, index_k, lengths, scale):
+    return decode.decode_attention(
+      q, k, v, index_q, index_k,
+      kv_lengths=lengths,
+      index_k_scale=scale,
+      block_size=case.block_size,
+      top_k=case.top_k,
+      num_local_blocks=case.num_local,
+      config=config,
+    )  # fmt: skip
+
+  lowered = (
+    jax.jit(call)
+    .trace(
+      struct(b, t, case.num_heads, case.head_dim),
+      cache,
+      cache,
+      struct(b, t, kv, case.index_dim),
+      struct(b, c, case.index_dim, dtype=FP8 if case.fp8 else case.dtype),
+      struct(b, dtype=jnp.int32),
+      struct(b, c, dtype=jnp.float32) if case.fp8 else None,
+    )
+    .lower(lowering_platforms=("cuda",))
+  )
+  return lowered.as_text().count("mosaic_gpu_v2")
+
+
+@pytest.mark.parametrize("batch, capacity, fp8", [
+  (1, 1 << 20, False), (8, 1 << 17, True), (32, 1 << 15, False),
+])  # fmt: skip
+def test_lowers_for_cuda(batch, capacity, fp8):
+  case = dataclasses.replace(
+    PAPER, lengths=(1,) * batch, capacity=capacity, fp8=fp8
+  )
+  assert lower(case) == 2
+
+
+def test_lowers_odd_shapes():
+  case = Case(
+    lengths=(1,) * 40, capacity=1001, tokens=16, num_heads=16,
+    num_kv_heads=16, top_k=4, num_local=0, fp8=True, dtype="float16",
+  )  # fmt: skip
+  assert lower(case) == 2
+  # Three splits, merged by a launch of its own; nothing to choose by score.
+  case = dataclasses.replace(
+    PAPER, lengths=(1,) * 3, capacity=4096, num_local=3, top_k=3
+  )
+  assert lower(case, decode.Config(merge="launch", unit=64)) == 2
+
+
+# ---- On the GPU ----
+
+LONG = dict(capacity=40_000, num_heads=64, num_kv_heads=4, top_k=16)
+GPU_SHAPES = [
+  dict(lengths=(40_000,), **LONG),
+  dict(lengths=(39_999, 1, 0, 20_000, 77), tokens=5, **LONG),
+  dict(lengths=(3_001, 2_000), capacity=3_001, tokens=16, num_heads=32,
+       num_kv_heads=8, top_k=32),
+  dict(lengths=(700,) * 70, capacity=1_024, num_heads=8, num_kv_heads=8,
+       top_k=4, num_local=0),
+]  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", range(len(GPU_SHAPES)))
+@pytest.mark.parametrize("fp8", [False, True])
+@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("dim", [64, 128])
+def test_gpu_matrix(hopper, shape, fp8, block_size, dim):
+  case = Case(
+    head_dim=dim, index_dim=192 - dim if fp8 else dim, fp8=fp8,
+    block_size=block_size, dtype="float16" if dim == 64 else "bfloat16",
+    **GPU_SHAPES[shape],
+  )  # fmt: skip
+  run_and_check(case, config=None, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", range(len(decode.candidate_configs())))
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gpu_configs(hopper, config, fp8):
+  case = dataclasses.replace(
+    PAPER, lengths=(40_000, 17_003), capacity=40_000, fp8=fp8
+  )
+  config = decode.candidate_configs()[config]
+  run_and_check(case, config=config, interpret=False)
