@@ -1,5 +1,8 @@
 """MiniMax Sparse Attention (arXiv 2606.13392) in JAX and Flax."""
 
+import importlib
+from typing import Any
+
 from msa_jax.attention import (
   GQAttention,
   MSALayerOutput,
@@ -56,3 +59,10 @@ __all__ = [
   "sparse_attention",
   "to_msa",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  # Not imported above: `python -m msa_jax.m3` would run a module that is there.
+  if name == "m3":
+    return importlib.import_module("msa_jax.m3")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,11 +6,11 @@ several. `load` gives a `DecoderLM`, `save` writes one back under the same
 names. Vision and multi-token-prediction tensors are named and skipped.
 
 python -m msa_jax.m3 show FOLDER
+python -m msa_jax.m3 sample FOLDER --text "The weather"
 """
 
 from __future__ import annotations
 
-import argparse
 import collections
 import dataclasses
 import functools
@@ -20,7 +20,7 @@ import math
 import os
 import pathlib
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -129,7 +129,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 # --------------------------------------------------- names and layouts
 
-# Parameter of a layer, name in the checkpoint, layout (see _Layout).
+# Parameter of a layer, name in the checkpoint, layout (see Layout).
 _ATTENTION = {
   "attention_norm.scale": ("input_layernorm.weight", "same"),
   "attention.query.kernel": ("self_attn.q_proj.weight", "into"),
@@ -172,7 +172,7 @@ _ROUTERS = ("mlp.router", "mlp.choice_bias")
 
 
 @dataclasses.dataclass(frozen=True)
-class _Layout:
+class Layout:
   """How one tensor of a checkpoint lies in a parameter.
 
   A checkpoint's matrices are [outputs, inputs]. "same": no change. "into": the
@@ -185,7 +185,7 @@ class _Layout:
   axes: tuple[int, ...]
 
   @classmethod
-  def make(cls, kind: str, shape: tuple[int, ...]) -> _Layout:
+  def make(cls, kind: str, shape: tuple[int, ...]) -> Layout:
     if kind == "same":
       return cls(shape, shape, tuple(range(len(shape))))
     last = len(shape) - 1
@@ -204,13 +204,13 @@ class _Layout:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Leaf:
+class Leaf:
   """A parameter, and the tensors that lie at its leading indices."""
 
   path: tuple
   shape: tuple[int, ...]
   names: dict[tuple[int, ...], str]
-  layout: _Layout
+  layout: Layout
 
   @property
   def keeps_dtype(self) -> bool:
@@ -236,7 +236,7 @@ def _abstract(config: ModelConfig, sharding: Sharding | None):
   )
 
 
-def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[_Leaf]:
+def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[Leaf]:
   """Every parameter of a model, with the names of its tensors."""
   sizes = group_sizes(config)
   firsts = [0, *itertools.accumulate(sizes)]
@@ -259,8 +259,8 @@ def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[_Leaf]:
       if path[0] == "layers" and config.scan_layers:
         layer, expert = first + at[0], at[1:]
       names[at] = name.format(layer, *expert)
-    layout = _Layout.make(kind, tuple(leaf.shape[len(lead) :]))
-    leaves.append(_Leaf(path, tuple(leaf.shape), names, layout))
+    layout = Layout.make(kind, tuple(leaf.shape[len(lead) :]))
+    leaves.append(Leaf(path, tuple(leaf.shape), names, layout))
   return leaves
 
 
@@ -268,7 +268,7 @@ def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[_Leaf]:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Checkpoint:
+class Checkpoint:
   """What the headers of a folder's files say.
 
   Attributes:
@@ -284,7 +284,7 @@ class _Checkpoint:
   files: list[pathlib.Path]
 
   @classmethod
-  def read(cls, folder: pathlib.Path) -> _Checkpoint:
+  def read(cls, folder: pathlib.Path) -> Checkpoint:
     named, files = safetensors.read_headers(folder)
     inner = any(name.startswith(_PREFIX) for name in named)
     prefix = _PREFIX if inner else ""
@@ -296,12 +296,16 @@ class _Checkpoint:
     }
     return cls(tensors, prefix, skipped, files)
 
-  def dtype_of(self, leaf: _Leaf) -> np.dtype:
+  def describe_skipped(self) -> str:
+    parts = collections.Counter(map(_part, self.skipped))
+    return ", ".join(f"{part}.* ({n} tensors)" for part, n in parts.items())
+
+  def dtype_of(self, leaf: Leaf) -> np.dtype:
     """The dtype of a parameter's tensors."""
     (name,) = {self.tensors[name].dtype for name in leaf.names.values()}
     return DTYPES[name]
 
-  def check(self, folder: pathlib.Path, leaves: Sequence[_Leaf]) -> None:
+  def check(self, folder: pathlib.Path, leaves: Sequence[Leaf]) -> None:
     """Raises ValueError unless each leaf's tensors, and no others, are here."""
     wanted = {
       name: leaf.layout.tensor
@@ -393,19 +397,17 @@ def load(
   unknown = sorted(set(options) - set(_OPTIONS))
   if unknown:
     raise ValueError(f"options must be among {_OPTIONS}, got {unknown}")
-  if dtype is not None and np.dtype(dtype) not in DTYPES.values():
-    raise ValueError(
-      f"dtype must be one of {_names(DTYPES)} or None, got {np.dtype(dtype)}"
-    )
+  if dtype is not None:
+    dtype = _as_dtype(dtype)
   if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
     raise ValueError(
       "mesh must have axes of type Auto (make_mesh takes axis_types), got"
       f" {mesh.axis_types}"
     )
-  config, checkpoint = _open(folder, **options)
+  config, checkpoint = open_checkpoint(folder, **options)
   if checkpoint.skipped:
     logging.getLogger(__name__).warning(
-      "%s: skipped %s", folder, _describe_skipped(checkpoint)
+      "%s: skipped %s", folder, checkpoint.describe_skipped()
     )
   if dtype is None:
     sizes = collections.Counter()
@@ -413,7 +415,7 @@ def load(
       sizes[tensor.dtype] += math.prod(tensor.shape)
     compute = DTYPES[sizes.most_common(1)[0][0]]
   else:
-    compute = np.dtype(dtype)
+    compute = dtype
   config = dataclasses.replace(
     config, dtype=compute.name, param_dtype=compute.name
   )
@@ -442,19 +444,24 @@ def load(
   return nnx.merge(graphdef, nnx.from_flat_state(items))
 
 
-def _open(
+def open_checkpoint(
   folder: pathlib.Path, **options: Any
-) -> tuple[ModelConfig, _Checkpoint]:
+) -> tuple[ModelConfig, Checkpoint]:
   """Config and headers of a checkpoint that is whole."""
   config = dataclasses.replace(read_config(folder), **options)
-  checkpoint = _Checkpoint.read(folder)
+  checkpoint = Checkpoint.read(folder)
   checkpoint.check(folder, _leaves(config, _abstract(config, None)[1]))
   return config, checkpoint
 
 
-def _describe_skipped(checkpoint: _Checkpoint) -> str:
-  parts = collections.Counter(map(_part, checkpoint.skipped))
-  return ", ".join(f"{part}.* ({n} tensors)" for part, n in parts.items())
+def _as_dtype(dtype: Any) -> np.dtype:
+  known = {known.name: known for known in DTYPES.values()}
+  name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
+  if name not in known:
+    raise ValueError(
+      f"dtype must be one of {sorted(known)} or None, got {dtype!r}"
+    )
+  return known[name]
 
 
 def _sharding(mesh: Mesh) -> Sharding:
@@ -472,7 +479,7 @@ def _sharding(mesh: Mesh) -> Sharding:
   )
 
 
-def _place(leaf: _Leaf, mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+def _place(leaf: Leaf, mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
   place = NamedSharding(mesh, spec)
   try:
     place.shard_shape(leaf.shape)
@@ -485,7 +492,7 @@ def _place(leaf: _Leaf, mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
 
 
 def _read(
-  leaf: _Leaf,
+  leaf: Leaf,
   place: jax.sharding.Sharding,
   dtype: np.dtype,
   open_tensor: Callable[[str], np.ndarray],
@@ -606,92 +613,7 @@ def save(
   )
 
 
-# -------------------------------------------------------------- commands
-
-
-def describe(folder: str | os.PathLike) -> Iterator[str]:
-  """Lines that say what a checkpoint holds; reads headers only.
-
-  Raises:
-    ValueError: as `load`.
-  """
-  folder = pathlib.Path(folder)
-  config, checkpoint = _open(folder)
-  index, moe = config.index, config.moe
-  counts = count_parameters(config)
-  sizes = collections.Counter()
-  for name, tensor in checkpoint.tensors.items():
-    words = name.split(".")
-    layer = int(words[2]) if name.startswith("model.layers.") else None
-    sizes[layer] += math.prod(tensor.shape)
-  dtypes = collections.Counter(t.dtype for t in checkpoint.tensors.values())
-  size = sum(file.stat().st_size for file in checkpoint.files)
-  yield (
-    f"model      {config.num_layers} layers, width {config.embed_dim},"
-    f" vocabulary {config.vocab_size},"
-    f" {'tied' if config.tie_embeddings else 'untied'} output"
-  )
-  yield (
-    f"attention  {config.num_heads}/{config.num_kv_heads} heads of"
-    f" {config.head_dim}, rotary {config.rope_dim}, theta"
-    f" {config.rope_theta:g}, {'' if config.qk_norm else 'no '}QK-norm, norms"
-    f" scale by {'1 + w' if config.zero_centered_norm else 'w'}"
-  )
-  if "msa" in config.kinds:
-    yield (
-      f"sparse     blocks of {index.block_size}, top {index.top_k} with"
-      f" {index.num_local_blocks} local, index {config.num_kv_heads} heads of"
-      f" {index.index_dim}"
-    )
-  else:
-    yield "sparse     none: every layer is full attention"
-  if "dense" in config.mlps:
-    yield f"MLP        dense of {config.mlp_dim}, {config.activation}"
-  if "moe" in config.mlps:
-    shared = f", shared {moe.shared_dim}" if moe.shared_dim else ""
-    yield (
-      f"MLP        {moe.num_experts} experts of {moe.expert_dim}, top"
-      f" {moe.top_k}, scale {moe.routed_scale:g}{shared}, {config.activation}"
-    )
-  kinds = list(zip(config.kinds, config.mlps))
-  first = 0
-  for (attention, mlp), run in itertools.groupby(kinds):
-    count = len(list(run))
-    last = first + count - 1
-    name = f"{first}" if count == 1 else f"{first}-{last}"
-    each = sizes[first]
-    yield f"layers     {name:8} {attention} {mlp:6} {each:,} parameters each"
-    first += count
-  yield (
-    f"parameters {counts.total:,}: {counts.active:,} active with"
-    f" {counts.embedding:,} of the embeddings, {counts.index:,} of the Index"
-    " Branch"
-  )
-  yield "dtype      " + ", ".join(
-    f"{code} ({count} tensors)" for code, count in dtypes.most_common()
-  )
-  yield f"files      {len(checkpoint.files)}, {size:,} bytes"
-  if checkpoint.skipped:
-    yield f"skipped    {_describe_skipped(checkpoint)}"
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-  parser = argparse.ArgumentParser(
-    prog="python -m msa_jax.m3", description="Look into M3 checkpoints."
-  )
-  commands = parser.add_subparsers(dest="command", required=True)
-  text = "Print what a checkpoint folder holds; reads no weights."
-  show = commands.add_parser("show", help=text, description=text)
-  show.add_argument("folder", type=pathlib.Path)
-  args = parser.parse_args(arguments)
-  try:
-    for line in describe(args.folder):
-      print(line)
-  except (ValueError, NotImplementedError, OSError) as error:
-    print(f"error: {error}", file=sys.stderr)
-    return 1
-  return 0
-
-
 if __name__ == "__main__":
+  from msa_jax.m3_commands import main
+
   sys.exit(main())

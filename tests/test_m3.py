@@ -21,7 +21,15 @@ import pytest
 from flax import nnx
 
 import msa_jax
-from msa_jax import DecoderLM, IndexConfig, ModelConfig, MoEConfig, m3
+from msa_jax import (
+  DecoderLM,
+  IndexConfig,
+  ModelConfig,
+  MoEConfig,
+  m3,
+  m3_commands,
+)
+from msa_jax.m3_config import config_json
 from msa_jax.safetensors import read_headers, write
 from train import data
 
@@ -90,6 +98,34 @@ def test_model_equals_transformers(implementation, scan_layers):
   model = m3.load(TINY, **options)
   assert len(model.layers) == (2 if scan_layers else 4)
   check_golden(run(model))
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_prefill_and_cached_decoding_equal_transformers(implementation):
+  """190 tokens at once, then ten one by one."""
+  graphdef, params = nnx.split(m3.load(TINY, implementation=implementation))
+
+  @jax.jit
+  def extend(params, tokens, cache):
+    model = nnx.merge(graphdef, params)
+    return model.extend(tokens, cache, with_selection=True)
+
+  def check(out, kind, rows):
+    logits = GOLDEN[f"{kind}_logits"][:, rows]
+    np.testing.assert_allclose(out.logits, logits, atol=1e-4)
+    for layer in (1, 2, 3):
+      want = GOLDEN[f"{kind}_block_indices_{layer}"]
+      want = want if kind == "prefill" else want[:, rows].swapaxes(1, 2)
+      got = np.sort(out.block_indices[layer], axis=-1)
+      np.testing.assert_array_equal(got, np.sort(want, axis=-1))
+
+  cache = nnx.merge(graphdef, params).init_cache(2, 208)
+  out = extend(params, TOKENS[:, :190], cache)
+  check(out, "prefill", slice(None))
+  for i in range(10):
+    out = extend(params, TOKENS[:, 190 + i : 191 + i], out.cache)
+    check(out, "decode", slice(i, i + 1))
+  np.testing.assert_array_equal(out.cache.lengths, 200)
 
 
 def test_mlps_equal_transformers():
@@ -314,7 +350,7 @@ def test_memory_of_a_load_is_that_of_single_tensors(tmp_path):
     tmp_path / "big",
     {name: (np.dtype("f4"), shape) for name, shape in tensors.items()},
     lambda name: np.resize(noise, tensors[name]),
-    documents={"config.json": m3.config_json(config)},
+    documents={"config.json": config_json(config)},
     max_file_bytes=10**9,
   )
   result = subprocess.run(
@@ -623,11 +659,10 @@ def test_index_of_one_head_ranks_as_the_head_does():
 
 @nnx.jit
 def measure(model, tokens):
-  """Block recall, score recall and KL before any training."""
+  """Logits; block recall, score recall and KL before any training."""
   out = model(tokens, phase="warmup", with_selection=True, with_kl=True)
-  return jnp.stack(
-    [out.selection.block_recall, out.selection.score_recall, out.kl]
-  )
+  recalls = out.selection.block_recall, out.selection.score_recall
+  return out.logits, jnp.stack([*recalls, out.kl])
 
 
 @pytest.mark.parametrize("index_dim", [16, 8])
@@ -643,13 +678,10 @@ def test_to_msa_starts_from_the_main_attention(index_dim):
   dense = run(gqa, tokens).logits
   right = np.argmax(dense, -1) == batch.tokens[:, 1:]
   assert right[batch.distance >= 0].mean() > 0.9  # It has learnt its task.
-  main = to_msa(gqa, index)
-  np.testing.assert_allclose(
-    run(main, tokens, "warmup").logits, dense, atol=1e-4
-  )
-  got = measure(main, tokens)
+  logits, got = measure(to_msa(gqa, index), tokens)
+  np.testing.assert_allclose(logits, dense, atol=1e-4)
   fresh = [
-    measure(to_msa(gqa, index, seed, index_init="random"), tokens)
+    measure(to_msa(gqa, index, seed, index_init="random"), tokens)[1]
     for seed in range(3)
   ]
   fresh = np.mean(fresh, axis=0)
@@ -691,23 +723,26 @@ def test_a_loaded_model_can_be_fine_tuned(m2_folder, tmp_path):
   model = to_msa(m3.load(folder), index)
   for layer in model.layers:
     layer.attention.implementation = "reference"  # The faster to compile.
-  optimizer = nnx.Optimizer(model, optax.adam(2e-3), wrt=nnx.Param)
+  graphdef, state = nnx.split(model, nnx.Param)
   tokens = TOKENS[:, :65]
 
-  @nnx.jit
-  def step(model, optimizer):
-    def loss(model):
-      out = model(tokens[:, :-1], with_kl=True)
+  @jax.jit
+  def step(state):
+    def loss(state):
+      out = nnx.merge(graphdef, state)(tokens[:, :-1], with_kl=True)
       lm = optax.softmax_cross_entropy_with_integer_labels(
         out.logits, tokens[:, 1:]
       ).mean()
       return lm + out.kl.sum(), (lm, out.kl)
 
-    grads, aux = nnx.grad(loss, has_aux=True)(model)
-    optimizer.update(model, grads)
-    return aux
+    grads, aux = jax.grad(loss, has_aux=True)(state)
+    descend = lambda p, g: p - 2e-3 * jnp.sign(g)  # noqa: E731
+    return jax.tree.map(descend, state, grads), aux
 
-  losses = [step(model, optimizer) for _ in range(8)]
+  losses = []
+  for _ in range(8):
+    state, aux = step(state)
+    losses.append(aux)
   lm, kl = (np.stack([loss[i] for loss in losses]) for i in (0, 1))
   assert lm[-1] < lm[0] - 0.5
   assert np.all(kl[-1] < kl[0])
@@ -716,8 +751,45 @@ def test_a_loaded_model_can_be_fine_tuned(m2_folder, tmp_path):
 # --- Commands -----------------------------------------------------------------
 
 
+def test_sample(capsys, tmp_path):
+  """Greedy tokens are those of whole passes; text goes through the folder's
+  tokenizer, up to the end-of-text token of its config."""
+  ids = GOLDEN["input_ids"][0, :5].tolist()
+  words = ["sample", str(TINY), "--prompt-ids", *map(str, ids)]
+  assert m3_commands.main([*words, "--max-new-tokens", "4"]) == 0
+  tokens = [int(word) for word in capsys.readouterr().out.split()]
+  assert tokens[:5] == ids and len(tokens) == 9
+  logits = run(m3.load(TINY), jnp.asarray([tokens])).logits
+  np.testing.assert_array_equal(np.argmax(logits[0], -1)[4:8], tokens[5:])
+
+  import tokenizers
+
+  names = {f"w{i}": i for i in range(128)}
+  model = tokenizers.models.WordLevel(names, unk_token="w0")
+  tokenizer = tokenizers.Tokenizer(model)
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+  folder = make(tmp_path / "text", config=dict(eos_token_id=tokens[7]))
+  tokenizer.save(str(folder / "tokenizer.json"))
+  words = ["sample", str(folder), "--max-new-tokens", "4", "--text"]
+  assert m3_commands.main([*words, " ".join(f"w{i}" for i in ids)]) == 0
+  out = capsys.readouterr().out.split("w")[1:]
+  stop = tokens.index(tokens[7], 5)
+  assert [int(word) for word in out] == tokens[:stop]
+
+  for words, text in (
+    (["--text", "x"], "tokenizer.json, which is missing"),
+    ([], "wanted either text or prompt_ids"),
+    (["--prompt-ids", "999"], "must hold ids below vocab_size = 128"),
+    (["--prompt-ids", "1", "--mesh", "pipe=2"], "wanted axes among"),
+    (["--prompt-ids", "1", "--mesh", "expert=64"], "wants 64 devices"),
+    (["--prompt-ids", "1", "--dtype", "int9"], "dtype must be one of"),
+  ):
+    assert m3_commands.main(["sample", str(TINY), *words]) == 1
+    assert text in capsys.readouterr().err
+
+
 def test_show(capsys, tmp_path):
-  assert m3.main(["show", str(TINY)]) == 0
+  assert m3_commands.main(["show", str(TINY)]) == 0
   out = capsys.readouterr().out
   for text in (
     "4 layers, width 64, vocabulary 128, untied output",
@@ -730,5 +802,5 @@ def test_show(capsys, tmp_path):
     "F32 (101 tensors)",
   ):
     assert text in out
-  assert m3.main(["show", str(tmp_path)]) == 1
+  assert m3_commands.main(["show", str(tmp_path)]) == 1
   assert "config.json cannot be read" in capsys.readouterr().err
