@@ -1,5 +1,8 @@
 """MiniMax Sparse Attention (arXiv 2606.13392) in JAX and Flax."""
 
+import importlib
+from typing import Any
+
 from msa_jax.attention import (
   GQAttention,
   MSALayerOutput,
@@ -14,6 +17,7 @@ from msa_jax.model import (
   IndexConfig,
   LMOutput,
   ModelConfig,
+  MoEConfig,
   is_index_param,
   to_msa,
 )
@@ -41,6 +45,7 @@ __all__ = [
   "MSALayerOutput",
   "MSAOutput",
   "MSAttention",
+  "MoEConfig",
   "ModelConfig",
   "Selection",
   "Sharding",
@@ -54,3 +59,10 @@ __all__ = [
   "sparse_attention",
   "to_msa",
 ]
+
+
+def __getattr__(name: str) -> Any:
+  # Not imported above: `python -m msa_jax.m3` would run a module that is there.
+  if name == "m3":
+    return importlib.import_module("msa_jax.m3")
+  raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

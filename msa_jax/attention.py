@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import typing
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple
@@ -35,15 +36,28 @@ class Sharding:
   (`jax.set_mesh`) when they are created.
 
   Attributes:
-    batch: axes of the batch.
+    batch: axes of the batch; those that the mesh lacks do not count.
     heads: axis of the KV heads (and of the MLP's hidden units); None: whole.
     embed: axis that parameters' embedding dimension is stored over; None:
       whole.
+    expert: axis of the experts; None: whole. A batch that it divides is split
+      over it too.
   """
 
   batch: tuple[str, ...] = ("data", "fsdp")
   heads: str | None = "tensor"
   embed: str | None = "fsdp"
+  expert: str | None = "expert"
+
+  def batch_axes(self, mesh: Any, rows: int) -> tuple[str, ...]:
+    """The axes of the mesh that split a batch of rows."""
+    axes = tuple(axis for axis in self.batch if axis in mesh.axis_names)
+    expert = self.expert
+    if expert is None or expert not in mesh.axis_names or expert in axes:
+      return axes
+    split = (*axes, expert)
+    parts = math.prod(mesh.shape[axis] for axis in split)
+    return split if rows % parts == 0 else axes
 
 
 class Selection(NamedTuple):
@@ -117,6 +131,7 @@ class GQAttention(nnx.Module):
     rope_theta: base of the rotary frequencies.
     normalize_qk: RMSNorm on each query and key head, before the rotation.
     norm_eps: epsilon of those norms.
+    zero_centered_norm: those norms scale by 1 + w, see `rms_norm`.
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
     kernel_init: initialiser of the projections.
@@ -142,6 +157,7 @@ class GQAttention(nnx.Module):
     rope_theta: float = 10_000.0,
     normalize_qk: bool = False,
     norm_eps: float = 1e-6,
+    zero_centered_norm: bool = False,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     kernel_init: Callable = _KERNEL_INIT,
@@ -186,7 +202,14 @@ class GQAttention(nnx.Module):
       _linear, dtype, param_dtype, kernel_init, sharding, rngs
     )
     norm = functools.partial(
-      _head_norm, normalize_qk, norm_eps, dtype, param_dtype, sharding, rngs
+      _head_norm,
+      normalize_qk,
+      norm_eps,
+      zero_centered_norm,
+      dtype,
+      param_dtype,
+      sharding,
+      rngs,
     )
     heads = (num_heads, head_dim)
     kv_heads = (num_kv_heads, head_dim)
@@ -274,15 +297,17 @@ class GQAttention(nnx.Module):
     extend = functools.partial(
       _extend_dense, implementation=self.implementation
     )
-    result = self._over_mesh_cached(extend)(q, k, v, None, None, cache, span)
+    extend = self._over_mesh_cached(extend, x.shape[0])
+    result = extend(q, k, v, None, None, cache, span)
     return result._replace(out=self.out(result.out))
 
-  def mesh_axes(self) -> tuple[tuple[str, ...], str | None] | None:
-    """Axes of the batch and of the KV heads in the mesh; None without one."""
+  def mesh_axes(self, rows: int) -> tuple[tuple[str, ...], str | None] | None:
+    """Axes of a batch of rows and of the KV heads in the mesh; None without
+    one."""
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return None
-    batch = tuple(a for a in self.sharding.batch if a in mesh.axis_names)
+    batch = self.sharding.batch_axes(mesh, rows)
     heads = self.sharding.heads
     heads = heads if heads in mesh.axis_names else None
     split = 1 if heads is None else mesh.shape[heads]
@@ -293,13 +318,13 @@ class GQAttention(nnx.Module):
       )
     return batch, heads
 
-  def _over_mesh_cached(self, extend: Callable) -> Callable:
+  def _over_mesh_cached(self, extend: Callable, rows: int) -> Callable:
     """Runs `extend(q, k, v, index_q, index_k, cache, span)`, which returns a
     `CachedOutput` of heads, on each device's batch rows and KV heads.
 
     A cache is written and read where it lies: nothing moves between devices.
     """
-    axes = self.mesh_axes()
+    axes = self.mesh_axes(rows)
     if axes is None:
       return extend
     batch, heads = axes
@@ -327,9 +352,9 @@ class MSAttention(GQAttention):
 
   Args:
     num_heads, in_features, qkv_features, out_features, num_kv_heads, rope_dim,
-      rope_theta, normalize_qk, norm_eps, dtype, param_dtype, kernel_init,
-      sharding, rngs: as in `GQAttention`. The index heads rotate their first
-      min(rope_dim, index_dim) dims.
+      rope_theta, normalize_qk, norm_eps, zero_centered_norm, dtype,
+      param_dtype, kernel_init, sharding, rngs: as in `GQAttention`. The index
+      heads rotate their first min(rope_dim, index_dim) dims.
     index_dim: size of an index head, I.
     block_size: tokens a block.
     top_k: blocks kept, P.
@@ -467,9 +492,8 @@ class MSAttention(GQAttention):
       with_selection=with_selection,
     )
     args = (q, k, v, index_q, index_k, index_v, query_mask)
-    out, index_out, kl, selection = self._over_mesh(attend, with_selection)(
-      *args
-    )
+    attend = self._over_mesh(attend, x.shape[0], with_selection)
+    out, index_out, kl, selection = attend(*args)
     out = self.out(out)
     if index_out is not None:
       out = out + self.index_out(index_out)
@@ -509,7 +533,7 @@ class MSAttention(GQAttention):
     q, k, v = self._qkv(x, span.positions)
     index_q, index_k, _ = self._index(x.astype(q.dtype), span.positions)
     extend = functools.partial(self._extend, phase=phase)
-    result = self._over_mesh_cached(extend)(
+    result = self._over_mesh_cached(extend, x.shape[0])(
       q, k, v, index_q, index_k, cache, span
     )
     return result._replace(out=self.out(result.out))
@@ -714,14 +738,16 @@ class MSAttention(GQAttention):
     rest = jnp.pad(rest, ((0, 0),) * 3 + ((1, 0),))
     return jnp.where(chosen[..., :1] == 0, chosen, rest)
 
-  def _over_mesh(self, attend: Callable, with_selection: bool) -> Callable:
+  def _over_mesh(
+    self, attend: Callable, rows: int, with_selection: bool
+  ) -> Callable:
     """Runs `attend` on each device's batch rows and KV heads.
 
     GSPMD cannot split a Pallas call, and splits a sort badly: the operation is
     mapped by hand. The KL is a mean, so the devices' means are weighed by the
     rows that each one counted.
     """
-    mesh_axes = self.mesh_axes()
+    mesh_axes = self.mesh_axes(rows)
     if mesh_axes is None:
       return attend
     batch, heads = mesh_axes
@@ -857,6 +883,7 @@ def _linear(
 def _head_norm(
   normalize: bool,
   epsilon: float,
+  zero_centered: bool,
   dtype,
   param_dtype,
   sharding: Sharding | None,
@@ -864,25 +891,44 @@ def _head_norm(
   size: int,
 ) -> nnx.RMSNorm | None:
   return (
-    rms_norm(size, epsilon, dtype, param_dtype, sharding, rngs)
+    rms_norm(size, epsilon, zero_centered, dtype, param_dtype, sharding, rngs)
     if normalize
     else None
   )
 
 
+class _ZeroCenteredRMSNorm(nnx.RMSNorm):
+  """RMSNorm that scales by 1 + scale, in float32 until the end."""
+
+  def __call__(self, x: Array) -> Array:  # pyright: ignore
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * lax.rsqrt(mean + self.epsilon)
+    assert self.scale is not None
+    return (y * (1 + self.scale[...].astype(y.dtype))).astype(self.dtype)
+
+
 def rms_norm(
   size: int,
   epsilon: float,
+  zero_centered: bool,
   dtype,
   param_dtype,
   sharding: Sharding | None,
   rngs: nnx.Rngs,
 ) -> nnx.RMSNorm:
-  """RMSNorm with a scale around 1, replicated under a mesh."""
-  scale_init = nnx.initializers.ones_init()
+  """RMSNorm, replicated under a mesh.
+
+  It scales by its parameter, which starts at 1; zero_centered: by 1 + the
+  parameter, which starts at 0.
+  """
+  initializers = nnx.initializers
+  scale_init = (
+    initializers.zeros_init() if zero_centered else initializers.ones_init()
+  )
   if sharding is not None:
     scale_init = nnx.with_partitioning(scale_init, (None,))
-  return nnx.RMSNorm(
+  return (_ZeroCenteredRMSNorm if zero_centered else nnx.RMSNorm)(
     size,
     epsilon=epsilon,
     dtype=dtype,

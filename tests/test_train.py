@@ -548,7 +548,7 @@ def test_more_contradictions(place):
     config_lib.OptimizerConfig(beta2=1.0)
   with pytest.raises(ValueError, match="wants 6 devices, 4 are here"):
     config_lib.MeshConfig(data=3, fsdp=2).shape(4)
-  assert config_lib.MeshConfig(data=-1, tensor=2).shape(8) == (4, 1, 2)
+  assert config_lib.MeshConfig(data=-1, tensor=2).shape(8) == (4, 1, 1, 2)
   run = tiny_run(place)
   small = dataclasses.replace(run.model, vocab_size=100)
   with pytest.raises(ValueError, match=r"vocab_size=100: the data have 256"):

@@ -59,8 +59,20 @@ class OptimizerConfig:
   """Largest global gradient norm of the Index Branch. It is clipped apart:
   its gradient comes from the KL loss and has a scale of its own."""
 
+  router_bias_rate: float = 1e-3
+  """What a step adds to a MoE router's choice bias of an expert with less
+  than the mean load, and takes from one with more; 0: no balancing. The loss
+  has no term for the router."""
+
   def __post_init__(self):
-    _check_least(self, 0, "min_lr_ratio", "warmup_steps", "weight_decay")
+    _check_least(
+      self,
+      0,
+      "min_lr_ratio",
+      "warmup_steps",
+      "weight_decay",
+      "router_bias_rate",
+    )
     for name in (
       "learning_rate",
       "eps",
@@ -103,6 +115,10 @@ class RecipeConfig:
   """MSA-CPT: the folder of the GQA run to start from. In a comparison, the
   name of another side of the task: its run of the same seed."""
 
+  index_init: Literal["random", "main"] = "random"
+  """MSA-CPT: index projections that start fresh, as the paper's, or from the
+  main branch's (see `msa_jax.to_msa`)."""
+
   init_step: int | None = None
   """The step of init_from's checkpoint. Schedule and batches go on from it."""
 
@@ -115,6 +131,14 @@ class RecipeConfig:
     )
     if self.init_step is not None:
       _check_least(self, 1, "init_step")
+    _check(
+      self.index_init in ("random", "main"),
+      f"index_init={self.index_init!r}: wanted 'random' or 'main'.",
+    )
+    _check(
+      self.index_init == "random" or self.init_from is not None,
+      "index_init='main': wanted init_from, a GQA run to start from.",
+    )
 
   @property
   def first_sparse_step(self) -> int:
@@ -124,8 +148,8 @@ class RecipeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Devices: data * fsdp * tensor of them. The mesh never changes what is
-  computed, and a run may resume on another."""
+  """Devices: data * fsdp * expert * tensor of them. The mesh never changes
+  what is computed, and a run may resume on another."""
 
   data: int = 1
   """Copies of the model, each with its share of the batch; -1: as many as
@@ -134,26 +158,30 @@ class MeshConfig:
   fsdp: int = 1
   """Shards of the parameters; the batch is split over them too."""
 
+  expert: int = 1
+  """Shards of the experts; the batch is split over them too."""
+
   tensor: int = 1
   """Shards of the heads and of the MLP."""
 
   def __post_init__(self):
-    _check_least(self, 1, "fsdp", "tensor")
+    _check_least(self, 1, "fsdp", "expert", "tensor")
     _check(
       self.data == -1 or self.data >= 1,
       f"data={self.data}: wanted at least 1, or -1 for all devices.",
     )
 
-  def shape(self, num_devices: int) -> tuple[int, int, int]:
-    """Sizes of the axes (data, fsdp, tensor) on num_devices devices."""
-    rest = self.fsdp * self.tensor
+  def shape(self, num_devices: int) -> tuple[int, int, int, int]:
+    """Sizes of the axes (data, fsdp, expert, tensor) on num_devices devices."""
+    rest = self.fsdp * self.expert * self.tensor
     data = num_devices // rest if self.data == -1 else self.data
     _check(
       1 <= data * rest <= num_devices,
-      f"mesh (data={self.data}, fsdp={self.fsdp}, tensor={self.tensor}) wants"
-      f" {max(data, 1) * rest} devices, {num_devices} are here.",
+      f"mesh (data={self.data}, fsdp={self.fsdp}, expert={self.expert},"
+      f" tensor={self.tensor}) wants {max(data, 1) * rest} devices,"
+      f" {num_devices} are here.",
     )
-    return data, self.fsdp, self.tensor
+    return data, self.fsdp, self.expert, self.tensor
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -198,7 +198,9 @@ class _Run:
     if pending is None:
       return
     config, step = self.config, pending.step
-    metrics = {k: v.item() for k, v in jax.device_get(pending.metrics).items()}
+    metrics = jax.device_get(pending.metrics)
+    load = metrics.pop("load", None)
+    metrics = {k: v.item() for k, v in metrics.items()}
     if not metrics["finite"]:
       names = ("loss", "kl", "grad_norm", "index_grad_norm")
       self._stop(step, ", ".join(f"{n} {metrics[n]}" for n in names))
@@ -223,6 +225,8 @@ class _Run:
       "tokens_per_second": speed,
       "peak_bytes": self.memory,
     }
+    if load is not None:
+      row["router"] = self.program.router_rows(load)
     self._log(row)
 
   def _stop(self, step: int, why: str) -> NoReturn:

@@ -10,7 +10,7 @@ import copy
 import dataclasses
 import math
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,12 +20,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Pspec
 
+from msa_jax import mlp
 from msa_jax import model as model_lib
 from train import config as config_lib
 from train import data as data_lib
 from train.checkpoint import Checkpoints, read_config
 
-_AXES = ("data", "fsdp", "tensor")
+_AXES = ("data", "fsdp", "expert", "tensor")
 _GROUPS = ("backbone", "index")
 Params = dict[str, jax.Array]
 
@@ -73,6 +74,9 @@ class Program:
       for name, path in self._paths.items()
     }
     self.has_index = "index" in self.groups.values()
+    # In the order of the layers.
+    biases = [path for path in self._paths.values() if "choice_bias" in path]
+    self._choice_biases = [_name(path) for path in sorted(biases)]
     self._transforms = self._make_transforms()
     with self.context():
       state = jax.eval_shape(lambda: self._fresh_state(0))
@@ -129,14 +133,15 @@ class Program:
     program.config = config
     return program
 
-  def _check_mesh(self, shape: tuple[int, int, int]) -> None:
-    data, fsdp, tensor = shape
+  def _check_mesh(self, shape: tuple[int, int, int, int]) -> None:
+    data, fsdp, expert, tensor = shape
     model = self.model_config
+    moe = model.moe if "moe" in model.mlps else None
     if jax.process_count() > 1 and math.prod(shape) != jax.device_count():
       raise ValueError(
-        f"mesh (data={data}, fsdp={fsdp}, tensor={tensor}) uses"
-        f" {math.prod(shape)} devices: {jax.process_count()} processes need"
-        f" all {jax.device_count()} (mesh.data=-1 takes what is left)."
+        f"mesh (data={data}, fsdp={fsdp}, expert={expert}, tensor={tensor})"
+        f" uses {math.prod(shape)} devices: {jax.process_count()} processes"
+        f" need all {jax.device_count()} (mesh.data=-1 takes what is left)."
       )
     wide = jnp.dtype("float64").name in (model.dtype, model.param_dtype)
     if wide and not jax.config.jax_enable_x64:
@@ -147,16 +152,24 @@ class Program:
     for name, size, axis, parts in (
       ("embed_dim", model.embed_dim, "fsdp", fsdp),
       ("mlp_dim", model.mlp_dim, "tensor", tensor),
+      ("moe.num_experts", moe and moe.num_experts, "expert", expert),
+      ("moe.expert_dim", moe and moe.expert_dim, "tensor", tensor),
+      ("moe.shared_dim", moe and moe.shared_dim, "tensor", tensor),
     ):
-      if size % parts:
+      if (size or 0) % parts:
         raise ValueError(
           f"model.{name}={size} cannot be split over mesh.{axis}={parts}."
         )
     rows = self.config.batch_size // self.config.grad_accumulation
-    if rows % (data * fsdp):
+    if moe is None and expert > 1:
+      raise ValueError(
+        f"mesh.expert={expert}: wanted 1 for a model without MoE layers"
+        f" (model.mlp_kinds={model.mlp_kinds})."
+      )
+    if rows % (data * fsdp * expert):
       raise ValueError(
         f"batch_size / grad_accumulation = {rows} rows cannot be split over"
-        f" mesh.data * mesh.fsdp = {data * fsdp}."
+        f" mesh.data * mesh.fsdp * mesh.expert = {data * fsdp * expert}."
       )
     if self.model_config.num_kv_heads % tensor:
       raise ValueError(
@@ -259,16 +272,19 @@ class Program:
     state = unflatten_state(saved, dense.abstract_state)
 
     def graft(state: TrainState) -> TrainState:
-      def convert(tree: Params) -> Params:
+      def convert(
+        tree: Params, index_init: Literal["main", "random"] = "random"
+      ) -> Params:
         model = model_lib.to_msa(
           dense.merge(tree),
           self.model_config,
           rngs=nnx.Rngs(jax.random.key(self.config.seed)),
           sharding=self.sharding,
+          index_init=index_init,
         )
         return _flatten_model(model)
 
-      fresh = self._state(convert(state.params))
+      fresh = self._state(convert(state.params, recipe.index_init))
       clip, adam, decay = state.opt["backbone"]
       adam = adam._replace(
         mu=self.group(convert(adam.mu), "backbone"),
@@ -303,7 +319,8 @@ class Program:
 
     Returns:
       ((loss, {"loss": LM loss, "kl": sum of KL}), gradients), the same for
-      any number of parts.
+      any number of parts; with MoE layers also "load", [L, X] choices of each
+      expert in each of them.
     """
     count = jnp.maximum(jnp.sum(loss_mask), 1)
     parts = tokens.shape[0]
@@ -312,7 +329,13 @@ class Program:
       out = self._apply(params, tokens, phase=phase, with_kl=self.has_index)
       lm = jnp.sum(_cross_entropy(out.logits, tokens) * loss_mask) / count
       kl = jnp.sum(out.kl) / parts
-      return lm + kl_weight * kl, {"loss": lm, "kl": kl}
+      metrics = {"loss": lm, "kl": kl}
+      if out.experts is not None:
+        metrics["load"] = mlp.expert_load(
+          out.experts[np.asarray(self.moe_layers)],
+          self.model_config.moe.num_experts,
+        )
+      return lm + kl_weight * kl, metrics
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
@@ -355,6 +378,9 @@ class Program:
       for name, update in updates.items():
         step = (rate * factors[group] * update).astype(params[name].dtype)
         params[name] = params[name] - step
+    load = metrics.pop("load", None)
+    if load is not None:
+      self._balance(params, load)
     state = TrainState(params, opt)
     norm = optax.tree.norm
     metrics |= {
@@ -364,7 +390,20 @@ class Program:
     # The state as well: a checkpoint must never hold what is not finite.
     watched = [*metrics.values(), norm(params), norm(opt)]
     metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(watched)))
+    if load is not None:
+      metrics["load"] = load
     return state, metrics
+
+  def _balance(self, params: Params, load: jax.Array) -> None:
+    """Moves the routers' choice biases towards equal load."""
+    rate = self.config.optimizer.router_bias_rate
+    first = 0
+    for name in self._choice_biases:
+      bias = params[name]
+      count = math.prod(bias.shape[:-1])
+      part = load[first : first + count].reshape(bias.shape)
+      params[name] = mlp.balance(bias, part, rate)
+      first += count
 
   def _evaluate(self, params, tokens, loss_mask, *, phase: str):
     out = self._apply(params, tokens, phase=phase)
@@ -382,7 +421,7 @@ class Program:
   def put(self, array: np.ndarray, *, parts: bool = False) -> jax.Array:
     """Places a batch (in parts, if asked) with its rows over the mesh; each
     process gives its own rows only."""
-    spec = Pspec(("data", "fsdp"))
+    spec = Pspec(("data", "fsdp", "expert"))
     if parts:
       count = self.config.grad_accumulation
       array = array.reshape(count, -1, *array.shape[1:])
@@ -476,6 +515,23 @@ class Program:
   def msa_layers(self) -> list[int]:
     kinds = enumerate(self.model_config.kinds)
     return [layer for layer, kind in kinds if kind == "msa"]
+
+  @property
+  def moe_layers(self) -> list[int]:
+    kinds = enumerate(self.model_config.mlps)
+    return [layer for layer, kind in kinds if kind == "moe"]
+
+  def router_rows(self, load: np.ndarray) -> list[dict]:
+    """Largest and smallest load of an expert, as multiples of the mean."""
+    shares = load / load.mean(axis=-1, keepdims=True)
+    return [
+      {
+        "layer": layer,
+        "max_load": float(share.max()),
+        "min_load": float(share.min()),
+      }
+      for layer, share in zip(self.moe_layers, shares, strict=True)
+    ]
 
   def layer_rows(self, kl, selection) -> list[dict]:
     """KL and recalls of the msa layers; None for what is not defined."""

@@ -85,6 +85,9 @@ def _scalars(row: dict):
     for name in ("kl", "block_recall", "score_recall"):
       if layer[name] is not None:
         yield f"{name}/layer{layer['layer']}", layer[name]
+  for layer in row.get("router", ()):
+    for name in ("max_load", "min_load"):
+      yield f"{name}/layer{layer['layer']}", layer[name]
   for name, value in row.items():
     number = isinstance(value, (int, float)) and name != "step"
     if number:

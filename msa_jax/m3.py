@@ -1,0 +1,619 @@
+"""Checkpoints of the MiniMax-M3 text model, and of its M2-style relatives.
+
+A checkpoint is a folder with config.json and safetensors files (8 bytes of
+header length, a JSON header, raw tensors), with an index file where they are
+several. `load` gives a `DecoderLM`, `save` writes one back under the same
+names. Vision and multi-token-prediction tensors are named and skipped.
+
+python -m msa_jax.m3 show FOLDER
+python -m msa_jax.m3 sample FOLDER --text "The weather"
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import functools
+import itertools
+import logging
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from msa_jax import safetensors
+from msa_jax.attention import Sharding
+from msa_jax.m3_config import config_json, read_config
+from msa_jax.model import (
+  DecoderLM,
+  ModelConfig,
+  MoEConfig,
+  group_sizes,
+  is_index_param,
+)
+from msa_jax.safetensors import DTYPES
+
+PAPER_10B = ModelConfig(
+  vocab_size=200_000,
+  num_layers=16,
+  embed_dim=2048,
+  num_heads=32,
+  num_kv_heads=4,
+  head_dim=128,
+  mlp_dim=1536,
+  layer_kinds=("msa",),
+  mlp_kinds=("moe",),
+  moe=MoEConfig(num_experts=64, top_k=4, expert_dim=1536, shared_dim=1536),
+  rope_dim=64,
+  scan_layers=True,
+  dtype="bfloat16",
+  param_dtype="bfloat16",
+)
+"""The paper's model (arXiv 2606.13392): 10.53B parameters, 1.47B active."""
+
+M3 = ModelConfig(
+  vocab_size=200_064,
+  num_layers=60,
+  embed_dim=6144,
+  num_heads=64,
+  num_kv_heads=4,
+  head_dim=128,
+  mlp_dim=12_288,
+  layer_kinds=("gqa",) * 3 + ("msa",),
+  mlp_kinds=("dense",) * 3 + ("moe",),
+  moe=MoEConfig(
+    num_experts=128,
+    top_k=4,
+    expert_dim=3072,
+    shared_dim=3072,
+    routed_scale=2.0,
+  ),
+  activation="swiglu_oai",
+  rope_dim=64,
+  rope_theta=5e6,
+  zero_centered_norm=True,
+  tie_embeddings=False,
+  scan_layers=True,
+  dtype="bfloat16",
+  param_dtype="bfloat16",
+)
+"""The released MiniMax-M3: 428B parameters, 23B active."""
+
+_PREFIX = "language_model."
+_SKIPPED = ("vision_tower", "multi_modal_projector", "patch_merge_mlp", "mtp")
+# What changes how a model is computed, not what.
+_OPTIONS = ("implementation", "gqa_implementation", "remat", "scan_layers")
+
+
+# ---------------------------------------------------------------- counts
+
+
+class ParameterCounts(NamedTuple):
+  """How many parameters a model has.
+
+  Attributes:
+    total: all of them.
+    active: those that a token goes through, without the Index Branch (the
+      paper's way to count): all but the experts that it is not sent to.
+    embedding: token embedding and output projection, part of both.
+    index: the Index Branch, part of total.
+  """
+
+  total: int
+  active: int
+  embedding: int
+  index: int
+
+
+def count_parameters(config: ModelConfig) -> ParameterCounts:
+  """Counts from shapes alone; nothing is allocated."""
+  total = routed = embedding = index = 0
+  for path, leaf in _abstract(config, None)[1].items():
+    size = math.prod(leaf.shape)
+    total += size
+    index += size * is_index_param(path)
+    embedding += size * (path[0] in ("embed", "head"))
+    routed += size * (_rest(path) in _EXPERTS)
+  idle = routed * (config.moe.num_experts - config.moe.top_k)
+  active = total - index - idle // config.moe.num_experts
+  return ParameterCounts(total, active, embedding, index)
+
+
+# --------------------------------------------------- names and layouts
+
+# Parameter of a layer, name in the checkpoint, layout (see Layout).
+_ATTENTION = {
+  "attention_norm.scale": ("input_layernorm.weight", "same"),
+  "attention.query.kernel": ("self_attn.q_proj.weight", "into"),
+  "attention.key.kernel": ("self_attn.k_proj.weight", "into"),
+  "attention.value.kernel": ("self_attn.v_proj.weight", "into"),
+  "attention.out.kernel": ("self_attn.o_proj.weight", "out_of"),
+  "attention.query_norm.scale": ("self_attn.q_norm.weight", "same"),
+  "attention.key_norm.scale": ("self_attn.k_norm.weight", "same"),
+  "attention.index_query.kernel": ("self_attn.index_q_proj.weight", "into"),
+  "attention.index_key.kernel": ("self_attn.index_k_proj.weight", "into"),
+  "attention.index_query_norm.scale": ("self_attn.index_q_norm.weight", "same"),
+  "attention.index_key_norm.scale": ("self_attn.index_k_norm.weight", "same"),
+  "mlp_norm.scale": ("post_attention_layernorm.weight", "same"),
+}
+_EXPERTS = {
+  "mlp.gate": ("block_sparse_moe.experts.{}.w1.weight", "into"),
+  "mlp.up": ("block_sparse_moe.experts.{}.w3.weight", "into"),
+  "mlp.down": ("block_sparse_moe.experts.{}.w2.weight", "into"),
+}
+_SHARED = "block_sparse_moe.shared_experts."
+_LAYER = {
+  **_ATTENTION,
+  **_EXPERTS,
+  "mlp.gate.kernel": ("mlp.gate_proj.weight", "into"),
+  "mlp.up.kernel": ("mlp.up_proj.weight", "into"),
+  "mlp.down.kernel": ("mlp.down_proj.weight", "into"),
+  "mlp.router": ("block_sparse_moe.gate.weight", "into"),
+  "mlp.choice_bias": ("block_sparse_moe.e_score_correction_bias", "same"),
+  "mlp.shared.gate.kernel": (f"{_SHARED}gate_proj.weight", "into"),
+  "mlp.shared.up.kernel": (f"{_SHARED}up_proj.weight", "into"),
+  "mlp.shared.down.kernel": (f"{_SHARED}down_proj.weight", "into"),
+}
+_ENDS = {
+  "embed.embedding": ("model.embed_tokens.weight", "same"),
+  "norm.scale": ("model.norm.weight", "same"),
+  "head.kernel": ("lm_head.weight", "into"),
+}
+# Rounding these changes which experts are chosen: `dtype` leaves them alone.
+_ROUTERS = ("mlp.router", "mlp.choice_bias")
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+  """How one tensor of a checkpoint lies in a parameter.
+
+  A checkpoint's matrices are [outputs, inputs]. "same": no change. "into": the
+  parameter is [inputs, *outputs]; "out_of": [*inputs, outputs]. The tensor
+  reshaped to `split` and then transposed by `axes` is the parameter.
+  """
+
+  tensor: tuple[int, ...]
+  split: tuple[int, ...]
+  axes: tuple[int, ...]
+
+  @classmethod
+  def make(cls, kind: str, shape: tuple[int, ...]) -> Layout:
+    if kind == "same":
+      return cls(shape, shape, tuple(range(len(shape))))
+    last = len(shape) - 1
+    if kind == "into":
+      rest, one = shape[1:], shape[0]
+      return cls((math.prod(rest), one), (*rest, one), (last, *range(last)))
+    rest, one = shape[:-1], shape[-1]
+    return cls((one, math.prod(rest)), (one, *rest), (*range(1, last + 1), 0))
+
+  def source(self, index: Sequence[slice]) -> tuple[slice, ...]:
+    """Where a slice of the parameter lies in the tensor reshaped to split."""
+    place: list[Any] = [slice(None)] * len(self.axes)
+    for axis, part in zip(self.axes, index):
+      place[axis] = part
+    return tuple(place)
+
+
+@dataclasses.dataclass(frozen=True)
+class Leaf:
+  """A parameter, and the tensors that lie at its leading indices."""
+
+  path: tuple
+  shape: tuple[int, ...]
+  names: dict[tuple[int, ...], str]
+  layout: Layout
+
+  @property
+  def keeps_dtype(self) -> bool:
+    return _rest(self.path) in _ROUTERS
+
+
+def _rest(path: tuple) -> str:
+  """Dotted name of a parameter, inside its layer if it is of one."""
+  return ".".join(map(str, path[2:] if path[0] == "layers" else path))
+
+
+def _abstract(config: ModelConfig, sharding: Sharding | None):
+  """Graph definition, shapes by path and partition specs of a model."""
+  model = nnx.eval_shape(
+    lambda: DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
+  )
+  graphdef, state = nnx.split(model, nnx.Param)
+  specs = nnx.to_flat_state(nnx.get_partition_spec(state))
+  return (
+    graphdef,
+    {path: leaf for path, leaf in nnx.to_flat_state(state)},
+    {path: leaf.get_value() for path, leaf in specs},
+  )
+
+
+def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[Leaf]:
+  """Every parameter of a model, with the names of its tensors."""
+  sizes = group_sizes(config)
+  firsts = [0, *itertools.accumulate(sizes)]
+  leaves = []
+  for path, leaf in shapes.items():
+    rest, lead, first = _rest(path), (), 0
+    if path[0] != "layers":
+      name, kind = _ENDS[rest]
+    else:
+      name, kind = _LAYER[rest]
+      name = f"model.layers.{{}}.{name}"
+      first = firsts[path[1]]
+      if config.scan_layers:
+        lead = (sizes[path[1]],)
+    if rest in _EXPERTS:
+      lead = (*lead, config.moe.num_experts)
+    names = {}
+    for at in np.ndindex(lead):
+      layer, expert = first, at
+      if path[0] == "layers" and config.scan_layers:
+        layer, expert = first + at[0], at[1:]
+      names[at] = name.format(layer, *expert)
+    layout = Layout.make(kind, tuple(leaf.shape[len(lead) :]))
+    leaves.append(Leaf(path, tuple(leaf.shape), names, layout))
+  return leaves
+
+
+# ----------------------------------------------------------------- files
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+  """What the headers of a folder's files say.
+
+  Attributes:
+    tensors: of the text model, by name without its prefix.
+    prefix: what the names start with.
+    skipped: names of vision and multi-token-prediction tensors.
+    files: the safetensors files.
+  """
+
+  tensors: dict[str, safetensors.Tensor]
+  prefix: str
+  skipped: list[str]
+  files: list[pathlib.Path]
+
+  @classmethod
+  def read(cls, folder: pathlib.Path) -> Checkpoint:
+    named, files = safetensors.read_headers(folder)
+    inner = any(name.startswith(_PREFIX) for name in named)
+    prefix = _PREFIX if inner else ""
+    skipped = sorted(name for name in named if _part(name) in _SKIPPED)
+    tensors = {
+      name.removeprefix(prefix): tensor
+      for name, tensor in named.items()
+      if _part(name) not in _SKIPPED
+    }
+    return cls(tensors, prefix, skipped, files)
+
+  def describe_skipped(self) -> str:
+    parts = collections.Counter(map(_part, self.skipped))
+    return ", ".join(f"{part}.* ({n} tensors)" for part, n in parts.items())
+
+  def dtype_of(self, leaf: Leaf) -> np.dtype:
+    """The dtype of a parameter's tensors."""
+    (name,) = {self.tensors[name].dtype for name in leaf.names.values()}
+    return DTYPES[name]
+
+  def check(self, folder: pathlib.Path, leaves: Sequence[Leaf]) -> None:
+    """Raises ValueError unless each leaf's tensors, and no others, are here."""
+    wanted = {
+      name: leaf.layout.tensor
+      for leaf in leaves
+      for name in leaf.names.values()
+    }
+    here = self.tensors
+    shared = [name for name in wanted if name in here]
+    mixed = [
+      ", ".join(sorted(dtypes))
+      + f" in {leaf.names[next(iter(leaf.names))]} ..."
+      for leaf in leaves
+      if len(
+        dtypes := {here[n].dtype for n in leaf.names.values() if n in here}
+      )
+      > 1
+    ]
+    problems = {
+      "missing": sorted(set(wanted) - set(here)),
+      "unexpected": sorted(set(here) - set(wanted)),
+      "misshapen": [
+        f"{name} {list(here[name].shape)}, wanted {list(wanted[name])}"
+        for name in shared
+        if here[name].shape != wanted[name]
+      ],
+      "of a dtype that is not supported (quantised?), wanted"
+      f" {' or '.join(DTYPES)}": [
+        f"{name} {here[name].dtype}"
+        for name in shared
+        if here[name].dtype not in DTYPES
+      ],
+      "of several dtypes in one parameter": mixed,
+    }
+    lines = [
+      f"{len(found)} tensors {what}: {safetensors.some(found)}"
+      for what, found in problems.items()
+      if found
+    ]
+    if lines:
+      raise ValueError(
+        f"{folder} does not fit its config.json:\n  " + "\n  ".join(lines)
+      )
+
+
+def _names(dtypes: Mapping[str, np.dtype]) -> list[str]:
+  return sorted(dtype.name for dtype in dtypes.values())
+
+
+def _part(name: str) -> str:
+  """The model's part that a tensor belongs to: its first telling word."""
+  words = name.split(".")
+  telling = (w for w in words if w not in ("model", "language_model"))
+  return next(telling, name)
+
+
+# ------------------------------------------------------------------ load
+
+
+def load(
+  folder: str | os.PathLike,
+  *,
+  dtype: Any = None,
+  mesh: Mesh | None = None,
+  **options: Any,
+) -> DecoderLM:
+  """Reads a checkpoint.
+
+  Everything is checked before the first tensor is read. Tensors are then
+  mapped, and copied one by one, or a device's part of one, to where they
+  belong: the host never holds more than two.
+
+  Args:
+    folder: holds config.json and the safetensors files.
+    dtype: of the parameters and of the computation; None: each parameter keeps
+      the checkpoint's dtype, and the most frequent of them computes. The
+      routers' weights and choice biases keep theirs in any case.
+    mesh: devices to split the parameters over, by the axes of
+      `msa_jax.Sharding` that it has ("fsdp", "expert", "tensor", ...). Call the
+      model under `jax.set_mesh(mesh)`, with every axis of type Auto. None: one
+      device.
+    **options: `implementation`, `gqa_implementation`, `remat` and `scan_layers`
+      of `msa_jax.ModelConfig`.
+
+  Raises:
+    ValueError: the config is not understood, or the files do not hold the model
+      that it describes; the text lists the tensors.
+  """
+  folder = pathlib.Path(folder)
+  unknown = sorted(set(options) - set(_OPTIONS))
+  if unknown:
+    raise ValueError(f"options must be among {_OPTIONS}, got {unknown}")
+  if dtype is not None:
+    dtype = _as_dtype(dtype)
+  if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
+    raise ValueError(
+      "mesh must have axes of type Auto (make_mesh takes axis_types), got"
+      f" {mesh.axis_types}"
+    )
+  config, checkpoint = open_checkpoint(folder, **options)
+  if checkpoint.skipped:
+    logging.getLogger(__name__).warning(
+      "%s: skipped %s", folder, checkpoint.describe_skipped()
+    )
+  if dtype is None:
+    sizes = collections.Counter()
+    for tensor in checkpoint.tensors.values():
+      sizes[tensor.dtype] += math.prod(tensor.shape)
+    compute = DTYPES[sizes.most_common(1)[0][0]]
+  else:
+    compute = dtype
+  config = dataclasses.replace(
+    config, dtype=compute.name, param_dtype=compute.name
+  )
+  sharding = None if mesh is None else _sharding(mesh)
+  with jax.set_mesh(mesh):
+    graphdef, shapes, specs = _abstract(config, sharding)
+  leaves = _leaves(config, shapes)
+  # A piece goes to one device, whatever mesh the caller works under.
+  with jax.set_mesh(None):
+    places: dict[tuple, jax.sharding.Sharding] = {}
+    for leaf in leaves:
+      if mesh is None:
+        places[leaf.path] = jnp.zeros(()).sharding
+      else:
+        places[leaf.path] = _place(leaf, mesh, specs[leaf.path])
+    items = []
+    for leaf in leaves:
+      kept = dtype is None or leaf.keeps_dtype
+      array = _read(
+        leaf,
+        places[leaf.path],
+        checkpoint.dtype_of(leaf) if kept else compute,
+        lambda name: checkpoint.tensors[name].open(),
+      )
+      items.append((leaf.path, array))
+  return nnx.merge(graphdef, nnx.from_flat_state(items))
+
+
+def open_checkpoint(
+  folder: pathlib.Path, **options: Any
+) -> tuple[ModelConfig, Checkpoint]:
+  """Config and headers of a checkpoint that is whole."""
+  config = dataclasses.replace(read_config(folder), **options)
+  checkpoint = Checkpoint.read(folder)
+  checkpoint.check(folder, _leaves(config, _abstract(config, None)[1]))
+  return config, checkpoint
+
+
+def _as_dtype(dtype: Any) -> np.dtype:
+  known = {known.name: known for known in DTYPES.values()}
+  name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
+  if name not in known:
+    raise ValueError(
+      f"dtype must be one of {sorted(known)} or None, got {dtype!r}"
+    )
+  return known[name]
+
+
+def _sharding(mesh: Mesh) -> Sharding:
+  """The default axes, those that the mesh has."""
+  full = Sharding()
+
+  def there(axis: str | None) -> str | None:
+    return axis if axis in mesh.axis_names else None
+
+  return Sharding(
+    batch=tuple(axis for axis in full.batch if there(axis)),
+    heads=there(full.heads),
+    embed=there(full.embed),
+    expert=there(full.expert),
+  )
+
+
+def _place(leaf: Leaf, mesh: Mesh, spec: PartitionSpec) -> NamedSharding:
+  place = NamedSharding(mesh, spec)
+  try:
+    place.shard_shape(leaf.shape)
+  except ValueError:
+    raise ValueError(
+      f"mesh {dict(mesh.shape)} cannot split parameter"
+      f" {'.'.join(map(str, leaf.path))} {list(leaf.shape)} by {spec}"
+    ) from None
+  return place
+
+
+def _read(
+  leaf: Leaf,
+  place: jax.sharding.Sharding,
+  dtype: np.dtype,
+  open_tensor: Callable[[str], np.ndarray],
+) -> jax.Array:
+  """A parameter on its devices, made of its tensors one at a time."""
+  parts = []
+  depth = len(next(iter(leaf.names)))
+  places = place.addressable_devices_indices_map(leaf.shape)
+  for device, index in places.items():
+    bounds = [part.indices(size) for part, size in zip(index or (), leaf.shape)]
+    firsts = [first for first, _, _ in bounds[:depth]]
+    within = tuple(slice(*bound) for bound in bounds[depth:])
+    buffer = None
+    for at in itertools.product(*(range(*bound) for bound in bounds[:depth])):
+      tensor = open_tensor(leaf.names[at]).reshape(leaf.layout.split)
+      # A copy: a device's array must not lie on the file.
+      piece = np.array(tensor[leaf.layout.source(within)])
+      piece = _transposed(
+        jax.device_put(piece, device), leaf.layout.axes, dtype
+      )
+      if not depth:
+        buffer = piece
+      else:
+        if buffer is None:
+          shape = tuple(last - first for first, last, _ in bounds)
+          buffer = jnp.zeros(shape, dtype, device=device)
+        start = [i - first for i, first in zip(at, firsts)]
+        buffer = _placed(buffer, piece, start)
+      # Or the host would run ahead and hold many.
+      buffer.block_until_ready()
+    parts.append(buffer)
+  return jax.make_array_from_single_device_arrays(leaf.shape, place, parts)
+
+
+@functools.partial(jax.jit, static_argnums=(1, 2))
+def _transposed(piece: jax.Array, axes: tuple[int, ...], dtype) -> jax.Array:
+  return jnp.transpose(piece, axes).astype(dtype)
+
+
+@functools.partial(jax.jit, donate_argnums=0)
+def _placed(buffer: jax.Array, piece: jax.Array, start: list) -> jax.Array:
+  start = [*start, *[0] * piece.ndim]
+  piece = piece[(None,) * (buffer.ndim - piece.ndim)]
+  return jax.lax.dynamic_update_slice(buffer, piece, start)
+
+
+# ------------------------------------------------------------------ save
+
+
+def save(
+  model: DecoderLM,
+  folder: str | os.PathLike,
+  *,
+  prefix: str = _PREFIX,
+  max_file_bytes: int = 5 * 10**9,
+) -> None:
+  """Writes a checkpoint that `load` reads back with the same bits.
+
+  config.json, safetensors files and their index, under the released names and
+  in the parameters' dtypes; no tokenizer. The host holds one tensor at a time.
+  The folder appears whole or not at all.
+
+  Args:
+    model: any `DecoderLM` whose parameters have released names.
+    folder: must be empty or missing.
+    prefix: of every name; "" for names as a text-only model has them.
+    max_file_bytes: where the next file begins.
+
+  Raises:
+    ValueError: the folder holds something, or the model has what a checkpoint
+      cannot say.
+    NotImplementedError: parameters lie on devices of other processes.
+  """
+  folder = pathlib.Path(folder)
+  safetensors.check_free(folder)
+  config = model.config
+  for name, want in (
+    ("selection", "index"),
+    ("value_head", False),
+    ("force_first_block", False),
+  ):
+    if "msa" in config.kinds and getattr(config.index, name) != want:
+      raise ValueError(
+        f"model.config.index.{name} must be {want!r} in a checkpoint, got"
+        f" {getattr(config.index, name)!r}"
+      )
+  params = {
+    path: leaf.get_value()
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+  }
+  tensors, places = {}, {}
+  for leaf in _leaves(config, params):
+    array, dotted = params[leaf.path], ".".join(map(str, leaf.path))
+    dtype = np.dtype(array.dtype)
+    if dtype not in DTYPES.values():
+      raise ValueError(
+        f"model: {dotted} is {dtype}, a checkpoint holds {_names(DTYPES)}"
+      )
+    if not array.is_fully_addressable:
+      raise NotImplementedError(
+        f"model: {dotted} lies on devices of other processes"
+      )
+    for at, name in leaf.names.items():
+      tensors[prefix + name] = (dtype, leaf.layout.tensor)
+      places[prefix + name] = (array, at, leaf.layout)
+
+  def fetch(name: str) -> np.ndarray:
+    array, at, layout = places[name]
+    back = tuple(int(axis) for axis in np.argsort(layout.axes))
+    return np.asarray(jnp.transpose(array[at], back).reshape(layout.tensor))
+
+  safetensors.write(
+    folder,
+    tensors,
+    fetch,
+    documents={"config.json": config_json(config)},
+    max_file_bytes=max_file_bytes,
+  )
+
+
+if __name__ == "__main__":
+  from msa_jax.m3_commands import main
+
+  sys.exit(main())

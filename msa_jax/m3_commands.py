@@ -1,0 +1,259 @@
+"""What `python -m msa_jax.m3` does: look into a checkpoint, sample from it."""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import itertools
+import json
+import math
+import os
+import pathlib
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType
+
+from msa_jax import generate, m3
+
+
+def describe(folder: str | os.PathLike) -> Iterator[str]:
+  """Lines that say what a checkpoint holds; reads headers only.
+
+  Raises:
+    ValueError: as `load`.
+  """
+  folder = pathlib.Path(folder)
+  config, checkpoint = m3.open_checkpoint(folder)
+  index, moe = config.index, config.moe
+  counts = m3.count_parameters(config)
+  sizes = collections.Counter()
+  for name, tensor in checkpoint.tensors.items():
+    words = name.split(".")
+    layer = int(words[2]) if name.startswith("model.layers.") else None
+    sizes[layer] += math.prod(tensor.shape)
+  dtypes = collections.Counter(t.dtype for t in checkpoint.tensors.values())
+  size = sum(file.stat().st_size for file in checkpoint.files)
+  yield (
+    f"model      {config.num_layers} layers, width {config.embed_dim},"
+    f" vocabulary {config.vocab_size},"
+    f" {'tied' if config.tie_embeddings else 'untied'} output"
+  )
+  yield (
+    f"attention  {config.num_heads}/{config.num_kv_heads} heads of"
+    f" {config.head_dim}, rotary {config.rope_dim}, theta"
+    f" {config.rope_theta:g}, {'' if config.qk_norm else 'no '}QK-norm, norms"
+    f" scale by {'1 + w' if config.zero_centered_norm else 'w'}"
+  )
+  if "msa" in config.kinds:
+    yield (
+      f"sparse     blocks of {index.block_size}, top {index.top_k} with"
+      f" {index.num_local_blocks} local, index {config.num_kv_heads} heads of"
+      f" {index.index_dim}"
+    )
+  else:
+    yield "sparse     none: every layer is full attention"
+  if "dense" in config.mlps:
+    yield f"MLP        dense of {config.mlp_dim}, {config.activation}"
+  if "moe" in config.mlps:
+    shared = f", shared {moe.shared_dim}" if moe.shared_dim else ""
+    yield (
+      f"MLP        {moe.num_experts} experts of {moe.expert_dim}, top"
+      f" {moe.top_k}, scale {moe.routed_scale:g}{shared}, {config.activation}"
+    )
+  kinds = list(zip(config.kinds, config.mlps))
+  first = 0
+  for (attention, mlp), run in itertools.groupby(kinds):
+    count = len(list(run))
+    last = first + count - 1
+    name = f"{first}" if count == 1 else f"{first}-{last}"
+    each = sizes[first]
+    yield f"layers     {name:8} {attention} {mlp:6} {each:,} parameters each"
+    first += count
+  yield (
+    f"parameters {counts.total:,}: {counts.active:,} active with"
+    f" {counts.embedding:,} of the embeddings, {counts.index:,} of the Index"
+    " Branch"
+  )
+  yield "dtype      " + ", ".join(
+    f"{code} ({count} tensors)" for code, count in dtypes.most_common()
+  )
+  yield f"files      {len(checkpoint.files)}, {size:,} bytes"
+  if checkpoint.skipped:
+    yield f"skipped    {checkpoint.describe_skipped()}"
+
+
+def sample(
+  folder: str | os.PathLike,
+  *,
+  text: str | None = None,
+  prompt_ids: Sequence[int] = (),
+  max_new_tokens: int = 64,
+  sampling: generate.Sampling = generate.GREEDY,
+  seed: int = 0,
+  dtype: Any = None,
+  mesh: jax.sharding.Mesh | None = None,
+) -> Iterator[str]:
+  """Continues a prompt with a checkpoint's model.
+
+  Args:
+    folder: as `msa_jax.m3.load` takes it; text also needs its tokenizer.json.
+    text: the prompt, or
+    prompt_ids: the prompt's tokens.
+    max_new_tokens: at most; the config's eos_token_id ends it before.
+    sampling: how to draw.
+    seed: of the draws.
+    dtype, mesh: see `msa_jax.m3.load`.
+
+  Yields:
+    The prompt, then new text (or ids) as it comes.
+
+  Raises:
+    ValueError: an argument is wrong, or as `msa_jax.m3.load`.
+  """
+  folder = pathlib.Path(folder)
+  if (text is None) == (not prompt_ids):
+    raise ValueError("wanted either text or prompt_ids")
+  tokenizer = None
+  if text is not None:
+    tokenizer = _tokenizer(folder)
+    prompt_ids = tokenizer.encode(text).ids
+  stop = _stop_tokens(folder)
+  model = m3.load(folder, dtype=dtype, mesh=mesh)
+
+  def show(ids: Sequence[int]) -> str:
+    if tokenizer is None:
+      return "".join(f"{i} " for i in ids)
+    return tokenizer.decode(ids, skip_special_tokens=False)
+
+  yield show(prompt_ids) if text is None else text
+  done, shown = [], 0
+  with jax.set_mesh(mesh):
+    for (new,) in generate.stream(
+      model,
+      [np.asarray(prompt_ids)],
+      max_new_tokens=max_new_tokens,
+      sampling=sampling,
+      key=jax.random.key(seed),
+      stop_tokens=stop,
+    ):
+      done.extend(i for i in new.tolist() if i not in stop)
+      written = show(done)
+      # The rest of a character may still come.
+      ready = len(written.rstrip("\ufffd"))
+      yield written[shown:ready]
+      shown = max(shown, ready)
+  yield show(done)[shown:]
+
+
+def _tokenizer(folder: pathlib.Path) -> Any:
+  path = folder / "tokenizer.json"
+  if not path.exists():
+    raise ValueError(f"text needs {path}, which is missing; give prompt_ids")
+  try:
+    import tokenizers
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f"text: {error}. It needs: pip install 'msa-jax[train]'"
+    ) from None
+  return tokenizers.Tokenizer.from_file(str(path))
+
+
+def _stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
+  """The config's eos_token_id, none, one or many."""
+  m3.read_config(folder)  # Says what is wrong with the file.
+  fields = json.loads((folder / "config.json").read_text())
+  stop = fields.get("eos_token_id")
+  if stop is None:
+    stop = (fields.get("text_config") or {}).get("eos_token_id")
+  if stop is None:
+    return ()
+  return tuple(stop) if isinstance(stop, list) else (stop,)
+
+
+def _mesh(sizes: Sequence[str]) -> jax.sharding.Mesh | None:
+  """A mesh of "axis=size" words."""
+  if not sizes:
+    return None
+  axes = {}
+  for word in sizes:
+    name, _, size = word.partition("=")
+    if not size.isdigit() or int(size) < 1:
+      raise ValueError(f"--mesh {word}: wanted AXIS=SIZE, such as expert=8")
+    axes[name] = int(size)
+  known = ("data", "fsdp", "expert", "tensor")
+  if not set(axes) <= set(known):
+    raise ValueError(f"--mesh {' '.join(sizes)}: wanted axes among {known}")
+  count = math.prod(axes.values())
+  if count > jax.device_count():
+    raise ValueError(
+      f"--mesh {' '.join(sizes)} wants {count} devices, {jax.device_count()}"
+      " are here"
+    )
+  return jax.make_mesh(
+    tuple(axes.values()),
+    tuple(axes),
+    devices=jax.devices()[:count],
+    axis_types=(AxisType.Auto,) * len(axes),
+  )
+
+
+def _parser() -> argparse.ArgumentParser:
+  parser = argparse.ArgumentParser(
+    prog="python -m msa_jax.m3",
+    description="Look into a MiniMax-M3 checkpoint, or sample from it.",
+  )
+  commands = parser.add_subparsers(dest="command", required=True)
+  about = "Print what a checkpoint folder holds; reads no weights."
+  show = commands.add_parser("show", help=about, description=about)
+  about = "Continue a prompt with a checkpoint's model."
+  sample = commands.add_parser("sample", help=about, description=about)
+  for command in (show, sample):
+    command.add_argument("folder", type=pathlib.Path)
+  add = sample.add_argument
+  add("--text", help="the prompt; needs the folder's tokenizer.json")
+  add("--prompt-ids", nargs="+", type=int, default=(), help="or its tokens")
+  add("--max-new-tokens", type=int, default=64, help="default: 64")
+  add("--temperature", type=float, default=0.0, help="default: 0, greedy")
+  add("--top-k", type=int, help="draw from so many of the likeliest tokens")
+  add("--top-p", type=float, help="draw from so much of the probability")
+  add("--seed", type=int, default=0, help="of the draws")
+  add("--dtype", help="of the computation (default: the checkpoint's)")
+  add(
+    "--mesh",
+    nargs="+",
+    default=(),
+    metavar="AXIS=SIZE",
+    help="devices: data, fsdp, expert and tensor (default: one device)",
+  )
+  return parser
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+  args = _parser().parse_args(arguments)
+  try:
+    if args.command == "show":
+      for line in describe(args.folder):
+        print(line)
+      return 0
+    for part in sample(
+      args.folder,
+      text=args.text,
+      prompt_ids=args.prompt_ids,
+      max_new_tokens=args.max_new_tokens,
+      sampling=generate.Sampling(
+        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
+      ),
+      seed=args.seed,
+      dtype=args.dtype,
+      mesh=_mesh(args.mesh),
+    ):
+      print(part, end="", flush=True)
+    print()
+  except (ValueError, NotImplementedError, FloatingPointError, OSError) as e:
+    print(f"error: {e}", file=sys.stderr)
+    return 1
+  return 0

@@ -1,0 +1,315 @@
+"""config.json of MiniMax-M3 text models, under its new and its older keys."""
+
+from __future__ import annotations
+
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+from msa_jax.model import IndexConfig, ModelConfig, MoEConfig
+from msa_jax.safetensors import DTYPES
+
+
+def read_config(folder: str | os.PathLike) -> ModelConfig:
+  """The model that a folder's config.json describes.
+
+  Raises:
+    ValueError: the file is missing, contradicts itself or describes a model
+      that is none of ours; the text names each field.
+  """
+  path = pathlib.Path(folder) / "config.json"
+  try:
+    whole = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
+  if not isinstance(whole, dict):
+    raise ValueError(f"{path}: wanted a JSON object, got {whole!r}")
+  text = whole.get("text_config")
+  fields = whole if text is None else {**whole, **text}
+  reader = _Fields(fields)
+  try:
+    config = reader.model()
+  except (ValueError, TypeError, KeyError) as error:
+    # Problems found before say more.
+    if not reader.problems:
+      raise ValueError(f"{path}: {error}") from None
+    config = None
+  if reader.problems or config is None:
+    raise ValueError(f"{path}:\n  " + "\n  ".join(reader.problems))
+  return config
+
+
+class _Fields:
+  """Reads a config's fields, whatever key they are under; lists problems."""
+
+  def __init__(self, fields: Mapping[str, Any]):
+    self.fields = fields
+    self.sparse = fields.get("sparse_attention_config") or {}
+    self.rope = fields.get("rope_parameters") or {}
+    self.problems: list[str] = []
+
+  def one(self, values: Mapping[str, Any], default: Any = None) -> Any:
+    """The value that all keys which have one agree on."""
+    there = {key: v for key, v in values.items() if v is not None}
+    first = next(iter(there.values()), default)
+    if any(value != first for value in there.values()):
+      text = ", ".join(f"{key}={value!r}" for key, value in there.items())
+      self.problems.append(f"fields disagree: {text}")
+    return first
+
+  def get(self, *keys: str, default: Any = None) -> Any:
+    return self.one({key: self.fields.get(key) for key in keys}, default)
+
+  def need(self, *keys: str) -> Any:
+    value = self.get(*keys)
+    if value is None:
+      self.problems.append(f"field missing: {' or '.join(keys)}")
+    return value
+
+  def indexed(self, new: str, old: str, default: Any = None) -> Any:
+    """A setting of the Index Branch, under its new or its older key."""
+    name = f"sparse_attention_config.{old}"
+    return self.one(
+      {new: self.fields.get(new), name: self.sparse.get(old)}, default
+    )
+
+  def refuse(self, where: str, value: Any, *allowed: Any) -> None:
+    if value not in (None, *allowed):
+      wanted = " or ".join(map(repr, allowed))
+      self.problems.append(f"{where}={value!r} is not supported: only {wanted}")
+
+  def kinds(
+    self, key: str, names: Mapping[str, str], old: str, flags: Any, default: str
+  ) -> tuple[Any, ...]:
+    """A kind for each layer, from names or the older 0s and 1s."""
+    count = self.fields.get("num_hidden_layers") or 1
+    given = self.fields.get(key)
+    values = {}
+    if given is not None:
+      unknown = sorted({str(name) for name in given} - set(names))
+      if unknown:
+        self.problems.append(
+          f"{key}: unknown {unknown}, wanted {sorted(names)}"
+        )
+      values[key] = [names.get(name) for name in given]
+    if flags is not None:
+      kinds = list(names.values())
+      values[old] = [kinds[bool(flag)] for flag in flags]
+    for name, value in values.items():
+      if len(value) != count:
+        self.problems.append(
+          f"{name} has {len(value)} entries, num_hidden_layers={count}"
+        )
+    return tuple(self.one(values, [default] * count))
+
+  def rope_dim(self, head_dim: int) -> int:
+    """Rotary dims: transformers reads the factor, others rotary_dim."""
+    rotary = self.get("rotary_dim")
+    factor = self.one(
+      {
+        "partial_rotary_factor": self.get("partial_rotary_factor"),
+        "rope_parameters.partial_rotary_factor": self.rope.get(
+          "partial_rotary_factor"
+        ),
+      }
+    )
+    by_factor = None if factor is None else round(head_dim * factor)
+    if None not in (rotary, by_factor) and rotary != by_factor:
+      self.problems.append(
+        f"fields disagree: rotary_dim={rotary}, but partial_rotary_factor="
+        f"{factor} of head_dim={head_dim} is {by_factor}"
+      )
+    return next((x for x in (rotary, by_factor) if x is not None), head_dim)
+
+  def model(self) -> ModelConfig:
+    self.refuse_others()
+    sizes: dict[str, Any] = {
+      "vocab_size": self.need("vocab_size"),
+      "num_layers": self.need("num_hidden_layers"),
+      "embed_dim": self.need("hidden_size"),
+      "num_heads": self.need("num_attention_heads"),
+      "num_kv_heads": self.need("num_key_value_heads"),
+    }
+    experts = self.get("num_local_experts", "num_experts", default=0)
+    expert_dim = self.need("intermediate_size")
+    if self.problems:
+      raise ValueError("incomplete")
+    head_dim = self.get(
+      "head_dim", default=sizes["embed_dim"] // sizes["num_heads"]
+    )
+    oai: dict[str, Any] = {
+      name: float(self.get(name))
+      for name in ("swiglu_alpha", "swiglu_limit")
+      if self.get(name) is not None
+    }
+    # transformers writes "silu" beside these fields: they decide.
+    is_oai = bool(oai) or self.get("hidden_act") == "swigluoai"
+    options: dict[str, Any] = {}
+    layer_kinds = self.kinds(
+      "layer_types",
+      {"full_attention": "gqa", "minimax_m3_sparse": "msa"},
+      "sparse_attention_config.sparse_attention_freq",
+      self.sparse_flags(),
+      "gqa",
+    )
+    if "msa" in layer_kinds:
+      options["index"] = self.index(sizes["num_kv_heads"])
+    mlp_kinds = self.kinds(
+      "mlp_layer_types",
+      {"dense": "dense", "sparse": "moe"},
+      "moe_layer_freq",
+      self.fields.get("moe_layer_freq"),
+      "moe" if experts else "dense",
+    )
+    if "moe" in mlp_kinds:
+      shared = self.get("shared_intermediate_size", default=0)
+      options["moe"] = MoEConfig(
+        num_experts=experts,
+        top_k=self.need("num_experts_per_tok"),
+        expert_dim=expert_dim,
+        shared_dim=0 if self.get("n_shared_experts") == 0 else shared,
+        routed_scale=float(self.get("routed_scaling_factor", default=1.0)),
+      )
+    rope_theta = self.one(
+      {
+        "rope_theta": self.fields.get("rope_theta"),
+        "rope_parameters.rope_theta": self.rope.get("rope_theta"),
+      },
+      10_000.0,
+    )
+    return ModelConfig(
+      **sizes,
+      **options,
+      **oai,
+      head_dim=head_dim,
+      mlp_dim=self.get(
+        "dense_intermediate_size", "mlp_intermediate_size", default=expert_dim
+      ),
+      layer_kinds=layer_kinds,
+      mlp_kinds=mlp_kinds,
+      activation="swiglu_oai" if is_oai else "swiglu",
+      rope_dim=self.rope_dim(head_dim),
+      rope_theta=float(rope_theta),
+      qk_norm=self.get("use_qk_norm", default=True),
+      norm_eps=self.get("rms_norm_eps", default=1e-6),
+      # The M3 series alone has both; no field of its newer configs says so.
+      zero_centered_norm=self.get("use_gemma_norm", default=is_oai),
+      tie_embeddings=self.get("tie_word_embeddings", default=False),
+    )
+
+  def sparse_flags(self) -> Any:
+    if not self.sparse.get("use_sparse_attention", True):
+      return [0] * self.fields["num_hidden_layers"]
+    return self.sparse.get("sparse_attention_freq")
+
+  def index(self, num_kv_heads: int) -> IndexConfig:
+    heads = self.indexed("index_n_heads", "sparse_num_index_heads")
+    if heads not in (None, num_kv_heads):
+      self.problems.append(
+        f"index heads must be num_key_value_heads={num_kv_heads}, got {heads}"
+      )
+    return IndexConfig(
+      index_dim=self.indexed("index_head_dim", "sparse_index_dim", 128),
+      block_size=self.indexed("index_block_size", "sparse_block_size", 128),
+      top_k=self.indexed("index_topk_blocks", "sparse_topk_blocks", 16),
+      num_local_blocks=self.indexed(
+        "index_local_blocks", "sparse_local_block", 1
+      ),
+    )
+
+  def refuse_others(self) -> None:
+    """Lists what changes the model and is not supported."""
+    quantised = self.get("quantization_config")
+    if quantised is not None:
+      method = quantised.get("quant_method", quantised)
+      self.problems.append(
+        f"quantization_config ({method}): quantised weights are not supported,"
+        f" only {sorted(dtype.name for dtype in DTYPES.values())}"
+      )
+    for key, *allowed in (
+      ("hidden_act", "silu", "swigluoai"),
+      ("scoring_func", "sigmoid"),
+      ("use_routing_bias", True),
+      ("qk_norm_type", "per_head"),
+      ("attention_bias", False),
+      ("n_shared_experts", 0, 1),
+      ("sliding_window", 0),
+    ):
+      self.refuse(key, self.fields.get(key), *allowed)
+    self.refuse(
+      "rope_parameters.rope_type", self.rope.get("rope_type"), "default"
+    )
+    scaling = self.fields.get("rope_scaling") or {}
+    self.refuse(
+      "rope_scaling.rope_type",
+      scaling.get("rope_type", scaling.get("type")),
+      "default",
+    )
+    for key, allowed in (
+      ("sparse_score_type", "max"),
+      ("sparse_init_block", 0),
+    ):
+      name = f"sparse_attention_config.{key}"
+      self.refuse(name, self.sparse.get(key), allowed)
+
+
+def config_json(config: ModelConfig) -> dict[str, Any]:
+  """What `read_config` reads as this model, under transformers' keys."""
+  index, moe = config.index, config.moe
+  rope_dim = config.head_dim if config.rope_dim is None else config.rope_dim
+  fields: dict[str, Any] = {
+    "architectures": ["MiniMaxM3VLForCausalLM"],
+    "model_type": "minimax_m3_vl_text",
+    "dtype": config.param_dtype,
+    "vocab_size": config.vocab_size,
+    "hidden_size": config.embed_dim,
+    "num_hidden_layers": config.num_layers,
+    "num_attention_heads": config.num_heads,
+    "num_key_value_heads": config.num_kv_heads,
+    "head_dim": config.head_dim,
+    "rms_norm_eps": config.norm_eps,
+    "use_gemma_norm": config.zero_centered_norm,
+    "use_qk_norm": config.qk_norm,
+    "tie_word_embeddings": config.tie_embeddings,
+    "hidden_act": "silu",
+    "rotary_dim": rope_dim,
+    "rope_parameters": {
+      "rope_type": "default",
+      "rope_theta": config.rope_theta,
+      "partial_rotary_factor": rope_dim / config.head_dim,
+    },
+    "intermediate_size": config.mlp_dim,
+    "dense_intermediate_size": config.mlp_dim,
+    "layer_types": [
+      "full_attention" if kind == "gqa" else "minimax_m3_sparse"
+      for kind in config.kinds
+    ],
+    "mlp_layer_types": [
+      "dense" if kind == "dense" else "sparse" for kind in config.mlps
+    ],
+  }
+  if config.activation == "swiglu_oai":
+    fields |= {
+      "swiglu_alpha": config.swiglu_alpha,
+      "swiglu_limit": config.swiglu_limit,
+    }
+  if "moe" in config.mlps:
+    fields |= {
+      "intermediate_size": moe.expert_dim,
+      "num_local_experts": moe.num_experts,
+      "num_experts_per_tok": moe.top_k,
+      "shared_intermediate_size": moe.shared_dim,
+      "n_shared_experts": 1 if moe.shared_dim else 0,
+      "routed_scaling_factor": moe.routed_scale,
+    }
+  if "msa" in config.kinds:
+    fields |= {
+      "index_n_heads": config.num_kv_heads,
+      "index_head_dim": index.index_dim,
+      "index_block_size": index.block_size,
+      "index_topk_blocks": index.top_k,
+      "index_local_blocks": index.num_local_blocks,
+    }
+  return fields

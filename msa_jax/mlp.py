@@ -1,0 +1,346 @@
+"""MLP layers in flax.nnx: SwiGLU, and a mixture of SwiGLU experts.
+
+X is the number of experts, F their hidden units, A the experts a token gets.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Literal
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int32
+
+from msa_jax.attention import Sharding
+
+Activation = Literal["swiglu", "swiglu_oai"]
+
+
+def gated(
+  gate: Float[Array, "*S F"],
+  up: Float[Array, "*S F"],
+  activation: Activation,
+  alpha: float,
+  limit: float,
+) -> Float[Array, "*S F"]:
+  """The gate of a SwiGLU: what goes into the down projection.
+
+  "swiglu": silu(gate) up. "swiglu_oai": with g = min(gate, limit) and
+  u = clip(up, -limit, limit), (u + 1) g sigmoid(alpha g).
+  """
+  if activation == "swiglu":
+    return nnx.silu(gate) * up
+  gate = jnp.minimum(gate, limit)
+  up = jnp.clip(up, -limit, limit)
+  return (up + 1) * gate * nnx.sigmoid(alpha * gate)
+
+
+class SwiGLU(nnx.Module):
+  """down(gated(gate(x), up(x))); see `gated`.
+
+  Args:
+    in_features: size of the input's and the output's last axis, E.
+    hidden_features: hidden units, F.
+    activation: "swiglu" or "swiglu_oai".
+    alpha, limit: of "swiglu_oai".
+    dtype: dtype of the computation.
+    param_dtype: dtype of the parameters.
+    sharding: mesh axes; None: no annotations.
+    rngs: a stream named "params".
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    hidden_features: int,
+    *,
+    activation: Activation = "swiglu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    sharding: Sharding | None = None,
+    rngs: nnx.Rngs,
+  ):
+    def linear(sizes, names):
+      init = nnx.initializers.lecun_normal()
+      if sharding is not None:
+        init = nnx.with_partitioning(init, names)
+      return nnx.Linear(
+        *sizes,
+        use_bias=False,
+        dtype=dtype,
+        param_dtype=param_dtype,
+        kernel_init=init,
+        rngs=rngs,
+      )
+
+    outer, inner = (
+      (sharding.embed, sharding.heads) if sharding else (None, None)
+    )
+    sizes = (in_features, hidden_features)
+    self.gate = linear(sizes, (outer, inner))
+    self.up = linear(sizes, (outer, inner))
+    self.down = linear(sizes[::-1], (inner, outer))
+    self.activation: Activation = activation
+    self.alpha = alpha
+    self.limit = limit
+
+  def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
+    options = (self.activation, self.alpha, self.limit)
+    return self.down(gated(self.gate(x), self.up(x), *options))
+
+
+class MixtureOfExperts(nnx.Module):
+  """A sigmoid router over SwiGLU experts, and a shared expert beside them.
+
+  With s = sigmoid(x Wr), computed in float32, a token's experts are the A
+  largest of s + choice_bias (ties to the lower expert), their weights s / sum
+  of the chosen s. out = routed_scale * sum of weight * expert(x) + shared(x).
+  The bias steers the choice alone: it has no gradient, and a training that
+  keeps the loads equal moves it by hand (`balance`).
+
+  Tokens are sorted by expert and go through `jax.lax.ragged_dot`; none is
+  dropped. Under a mesh, experts are split over the axis `sharding.expert` and
+  their hidden units over `sharding.heads`. Tokens that are split over the
+  expert axis too are gathered over it, and their sums scattered.
+
+  Args:
+    in_features: size of the input's and the output's last axis, E.
+    num_experts: X.
+    top_k: experts a token gets, A.
+    expert_dim: hidden units of an expert, F.
+    shared_dim: hidden units of the shared expert; 0: none.
+    routed_scale: factor of the routed sum.
+    activation, alpha, limit, dtype, param_dtype, sharding, rngs: as in
+      `SwiGLU`. The choice bias is float32 whatever param_dtype says.
+  """
+
+  def __init__(
+    self,
+    in_features: int,
+    *,
+    num_experts: int,
+    top_k: int,
+    expert_dim: int,
+    shared_dim: int = 0,
+    routed_scale: float = 1.0,
+    activation: Activation = "swiglu",
+    alpha: float = 1.702,
+    limit: float = 7.0,
+    dtype=jnp.float32,
+    param_dtype=jnp.float32,
+    sharding: Sharding | None = None,
+    rngs: nnx.Rngs,
+  ):
+    if not 1 <= top_k <= num_experts:
+      raise ValueError(
+        f"top_k must be from 1 to num_experts = {num_experts}, got {top_k}"
+      )
+    self.num_experts = num_experts
+    self.top_k = top_k
+    self.routed_scale = routed_scale
+    self.dtype = dtype
+    self.sharding = sharding
+
+    def param(init: Callable, shape, names, dtype=param_dtype) -> nnx.Param:
+      if sharding is not None:
+        init = nnx.with_partitioning(init, names)
+      return nnx.Param(init(rngs.params(), shape, dtype))
+
+    expert, outer, inner = (
+      (sharding.expert, sharding.embed, sharding.heads)
+      if sharding
+      else (None, None, None)
+    )
+    lecun = nnx.initializers.lecun_normal
+    self.router = param(lecun(), (in_features, num_experts), (outer, None))
+    self.choice_bias = param(
+      nnx.initializers.zeros_init(), (num_experts,), (None,), jnp.float32
+    )
+    inward = (num_experts, in_features, expert_dim)
+    outward = (num_experts, expert_dim, in_features)
+    init = lecun(batch_axis=(0,))
+    self.gate = param(init, inward, (expert, outer, inner))
+    self.up = param(init, inward, (expert, outer, inner))
+    self.down = param(init, outward, (expert, inner, outer))
+    self.activation: Activation = activation
+    self.alpha = alpha
+    self.limit = limit
+    shared = functools.partial(
+      SwiGLU,
+      in_features,
+      shared_dim,
+      activation=activation,
+      alpha=alpha,
+      limit=limit,
+      dtype=dtype,
+      param_dtype=param_dtype,
+      sharding=sharding,
+      rngs=rngs,
+    )
+    self.shared = shared() if shared_dim else None
+
+  def route(
+    self, x: Float[Array, "*S E"]
+  ) -> tuple[Float[Array, "*S A"], Int32[Array, "*S A"]]:
+    """Weights and ids of each token's experts, best choice first."""
+    return self._route(x, self.router[...], self.choice_bias[...])
+
+  def _route(self, x: Array, router: Array, bias: Array):
+    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    logits = jnp.matmul(
+      x.astype(dtype), router.astype(dtype), precision=lax.Precision.HIGHEST
+    )
+    scores = nnx.sigmoid(logits)
+    choice = lax.stop_gradient(scores + bias.astype(dtype))
+    _, experts = lax.top_k(choice, self.top_k)
+    weights = jnp.take_along_axis(scores, experts, axis=-1)
+    return weights / jnp.sum(weights, axis=-1, keepdims=True), experts
+
+  def __call__(
+    self, x: Float[Array, "B T E"]
+  ) -> tuple[Float[Array, "B T E"], Int32[Array, "B T A"]]:
+    """The output, and the experts that each token went to."""
+    weights = (self.gate, self.up, self.down)
+    out, experts = self._over_mesh(x.shape[0])(
+      x.astype(self.dtype),
+      self.router[...],
+      self.choice_bias[...],
+      *(weight[...].astype(self.dtype) for weight in weights),
+    )
+    if self.shared is not None:
+      out = out + self.shared(x)
+    return out, experts
+
+  def _over_mesh(self, rows: int) -> Callable:
+    """`_local` on each device's tokens and experts."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if self.sharding is None or mesh.empty:
+      return self._local
+    names = mesh.axis_names
+    batch = self.sharding.batch_axes(mesh, rows)
+    expert, heads = (
+      axis if axis in names else None
+      for axis in (self.sharding.expert, self.sharding.heads)
+    )
+    if expert is not None and self.num_experts % mesh.shape[expert]:
+      raise ValueError(
+        f"num_experts must be a multiple of mesh axis {expert!r} ="
+        f" {mesh.shape[expert]}, got {self.num_experts}"
+      )
+    tokens = PartitionSpec(batch, None, None)
+    return jax.shard_map(
+      functools.partial(
+        self._local, expert=expert, heads=heads, gather=expert in batch
+      ),
+      in_specs=(
+        tokens,
+        PartitionSpec(None, None),
+        PartitionSpec(None),
+        PartitionSpec(expert, None, heads),
+        PartitionSpec(expert, None, heads),
+        PartitionSpec(expert, heads, None),
+      ),
+      out_specs=(tokens, tokens),
+      check_vma=False,
+    )
+
+  def _local(
+    self,
+    x: Array,
+    router: Array,
+    bias: Array,
+    gate: Array,
+    up: Array,
+    down: Array,
+    *,
+    expert: str | None = None,
+    heads: str | None = None,
+    gather: bool = False,
+  ) -> tuple[Array, Array]:
+    """One device's share: (out, experts) of its tokens."""
+    weights, experts = self._route(x, router, bias)
+    work = (x, weights, experts)
+    if gather:
+      work = tuple(lax.all_gather(a, expert, axis=0, tiled=True) for a in work)
+    tokens, weights, chosen = (a.reshape(-1, a.shape[-1]) for a in work)
+    if expert is not None:
+      chosen = chosen - lax.axis_index(expert) * gate.shape[0]
+    out = self._experts(tokens, weights, chosen, gate, up, down)
+    out = out.reshape(work[0].shape)
+    if heads is not None:
+      out = lax.psum(out, heads)
+    if gather:
+      out = lax.psum_scatter(out, expert, scatter_dimension=0, tiled=True)
+    elif expert is not None:
+      out = lax.psum(out, expert)
+    return (self.routed_scale * out).astype(x.dtype), experts
+
+  def _experts(
+    self,
+    x: Float[Array, "N E"],
+    weights: Float[Array, "N A"],
+    experts: Int32[Array, "N A"],
+    gate: Float[Array, "X E F"],
+    up: Float[Array, "X E F"],
+    down: Float[Array, "X F E"],
+  ) -> Float[Array, "N E"]:
+    """Sum of weight * expert(x) over the experts 0 to X - 1, float32.
+
+    Ids outside that range belong to other devices and add nothing.
+    """
+    num_experts = gate.shape[0]
+    choices = experts.size
+    ids = experts.reshape(-1)
+    ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
+    order = jnp.argsort(ids, stable=True)
+    sizes = jnp.sum(
+      ids[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32
+    )
+    # Gathers by a permutation, forward and back: a token's choices are summed
+    # in one order, not by atomics.
+    rows = jnp.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
+    rows = _permute(rows.reshape(choices, -1), order)
+    dot = functools.partial(
+      lax.ragged_dot,
+      group_sizes=sizes,
+      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+    )
+    options = (self.activation, self.alpha, self.limit)
+    hidden = gated(dot(rows, gate), dot(rows, up), *options)
+    out = dot(hidden.astype(x.dtype), down)
+    # Rows of no group are not promised to be zero.
+    out = jnp.where((jnp.arange(choices) < jnp.sum(sizes))[:, None], out, 0)
+    out = _permute(out, jnp.argsort(order)).reshape(*experts.shape, -1)
+    return jnp.sum(out * weights[..., None], axis=1)
+
+
+def _permute(x: Array, order: Array) -> Array:
+  return x.at[order].get(unique_indices=True, mode="promise_in_bounds")
+
+
+def expert_load(
+  experts: Int32[Array, "*L B T A"], num_experts: int
+) -> Int32[Array, "*L X"]:
+  """How many choices each expert got."""
+  one_hot = experts[..., None] == jnp.arange(num_experts)
+  return jnp.sum(one_hot, axis=(-4, -3, -2), dtype=jnp.int32)
+
+
+def balance(
+  choice_bias: Float[Array, "*L X"], load: Int32[Array, "*L X"], rate: float
+) -> Float[Array, "*L X"]:
+  """The choice bias after a step: +rate below the mean load, -rate above it.
+
+  Balances the experts with no loss term, so that the router's gradient is that
+  of the language model alone.
+  """
+  load = load.astype(choice_bias.dtype)
+  mean = jnp.mean(load, axis=-1, keepdims=True)
+  return choice_bias + rate * jnp.sign(mean - load)

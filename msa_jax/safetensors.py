@@ -1,0 +1,233 @@
+"""Folders of safetensors files: headers read first, tensors one by one.
+
+A file is 8 bytes of header length (little-endian), a JSON header that gives
+each tensor's dtype, shape and place, and the raw tensors. A folder has one file
+model.safetensors, or several and an index that says which tensor is where.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import pathlib
+import shutil
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import ml_dtypes
+import numpy as np
+
+_INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+
+DTYPES = {
+  "F32": np.dtype(np.float32),
+  "F16": np.dtype(np.float16),
+  "BF16": np.dtype(ml_dtypes.bfloat16),
+}
+"""The dtypes that can be read; headers may name others."""
+
+
+class Tensor(NamedTuple):
+  """Where a tensor lies."""
+
+  file: pathlib.Path
+  dtype: str
+  shape: tuple[int, ...]
+  offset: int
+
+  def open(self) -> np.ndarray:
+    """The tensor, mapped: its pages are read when they are looked at."""
+    dtype = DTYPES[self.dtype]
+    bits = np.memmap(
+      self.file,
+      dtype=f"u{dtype.itemsize}",
+      mode="r",
+      offset=self.offset,
+      shape=self.shape,
+    )
+    return np.asarray(bits).view(dtype)
+
+
+def read_headers(
+  folder: pathlib.Path,
+) -> tuple[dict[str, Tensor], list[pathlib.Path]]:
+  """The tensors of a folder by name, and its files.
+
+  Raises:
+    ValueError: lists every file that is missing, truncated or damaged, and what
+      the index and the files disagree about.
+  """
+  index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
+  if index.exists():
+    try:
+      places = dict(json.loads(index.read_text())["weight_map"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+      raise ValueError(f"{index} cannot be read: {error!r}") from None
+    files = sorted({folder / name for name in places.values()})
+  elif single.exists():
+    places, files = {}, [single]
+  else:
+    raise ValueError(f"{folder} has neither {_INDEX_FILE} nor {_SINGLE_FILE}")
+  problems: list[str] = []
+  tensors: dict[str, Tensor] = {}
+  for file in files:
+    try:
+      header = _read_header(file)
+    except ValueError as error:
+      problems.append(str(error))
+      continue
+    twice = sorted(set(header) & set(tensors))
+    if twice:
+      problems.append(f"in two files: {some(twice)}")
+    absent = [
+      name
+      for name, place in places.items()
+      if folder / place == file and name not in header
+    ]
+    if absent:
+      problems.append(f"{file} lacks what the index says: {some(absent)}")
+    tensors |= header
+  if problems:
+    raise ValueError(f"{folder}:\n  " + "\n  ".join(problems))
+  return tensors, files
+
+
+def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
+  try:
+    size = path.stat().st_size
+    with path.open("rb") as file:
+      start = 8 + int.from_bytes(file.read(8), "little")
+      if size < start:
+        raise ValueError(
+          f"{path} is truncated: its header wants {start} bytes, it has {size}"
+        )
+      header = json.loads(file.read(start - 8))
+    tensors, end = {}, start
+    for name, entry in header.items():
+      if name == "__metadata__":
+        continue
+      first, last = entry["data_offsets"]
+      shape, dtype = tuple(entry["shape"]), entry["dtype"]
+      if dtype in DTYPES:
+        want = math.prod(shape) * DTYPES[dtype].itemsize
+        if want != last - first:
+          raise ValueError(
+            f"{path} is damaged: {name} {dtype} {list(shape)} takes {want}"
+            f" bytes, the header gives it {last - first}"
+          )
+      tensors[name] = Tensor(path, dtype, shape, start + first)
+      end = max(end, start + last)
+  except OSError as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
+  except (
+    AttributeError,
+    KeyError,
+    TypeError,
+    UnicodeDecodeError,
+    json.JSONDecodeError,
+  ) as error:
+    raise ValueError(f"{path} is no safetensors file: {error!r}") from None
+  if size != end:
+    state = "truncated" if size < end else "damaged"
+    raise ValueError(
+      f"{path} is {state}: its tensors want {end} bytes, it has {size}"
+    )
+  return tensors
+
+
+def some(names: Sequence[str], most: int = 20) -> str:
+  """The first names, and how many more there are."""
+  more = f", and {len(names) - most} more" if len(names) > most else ""
+  return ", ".join(names[:most]) + more
+
+
+def check_free(folder: pathlib.Path) -> None:
+  """Raises ValueError unless `write` may write there."""
+  if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    raise ValueError(f"folder must be empty or missing, got {folder}")
+
+
+def write(
+  folder: pathlib.Path,
+  tensors: Mapping[str, tuple[np.dtype, tuple[int, ...]]],
+  fetch: Callable[[str], np.ndarray],
+  *,
+  documents: Mapping[str, Any],
+  max_file_bytes: int,
+) -> None:
+  """Writes tensors, an index, and JSON documents beside them.
+
+  All goes to a folder of another name, which then takes this one's: it appears
+  whole or not at all.
+
+  Args:
+    folder: empty or missing.
+    tensors: dtype and shape by name.
+    fetch: gives one tensor; held no longer than it takes to write it.
+    documents: other files, name and content.
+    max_file_bytes: where the next file begins.
+  """
+  check_free(folder)
+  codes = {dtype: code for code, dtype in DTYPES.items()}
+  sizes = {
+    name: math.prod(shape) * dtype.itemsize
+    for name, (dtype, shape) in tensors.items()
+  }
+  files = _pack(sizes, max_file_bytes)
+  folder.parent.mkdir(parents=True, exist_ok=True)
+  work = pathlib.Path(
+    tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+  )
+  try:
+    places = {}
+    for number, names in enumerate(files, 1):
+      file = f"model-{number:05}-of-{len(files):05}.safetensors"
+      header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+      end = 0
+      for name in names:
+        dtype, shape = tensors[name]
+        header[name] = {
+          "dtype": codes[dtype],
+          "shape": list(shape),
+          "data_offsets": [end, end + sizes[name]],
+        }
+        places[name] = file
+        end += sizes[name]
+      text = json.dumps(header, separators=(",", ":")).encode()
+      text += b" " * (-len(text) % 8)
+      with (work / file).open("wb") as out:
+        out.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+          array = np.ascontiguousarray(fetch(name))
+          assert (array.dtype, array.shape) == tensors[name], name
+          out.write(array.reshape(-1).view(np.uint8).data)
+    index = {
+      "metadata": {"total_size": sum(sizes.values())},
+      "weight_map": places,
+    }
+    for name, content in {**documents, _INDEX_FILE: index}.items():
+      (work / name).write_text(json.dumps(content, indent=2) + "\n")
+    # mkdtemp's folder is the user's alone.
+    mask = os.umask(0)
+    os.umask(mask)
+    work.chmod(0o777 & ~mask)
+    os.replace(work, folder)
+  except BaseException:
+    shutil.rmtree(work, ignore_errors=True)
+    raise
+
+
+def _pack(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+  """Names in order, split where a file would get too large."""
+  files: list[list[str]] = []
+  left = 0
+  for name, size in sorted(sizes.items()):
+    if not files or size > left:
+      files.append([])
+      left = most
+    files[-1].append(name)
+    left -= size
+  return files
