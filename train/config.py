@@ -191,6 +191,10 @@ class RunConfig:
   eval_batches: int = 8
   """Held-out batches of batch_size / grad_accumulation rows."""
 
+  probe_batches: int | None = None
+  """Batches of each probe after the last step, where few answers would leave
+  the accuracy by distance uncertain; None: eval_batches."""
+
   layers_every: int = 100
   """Steps between measures of each layer's KL and recalls."""
 

@@ -459,18 +459,14 @@ class Program:
     params: Params,
     source: data_lib.Source,
     phase: str,
-    num_batches: int | None = None,
+    *,
+    batches: int,
+    probe_batches: int,
   ) -> dict:
-    """Loss and answers on the held-out batches, and answers to the probes.
-
-    num_batches: of each; None: the config's eval_batches.
-    """
-    number = num_batches or self.config.eval_batches
-    run = functools.partial(
-      self._evaluate_batches, params, source, phase, number
-    )
+    """Loss and answers on the held-out batches, and answers to the probes."""
+    run = functools.partial(self._evaluate_batches, params, source, phase)
     get = functools.partial(source.eval_batch, **self.eval_shape)
-    losses, counts, sizes, answers = run(get)
+    losses, counts, sizes, answers = run(batches, get)
     result = {
       "loss": sum(losses) / sum(counts),
       "bits_per_byte": bits_per_byte(sum(losses), sizes),
@@ -479,7 +475,7 @@ class Program:
     }
     for name in source.probes:
       get = functools.partial(source.probe_batch, name, **self.eval_shape)
-      *_, answers = run(get)
+      *_, answers = run(probe_batches, get)
       result |= {f"{name}_{key}": value for key, value in answers.items()}
     return result
 

@@ -25,7 +25,12 @@ from msa_jax.model import ModelConfig
 from train import data as data_lib
 from train.checkpoint import Checkpoints, provenance, write_json
 from train.config import ComparisonConfig, RunConfig, to_dict, with_step_unit
-from train.program import Program, flatten_state
+from train.program import (
+  Program,
+  TrainState,
+  flatten_state,
+  unflatten_state,
+)
 
 # Dense bf16 rate of the matrix units by the vendor's data sheet, FLOP/s.
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
@@ -109,14 +114,17 @@ def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
 
 
 def _time_steps(
-  program: Program, phase: str, batch: data_lib.Batch, least: float = 1.0
+  program: Program,
+  phase: str,
+  batch: data_lib.Batch,
+  state: TrainState,
+  least: float = 1.0,
 ) -> list[float]:
-  """Seconds of single training steps of a phase."""
+  """Seconds of single training steps of a phase; uses up the state."""
   run = program.config
   first = (run.recipe.init_step or 0) + 1
   steps = range(first, run.num_steps + 1)
   step = next(s for s in steps if run.phase(s) == phase)
-  state = program.init()
 
   def call():
     nonlocal state
@@ -124,6 +132,21 @@ def _time_steps(
     return metrics
 
   return _seconds(call, least, 20)
+
+
+def _trained_state(program: Program) -> tuple[TrainState, int]:
+  """The state of the run's last checkpoint and its step, or a fresh one."""
+  folder = pathlib.Path(program.config.folder)
+  if not (folder / "checkpoints").is_dir():
+    return program.init(), 0
+  checkpoints = Checkpoints(folder, read_only=True)
+  step = checkpoints.latest()
+  if step is None:
+    return program.init(), 0
+  wanted = flatten_state(program.abstract_state)
+  flat, _ = checkpoints.restore(step, wanted)
+  checkpoints.close()
+  return unflatten_state(flat, program.abstract_state), step
 
 
 def _at_length(run: RunConfig, context: int, tokens: int) -> RunConfig:
@@ -143,16 +166,20 @@ def speed(
 
   Every step has as many tokens, those of a training batch or of the longest
   context. Sides that start from another side have its phases and are left out.
-  Tokens are random: none of the times depends on them, but which blocks an
-  untrained index chooses, and how much neighbours share, does.
+  Parameters are those of the folder's runs of the first task and seed, where
+  they left a checkpoint: what an untrained index chooses is shared less by
+  neighbours, and slower.
 
   Returns:
     The path of speed.json.
   """
-  sides = [run for run in comparison.runs if run.recipe.init_from is None]
-  sides = list({run.side: run for run in sides}.values())
-  longest = max(lengths)
-  tokens = max(longest, *(run.batch_size * run.context for run in sides))
+  task, seed = comparison.tasks()[0], comparison.seeds[0]
+  sides = [
+    run
+    for run in comparison.resolve(folder)
+    if run.recipe.init_from is None and (run.task, run.seed) == (task, seed)
+  ]
+  tokens = max(*lengths, *(run.batch_size * run.context for run in sides))
   programs = {
     (run.side, length): Program(_at_length(run, length, tokens))
     for run in sides
@@ -163,21 +190,16 @@ def speed(
     for program in programs.values()
     for phase in phases_of(program.config)
   )
+  source = data_lib.load(sides[0].data)
   rows = []
   rate = peak_flops()
   for (side, length), program in programs.items():
     run = program.config
-    rng = np.random.default_rng(0)
     shape = (run.batch_size, length)
-    batch = data_lib.Batch(
-      rng.integers(
-        run.model.vocab_size, size=(shape[0], length + 1), dtype="i4"
-      ),
-      np.ones(shape, np.bool_),
-      np.full(shape, -1, np.int32),
-    )
+    batch = source.train_batch(0, 0, batch_size=shape[0], context=length)
     for phase in phases_of(run):
-      times = _time_steps(program, phase, batch)
+      state, trained = _trained_state(program)
+      times = _time_steps(program, phase, batch, state)
       median = statistics.median(times)
       flops = flops_per_step(run.model, phase, *shape)
       row = {
@@ -185,6 +207,7 @@ def speed(
         "phase": phase,
         "context": length,
         "batch_size": run.batch_size,
+        "trained_steps": trained,
         "step_ms": round(1e3 * median, 3),
         "spread_ms": round(1e3 * (max(times) - min(times)), 3),
         "tokens_per_second": round(shape[0] * length / median, 1),
@@ -290,8 +313,8 @@ def _measure_task(
 def _measure_program(
   program: Program, source: data_lib.Source
 ) -> dict[str, Any]:
-  """Seconds of a step, a held-out batch and its probes, and a measure of the
-  layers in each phase, and of a checkpoint."""
+  """Seconds of a step, a held-out batch and a measure of the layers in each
+  phase, and of a checkpoint."""
   run = program.config
   batch = source.train_batch(
     0, 0, batch_size=run.batch_size, context=run.context
@@ -299,16 +322,23 @@ def _measure_program(
   params = program.init().params
   times: dict[str, Any] = {"step": {}, "evaluate": {}, "measure": {}}
   for phase in phases_of(run):
-    calls = {
-      "evaluate": lambda phase=phase: program.evaluate(
-        params, source, phase, 1
-      ),
-      "measure": lambda phase=phase: program.measure(params, source, phase),
-    }
-    times["step"][phase] = statistics.median(_time_steps(program, phase, batch))
-    for name, call in calls.items():
-      if name == "evaluate" or program.msa_layers:
-        times[name][phase] = statistics.median(_seconds(call, 0.0, 3))
+    times["step"][phase] = statistics.median(
+      _time_steps(program, phase, batch, program.init())
+    )
+
+    def evaluate(phase=phase):
+      return program.evaluate(params, source, phase, batches=1, probe_batches=1)
+
+    def measure(phase=phase):
+      return program.measure(params, source, phase)
+
+    forwards = 1 + len(source.probes)
+    seconds = statistics.median(_seconds(evaluate, 0.0, 3))
+    times["evaluate"][phase] = seconds / forwards
+    if program.msa_layers:
+      seconds = statistics.median(_seconds(measure, 0.0, 3))
+      times["measure"][phase] = seconds
+  times["probes"] = len(source.probes)
   times["checkpoint"] = _checkpoint_seconds(program)
   return times
 
@@ -330,7 +360,9 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
     phase, last = run.phase(step), step == run.num_steps
     total += times["step"][phase]
     if last or step % run.eval_every == 0:
-      total += run.eval_batches * times["evaluate"][phase]
+      asked = (run.probe_batches if last else None) or run.eval_batches
+      batches = run.eval_batches + times["probes"] * asked
+      total += batches * times["evaluate"][phase]
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]
     if last or step % run.checkpoint_every == 0 or step in run.keep_steps:
