@@ -8,6 +8,8 @@ at the first call, which keeps `import msa_jax` light.
 
 from __future__ import annotations
 
+from jax import lax
+
 
 def _require_hopper() -> None:
   from pallas_kernels import mosaic
@@ -29,15 +31,46 @@ def sparse_attention(q, k, v, block_indices, **options):
   return kernels.sparse_attention(q, k, v, block_indices, **options)
 
 
-def warmup_attention(q, k, v, **options):
+def warmup_attention(q, k, v, *, scale, kv_lengths):
   _require_hopper()
-  raise NotImplementedError(
-    "mosaic_gpu supports phase 'sparse' only; use implementation='xla'"
-  )
+  if kv_lengths is not None:
+    raise NotImplementedError(
+      "mosaic_gpu attention of the warm-up phase supports no kv_lengths"
+    )
+  from pallas_kernels import warmup as kernels
+
+  return kernels.attention(q, k, v, scale=scale)
 
 
-def index_kl_loss(q, k, index_q, index_k, block_indices, **options):
+def index_kl_loss(
+  q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
+  **options,
+):  # fmt: skip
   _require_hopper()
-  raise NotImplementedError(
-    "mosaic_gpu does not support the KL loss; use implementation='xla'"
+  from pallas_kernels import index_kl as kernels
+
+  q, k = lax.stop_gradient((q, k))
+  if lse is None and block_indices is None:
+    _, lse = warmup_attention(q, k, k, scale=scale, kv_lengths=kv_lengths)
+  elif lse is None:
+    _, lse = sparse_attention(
+      q,
+      k,
+      k,
+      block_indices,
+      block_size=block_size,
+      scale=scale,
+      kv_lengths=kv_lengths,
+    )
+  return kernels.index_kl_loss(
+    q,
+    k,
+    index_q,
+    index_k,
+    block_indices,
+    block_size=block_size,
+    scale=scale,
+    lse=lse,
+    kv_lengths=kv_lengths,
+    **options,
   )

@@ -1,4 +1,6 @@
-"""KL loss of the Index Branch on Hopper, with its gradients, sparse phase.
+"""KL loss of the Index Branch on Hopper, with its gradients.
+
+Over all visible tokens see `warmup`; here is the sparse phase.
 
 Over the visible tokens J of a query's chosen blocks, with the mean over the
 heads of its group p_j = mean exp(scale q.k_j - lse) and r_j = exp(index_scale
@@ -44,7 +46,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import mosaic, schedule, sparse_attention
+from pallas_kernels import mosaic, schedule, sparse_attention, warmup
 from pallas_kernels.sparse_attention_bwd import KEYS, ROWS, sum_extra
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -726,27 +728,37 @@ def _kl(
 ):  # fmt: skip
   return _run(
     index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
-    block_size, scale, index_scale, config, interpret, False,
+    block_size, scale, index_scale, config, interpret, with_gradients=False,
   )[0]  # fmt: skip
 
 
 def _run(
   index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
-  block_size, scale, index_scale, config, interpret, with_gradients,
+  block_size, scale, index_scale, config, interpret, *, with_gradients,
 ):  # fmt: skip
   # Under vmap the kernels run once for each entry.
   @jax.custom_batching.sequential_vmap
-  def run(*args):
+  def run(q, k, index_q, index_k, block_indices, *rest):
+    options = dict(
+      scale=scale,
+      index_scale=index_scale,
+      with_gradients=with_gradients,
+      config=config,
+      interpret=interpret,
+    )
+    if block_indices is None:
+      return warmup.kl(q, k, index_q, index_k, *rest, **options)
     return _loss(
-      *args, block_size=block_size, scale=scale, index_scale=index_scale,
-      with_gradients=with_gradients, config=config, interpret=interpret,
+      q, k, index_q, index_k, block_indices, *rest, block_size=block_size,
+      **options,
     )  # fmt: skip
 
   return run(q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask)
 
 
-def _kl_forward(index_q, index_k, *rest):
-  value, diq, dik = _run(index_q, index_k, *rest, True)
+def _kl_forward(*args):
+  value, diq, dik = _run(*args, with_gradients=True)
+  index_q, index_k = args[:2]
   # Kept in float32: a loss scale comes in with the cotangent, too late for
   # what float16 would have lost.
   return value, (diq, dik, index_q, index_k)
@@ -771,7 +783,7 @@ def index_kl_loss(
   k: Float[Array, "B S K D"],
   index_q: Float[Array, "B T K I"],
   index_k: Float[Array, "B S I"],
-  block_indices: Int[Array, "B K T P"],
+  block_indices: Int[Array, "B K T P"] | None,
   *,
   lse: Float[Array, "B H T"],
   block_size: int = 128,
@@ -779,7 +791,7 @@ def index_kl_loss(
   index_scale: float | None = None,
   kv_lengths: Int[Array, "B"] | None = None,
   query_mask: Bool[Array, "B T"] | None = None,
-  config: Config | None = None,
+  config: Config | warmup.Config | None = None,
   interpret: bool = False,
 ) -> Float[Array, ""]:
   """KL of the main branch's attention from the index branch's, in nats.
@@ -792,30 +804,39 @@ def index_kl_loss(
     index_q: index queries, one head a group.
     index_k: index keys.
     block_indices: block ids without duplicates; -1 fills up. Ids that name no
-      block, or one beyond the query's own, contribute nothing.
+      block, or one beyond the query's own, contribute nothing. None: all
+      visible tokens.
     lse: natural log sum exp of the scaled scores over the same tokens, as
-      `sparse_attention` returns it.
+      `sparse_attention` and `warmup.attention` return it.
     block_size: tokens of a block.
     scale: of the scores; D^-0.5 without one.
     index_scale: of the index scores; I^-0.5 without one.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
     query_mask: queries that count; all without one.
-    config: tile sizes; a heuristic picks them without one.
+    config: tile sizes of the phase; a heuristic picks them without one.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Raises:
     NotImplementedError: the call is legal but beyond `mosaic`'s limits.
   """
   b, t, num_heads, d = q.shape
-  mosaic.check_supported(
+  check = functools.partial(
+    mosaic.check_supported,
     dtype=q.dtype,
-    block_size=block_size,
-    top_k=block_indices.shape[-1],
-    kv_len=k.shape[1],
     head_dim=d,
     index_dim=index_q.shape[-1],
-    group_size=num_heads // k.shape[2],
   )
+  if block_indices is None:
+    check()
+    config = config or warmup.heuristic_config()
+  else:
+    check(
+      block_size=block_size,
+      top_k=block_indices.shape[-1],
+      kv_len=k.shape[1],
+      group_size=num_heads // k.shape[2],
+    )
+    config = config or heuristic_config()
   if kv_lengths is None:
     kv_lengths = jnp.full((b,), k.shape[1], jnp.int32)
   if query_mask is None:
@@ -827,6 +848,6 @@ def index_kl_loss(
     block_size,
     float(d**-0.5 if scale is None else scale),
     float(index_q.shape[-1] ** -0.5 if index_scale is None else index_scale),
-    config or heuristic_config(),
+    config,
     interpret,
   )  # fmt: skip

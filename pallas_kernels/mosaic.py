@@ -31,14 +31,17 @@ SMEM_LIMIT = 232_448  # bytes a CTA may use on Hopper
 def check_supported(
   *,
   dtype: Any,
-  block_size: int,
-  top_k: int,
-  kv_len: int,
+  block_size: int | None = None,
+  top_k: int = 0,
+  kv_len: int = 0,
   head_dim: int | None = None,
   index_dim: int | None = None,
   group_size: int | None = None,
 ) -> None:
-  """Raises NotImplementedError for a legal call that no kernel here takes."""
+  """Raises NotImplementedError for a legal call that no kernel here takes.
+
+  What a kernel does not care about is left out.
+  """
 
   def check(name: str, value: Any, supported: tuple) -> None:
     if value is not None and value not in supported:
@@ -56,7 +59,7 @@ def check_supported(
     raise NotImplementedError(
       f"mosaic_gpu supports top_k up to {MAX_TOP_K}, got {top_k}"
     )
-  if -(-kv_len // block_size) > MAX_BLOCKS:
+  if block_size and -(-kv_len // block_size) > MAX_BLOCKS:
     raise NotImplementedError(
       f"mosaic_gpu supports up to {MAX_BLOCKS} blocks of keys, got kv_len"
       f" {kv_len} in blocks of {block_size}"
@@ -90,12 +93,17 @@ def launch(
   num_warpgroups: int,
   scratch: Sequence[Any],
   interpret: bool = False,
+  auto_barriers: bool = True,
 ) -> None:
   """Runs `body(*operand_refs, *scratch_refs)` on `num_ctas` CTAs.
 
   Operands that are Refs (`jax.new_ref`) are written in place: that is how a
   kernel in a loop fills a part of a large output without a copy. The axes are
   called "cta" and "wg".
+
+  Without `auto_barriers` the warps of a warpgroup meet where the body says so
+  (`commit_smem`), and not around every store and copy: the body's barriers must
+  order what one warpgroup writes and reads in shared memory.
   """
   mesh = plgpu.Mesh(
     grid=(num_ctas,),
@@ -119,6 +127,8 @@ def launch(
     interpret=plgpu.InterpretGPUParams() if interpret else False,
     # Scratch for reductions across warps: no kernel launched here has one.
     compiler_params=plgpu.CompilerParams(
-      approx_math=True, reduction_scratch_bytes=512
+      approx_math=True,
+      reduction_scratch_bytes=512,
+      unsafe_no_auto_barriers=not auto_barriers,
     ),
   )(*operands)

@@ -154,16 +154,16 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
     @pl.when(wg < 2)
     def _compute():
-      plgpu.set_max_registers(224, action="increase")
+      plgpu.set_max_registers(240, action="increase")
       position = where_gmem[3]
 
-      def dq_product(acc, slot):
+      def dq_product(acc, slot, half_of=lambda h: h):
         at = pl.ds(wg * 64 if d == 128 else 0, 64)
         for h in range(2):
           plgpu.wgmma(
             acc,
             ds_smem.at[slot, h].transpose((1, 0)),
-            k_smem.at[h].at[:, at],
+            k_smem.at[half_of(h)].at[:, at],
           )
 
       def give_dq(dq, step):
@@ -195,6 +195,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           step = done + j
           stage = lax.rem(step, stages)
           here, last = lax.rem(step, 2), lax.rem(step + 1, 2)
+          # Zero. An address that does not change would be kept, and spilled.
+          turn = jnp.minimum(j, 0)
           plgpu.barrier_wait(q_ready.at[stage])
 
           def scrub(x_smem):
@@ -211,29 +213,16 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             plgpu.barrier_arrive(clean)
             plgpu.barrier_wait(clean)
 
-          def products(score_acc, dp_acc):
+          def score_product(acc):
             plgpu.wgmma(
-              score_acc, k_smem.at[wg], q_smem.at[stage].transpose((1, 0))
+              acc, k_smem.at[wg + turn], q_smem.at[stage].transpose((1, 0))
             )
-            plgpu.wgmma(
-              dp_acc, v_smem.at[wg], do_smem.at[stage].transpose((1, 0))
-            )
-            return score_acc[...], dp_acc[...]
-
-          scores, dp = pl.run_scoped(
-            products,
-            ACC((KEYS, ROWS), jnp.float32),
-            ACC((KEYS, ROWS), jnp.float32),
-          )
-          lse_rows = plgpu.load(lse_smem.at[stage], layout=row_layout)
-          delta_rows = plgpu.load(delta_smem.at[stage], layout=row_layout)
+            return acc[...]
 
           def along(x):
             return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
 
-          p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
-          ds = p * (dp - along(delta_rows))
-
+          scores = pl.run_scoped(score_product, ACC((KEYS, ROWS), jnp.float32))
           if is_masked:
             first = place_of(j) * half
             edges = read_edges(start, count, place_of(j))
@@ -258,22 +247,40 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               seen = jnp.where(live, seen, -1)
               limit = jnp.where(query_of_row == a, seen, limit)
             visible = key <= along(limit)
-            p, ds = jnp.where(visible, p, 0.0), jnp.where(visible, ds, 0.0)
-          p, ds = p.astype(s.dtype), ds.astype(s.dtype)
 
-          @pl.when(step >= 2)
-          def _():
-            plgpu.barrier_wait(ds_free.at[here])
+          def dp_product(acc):
+            plgpu.wgmma(
+              acc, v_smem.at[wg + turn], do_smem.at[stage].transpose((1, 0))
+            )
+            # While that runs:
+            lse_rows = plgpu.load(lse_smem.at[stage], layout=row_layout)
+            p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
+            if is_masked:
+              p = jnp.where(visible, p, 0.0)
+            return p, acc[...]
 
-          ds_smem[here, wg] = ds
-          if s.interpret:
-            probs[0][wg] = p
-          plgpu.commit_smem()
-          plgpu.barrier_arrive(ds_ready.at[here])
+          p, dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
 
-          @pl.when(j > 0)
-          def _():
-            plgpu.barrier_wait(ds_ready.at[last])
+          def ds_of_piece():
+            delta_rows = plgpu.load(delta_smem.at[stage], layout=row_layout)
+            ds = p * (dp - along(delta_rows))
+            if is_masked:
+              ds = jnp.where(visible, ds, 0.0)
+            ds = ds.astype(s.dtype)
+
+            @pl.when(step >= 2)
+            def _():
+              plgpu.barrier_wait(ds_free.at[here])
+
+            ds_smem[here, wg] = ds
+            plgpu.commit_smem()
+            plgpu.barrier_arrive(ds_ready.at[here])
+
+            @pl.when(j > 0)
+            def _():
+              plgpu.barrier_wait(ds_ready.at[last])
+
+            return ds
 
           # Before the first piece there is no ds: that product goes nowhere.
           if s.interpret:
@@ -285,7 +292,10 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
               return pl.run_scoped(run, ACC((KEYS, d), jnp.float32))
 
+            probs[0][wg] = p.astype(s.dtype)
+            plgpu.commit_smem()
             dv = dv + product(probs[0].at[wg], do_smem.at[stage])
+            ds_of_piece()
             dk = dk + product(ds_smem.at[here, wg], q_smem.at[stage])
             dq = pl.run_scoped(
               lambda acc: (dq_product(acc, last), acc[...])[1],
@@ -294,17 +304,18 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           else:
 
             def accumulate(refs):
-              dv_ref, dk_ref, dq_ref = refs
-              plgpu.wgmma(dv_ref, p, do_smem.at[stage])
+              dv_ref, dk_ref = refs
+              plgpu.wgmma(dv_ref, p.astype(s.dtype), do_smem.at[stage])
+              ds = ds_of_piece()
               plgpu.wgmma(dk_ref, ds, q_smem.at[stage])
-              dq_product(dq_ref, last)
 
-            dv, dk, dq = pl.run_state(accumulate)(
-              (
-                ACC.init(dv),
-                ACC.init(dk),
-                ACC.init(_zeros((ROWS, 64))),
-              )
+            dv, dk = pl.run_state(accumulate)((ACC.init(dv), ACC.init(dk)))
+            dq = pl.run_scoped(
+              lambda acc: (
+                dq_product(acc, last, lambda h: h + turn),
+                acc[...],
+              )[1],
+              ACC((ROWS, 64), jnp.float32),
             )
           plgpu.barrier_arrive(q_free.at[stage])
 
@@ -316,8 +327,9 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           return dk, dv
 
         zero = _zeros((KEYS, d))
+        carry = (zero, zero)
         carry = lax.fori_loop(
-          0, masked, functools.partial(piece, is_masked=True), (zero, zero)
+          0, masked, functools.partial(piece, is_masked=True), carry
         )
         if s.block_size == schedule.OWNER_BLOCK:
           carry = lax.fori_loop(
@@ -359,7 +371,9 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
     @pl.when(wg == 2)
     def _copy():
-      plgpu.set_max_registers(32, action="decrease")
+      plgpu.set_max_registers(24, action="decrease")
+      # A piece's dQ is stored when the pieces after it are being computed.
+      lag = stages + 1
       row, group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
       heads = pl.ds(group * rows, rows)
 
@@ -377,6 +391,26 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             plgpu.copy_gmem_to_smem(
               x_gmem.at[row, group, tokens], x_smem.at[h], kv_ready
             )
+
+        def store(j, step):
+          slot = lax.rem(step, 2)
+          first = place_of(j) * half
+          edges = read_edges(start, count, place_of(j))
+          plgpu.barrier_wait(dq_ready.at[slot])
+          for a in range(half):
+
+            @pl.when(first + a < count)
+            def _(a=a):
+              place = edges[a] >> 2
+              plgpu.copy_smem_to_gmem(
+                dq_smem.at[slot, pl.ds(a * rows, rows)],
+                part_gmem.at[place // s.top_k, lax.rem(place, s.top_k)],
+                commit_group=False,
+              )
+
+          plgpu.commit_smem_to_gmem_group()
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          plgpu.barrier_arrive(dq_free.at[slot])
 
         def gather(j, step):
           stage = lax.rem(step, stages)
@@ -403,9 +437,13 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             plgpu.copy_gmem_to_smem(
               x_gmem.at[at], x_smem.at[stage], q_ready.at[stage]
             )
-          return step + 1
 
-        return lax.fori_loop(0, pieces, gather, done)
+        @pl.loop(0, pieces + lag)
+        def _(j):
+          pl.when(j >= lag)(lambda: store(j - lag, done + j - lag))
+          pl.when(j < pieces)(lambda: gather(j, done + j))
+
+        return done + pieces
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       for stage in range(stages):
@@ -418,38 +456,6 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       def _():
         plgpu.barrier_wait(kv_free)
 
-    @pl.when(wg == 3)
-    def _store():
-      plgpu.set_max_registers(32, action="decrease")
-
-      def task(i, done):
-        _, start, count, inside, _ = read_task(i)
-        pieces, _, place_of = order_of(count, inside)
-
-        def piece(j, step):
-          slot = lax.rem(step, 2)
-          first = place_of(j) * half
-          edges = read_edges(start, count, place_of(j))
-          plgpu.barrier_wait(dq_ready.at[slot])
-          for a in range(half):
-
-            @pl.when(first + a < count)
-            def _(a=a):
-              place = edges[a] >> 2
-              plgpu.copy_smem_to_gmem(
-                dq_smem.at[slot, pl.ds(a * rows, rows)],
-                part_gmem.at[place // s.top_k, lax.rem(place, s.top_k)],
-                commit_group=False,
-              )
-
-          plgpu.commit_smem_to_gmem_group()
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          plgpu.barrier_arrive(dq_free.at[slot])
-          return step + 1
-
-        return lax.fori_loop(0, pieces, piece, done)
-
-      lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
 
   def operand(*leading):
@@ -463,8 +469,9 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     partials, sums,
     name="sparse_owners",
     num_ctas=config.num_ctas,
-    num_warpgroups=4,
+    num_warpgroups=3,
     interpret=s.interpret,
+    auto_barriers=False,
     scratch=[
       operand(stages, ROWS),
       operand(stages, ROWS),

@@ -10,10 +10,11 @@ import pytest
 from helpers import Case, patterns, random_blocks
 
 from msa_jax import reference
-from pallas_kernels import cases, index_kl
+from pallas_kernels import cases, index_kl, warmup
 
-# On the CPU: one CTA, small tasks.
+# On the CPU: one CTA, small tasks; chunks of one unit's queries.
 INTERPRETED = index_kl.Config(stages=2, task=64, num_ctas=1)
+INTERPRETED_DENSE = warmup.Config(stages=2, workspace=1, num_ctas=1)
 
 
 @functools.partial(jax.jit, static_argnames=("case", "dtype"))
@@ -31,9 +32,12 @@ def formula(case, q, k, index_q, index_k, blocks, mask, dtype=None):
   positions = reference.query_positions(
     case.q_len, case.kv_len, case.batch, case.lengths
   )
-  visible = reference.chosen_tokens(
-    blocks, positions, case.kv_len, case.block_size
-  )
+  if blocks is None:
+    visible = reference.causal_tokens(positions, case.kv_len)
+  else:
+    visible = reference.chosen_tokens(
+      blocks, positions, case.kv_len, case.block_size
+    )
   visible &= mask[:, None, :, None]
   s = reference.head_scores(q, k, visible, case.head_dim**-0.5)
   p = reference.softmax(s, reference.masked_logsumexp(s))
@@ -69,10 +73,14 @@ def run(
   case, q, k, index_q, index_k, blocks, mask=None, config=None, **options
 ):
   """Value and gradients, with the reference's lse."""
-  _, lse = reference.sparse_attention(
-    q, k, k, blocks, block_size=case.block_size, scale=case.head_dim**-0.5,
-    kv_lengths=case.lengths,
-  )  # fmt: skip
+  options |= dict(kv_lengths=case.lengths)
+  attention = dict(scale=case.head_dim**-0.5, kv_lengths=case.lengths)
+  if blocks is None:
+    _, lse = reference.warmup_attention(q, k, k, **attention)
+  else:
+    _, lse = reference.sparse_attention(
+      q, k, k, blocks, block_size=case.block_size, **attention
+    )
 
   # As with a loss scale: the gradients of a mean are below float16's range.
   factor = 1024.0 if q.dtype == jnp.float16 else 1.0
@@ -80,7 +88,7 @@ def run(
   def loss(index_q, index_k):
     value = index_kl.index_kl_loss(
       q, k, index_q, index_k, blocks, lse=lse, block_size=case.block_size,
-      kv_lengths=case.lengths, query_mask=mask, config=config, **options,
+      query_mask=mask, config=config, **options,
     )  # fmt: skip
     return factor * value, value
 
@@ -168,11 +176,89 @@ def test_interpreted_masks_splits_and_keeps_nan_out():
   check(case, q, k, index_q, index_k, blocks, got, mask)
 
 
+DENSE_CASES = {
+  # Ragged, T < S, a row shorter than T, G 16.
+  "batch": (Case(
+    batch=2, q_len=70, kv_len=250, num_heads=16, num_kv_heads=1, head_dim=64,
+    index_dim=128, kv_lengths=(250, 5),
+  ), "bfloat16"),
+  # Two chunks, two groups of one head, queries that do not count.
+  "chunks": (Case(
+    q_len=300, kv_len=300, num_heads=2, num_kv_heads=2, head_dim=128,
+    index_dim=64,
+  ), "float16"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", DENSE_CASES)
+def test_interpreted_over_all_tokens(name):
+  case, dtype = DENSE_CASES[name]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  mask = None
+  if name == "chunks":
+    mask = jnp.arange(case.q_len)[None] % 5 != 2
+  args = (q, k, index_q, index_k, None)
+  got = run(case, *args, mask, INTERPRETED_DENSE, interpret=True)
+  check(case, *args, got, mask)
+
+
+@pytest.mark.parametrize("poisoned", [False, True])
+def test_interpreted_over_all_tokens_keeps_nan_out(poisoned):
+  case = Case(
+    q_len=90, kv_len=140, num_heads=8, num_kv_heads=2, head_dim=64,
+    index_dim=64, kv_lengths=(100,),
+  )  # fmt: skip
+  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  mask = jnp.arange(90)[None] != 3
+  # Nobody sees these keys, and query 3 does not count.
+  bad_k, bad_index_k = (x.at[:, 100:].set(jnp.nan) for x in (k, index_k))
+  bad_q, bad_index_q = (x.at[:, 3].set(jnp.nan) for x in (q, index_q))
+  if poisoned:
+    # Query 60 stands at slot 70, key 97 is seen by queries 87 to 89.
+    bad_index_q = bad_index_q.at[0, 60, 1, 0].set(jnp.inf)
+    bad_index_k = bad_index_k.at[0, 97].set(jnp.nan)
+  got = run(
+    case, bad_q, bad_k, bad_index_q, bad_index_k, None, mask,
+    INTERPRETED_DENSE, interpret=True,
+  )  # fmt: skip
+  if not poisoned:
+    check(case, q, k, index_q, index_k, None, got, mask)
+    return
+  value, (diq, dik) = got
+  assert np.isnan(value)
+  where = np.zeros((90, 2), bool)
+  where[60, 1] = where[87:] = True
+  np.testing.assert_array_equal(np.isnan(diq).any((0, 3)), where)
+  np.testing.assert_array_equal(np.isnan(diq).all((0, 3)), where)
+  np.testing.assert_array_equal(np.isnan(dik[0]).all(-1), np.arange(140) < 100)
+  assert np.all(np.asarray(dik[0, 100:]) == 0)
+
+
+@pytest.mark.parametrize("first, end", [(-300, 500), (7, 1031), (512, 1200)])
+def test_units_are_those_with_a_visible_pair(first, end):
+  units, count = warmup._visible_units(first, end, 1024, 1536)
+  query, key = first + np.arange(1024)[:, None], np.arange(1536)
+  visible = ((key <= query) & (key < end)).reshape(4, 256, 6, 256).any((1, 3))
+  np.testing.assert_array_equal(units[:count], np.argwhere(visible))
+
+
 # ------------------------------------------------------------------ lowering
 
 
 @pytest.mark.parametrize("name", ["8k", "128k", "1m", "small_heads_32k"])
 def test_lowers_for_cuda(name):
+  texts = lowered(name, dense=False)
+  assert all("kl_owners" in x and "kl_index_lse" in x for x in texts)
+
+
+@pytest.mark.parametrize("name", ["8k", "32k", "128k", "small_heads_32k"])
+def test_lowers_for_cuda_over_all_tokens(name):
+  texts = lowered(name, dense=True)
+  assert all("warmup_pairs" in x and "warmup_index_lse" in x for x in texts)
+
+
+def lowered(name, dense):
+  """The KL loss and its gradients of a case, lowered."""
   case = cases.CASES[name]
   q_lead, kv_lead = (case.batch, case.tokens), (case.batch, case.kv_tokens)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
@@ -190,14 +276,22 @@ def test_lowers_for_cuda(name):
 
   def loss(index_q, index_k, q, k, ids, lse):
     return index_kl.index_kl_loss(
-      q, k, index_q, index_k, ids, lse=lse, block_size=case.block_size
+      q,
+      k,
+      index_q,
+      index_k,
+      None if dense else ids,
+      lse=lse,
+      block_size=case.block_size,
     )
 
-  for function in (loss, jax.value_and_grad(loss, (0, 1))):
-    text = (
-      jax.jit(function).trace(*shapes).lower(lowering_platforms=("cuda",))
-    ).as_text()
-    assert "kl_owners" in text and "kl_index_lse" in text
+  return [
+    jax.jit(function)
+    .trace(*shapes)
+    .lower(lowering_platforms=("cuda",))
+    .as_text()
+    for function in (loss, jax.value_and_grad(loss, (0, 1)))
+  ]
 
 
 def test_only_the_index_branch_gets_a_gradient():
@@ -270,6 +364,31 @@ def test_gpu_patterns(hopper, name):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_over_all_tokens(hopper, name):
+  case, dtype = GPU_CASES[name]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  run_twice(case, (q, k, index_q, index_k, None))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("config", warmup.candidate_configs(), ids=str)
+def test_gpu_configs_over_all_tokens(hopper, config):
+  for name in ("paper_heads", "ragged_batch"):
+    case, dtype = GPU_CASES[name]
+    q, k, _, index_q, index_k = inputs(case, dtype)
+    run_twice(case, (q, k, index_q, index_k, None), config)
+
+
+@pytest.mark.gpu
+def test_gpu_small_chunks_over_all_tokens(hopper):
+  case, dtype = GPU_CASES["ragged_batch"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  config = warmup.Config(workspace=1, num_ctas=7)
+  run_twice(case, (q, k, index_q, index_k, None), config)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", index_kl.candidate_configs(), ids=str)
 def test_gpu_configs(hopper, config):
   case, dtype = GPU_CASES["paper_heads"]
@@ -316,10 +435,40 @@ def test_gpu_mask_and_nan(hopper):
 
 
 @pytest.mark.gpu
-def test_gpu_under_vmap(hopper):
+def test_gpu_mask_and_nan_over_all_tokens(hopper):
+  case = dataclasses.replace(
+    GPU_CASES["paper_heads"][0], q_len=600, kv_lengths=(2000,)
+  )
+  q, k, _, index_q, index_k = inputs(case, "bfloat16")
+  mask = jnp.arange(600)[None] % 7 != 3
+  bad_k, bad_index_k = (x.at[:, 2000:].set(jnp.nan) for x in (k, index_k))
+  bad_q, bad_index_q = (
+    jnp.where(mask.reshape(1, 600, 1, 1), x, jnp.nan) for x in (q, index_q)
+  )
+  got = compiled(case, None, True)(
+    bad_q, bad_k, bad_index_q, bad_index_k, None, mask
+  )
+  check(case, q, k, index_q, index_k, None, got, mask)
+  # A counted query that holds NaN, and an index key that the last ones see.
+  value, (diq, dik) = compiled(case, None)(
+    q.at[0, 77, 3].set(jnp.nan), k, index_q, index_k.at[0, 1990].set(jnp.inf),
+    None,
+  )  # fmt: skip
+  assert np.isnan(value)
+  where = np.zeros((600, 4), bool)
+  where[77, 0] = where[590:] = True
+  np.testing.assert_array_equal(np.isnan(diq).any((0, 3)), where)
+  np.testing.assert_array_equal(
+    np.isnan(dik[0]).any(-1), np.arange(2304) < 2000
+  )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dense", [False, True])
+def test_gpu_under_vmap(hopper, dense):
   case, dtype = GPU_CASES["group_4"]
   q, k, _, index_q, index_k = inputs(case, dtype)
-  blocks = random_blocks(case)
+  blocks = None if dense else random_blocks(case)
   two = [jnp.stack([x, x[:, ::-1]]) for x in (q, k, index_q, index_k)]
   got = jax.vmap(compiled(case, None), (0, 0, 0, 0, None))(*two, blocks)
   for i in range(2):

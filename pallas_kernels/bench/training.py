@@ -134,7 +134,7 @@ def add_programs(
   programs.add("union8", cases.union8, of["ids"])
   if with_dense and {"train", "warmup"} & set(ops):
     programs.add("dense vjp", dense_vjp, *qkv, of["q"])
-  phases: dict[str, Phase] = dict(train="sparse", warmup="warmup")
+  phases: dict[str, Phase] = {"train": "sparse", "warmup": "warmup"}
   for op, phase in phases.items():
     if op in ops:
       programs.add(

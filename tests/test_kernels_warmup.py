@@ -1,0 +1,292 @@
+"""The warm-up's attention around cuDNN, and training through the operations."""
+
+import functools
+
+import jax
+import jax.extend.core
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Case
+
+import msa_jax
+from msa_jax import reference
+from pallas_kernels import cases, mosaic, warmup
+
+NAMES = ("dq", "dk", "dv", "dindex_q", "dindex_k")
+
+
+def leaky_attention(q, k, v, scale):
+  """As cuDNN: what is masked has weight 0, and 0 times NaN is NaN."""
+  group = q.shape[2] // k.shape[2]
+  k, v = (jnp.repeat(x, group, axis=2).astype(jnp.float32) for x in (k, v))
+  s = scale * jnp.einsum("bthd,bshd->bhts", q.astype(jnp.float32), k)
+  s = jnp.where(jnp.tri(q.shape[1], dtype=bool), s, -jnp.inf)
+  lse = jax.nn.logsumexp(s, axis=-1)
+  p = jnp.exp(s - lse[..., None])
+  return jnp.einsum("bhts,bshd->bthd", p, v).astype(q.dtype), lse
+
+
+@pytest.fixture
+def on_cpu(monkeypatch):
+  monkeypatch.setattr(warmup, "_cudnn_attention", leaky_attention)
+
+
+def attend(q, k, v, dout):
+  """out, lse and the three gradients."""
+
+  def run(q, k, v):
+    return warmup.attention(q, k, v, scale=q.shape[-1] ** -0.5)
+
+  (out, lse), pull = jax.vjp(run, q, k, v)
+  return out, lse, *pull((dout, jnp.full_like(lse, jnp.nan)))
+
+
+def attention_inputs(dtype=jnp.bfloat16):
+  case = Case(
+    batch=2, q_len=12, kv_len=12, num_heads=4, num_kv_heads=2, head_dim=64
+  )
+  q, k, v, *_ = case.inputs(dtype=dtype)
+  return q, k, v, jax.random.normal(jax.random.key(9), q.shape, dtype)
+
+
+def test_attention_of_finite_operands_is_passed_on(on_cpu):
+  q, k, v, dout = attention_inputs()
+  scale = q.shape[-1] ** -0.5
+  (out, lse), pull = jax.vjp(
+    functools.partial(leaky_attention, scale=scale), q, k, v
+  )
+  want = out, lse, *pull((dout, jnp.zeros_like(lse)))
+  for a, b in zip(attend(q, k, v, dout), want):
+    assert a.dtype == b.dtype
+    np.testing.assert_array_equal(a, b)
+  truth, true_lse = reference.warmup_attention(
+    q, k, v, scale=scale, kv_lengths=None
+  )
+  np.testing.assert_allclose(
+    out.astype(jnp.float32), truth.astype(jnp.float32), atol=0.02
+  )
+  np.testing.assert_allclose(lse, true_lse, atol=1e-4)
+
+
+def test_attention_keeps_nan_in_the_rows_that_see_it(on_cpu):
+  q, k, v, dout = attention_inputs()
+  clean = attend(q, k, v, dout)
+  bad = attend(
+    q.at[0, 3, 1, 0].set(jnp.nan),  # group 0
+    k.at[0, 8, 1, 2].set(jnp.inf),
+    v.at[1, 10, 0, 0].set(-jnp.inf),
+    dout.at[1, 5, 2].set(jnp.nan),  # group 1
+  )
+  # Batch row, token and head.
+  scores = np.zeros((2, 12, 4), bool)
+  scores[0, 3, 1] = scores[0, 8:, 2:] = True
+  out = scores.copy()
+  out[1, 10:, :2] = True
+  dq = out.copy()
+  dq[1, 5, 2] = True
+  dv = np.zeros((2, 12, 2), bool)
+  dv[0, :4, 0] = dv[0, :, 1] = dv[1, :6, 1] = True
+  dk = dv.copy()
+  dk[1, :, 0] = True
+  for got, want, where in zip(
+    bad, clean, (out, scores.swapaxes(1, 2), dq, dk, dv)
+  ):
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    assert np.isnan(got[where]).all()
+    np.testing.assert_array_equal(got[~where], want[~where])
+
+
+def test_attention_names_what_it_does_not_support():
+  q, k, v, _ = attention_inputs()
+  with pytest.raises(NotImplementedError, match="12 keys and 5 queries"):
+    warmup.attention(q[:, :5], k, v)
+  with pytest.raises(NotImplementedError, match=r"dtype in .* got float32"):
+    warmup.attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+  with pytest.raises(NotImplementedError, match=r"head_dim in .* got 32"):
+    warmup.attention(*(x[..., :32] for x in (q, k, v)))
+
+
+# ------------------------------------------------ through the operations, CPU
+
+
+@pytest.fixture
+def pretend_hopper(monkeypatch):
+  """Enough of a GPU to trace and to lower."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+
+
+def layer(phase, implementation="mosaic_gpu", with_lse=True, **options):
+  """(q, k, v, index_q, index_k, dout) -> (kl, gradients).
+
+  The KL has a weight of 1,024: the gradients of a mean are below float16's
+  range.
+  """
+
+  def run(*inputs):
+    *inputs, dout = inputs
+
+    def loss(*inputs):
+      out, kl, ids, _ = msa_jax.msa_attention(
+        *inputs, phase=phase, with_kl=with_lse, implementation=implementation,
+        **options,
+      )  # fmt: skip
+      if not with_lse:  # msa_attention's is not used
+        q, k, _, *index = inputs
+        ids = ids if phase == "sparse" else None
+        kl = msa_jax.index_kl_loss(
+          q, k, *index, ids, implementation=implementation
+        )
+      return jnp.sum((out * dout).astype(jnp.float32)) + 1024 * kl, kl
+
+    grad = jax.grad(loss, range(5), has_aux=True)
+    grads, kl = grad(*inputs)
+    return kl, grads
+
+  return run
+
+
+def shapes(case):
+  q = (case.batch, case.tokens, case.num_heads, case.head_dim)
+  kv = (case.batch, case.kv_tokens, case.num_kv_heads, case.head_dim)
+  index_q = (case.batch, case.tokens, case.num_kv_heads, case.index_dim)
+  index_k = (case.batch, case.kv_tokens, case.index_dim)
+  return [
+    jax.ShapeDtypeStruct(size, case.dtype)
+    for size in (q, kv, kv, index_q, index_k, q)
+  ]
+
+
+def launches(jaxpr, found=None):
+  """How often each kernel and cuDNN call stands in a program."""
+  found = {} if found is None else found
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    if name == "mpmd_map":
+      name = str(eqn.params["name"])
+    if name.startswith(("dot_product_attention", "kl_", "sparse_", "warmup_")):
+      found[name] = found.get(name, 0) + 1
+      continue
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      launches(inner, found)
+  return found
+
+
+WARMUP = {
+  "dot_product_attention_fwd_wrapper": 1,
+  "dot_product_attention_bwd_wrapper": 1,
+  "warmup_index_lse": 1,
+  "warmup_pairs": 1,
+}
+SPARSE = {
+  "sparse_edges": 1,
+  "sparse_tiles": 1,
+  "sparse_tiles_merge": 1,
+  "sparse_owners": 1,
+  "sparse_sum_extra": 2,  # of dk and dv, of dindex_k
+  "kl_index_lse": 1,
+  "kl_owners": 1,
+}
+
+
+@pytest.mark.parametrize(
+  "phase, want", [("warmup", WARMUP), ("sparse", SPARSE)]
+)
+def test_a_step_computes_nothing_twice(pretend_hopper, phase, want):
+  traced = jax.jit(layer(phase)).trace(*shapes(cases.PAPER["8k"]))
+  assert launches(traced.jaxpr.jaxpr) == want
+  kl, _ = traced.out_info
+  assert kl.dtype == jnp.float32
+  if phase == "warmup":
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "__cudnn$fmhaSoftmaxBackward" in text
+
+
+def test_kl_without_lse_computes_it(pretend_hopper):
+  for phase, names in (
+    ("warmup", {"dot_product_attention_fwd_wrapper": 2}),
+    ("sparse", {"sparse_tiles": 2}),
+  ):
+    run = jax.jit(layer(phase, with_lse=False))
+    found = launches(run.trace(*shapes(cases.PAPER["8k"])).jaxpr.jaxpr)
+    assert {name: found[name] for name in names} == names
+
+
+def test_unsupported_warm_up_is_named(pretend_hopper):
+  case = cases.PAPER["8k"]
+  q, k, v, index_q, index_k, _ = shapes(case)
+  run = functools.partial(
+    msa_jax.msa_attention, phase="warmup", implementation="mosaic_gpu"
+  )
+  with pytest.raises(NotImplementedError, match="no kv_lengths"):
+    jax.eval_shape(
+      functools.partial(run, kv_lengths=jnp.ones(1, jnp.int32)),
+      q, k, v, index_q, index_k,
+    )  # fmt: skip
+  short = [
+    jax.ShapeDtypeStruct((1, 5, *x.shape[2:]), x.dtype) for x in (q, index_q)
+  ]
+  with pytest.raises(NotImplementedError, match="8192 keys and 5 queries"):
+    jax.eval_shape(run, short[0], k, v, short[1], index_k)
+
+
+# -------------------------------------------------------------------- Hopper
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("tokens, heads, dim", [(1024, 16, 128), (777, 2, 64)])
+def test_gpu_training_matches_the_reference(
+  hopper, phase, dtype, tokens, heads, dim
+):
+  case = cases.Case(
+    tokens=tokens, batch=2, num_heads=2 * heads, num_kv_heads=2, head_dim=dim,
+    index_dim=dim, top_k=3, dtype=dtype,
+  )  # fmt: skip
+  qkv = cases.attention_inputs(jax.random.key(0), case)
+  index = cases.index_inputs(jax.random.key(1), case, "random")
+  dout = cases.normal(jax.random.key(2), qkv[0].shape, dtype)
+  mask = jnp.arange(tokens)[None] % 5 != jnp.arange(2)[:, None]
+  options = dict(top_k=3, query_mask=mask)
+  inputs = (*qkv, *index, dout)
+  run = jax.jit(layer(phase, **options))
+  kl, grads = run(*inputs)
+  truth = jax.jit(layer(phase, "reference", **options))
+  true_kl, true_grads = truth(*(x.astype(jnp.float32) for x in inputs))
+  assert abs(kl - true_kl) <= 2e-3 * abs(true_kl)
+  for name, got, true in zip(NAMES, grads, true_grads):
+    got, true = (np.asarray(x, np.float32) for x in (got, true))
+    assert np.linalg.norm(got - true) <= 0.005 * np.linalg.norm(true), name
+  # cuDNN fixes the order of its sums only if XLA is told to.
+  again_kl, again = run(*inputs)
+  ours = slice(3, 5) if phase == "warmup" else slice(5)
+  for a, b in zip((kl, *grads[ours]), (again_kl, *again[ours])):
+    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+
+
+@pytest.mark.gpu
+def test_gpu_attention_lse_and_nan(hopper):
+  case = Case(
+    batch=2, q_len=600, kv_len=600, num_heads=32, num_kv_heads=2, head_dim=128
+  )
+  q, k, v, *_ = case.inputs(dtype=jnp.bfloat16)
+  dout = jax.random.normal(jax.random.key(9), q.shape, q.dtype)
+  clean = jax.jit(attend)(q, k, v, dout)
+  _, lse = reference.warmup_attention(q, k, v, scale=128**-0.5, kv_lengths=None)
+  np.testing.assert_allclose(clean[1], lse, atol=1e-5, rtol=1e-6)
+  bad = jax.jit(attend)(
+    q.at[0, 300, 1, 0].set(jnp.nan), k, v.at[1, 590, 1].set(jnp.inf), dout
+  )
+  where = np.zeros((2, 600, 32), bool)
+  where[0, 300, 1] = where[1, 590:, 16:] = True
+  np.testing.assert_array_equal(np.isnan(bad[0]).any(-1), where)
+  np.testing.assert_array_equal(np.isnan(bad[2]).any(-1), where)
+  keys = np.zeros((2, 600, 2), bool)
+  keys[0, :301, 0] = keys[1, :, 1] = True
+  np.testing.assert_array_equal(np.isnan(bad[3]).any(-1), keys)
+  np.testing.assert_array_equal(bad[0][~where], clean[0][~where])
