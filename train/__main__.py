@@ -314,13 +314,16 @@ def compare(
     checkpoint.write_json(
       folder / "comparison.json", config_lib.to_dict(comparison)
     )
-  failed = []
+  failed, advanced = [], False
   for task in comparison.tasks():
     source, programs = None, {}
     wanted = [run for run in resolved if sides is None or run.side in sides]
     for run in (r for r in wanted if r.task == task):
-      if stop_at is not None and time.monotonic() > stop_at:
+      # A call does something, however late it is, and then nothing more.
+      late = stop_at is not None and time.monotonic() > stop_at
+      if late and advanced:
         return None
+      advanced |= not (pathlib.Path(run.folder) / "done.json").exists()
       if source is None:
         source = data.load(run.data)
       if run.side not in programs:

@@ -3,6 +3,7 @@
 `sides` maps a side's name to its runs in one task.
 """
 
+import math
 import statistics
 from collections.abc import Sequence
 
@@ -169,11 +170,9 @@ def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
       name = f"{metric.title.lower()} − {side_name(METHOD)}"
       row[name] = _short_gap(found, metric)
     shares = [
-      statistics.fmean(
-        x["score_recall"] for x in r.rows["layers"][-1]["layers"]
-      )
+      statistics.fmean(found)
       for r in runs
-      if r.finished and r.rows["layers"]
+      if r.finished and r.rows["layers"] and (found := _score_recalls(r))
     ]
     row["score recall"] = spread(shares, 3)
     broken = [r for r in runs if r.broken and not r.finished]
@@ -182,6 +181,12 @@ def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
     )
     rows.append(row)
   return rows
+
+
+def _score_recalls(run: Run) -> list[float]:
+  """Of each layer after training."""
+  recalls = (x["score_recall"] for x in run.rows["layers"][-1]["layers"])
+  return [x for x in recalls if x is not None and math.isfinite(x)]
 
 
 def _short_gap(found: dict, metric: Metric) -> str:

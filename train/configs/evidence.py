@@ -106,8 +106,9 @@ INDEX = IndexConfig(index_dim=128, block_size=128, top_k=16)
 def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
   """GQA, MSA-PT and MSA-CPT, by shares of the run's steps."""
   (start,) = gqa.keep_steps
+  alone = dataclasses.replace(gqa, keep_steps=())
   cpt = demo.msa(
-    gqa,
+    alone,
     index,
     RecipeConfig(
       index_warmup_steps=gqa.num_steps // 20, init_from="gqa", init_step=start
@@ -117,7 +118,7 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
   optimizer = dataclasses.replace(cpt.optimizer, index_learning_rate_factor=8.0)
   return (
     gqa,
-    demo.msa(gqa, index, RecipeConfig(index_warmup_steps=gqa.num_steps // 5)),
+    demo.msa(alone, index, RecipeConfig(index_warmup_steps=gqa.num_steps // 5)),
     dataclasses.replace(cpt, optimizer=optimizer),
   )
 
