@@ -448,7 +448,8 @@ class MSAttention(GQAttention):
     """index_q [B, T, K, I], index_k [B, S, I] and the value head's values."""
     if self.selection == "window":
       b, t = x.shape[:2]
-      unused = jnp.zeros((b, t, self.num_kv_heads, 1), x.dtype)
+      shape = (b, t, self.num_kv_heads, self.index_dim)
+      unused = jnp.zeros(shape, x.dtype)  # of a size that kernels take
       return unused, unused[:, :, 0], None
     if self.detach_input:
       x = lax.stop_gradient(x)

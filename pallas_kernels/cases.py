@@ -1,6 +1,6 @@
 """Named shapes and inputs for tests, benchmarks and notebooks.
 
-Three kinds of index queries and keys, each made for any length on the device
+Four kinds of index queries and keys, each made for any length on the device
 without an array of T x S:
 
   random        independent normal entries: neighbouring queries share next to
@@ -9,6 +9,10 @@ without an array of T x S:
                 and blocks that drift along the sequence. The union of 8
                 neighbouring queries' choices holds 24 to 26 blocks when each
                 chooses 16 (`union8` measures it).
+  fitted        the same generator with knobs (`Sharing`) that give the
+                statistics of choices captured from a trained model. They lie in
+                results/fitted_selection.json, made by
+                `python -m pallas_kernels.bench.fit`.
   outliers      random, with a few entries and a few keys of many times the
                 usual size, which is what low precision finds hard.
 """
@@ -17,6 +21,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -26,12 +32,32 @@ from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, Int, PRNGKeyArray
 
 SELECTIONS = ("random", "trained_like", "outliers")
+FITTED = pathlib.Path(__file__).parent / "results" / "fitted_selection.json"
 
-# How far, in tokens, an index query keeps its direction in trained_like.
-_DRIFT = 1024
 # Noise of one query against its neighbours that makes union8 24-26, by the
 # number of 128-key blocks: the more blocks, the denser the top scores.
 _NOISE = {64: 0.40, 256: 0.165, 1024: 0.117, 4096: 0.10, 8192: 0.097}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharing:
+  """Knobs of the index inputs whose neighbouring queries share their choices.
+
+  A query's direction walks from one random direction to the next, and keys are
+  random, so the blocks of the highest scores drift along the sequence.
+  """
+
+  noise: float
+  """Size of a query's own noise: widens the union of neighbours."""
+
+  drift: int = 1024
+  """Tokens from one direction of the walk to the next."""
+
+  sink: float = 0.5
+  """Pull of block 0."""
+
+  near: float = 0.0
+  """Pull of the keys less than about a block back."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -122,47 +148,111 @@ def attention_inputs(
 def index_inputs(
   key: PRNGKeyArray, case: Case, selection: str
 ) -> tuple[Float[Array, "B T K I"], Float[Array, "B S I"]]:
-  """index_q and index_k of a case, one of SELECTIONS."""
-  if selection not in SELECTIONS:
+  """index_q and index_k of a case: one of SELECTIONS, or "fitted"."""
+  if selection not in (*SELECTIONS, "fitted"):
     raise ValueError(
-      f"selection must be one of {', '.join(SELECTIONS)}, got {selection!r}"
+      f"selection must be one of {', '.join(SELECTIONS)}, fitted; got"
+      f" {selection!r}"
     )
+  if selection == "fitted":
+    knobs = fitted_sharing(case.kv_tokens)
+  elif selection == "trained_like":
+    level = np.interp(
+      np.log2(case.kv_tokens / 128),
+      np.log2(list(_NOISE)),
+      list(_NOISE.values()),
+    )
+    knobs = Sharing(noise=float(level))
+  else:
+    knobs = None
+  if knobs is not None:
+    return sharing_inputs(key, case, knobs)
   q_key, k_key, extra = jax.random.split(key, 3)
   q_shape = (case.batch, case.tokens, case.num_kv_heads, case.index_dim)
   k_shape = (case.batch, case.kv_tokens, case.index_dim)
   index_k = normal(k_key, k_shape, case.dtype)
-  if selection == "trained_like":
-    return _trained_like(q_key, extra, q_shape, index_k)
   index_q = normal(q_key, q_shape, case.dtype)
   if selection == "outliers":
     index_q, index_k = _outliers(extra, index_q, index_k)
   return index_q, index_k
 
 
-def _trained_like(q_key, extra, q_shape, index_k):
-  """index_q that walks slowly from one direction to the next, and a sink."""
-  batch, q_len, num_groups, index_dim = q_shape
-  dtype, kv_len = index_k.dtype, index_k.shape[1]
-  anchor_key, sink_key, noise_key = jax.random.split(extra, 3)
-  del q_key
-  blocks = np.array(list(_NOISE), np.float64)
-  level = np.interp(
-    np.log2(kv_len / 128), np.log2(blocks), list(_NOISE.values())
+def fitted_sharing(kv_tokens: int) -> Sharing:
+  """The knobs of results/fitted_selection.json, interpolated in log length.
+
+  Raises:
+    ValueError: there is no such file.
+  """
+  if not FITTED.exists():
+    raise ValueError(
+      f"selection 'fitted' wants {FITTED.name} in {FITTED.parent.name}/, made"
+      " from a trained model's choices by python -m pallas_kernels.bench.fit"
+    )
+  rows = json.loads(FITTED.read_text())["knobs"]
+  lengths = np.log2([row["kv_tokens"] for row in rows])
+
+  def at(name: str) -> float:
+    values = [row[name] for row in rows]
+    return float(np.interp(np.log2(kv_tokens), lengths, values))
+
+  return Sharing(
+    noise=at("noise"),
+    drift=round(at("drift")),
+    sink=at("sink"),
+    near=at("near"),
   )
+
+
+def sharing_inputs(
+  key: PRNGKeyArray, case: Case, knobs: Sharing
+) -> tuple[Float[Array, "B T K I"], Float[Array, "B S I"]]:
+  """index_q that walks slowly from one direction to the next, and a sink.
+
+  Queries are the last of the keys, so few of them stand for a long sequence.
+  `knobs` may hold traced numbers, but for `drift`; a traced `near` is never
+  taken for 0.
+  """
+  _, k_key, extra = jax.random.split(key, 3)
+  batch, q_len, kv_len = case.batch, case.tokens, case.kv_tokens
+  num_groups, index_dim, dtype = case.num_kv_heads, case.index_dim, case.dtype
+  anchor_key, sink_key, noise_key = jax.random.split(extra, 3)
+  index_k = normal(k_key, (batch, kv_len, index_dim), dtype)
   # Block 0 holds the sink: a direction that every query looks at.
   sink = jnp.sign(jax.random.normal(sink_key, (index_dim,)))
   index_k = index_k.at[:, 0].set((2 * sink).astype(dtype))
 
   anchors = jax.random.normal(
-    anchor_key, (batch, q_len // _DRIFT + 2, num_groups, index_dim)
+    anchor_key, (batch, q_len // knobs.drift + 2, num_groups, index_dim)
   )
   t = jnp.arange(q_len)
-  w = (t % _DRIFT / _DRIFT)[:, None, None]
-  here = anchors[:, t // _DRIFT].astype(dtype)
-  there = anchors[:, t // _DRIFT + 1].astype(dtype)
+  w = (t % knobs.drift / knobs.drift)[:, None, None]
+  here = anchors[:, t // knobs.drift].astype(dtype)
+  there = anchors[:, t // knobs.drift + 1].astype(dtype)
   walk = ((1 - w) * here + w * there) / jnp.sqrt((1 - w) ** 2 + w**2)
-  noise = normal(noise_key, q_shape, dtype)
-  return (walk + level * noise + 0.5 * sink).astype(dtype), index_k
+  noise = normal(noise_key, (batch, q_len, num_groups, index_dim), dtype)
+  noise = jnp.float32(knobs.noise) * noise
+  index_q = (walk + noise + knobs.sink * sink).astype(dtype)
+  if isinstance(knobs.near, jax.Array) or knobs.near:
+    waves = _waves(kv_len, case.block_size)
+    width = waves.shape[-1]
+    pull = knobs.near * waves[kv_len - q_len :, None]
+    pull = jnp.broadcast_to(pull, (*index_q.shape[:-1], width))
+    index_q = index_q.at[..., :width].set(pull.astype(dtype))
+    index_k = index_k.at[..., :width].set(waves.astype(dtype))
+  return index_q, index_k
+
+
+def _waves(tokens: int, block_size: int) -> Float[Array, "T 16"]:
+  """Eight waves of the position whose products peak where positions agree.
+
+  a(t) . a(j) = sum_i cos(2 pi (t - j) / period_i). The shortest period is three
+  blocks, so the peak is about a block wide; no two periods agree elsewhere.
+  """
+  periods = block_size * jnp.array([3, 5, 9, 17, 33, 65, 129, 257], jnp.float32)
+  # A whole number of turns more or less is the same angle: exact at 1M tokens.
+  turns = (jnp.arange(tokens)[:, None] % periods) / periods
+  angle = 2 * jnp.pi * turns
+  return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 def _outliers(key, index_q, index_k):
@@ -182,14 +272,71 @@ def union8(block_indices: Int[Array, "B K T P"]) -> Float[Array, ""]:
 
   Of more than 64K queries, every n-th eight is counted.
   """
+  q_len = block_indices.shape[-2]
+  return jnp.mean(_unions(block_indices, max(1, q_len >> 16)))
+
+
+def _unions(block_indices, every: int = 1) -> Array:
+  """Distinct blocks of every n-th eight of queries: [..., eight]."""
   *lead, q_len, top_k = block_indices.shape
   eights = block_indices[..., : q_len // 8 * 8, :]
   eights = eights.reshape(*lead, q_len // 8, 8 * top_k)
-  eights = eights[..., :: max(1, q_len >> 16), :]
+  eights = eights[..., ::every, :]
   ids = jnp.sort(eights, axis=-1)
   new = (ids[..., 1:] != ids[..., :-1]) & (ids[..., 1:] >= 0)
   counts = jnp.sum(new, axis=-1) + (ids[..., 0] >= 0)
-  return jnp.mean(counts.astype(jnp.float32))
+  return counts.astype(jnp.float32)
+
+
+SHARING = ("union8", "first_block", "previous_block", "kept")
+
+
+@functools.partial(jax.jit, static_argnames=("block_size", "kv_len"))
+def sharing(
+  block_indices: Int[Array, "B K T P"],
+  *,
+  block_size: int = 128,
+  kv_len: int | None = None,
+) -> dict[str, Float[Array, "K"]]:
+  """How much neighbouring queries share, for each group.
+
+  Means over the queries that see more than twice P blocks, so that there is a
+  choice (NaN if there are none):
+
+    union8          distinct blocks that 8 neighbours choose
+    first_block     share of the queries that choose block 0
+    previous_block  share that choose the block before their own
+    kept            share of a query's blocks that the query four blocks later
+                    chooses too
+
+  Args:
+    block_indices: the choices.
+    block_size: tokens a block.
+    kv_len: keys, of which the queries are the last; None: as many as queries.
+  """
+  _, _, q_len, top_k = block_indices.shape
+  kv_len = q_len if kv_len is None else kv_len
+  own = (jnp.arange(q_len) + kv_len - q_len) // block_size
+  chooses = own >= 2 * top_k
+
+  def mean(values: Array, counts: Array) -> Array:
+    counts = jnp.broadcast_to(counts, values.shape)
+    total = jnp.sum(jnp.where(counts, values, 0), axis=(0, 2))
+    return total / jnp.sum(counts, axis=(0, 2))
+
+  eights = chooses[: q_len // 8 * 8].reshape(-1, 8).all(-1)
+  lag = 4 * block_size
+  later = jnp.roll(block_indices, -lag, axis=2)
+  both = (block_indices[..., None] == later[..., None, :]).any(-1)
+  kept = jnp.sum(both & (block_indices >= 0), axis=-1) / top_k
+  return {
+    "union8": mean(_unions(block_indices), eights),
+    "first_block": mean((block_indices == 0).any(-1), chooses),
+    "previous_block": mean(
+      (block_indices == own[:, None] - 1).any(-1), chooses
+    ),
+    "kept": mean(kept, chooses & (jnp.arange(q_len) < q_len - lag)),
+  }
 
 
 def recall(

@@ -196,3 +196,21 @@ def test_no_number_on_a_wrong_gradient(arguments, monkeypatch, capsys, wrong):
   out = capsys.readouterr().out
   assert f"train: {wrong}" in out and " ms" not in out
   assert not path.exists()
+
+
+def test_fitted_choices_want_their_knobs(arguments, monkeypatch, tmp_path):
+  pytest.importorskip("matplotlib")
+  arguments, path = arguments
+  command = [*arguments, "--ops", "select", "--precision", "exact"]
+  monkeypatch.setattr(cases, "FITTED", tmp_path / "fitted.json")
+  with pytest.raises(ValueError, match=r"fitted\.json.*bench\.fit"):
+    bench.main([*command, "--selection", "fitted"])
+  knobs = dict(noise=0.1, drift=16, sink=0.1, near=1.0)
+  rows = [knobs | {"kv_tokens": 64}, knobs | {"kv_tokens": 256, "noise": 0.3}]
+  cases.FITTED.write_text(json.dumps({"knobs": rows}))
+  assert cases.fitted_sharing(128).noise == pytest.approx(0.2)
+  assert bench.main([*command, "--selection", "fitted", "random"]) == 0
+  rows = json.loads(path.read_text())["rows"]
+  union = {row["selection"]: row["union8"] for row in rows}
+  # Of 16 blocks, 4 a query.
+  assert 4 <= union["fitted"] < union["random"] <= 16

@@ -219,7 +219,7 @@ def test_one_seed_gives_no_interval(tmp_path):
   assert found["interval"] is None
   assert "This is one seed, so there is no interval" in text
   assert "in 2 of 2 held-out batches" in text
-  assert "95 % interval" not in text
+  assert "the mean of" not in text  # an interval over batches, not seeds
 
 
 def test_unfinished_and_missing_runs_are_named_and_left_out(tmp_path):
@@ -370,3 +370,84 @@ def test_parameters_outside_the_index_branch_are_warned_of(tmp_path):
   tasks = {"text": runs.group_by_side(runs.read_runs(tmp_path))}
   (warning,) = report.find_warnings(tasks, tmp_path)
   assert "outside the index branch: 1,000, 1,076" in warning
+
+
+def test_ablations_stand_beside_the_papers_findings(tmp_path):
+  losses = {
+    "gqa": [1.0, 1.1],
+    "msa": [1.0, 1.2],
+    "no_warmup": [1.1, 1.32],
+    "input_not_detached": [1.5, 1.6],
+  }
+  folder = _make(tmp_path / "run", {"text": losses})
+  broken = folder / "text" / "input_not_detached" / "seed1"
+  (broken / "done.json").unlink()
+  (broken / "broken.json").write_text('{"step": 30, "why": "loss nan"}')
+  text = _page_text(report.write(folder))
+  found = _summary(folder)["tasks"]["text"]["ablations"]
+  assert [row["side"] for row in found] == ["input not detached", "no warmup"]
+  for row, (paper, gap, seeds) in zip(
+    found,
+    [
+      (
+        "diverges or degrades",
+        "+50.00 %",
+        "1 of 2; seed 1 broke down at step 30",
+      ),
+      # Ten percent in both seeds.
+      ("worse", "+10.00 % (+10.00 to +10.00)", "2 of 2"),
+    ],
+    strict=True,
+  ):
+    assert row["the paper"] == paper and row["seeds"] == seeds
+    assert row["held-out loss − MSA"] == gap
+  assert "broke down at step 30 (loss nan)" in text
+
+
+def test_retrieval_is_compared_at_each_distance(tmp_path):
+  folder = _make(tmp_path / "run", {"recall": {"gqa": [0.1], "msa": [0.4]}})
+  report.write(folder)
+  near, far = _summary(folder)["tasks"]["recall"]["by_distance"]["msa"]
+  assert (near["low"], near["difference"], near["error"]) == (2, 0.0, 0.0)
+  assert far["count"] == 100 and far["difference"] == pytest.approx(-0.3)
+  # Of two shares of 100 answers each: 0.9 and 0.6.
+  assert far["error"] == pytest.approx(((0.09 + 0.24) / 100) ** 0.5)
+
+
+def test_one_seed_has_an_interval_over_held_out_batches(tmp_path):
+  folder = _make(tmp_path / "run", {"text": {"gqa": [1.0], "msa": [1.1]}})
+  run = folder / "text" / "msa" / "seed0"
+  rows = [json.loads(x) for x in (run / "metrics.jsonl").open()]
+  rows[-1]["batch_loss"] = [1.0, 1.2]  # of gqa: 0.99, 1.01
+  (run / "metrics.jsonl").write_text(
+    "".join(json.dumps(r) + "\n" for r in rows)
+  )
+  report.write(folder)
+  (gap,) = _summary(folder)["tasks"]["text"]["gaps"]["msa"]
+  # Differences 0.01 and 0.19: mean 0.1, standard error 0.09, t of one degree.
+  low, high = gap["batch_percent_interval"]
+  assert (low, high) == pytest.approx(
+    (10 - 12.706 * 9, 10 + 12.706 * 9), rel=1e-3
+  )
+  assert gap["interval"] is None
+
+
+def test_speed_is_drawn_where_it_was_measured(tmp_path):
+  folder = _make(tmp_path / "run", {"text": {"gqa": [1.0], "msa": [1.1]}})
+  shared = {"batch_size": 1, "trained_steps": 40, "tokens_per_second": 2.0}
+  shared |= {"mfu": 0.25, "peak_bytes": 3 << 30}
+  rows = [
+    {"side": side, "phase": phase, "context": context, "step_ms": ms} | shared
+    for side, phase, context, ms in (
+      ("gqa", "dense", 4096, 10.0),
+      ("gqa", "dense", 16384, 30.0),
+      ("msa", "sparse", 4096, 12.0),
+      ("msa", "sparse", 16384, 20.0),
+    )
+  ]
+  about = {"device": "H", "started": "now", "command": "speed", "rows": rows}
+  (folder / "speed.json").write_text(json.dumps(about))
+  text = _page_text(report.write(folder))
+  assert (folder / "report" / "speed.png").exists()
+  for cell in ("0.83x", "1.50x", "25.0 %", "3.00 GiB"):
+    assert f"<td>{cell}</td>" in text

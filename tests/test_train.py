@@ -484,8 +484,10 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(place, source, monkeypatch):
   folder = pathlib.Path(run.folder)
   assert not (folder / "done.json").exists()
   assert max(row["step"] for row in read_rows(folder)) == 3
+  assert json.loads((folder / "broken.json").read_text())["step"] == 4
   monkeypatch.undo()
   assert loop.run(run, source)["step"] == 4
+  assert not (folder / "broken.json").exists()
   steps = [r["step"] for r in read_rows(folder) if r["kind"] == "train"]
   assert steps == [1, 2, 3, 4]
 

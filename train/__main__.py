@@ -4,16 +4,24 @@ python -m train compare demo
 python -m train train demo --task text --side msa --seed 0
 python -m train report runs/demo
 python -m train sample runs/demo/text/msa/seed0 --prompt "import "
+python -m train plan evidence --minutes 14
+python -m train speed evidence
+
+All but `train` run without tyro.
 """
 
 import argparse
 import dataclasses
 import pathlib
 import sys
+import time
 from collections.abc import Sequence
 
 from train import checkpoint
 from train import config as config_lib
+
+# Exit status of a command that --minutes stopped.
+STOPPED = 3
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -39,7 +47,17 @@ def _parser() -> argparse.ArgumentParser:
     "Train every side of a comparison, then write its report. Finished runs"
     " are kept, stopped ones go on.",
   )
-  for sub in (train, compare):
+  plan = command(
+    "plan",
+    "Time the steps of a comparison here, and write the comparison.json that"
+    " fits a number of minutes: for compare --config.",
+  )
+  speed = command(
+    "speed",
+    "Time a training step of each side at several lengths: speed.json, which"
+    " the report draws.",
+  )
+  for sub in (train, compare, plan, speed):
     sub.add_argument(
       "preset", nargs="?", help=f"a file of train/configs: {names}"
     )
@@ -49,6 +67,7 @@ def _parser() -> argparse.ArgumentParser:
       help="instead of a preset: a saved config.json (train) or"
       " comparison.json (compare)",
     )
+  for sub in (train, compare):
     sub.add_argument(
       "--distributed",
       nargs="*",
@@ -61,10 +80,48 @@ def _parser() -> argparse.ArgumentParser:
   train.add_argument("--side", help="of a preset: which side, such as msa")
   train.add_argument("--seed", type=int, help="seed of the run")
   train.add_argument("--help", "-h", action="store_true", help="this text")
+  for sub in (compare, plan, speed):
+    sub.add_argument(
+      "--out",
+      type=pathlib.Path,
+      help="folder of the comparison (default: runs/NAME)",
+    )
+    sub.add_argument(
+      "--set",
+      nargs="+",
+      default=[],
+      metavar="FIELD=VALUE",
+      help="fields of every run, such as model.implementation=xla; the runs'"
+      " config.json holds them",
+    )
   compare.add_argument(
-    "--out",
-    type=pathlib.Path,
-    help="folder of the comparison (default: runs/NAME)",
+    "--unit",
+    type=int,
+    help="steps of the smallest part of a run: makes all longer or shorter,"
+    " every step count in proportion",
+  )
+  compare.add_argument(
+    "--sides", nargs="+", help="train these now (default: all)"
+  )
+  compare.add_argument(
+    "--minutes",
+    type=float,
+    help="stop after this time with a checkpoint, to be called again",
+  )
+  compare.add_argument(
+    "--no-report",
+    action="store_true",
+    help="train only; the report needs matplotlib",
+  )
+  plan.add_argument(
+    "--minutes", type=float, required=True, help="of all runs and seeds"
+  )
+  speed.add_argument(
+    "--lengths",
+    type=int,
+    nargs="+",
+    default=(1 << 12, 1 << 14, 1 << 16),
+    help="contexts (default: 4096 16384 65536)",
   )
   compare.add_argument(
     "--mesh",
@@ -193,12 +250,25 @@ def _start_devices(args: argparse.Namespace) -> None:
     jax.distributed.initialize()
 
 
-def _compare(args: argparse.Namespace) -> None:
+def _comparison(args: argparse.Namespace) -> config_lib.ComparisonConfig:
+  """The comparison that the arguments name, with --set."""
   _need_one_source(args)
   if args.config is None:
     comparison = config_lib.preset(args.preset)
   else:
     comparison = config_lib.load(config_lib.ComparisonConfig, args.config)
+  return config_lib.with_fields(comparison, args.set)
+
+
+def _compare(args: argparse.Namespace) -> int:
+  stop_at = None
+  if args.minutes is not None:
+    if args.distributed is not None:
+      raise ValueError("--minutes: wanted one process, not --distributed.")
+    stop_at = time.monotonic() + 60 * args.minutes
+  comparison = _comparison(args)
+  if args.unit is not None:
+    comparison = config_lib.with_step_unit(comparison, args.unit)
   if args.seeds is not None:
     comparison = dataclasses.replace(comparison, seeds=tuple(args.seeds))
   if args.mesh is not None:
@@ -208,16 +278,40 @@ def _compare(args: argparse.Namespace) -> None:
     sides = tuple(dataclasses.replace(r, mesh=mesh) for r in comparison.runs)
     comparison = dataclasses.replace(comparison, runs=sides)
   _start_devices(args)
-  print(compare(comparison, args.out or _default_folder(comparison)))
+  folder = args.out or _default_folder(comparison)
+  path = compare(
+    comparison,
+    folder,
+    sides=args.sides,
+    stop_at=stop_at,
+    with_report=not args.no_report,
+  )
+  if path is None:
+    print(f"{folder}: not finished yet; the same command goes on.")
+    return STOPPED
+  print(path)
+  return 0
 
 
 def compare(
-  comparison: config_lib.ComparisonConfig, folder: pathlib.Path
-) -> pathlib.Path:
+  comparison: config_lib.ComparisonConfig,
+  folder: pathlib.Path,
+  *,
+  sides: Sequence[str] | None = None,
+  stop_at: float | None = None,
+  with_report: bool = True,
+) -> pathlib.Path | None:
   """Trains every run of a comparison and writes its report.
 
+  Args:
+    comparison: the plan, all of it.
+    folder: where everything is written.
+    sides: the only ones to train now; None: all.
+    stop_at: as in `loop.run`.
+    with_report: False: train only.
+
   Returns:
-    The path of the report.
+    The path of the report (or of the folder); None if stop_at came first.
 
   Raises:
     ValueError: sides of a task differ in more than attention, or a run cannot
@@ -225,17 +319,23 @@ def compare(
   """
   import jax
 
-  from train import data, loop, program, report, runs
+  from train import data, loop, program, runs
 
   resolved = list(comparison.resolve(folder))
+  unknown = set(sides or ()) - {run.side for run in resolved}
+  if unknown:
+    there = dict.fromkeys(run.side for run in resolved)
+    raise ValueError(
+      f"sides={sorted(unknown)}: the comparison has {', '.join(there)}."
+    )
   for task in comparison.tasks():
-    sides = [r for r in resolved if r.task == task]
+    members = [r for r in resolved if r.task == task]
     runs.check_comparable(
       [
         config_lib.to_dict(dataclasses.replace(r, seed=0, folder=""))
-        for r in sides
+        for r in members
       ],
-      [f"{r.task}/{r.side}" for r in sides],
+      [f"{r.task}/{r.side}" for r in members],
     )
   planned = {run.folder for run in resolved}
   for run in resolved:
@@ -254,23 +354,34 @@ def compare(
     checkpoint.write_json(
       folder / "comparison.json", config_lib.to_dict(comparison)
     )
-  failed = []
+  failed, advanced = [], False
   for task in comparison.tasks():
     source, programs = None, {}
-    for run in (r for r in resolved if r.task == task):
+    wanted = [run for run in resolved if sides is None or run.side in sides]
+    for run in (r for r in wanted if r.task == task):
+      # A call does something, however late it is, and then nothing more.
+      late = stop_at is not None and time.monotonic() > stop_at
+      if late and advanced:
+        return None
+      advanced |= not (pathlib.Path(run.folder) / "done.json").exists()
       if source is None:
         source = data.load(run.data)
       if run.side not in programs:
         programs[run.side] = program.Program(run)
       try:
-        loop.run(run, source, programs[run.side])
+        if loop.run(run, source, programs[run.side], stop_at) is None:
+          return None
       except loop.NonFiniteError as error:
         # The other sides go on: a side that breaks down is a result too.
         print(f"error: {run.folder}: {error}", file=sys.stderr)
         failed.append(f"{run.folder}: {error}")
     del programs
     jax.clear_caches()
-  path = report.write(folder) if jax.process_index() == 0 else folder
+  path = folder
+  if with_report and jax.process_index() == 0:
+    from train import report
+
+    path = report.write(folder)
   if failed:
     raise FloatingPointError(f"{path} lacks\n" + "\n".join(failed))
   return path
@@ -288,9 +399,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 0
       _train(args, rest)
     elif args.command == "compare":
-      _compare(args)
+      return _compare(args)
     elif args.command == "sample":
       _sample(args)
+    elif args.command in ("plan", "speed"):
+      from train import speed
+
+      comparison = _comparison(args)
+      folder = args.out or _default_folder(comparison)
+      if args.command == "plan":
+        speed.plan(comparison, folder, args.minutes)
+        print(folder / "comparison.json")
+      else:
+        print(speed.speed(comparison, folder, args.lengths))
     else:
       from train import report
 

@@ -23,6 +23,8 @@ import jax
 from train import config as config_lib
 
 State = dict[str, jax.Array]
+# Written when a run's numbers are not finite any more.
+BROKEN = "broken.json"
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -208,7 +210,7 @@ class RunFolder:
         (self.path / "environment.json").unlink(missing_ok=True)
     if saved is not None:
       # Where runs lie and what they run on may change, nothing else.
-      ignored = ["folder", "mesh", "data.cache_dir"]
+      ignored = ["folder", "mesh", "data.cache_dir", "data.text.cache_dir"]
       starts = [c["recipe"].get("init_from") for c in (saved, wanted)]
       if all(starts) and len({pathlib.Path(p).parts[-2:] for p in starts}) == 1:
         ignored.append("recipe.init_from")
@@ -251,17 +253,7 @@ class RunFolder:
     if not self._writes:
       return
     path = self.path / "environment.json"
-    device = jax.devices()[0]
-    now = {
-      "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
-      "command": _command(),
-      "versions": versions(),
-      "device": device.device_kind,
-      "platform": device.platform,
-      "device_count": jax.device_count(),
-      "process_count": jax.process_count(),
-      **_REVISION,
-    }
+    now = provenance()
     if path.exists():
       saved = json.loads(path.read_text())
       resumed = [*saved["resumed"], {"step": self.start, **now}]
@@ -301,13 +293,34 @@ class RunFolder:
     """Waits for the last checkpoint, then marks the run as finished."""
     self.checkpoints.wait()
     if self._writes:
+      (self.path / BROKEN).unlink(missing_ok=True)
       write_json(self.done, value)
+
+  def mark_broken(self, step: int, why: str) -> None:
+    """Notes a breakdown for the report; a new try may still succeed."""
+    if self._writes:
+      write_json(self.path / BROKEN, {"step": step, "why": why})
 
   def close(self) -> None:
     if self._metrics is not None:
       self._metrics.close()
     self.checkpoints.close()
     os.close(self._lock)
+
+
+def provenance() -> dict[str, Any]:
+  """What numbers made now are made with: date, command, device, code."""
+  device = jax.devices()[0]
+  return {
+    "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
+    "command": _command(),
+    "versions": versions(),
+    "device": device.device_kind,
+    "platform": device.platform,
+    "device_count": jax.device_count(),
+    "process_count": jax.process_count(),
+    **_REVISION,
+  }
 
 
 def _command() -> str:

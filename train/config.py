@@ -1,6 +1,7 @@
 """Configs of runs and comparisons: checked, frozen, saved as JSON."""
 
 import dataclasses
+import functools
 import importlib
 import json
 import math
@@ -218,6 +219,10 @@ class RunConfig:
   eval_batches: int = 8
   """Held-out batches of batch_size / grad_accumulation rows."""
 
+  probe_batches: int | None = None
+  """Batches of each probe after the last step, where few answers would leave
+  the accuracy by distance uncertain; None: eval_batches."""
+
   layers_every: int = 100
   """Steps between measures of each layer's KL and recalls."""
 
@@ -356,6 +361,62 @@ class ComparisonConfig:
           )
 
 
+# The fields of a run that count steps, but for log_every.
+_STEP_FIELDS = (
+  "num_steps",
+  "eval_every",
+  "layers_every",
+  "checkpoint_every",
+  "keep_steps",
+  "optimizer.warmup_steps",
+  "recipe.index_warmup_steps",
+  "recipe.init_step",
+)
+
+
+def step_unit(comparison: ComparisonConfig) -> int:
+  """The largest number of steps that all step counts are multiples of."""
+  counts = []
+  for run in comparison.runs:
+    for field in _STEP_FIELDS:
+      value = functools.reduce(getattr, field.split("."), run)
+      counts += value if isinstance(value, tuple) else [value or 0]
+  return math.gcd(*counts)
+
+
+def with_step_unit(comparison: ComparisonConfig, unit: int) -> ComparisonConfig:
+  """The same comparison, longer or shorter: every step count keeps its share,
+  for they stay the same multiples of `step_unit`."""
+  _check(unit >= 1, f"unit={unit}: wanted at least 1.")
+  old = step_unit(comparison)
+
+  def scaled(value: Any) -> Any:
+    if isinstance(value, tuple):
+      return tuple(map(scaled, value))
+    return value if value is None else value // old * unit
+
+  runs = []
+  for run in comparison.runs:
+    optimizer = dataclasses.replace(
+      run.optimizer, warmup_steps=scaled(run.optimizer.warmup_steps)
+    )
+    recipe = dataclasses.replace(
+      run.recipe,
+      index_warmup_steps=scaled(run.recipe.index_warmup_steps),
+      init_step=scaled(run.recipe.init_step),
+    )
+    own = (name for name in _STEP_FIELDS if "." not in name)
+    runs.append(
+      dataclasses.replace(
+        run,
+        optimizer=optimizer,
+        recipe=recipe,
+        **{name: scaled(getattr(run, name)) for name in own},
+      )
+    )
+  return dataclasses.replace(comparison, runs=tuple(runs))
+
+
 # ------------------------------------------------------------------- JSON
 
 
@@ -466,6 +527,38 @@ def _value(hint: Any, value: Any, where: str) -> Any:
       repr(a) for m in members for a in typing.get_args(m) or (m,)
     )
   raise ValueError(f"{where}={value!r}: wanted {wanted}.")
+
+
+def with_fields(config: Any, fields: Sequence[str]) -> Any:
+  """A config with other values in some fields, each "dotted.name=value".
+
+  A value is JSON, or else text as it stands. A comparison's fields are those of
+  its runs, all of them.
+
+  Raises:
+    ValueError: a field is unknown, or its value is wrong.
+  """
+  if isinstance(config, ComparisonConfig):
+    runs = tuple(with_fields(run, fields) for run in config.runs)
+    return dataclasses.replace(config, runs=runs)
+  saved = to_dict(config)
+  for text in fields:
+    name, equals, value = text.partition("=")
+    _check(bool(equals), f"{text!r}: wanted FIELD=VALUE.")
+    *path, last = name.split(".")
+    inner = saved
+    for key in path:
+      inner = inner.get(key) if isinstance(inner, dict) else None
+    _check(
+      isinstance(inner, dict) and last in inner,
+      f"{name!r} is no field of a {type(config).__name__}.",
+    )
+    assert isinstance(inner, dict)
+    try:
+      inner[last] = json.loads(value)
+    except json.JSONDecodeError:
+      inner[last] = value
+  return from_dict(type(config), saved, "config")
 
 
 def load(cls: type, path: str | pathlib.Path) -> Any:

@@ -9,6 +9,7 @@ never meets old tokens.
 
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import os
 import pathlib
@@ -25,7 +26,9 @@ import numpy as np
 from jaxtyping import Int32, UInt
 
 # Part of every cache key: raise it when the token stream's making changes.
-_CACHE_VERSION = 1
+_CACHE_VERSION = 2
+# A BPE tokenizer is trained on no more than this: merges hardly change beyond.
+_BPE_BYTES = 1 << 26
 # UTF-8 never holds this byte, so the byte tokenizer can end texts with it.
 _BYTE_END_OF_TEXT = 0xFF
 _SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
@@ -39,6 +42,10 @@ class TextConfig:
   """A text, jsonl or parquet file, or a folder of them (hidden files and
   files that are not UTF-8 are left out). None: the source of the running
   Python's standard library."""
+
+  installed: bool = False
+  """With path=None: the Python source of the packages that are installed
+  beside the running Python, instead of its standard library."""
 
   tokenizer: Literal["byte", "bpe"] = "byte"
   """byte: 256 ids; bpe: byte-level BPE trained on the training split."""
@@ -83,6 +90,10 @@ class TextConfig:
         "path='' is empty: wanted a file, a folder, or None for the standard"
         " library's source."
       )
+    if self.installed and self.path is not None:
+      raise ValueError(
+        f"installed=True with path={self.path!r}: wanted one of them."
+      )
     if not self.text_field:
       raise ValueError("text_field is empty: wanted the name of a field.")
 
@@ -118,6 +129,9 @@ def open_corpus(config: TextConfig) -> Corpus:
   if config.tokenizer == "bpe":
     fields.append("vocab_size")
   settings: dict[str, Any] = {name: getattr(config, name) for name in fields}
+  about: dict[str, Any] = {}
+  if config.installed:
+    about["packages"] = _installed_packages()
   if config.tokenizer == "bpe":
     import tokenizers  # an extra
 
@@ -138,7 +152,9 @@ def open_corpus(config: TextConfig) -> Corpus:
       )
     return np.memmap(path, mode="r", dtype=dtype)
 
-  if config.path is None:
+  if config.installed:
+    name = "installed packages"
+  elif config.path is None:
     name = f"Python {platform.python_version()} standard library"
   else:
     name = pathlib.Path(config.path).resolve().name
@@ -150,6 +166,7 @@ def open_corpus(config: TextConfig) -> Corpus:
       "name": name,
       "sha256": content,
       "settings": settings,
+      **about,
       **meta,
     },
   )
@@ -190,6 +207,13 @@ def open_tokenizer(
   return _BPETokenizer(path.read_text(), config.vocab_size)
 
 
+def _installed_packages() -> list[str]:
+  """name==version of each: what the text can be had from again."""
+  place = sysconfig.get_paths()["purelib"]
+  found = importlib.metadata.distributions(path=[place])
+  return sorted({f"{p.metadata['Name']}=={p.version}" for p in found})
+
+
 def _digest(value: Any) -> str:
   return hashlib.sha256(json.dumps(value).encode()).hexdigest()
 
@@ -204,7 +228,8 @@ def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
   Of the standard library: Python files, without installed packages and
   without the build's own record, which differs from machine to machine.
   """
-  root = pathlib.Path(config.path or sysconfig.get_paths()["stdlib"])
+  place = "purelib" if config.installed else "stdlib"
+  root = pathlib.Path(config.path or sysconfig.get_paths()[place])
   # Unlike Path.is_file, these take what cannot be looked at for absent.
   if os.path.isfile(root):
     return [(root.name, root)]
@@ -416,7 +441,8 @@ class _ByteTokenizer:
 
 class _BPETokenizer:
   """Byte-level BPE. The last id is end-of-text and not in the vocabulary of
-  the `tokenizers` object, so that no text can spell it.
+  the `tokenizers` object, so that no text can spell it. It is trained on every
+  n-th text, with the least n that keeps to `_BPE_BYTES`.
   """
 
   def __init__(self, saved: str, vocab_size: int):
@@ -445,7 +471,8 @@ class _BPETokenizer:
       initial_alphabet=sorted(byte_level.alphabet()),
       show_progress=False,
     )
-    model.train_from_iterator(texts, trainer=trainer)
+    every = -(-sum(map(len, texts)) // _BPE_BYTES)
+    model.train_from_iterator(texts[:: max(every, 1)], trainer=trainer)
     return cls(model.to_str(), vocab_size)
 
   def encode(self, texts: list[str]) -> Iterator[np.ndarray]:

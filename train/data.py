@@ -1,6 +1,6 @@
 """Training data: batches that are a pure function of (seed, step).
 
-Two kinds of source, one interface:
+Three kinds of source, one interface:
 
 - `TextConfig`: real text, one token stream per split (see `train.corpus`).
   Training windows start anywhere in the stream, uniformly; held-out windows
@@ -9,6 +9,9 @@ Two kinds of source, one interface:
   the context, a later query names a key, and only the value that answers it
   counts. The distance back to the fact is log-uniform, so that accuracy can
   be drawn against distance.
+- `MixConfig`: both for one model. Text rows have facts planted in them
+  (needles), some rows are recall alone. Held-out text is clean, and needles and
+  recall are asked apart, as probes.
 
 Nothing here keeps a position: resuming a run needs its step only, and two
 models that are compared see the same tokens.
@@ -20,11 +23,11 @@ import hashlib
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Bool, Int32
+from jaxtyping import Bool, Float32, Int32
 
 from train.corpus import TextConfig, open_corpus
 
-_TRAIN_STREAM, _EVAL_STREAM = 0, 1
+_TRAIN_STREAM, _EVAL_STREAM, _MIX_STREAM = 0, 1, 2
 
 
 class Batch(NamedTuple):
@@ -91,7 +94,63 @@ class RecallConfig:
       )
 
 
-DataConfig = TextConfig | RecallConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MixConfig:
+  """Real text and retrieval for one model.
+
+  A row is a window of text in which `num_needles` facts and their queries
+  overwrite a few tokens, or, for a share of the rows, associative recall among
+  fillers. Both ask for the same facts, whose ids follow the text's. A language
+  model of this size and training does not retrieve over 16K tokens by itself:
+  facts are trained as part of the mix, so that what is measured is whether
+  attention can reach them, and not whether the model understands the question.
+  """
+
+  text: TextConfig
+  recall: RecallConfig
+
+  recall_share: float = 0.25
+  """Share of the training rows that are recall alone."""
+
+  num_needles: int = 32
+  """Facts tried in a row of text; no more than recall.num_keys."""
+
+  answer_share: float = 0.2
+  """What the answers weigh in the loss of a batch, all together, however few
+  they are among its targets."""
+
+  def __post_init__(self):
+    for name in ("recall_share", "answer_share"):
+      value = getattr(self, name)
+      if not 0.0 < value < 1.0:
+        raise ValueError(f"{name}={value}: wanted 0 < {name} < 1.")
+    if not 1 <= self.num_needles <= self.recall.num_keys:
+      raise ValueError(
+        f"num_needles={self.num_needles}: wanted 1 to recall.num_keys ="
+        f" {self.recall.num_keys}, for a row states each key once."
+      )
+
+
+DataConfig = TextConfig | RecallConfig | MixConfig
+
+
+def loss_weights(
+  config: DataConfig, batch: Batch
+) -> Float32[np.ndarray, "B T"]:
+  """What each target weighs in the loss, which is a weighted mean.
+
+  All that count weigh the same, but in a mix, where the answers weigh
+  `answer_share` of the batch together (if it has other targets too).
+  """
+  weights = batch.loss_mask.astype(np.float32)
+  if isinstance(config, MixConfig):
+    answers = batch.loss_mask & (batch.distance >= 0)
+    count = answers.sum()
+    rest = batch.loss_mask.sum() - count
+    if count and rest:
+      share = config.answer_share
+      weights[answers] = share / (1 - share) * rest / count
+  return weights
 
 
 class Source(abc.ABC):
@@ -103,12 +162,15 @@ class Source(abc.ABC):
       end-of-text); None where bits per byte mean nothing.
     fingerprint: what the data are, fit for JSON: equal for equal data.
     chance: accuracy without seeing the answer's fact; None for text.
+    probes: names of the retrieval tasks that are asked beside the held-out
+      batches.
   """
 
   vocab_size: int
   token_bytes: Int32[np.ndarray, "V"] | None
   fingerprint: dict[str, Any]
   chance: float | None
+  probes: tuple[str, ...] = ()
 
   @abc.abstractmethod
   def train_batch(
@@ -123,6 +185,13 @@ class Source(abc.ABC):
     Raises:
       ValueError: index is beyond `num_eval_batches`.
     """
+
+  def probe_batch(
+    self, name: str, index: int, *, batch_size: int, context: int
+  ) -> Batch:
+    """A batch of a probe: the same for every seed and every model. Answers are
+    its only targets, and there are any number of batches."""
+    raise ValueError(f"name={name!r}: wanted one of {self.probes}.")
 
   @abc.abstractmethod
   def num_eval_batches(self, *, batch_size: int, context: int) -> int | None:
@@ -143,8 +212,11 @@ def load(config: DataConfig) -> Source:
     return _RecallSource(config)
   if isinstance(config, TextConfig):
     return _TextSource(config)
+  if isinstance(config, MixConfig):
+    return _MixSource(config)
   raise ValueError(
-    f"config is a {type(config).__name__}: wanted TextConfig or RecallConfig."
+    f"config is a {type(config).__name__}: wanted TextConfig, RecallConfig or"
+    " MixConfig."
   )
 
 
@@ -224,6 +296,16 @@ def _windows(stream: np.ndarray, starts: np.ndarray, context: int) -> Batch:
 # --- Recall ------------------------------------------------------------------
 
 
+class _Facts(NamedTuple):
+  """Facts to plant in rows of cells of two tokens: arrays [row, fact]."""
+
+  fact_cell: np.ndarray
+  query_cell: np.ndarray
+  keys: np.ndarray
+  values: np.ndarray
+  offset: np.ndarray  # which of its cell's two tokens a one-token fact takes
+
+
 class _RecallSource(Source):
   """Fresh sequences for every (seed, step).
 
@@ -266,6 +348,23 @@ class _RecallSource(Source):
   def _make(
     self, stream: tuple[int, ...], batch_size: int, context: int
   ) -> Batch:
+    rng = np.random.default_rng(stream)
+    facts = self.draw(rng, self._config.num_facts, batch_size, context)
+    tokens = rng.integers(
+      1, self._first_key, size=(batch_size, context + 1), dtype=np.int32
+    )
+    tokens[:, 0] = 0
+    distance = self.plant(tokens, facts, 0)
+    return Batch(tokens, distance >= 0, distance)
+
+  def draw(
+    self,
+    rng: np.random.Generator,
+    num_facts: int,
+    batch_size: int,
+    context: int,
+  ) -> _Facts:
+    """Where facts and their queries lie, and what they say."""
     config = self._config
     num_cells = context // 2
     longest = min(config.max_distance or context, context) // 2
@@ -275,44 +374,122 @@ class _RecallSource(Source):
         f"context={context} has no room for a fact and its query: wanted at"
         " least 4."
       )
-    rng = np.random.default_rng(stream)
-    shape = (batch_size, config.num_facts)
+    shape = (batch_size, num_facts)
     # Log-uniform over 1 .. longest cells: each octave gets the same share.
     apart = np.exp(rng.uniform(0.0, np.log(longest + 1), shape)).astype(int)
     apart = np.clip(apart, 1, longest)
     fact_cell = (rng.random(shape) * (num_cells - apart)).astype(int)
-    query_cell = fact_cell + apart
     keys = rng.permuted(
       np.tile(np.arange(config.num_keys), (batch_size, 1)), axis=1
-    )[:, : config.num_facts]
+    )[:, :num_facts]
     values = rng.integers(config.num_values, size=shape)
-    # Which of its cell's two tokens a one-token fact takes.
     offset = rng.integers(2, size=shape)
-    tokens = rng.integers(
-      1, self._first_key, size=(batch_size, context + 1), dtype=np.int32
-    )
-    tokens[:, 0] = 0
-    loss_mask = np.zeros((batch_size, context), np.bool_)
+    return _Facts(fact_cell, fact_cell + apart, keys, values, offset)
+
+  def plant(
+    self, tokens: Int32[np.ndarray, "B T+1"], facts: _Facts, first_id: int
+  ) -> Int32[np.ndarray, "B T"]:
+    """Overwrites tokens with the facts that find two free cells.
+
+    Args:
+      tokens: changed in place.
+      facts: what to plant, in order.
+      first_id: added to every id written.
+
+    Returns:
+      The batch's `distance`.
+    """
+    config = self._config
+    batch_size, context = tokens.shape[0], tokens.shape[1] - 1
     distance = np.full((batch_size, context), -1, np.int32)
-    taken = np.zeros((batch_size, num_cells), np.bool_)
-    for i in range(config.num_facts):
-      every = np.arange(batch_size)
-      free = ~(taken[every, fact_cell[:, i]] | taken[every, query_cell[:, i]])
+    taken = np.zeros((batch_size, context // 2), np.bool_)
+    every = np.arange(batch_size)
+    for fact, query, key, value, offset in zip(*(x.T for x in facts)):
+      free = ~(taken[every, fact] | taken[every, query])
       row = every[free]
-      fact, query = fact_cell[free, i], query_cell[free, i]
-      key, value = keys[free, i], values[free, i]
+      fact, query = fact[free], query[free]
+      key, value = key[free], value[free]
       taken[row, fact] = taken[row, query] = True
       if config.tokens_per_fact == 1:
-        fact_token = 1 + 2 * fact + offset[free, i]
+        fact_token = 1 + 2 * fact + offset[free]
         pair = key * config.num_values + value
-        tokens[row, fact_token] = self._first_fact + pair
+        tokens[row, fact_token] = first_id + self._first_fact + pair
       else:
         fact_token = 2 + 2 * fact
-        tokens[row, fact_token - 1] = self._first_key + key
-        tokens[row, fact_token] = self._first_value + value
+        tokens[row, fact_token - 1] = first_id + self._first_key + key
+        tokens[row, fact_token] = first_id + self._first_value + value
       query_token = 1 + 2 * query
-      tokens[row, query_token] = self._first_key + key
-      tokens[row, query_token + 1] = self._first_value + value
-      loss_mask[row, query_token] = True
+      tokens[row, query_token] = first_id + self._first_key + key
+      tokens[row, query_token + 1] = first_id + self._first_value + value
       distance[row, query_token] = query_token - fact_token
-    return Batch(tokens, loss_mask, distance)
+    return distance
+
+
+# --- Mix ---------------------------------------------------------------------
+
+
+class _MixSource(Source):
+  """Text with needles, and recall, over ids that follow the text's."""
+
+  probes = ("needle", "recall")
+
+  def __init__(self, config: MixConfig):
+    self._config = config
+    self._text = _TextSource(config.text)
+    self._recall = _RecallSource(config.recall)
+    text_ids = self._text.vocab_size
+    self.vocab_size = text_ids + self._recall.vocab_size
+    self.token_bytes = np.zeros(self.vocab_size, np.int32)
+    self.token_bytes[:text_ids] = self._text.token_bytes
+    self.chance = self._recall.chance
+    settings = ("recall_share", "num_needles", "answer_share")
+    self.fingerprint = {
+      "name": "text and retrieval",
+      **{name: getattr(config, name) for name in settings},
+      "vocab_size": self.vocab_size,
+      "chance": self.chance,
+      "text": self._text.fingerprint,
+      "recall": self._recall.fingerprint,
+    }
+
+  def train_batch(self, seed, step, *, batch_size, context) -> Batch:
+    shape: Any = dict(batch_size=batch_size, context=context)
+    text = self._text.train_batch(seed, step, **shape)
+    rng = np.random.default_rng((_MIX_STREAM, _TRAIN_STREAM, seed, step))
+    needles = self._with_needles(text, rng)
+    recall = self._moved(self._recall.train_batch(seed, step, **shape))
+    alone = rng.random(batch_size) < self._config.recall_share
+    return Batch(*(np.where(alone[:, None], *x) for x in zip(recall, needles)))
+
+  def eval_batch(self, index, *, batch_size, context) -> Batch:
+    return self._text.eval_batch(index, batch_size=batch_size, context=context)
+
+  def num_eval_batches(self, *, batch_size, context) -> int | None:
+    return self._text.num_eval_batches(batch_size=batch_size, context=context)
+
+  def probe_batch(self, name, index, *, batch_size, context) -> Batch:
+    shape: Any = dict(batch_size=batch_size, context=context)
+    if name == "recall":
+      return self._moved(self._recall.eval_batch(index, **shape))
+    if name != "needle":
+      return super().probe_batch(name, index, **shape)
+    # The text may come round again: the needles in it are others then.
+    windows = self._text.num_eval_batches(**shape)
+    rng = np.random.default_rng((_MIX_STREAM, _EVAL_STREAM, index))
+    text = self._text.eval_batch(index % max(windows, 1), **shape)
+    batch = self._with_needles(text, rng)
+    return batch._replace(loss_mask=batch.distance >= 0)
+
+  def _with_needles(self, text: Batch, rng: np.random.Generator) -> Batch:
+    tokens = text.tokens.copy()
+    batch_size, context = text.distance.shape
+    facts = self._recall.draw(
+      rng, self._config.num_needles, batch_size, context
+    )
+    distance = self._recall.plant(tokens, facts, self._text.vocab_size)
+    # Nothing can foretell where a fact or a query lies.
+    planted = tokens[:, 1:] >= self._text.vocab_size
+    return Batch(tokens, ~planted | (distance >= 0), distance)
+
+  def _moved(self, recall: Batch) -> Batch:
+    return recall._replace(tokens=recall.tokens + self._text.vocab_size)

@@ -16,11 +16,14 @@ from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 
 from train.runs import (
   BASELINE,
+  BITS,
   Metric,
+  Probe,
   Run,
   chance_of,
   metrics_of,
   paired_runs,
+  probes_of,
   t_interval,
   token_budget,
 )
@@ -256,13 +259,16 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
     "block_recall": "Block recall",
     "score_recall": "Score recall",
   }
+  first = runs[0].rows["layers"][0]["layers"][0]
+  if first.get("facts_found") is not None:
+    titles["facts_found"] = "Asked facts in chosen blocks"
   steps, values = _mean_curve(
     runs,
     lambda r: [[_number(x[k]) for k in titles] for x in r["layers"]],
     "layers",
   )
   ids = [x["layer"] for x in runs[0].rows["layers"][0]["layers"]]
-  figure, axes = _figure(11, 4.2, columns=3)
+  figure, axes = _figure(11 + 3 * (len(titles) - 3), 4.2, columns=len(titles))
   shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ids)))
   for column, title in enumerate(titles.values()):
     axis = axes[0, column]
@@ -333,12 +339,12 @@ def selection_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
   return figure
 
 
-def _draw_distance(axes, sides, colors) -> None:
+def _draw_distance(axes, sides, colors, probe: Probe) -> None:
   for marker, (side, runs) in zip(itertools.cycle("osD^v"), sides.items()):
-    done = [r for r in runs if r.finished and r.final.get("by_distance")]
+    done = [r for r in runs if r.finished and r.final.get(probe.by_distance)]
     curves = []
     for run in done:
-      bins = [b for b in run.final["by_distance"] if b["count"]]
+      bins = [b for b in run.final[probe.by_distance] if b["count"]]
       x = [math.sqrt(max(b["low"], 1) * max(b["high"], 1)) for b in bins]
       curves.append([100 * b["accuracy"] for b in bins])
       if len(done) > 1:
@@ -379,13 +385,54 @@ def _draw_distance(axes, sides, colors) -> None:
   axes.set_ylabel("Answers right (%)")
 
 
-def distance_figure(task, sides, colors) -> Figure | None:
-  if not any(r.final.get("by_distance") for rs in sides.values() for r in rs):
-    return None
+def distance_figure(task, sides, colors, probe: Probe) -> Figure | None:
+  """Answers right after training, by distance."""
   figure, ((axes,),) = _figure()
-  _draw_distance(axes, sides, colors)
-  axes.set_title(f"{task}: answers right after training, by distance", pad=18)
+  _draw_distance(axes, sides, colors, probe)
+  name = f"{probe.name}, " if probe.name else ""
+  axes.set_title(
+    f"{task}: {name}answers right after training, by distance", pad=18
+  )
   _legend(figure, axes)
+  return figure
+
+
+def speed_figure(rows: list[dict], colors) -> Figure:
+  """Step time and memory against context, a line a side and phase."""
+  lines: dict[tuple[str, str], list[dict]] = {}
+  for row in rows:
+    lines.setdefault((row["side"], row["phase"]), []).append(row)
+  panels = (
+    ("step_ms", 1.0, "Step (ms)"),
+    ("mfu", 100.0, "MFU (%)"),
+    ("peak_bytes", 2.0**-30, "Peak memory (GiB)"),
+  )
+  panels = [p for p in panels if any(r[p[0]] is not None for r in rows)]
+  figure, axes = _figure(1 + 3.4 * len(panels), 4.4, columns=len(panels))
+  for (side, phase), members in lines.items():
+    members = sorted(members, key=lambda row: row["context"])
+    for (key, scale, title), axis in zip(panels, axes[0]):
+      points = [(r["context"], r[key]) for r in members if r[key] is not None]
+      if points:
+        x, y = zip(*points)
+        axis.plot(
+          x,
+          [scale * v for v in y],
+          color=colors.get(side, "#333333"),
+          ls="--" if phase == "warmup" else "-",
+          marker="o",
+          ms=4,
+          label=f"{side_name(side)}, {phase.replace('warmup', 'warm-up')}",
+        )
+      axis.set_title(title)
+  for axis in axes[0]:
+    axis.set_xscale("log", base=2)
+    ticks = sorted({row["context"] for row in rows})
+    axis.set_xticks(ticks, [f"{t / 1024:g}K" for t in ticks])
+    axis.xaxis.set_minor_locator(NullLocator())
+    axis.set_xlabel("Context (tokens)")
+    axis.set_ylim(bottom=0)
+  _legend(figure, axes[0, 0])
   return figure
 
 
@@ -396,17 +443,25 @@ def overview_figure(
   panels = []
   for task, sides in tasks.items():
     finals = [r.final for rs in sides.values() for r in rs if r.final]
-    by_distance = any(f.get("by_distance") for f in finals)
-    if finals and by_distance not in [panel[0] for panel in panels]:
-      panels.append((by_distance, task, sides, metrics_of(finals)[0]))
+    probes = probes_of(finals)
+    metrics = [m for m in metrics_of(finals) if not m.higher_is_better]
+    if (finals and not probes) or metrics[:1] == [BITS]:
+      panels.append((task, sides, metrics[0], None))
+    if probes:
+      panels.append((task, sides, None, probes[0]))
+  # The first curve, then the first retrieval.
+  panels = [
+    next((panel for panel in panels if (panel[3] is None) == curve), None)
+    for curve in (True, False)
+  ]
+  panels = [panel for panel in panels if panel]
   if not panels:
     return None
-  panels.sort(key=lambda panel: panel[0])
   figure, axes = _figure(8, 3.7, columns=len(panels))
-  for axis, (by_distance, task, sides, metric) in zip(axes[0], panels):
-    if by_distance:
-      _draw_distance(axis, sides, colors)
-      title = f"{task}: accuracy by distance"
+  for axis, (task, sides, metric, probe) in zip(axes[0], panels):
+    if probe:
+      _draw_distance(axis, sides, colors, probe)
+      title = f"{task}: {probe.name or 'accuracy'} by distance"
     else:
       _draw_curves(axis, sides, colors, metric, "step")
       axis.set_xlabel("Training steps")

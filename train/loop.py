@@ -3,14 +3,16 @@
 import contextlib
 import dataclasses
 import io
+import json
 import pathlib
 import time
-from typing import NamedTuple, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 
 from msa_jax import model as model_lib
+from pallas_kernels import cases
 from train import config as config_lib
 from train import data as data_lib
 from train.checkpoint import Checkpoints, RunFolder, replace_file
@@ -23,6 +25,9 @@ from train.program import (
   unflatten_state,
 )
 from train.progress import Progress
+
+# Queries whose chosen blocks selection.npz holds one by one.
+SAVED_QUERIES = 2048
 
 
 class NonFiniteError(FloatingPointError):
@@ -55,16 +60,19 @@ def run(
   config: config_lib.RunConfig,
   source: data_lib.Source | None = None,
   program: Program | None = None,
-) -> dict:
+  stop_at: float | None = None,
+) -> dict | None:
   """Trains a run, or goes on with one that was stopped.
 
   Args:
     config: its `folder` is where everything is written.
     source: the config's data, where they are loaded already.
     program: of another seed of the side, where there is one: saves time.
+    stop_at: when to stop with a checkpoint, as time.monotonic() counts; the
+      step or evaluation at work is finished first. None: never.
 
   Returns:
-    What done.json holds.
+    What done.json holds; None if it was stopped.
 
   Raises:
     ValueError: the config cannot run here, or the folder belongs to another
@@ -82,7 +90,7 @@ def run(
       print(f"{folder.path}: finished at step {finished['step']} before.")
       return finished
     program = Program(config) if program is None else program.for_run(config)
-    return _Run(config, source, folder, program).train()
+    return _Run(config, source, folder, program).train(stop_at)
   finally:
     folder.close()
 
@@ -129,6 +137,7 @@ class _Run:
     self.program = program
     self.first = config.recipe.init_step or 0
     self.memory: int | None = None
+    self.saved: int | None = None
     seconds = 0.0
     if folder.start:
       wanted = flatten_state(self.program.abstract_state)
@@ -148,7 +157,7 @@ class _Run:
   def tokens(self, step: int) -> int:
     return step * self.config.batch_size * self.config.context
 
-  def train(self) -> dict:
+  def train(self, stop_at: float | None) -> dict | None:
     config = self.config
     label = f"{config.task}/{config.side} seed {config.seed}"
     pending: _Pending | None = None
@@ -181,6 +190,15 @@ class _Run:
           pending = None
           with self.clock.stopped():
             self._pause(step)
+        if (
+          stop_at is not None
+          and time.monotonic() > stop_at
+          and step < config.num_steps
+        ):
+          self._record(pending)
+          self._save(step)
+          print(f"{self.folder.path}: stopped at step {step}.", flush=True)
+          return None
       self._record(pending)
       return self._finish()
 
@@ -231,6 +249,7 @@ class _Run:
 
   def _stop(self, step: int, why: str) -> NoReturn:
     saved = self.folder.checkpoints.latest()
+    self.folder.mark_broken(step, why)
     raise NonFiniteError(
       f"step {step}: the training is not finite any more ({why}). The last good"
       " checkpoint is"
@@ -257,7 +276,14 @@ class _Run:
     phase, last = config.phase(step), step == config.num_steps
     params = self.state.params
     if step % config.eval_every == 0 or last:
-      result = self.program.evaluate(params, self.source, phase)
+      probe_batches = config.probe_batches if last else None
+      result = self.program.evaluate(
+        params,
+        self.source,
+        phase,
+        batches=config.eval_batches,
+        probe_batches=probe_batches or config.eval_batches,
+      )
       if not np.isfinite(result["loss"]):
         self._stop(step, f"held-out loss {result['loss']}")
       self._log(self._stamp("eval", step) | result)
@@ -266,30 +292,59 @@ class _Run:
       row = {"kind": "layers", "step": step, "phase": phase}
       self._log(row | {"layers": self.program.layer_rows(*measured)})
     if step % config.checkpoint_every == 0 or step in config.keep_steps or last:
+      self._save(step)
+
+  def _save(self, step: int) -> None:
+    if step != self.saved:
       self.folder.save(step, flatten_state(self.state), self.clock.seconds)
+      self.saved = step
 
   def _finish(self) -> dict:
     config = self.config
     if self.program.msa_layers:
-      layers = self.program.msa_layers
-      _, selection = self.program.measure(
-        self.state.params, self.source, config.phase(config.num_steps)
-      )
-      block_size = config.model.index.block_size
-      content = io.BytesIO()
-      np.savez_compressed(
-        content,
-        counts=selection_counts(
-          selection.block_indices[np.asarray(layers)], block_size
-        ),
-        layers=np.asarray(layers),
-        block_size=np.asarray(block_size),
-      )
-      if jax.process_index() == 0:
-        replace_file(self.folder.path / "selection.npz", content.getvalue())
+      self._save_selection()
     done = {"step": config.num_steps, "final": self.folder.last_eval()}
     self.folder.finish(done)
     return done
+
+  def _save_selection(self) -> None:
+    """Writes selection.npz: what the trained model chose on held-out text.
+
+    `counts` as in `selection_counts`; for each layer and group the statistics
+    of `cases.sharing`; `block_indices` of the last queries of one row, int16
+    [L, K, query, P]; `about`: how it was made, as JSON.
+    """
+    config = self.config
+    layers = np.asarray(self.program.msa_layers)
+    block_size = config.model.index.block_size
+    _, selection, _ = self.program.measure(
+      self.state.params, self.source, config.phase(config.num_steps)
+    )
+    ids = selection.block_indices[layers]
+    statistics = {name: [] for name in cases.SHARING}
+    for layer in ids:
+      found = cases.sharing(layer, block_size=block_size)
+      for name in cases.SHARING:
+        statistics[name].append(np.asarray(found[name]))
+    about = {
+      "made_by": "the end of the run in this folder",
+      "rows": ids.shape[1],
+      "context": config.context,
+      "top_k": config.model.index.top_k,
+      "last_queries_of_row": 0,
+    }
+    arrays: dict[str, Any] = {
+      "counts": selection_counts(ids, block_size),
+      "layers": layers,
+      "block_size": np.asarray(block_size),
+      "block_indices": ids[:, 0, :, -SAVED_QUERIES:].astype(np.int16),
+      "about": np.asarray(json.dumps(about)),
+    }
+    arrays |= {name: np.stack(values) for name, values in statistics.items()}
+    content = io.BytesIO()
+    np.savez_compressed(content, **arrays)
+    if jax.process_index() == 0:
+      replace_file(self.folder.path / "selection.npz", content.getvalue())
 
 
 def load_model(

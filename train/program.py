@@ -8,6 +8,7 @@ has its own clipping, Adam moments and learning rate.
 import contextlib
 import copy
 import dataclasses
+import functools
 import math
 import pathlib
 from typing import Any, Literal, NamedTuple
@@ -93,7 +94,7 @@ class Program:
       state,
       self.state_shardings,
     )
-    self._compiled: dict[str, Any] = {}
+    self._compiled: dict[tuple[str, str], Any] = {}
     self._jit_init = jax.jit(
       self._fresh_state, out_shardings=self.state_shardings
     )
@@ -303,7 +304,7 @@ class Program:
     self,
     params: Params,
     tokens: jax.Array,
-    loss_mask: jax.Array,
+    weights: jax.Array,
     kl_weight: float | jax.Array,
     *,
     phase: str,
@@ -313,7 +314,8 @@ class Program:
     Args:
       params: parameters by name.
       tokens: int32 [part, row, context + 1].
-      loss_mask: bool [part, row, context], the targets that count.
+      weights: float32 [part, row, context], what each target counts; the LM
+        loss is the weighted mean.
       kl_weight: lambda.
       phase: "dense", "warmup" or "sparse".
 
@@ -322,12 +324,12 @@ class Program:
       any number of parts; with MoE layers also "load", [L, X] choices of each
       expert in each of them.
     """
-    count = jnp.maximum(jnp.sum(loss_mask), 1)
+    count = jnp.maximum(jnp.sum(weights), 1)
     parts = tokens.shape[0]
 
-    def part_loss(params, tokens, loss_mask):
+    def part_loss(params, tokens, weights):
       out = self._apply(params, tokens, phase=phase, with_kl=self.has_index)
-      lm = jnp.sum(_cross_entropy(out.logits, tokens) * loss_mask) / count
+      lm = jnp.sum(_cross_entropy(out.logits, tokens) * weights) / count
       kl = jnp.sum(out.kl) / parts
       metrics = {"loss": lm, "kl": kl}
       if out.experts is not None:
@@ -339,14 +341,14 @@ class Program:
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
     if parts == 1:
-      return grad(params, tokens[0], loss_mask[0])
+      return grad(params, tokens[0], weights[0])
 
     def add(total, part):
       return jax.tree.map(jnp.add, total, grad(params, *part)), None
 
-    first = jax.eval_shape(grad, params, tokens[0], loss_mask[0])
+    first = jax.eval_shape(grad, params, tokens[0], weights[0])
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    return jax.lax.scan(add, zeros, (tokens, loss_mask))[0]
+    return jax.lax.scan(add, zeros, (tokens, weights))[0]
 
   def _apply(self, params: Params, tokens: jax.Array, *, phase: str, **kwargs):
     return self.merge(params)(
@@ -355,11 +357,11 @@ class Program:
       **kwargs,
     )
 
-  def _step(self, state: TrainState, tokens, loss_mask, rate, *, phase: str):
+  def _step(self, state: TrainState, tokens, weights, rate, *, phase: str):
     (_, metrics), grads = self.loss(
       state.params,
       tokens,
-      loss_mask,
+      weights,
       self.config.recipe.kl_weight,
       phase=phase,
     )
@@ -430,21 +432,13 @@ class Program:
       array.shape, NamedSharding(self.mesh, spec), lambda index: array[index]
     )
 
-  def compile(self, phase: str) -> int | None:
-    """Compiles the training step of a phase; returns the bytes it needs on
-    one device, where the compiler says so."""
-    if phase not in self._compiled:
-      config = self.config
-      rows = np.zeros((config.batch_size, config.context + 1), np.int32)
-      with self.context():
-        self._compiled[phase] = self._jit_step.lower(
-          self.abstract_state,
-          self.put(rows, parts=True),
-          self.put(rows[:, 1:] == 0, parts=True),
-          np.float32(0),
-          phase=phase,
-        ).compile()
-    memory = self._compiled[phase].memory_analysis()
+  def compile(self, phase: str, function: str = "step") -> int | None:
+    """Compiles "step", "evaluate" or "measure" for a phase; returns the bytes
+    it needs on one device, where the compiler says so."""
+    key = function, phase
+    if key not in self._compiled:
+      self._compiled[key] = self._lower(*key).compile()
+    memory = self._compiled[key].memory_analysis()
     if memory is None:
       return None
     return int(
@@ -454,19 +448,44 @@ class Program:
       + memory.temp_size_in_bytes
     )
 
+  def _lower(self, function: str, phase: str) -> Any:
+    config, params = self.config, self.abstract_state.params
+    with self.context():
+      if function == "step":
+        rows = np.zeros((config.batch_size, config.context + 1), np.int32)
+        return self._jit_step.lower(
+          self.abstract_state,
+          self.put(rows, parts=True),
+          self.put(rows[:, 1:].astype(np.float32), parts=True),
+          np.float32(0),
+          phase=phase,
+        )
+      rows = np.zeros(
+        (self.eval_shape["batch_size"], config.context + 1), np.int32
+      )
+      tokens = self.put(rows)
+      if function == "evaluate":
+        mask = self.put(rows[:, 1:] == 0)
+        return self._jit_eval.lower(params, tokens, mask, phase=phase)
+      return self._jit_measure.lower(params, tokens, phase=phase)
+
+  def _call(self, function: str, phase: str, *operands):
+    self.compile(phase, function)
+    with self.context():
+      return self._compiled[function, phase](*operands)
+
   def step(self, state: TrainState, batch: data_lib.Batch, step: int):
     """One optimiser step (counted from 1); does not wait for its end."""
     config = self.config
-    phase = config.phase(step)
-    self.compile(phase)
     rate = config.optimizer.schedule(step, config.num_steps)
-    with self.context():
-      return self._compiled[phase](
-        state,
-        self.put(batch.tokens, parts=True),
-        self.put(batch.loss_mask, parts=True),
-        np.float32(rate),
-      )
+    return self._call(
+      "step",
+      config.phase(step),
+      state,
+      self.put(batch.tokens, parts=True),
+      self.put(data_lib.loss_weights(config.data, batch), parts=True),
+      np.float32(rate),
+    )
 
   @property
   def eval_shape(self) -> dict[str, int]:
@@ -475,41 +494,72 @@ class Program:
     return {"batch_size": rows, "context": self.config.context}
 
   def evaluate(
-    self, params: Params, source: data_lib.Source, phase: str
+    self,
+    params: Params,
+    source: data_lib.Source,
+    phase: str,
+    *,
+    batches: int,
+    probe_batches: int,
   ) -> dict:
-    """Loss and answers on the held-out batches."""
+    """Loss and answers on the held-out batches, and answers to the probes."""
+    run = functools.partial(self._evaluate_batches, params, source, phase)
+    get = functools.partial(source.eval_batch, **self.eval_shape)
+    losses, counts, sizes, answers = run(batches, get)
+    result = {
+      "loss": sum(losses) / sum(counts),
+      "bits_per_byte": bits_per_byte(sum(losses), sizes),
+      **answers,
+      "batch_loss": [loss / max(n, 1) for loss, n in zip(losses, counts)],
+    }
+    for name in source.probes:
+      get = functools.partial(source.probe_batch, name, **self.eval_shape)
+      *_, answers = run(probe_batches, get)
+      result |= {f"{name}_{key}": value for key, value in answers.items()}
+    return result
+
+  def _evaluate_batches(self, params, source, phase: str, number: int, get):
+    """Loss, targets and bytes of each batch, and the answers of all."""
     losses, counts, sizes, right, distances = [], [], [], [], []
-    for index in range(self.config.eval_batches):
-      batch = source.eval_batch(index, **self.eval_shape)
-      with self.context():
-        loss, correct = self._jit_eval(
-          params,
-          self.put(batch.tokens),
-          self.put(batch.loss_mask),
-          phase=phase,
-        )
-      answers = batch.distance >= 0
+    for index in range(number):
+      batch = get(index)
+      tokens, mask = self.put(batch.tokens), self.put(batch.loss_mask)
+      loss, correct = self._call("evaluate", phase, params, tokens, mask)
+      asked = batch.distance >= 0
       losses.append(float(loss))
       counts.append(int(batch.loss_mask.sum()))
       sizes.append(count_bytes(source, batch))
-      right.append(np.asarray(correct)[answers])
-      distances.append(batch.distance[answers])
+      right.append(np.asarray(correct)[asked])
+      distances.append(batch.distance[asked])
     right, distances = np.concatenate(right), np.concatenate(distances)
-    return {
-      "loss": sum(losses) / sum(counts),
-      "bits_per_byte": bits_per_byte(sum(losses), sizes),
+    answers = {
       "accuracy": float(right.mean()) if right.size else None,
       "by_distance": by_distance(right, distances) if right.size else None,
-      "batch_loss": [loss / max(n, 1) for loss, n in zip(losses, counts)],
     }
+    return losses, counts, sizes, answers
 
   def measure(self, params: Params, source: data_lib.Source, phase: str):
-    """KL by layer and selection of the first held-out batch, as NumPy."""
+    """What the msa layers do on held-out batches, as NumPy.
+
+    Returns:
+      (KL by layer and selection of the first batch, `facts_found` of the first
+      batch that asks for facts; None if the data ask for none).
+    """
+
+    def run(batch: data_lib.Batch):
+      tokens = self.put(batch.tokens)
+      return jax.device_get(self._call("measure", phase, params, tokens))
+
     batch = source.eval_batch(0, **self.eval_shape)
-    with self.context():
-      return jax.device_get(
-        self._jit_measure(params, self.put(batch.tokens), phase=phase)
-      )
+    kl, selection = run(batch)
+    asked = selection
+    if source.probes:
+      batch = source.probe_batch(source.probes[0], 0, **self.eval_shape)
+      asked = run(batch)[1]
+    found = facts_found(
+      asked.block_indices, batch.distance, self.model_config.index
+    )
+    return kl, selection, found
 
   @property
   def msa_layers(self) -> list[int]:
@@ -533,7 +583,7 @@ class Program:
       for layer, share in zip(self.moe_layers, shares, strict=True)
     ]
 
-  def layer_rows(self, kl, selection) -> list[dict]:
+  def layer_rows(self, kl, selection, found) -> list[dict]:
     """KL and recalls of the msa layers; None for what is not defined."""
 
     def number(value) -> float | None:
@@ -545,6 +595,7 @@ class Program:
         "kl": number(kl[layer]) if self.has_index else None,
         "block_recall": number(selection.block_recall[layer]),
         "score_recall": number(selection.score_recall[layer]),
+        "facts_found": None if found is None else number(found[layer]),
       }
       for layer in self.msa_layers
     ]
@@ -603,8 +654,9 @@ def unflatten_state(flat: dict[str, Any], like: TrainState) -> TrainState:
 
 
 def count_bytes(source: data_lib.Source, batch: data_lib.Batch) -> int | None:
-  """Bytes of text that a batch's counted targets stand for."""
-  if source.token_bytes is None:
+  """Bytes of text that a batch's counted targets stand for; None if not all of
+  them are text."""
+  if source.token_bytes is None or (batch.distance >= 0).any():
     return None
   targets = batch.tokens[:, 1:][batch.loss_mask]
   return int(source.token_bytes[targets].sum())
@@ -628,6 +680,32 @@ def by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
     }
     for i in sorted(set(bins.tolist()))
   ]
+
+
+def facts_found(
+  block_indices: np.ndarray, distance: np.ndarray, index: model_lib.IndexConfig
+) -> np.ndarray | None:
+  """Of the facts that are asked for, beyond the blocks that every query reads:
+  the share whose block some group of the asking token chose.
+
+  Args:
+    block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
+    distance: int32 [B, T], tokens back to the fact; -1: nothing is asked.
+    index: sizes of the selection.
+
+  Returns:
+    float [L]; None where no such fact is asked for.
+  """
+  row, query = np.nonzero(distance >= 0)
+  block = (query - distance[row, query]) // index.block_size
+  own = query // index.block_size
+  far = own - block >= max(index.num_local_blocks, 1)
+  if not far.any():
+    return None
+  row, query, block = row[far], query[far], block[far]
+  chosen = block_indices[:, row, :, query]  # [fact, L, K, P]
+  hit = (chosen == block[:, None, None, None]).any((-1, -2))
+  return hit.mean(0)
 
 
 def selection_counts(block_indices: np.ndarray, block_size: int) -> np.ndarray:

@@ -108,8 +108,10 @@ def _note(row: dict) -> str:
     words.append(f"bits/byte {row['bits_per_byte']:.4f}")
   if row["kind"] == "eval":
     words.insert(0, "held out:")
-    if row["accuracy"] is not None:
-      words.append(f"right {100 * row['accuracy']:.1f} %")
+    for name, value in row.items():
+      if name.endswith("accuracy") and value is not None:
+        task = name.removesuffix("accuracy").replace("_", " ")
+        words.append(f"{task}right {100 * value:.1f} %")
     return "  ".join(words)
   if row["kl"] is not None:
     words.append(f"kl {row['kl']:.4f}")

@@ -11,7 +11,6 @@ import itertools
 import json
 import math
 import shutil
-import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -20,6 +19,7 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
+from train import tables
 from train.figures import (
   COLORS,
   STYLE,
@@ -30,20 +30,24 @@ from train.figures import (
   overview_figure,
   selection_figure,
   side_name,
+  speed_figure,
 )
 from train.runs import (
   BASELINE,
   Metric,
+  Probe,
   Run,
   chance_of,
   check_comparable,
   check_runs,
   flatten,
+  gaps_by_distance,
   group_by_side,
   metrics_of,
   paired_gap,
   paired_runs,
   planned_runs,
+  probes_of,
   read_runs,
   recall_beyond,
   token_budget,
@@ -72,13 +76,19 @@ def verdict(
   if number == 1 and short:
     return text + ", from one seed."
   if number == 1:
-    return text + (
+    text += (
       f"; {name} ends {word}. This is one seed, so there is no interval: it "
       "cannot tell this gap from the luck of one initialisation and one order "
       f"of batches. ({name} has the higher loss in "
       f"{found['batches_with_higher_loss'][0]} of {found['batches'][0]} "
-      "held-out batches; that tells how the gap varies over the data, not "
-      "over runs.)"
+      "held-out batches"
+    )
+    if found["batch_percent_interval"]:
+      low, high = found["batch_percent_interval"]
+      text += ", and over them the gap has a 95 % interval from "
+      text += f"{low:+.2f} % to {high:+.2f} %"
+    return text + (
+      "; that tells how the gap varies over the data, not over runs.)"
     )
   text += f", the mean of {number} seeds, with a 95 % interval from "
   text += " to ".join(map(shown, found["interval"]))
@@ -155,75 +165,16 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
   return f'<div class="wide"><table>{line(header, "th")}{body}</table></div>'
 
 
-def _bytes(value: float | None) -> str:
-  if not value:
-    return "not measured"
-  return (
-    f"{value / 2**30:.2f} GiB"
-    if value >= 2**30
-    else (f"{value / 2**20:.0f} MiB")
-  )
+def _rows(rows: tables.Rows) -> str:
+  return _table(list(rows[0]), [list(row.values()) for row in rows])
 
 
-def _spread(values: Sequence[float], digits: int) -> str:
-  if not values:
-    return "–"
-  text = f"{statistics.fmean(values):.{digits}f}"
-  if len(values) > 1:
-    text += f" ± {statistics.stdev(values):.{digits}f}"
-  return text
-
-
-def _performance(sides: dict[str, list[Run]], metrics: list[Metric]) -> list:
-  """One row a side for the table of results, speed, memory and size."""
-  rows = []
-  for side, runs in sides.items():
-    done = [r for r in runs if r.finished]
-    speeds: dict[str, list[float]] = {}
-    for run in runs:
-      for phase, speed in run.speed().items():
-        word = phase.replace("warmup", "warm-up")
-        speeds.setdefault(word, []).append(speed)
-    peaks = [
-      row["peak_bytes"]
-      for r in runs
-      for row in r.rows["train"]
-      if row.get("peak_bytes")
-    ]
-    size = runs[0].environment.get("parameters") or {}
-    index = size.get("index", 0)
-    rows.append(
-      {
-        "side": side_name(side),
-        "finished runs": f"{len(done)} of {len(runs)}",
-        **{
-          f"{m.title.lower()} ({m.unit})": _spread(
-            [r.final[m.key] * m.scale for r in done], m.digits
-          )
-          for m in metrics
-        },
-        "tokens/s": ", ".join(
-          f"{phase} {statistics.median(v):,.0f}" for phase, v in speeds.items()
-        )
-        or "–",
-        "training time": _spread([r.final["seconds"] / 60 for r in done], 1)
-        + " min",
-        "peak memory": _bytes(max(peaks, default=None)),
-        "parameters": f"{size['total']:,}" if size else "–",
-        "of these, index branch": (
-          f"{index:,} ({100 * index / size['total']:.2f} %)" if size else "–"
-        ),
-      }
-    )
-  return rows
-
-
-def _recall_words(sides: dict[str, list[Run]]) -> Iterable[str]:
+def _recall_words(sides: dict[str, list[Run]], probe: Probe) -> Iterable[str]:
   """Is each side ahead of chance where the local block cannot help."""
   reach, parts = token_budget(sides), []
   chance = chance_of(next(iter(sides.values()))[0])
   for side, runs in sides.items():
-    found = recall_beyond(runs, reach[0]) if reach and chance else None
+    found = recall_beyond(runs, reach[0], probe) if reach and chance else None
     if found and chance:
       accuracy, count = found
       ahead = accuracy > chance + 3 * math.sqrt(chance * (1 - chance) / count)
@@ -233,7 +184,8 @@ def _recall_words(sides: dict[str, list[Run]]) -> Iterable[str]:
       )
   if parts and reach and chance:
     yield (
-      f"Facts {reach[0]} or more tokens back, beyond the local block: "
+      (f"{probe.name.capitalize()}: facts" if probe.name else "Facts")
+      + f" {reach[0]} or more tokens back, beyond the local block: "
       f"{', '.join(parts)}. Chance is {100 * chance:.1f} %; ahead means by "
       "more than three standard errors."
     )
@@ -305,7 +257,12 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
         + ", ".join(f"{n:,}" for n in sorted(rest))
       )
   for run in every:
-    if not run.finished:
+    if run.broken and not run.finished:
+      words.append(
+        f"{run.label} broke down at step {run.broken['step']}"
+        f" ({run.broken['why']}): it is in no mean and no gap."
+      )
+    elif not run.finished:
       at = run.rows["train"][-1]["step"] if run.rows["train"] else 0
       words.append(
         f"{run.label} is not finished (at step {at}): its curve is dotted, "
@@ -479,11 +436,13 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         verdict(side_name(side), side_name(BASELINE), m, found, i > 0)
         for i, (m, found) in enumerate(zip(metrics, gaps[side]))
       ]
-    words += _recall_words(sides)
+    probes = probes_of(finals)
+    for probe in probes:
+      words += _recall_words(sides, probe)
     paragraphs(words, "say")
-    table = _performance(sides, metrics)
+    table = tables.performance_rows(sides, metrics)
     body.append("<h3>Results, speed and size</h3>")
-    body.append(_table(list(table[0]), [list(r.values()) for r in table]))
+    body.append(_rows(table))
     body.append(
       '<p class="small">± is the standard deviation over seeds. Tokens/s is '
       "the median over log intervals of each phase, without the first, which "
@@ -502,6 +461,14 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         for s, rs in sides.items()
       },
     }
+    if found := tables.ablation_rows(sides, metrics):
+      body.append("<h3>Ablations</h3>")
+      body.append(_rows(found))
+      body.append(
+        '<p class="small">Gaps are paired by seed, with a 95 % t-interval '
+        "where there is more than one; the paper's are at another scale.</p>"
+      )
+      summary["tasks"][task]["ablations"] = found
     spread = "Thin lines are single seeds, thick lines the mean."
     body.append("<h3>Figures</h3>")
     for metric in metrics if finals else []:
@@ -524,13 +491,27 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "Side minus baseline, paired by seed on the same held-out tokens. "
         "The band is the Student-t 95 % interval of the mean at each step.",
       )
-    add(
-      distance_figure(task, sides, colors),
-      f"{task}_distance",
-      "Distance is how many tokens the fact lies before its question. Beyond "
-      "the mark “local block” a fact is never in the blocks that are always "
-      "read; “tokens read” is how many one query reads in a sparse layer.",
-    )
+    for probe in probes:
+      add(
+        distance_figure(task, sides, colors, probe),
+        f"{task}_{probe.prefix}distance",
+        "Distance is how many tokens the fact lies before its question. Beyond "
+        "the mark “local block” a fact is never in the blocks that are always "
+        "read; “tokens read” is how many one query reads in a sparse layer.",
+      )
+      distances = {
+        side: gaps_by_distance(paired_runs(sides, side), probe)
+        for side in sides
+        if side != BASELINE and BASELINE in sides
+      }
+      if rows := tables.distance_rows(distances):
+        body.append(_rows(rows))
+        body.append(
+          '<p class="small">± is the standard error of a difference between '
+          "two sets of answers; the sides are asked for the same facts, so the "
+          "true one is smaller.</p>"
+        )
+      summary["tasks"][task][f"{probe.prefix}by_distance"] = distances
     for side, runs in sides.items():
       add(
         layers_figure(task, side, runs),
@@ -545,6 +526,17 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "Colour: the share of a query block's queries that chose a key block, "
         "on a held-out batch after training. Grey: blocks in the future.",
       )
+    if found := tables.sharing_rows(sides):
+      body.append("<h3>How much neighbouring queries share</h3>")
+      body.append(_rows(found))
+      body.append(
+        '<p class="small">Of held-out text after training, queries that see '
+        "more than twice the blocks they choose. union8: distinct blocks that "
+        "8 neighbours choose; first, previous: share of the queries that "
+        "choose block 0, the block before their own; kept: share of a query's "
+        "blocks that the query four blocks later chooses.</p>"
+      )
+      summary["tasks"][task]["sharing"] = found
     fields = sorted({f for d in different[task].values() for f in d})
     body.append("<h3>What the sides' configs differ in</h3>")
     body.append(
@@ -572,6 +564,20 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
     body.append(
       f"<details><summary>Config of {html.escape(side_name(next(iter(sides))))}"
       f"</summary><pre>{html.escape(config)}</pre></details>"
+    )
+  speed = folder / "speed.json"
+  if speed.exists():
+    summary["speed"] = json.loads(speed.read_text())
+    body.append("<h2>Speed of a training step</h2>")
+    body.append(_rows(tables.speed_rows(summary["speed"]["rows"])))
+    add(
+      speed_figure(summary["speed"]["rows"], colors),
+      "speed",
+      "Steps of equally many tokens at each context, of the models after "
+      "training where trained steps are given: how much neighbours share their "
+      "choices moves MSA's times. MFU counts what each side cannot do without, "
+      "so MSA's is of fewer operations. Memory is what the compiler plans. "
+      "{device}, {started}, {command}".format(**summary["speed"]),
     )
   body.append("<h2>How it was run</h2>")
   runs = [r for sides in tasks.values() for rs in sides.values() for r in rs]

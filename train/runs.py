@@ -44,8 +44,27 @@ class Metric:
 
 
 BITS = Metric("bits_per_byte", "Held-out loss", "bits per byte")
-ACCURACY = Metric("accuracy", "Held-out answers right", "%", 100.0, True)
 NATS = Metric("loss", "Held-out loss", "nats per token")
+
+
+@dataclasses.dataclass(frozen=True)
+class Probe:
+  """A kind of retrieval; prefix is that of its fields in an eval row."""
+
+  prefix: str
+
+  @property
+  def name(self) -> str:
+    return self.prefix.rstrip("_")
+
+  @property
+  def by_distance(self) -> str:
+    return f"{self.prefix}by_distance"
+
+  @property
+  def accuracy(self) -> Metric:
+    title = f"{self.name or 'held-out'} answers right".capitalize()
+    return Metric(f"{self.prefix}accuracy", title, "%", 100.0, True)
 
 
 @dataclasses.dataclass
@@ -60,6 +79,7 @@ class Run:
   environment: dict
   rows: dict[str, list[dict]]  # by kind: "train", "eval", "layers"
   finished: bool
+  broken: dict  # step and why, where its numbers stopped being finite
 
   @property
   def label(self) -> str:
@@ -201,9 +221,9 @@ def read_runs(folder: Path) -> list[Run]:
         f"{[config.get(name) for name in wanted]}"
       )
     finished = done and bool(rows["eval"])
-    runs.append(
-      Run(path, task, side, int(seed), config, environment, rows, finished)
-    )
+    broken = _read_json(path / "broken.json")
+    about = (task, side, int(seed), config, environment)
+    runs.append(Run(path, *about, rows, finished, broken))
   if not runs:
     raise ValueError(
       f"comparison_folder {folder} holds no runs; wanted "
@@ -326,6 +346,7 @@ def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
     "interval": t_interval(values),
     "percent": statistics.fmean(percents) if percents else None,
     "percent_interval": t_interval(percents),
+    "batch_percent_interval": _batch_interval(pairs) if relative else None,
     "batches": [len(a.final["batch_loss"]) for a, _ in pairs],
     "batches_with_higher_loss": [
       sum(y > x for x, y in zip(a.final["batch_loss"], b.final["batch_loss"]))
@@ -334,13 +355,65 @@ def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
   }
 
 
-def recall_beyond(runs: list[Run], local: int) -> tuple[float, int] | None:
+def _batch_interval(
+  pairs: list[tuple[Run, Run]],
+) -> tuple[float, float] | None:
+  """95 % interval of one pair's gap over held-out batches, in percent of the
+  baseline's loss; None for more pairs, whose interval is over seeds."""
+  if len(pairs) != 1:
+    return None
+  ((base, run),) = pairs
+  losses = base.final["batch_loss"], run.final["batch_loss"]
+  interval = t_interval([b - a for a, b in zip(*losses)])
+  if interval is None:
+    return None
+  low, high = (100 * x / statistics.fmean(losses[0]) for x in interval)
+  return low, high
+
+
+def gaps_by_distance(
+  pairs: list[tuple[Run, Run]], probe: Probe
+) -> list[dict[str, Any]]:
+  """Answers right of baseline and side in each octave of distance, over seeds.
+
+  "error" is the standard error of the difference as if the two had been asked
+  for different facts. They are asked for the same, so it is an upper bound.
+  """
+  rows: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
+  for pair in pairs:
+    for a, b in zip(*(run.final[probe.by_distance] for run in pair)):
+      place = (a["low"], a["high"])
+      rows.setdefault(place, []).append(
+        (a["accuracy"], b["accuracy"], a["count"])
+      )
+  found = []
+  for (low, high), values in rows.items():
+    count = sum(n for *_, n in values)
+    base, side = (sum(v[i] * v[2] for v in values) / count for i in (0, 1))
+    spread = base * (1 - base) + side * (1 - side)
+    found.append(
+      {
+        "low": low,
+        "high": high,
+        "count": count,
+        "baseline": base,
+        "side": side,
+        "difference": side - base,
+        "error": (spread / count) ** 0.5,
+      }
+    )
+  return found
+
+
+def recall_beyond(
+  runs: list[Run], local: int, probe: Probe
+) -> tuple[float, int] | None:
   """Share of right answers at distances beyond `local`, and their number."""
   bins = [
     (row["accuracy"], row["count"])
     for run in runs
     if run.finished
-    for row in run.final.get("by_distance") or []
+    for row in run.final.get(probe.by_distance) or []
     if row["low"] >= local and row["count"]
   ]
   count = sum(n for _, n in bins)
@@ -367,10 +440,22 @@ def token_budget(sides: dict[str, list[Run]]) -> tuple[int, int] | None:
   return None
 
 
+def probes_of(finals: Iterable[dict]) -> list[Probe]:
+  """The kinds of retrieval that eval rows tell of."""
+  names = {
+    key.removesuffix("by_distance"): None
+    for final in finals
+    for key, value in final.items()
+    if key.endswith("by_distance") and value
+  }
+  return [Probe(name) for name in names]
+
+
 def metrics_of(finals: list[dict]) -> list[Metric]:
   """What a task is judged by, the most telling first."""
+  answers = [probe.accuracy for probe in probes_of(finals)]
   if any(f.get("bits_per_byte") is not None for f in finals):
-    return [BITS]
-  if any(f.get("accuracy") is not None for f in finals):
-    return [ACCURACY, dataclasses.replace(NATS, unit="nats per answer")]
+    return [BITS, *answers]
+  if answers:
+    return [*answers, dataclasses.replace(NATS, unit="nats per answer")]
   return [NATS]

@@ -48,8 +48,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--selection",
     nargs="+",
-    choices=("random", "trained_like"),
+    choices=("random", "trained_like", "fitted"),
     default=["random", "trained_like"],
+    help="fitted wants results/fitted_selection.json",
   )
   parser.add_argument(
     "--precision",
@@ -79,6 +80,8 @@ def main(argv: list[str] | None = None) -> int:
     results.plot(content, args.plot_only.with_suffix(".png"))
     return 0
   mosaic.require_hopper()
+  if "fitted" in args.selection:
+    cases.fitted_sharing(1 << 14)  # refuses now, not after minutes
   path = args.results or results.FOLDER / f"{results.device_slug()}.json"
   ops = {
     group: chosen

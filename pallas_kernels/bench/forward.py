@@ -143,7 +143,7 @@ def rows(
     dense = measure.faster(peers, once)
 
   found, recalls = [], []
-  for selection in cases.SELECTIONS:
+  for selection in (*cases.SELECTIONS, "fitted"):
     if f"index_inputs {selection}" not in programs:
       continue
     inputs = programs[f"index_inputs {selection}"](jax.random.key(1))

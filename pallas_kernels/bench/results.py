@@ -82,7 +82,7 @@ def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
   return content
 
 
-STYLES = {"random": "--", "trained_like": "-"}
+STYLES = {"random": "--", "trained_like": "-", "fitted": "-."}
 COLOURS = dict(exact="tab:blue", fast="tab:green", fp8="tab:red")
 
 

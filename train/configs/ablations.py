@@ -11,7 +11,8 @@ from train.config import ComparisonConfig, RecipeConfig, RunConfig
 from train.configs import demo, parity
 
 
-def _sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
+def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
+  """GQA, the method as `msa`, and every ablation of it."""
   recipe = RecipeConfig(index_warmup_steps=gqa.num_steps // 5)
   keys = index.block_size * index.top_k
 
@@ -26,7 +27,7 @@ def _sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
     "first_block_forced": dict(force_first_block=True),
     "fixed_window": dict(selection="window"),
   }
-  sides = {
+  changed = {
     "msa": (index, recipe),
     "no_warmup": (index, RecipeConfig()),
     **{
@@ -46,7 +47,7 @@ def _sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
     gqa,
     *(
       demo.msa(gqa, index, recipe, side=name)
-      for name, (index, recipe) in sides.items()
+      for name, (index, recipe) in changed.items()
     ),
   )
 
@@ -54,7 +55,7 @@ def _sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
 COMPARISON = ComparisonConfig(
   name="ablations",
   runs=(
-    *_sides(parity.TEXT, demo.TEXT_INDEX),
-    *_sides(parity.RECALL, demo.RECALL_INDEX),
+    *sides(parity.TEXT, demo.TEXT_INDEX),
+    *sides(parity.RECALL, demo.RECALL_INDEX),
   ),
 )

@@ -1,0 +1,562 @@
+"""The commands behind the evidence presets, tiny, on the CPU.
+
+The presets name the kernels. Here every run asks for the portable operations
+with --set, as their docstring says.
+"""
+
+import dataclasses
+import fractions
+import json
+import pathlib
+import sys
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import msa_jax
+from msa_jax.model import IndexConfig
+from pallas_kernels import cases, mosaic
+from pallas_kernels.bench import fit
+from train import __main__ as cli
+from train import config as config_lib
+from train import data, program, speed
+
+PRESETS = ("evidence", "evidence_seeds", "evidence_ablations")
+TINY = (
+  *("model.implementation=xla", "model.gqa_implementation=xla"),
+  *("model.dtype=float32", "model.vocab_size=384", "model.num_layers=1"),
+  *("model.embed_dim=32", "model.num_heads=4", "model.head_dim=8"),
+  *("model.mlp_dim=32", "model.rope_dim=8", "model.index.index_dim=8"),
+  *("model.index.block_size=8", "model.index.top_k=4"),
+  *("context=128", "batch_size=2", "eval_batches=2", "probe_batches=3"),
+  *("log_every=1", "data.text.vocab_size=320", "data.text.installed=false"),
+  *("data.recall.num_keys=8", "data.recall.num_values=4"),
+  *("data.recall.num_facts=8", "data.num_needles=6"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory) -> pathlib.Path:
+  place = tmp_path_factory.mktemp("evidence")
+  text = place / "text"
+  text.mkdir()
+  rng = np.random.default_rng(0)
+  words = ["alpha", "beta", "gamma", "def f(x):\n", "return x\n"]
+  for i in range(40):
+    (text / f"{i}.txt").write_text(" ".join(rng.choice(words, 200)))
+  return place
+
+
+@pytest.fixture(scope="module")
+def tiny(place) -> list[str]:
+  paths = {"path": place / "text", "cache_dir": place / "cache"}
+  return [*TINY, *(f"data.text.{n}={path}" for n, path in paths.items())]
+
+
+@pytest.fixture(scope="module")
+def config(tiny) -> data.MixConfig:
+  comparison = config_lib.preset("evidence")
+  mix = config_lib.with_fields(comparison, tiny).runs[0].data
+  assert isinstance(mix, data.MixConfig)
+  return mix
+
+
+def without_extras(patch: pytest.MonkeyPatch) -> None:
+  """Leaves only the packages that training on a GPU machine must find."""
+  for name in ("tyro", "tensorboardX", "rich", "pyarrow", "safetensors"):
+    for known in [m for m in sys.modules if m.split(".")[0] == name]:
+      patch.delitem(sys.modules, known)
+    patch.setitem(sys.modules, name, None)
+
+
+# ------------------------------------------------------------------ data
+
+
+def check_answers(config: data.MixConfig, batch: data.Batch) -> np.ndarray:
+  """Every answer is its fact's value; returns where facts and queries lie."""
+  recall, first = config.recall, config.text.vocab_size
+  keys = first + 1 + recall.num_fillers
+  values, facts = keys + recall.num_keys, keys + recall.num_keys
+  facts += recall.num_values
+  planted = np.zeros(batch.tokens.shape, bool)
+  for i, t in np.argwhere(batch.distance >= 0):
+    row = batch.tokens[i]
+    fact = t - batch.distance[i, t]
+    key, value = row[t] - keys, row[t + 1] - values
+    assert 0 <= key < recall.num_keys and 0 <= value < recall.num_values
+    assert row[fact] - facts == key * recall.num_values + value
+    planted[i, [fact, t, t + 1]] = True
+  return planted
+
+
+def test_needles_lie_in_the_text_and_only_answers_are_asked(config):
+  source = data.load(config)
+  shape = dict(batch_size=4, context=128)
+  text = data.load(config.text)
+  seen = {True: 0, False: 0}
+  for step in range(6):
+    batch = source.train_batch(1, step, **shape)
+    planted = check_answers(config, batch)
+    words = text.train_batch(1, step, **shape).tokens
+    for i in range(4):
+      alone = batch.tokens[i, 0] >= config.text.vocab_size
+      seen[alone] += 1
+      row, mask = batch.tokens[i], batch.loss_mask[i]
+      answers = batch.distance[i] >= 0
+      assert answers.sum() >= (3 if alone else 2)
+      if alone:  # fillers are no text
+        assert (row >= config.text.vocab_size).all()
+        np.testing.assert_array_equal(mask, answers)
+      else:
+        np.testing.assert_array_equal(row[~planted[i]], words[i][~planted[i]])
+        # Neither the fact nor the query can be foretold.
+        np.testing.assert_array_equal(mask, ~planted[i, 1:] | answers)
+  assert min(seen.values()) >= 2
+  again = data.load(config).train_batch(1, 5, **shape)
+  assert all(np.array_equal(a, b) for a, b in zip(batch, again))
+
+
+def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
+  source = data.load(config)
+  shape = dict(batch_size=2, context=128)
+  held_out = source.eval_batch(1, **shape)
+  assert (held_out.tokens < config.text.vocab_size).all()
+  assert (held_out.distance == -1).all()
+  assert source.token_bytes is not None
+  assert program.count_bytes(source, held_out) > 0
+  windows = source.num_eval_batches(**shape)
+  for name in source.probes:
+    # The needles' text comes round again, with other needles.
+    first, later = (source.probe_batch(name, i, **shape) for i in (0, windows))
+    check_answers(config, first)
+    np.testing.assert_array_equal(first.loss_mask, first.distance >= 0)
+    assert not np.array_equal(first.distance, later.distance)
+    assert program.count_bytes(source, first) is None
+  with pytest.raises(ValueError, match="name='copy': wanted one of"):
+    source.probe_batch("copy", 0, **shape)
+  assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
+
+
+def test_answers_weigh_their_share_of_the_loss(config):
+  batch = data.load(config).train_batch(1, 3, batch_size=4, context=128)
+  weights = data.loss_weights(config, batch)
+  answers = batch.distance >= 0
+  share = weights[answers].sum() / weights.sum()
+  assert share == pytest.approx(config.answer_share)
+  assert set(weights[~answers].tolist()) == {0.0, 1.0}
+  assert (weights[~batch.loss_mask] == 0).all()
+  alone = batch._replace(loss_mask=answers)
+  np.testing.assert_array_equal(data.loss_weights(config, alone), answers)
+  plain = data.loss_weights(config.text, batch)
+  np.testing.assert_array_equal(plain, batch.loss_mask)
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"recall_share": 0.0}, "recall_share=0.0"),
+    ({"answer_share": 1.0}, "answer_share=1.0"),
+    ({"num_needles": 9}, "num_needles=9: wanted 1 to recall.num_keys = 8"),
+  ],
+)
+def test_mix_config_refuses(config, changes, text):
+  with pytest.raises(ValueError, match=text):
+    dataclasses.replace(config, **changes)
+
+
+def test_installed_packages_are_a_corpus(tmp_path, monkeypatch):
+  package = tmp_path / "site" / "thing"
+  about = tmp_path / "site" / "thing-1.2.dist-info"
+  package.mkdir(parents=True)
+  about.mkdir()
+  (about / "METADATA").write_text(
+    "Metadata-Version: 2.1\nName: thing\nVersion: 1.2\n"
+  )
+  (package / "notes.txt").write_text("no Python")
+  for i in range(4):
+    (package / f"m{i}.py").write_text(f"x = {i}\n" * 50)
+  from train import corpus
+
+  paths = {"purelib": str(tmp_path / "site"), "stdlib": "/nowhere"}
+  monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: paths)
+  config = data.TextConfig(installed=True, cache_dir=str(tmp_path / "cache"))
+  found = data.load(config).fingerprint
+  assert found["name"] == "installed packages"
+  assert found["packages"] == ["thing==1.2"]
+  assert found["files"] == 4
+  with pytest.raises(ValueError, match="installed=True with path='x'"):
+    data.TextConfig(installed=True, path="x")
+
+
+# ---------------------------------------------------------------- config
+
+
+def test_fields_are_set_with_their_types():
+  comparison = config_lib.preset("evidence")
+  fields = ["context=256", "model.dtype=float32", "data.text.path=there"]
+  fields.append("data.text.installed=false")
+  for run in config_lib.with_fields(comparison, fields).runs:
+    assert (run.context, run.model.dtype) == (256, "float32")
+    assert run.data.text.path == "there"
+  for wrong, text in {
+    "context": "wanted FIELD=VALUE",
+    "model.depth=3": "'model.depth' is no field of a RunConfig",
+    "context=long": "context='long': wanted int",
+    "context=0": "context=0",
+  }.items():
+    with pytest.raises(ValueError, match=text):
+      config_lib.with_fields(comparison, [wrong])
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_longer_comparison_keeps_its_shares(name):
+  comparison = config_lib.preset(name)
+  longer = config_lib.with_step_unit(comparison, 7)
+  for old, new in zip(comparison.runs, longer.runs):
+    ratio = fractions.Fraction(new.num_steps, old.num_steps)
+    assert new.eval_every == ratio * old.eval_every
+    assert new.keep_steps == tuple(ratio * step for step in old.keep_steps)
+    assert new.optimizer.warmup_steps == ratio * old.optimizer.warmup_steps
+    first = ratio * (old.recipe.first_sparse_step - 1)
+    assert new.recipe.first_sparse_step - 1 == first
+    assert new.log_every == old.log_every
+  unit = config_lib.step_unit(comparison)
+  assert config_lib.with_step_unit(longer, unit) == comparison
+
+
+def test_the_presets_are_what_they_say():
+  evidence = config_lib.preset("evidence")
+  gqa, msa, cpt = evidence.runs
+  for run in evidence.runs:
+    model = run.model
+    assert model.implementation == "mosaic_gpu" and run.context >= 1 << 14
+    assert model.num_kv_heads >= 2 and model.head_dim == 128
+  assert gqa.model.gqa_implementation == "cudnn"
+  assert msa.model.index.block_size * msa.model.index.top_k == 2048
+  assert cpt.recipe.init_step == 0.85 * gqa.num_steps
+  sizes = program.Program(
+    dataclasses.replace(
+      gqa, model=dataclasses.replace(gqa.model, gqa_implementation="xla")
+    )
+  ).count_parameters()
+  assert sizes["total"] >= 60e6
+  # Ids of the mix, without tokenizing anything.
+  recall = data.load(gqa.data.recall)
+  text_ids = gqa.data.text.vocab_size
+  assert text_ids + recall.vocab_size <= gqa.model.vocab_size
+  ablations = {r.side: r for r in config_lib.preset("evidence_ablations").runs}
+  for side, run in ablations.items():
+    index = run.model.index
+    assert side == "gqa" or index.block_size * index.top_k == 512
+    xla = run.model.implementation == "xla"
+    assert xla == (side == "block_32")
+
+
+@pytest.fixture
+def pretend_hopper(monkeypatch):
+  """Enough of a GPU to trace and to lower."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+
+
+@pytest.mark.parametrize(
+  ("preset", "side", "phase"),
+  [
+    ("evidence", "gqa", "dense"),
+    ("evidence", "msa", "warmup"),
+    ("evidence", "msa", "sparse"),
+    ("evidence_ablations", "fixed_window", "warmup"),
+  ],
+)
+def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
+  runs = {run.side: run for run in config_lib.preset(preset).runs}
+  made = program.Program(runs[side])
+  batch = (1, runs[side].batch_size, runs[side].context)
+  state = jax.tree.map(
+    lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.abstract_state
+  )
+  operands = (
+    state,
+    jax.ShapeDtypeStruct((*batch[:2], batch[2] + 1), jnp.int32),
+    jax.ShapeDtypeStruct(batch, jnp.float32),
+    jax.ShapeDtypeStruct((), jnp.float32),
+  )
+  traced = jax.jit(made._step, static_argnames="phase").trace(
+    *operands, phase=phase
+  )
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert ("mosaic_gpu" in text) == (side == "msa")
+  assert ("__cudnn$fmha" in text) == (phase != "sparse")
+
+
+# -------------------------------------------------------------- commands
+
+
+@pytest.fixture(scope="module")
+def compiled_once(place):
+  """As documented: what one command compiled, the next one loads."""
+  names = {
+    "jax_compilation_cache_dir": str(place / "compiled"),
+    "jax_persistent_cache_min_compile_time_secs": 0.0,
+  }
+  before = {name: getattr(jax.config, name) for name in names}
+  for name, value in names.items():
+    jax.config.update(name, value)
+  yield
+  for name, value in before.items():
+    jax.config.update(name, value)
+
+
+@pytest.fixture(scope="module")
+def compared(place, tiny, compiled_once) -> pathlib.Path:
+  """Two sides of the preset by its commands: planned, stopped and resumed."""
+  out = place / "runs"
+  file = str(out / "comparison.json")
+  with pytest.MonkeyPatch.context() as patch:
+    without_extras(patch)
+    patch.setattr(speed, "_measure_program", measured)
+    plan = ["plan", "evidence", "--out", str(out), "--minutes", "2.6"]
+    assert cli.main([*plan, "--set", *tiny]) == 0
+    compare = ["compare", "--config", file, "--out", str(out), "--no-report"]
+    compare += ["--sides", "gqa", "msa_cpt"]
+    assert cli.main([*compare, "--minutes", "0"]) == cli.STOPPED
+    assert cli.main(compare) == 0
+  return out
+
+
+def measured(made: program.Program, source: data.Source) -> dict:
+  """Seconds of each thing that a run does, in the place of `plan`'s own."""
+  phases = dict.fromkeys(("dense", "warmup", "sparse"), 1.0)
+  return {
+    "step": phases,
+    "evaluate": {phase: 0.1 for phase in phases},
+    "measure": {phase: 0.5 for phase in phases if made.msa_layers},
+    "checkpoint": 2.0,
+    "probes": len(source.probes),
+  }
+
+
+def rows_of(folder: pathlib.Path, kind: str) -> list[dict]:
+  lines = (folder / "metrics.jsonl").read_text().splitlines()
+  return [row for row in map(json.loads, lines) if row["kind"] == kind]
+
+
+def test_plan_makes_the_longest_comparison_that_fits(compared):
+  plan = json.loads((compared / "plan.json").read_text())
+  planned = config_lib.load(
+    config_lib.ComparisonConfig, compared / "comparison.json"
+  )
+  sides = {row["side"]: row for row in plan["runs"]}
+  assert sides["gqa"]["steps"] == planned.runs[0].num_steps == 40
+  # GQA: 40 steps, 10 evaluations of 2 batches and 2 probes (the last of 3), 5
+  # checkpoints and the one to start from.
+  seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 6 * 2.0
+  assert sides["gqa"]["minutes"] == pytest.approx(seconds / 60, abs=0.01)
+  assert plan["planned"] <= 2.6
+  total = sum(row["minutes"] for row in plan["runs"])
+  assert plan["planned"] == pytest.approx(total, abs=0.02)
+  longer = config_lib.with_step_unit(planned, 3)
+  more = sum(
+    speed._run_seconds(run, sides[run.side]["seconds"]) for run in longer.runs
+  )
+  assert more > 60 * 2.6 * (1 - speed.SPARE)
+
+
+def test_a_stopped_comparison_goes_on(compared):
+  assert not (compared / "mix" / "msa").exists()
+  for side, first in {"gqa": 1, "msa_cpt": 35}.items():
+    folder = compared / "mix" / side / "seed0"
+    steps = [row["step"] for row in rows_of(folder, "train")]
+    assert steps == list(range(first, 41))
+    assert (folder / "done.json").exists()
+    resumed = json.loads((folder / "environment.json").read_text())["resumed"]
+    assert [start["step"] for start in resumed] == [1] * (side == "gqa")
+
+
+def test_runs_hold_what_the_report_needs(compared):
+  for side in ("gqa", "msa_cpt"):
+    folder = compared / "mix" / side / "seed0"
+    final = rows_of(folder, "eval")[-1]
+    assert final["bits_per_byte"] > 0 and final["accuracy"] is None
+    for probe in ("needle", "recall"):
+      asked = sum(row["count"] for row in final[f"{probe}_by_distance"])
+      earlier = rows_of(folder, "eval")[0][f"{probe}_by_distance"]
+      # Three batches instead of two, of as many facts each but for chance.
+      assert asked > 1.2 * sum(row["count"] for row in earlier)
+      assert 0 <= final[f"{probe}_accuracy"] <= 1
+    # The loss of a mix is no loss of text.
+    assert rows_of(folder, "train")[-1]["bits_per_byte"] is None
+    if side != "gqa":
+      for layer in rows_of(folder, "layers")[-1]["layers"]:
+        assert 0 <= layer["facts_found"] <= 1
+      with np.load(folder / "selection.npz") as saved:
+        assert set(cases.SHARING) <= set(saved)
+        assert saved["block_indices"].shape == (1, 2, 128, 4)
+        assert saved["union8"].shape == (1, 2)
+        assert (saved["union8"] >= 4).all() and (saved["union8"] <= 16).all()
+        assert json.loads(str(saved["about"]))["context"] == 128
+
+
+def test_speed_times_sides_at_each_length(compared):
+  file = str(compared / "comparison.json")
+  command = ["speed", "--config", file, "--out", str(compared)]
+  assert cli.main([*command, "--lengths", "128"]) == 0
+  found = json.loads((compared / "speed.json").read_text())
+  assert {"device", "commit", "command", "versions"} <= set(found)
+  places = [(row["side"], row["phase"]) for row in found["rows"]]
+  assert places == [("gqa", "dense"), ("msa", "warmup"), ("msa", "sparse")]
+  for row in found["rows"]:
+    # As many tokens as a batch of the training.
+    assert (row["batch_size"], row["context"]) == (2, 128)
+    assert row["trained_steps"] == (40 if row["side"] == "gqa" else 0)
+    assert row["step_ms"] > 0 and row["mfu"] is None  # no rate of a CPU
+
+
+def test_report_of_it_all(compared):
+  pytest.importorskip("matplotlib")
+  assert cli.main(["report", str(compared)]) == 0
+  page = (compared / "report" / "report.html").read_text()
+  for words in (
+    "mix/msa/seed0 is missing",
+    "Needle answers right, MSA CPT − GQA",
+    "Recall answers right, MSA CPT − GQA",
+    "over them the gap has a 95 % interval",
+    "How much neighbouring queries share",
+    "Speed of a training step",
+  ):
+    assert words in page, words
+  pictures = {path.stem for path in (compared / "report").glob("*.png")}
+  assert {"mix_needle_distance", "mix_recall_distance", "speed"} <= pictures
+  summary = json.loads((compared / "report" / "summary.json").read_text())
+  gaps = summary["tasks"]["mix"]["needle_by_distance"]["msa_cpt"]
+  assert [row["low"] for row in gaps] == [1, 2, 4, 8, 16, 32, 64]
+
+
+def test_commands_refuse(compared, capsys):
+  file = str(compared / "comparison.json")
+  for command, words in {
+    f"plan --config {file} --out {compared} --minutes 1": "has runs already",
+    "compare evidence --sides mla": "sides=['mla']: the comparison has gqa",
+    "compare evidence --minutes 1 --distributed": "--minutes: wanted one",
+    "speed evidence --set context": "wanted FIELD=VALUE",
+  }.items():
+    assert cli.main(command.split()) == 1
+    assert words in capsys.readouterr().err
+
+
+# ---------------------------------------------------------------- numbers
+
+
+def test_flops_of_a_step():
+  """Against sums over positions."""
+  _, msa = config_lib.preset("evidence_seeds").runs
+  context, model = 600, msa.model
+  index = dataclasses.replace(model.index, block_size=16, top_k=3)
+  model = dataclasses.replace(model, index=index, num_layers=1)
+  dense = sum(t + 1 for t in range(context))
+  sparse = sum(min(t + 1, 2 * 16 + t % 16 + 1) for t in range(context))
+  heads, kv, width = 8 * 64, 2 * 64, model.embed_dim
+  weights = width * (2 * heads + 2 * kv + 3 * model.mlp_dim + model.vocab_size)
+  projections = width * (2 * 64 + 64)
+  base = 6 * context * weights
+  wanted = {
+    "dense": base + 12 * heads * dense,
+    "sparse": base + 4 * context * projections + 12 * heads * sparse
+    + 2 * 2 * 64 * dense + 4 * 2 * 64 * sparse,
+    "warmup": base + 4 * context * projections + 12 * heads * dense
+    + 6 * 2 * 64 * dense,
+  }  # fmt: skip
+  for phase, flops in wanted.items():
+    kinds = ("gqa",) if phase == "dense" else ("msa",)
+    side = dataclasses.replace(model, layer_kinds=kinds)
+    found = speed.flops_per_step(side, phase, 3, context)
+    assert found == pytest.approx(3 * flops)
+
+
+def test_facts_found_counts_far_facts_in_chosen_blocks():
+  index = IndexConfig(block_size=4, top_k=2)
+  blocks = np.full((1, 1, 2, 16, 2), -1)
+  blocks[0, 0, :, 9] = [[0, 2], [1, 2]]  # groups choose blocks 0 and 1
+  blocks[0, 0, :, 15] = [[1, 3], [1, 3]]
+  distance = np.full((1, 16), -1)
+  distance[0, 9] = 9 - 5  # in block 1: one group has it
+  distance[0, 15] = 15 - 2  # in block 0: none has it
+  distance[0, 11] = 2  # in the own block: does not count
+  assert program.facts_found(blocks, distance, index).tolist() == [0.5]
+  distance[0, [9, 15]] = -1
+  assert program.facts_found(blocks, distance, index) is None
+
+
+def test_sharing_against_loops():
+  rng = np.random.default_rng(0)
+  block, top_k, length = 4, 2, 80
+  ids = np.full((1, 1, length, top_k), -1)
+  for t in range(length):
+    number = min(t // block + 1, top_k)
+    picks = rng.choice(t // block + 1, number, replace=False)
+    ids[0, 0, t, :number] = np.sort(picks)
+  found = cases.sharing(jnp.asarray(ids), block_size=block)
+  rows = [set(row.tolist()) - {-1} for row in ids[0, 0]]
+  chosen = [t for t in range(length) if t // block >= 2 * top_k]
+  wanted = {
+    "first_block": np.mean([0 in rows[t] for t in chosen]),
+    "previous_block": np.mean([t // block - 1 in rows[t] for t in chosen]),
+    "kept": np.mean(
+      [len(rows[t] & rows[t + 16]) / 2 for t in chosen if t + 16 < length]
+    ),
+    "union8": np.mean(
+      [len(set.union(*rows[t : t + 8])) for t in range(16, length, 8)]
+    ),
+  }
+  for name, value in wanted.items():
+    np.testing.assert_allclose(found[name], [value], rtol=1e-6, err_msg=name)
+  # The last queries alone give the same, where they are all that choose.
+  last = cases.sharing(
+    jnp.asarray(ids[:, :, 16:]), block_size=block, kv_len=length
+  )
+  for name, value in wanted.items():
+    np.testing.assert_allclose(last[name], [value], rtol=1e-6)
+
+
+def test_fitted_knobs_share_as_wanted(tmp_path, monkeypatch):
+  """Of choices that the generator itself made."""
+  case = cases.Case(
+    tokens=256, num_kv_heads=4, index_dim=128, block_size=8, top_k=4
+  )
+  knobs = cases.Sharing(noise=0.3, drift=256, sink=0.12, near=3.0)
+  ids = msa_jax.select_blocks(
+    *cases.sharing_inputs(jax.random.key(5), case, knobs),
+    block_size=8,
+    top_k=4,
+  )
+  found = cases.sharing(ids, block_size=8)
+  arrays = {name: np.asarray(value)[None] for name, value in found.items()}
+  about = json.dumps(dict(context=256, top_k=4))
+  np.savez(tmp_path / "selection.npz", block_size=8, about=about, **arrays)
+  monkeypatch.setattr(fit, "DRIFTS", (256,))
+  monkeypatch.setattr(fit, "AGAIN", (4,))
+  out = tmp_path / "fitted.json"
+  monkeypatch.setattr(cases, "FITTED", out)
+  with pytest.raises(ValueError, match=r"bench\.fit"):
+    cases.index_inputs(jax.random.key(0), case, "fitted")
+  assert fit.main([str(tmp_path), "--lengths", "--out", str(out)]) == 0
+  (row,) = json.loads(out.read_text())["knobs"]
+  for _, statistic, *_ in fit.KNOBS:
+    wanted = float(arrays[statistic].mean())
+    # A knob's last interval is 4 % wide, and one moves the others' statistics.
+    assert row["reached"][statistic] == pytest.approx(wanted, rel=0.15)
+  index_q, index_k = cases.index_inputs(jax.random.key(0), case, "fitted")
+  assert index_q.shape == (1, 256, 4, 128) and index_k.shape == (1, 256, 128)
+
+
+def test_fit_refuses(tmp_path, capsys):
+  assert fit.main([str(tmp_path)]) == 1
+  assert "no selection.npz" in capsys.readouterr().err
+  np.savez(tmp_path / "selection.npz", counts=np.zeros(3))
+  assert fit.main([str(tmp_path)]) == 1
+  assert "lacks union8" in capsys.readouterr().err

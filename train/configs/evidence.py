@@ -1,0 +1,126 @@
+"""MSA against GQA over 16,384 tokens, on one Hopper GPU, with the kernels.
+
+Three sides of 73M parameters (MSA 75M) read the same batches: `gqa` (cuDNN),
+`msa` (MSA-PT: warm-up for a fifth of the steps, then 16 blocks of 128 tokens,
+2,048 of 16,384) and `msa_cpt` (MSA-CPT: from GQA's checkpoint at 85 % of the
+steps, warm-up for 5 %, sparse for 10 %). The kernels are named
+(`implementation="mosaic_gpu"`): where they cannot run, nothing runs.
+
+Text is the Python source of the installed packages (hundreds of MB beside
+PyTorch and JAX), as BPE tokens. A model of this size and training does not
+retrieve over 16K tokens by itself, and its loss on text would hide it, so
+retrieval is part of the mix: facts planted in the text, and rows of associative
+recall (see `train.data.MixConfig`). Held-out text is clean, and both kinds of
+retrieval are asked apart, at distances up to the whole context.
+
+The index projections of `msa_cpt` start fresh where the backbone's learning
+rate has nearly ended, so theirs is a larger multiple of it.
+
+Every command below takes less than ten minutes and goes on where it or a kill
+stopped; compiled programs are kept for the next command. `plan` fits the number
+of steps to a budget, by step times measured here: the count below is a guess.
+
+  export JAX_COMPILATION_CACHE_DIR=runs/.compiled
+  python -m train plan evidence --minutes 14
+  # until it says that it is finished:
+  python -m train compare --config runs/evidence/comparison.json --minutes 8
+  python -m train speed evidence
+  python -m train report runs/evidence
+  tar -C runs --exclude checkpoints --exclude tensorboard -czf evidence.tgz \\
+    evidence
+
+`evidence_seeds` and `evidence_ablations` go the same way. What the models chose
+lies in each run's selection.npz. From it:
+
+  python -m pallas_kernels.bench.fit runs/evidence/mix/msa/seed0
+  python -m pallas_kernels.bench --selection trained_like fitted
+
+The same in a minute on a CPU, shorter, tiny and with the portable operations,
+which must be asked for:
+
+  python -m train compare evidence --out runs/try --unit 1 --set \
+    model.implementation=xla model.gqa_implementation=xla model.dtype=float32 \
+    model.num_layers=2 model.embed_dim=64 model.num_heads=4 model.head_dim=16 \
+    model.rope_dim=16 model.index.index_dim=16 model.index.block_size=16 \
+    context=1024 eval_batches=2 data.text.max_bytes=4000000
+"""
+
+import dataclasses
+
+from msa_jax.model import IndexConfig, ModelConfig
+from train.config import (
+  ComparisonConfig,
+  OptimizerConfig,
+  RecipeConfig,
+  RunConfig,
+)
+from train.configs import demo
+from train.data import MixConfig, RecallConfig, TextConfig
+
+# 64 keys and 8 values, each pair one token: one layer of attention can answer.
+# A fact of two tokens takes an induction circuit, which a run this short may or
+# may not grow: the gap between the sides would be the luck of when.
+DATA = MixConfig(
+  text=TextConfig(installed=True, tokenizer="bpe", vocab_size=8192),
+  recall=RecallConfig(num_keys=64, num_values=8, num_facts=64),
+  num_needles=64,
+)
+
+GQA = RunConfig(
+  task="mix",
+  side="gqa",
+  model=ModelConfig(
+    vocab_size=8832,  # 8,192 + 586 of retrieval, in whole tiles
+    num_layers=8,
+    embed_dim=768,
+    num_heads=16,
+    num_kv_heads=2,
+    head_dim=128,
+    mlp_dim=2048,
+    rope_dim=64,
+    rope_theta=100_000.0,
+    scan_layers=True,
+    dtype="bfloat16",
+    implementation="mosaic_gpu",
+    gqa_implementation="cudnn",
+  ),
+  data=DATA,
+  optimizer=OptimizerConfig(
+    learning_rate=1e-3, warmup_steps=80, index_learning_rate_factor=2.0
+  ),
+  num_steps=1600,
+  batch_size=2,
+  context=1 << 14,
+  log_every=10,
+  eval_every=160,
+  eval_batches=32,
+  probe_batches=192,
+  layers_every=160,
+  checkpoint_every=320,
+  keep_checkpoints=1,
+  keep_steps=(1360,),
+)
+INDEX = IndexConfig(index_dim=128, block_size=128, top_k=16)
+
+
+def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
+  """GQA, MSA-PT and MSA-CPT, by shares of the run's steps."""
+  (start,) = gqa.keep_steps
+  alone = dataclasses.replace(gqa, keep_steps=())
+  cpt = demo.msa(
+    alone,
+    index,
+    RecipeConfig(
+      index_warmup_steps=gqa.num_steps // 20, init_from="gqa", init_step=start
+    ),
+    side="msa_cpt",
+  )
+  optimizer = dataclasses.replace(cpt.optimizer, index_learning_rate_factor=8.0)
+  return (
+    gqa,
+    demo.msa(alone, index, RecipeConfig(index_warmup_steps=gqa.num_steps // 5)),
+    dataclasses.replace(cpt, optimizer=optimizer),
+  )
+
+
+COMPARISON = ComparisonConfig(name="evidence", runs=sides(GQA, INDEX))

@@ -1,0 +1,42 @@
+"""GQA and MSA-PT over three seeds, small: is the gap of `evidence` luck?
+
+12M parameters, 4,096 tokens of context, of which MSA reads 512 in blocks of 64:
+the same eighth as `evidence`. Data, recipe and kernels are the same too.
+"""
+
+import dataclasses
+
+from msa_jax.model import IndexConfig
+from train.config import ComparisonConfig
+from train.configs import evidence
+
+GQA = dataclasses.replace(
+  evidence.GQA,
+  model=dataclasses.replace(
+    evidence.GQA.model,
+    num_layers=6,
+    embed_dim=384,
+    num_heads=8,
+    num_kv_heads=2,
+    head_dim=64,
+    mlp_dim=1024,
+    rope_dim=32,
+  ),
+  optimizer=dataclasses.replace(
+    evidence.GQA.optimizer, learning_rate=2e-3, warmup_steps=40
+  ),
+  num_steps=800,
+  batch_size=8,
+  context=1 << 12,
+  eval_every=80,
+  eval_batches=16,
+  probe_batches=64,
+  layers_every=80,
+  checkpoint_every=400,
+  keep_steps=(680,),
+)
+INDEX = IndexConfig(index_dim=64, block_size=64, top_k=8)
+
+COMPARISON = ComparisonConfig(
+  name="evidence_seeds", seeds=(0, 1, 2), runs=evidence.sides(GQA, INDEX)[:2]
+)

@@ -1,0 +1,231 @@
+"""The report's tables: rows of named cells, from runs read back.
+
+`sides` maps a side's name to its runs in one task.
+"""
+
+import math
+import statistics
+from collections.abc import Sequence
+
+import numpy as np
+
+from train.figures import side_name
+from train.runs import BASELINE, Metric, Run, paired_gap
+
+Rows = list[dict[str, str]]
+
+
+def bytes_text(value: float | None) -> str:
+  if not value:
+    return "not measured"
+  return (
+    f"{value / 2**30:.2f} GiB" if value >= 2**30 else f"{value / 2**20:.0f} MiB"
+  )
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+  if not values:
+    return "–"
+  text = f"{statistics.fmean(values):.{digits}f}"
+  if len(values) > 1:
+    text += f" ± {statistics.stdev(values):.{digits}f}"
+  return text
+
+
+def performance_rows(
+  sides: dict[str, list[Run]], metrics: list[Metric]
+) -> Rows:
+  """One row a side for the table of results, speed, memory and size."""
+  rows = []
+  for side, runs in sides.items():
+    done = [r for r in runs if r.finished]
+    speeds: dict[str, list[float]] = {}
+    for run in runs:
+      for phase, speed in run.speed().items():
+        word = phase.replace("warmup", "warm-up")
+        speeds.setdefault(word, []).append(speed)
+    peaks = [
+      row["peak_bytes"]
+      for r in runs
+      for row in r.rows["train"]
+      if row.get("peak_bytes")
+    ]
+    size = runs[0].environment.get("parameters") or {}
+    index = size.get("index", 0)
+    rows.append(
+      {
+        "side": side_name(side),
+        "finished runs": f"{len(done)} of {len(runs)}",
+        **{
+          f"{m.title.lower()} ({m.unit})": spread(
+            [r.final[m.key] * m.scale for r in done], m.digits
+          )
+          for m in metrics
+        },
+        "tokens/s": ", ".join(
+          f"{phase} {statistics.median(v):,.0f}" for phase, v in speeds.items()
+        )
+        or "–",
+        "training time": spread([r.final["seconds"] / 60 for r in done], 1)
+        + " min",
+        "peak memory": bytes_text(max(peaks, default=None)),
+        "parameters": f"{size['total']:,}" if size else "–",
+        "of these, index branch": (
+          f"{index:,} ({100 * index / size['total']:.2f} %)" if size else "–"
+        ),
+      }
+    )
+  return rows
+
+
+def speed_rows(rows: list[dict]) -> Rows:
+  """speed.json's rows, the baseline's time over each one's beside them."""
+  base = {r["context"]: r["step_ms"] for r in rows if r["side"] == BASELINE}
+  shown = []
+  for row in sorted(rows, key=lambda row: row["context"]):
+    dense = base.get(row["context"])
+    shown.append(
+      {
+        "context": f"{row['context']:,}",
+        "rows": str(row["batch_size"]),
+        "trained steps": f"{row['trained_steps']:,}",
+        "side": side_name(row["side"]),
+        "phase": row["phase"].replace("warmup", "warm-up"),
+        "step, ms": f"{row['step_ms']:,.1f}",
+        "against " + side_name(BASELINE): (
+          f"{dense / row['step_ms']:.2f}x" if dense else "–"
+        ),
+        "tokens/s": f"{row['tokens_per_second']:,.0f}",
+        "MFU": "–" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
+        "peak memory": bytes_text(row["peak_bytes"]),
+      }
+    )
+  return shown
+
+
+def distance_rows(found: dict[str, list[dict]]) -> Rows:
+  """Answers right by octave of distance, and each side's difference."""
+  found = {side: rows for side, rows in found.items() if rows}
+  shown = []
+  for bins in zip(*found.values(), strict=True):
+    first = bins[0]
+    row = {
+      "distance": f"{first['low']:,}–{first['high'] - 1:,}",
+      "facts": f"{first['count']:,}",
+      f"{side_name(BASELINE)}, %": f"{100 * first['baseline']:.1f}",
+    }
+    for side, gap in zip(found, bins):
+      row[f"{side_name(side)} − {side_name(BASELINE)}, points"] = (
+        f"{100 * gap['difference']:+.1f} ± {100 * gap['error']:.1f}"
+      )
+    shown.append(row)
+  return shown
+
+
+# What a side of an ablation changes, and what the paper saw. The paper gives no
+# number for most.
+ABLATIONS = {
+  "no_warmup": ("sparse from the first step", "worse"),
+  "input_not_detached": (
+    "the KL's gradient reaches the backbone through the index projections",
+    "diverges or degrades",
+  ),
+  "teacher_not_detached": (
+    "the KL's gradient reaches the main branch",
+    "diverges or degrades",
+  ),
+  "own_block_not_forced": (
+    "a query's own block competes like the others",
+    "forces it, to keep local coherence",
+  ),
+  "first_block_forced": ("block 0 is always chosen", "no gain"),
+  "fixed_window": ("block 0 and the last blocks, no index", "worse"),
+  "block_32": ("blocks of 32, as many keys", "equal"),
+  "block_128": ("blocks of 128, as many keys", "equal"),
+  "index_value_head": (
+    "the index's own attention is added to the output",
+    "not told; without the KL it retrieves badly",
+  ),
+  "lm_trained_index": (
+    "the LM loss alone trains the index, through its value head",
+    "retrieves badly",
+  ),
+}
+METHOD = "msa"
+
+
+def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
+  """Each ablation beside the paper's finding: its gap to the method."""
+  method = {METHOD: sides.get(METHOD, [])}
+  rows = []
+  for side, runs in sides.items():
+    if side not in ABLATIONS or not method[METHOD]:
+      continue
+    change, paper = ABLATIONS[side]
+    done = {r.seed: r for r in method[METHOD] if r.finished}
+    pairs = [(done[r.seed], r) for r in runs if r.finished and r.seed in done]
+    row = {"side": side_name(side), "changes": change, "the paper": paper}
+    for metric in metrics:
+      found = paired_gap(pairs, metric)
+      name = f"{metric.title.lower()} − {side_name(METHOD)}"
+      row[name] = _short_gap(found, metric)
+    shares = [
+      statistics.fmean(found)
+      for r in runs
+      if r.finished and r.rows["layers"] and (found := _score_recalls(r))
+    ]
+    row["score recall"] = spread(shares, 3)
+    broken = [r for r in runs if r.broken and not r.finished]
+    row["seeds"] = f"{len(pairs)} of {len(runs)}" + "".join(
+      f"; seed {r.seed} broke down at step {r.broken['step']}" for r in broken
+    )
+    rows.append(row)
+  return rows
+
+
+def _score_recalls(run: Run) -> list[float]:
+  """Of each layer after training."""
+  recalls = (x["score_recall"] for x in run.rows["layers"][-1]["layers"])
+  return [x for x in recalls if x is not None and math.isfinite(x)]
+
+
+def _short_gap(found: dict, metric: Metric) -> str:
+  if found["mean"] is None:
+    return "–"
+  percent = found["percent"] is not None
+  key = "percent" if percent else "mean"
+  scale, unit = (1.0, "%") if percent else (metric.scale, "points")
+  text = f"{found[key] * scale:+.2f} {unit}"
+  interval = found["percent_interval"] if percent else found["interval"]
+  if interval:
+    low, high = (x * scale for x in interval)
+    text += f" ({low:+.2f} to {high:+.2f})"
+  return text
+
+
+_SHARING = ("union8", "first_block", "previous_block", "kept")
+
+
+def sharing_rows(sides: dict[str, list[Run]]) -> Rows:
+  """How much neighbouring queries share, layer by layer, of saved choices."""
+  rows = []
+  for side, runs in sides.items():
+    saved = (r for r in runs if (r.folder / "selection.npz").exists())
+    run = next(saved, None)
+    if run is None:
+      continue
+    with np.load(run.folder / "selection.npz") as file:
+      if "union8" not in file:
+        continue
+      columns = {name: file[name].mean(1) for name in _SHARING}
+      layers = file["layers"]
+    if not all(np.isfinite(values).all() for values in columns.values()):
+      continue
+    for i, layer in enumerate([*layers, "mean"]):
+      row = {"side": side_name(side), "seed": str(run.seed)}
+      row["layer"] = str(layer)
+      for name, values in columns.items():
+        value = values.mean() if i == len(layers) else values[i]
+        row[name.replace("_", " ")] = f"{value:.3f}"
+      rows.append(row)
+  return rows
