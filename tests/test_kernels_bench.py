@@ -96,7 +96,7 @@ def reference_decode(case, config=None):
 
   def run(q, k, v, index_q, index_k, scale, kv_lengths):
     if scale is not None:
-      index_q, q_scale = decode.quantise(index_q)
+      index_q, q_scale = reference.fp8_codes(index_q)
       index_q = index_q.astype(jnp.float32) * q_scale[..., None]
       index_k = index_k.astype(jnp.float32) * scale[..., None]
     options = dict(block_size=case.block_size, kv_lengths=kv_lengths)
