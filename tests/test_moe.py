@@ -1,6 +1,7 @@
 """Mixture of experts: the layer, its gradients, meshes, load balance."""
 
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -14,9 +15,10 @@ from flax import nnx
 from msa_jax import ModelConfig, MoEConfig
 from msa_jax.mlp import MixtureOfExperts, balance, expert_load, gated
 from train import config as config_lib
-from train import data
+from train import data, loop
 from train import program as program_lib
 
+SKEW = [0.4, 0.0, 0.0, -0.4]
 SIZES = dict(num_experts=4, top_k=2, expert_dim=12, shared_dim=6)
 
 
@@ -188,24 +190,32 @@ def tiny_run(**optimizer):
     num_steps=40,
     batch_size=8,
     context=64,
+    log_every=1,
+    eval_every=40,
+    eval_batches=1,
+    checkpoint_every=40,
   )
 
 
-def steps(run, count, bias=None):
-  """The program, parameters after one step, and each step's metrics."""
-  program = program_lib.Program(run)
-  source = data.load(run.data)
-  state = program.init()
+def skewed(program):
+  """A fresh state whose router sends every token to the first expert."""
+  state = program_lib.Program.init(program)
   (name,) = program._choice_biases
-  if bias is not None:
-    state.params[name] = jnp.asarray(bias, jnp.float32)
+  state.params[name] = jnp.asarray(SKEW, jnp.float32)
+  return state
+
+
+def steps(program, count, init=program_lib.Program.init):
+  """Parameters after one step, and each step's metrics."""
+  source = data.load(program.config.data)
+  state = init(program)
   params, metrics = None, []
   for step in range(1, count + 1):
     batch = source.train_batch(0, step - 1, batch_size=8, context=64)
     state, row = program.step(state, batch, step)
     params = jax.device_get(state.params) if params is None else params
     metrics.append(jax.device_get(row))
-  return program, params, metrics
+  return params, metrics
 
 
 def trained(mesh):
@@ -213,7 +223,7 @@ def trained(mesh):
   run = dataclasses.replace(
     tiny_run(), mesh=config_lib.MeshConfig(**mesh), grad_accumulation=2
   )
-  _, _, metrics = steps(run, 2)
+  _, metrics = steps(program_lib.Program(run), 2)
   rows = [[m["loss"], m["grad_norm"], *m["load"].ravel()] for m in metrics]
   return np.asarray(rows)
 
@@ -225,29 +235,36 @@ def test_balance_moves_by_load():
   np.testing.assert_array_equal(bias, [-0.5, 0, 0, 0.5])
 
 
-def test_training_balances_the_load_and_nothing_else():
-  skewed = [0.4, 0.0, 0.0, -0.4]
-  _, still, rows = steps(tiny_run(router_bias_rate=0.0), 40, skewed)
-  program, moved, balanced = steps(tiny_run(router_bias_rate=0.02), 40, skewed)
+def test_training_balances_the_load_and_nothing_else(tmp_path):
+  unmoved = program_lib.Program(tiny_run(router_bias_rate=0.0))
+  still, rows = steps(unmoved, 40, skewed)
+  (bias,) = unmoved._choice_biases
+  np.testing.assert_array_equal(still[bias], np.float32(SKEW))
   assert rows[0]["load"].shape == (1, 4)
   assert all(row["load"].sum() == 8 * 64 * 2 for row in rows)
+  # Each token goes to the first expert (twice the mean), none to the last.
+  (row,) = unmoved.router_rows(sum(row["load"] for row in rows[24:]))
+  assert row["layer"] == 0 and row["max_load"] > 1.9 and row["min_load"] < 0.1
 
-  def last(metrics):
-    load = sum(row["load"] for row in metrics[24:])
-    (row,) = program.router_rows(load)
-    return row
-
-  # Without: each token goes to the first expert (twice the mean), none to the
-  # last.
-  assert last(rows)["max_load"] > 1.9 and last(rows)["min_load"] < 0.1
-  assert last(balanced)["max_load"] < 1.25 and last(balanced)["min_load"] > 0.8
-  assert last(rows)["layer"] == 0
+  program = program_lib.Program(tiny_run(router_bias_rate=0.02))
+  moved, first = steps(program, 1, skewed)
   # The first step has the same loss, gradients and updates with and without.
-  np.testing.assert_equal(balanced[0], rows[0])
-  (bias,) = program._choice_biases
+  np.testing.assert_equal(first[0], rows[0])
   for name, value in still.items():
     assert np.array_equal(value, moved[name]) == (name != bias), name
-  np.testing.assert_array_equal(still[bias], np.float32(skewed))
+
+  # And the loop logs how the loads become equal.
+  program.init = lambda: skewed(program)
+  loop.run(
+    dataclasses.replace(program.config, folder=str(tmp_path)), program=program
+  )
+  lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
+  logged = [json.loads(line) for line in lines]
+  logged = [row["router"][0] for row in logged if row["kind"] == "train"]
+  assert len(logged) == 40
+  assert logged[0] == unmoved.router_rows(rows[0]["load"])[0]
+  assert np.mean([row["max_load"] for row in logged[24:]]) < 1.5
+  assert np.mean([row["min_load"] for row in logged[24:]]) > 0.5
 
 
 # --- Over devices -------------------------------------------------------------

@@ -419,6 +419,12 @@ def test_cpt_takes_over_backbone_moments_and_step(compared):
       np.testing.assert_array_equal(state.params[name], fresh.params[name])
   assert state.opt["backbone"][1].count == 1
   assert state.opt["index"][1].count == 0
+  recipe = dataclasses.replace(run.recipe, index_init="main")
+  run = dataclasses.replace(run, recipe=recipe)
+  other = program_lib.Program(run).start_from_dense()
+  for name, value in other.params.items():
+    changed = not np.array_equal(value, state.params[name])
+    assert changed == ("index_" in name), name
 
 
 def test_cpt_refuses_another_architecture(compared, place):
@@ -546,6 +552,8 @@ def test_more_contradictions(place):
     )
   with pytest.raises(ValueError, match="wanted both or none"):
     config_lib.RecipeConfig(init_from="gqa")
+  with pytest.raises(ValueError, match="index_init='main': wanted init_from"):
+    config_lib.RecipeConfig(index_init="main")
   with pytest.raises(ValueError, match=r"beta2=1.0: wanted 0 <= beta2 < 1"):
     config_lib.OptimizerConfig(beta2=1.0)
   with pytest.raises(ValueError, match="wants 6 devices, 4 are here"):
