@@ -37,6 +37,7 @@ import pallas_kernels.cases
 from pallas_kernels import cases, mosaic, schedule, select_blocks
 from pallas_kernels import sparse_attention
 from pallas_kernels.bench import measure
+from pallas_kernels.bench.results import BOUND_TFLOPS
 from train.figures import COLORS, STYLE
 
 plt.rcParams.update(STYLE)
@@ -85,7 +86,7 @@ print(f"a copy {copy:.2f} TB/s (read and written)")
 #
 # Bars: time for each token of a prompt (milliseconds for 1,000 tokens). Dense
 # attention grows with the length. MSA's attention step does not: each query
-# reads the same 2,048 keys. Selection grows, sixteen times slower than dense.
+# reads the same 2,048 keys. Selection grows, with a 32nd of dense's operations.
 # *Random* choices are the worst case, where neighbouring queries share next to
 # nothing; *trained-like* ones share as those of trained models do: own block,
 # first block, and blocks that drift slowly.
@@ -136,8 +137,8 @@ plt.show()
 # what it may reach depends on how many operations it does for each byte that it
 # moves. Points are measured.
 #
-# * **Selection** reads keys once for 256 queries: it sits under the flat roof,
-#   and only a cheaper operand (fp8) raises it.
+# * **Selection** loads a key once for 256 queries: it sits under the flat roof,
+#   and only a cheaper operand (fp8, with a roof of its own) raises it.
 # * **Attention has two designs.** *Edges* moves a query's 16 heads in (4 KB),
 #   its partial result out (4 KB) and back in for the final sum (4 KB), for each
 #   of its 16 blocks, 1 million operations a time: about 85 operations a byte,
@@ -158,10 +159,12 @@ block_bytes = 2 * paper.block_size * paper.head_dim * 2  # keys and values
 figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
 x = np.geomspace(20, 4000, 200)
 axes.plot(x, np.minimum(copy * x, matmul), color="black", lw=2)
-axes.annotate(
-  f"memory: {copy:.2f} TB/s", (28, copy * 28 * 1.12), rotation=34, fontsize=10
-)
-axes.annotate(f"bf16 matrix product: {matmul:.0f} TFLOP/s", (330, 600))
+axes.annotate(f"memory: {copy:.2f} TB/s", (40, 106))
+axes.annotate(f"bf16 matrix product: {matmul:.0f} TFLOP/s", (700, 615))
+fp8 = BOUND_TFLOPS["fp8"]
+axes.plot(x, np.where(copy * x > matmul, np.minimum(copy * x, fp8), np.nan),
+          color=PINK, lw=1.5, ls="--")
+axes.annotate(f"best fp8 rate seen: {fp8:.0f} TFLOP/s", (700, 1350), color=PINK)
 for precision, colour, bytes_per_entry in (("exact", ORANGE, 2), ("fp8", PINK, 1)):
   row = find("select", "trained_like", precision)[1 << 17]
   # One key tile against 256 queries: 2 operations for each entry and query.
@@ -193,9 +196,10 @@ axes.annotate(
 axes.set(
   xscale="log", yscale="log", ylim=(100, 1600),
   xlabel="operations that the chosen keys need, for each byte moved",
-  ylabel="TFLOP/s",
+  ylabel="TFLOP/s", xlim=(20, 4000),
   title=f"Roofline at 128K tokens, {results['device']}",
 )
+axes.set_xticks([30, 100, 300, 1000, 3000], [30, 100, 300, 1000, 3000])
 axes.set_yticks([100, 200, 400, 800, 1600], [100, 200, 400, 800, 1600])
 axes.minorticks_off()
 axes.legend(loc="lower right")
@@ -246,8 +250,8 @@ plt.show()
 #
 # Below are real choices of 8 neighbouring queries among 256 blocks (one group,
 # 16 blocks each), made as in the benchmark. Columns are the blocks that at least
-# one of the 8 chose. Left, nearly every choice is alone. Right, the 8 queries
-# want the same few blocks, so one load of a block serves most of them.
+# one of the 8 chose. Above, nearly every choice is alone. Below, the 8 queries
+# want the same few blocks, so one load of a block serves several of them.
 
 # %%
 case = cases.Case(tokens=64, kv_tokens=KEY_TOKENS, dtype="float32")
@@ -261,14 +265,15 @@ for axes, selection in zip(panels, ("random", "trained_like")):
   union = np.unique(eight[eight >= 0])
   chosen = (eight[:, :, None] == union).any(axis=1)
   colours = np.where(chosen, np.where(chosen.sum(0) > 1, 2, 1), 0)
-  axes.imshow(
-    colours, aspect="auto", interpolation="nearest", vmin=0, vmax=2,
+  axes.pcolormesh(
+    colours, edgecolors="white", lw=0.8, vmin=0, vmax=2,
     cmap=plt.matplotlib.colors.ListedColormap(["#f2f2f2", ORANGE, BLUE]),
   )
-  axes.set_xticks(np.arange(0.5, len(union)), [])
-  axes.set_yticks(range(8), range(1, 9))
+  axes.invert_yaxis()
+  axes.grid(False)
+  axes.set_xticks([])
+  axes.set_yticks(np.arange(8) + 0.5, range(1, 9))
   axes.tick_params(length=0)
-  axes.grid(axis="x", color="white", lw=0.6)
   axes.set_ylabel("query of the tile")
   axes.set_title(
     f"{selection.replace('_', '-')}: {chosen.sum()} choices name {len(union)}"
@@ -308,15 +313,17 @@ for selection, colour, marker in (
     marker, ms=9, color=colour,
     label=f"measured, {selection.replace('_', '-')}",
   )
-  for tokens, row in found.items():
-    if selection == "random":
+  if selection == "random":
+    for tokens, row in found.items():
+      above = tokens == max(found)
       axes.annotate(
-        length(tokens), (row["union8"], row["tflops"]), xytext=(0, -16),
-        textcoords="offset points", ha="center", fontsize=10,
+        length(tokens), (row["union8"], row["tflops"]),
+        xytext=(0, 9 if above else -18), textcoords="offset points",
+        ha="center", fontsize=10,
       )
-lengths = ", ".join(length(t) for t in find("sparse_forward", "trained_like"))
 axes.annotate(
-  lengths, (26.5, 352), fontsize=10, color="#333333",
+  f"{length(min(found))} to {length(max(found))}\n(trained-like)", (15, 270),
+  fontsize=10,
 )
 union = np.linspace(16, 128, 100)
 axes.plot(
@@ -341,8 +348,8 @@ plt.show()
 #
 # Edges need the choices the other way round: not *query → blocks* but *block →
 # queries*. A sort does it. Each block's queries are then cut into *tasks* of
-# equal size for the GPU's 132 processors, so that a block which everybody wants
-# keeps no processor waiting. The plan below is what `schedule.py` makes of
+# limited size for the GPU's 132 processors, so that a block which everybody
+# wants is not one processor's work while the others wait. The plan below is what `schedule.py` makes of
 # random choices, with block 2 made popular, and tasks of at most 32 queries
 # (256 in practice). A query's own block is always done by its tile, which alone
 # knows that later keys must stay hidden.
@@ -392,6 +399,8 @@ for task, (block, first, count, _) in enumerate(tasks):
   panels[1].annotate(
     str(block), (task, num_queries + 3), ha="center", fontsize=8
   )
+panels[1].set_xticks(range(len(tasks)))
+panels[1].grid(axis="x", lw=0.4)
 panels[1].set(
   xlabel="task, in the order of work (above: its block)",
   ylabel="queries gathered by the task", ylim=(-3, num_queries + 12),
@@ -459,9 +468,11 @@ print(
 print(f"{time.perf_counter() - start:.0f} s")
 
 # %% [markdown]
-# The error must look like rounding to bfloat16, a share of each value's size
-# and nothing more: outputs hug the diagonal, and errors stay around the dashed
-# line, which is half a step of bfloat16.
+# The error must look like rounding to bfloat16 and nothing more. Left, outputs
+# lie on the diagonal. Right, the dashed line is what rounding the output alone
+# may add. Large entries stay near it; small ones are sums of larger terms that
+# cancel, and keep the rounding error of those (probabilities are rounded before
+# their product with the values, as in any fast attention).
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -483,7 +494,7 @@ panels[1].loglog(
 line = np.geomspace(1e-3, size.max(), 50)
 panels[1].loglog(
   line, line * float(jnp.finfo("bfloat16").eps) / 2, "--", color=ORANGE, lw=2,
-  label="half a bfloat16 step",
+  label="rounding of the output",
 )
 panels[1].set(
   xlim=(1e-3, None), ylim=(1e-6, None), xlabel="size of the entry",
