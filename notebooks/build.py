@@ -2,7 +2,7 @@
 
   python notebooks/build.py [NAME.py ...]     # without names: all of them
 
-Needs nbclient and ipykernel (`make notebooks` sets them up).
+Needs nbformat, nbclient and ipykernel, which the project does not install.
 """
 
 import json
