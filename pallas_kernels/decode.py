@@ -32,8 +32,7 @@ Two launches, nothing else:
   copies, the other one computes.
 
 The wait inside attend needs the splits of a row on the GPU at the same time;
-there are never more CTAs than multiprocessors when anything is split. With
-`pdl` each kernel is launched while the one before it drains.
+there are never more CTAs than multiprocessors when anything is split.
 
 Bound: reading the index keys (256 bytes a token in bf16, 132 in fp8), then
 2 P block_size D elements of K and V a group, both from memory. Shared memory at
@@ -74,6 +73,8 @@ NO_BLOCK = (1 << 31) - 1
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
 MERGE_SLOTS = 16  # longest list of which a lane holds five in registers
+STEP_KEYS = 128  # index keys of a tile
+SCORERS = 2  # warpgroups that score, which take turns
 LENGTHS_AT_ONCE = 32  # of batch rows, read side by side
 MERGE_ROUNDS = 5  # blocks found before the lists in registers are cut shorter
 
@@ -83,38 +84,21 @@ class Config:
   """Tile sizes and shares; the result changes by rounding only.
 
   Attributes:
-    step_keys: index keys of a tile, 128 or 256.
-    stages: tiles in flight; 0 takes what shared memory holds.
-    score_warpgroups: 1 or 2; stages must be a multiple of it.
+    stages: tiles in flight, an even number; 0 takes what shared memory holds.
     unit: tokens of an attention step, 64 or block_size; 0 lets the number of
       rows decide.
     splits: most CTAs that share a row's blocks; 0 fills the GPU.
-    merge: "inside" merges the splits at the end of attend, "launch" in a
-      third kernel.
-    pdl: launches each kernel while the one before it drains.
     num_ctas: of scan; 0 takes the number of multiprocessors.
   """
 
-  step_keys: int = 128
   stages: int = 0
-  score_warpgroups: int = 2
   unit: int = 0
   splits: int = 0
-  merge: str = "inside"
-  pdl: bool = True
   num_ctas: int = 0
 
   def __post_init__(self):
-    if self.step_keys not in (128, 256):
-      raise ValueError(f"step_keys must be 128 or 256, got {self.step_keys}")
-    if self.stages % self.score_warpgroups:
-      raise ValueError(
-        f"stages must be a multiple of score_warpgroups, got {self}"
-      )
-    if self.merge not in ("inside", "launch"):
-      raise ValueError(
-        f"merge must be 'inside' or 'launch', got {self.merge!r}"
-      )
+    if self.stages % SCORERS:
+      raise ValueError(f"stages must be even, got {self.stages}")
 
 
 def heuristic_config() -> Config:
@@ -126,12 +110,9 @@ def candidate_configs() -> tuple[Config, ...]:
   """Configurations worth timing, for tests and tuning."""
   return (
     Config(),
-    Config(pdl=False),
-    Config(merge="launch"),
-    Config(step_keys=256),
-    Config(score_warpgroups=1),
     Config(stages=4),
     Config(unit=128),
+    Config(unit=64, splits=32),
   )
 
 
@@ -235,9 +216,8 @@ class Shape:
   @property
   def separate_merge(self) -> bool:
     """Whether a kernel of its own merges the splits."""
-    inside = self.config.merge == "inside" and not self.interpret
     fits = self.attend_rows * self.splits <= mosaic.num_sms()
-    return self.splits > 1 and not (inside and fits)
+    return self.splits > 1 and (self.interpret or not fits)
 
 
 # ---- Register layouts of vectors ----
@@ -283,8 +263,7 @@ def _tiles_of(length, s: Shape):
   # Of the last query; the own block of an empty row is -1.
   own = lax.div(length + s.block_size - 1, s.block_size) - 1
   limit = jnp.clip(own + 1 - s.local_blocks, 0, s.num_blocks)
-  step = s.config.step_keys
-  return lax.div(limit * s.block_size + step - 1, step)
+  return lax.div(limit * s.block_size + STEP_KEYS - 1, STEP_KEYS)
 
 
 def _fold_rows(lengths_gmem, s: Shape, update: Callable, carry: Any) -> Any:
@@ -387,39 +366,37 @@ def _lists_of(lengths_gmem, b, s: Shape):
 
 def _scan_scratch(s: Shape) -> dict[str, Any]:
   """Shared memory and barriers of scan."""
-  config = s.config
-  wgs = config.score_warpgroups
   size = jnp.dtype(s.key_dtype).itemsize
   swizzle = min(s.index_dim * size, 128)
   transforms = (
     plgpu.TilingTransform((8, swizzle // size)),  # pyright: ignore
     plgpu.SwizzleTransform(swizzle),  # pyright: ignore
   )
-  blocks = config.step_keys // s.block_size
-  q_shape = (wgs, s.tile_rows, s.index_dim)
-  stage_bytes = config.step_keys * s.index_dim * size
+  blocks = STEP_KEYS // s.block_size
+  q_shape = (SCORERS, s.tile_rows, s.index_dim)
+  stage_bytes = STEP_KEYS * s.index_dim * size
   stage_bytes += blocks * s.tile_rows * 4
   # Barriers, and the alignment of all buffers to 1 KiB.
   fixed = math.prod(q_shape) * jnp.dtype(s.index_dtype).itemsize + 1536
   if s.fp8:
-    stage_bytes += config.step_keys * 4
+    stage_bytes += STEP_KEYS * 4
     fixed += math.prod(q_shape) + 1024
   stages = (mosaic.SMEM_LIMIT - fixed) // stage_bytes
-  stages = min(stages, config.stages or 16) // wgs * wgs
-  if stages < wgs:
+  stages = min(stages, s.config.stages or 16) // SCORERS * SCORERS
+  if stages < SCORERS:
     raise NotImplementedError(
       "mosaic_gpu decode_attention does not fit shared memory with"
-      f" {s.rows} index queries a row and {config}"
+      f" {s.rows} index queries a row"
     )
   scratch = dict(
     q_smem=plgpu.SMEM(q_shape, s.index_dtype, transforms=mosaic.OPERAND),
     k_smem=plgpu.SMEM(
-      (stages, config.step_keys, s.index_dim),
+      (stages, STEP_KEYS, s.index_dim),
       s.key_dtype,
       transforms=transforms,
     ),
     max_smem=plgpu.SMEM((stages, blocks, s.tile_rows), jnp.float32),
-    q_ready=plgpu.Barrier(num_barriers=wgs),
+    q_ready=plgpu.Barrier(num_barriers=SCORERS),
     k_ready=plgpu.Barrier(num_arrivals=1 + s.fp8, num_barriers=stages),
     max_ready=plgpu.Barrier(num_barriers=stages),
     free=plgpu.Barrier(num_barriers=stages),
@@ -427,16 +404,9 @@ def _scan_scratch(s: Shape) -> dict[str, Any]:
   if s.fp8:
     scratch |= dict(
       q8_smem=plgpu.SMEM(q_shape, s.key_dtype, transforms=transforms),
-      scale_smem=plgpu.SMEM((stages, config.step_keys), jnp.float32),
+      scale_smem=plgpu.SMEM((stages, STEP_KEYS), jnp.float32),
     )
   return scratch
-
-
-def _start_kernel(s: Shape) -> None:
-  """Lets the next kernel be launched, and waits for the one before."""
-  if s.config.pdl and not s.interpret:
-    plgpu.griddepcontrol_launch_dependents()
-    plgpu.griddepcontrol_wait()
 
 
 def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
@@ -445,14 +415,10 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
   `outputs`: Refs of the codes, the ids and the counters that attend's splits
   wait on, which are set to 0.
   """
-  config = s.config
-  step_keys, bs = config.step_keys, s.block_size
-  blocks = step_keys // bs
-  wgs = config.score_warpgroups
+  bs, blocks = s.block_size, STEP_KEYS // s.block_size
   layout = plgpu.Layout.WGMMA
   scratch = _scan_scratch(s)
   stages = scratch["k_smem"].shape[0]
-  score_registers, choose_registers = {1: (216, 216), 2: (152, 136)}[wgs]
 
   def body(*refs, **smem):
     q_gmem, k_gmem, *refs = refs
@@ -463,16 +429,15 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
     q_smem, k_smem, max_smem = smem["q_smem"], smem["k_smem"], smem["max_smem"]
     q_ready, k_ready = smem["q_ready"], smem["k_ready"]
     max_ready, free = smem["max_ready"], smem["free"]
-    _start_kernel(s)
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     each_segment = functools.partial(_each_segment, lengths_gmem, cta, s)
 
     def first_position(b):
       return jnp.clip(lengths_gmem[b], 0, s.capacity) - s.tokens
 
-    @pl.when(wg < wgs)
+    @pl.when(wg < SCORERS)
     def _score():
-      plgpu.set_max_registers(score_registers, action="increase")
+      plgpu.set_max_registers(152, action="increase")
 
       def load_queries(b):
         """Index queries as a wgmma operand, and each row's fp8 scale."""
@@ -504,9 +469,11 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
         operand, scales = load_queries(b)
         position = first_position(b)
 
+        # The groups take turns, across batch rows.
+        mine = lax.rem(wg + SCORERS - lax.rem(steps, SCORERS), SCORERS)
+
         def tile(j, carry):
-          # The groups take turns, across batch rows.
-          i = lax.rem(wg + wgs - lax.rem(steps, wgs), wgs) + j * wgs
+          i = mine + j * SCORERS
           slot = lax.rem(steps + i, stages)
           plgpu.barrier_wait(k_ready.at[slot])
           for m in range(s.tile_rows // ROWS):
@@ -518,7 +485,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
               )
               return acc[...]
 
-            x = pl.run_scoped(product, ACC((ROWS, step_keys), jnp.float32))
+            x = pl.run_scoped(product, ACC((ROWS, STEP_KEYS), jnp.float32))
             if s.fp8:
               key_scale = plgpu.load(
                 smem["scale_smem"].at[slot], layout=layout.reduce(0)
@@ -528,7 +495,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
               # Blocks that are not wholly visible compete.
               key = (
                 plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=layout)
-                + (first_tile + i) * step_keys
+                + (first_tile + i) * STEP_KEYS
               )
               row = (
                 plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
@@ -544,14 +511,14 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
           plgpu.barrier_arrive(max_ready.at[slot])
           return carry
 
-        mine = lax.rem(wg + wgs - lax.rem(steps, wgs), wgs)
-        lax.fori_loop(0, lax.div(count - mine + wgs - 1, wgs), tile, None)
+        tiles = lax.div(count - mine + SCORERS - 1, SCORERS)
+        lax.fori_loop(0, tiles, tile, None)
 
       each_segment(segment)
 
-    @pl.when(wg == wgs)
+    @pl.when(wg == SCORERS)
     def _choose():
-      plgpu.set_max_registers(choose_registers, action="increase")
+      plgpu.set_max_registers(136, action="increase")
       lanes = _lanes(s.list_rows)
       shape = (s.list_rows,)
 
@@ -603,7 +570,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
 
       each_segment(segment)
 
-    @pl.when(wg == wgs + 1)
+    @pl.when(wg == SCORERS + 1)
     def _copy():
       plgpu.set_max_registers(40, action="decrease")
 
@@ -611,7 +578,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
         def tile(i, carry):
           step = steps + i
           slot = lax.rem(step, stages)
-          keys = pl.ds((first_tile + i) * step_keys, step_keys)
+          keys = pl.ds((first_tile + i) * STEP_KEYS, STEP_KEYS)
 
           @pl.when(step >= stages)
           def _():
@@ -645,7 +612,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
     *outputs,
     name="decode_scan",
     num_ctas=s.scan_ctas,
-    num_warpgroups=wgs + 2,
+    num_warpgroups=SCORERS + 2,
     scratch=scratch,
     interpret=s.interpret,
     auto_barriers=False,
@@ -842,7 +809,6 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
     o_smem, ids_smem = smem["o_smem"], smem["ids_smem"]
     k_ready, v_ready = smem["k_ready"], smem["v_ready"]
     k_free, v_free = smem["k_free"], smem["v_free"]
-    _start_kernel(s)
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     row, split = lax.div(cta, splits), lax.rem(cta, splits)
     where = _locate(row, lengths_gmem, s)
@@ -1054,7 +1020,6 @@ def _merge(lengths, part, stats, out, s: Shape) -> None:
   """Merges the splits of every row and head, in a kernel of its own."""
 
   def body(lengths_gmem, part_gmem, stats_gmem, out_gmem):
-    _start_kernel(s)
     cta = lax.axis_index("cta")
     row, head = lax.div(cta, s.group_size), lax.rem(cta, s.group_size)
     _merge_splits(

@@ -216,15 +216,13 @@ def test_all_forced_needs_no_scan():
 
 
 def test_several_rows_in_the_share_of_a_cta(monkeypatch):
-  """More rows than lengths are read at once; other tiles, nothing split."""
+  """More rows than lengths are read at once; nothing split."""
   monkeypatch.setattr(decode, "LENGTHS_AT_ONCE", 2)
   case = Case(
     lengths=(130, 0, 328, 64, 300, 129, 1), num_heads=1, num_kv_heads=1,
     top_k=2,
   )  # fmt: skip
-  config = decode.Config(
-    num_ctas=3, step_keys=256, stages=3, score_warpgroups=1, splits=1
-  )
+  config = decode.Config(num_ctas=3, splits=1)
   run_and_check(case, config=config)
 
 
@@ -369,8 +367,8 @@ def test_other_calls_that_are_not_supported():
     call(index_k, scale=-1.0)
   with pytest.raises(NotImplementedError, match="capacity x KV heads"):
     mosaic.check_decode_supported(tokens=1, num_kv_heads=4, cache_rows=1 << 31)
-  with pytest.raises(ValueError, match="merge must be"):
-    decode.Config(merge="later")
+  with pytest.raises(ValueError, match="stages must be even, got 3"):
+    decode.Config(stages=3)
 
 
 # ---- Lowering ----
@@ -431,11 +429,12 @@ def test_lowers_odd_shapes():
     num_kv_heads=16, top_k=4, num_local=0, fp8=True, dtype="float16",
   )  # fmt: skip
   assert lower(case) == 2
-  # Three splits, merged by a launch of its own; nothing to choose by score.
+  # More splits than multiprocessors, merged by a launch of its own; nothing to
+  # choose by score.
   case = dataclasses.replace(
-    PAPER, lengths=(1,) * 3, capacity=4096, num_local=3, top_k=3
+    PAPER, lengths=(1,) * 3, capacity=4096, num_local=16
   )
-  assert lower(case, decode.Config(merge="launch", unit=64)) == 2
+  assert lower(case, decode.Config(unit=64, splits=32)) == 2
 
 
 # ---- On the GPU ----

@@ -13,7 +13,6 @@ of the same kind; the faster is named.
 from __future__ import annotations
 
 import concurrent.futures
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -154,7 +153,6 @@ def add_programs(
     return
   key = jax.eval_shape(lambda: jax.random.key(0))
   q, index_q = jax.eval_shape(functools.partial(queries, case=case), key)
-  alone = dataclasses.replace(decode.heuristic_config(), pdl=False)
   for precision in precisions:
     if precision not in PRECISIONS:
       continue
@@ -162,15 +160,7 @@ def add_programs(
       functools.partial(cache, case=case, precision=precision), key
     )
     caches = [one] * num_caches(case)
-    lengths = jax.ShapeDtypeStruct((case.batch,), jnp.int32)
-    programs.add(
-      f"decode {precision}",
-      attention(case),
-      *arguments(q, index_q, one, lengths),
-    )
     programs.add(f"steps {precision}", steps(case), q, index_q, caches)
-    # Kernels that overlap would count the time that they wait.
-    programs.add(f"alone {precision}", steps(case, alone), q, index_q, caches)
     if with_dense and precision == "exact":
       for name, attend in dense_peers().items():
         programs.add(f"dense {name}", dense_steps(case, attend), q, caches)
@@ -197,6 +187,8 @@ def rows(
       for i in range(num_caches(case))
     ]
     count = num_steps(case)
+    program = programs[f"steps {precision}"]
+    call = functools.partial(program, q, index_q, caches)
     if precision == "exact":
       peers = {}
       for name in dense_peers():
@@ -208,18 +200,16 @@ def rows(
     row = measure.row(
       "decode",
       case,
-      functools.partial(programs[f"steps {precision}"], q, index_q, caches),
+      call,
       flops=measure.index_flops(case) + measure.main_flops(case),
-      peak_bytes=measure.program_bytes(programs[f"decode {precision}"]),
+      peak_bytes=step_bytes(program, q, index_q, caches[0]),
       selection="random",
       union8=case.top_k,
       score_precision=precision,
       dense=dense,
       steps=count,
     )
-    kernels = measure.kernel_seconds(
-      functools.partial(programs[f"alone {precision}"], q, index_q, caches)
-    )
+    kernels = measure.kernel_seconds(call)
     milliseconds = {
       name: round(sum(times) / count * 1e3, 4)
       for name, times in sorted(kernels.items())
@@ -230,6 +220,13 @@ def rows(
     row |= dict(kernels_ms=milliseconds, index_tbs=round(rate, 3))
     found.append(row)
   return found, []
+
+
+def step_bytes(program, q, index_q, cache) -> int:
+  """What one step reads and writes, and the workspace of all of them."""
+  operands = sum(x.nbytes for x in jax.tree.leaves((q, index_q, cache)))
+  workspace = program.memory_analysis().temp_size_in_bytes
+  return int(operands + q.nbytes + workspace)
 
 
 def run_dense(programs, name, q, caches):
