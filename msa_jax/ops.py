@@ -456,7 +456,8 @@ def decode_attention(
     scale=_scale("scale", scale, q),
   )
 
-  @jax.custom_jvp
+  # A custom_jvp would do, but jit cannot lower one with a kernel's references.
+  @jax.custom_vjp
   def run(q, k, v, index_q, index_k, kv_lengths, index_k_scale):
     args = (q, k, v, index_q, index_k)
     cached = dict(kv_lengths=kv_lengths, index_k_scale=index_k_scale)
@@ -469,12 +470,12 @@ def decode_attention(
       ),
     )
 
-  @run.defjvp
-  def _(primals, tangents):
+  def differentiate(*_):
     raise NotImplementedError(
       "decode_attention has no gradient; msa_attention has one"
     )
 
+  run.defvjp(differentiate, differentiate)
   return DecodeOutput(
     *run(q, k, v, index_q, index_k, kv_lengths, index_k_scale)
   )
