@@ -1158,6 +1158,13 @@ def decode_attention(
   capacity, num_kv_heads = k.shape[1:3]
   index_dim = index_q.shape[-1]
   mosaic.check_supported(
+    q,
+    k,
+    v,
+    index_q,
+    index_k,
+    kv_lengths,
+    index_k_scale,
     dtype=q.dtype,
     block_size=block_size,
     top_k=top_k,

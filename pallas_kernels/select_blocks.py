@@ -480,6 +480,9 @@ def select_blocks(
   num_blocks = pl.cdiv(kv_len, block_size)
   index_q, index_k = lax.stop_gradient((index_q, index_k))
   mosaic.check_supported(
+    index_q,
+    index_k,
+    kv_lengths,
     dtype=index_q.dtype,
     block_size=block_size,
     top_k=top_k,

@@ -931,6 +931,11 @@ def sparse_attention(
   """
   group_size = q.shape[2] // k.shape[2]
   mosaic.check_supported(
+    q,
+    k,
+    v,
+    block_indices,
+    kv_lengths,
     dtype=q.dtype,
     block_size=block_size,
     top_k=block_indices.shape[-1],
