@@ -36,8 +36,9 @@ Score precisions:
          index_k (which multiplies the block's maximum). Scales are powers of
          two, so a key's rounding does not depend on its neighbours.
 
-A block whose visible scores hold NaN is not chosen unless forced; infinite
-operands follow IEEE arithmetic.
+A block whose visible scores hold NaN is not chosen unless forced. An infinite
+entry of an operand counts as NaN, as in the reference: where it stands, not its
+sign, decides. Finite operands whose products overflow score an infinity.
 
 Shared memory (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima
 4 KiB. Shapes: see `mosaic`. Choosing has no gradient: index_q and index_k are
@@ -505,6 +506,11 @@ def select_blocks(
     )
     return _pad_axis(ids, 3, top_k, -1)
 
+  # Fused with padding or quantising where there is any, else a copy of index_q:
+  # 1 % of the time at 128K tokens.
+  index_q, index_k = (
+    jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (index_q, index_k)
+  )
   num_rows = q_len * num_groups
   config = config or heuristic_config(batch * num_rows)
   step_keys = config.step_keys
