@@ -24,6 +24,7 @@ BLOCK_SIZES = (64, 128)
 GROUP_SIZES = (1, 2, 4, 8, 16)  # G
 MAX_TOP_K = 32  # P
 MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
+MAX_CHOICES = (1 << 31) - 1  # B x K x T x P: offsets of ids are 32 bits
 MAX_DECODE_TOKENS = 16  # T of decoding
 MAX_DECODE_ROWS = 256  # T x K of decoding: all rows of a wgmma step
 MAX_TMA_ROWS = 1 << 31  # B x C x K of a cache: TMA coordinates are 32 bits
@@ -43,6 +44,8 @@ def check_supported(
   head_dim: int | None = None,
   index_dim: int | None = None,
   group_size: int | None = None,
+  num_choices: int = 0,
+  scale: float = 1.0,
 ) -> None:
   """Raises NotImplementedError for a legal call that no kernel here takes.
 
@@ -59,6 +62,8 @@ def check_supported(
     head_dim: D.
     index_dim: I.
     group_size: G.
+    num_choices: B x K x T x P.
+    scale: of the main scores.
   """
   if jax.config.jax_enable_x64:
     raise NotImplementedError(
@@ -93,6 +98,13 @@ def check_supported(
       f"mosaic_gpu supports up to {MAX_BLOCKS} blocks of keys, got kv_len"
       f" {kv_len} in blocks of {block_size}"
     )
+  if num_choices > MAX_CHOICES:
+    raise NotImplementedError(
+      f"mosaic_gpu supports up to {MAX_CHOICES} choices (batch x KV heads x"
+      f" queries x top_k), got {num_choices}"
+    )
+  if scale <= 0:
+    raise NotImplementedError(f"mosaic_gpu supports scale > 0, got {scale}")
 
 
 def check_decode_supported(

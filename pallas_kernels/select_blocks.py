@@ -489,6 +489,7 @@ def select_blocks(
     top_k=top_k,
     kv_len=kv_len,
     index_dim=index_dim,
+    num_choices=batch * num_groups * q_len * top_k,
   )
   if kv_lengths is None:
     kv_lengths = jnp.full((batch,), kv_len, jnp.int32)

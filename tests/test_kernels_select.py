@@ -334,6 +334,15 @@ def test_not_supported(change, text):
   assert text in str(error.value)
 
 
+def test_not_so_many_choices():
+  shapes = ((2, 1 << 20, 32, 64), (2, 1 << 20, 64))
+  with pytest.raises(NotImplementedError, match="got 2147483648"):
+    jax.eval_shape(
+      functools.partial(sb.select_blocks, top_k=32),
+      *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes),
+    )
+
+
 def lower(case, kv_lengths=False, **kwargs):
   q = jax.ShapeDtypeStruct(
     (case.batch, case.tokens, case.num_kv_heads, case.index_dim), case.dtype

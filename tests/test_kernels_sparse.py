@@ -306,6 +306,12 @@ SMALL = Case(
     ({"top_k": 33}, "bfloat16", "top_k up to 32, got 33"),
     ({}, "float32", "dtype in (bfloat16, float16), got float32"),
     ({"kv_len": (1 << 21) + 64}, "bfloat16", "up to 32768 blocks"),
+    (
+      {"batch": 1 << 15, "q_len": 1 << 16, "kv_len": 1 << 16},
+      "bfloat16",
+      "up to 2147483647 choices (batch x KV heads x queries x top_k), got"
+      " 2147483648",
+    ),
   ],
 )
 def test_says_what_is_supported(change, dtype, text):
