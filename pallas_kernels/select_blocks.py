@@ -507,8 +507,8 @@ def select_blocks(
     )
     return _pad_axis(ids, 3, top_k, -1)
 
-  # Fused with padding or quantising where there is any, else a copy of index_q:
-  # 1 % of the time at 128K tokens.
+  # Fused with padding or quantising where there is any, else a copy of index_q
+  # and index_k: linear in T beside scores that are quadratic.
   index_q, index_k = (
     jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (index_q, index_k)
   )

@@ -215,7 +215,6 @@ def test_checks_go_both_ways(name, monkeypatch):
     )
     shares.append(float(plan.is_edge.sum() / (ids >= 0).sum()))
   assert shares[0] == 0 and shares[1] > 0.3
-  print(shares)
 
 
 @pytest.mark.parametrize("wrong", ["kl", "dk"])
