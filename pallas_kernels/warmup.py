@@ -195,7 +195,7 @@ def attention(
       there are more keys than queries.
   """
   d = q.shape[-1]
-  mosaic.check_supported(dtype=q.dtype, head_dim=d)
+  mosaic.check_supported(q, k, v, dtype=q.dtype, head_dim=d)
   if q.shape[1] != k.shape[1]:
     raise NotImplementedError(
       "mosaic_gpu attention of the warm-up phase supports as many keys as"

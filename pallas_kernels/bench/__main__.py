@@ -73,6 +73,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
+def check_case(case: cases.Case) -> cases.Case:
+  """What a shape's ops are checked on, the same for all of its head shape.
+
+  More blocks than top_k, ragged, and small enough for the dense reference.
+  """
+  return dataclasses.replace(
+    case,
+    tokens=min(256, case.tokens),
+    kv_tokens=33 * case.block_size - 5,
+    batch=2,
+  )
+
+
 def main(argv: list[str] | None = None) -> int:
   args = parse(argv)
   if args.plot_only:
@@ -95,18 +108,8 @@ def main(argv: list[str] | None = None) -> int:
     }
     for group in ops
   }
-  # One check for each head shape: more blocks than top_k, ragged, and small
-  # enough for the dense reference.
   checked = {
-    (
-      group,
-      dataclasses.replace(
-        case,
-        tokens=min(256, case.tokens),
-        kv_tokens=33 * case.block_size - 5,
-        batch=2,
-      ),
-    )
+    (group, check_case(case))
     for group, named in chosen.items()
     for case in named.values()
   }
