@@ -155,7 +155,7 @@ def sparse_attention(
     block_indices: ascending block ids without duplicates, then -1, as
       `select_blocks` returns them. Caller-made choices are welcome: the own
       block may be missing, blocks after it contribute nothing, and a row of -1
-      is an empty row. Entries are not checked.
+      is an empty row. Entries are not checked (`check_block_indices` does).
     block_size: tokens a block.
     scale: factor of the scores; None: D^-0.5.
     kv_lengths: keys that exist in each row; the queries are the last T of them.
