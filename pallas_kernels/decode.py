@@ -598,8 +598,8 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
           bits = lax.bitcast_convert_type(values[j], jnp.int32)
           code = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
           code = jnp.where(ids[j] == NO_BLOCK, NO_KEY, code)
-          codes_gmem[:, j, cta + b] = code
-          ids_gmem[:, j, cta + b] = ids[j]
+          mosaic.store(codes_gmem.at[:, j, cta + b], code)
+          mosaic.store(ids_gmem.at[:, j, cta + b], ids[j])
 
       each_segment(segment)
 
@@ -778,7 +778,9 @@ def _merge_splits(row, first, step, lengths_gmem, refs, s: Shape) -> None:
     weights = [jnp.exp2(x - top) for x in m]
     total = sum(a * b for a, b in zip(weights, l, strict=True))
     out = sum(a * b for a, b in zip(weights, parts, strict=True))
-    out_gmem[where.b, where.token, where.group, h] = _finish(out, total, s)
+    mosaic.store(
+      out_gmem.at[where.b, where.token, where.group, h], _finish(out, total, s)
+    )
     return carry
 
   count = lax.div(s.group_size - first + step - 1, step)

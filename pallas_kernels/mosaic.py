@@ -172,6 +172,16 @@ OPERAND = (
 )
 
 
+def store(ref: Any, value: jax.Array) -> None:
+  """ref[...] = value for a few values, however they lie over the lanes."""
+  # From jax 0.12 on, a plain store must fill whole sectors of 32 bytes.
+  any_store = getattr(plgpu, "store", None)
+  if any_store is None:
+    ref[...] = value
+  else:
+    any_store(ref, value, optimized=False)
+
+
 def launch(
   body: Callable[..., None],
   *operands: jax.Array | Any,
