@@ -232,20 +232,24 @@ def test_kernels_equal_the_reference(hopper, tmp_path):
       step = read(model, part, cache)
       logits.append(step.logits)
       cache = step.cache
-    blocks = np.asarray(out.selection.block_indices[1])
-    return out.logits, jnp.concatenate(logits, axis=1), blocks
+    choices = (out.selection.block_indices[1], out.experts[1])
+    return out.logits, jnp.concatenate(logits, axis=1), choices
 
   with jax.default_matmul_precision("highest"):
-    truth, _, _ = outputs("reference", "float32")
-  want, want_read, want_blocks = outputs("reference")
-  got, got_read, blocks = outputs("mosaic_gpu")
+    truth, _, true_choices = outputs("reference", "float32")
+  want, want_read, want_choices = outputs("reference")
+  got, got_read, choices = outputs("mosaic_gpu")
 
   def error(logits, rows=slice(None)):
-    return float(jnp.sqrt(jnp.mean((logits - truth)[:, rows] ** 2)))
+    """The median token's: one that a near tie sends to another expert is ten
+    times as far off."""
+    each = jnp.sqrt(jnp.mean((logits - truth) ** 2, axis=-1))
+    return float(jnp.median(each[:, rows]))
 
-  # What the layer before hands over is the same: scores differ by the order of
-  # their sums alone.
-  assert (np.sort(blocks) == np.sort(want_blocks)).mean() > 0.999
+  # bfloat16 moves near ties; the kernels move no more than twice as many.
+  for mine, theirs, true in zip(choices, want_choices, true_choices):
+    moved = [np.mean(np.asarray(x != true)) for x in (mine, theirs)]
+    assert moved[0] <= 2 * moved[1] < 0.1
   assert error(got) < 2 * error(want)
   last = slice(1300, None)
   assert error(got_read) < 2 * error(want_read)
