@@ -1157,7 +1157,15 @@ def decode_attention(
   b, t, h, d = q.shape
   capacity, num_kv_heads = k.shape[1:3]
   index_dim = index_q.shape[-1]
+  scale = float(d**-0.5 if scale is None else scale)
   mosaic.check_supported(
+    q,
+    k,
+    v,
+    index_q,
+    index_k,
+    kv_lengths,
+    index_k_scale,
     dtype=q.dtype,
     block_size=block_size,
     top_k=top_k,
@@ -1165,6 +1173,7 @@ def decode_attention(
     head_dim=d,
     index_dim=index_dim,
     group_size=h // num_kv_heads,
+    scale=scale,
   )
   mosaic.check_supported(
     dtype=index_q.dtype, block_size=block_size, top_k=top_k, kv_len=capacity
@@ -1180,11 +1189,6 @@ def decode_attention(
       f" ({index_q.dtype}) or float8_e4m3fn with a scale each, got"
       f" {index_k.dtype} {'without' if index_k_scale is None else 'with'}"
       " scales"
-    )
-  scale = float(d**-0.5 if scale is None else scale)
-  if scale <= 0:
-    raise NotImplementedError(
-      f"mosaic_gpu decode_attention supports scale > 0, got {scale}"
     )
   if not q.size or not k.size:
     ids = jnp.full((b, num_kv_heads, t, top_k), -1, jnp.int32)

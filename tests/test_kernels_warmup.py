@@ -206,6 +206,13 @@ def test_a_step_computes_nothing_twice(pretend_hopper, phase, want):
     assert "__cudnn$fmhaSoftmaxBackward" in text
 
 
+def test_warm_up_over_an_odd_number_of_tokens_has_gradients(pretend_hopper):
+  # cuDNN's own call refuses them.
+  case = cases.Case(tokens=777, num_heads=4, num_kv_heads=2)
+  _, grads = jax.eval_shape(layer("warmup"), *shapes(case))
+  assert [x.shape for x in grads] == [x.shape for x in shapes(case)[:5]]
+
+
 def test_kl_without_lse_computes_it(pretend_hopper):
   for phase, names in (
     ("warmup", {"dot_product_attention_fwd_wrapper": 2}),
