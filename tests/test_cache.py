@@ -16,7 +16,8 @@ from test_modules import CONFIG, INDEX, build
 
 import msa_jax
 from msa_jax import cache as cache_lib
-from msa_jax import reference, xla
+from msa_jax import generate, reference, xla
+from pallas_kernels import mosaic
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -774,6 +775,29 @@ def read_in_parts(graphdef, params, tokens, cache, counts):
 LONG = jax.random.randint(jax.random.key(6), (2, 300), 0, 64)
 # A prompt in two chunks, 12 tokens at once, then one by one over a boundary.
 PARTS = (128, 100, 12, *(1,) * 60)
+
+
+def test_steps_of_the_kernels_lower(monkeypatch):
+  """Prefill under nnx.jit, and decoding inside generation's loop."""
+  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
+  graphdef, params = kernel_model(("msa",), top_k=8)
+  model = nnx.merge(graphdef, params)
+  cache = model.init_cache(2, 384, index_dtype=jnp.float8_e4m3fn)
+  read = nnx.jit(lambda model, tokens, cache: model.extend(tokens, cache))
+  state = generate.DecodeState(
+    cache, jnp.zeros(2, jnp.int32), jnp.full(2, 9, jnp.int32),
+    jax.random.split(jax.random.key(0), 2),
+  )  # fmt: skip
+  steps = generate.decode_steps.trace(
+    graphdef, params, state, jnp.zeros(0, jnp.int32), steps=4
+  )
+  for traced in (
+    read.trace(model, LONG[:, :128], cache),
+    read.trace(model, LONG[:, :3], cache),
+    steps,
+  ):
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.gpu
