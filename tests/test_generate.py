@@ -3,11 +3,8 @@
 import dataclasses
 import functools
 import json
-import os
 import pathlib
 import shutil
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -163,41 +160,6 @@ def test_decoding_makes_no_second_cache():
   )
   assert memory.alias_size_in_bytes >= held
   assert memory.temp_size_in_bytes < held / 3
-
-
-MESH = """
-import sys
-import jax, numpy as np
-from flax import nnx
-sys.path.insert(0, "tests")
-from test_generate import PROMPTS, SIZES, model
-from msa_jax import DecoderLM, Sharding
-from msa_jax.generate import Sampling, generate
-
-assert len(jax.devices()) == 4
-options = dict(SIZES, sampling=Sampling(temperature=0.7), key=jax.random.key(1))
-want = generate(model(), PROMPTS, **options)
-mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"),
-                     axis_types=(jax.sharding.AxisType.Auto,) * 3)
-with jax.set_mesh(mesh):
-  split = DecoderLM(model().config, rngs=nnx.Rngs(0), sharding=Sharding())
-  got = generate(split, PROMPTS, **options)
-np.testing.assert_array_equal(want, got)
-print("same tokens")
-"""
-
-
-def test_generation_over_devices():
-  """Four forced CPU devices: rows over two, KV heads over two."""
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + " --xla_force_host_platform_device_count=4",
-    "JAX_PLATFORMS": "cpu",
-  }
-  result = subprocess.run(
-    [sys.executable, "-c", MESH], env=env, capture_output=True, text=True
-  )
-  assert "same tokens" in result.stdout, result.stderr[-2000:]
 
 
 # --- sampling -----------------------------------------------------------------
