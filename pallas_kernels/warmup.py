@@ -108,9 +108,10 @@ def _cudnn_attention(q, k, v, scale) -> Any:
   q, k, v = (
     jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))) for x in (q, k, v)
   )
-  out, lse = cudnn.dot_product_attention(
+  both: Any = cudnn.dot_product_attention(
     q, k, v, scale=scale, mask_type=cudnn.MaskType.CAUSAL, return_residual=True
   )
+  out, lse = both
   return out[:, :tokens], lse[..., :tokens]
 
 
