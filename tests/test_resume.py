@@ -81,7 +81,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def wait_for(process: subprocess.Popen, happened) -> None:
-  limit = time.monotonic() + 240
+  limit = time.monotonic() + 400
   while not happened():
     if process.poll() is not None:
       pytest.fail(f"the run ended by itself:\n{process.stdout.read()}")
