@@ -284,7 +284,7 @@ def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
     state,
     jax.ShapeDtypeStruct((*batch[:2], batch[2] + 1), jnp.int32),
     jax.ShapeDtypeStruct(batch, jnp.float32),
-    jax.ShapeDtypeStruct((), jnp.float32),
+    dict.fromkeys(("backbone", "index"), jax.ShapeDtypeStruct((), jnp.float32)),
   )
   traced = jax.jit(made._step, static_argnames="phase").trace(
     *operands, phase=phase

@@ -217,7 +217,12 @@ class RunConfig:
   """Steps between evaluations; the last step always has one."""
 
   eval_batches: int = 8
-  """Held-out batches of batch_size / grad_accumulation rows."""
+  """Held-out batches of batch_size / grad_accumulation rows, and batches of
+  each probe."""
+
+  final_batches: int | None = None
+  """Held-out batches after the last step, of which final gaps are made; None:
+  eval_batches."""
 
   probe_batches: int | None = None
   """Batches of each probe after the last step, where few answers would leave
@@ -296,6 +301,22 @@ class RunConfig:
   def uses_msa(self) -> bool:
     """Whether any layer is an msa layer."""
     return "msa" in self.model.kinds
+
+  def phases(self) -> dict[str, int]:
+    """The phases that the run goes through and how many steps each has."""
+    counts: dict[str, int] = {}
+    for step in range((self.recipe.init_step or 0) + 1, self.num_steps + 1):
+      phase = self.phase(step)
+      counts[phase] = counts.get(phase, 0) + 1
+    return counts
+
+  def evaluated(self, step: int) -> tuple[int, int]:
+    """Held-out batches and batches of each probe in a step's evaluation."""
+    last = step == self.num_steps
+    return (
+      (last and self.final_batches) or self.eval_batches,
+      (last and self.probe_batches) or self.eval_batches,
+    )
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
     """What attention does in a step (counted from 1)."""

@@ -153,6 +153,11 @@ def loss_weights(
   return weights
 
 
+def probes_of(config: DataConfig) -> tuple[str, ...]:
+  """Names of the retrieval tasks that are asked beside held-out batches."""
+  return ("needle", "recall") if isinstance(config, MixConfig) else ()
+
+
 class Source(abc.ABC):
   """Where batches come from.
 
@@ -431,10 +436,9 @@ class _RecallSource(Source):
 class _MixSource(Source):
   """Text with needles, and recall, over ids that follow the text's."""
 
-  probes = ("needle", "recall")
-
   def __init__(self, config: MixConfig):
     self._config = config
+    self.probes = probes_of(config)
     self._text = _TextSource(config.text)
     self._recall = _RecallSource(config.recall)
     text_ids = self._text.vocab_size
