@@ -366,7 +366,9 @@ def compare(
     wanted = [run for run in resolved if sides is None or run.side in sides]
     wanted = [run for run in wanted if run.task == task]
     # A call does something, however late it is, and then nothing more.
-    if wanted and advanced and late():
+    if not wanted:
+      continue
+    if advanced and late():
       return None
     programs: dict[tuple, program.Program] = {}
     calls = []
@@ -376,7 +378,7 @@ def compare(
       key = program.decides(run)
       programs[key] = programs.get(key) or program.Program(run)
       calls += [(programs[key], phase) for phase in run.phases()]
-    source = wanted and program.prepare(wanted[0].data, calls)
+    source = program.prepare(wanted[0].data, calls)
     for run in wanted:
       if advanced and late():
         return None

@@ -554,11 +554,13 @@ class Program:
       before = batch, *result
     if before is not None:
       read(*before)
-    right, distances = np.concatenate(right), np.concatenate(distances)
-    answers = {
-      "accuracy": float(right.mean()) if right.size else None,
-      "by_distance": by_distance(right, distances) if right.size else None,
-    }
+    answers = {"accuracy": None, "by_distance": None}
+    hits, apart = np.concatenate(right), np.concatenate(distances)
+    if hits.size:
+      answers = {
+        "accuracy": float(hits.mean()),
+        "by_distance": by_distance(hits, apart),
+      }
     return losses, counts, sizes, answers
 
   def measure(self, params: Params, source: data_lib.Source, phase: str):
