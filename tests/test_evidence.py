@@ -31,6 +31,7 @@ TINY = (
   *("model.mlp_dim=32", "model.rope_dim=8", "model.index.index_dim=8"),
   *("model.index.block_size=8", "model.index.top_k=4"),
   *("context=128", "batch_size=2", "eval_batches=2", "probe_batches=3"),
+  "final_batches=3",
   *("log_every=1", "data.text.vocab_size=320", "data.text.installed=false"),
   *("data.recall.num_keys=8", "data.recall.num_values=4"),
   *("data.recall.num_facts=8", "data.num_needles=6"),
@@ -353,9 +354,9 @@ def test_plan_makes_the_longest_comparison_that_fits(compared):
   )
   sides = {row["side"]: row for row in plan["runs"]}
   assert sides["gqa"]["steps"] == planned.runs[0].num_steps == 40
-  # GQA: 40 steps, 10 evaluations of 2 batches and 2 probes (the last of 3), 5
-  # checkpoints and the one to start from.
-  seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 6 * 2.0
+  # GQA: 40 steps, 10 evaluations of 2 batches and 2 probes (the last of 3 and
+  # 3), 2 checkpoints and the one to start from.
+  seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1 + 1) + 3 * 2.0
   assert sides["gqa"]["minutes"] == pytest.approx(seconds / 60, abs=0.01)
   assert plan["planned"] <= 2.6
   total = sum(row["minutes"] for row in plan["runs"])
@@ -381,11 +382,12 @@ def test_a_stopped_comparison_goes_on(compared):
 def test_runs_hold_what_the_report_needs(compared):
   for side in ("gqa", "msa_cpt"):
     folder = compared / "mix" / side / "seed0"
-    final = rows_of(folder, "eval")[-1]
+    first, *_, final = rows_of(folder, "eval")
+    assert len(first["batch_loss"]) == 2 and len(final["batch_loss"]) == 3
     assert final["bits_per_byte"] > 0 and final["accuracy"] is None
     for probe in ("needle", "recall"):
       asked = sum(row["count"] for row in final[f"{probe}_by_distance"])
-      earlier = rows_of(folder, "eval")[0][f"{probe}_by_distance"]
+      earlier = first[f"{probe}_by_distance"]
       # Three batches instead of two, of as many facts each but for chance.
       assert asked > 1.2 * sum(row["count"] for row in earlier)
       assert 0 <= final[f"{probe}_accuracy"] <= 1

@@ -88,7 +88,7 @@ def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
   """Times of calls after the first, until they take `least` seconds."""
   jax.block_until_ready(call())
   times: list[float] = []
-  while len(times) < 3 or (sum(times) < least and len(times) < most):
+  while not times or (sum(times) < least and len(times) < most):
     start = time.perf_counter()
     jax.block_until_ready(call())
     times.append(time.perf_counter() - start)
@@ -318,10 +318,10 @@ def _measure_program(
       return program.measure(params, source, phase)
 
     forwards = 1 + len(source.probes)
-    seconds = statistics.median(_seconds(evaluate, 0.0, 3))
+    seconds = statistics.median(_seconds(evaluate, 1.0, 3))
     times["evaluate"][phase] = seconds / forwards
     if program.msa_layers:
-      seconds = statistics.median(_seconds(measure, 0.0, 3))
+      seconds = statistics.median(_seconds(measure, 1.0, 3))
       times["measure"][phase] = seconds
   times["probes"] = len(source.probes)
   times["checkpoint"] = _checkpoint_seconds(program)
