@@ -217,16 +217,14 @@ class RunConfig:
   """Steps between evaluations; the last step always has one."""
 
   eval_batches: int = 8
-  """Held-out batches of batch_size / grad_accumulation rows, and batches of
-  each probe."""
-
-  final_batches: int | None = None
-  """Held-out batches after the last step, of which final gaps are made; None:
-  eval_batches."""
+  """Held-out batches of batch_size / grad_accumulation rows."""
 
   probe_batches: int | None = None
+  """Batches of each probe; None: eval_batches."""
+
+  final_probe_batches: int | None = None
   """Batches of each probe after the last step, where few answers would leave
-  the accuracy by distance uncertain; None: eval_batches."""
+  the accuracy by distance uncertain; None: probe_batches."""
 
   layers_every: int = 100
   """Steps between measures of each layer's KL and recalls."""
@@ -310,13 +308,11 @@ class RunConfig:
       counts[phase] = counts.get(phase, 0) + 1
     return counts
 
-  def evaluated(self, step: int) -> tuple[int, int]:
-    """Held-out batches and batches of each probe in a step's evaluation."""
+  def probe_batches_at(self, step: int) -> int:
+    """Batches of each probe in a step's evaluation."""
     last = step == self.num_steps
-    return (
-      (last and self.final_batches) or self.eval_batches,
-      (last and self.probe_batches) or self.eval_batches,
-    )
+    final = self.final_probe_batches if last else None
+    return final or self.probe_batches or self.eval_batches
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
     """What attention does in a step (counted from 1)."""

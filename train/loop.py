@@ -105,13 +105,11 @@ def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
   source.train_batch(config.seed, 0, batch_size=1, context=config.context)
   rows = config.batch_size // config.grad_accumulation
   there = source.num_eval_batches(batch_size=rows, context=config.context)
-  for name in ("eval_batches", "final_batches"):
-    wanted = getattr(config, name) or 0
-    if there is not None and there < wanted:
-      raise ValueError(
-        f"{name}={wanted}: the held-out data give {there} batches of {rows}"
-        f" rows with context={config.context}."
-      )
+  if there is not None and there < config.eval_batches:
+    raise ValueError(
+      f"eval_batches={config.eval_batches}: the held-out data give {there}"
+      f" batches of {rows} rows with context={config.context}."
+    )
 
 
 class _Pending(NamedTuple):
@@ -278,13 +276,12 @@ class _Run:
     phase, last = config.phase(step), step == config.num_steps
     params = self.state.params
     if step % config.eval_every == 0 or last:
-      batches, probe_batches = config.evaluated(step)
       result = self.program.evaluate(
         params,
         self.source,
         phase,
-        batches=batches,
-        probe_batches=probe_batches,
+        batches=config.eval_batches,
+        probe_batches=config.probe_batches_at(step),
       )
       if not np.isfinite(result["loss"]):
         self._stop(step, f"held-out loss {result['loss']}")

@@ -345,9 +345,8 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
     phase, last = run.phase(step), step == run.num_steps
     total += times["step"][phase]
     if last or step % run.eval_every == 0:
-      batches, probe_batches = run.evaluated(step)
-      batches += times["probes"] * probe_batches
-      total += batches * times["evaluate"][phase]
+      probed = times["probes"] * run.probe_batches_at(step)
+      total += (run.eval_batches + probed) * times["evaluate"][phase]
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]
     if last or step % run.checkpoint_every == 0 or step in run.keep_steps:
