@@ -1,6 +1,7 @@
 # Every target sets up what it needs: a Python 3.12+, a virtual environment in
-# .venv and the pinned, hashed packages of requirements.lock.
-VENV := .venv
+# .venv and the pinned, hashed packages of requirements.lock. JAX=0.12.0.1 puts
+# that version in the place of the pinned one, in an environment of its own.
+VENV := .venv$(addprefix -jax,$(JAX))
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
@@ -29,6 +30,7 @@ lock:
 
 $(READY): requirements.lock pyproject.toml
 	@sh .ci/setup $(VENV)
+	@$(if $(JAX),$(RUN) -m pip install --quiet --no-deps jax==$(JAX) jaxlib==$(JAX))
 	@touch $@
 
 clean:

@@ -121,7 +121,7 @@ def sample(
   if text is not None:
     tokenizer = _tokenizer(folder)
     prompt_ids = tokenizer.encode(text).ids
-  stop = _stop_tokens(folder)
+  stop = _check_sample(folder, prompt_ids, max_new_tokens)
   model = m3.load(folder, dtype=dtype, mesh=mesh)
 
   def show(ids: Sequence[int]) -> str:
@@ -162,13 +162,32 @@ def _tokenizer(folder: pathlib.Path) -> Any:
   return tokenizers.Tokenizer.from_file(str(path))
 
 
-def _stop_tokens(folder: pathlib.Path) -> tuple[int, ...]:
-  """The config's eos_token_id, none, one or many."""
-  m3.read_config(folder)  # Says what is wrong with the file.
-  fields = json.loads((folder / "config.json").read_text())
-  stop = fields.get("eos_token_id")
+def _check_sample(
+  folder: pathlib.Path, prompt_ids: Sequence[int], max_new_tokens: int
+) -> tuple[int, ...]:
+  """Checks what config.json can tell, before weights are read.
+
+  Returns:
+    The tokens that end a row: the config's eos_token_id, none, one or many.
+  """
+  config = m3.read_config(folder)
+  wrong = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
+  if wrong or not len(prompt_ids):
+    raise ValueError(
+      "the prompt must be one or more ids below vocab_size ="
+      f" {config.vocab_size}, got {wrong or 'none'}"
+    )
+  whole = json.loads((folder / "config.json").read_text())
+  fields = {**whole, **(whole.get("text_config") or {})}
+  most = fields.get("max_position_embeddings")
+  if most is not None and len(prompt_ids) + max_new_tokens > most:
+    raise ValueError(
+      f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones"
+      f" must be at most max_position_embeddings = {most}"
+    )
+  stop = whole.get("eos_token_id")
   if stop is None:
-    stop = (fields.get("text_config") or {}).get("eos_token_id")
+    stop = fields.get("eos_token_id")
   if stop is None:
     return ()
   return tuple(stop) if isinstance(stop, list) else (stop,)
@@ -184,7 +203,8 @@ def _mesh(sizes: Sequence[str]) -> jax.sharding.Mesh | None:
     if not size.isdigit() or int(size) < 1:
       raise ValueError(f"--mesh {word}: wanted AXIS=SIZE, such as expert=8")
     axes[name] = int(size)
-  known = ("data", "fsdp", "expert", "tensor")
+  # A single row cannot be split, as "data" and "fsdp" would.
+  known = ("expert", "tensor")
   if not set(axes) <= set(known):
     raise ValueError(f"--mesh {' '.join(sizes)}: wanted axes among {known}")
   count = math.prod(axes.values())
@@ -227,7 +247,7 @@ def _parser() -> argparse.ArgumentParser:
     nargs="+",
     default=(),
     metavar="AXIS=SIZE",
-    help="devices: data, fsdp, expert and tensor (default: one device)",
+    help="devices: expert and tensor (default: one device)",
   )
   return parser
 

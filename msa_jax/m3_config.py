@@ -26,9 +26,7 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
     raise ValueError(f"{path} cannot be read: {error}") from None
   if not isinstance(whole, dict):
     raise ValueError(f"{path}: wanted a JSON object, got {whole!r}")
-  text = whole.get("text_config")
-  fields = whole if text is None else {**whole, **text}
-  reader = _Fields(fields)
+  reader = _Fields(whole)
   try:
     config = reader.model()
   except (ValueError, TypeError, KeyError) as error:
@@ -44,11 +42,20 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 class _Fields:
   """Reads a config's fields, whatever key they are under; lists problems."""
 
-  def __init__(self, fields: Mapping[str, Any]):
-    self.fields = fields
-    self.sparse = fields.get("sparse_attention_config") or {}
-    self.rope = fields.get("rope_parameters") or {}
+  def __init__(self, whole: Mapping[str, Any]):
     self.problems: list[str] = []
+    self.fields = whole
+    self.fields = {**whole, **self.part("text_config")}
+    self.sparse = self.part("sparse_attention_config")
+    self.rope = self.part("rope_parameters")
+
+  def part(self, key: str) -> Mapping[str, Any]:
+    """The fields of an object inside the config; none if it is missing."""
+    value = self.fields.get(key)
+    if value is None or isinstance(value, Mapping):
+      return value or {}
+    self.problems.append(f"{key} must be an object, got {value!r}")
+    return {}
 
   def one(self, values: Mapping[str, Any], default: Any = None) -> Any:
     """The value that all keys which have one agree on."""
@@ -66,6 +73,18 @@ class _Fields:
     value = self.get(*keys)
     if value is None:
       self.problems.append(f"field missing: {' or '.join(keys)}")
+    return value
+
+  def size(self, *keys: str, default: Any = None) -> Any:
+    """A field that counts something."""
+    name = " or ".join(keys)
+    value = self.need(*keys) if default is None else self.get(*keys)
+    if value is None:
+      return default
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+      self.problems.append(
+        f"{name} must be an integer of at least 1, got {value!r}"
+      )
     return value
 
   def indexed(self, new: str, old: str, default: Any = None) -> Any:
@@ -115,6 +134,12 @@ class _Fields:
         ),
       }
     )
+    if factor is not None and not isinstance(factor, (int, float)):
+      self.problems.append(
+        f"partial_rotary_factor must be a number, got {factor!r}"
+      )
+    if self.problems:
+      return 0
     by_factor = None if factor is None else round(head_dim * factor)
     if None not in (rotary, by_factor) and rotary != by_factor:
       self.problems.append(
@@ -126,19 +151,22 @@ class _Fields:
   def model(self) -> ModelConfig:
     self.refuse_others()
     sizes: dict[str, Any] = {
-      "vocab_size": self.need("vocab_size"),
-      "num_layers": self.need("num_hidden_layers"),
-      "embed_dim": self.need("hidden_size"),
-      "num_heads": self.need("num_attention_heads"),
-      "num_kv_heads": self.need("num_key_value_heads"),
+      "vocab_size": self.size("vocab_size"),
+      "num_layers": self.size("num_hidden_layers"),
+      "embed_dim": self.size("hidden_size"),
+      "num_heads": self.size("num_attention_heads"),
+      "num_kv_heads": self.size("num_key_value_heads"),
     }
     experts = self.get("num_local_experts", "num_experts", default=0)
-    expert_dim = self.need("intermediate_size")
+    expert_dim = self.size("intermediate_size")
     if self.problems:
       raise ValueError("incomplete")
-    head_dim = self.get(
+    head_dim = self.size(
       "head_dim", default=sizes["embed_dim"] // sizes["num_heads"]
     )
+    rope_dim = self.rope_dim(head_dim)
+    if self.problems:
+      raise ValueError("incomplete")
     oai: dict[str, Any] = {
       name: float(self.get(name))
       for name in ("swiglu_alpha", "swiglu_limit")
@@ -190,7 +218,7 @@ class _Fields:
       layer_kinds=layer_kinds,
       mlp_kinds=mlp_kinds,
       activation="swiglu_oai" if is_oai else "swiglu",
-      rope_dim=self.rope_dim(head_dim),
+      rope_dim=rope_dim,
       rope_theta=float(rope_theta),
       qk_norm=self.get("use_qk_norm", default=True),
       norm_eps=self.get("rms_norm_eps", default=1e-6),
@@ -223,7 +251,9 @@ class _Fields:
     """Lists what changes the model and is not supported."""
     quantised = self.get("quantization_config")
     if quantised is not None:
-      method = quantised.get("quant_method", quantised)
+      method = quantised
+      if isinstance(quantised, Mapping):
+        method = quantised.get("quant_method", quantised)
       self.problems.append(
         f"quantization_config ({method}): quantised weights are not supported,"
         f" only {sorted(dtype.name for dtype in DTYPES.values())}"
@@ -241,7 +271,7 @@ class _Fields:
     self.refuse(
       "rope_parameters.rope_type", self.rope.get("rope_type"), "default"
     )
-    scaling = self.fields.get("rope_scaling") or {}
+    scaling = self.part("rope_scaling")
     self.refuse(
       "rope_scaling.rope_type",
       scaling.get("rope_type", scaling.get("type")),

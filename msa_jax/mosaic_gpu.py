@@ -1,7 +1,7 @@
 """`implementation="mosaic_gpu"`: the Pallas kernels, on a Hopper GPU.
 
 The functions of `msa_jax.xla`, by `pallas_kernels`. Each raises
-NotImplementedError where the default device is not a Hopper GPU, and where the
+NotImplementedError where the device in use is not a Hopper GPU, and where the
 call is beyond the limits listed in `pallas_kernels.mosaic`. Pallas is imported
 at the first call, which keeps `import msa_jax` light.
 """

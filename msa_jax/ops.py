@@ -155,7 +155,7 @@ def sparse_attention(
     block_indices: ascending block ids without duplicates, then -1, as
       `select_blocks` returns them. Caller-made choices are welcome: the own
       block may be missing, blocks after it contribute nothing, and a row of -1
-      is an empty row. Entries are not checked.
+      is an empty row. Entries are not checked (`check_block_indices` does).
     block_size: tokens a block.
     scale: factor of the scores; None: D^-0.5.
     kv_lengths: keys that exist in each row; the queries are the last T of them.
@@ -456,11 +456,10 @@ def decode_attention(
     scale=_scale("scale", scale, q),
   )
 
-  @jax.custom_jvp
-  def run(q, k, v, index_q, index_k, kv_lengths, index_k_scale):
-    args = (q, k, v, index_q, index_k)
-    cached = dict(kv_lengths=kv_lengths, index_k_scale=index_k_scale)
-    return _dispatch(
+  args = _without_gradient((q, k, v, index_q, index_k))
+  cached = dict(kv_lengths=kv_lengths, index_k_scale=index_k_scale)
+  return DecodeOutput(
+    *_dispatch(
       implementation,
       reference=lambda: reference.decode_attention(*args, **cached, **options),
       xla=lambda: xla.decode_attention(*args, **cached, **options),
@@ -468,15 +467,20 @@ def decode_attention(
         *args, **cached, **options
       ),
     )
+  )
 
-  @run.defjvp
-  def _(primals, tangents):
-    raise NotImplementedError(
-      "decode_attention has no gradient; msa_attention has one"
-    )
 
-  return DecodeOutput(
-    *run(q, k, v, index_q, index_k, kv_lengths, index_k_scale)
+# Around the operands and not around the operation: JAX cannot lower a kernel
+# that writes to refs inside a custom_jvp.
+@jax.custom_jvp
+def _without_gradient(operands: tuple[Array, ...]) -> tuple[Array, ...]:
+  return operands
+
+
+@_without_gradient.defjvp
+def _(primals, tangents):
+  raise NotImplementedError(
+    "decode_attention has no gradient; msa_attention has one"
   )
 
 

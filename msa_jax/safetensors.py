@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import operator
 import os
 import pathlib
 import shutil
@@ -64,9 +65,9 @@ def read_headers(
   if index.exists():
     try:
       places = dict(json.loads(index.read_text())["weight_map"])
+      files = sorted({folder / name for name in places.values()})
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise ValueError(f"{index} cannot be read: {error!r}") from None
-    files = sorted({folder / name for name in places.values()})
   elif single.exists():
     places, files = {}, [single]
   else:
@@ -105,11 +106,11 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
           f"{path} is truncated: its header wants {start} bytes, it has {size}"
         )
       header = json.loads(file.read(start - 8))
-    tensors, end = {}, start
+    tensors, spans = {}, []
     for name, entry in header.items():
       if name == "__metadata__":
         continue
-      first, last = entry["data_offsets"]
+      first, last = map(operator.index, entry["data_offsets"])
       shape, dtype = tuple(entry["shape"]), entry["dtype"]
       if dtype in DTYPES:
         want = math.prod(shape) * DTYPES[dtype].itemsize
@@ -119,7 +120,16 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
             f" bytes, the header gives it {last - first}"
           )
       tensors[name] = Tensor(path, dtype, shape, start + first)
-      end = max(end, start + last)
+      spans.append((first, last, name))
+    end = 0
+    for first, last, name in sorted(spans):
+      if not first == end <= last:
+        raise ValueError(
+          f"{path} is damaged: {name} lies at bytes {first} to {last} of the"
+          f" data, wanted it to begin at {end}, where the one before ends"
+        )
+      end = last
+    end += start
   except OSError as error:
     raise ValueError(f"{path} cannot be read: {error}") from None
   except (

@@ -116,13 +116,13 @@ for axes, selection in zip(panels, ("random", "trained_like")):
   axes.set_xticks(place, [length(tokens) for tokens in attend])
   axes.set_xlabel("prompt (tokens)")
   axes.set_title(f"{selection.replace('_', '-')} choices")
-  axes.set_ylim(0, 4)
+  axes.set_ylim(0, 4.5)
   for x, value in zip(place, dense):
-    if value > 4:
+    if value > 4.5:
       axes.annotate(
-        f"{value:.0f} ↑", (x - 0.2, 3.95), ha="center", va="top", fontsize=9
+        f"{value:.0f} ↑", (x - 0.2, 4.45), ha="center", va="top", fontsize=9
       )
-panels[0].set_ylabel("milliseconds for 1,024 tokens (cut at 4)")
+panels[0].set_ylabel("milliseconds for 1,024 tokens (cut at 4.5)")
 panels[0].legend(loc="upper left")
 figure.suptitle(
   f"Prefill, {results['device']}, bfloat16; above the bars: whole MSA against"
@@ -380,7 +380,7 @@ order = np.asarray(edges.order)
 figure, panels = plt.subplots(
   1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.5)
 )
-colours = plt.get_cmap("tab20")
+colours = plt.get_cmap("turbo", num_blocks)  # no grey, which is the own block's
 for query, chosen in enumerate(ids):
   panels[0].scatter(
     [query] * top_k, chosen, s=9, marker="s",

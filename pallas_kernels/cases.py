@@ -35,8 +35,10 @@ SELECTIONS = ("random", "trained_like", "outliers")
 FITTED = pathlib.Path(__file__).parent / "results" / "fitted_selection.json"
 
 # Noise of one query against its neighbours that makes union8 24-26, by the
-# number of 128-key blocks: the more blocks, the denser the top scores.
-_NOISE = {64: 0.40, 256: 0.165, 1024: 0.117, 4096: 0.10, 8192: 0.097}
+# number of blocks: the more blocks, the denser the top scores.
+_NOISE = {
+  64: 0.40, 128: 0.23, 256: 0.165, 1024: 0.117, 4096: 0.10, 8192: 0.097
+}  # fmt: skip
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -158,7 +160,7 @@ def index_inputs(
     knobs = fitted_sharing(case.kv_tokens)
   elif selection == "trained_like":
     level = np.interp(
-      np.log2(case.kv_tokens / 128),
+      np.log2(case.kv_tokens / case.block_size),
       np.log2(list(_NOISE)),
       list(_NOISE.values()),
     )

@@ -565,8 +565,8 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
           bits = lax.bitcast_convert_type(values[j], jnp.int32)
           code = jnp.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
           code = jnp.where(ids[j] == NO_BLOCK, NO_KEY, code)
-          codes_gmem[:, j, cta + b] = code
-          ids_gmem[:, j, cta + b] = ids[j]
+          mosaic.store(codes_gmem.at[:, j, cta + b], code)
+          mosaic.store(ids_gmem.at[:, j, cta + b], ids[j])
 
       each_segment(segment)
 
@@ -745,7 +745,9 @@ def _merge_splits(row, first, step, lengths_gmem, refs, s: Shape) -> None:
     weights = [jnp.exp2(x - top) for x in m]
     total = sum(a * b for a, b in zip(weights, l, strict=True))
     out = sum(a * b for a, b in zip(weights, parts, strict=True))
-    out_gmem[where.b, where.token, where.group, h] = _finish(out, total, s)
+    mosaic.store(
+      out_gmem.at[where.b, where.token, where.group, h], _finish(out, total, s)
+    )
     return carry
 
   count = lax.div(s.group_size - first + step - 1, step)
@@ -1122,7 +1124,15 @@ def decode_attention(
   b, t, h, d = q.shape
   capacity, num_kv_heads = k.shape[1:3]
   index_dim = index_q.shape[-1]
+  scale = float(d**-0.5 if scale is None else scale)
   mosaic.check_supported(
+    q,
+    k,
+    v,
+    index_q,
+    index_k,
+    kv_lengths,
+    index_k_scale,
     dtype=q.dtype,
     block_size=block_size,
     top_k=top_k,
@@ -1130,6 +1140,7 @@ def decode_attention(
     head_dim=d,
     index_dim=index_dim,
     group_size=h // num_kv_heads,
+    scale=scale,
   )
   mosaic.check_supported(
     dtype=index_q.dtype, block_size=block_size, top_k=top_k, kv_len=capacity
@@ -1145,11 +1156,6 @@ def decode_attention(
       f" ({index_q.dtype}) or float8_e4m3fn with a scale each, got"
       f" {index_k.dtype} {'without' if index_k_scale is None else 'with'}"
       " scales"
-    )
-  scale = float(d**-0.5 if scale is None else scale)
-  if scale <= 0:
-    raise NotImplementedError(
-      f"mosaic_gpu decode_attention supports scale > 0, got {scale}"
     )
   if not q.size or not k.size:
     ids = jnp.full((b, num_kv_heads, t, top_k), -1, jnp.int32)

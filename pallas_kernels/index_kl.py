@@ -822,6 +822,14 @@ def index_kl_loss(
   b, t, num_heads, d = q.shape
   check = functools.partial(
     mosaic.check_supported,
+    q,
+    k,
+    index_q,
+    index_k,
+    block_indices,
+    lse,
+    kv_lengths,
+    query_mask,
     dtype=q.dtype,
     head_dim=d,
     index_dim=index_q.shape[-1],

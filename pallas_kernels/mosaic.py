@@ -6,6 +6,7 @@ kernels need Hopper (compute capability 9.0): wgmma, TMA and setmaxnreg.
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -15,6 +16,7 @@ import jax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxtyping import Array
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)  # D and I
@@ -22,6 +24,7 @@ BLOCK_SIZES = (64, 128)
 GROUP_SIZES = (1, 2, 4, 8, 16)  # G
 MAX_TOP_K = 32  # P
 MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
+MAX_CHOICES = (1 << 31) - 1  # B x K x T x P: offsets of ids are 32 bits
 MAX_DECODE_TOKENS = 16  # T of decoding
 MAX_DECODE_ROWS = 256  # T x K of decoding: all rows of a wgmma step
 MAX_TMA_ROWS = 1 << 31  # B x C x K of a cache: TMA coordinates are 32 bits
@@ -33,7 +36,7 @@ SMEM_LIMIT = 232_448  # bytes a CTA may use on Hopper
 
 
 def check_supported(
-  *,
+  *operands: Array | None,
   dtype: Any,
   block_size: int | None = None,
   top_k: int = 0,
@@ -41,11 +44,38 @@ def check_supported(
   head_dim: int | None = None,
   index_dim: int | None = None,
   group_size: int | None = None,
+  num_choices: int = 0,
+  scale: float = 1.0,
 ) -> None:
   """Raises NotImplementedError for a legal call that no kernel here takes.
 
-  What a kernel does not care about is left out.
+  What a kernel does not care about is left out. Under `jax_enable_x64` the
+  loops inside kernels would count in 64 bits, and kernels do not say how their
+  results vary over the axes of a `jax.shard_map` that checks it.
+
+  Args:
+    *operands: every array of the call.
+    dtype: of the floating-point operands.
+    block_size: tokens of a block.
+    top_k: P.
+    kv_len: S.
+    head_dim: D.
+    index_dim: I.
+    group_size: G.
+    num_choices: B x K x T x P.
+    scale: of the main scores.
   """
+  if jax.config.jax_enable_x64:
+    raise NotImplementedError(
+      "mosaic_gpu supports 32-bit JAX only, got jax_enable_x64=True"
+    )
+  for x in operands:
+    varying = () if x is None else jax.typeof(x).manual_axis_type.varying
+    if varying:
+      raise NotImplementedError(
+        "mosaic_gpu supports jax.shard_map with check_vma=False only, got an"
+        f" operand that varies over {', '.join(sorted(map(str, varying)))}"
+      )
 
   def check(name: str, value: Any, supported: tuple) -> None:
     if value is not None and value not in supported:
@@ -68,6 +98,13 @@ def check_supported(
       f"mosaic_gpu supports up to {MAX_BLOCKS} blocks of keys, got kv_len"
       f" {kv_len} in blocks of {block_size}"
     )
+  if num_choices > MAX_CHOICES:
+    raise NotImplementedError(
+      f"mosaic_gpu supports up to {MAX_CHOICES} choices (batch x KV heads x"
+      f" queries x top_k), got {num_choices}"
+    )
+  if scale <= 0:
+    raise NotImplementedError(f"mosaic_gpu supports scale > 0, got {scale}")
 
 
 def check_decode_supported(
@@ -91,20 +128,40 @@ def check_decode_supported(
       )
 
 
+def current_device() -> Any:
+  """The device that a call made here runs on.
+
+  One of the mesh in context (`jax.set_mesh`, `jax.shard_map`), else the default
+  device. A mesh of devices that are not attached gives its
+  `jax.sharding.AbstractDevice`.
+  """
+  wanted = jax.sharding.get_abstract_mesh().abstract_device
+  if wanted is not None:
+    with contextlib.suppress(RuntimeError):  # no such backend
+      for device in jax.devices(wanted.platform):
+        if device.device_kind == wanted.device_kind:
+          return device
+    return wanted
+  default = jax.config.jax_default_device
+  if default is None or isinstance(default, str):
+    return jax.local_devices(backend=default)[0]
+  return default
+
+
 def num_sms() -> int:
-  """Multiprocessors of the default device; of an H100 where it is no GPU."""
-  return getattr(jax.devices()[0], "core_count", None) or NUM_SMS
+  """Multiprocessors of the current device; of an H100 where it is no GPU."""
+  return getattr(current_device(), "core_count", None) or NUM_SMS
 
 
 def require_hopper() -> None:
-  """Raises NotImplementedError unless the default device is a Hopper GPU."""
-  device = jax.devices()[0]
+  """Raises NotImplementedError unless the current device is a Hopper GPU."""
+  device = current_device()
   capability = getattr(device, "compute_capability", None)
   if device.platform != "gpu" or capability != "9.0":
     raise NotImplementedError(
-      "mosaic_gpu supports Hopper GPUs (compute capability 9.0), the default"
-      f" device is {device.platform} {getattr(device, 'device_kind', '')}"
-      f" (compute capability {capability})"
+      "mosaic_gpu supports Hopper GPUs (compute capability 9.0), calls here run"
+      f" on {device.platform} {device.device_kind} (compute capability"
+      f" {capability})"
     )
 
 
@@ -113,6 +170,16 @@ OPERAND = (
   plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
   plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
 )
+
+
+def store(ref: Any, value: jax.Array) -> None:
+  """ref[...] = value for a few values, however they lie over the lanes."""
+  # From jax 0.12 on, a plain store must fill whole sectors of 32 bytes.
+  any_store = getattr(plgpu, "store", None)
+  if any_store is None:
+    ref[...] = value
+  else:
+    any_store(ref, value, optimized=False)
 
 
 def launch(

@@ -36,8 +36,9 @@ Score precisions:
          index_k (which multiplies the block's maximum). Scales are powers of
          two, so a key's rounding does not depend on its neighbours.
 
-A block whose visible scores hold NaN is not chosen unless forced; infinite
-operands follow IEEE arithmetic.
+A block whose visible scores hold NaN is not chosen unless forced. An infinite
+entry of an operand counts as NaN, as in the reference: where it stands, not its
+sign, decides. Finite operands whose products overflow score an infinity.
 
 Shared memory (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima
 4 KiB. Shapes: see `mosaic`. Choosing has no gradient: index_q and index_k are
@@ -480,11 +481,15 @@ def select_blocks(
   num_blocks = pl.cdiv(kv_len, block_size)
   index_q, index_k = lax.stop_gradient((index_q, index_k))
   mosaic.check_supported(
+    index_q,
+    index_k,
+    kv_lengths,
     dtype=index_q.dtype,
     block_size=block_size,
     top_k=top_k,
     kv_len=kv_len,
     index_dim=index_dim,
+    num_choices=batch * num_groups * q_len * top_k,
   )
   if kv_lengths is None:
     kv_lengths = jnp.full((batch,), kv_len, jnp.int32)
@@ -502,6 +507,11 @@ def select_blocks(
     )
     return _pad_axis(ids, 3, top_k, -1)
 
+  # Fused with padding or quantising where there is any, else a copy of index_q
+  # and index_k: linear in T beside scores that are quadratic.
+  index_q, index_k = (
+    jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (index_q, index_k)
+  )
   num_rows = q_len * num_groups
   config = config or heuristic_config(batch * num_rows)
   step_keys = config.step_keys

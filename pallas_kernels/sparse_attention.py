@@ -930,19 +930,22 @@ def sparse_attention(
     NotImplementedError: the call is legal but beyond `mosaic`'s limits.
   """
   group_size = q.shape[2] // k.shape[2]
+  scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
   mosaic.check_supported(
+    q,
+    k,
+    v,
+    block_indices,
+    kv_lengths,
     dtype=q.dtype,
     block_size=block_size,
     top_k=block_indices.shape[-1],
     kv_len=k.shape[1],
     head_dim=q.shape[-1],
     group_size=group_size,
+    num_choices=block_indices.size,
+    scale=scale,
   )
-  scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
-  if scale <= 0:
-    raise NotImplementedError(
-      f"mosaic_gpu sparse_attention supports scale > 0, got {scale}"
-    )
   if not block_indices.size or not k.size:
     b, t, num_heads, _ = q.shape
     return jnp.zeros_like(q), jnp.full((b, num_heads, t), -jnp.inf, jnp.float32)

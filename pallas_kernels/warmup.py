@@ -98,12 +98,21 @@ def _cudnn_attention(q, k, v, scale) -> Any:
   jax.nn.dot_product_attention returns the log sum exp in q's dtype, whose 8
   bits put an error of a few per cent on the probabilities that the KL makes
   from it: hence the private function under it.
+
+  cuDNN's gradients want an even number of tokens: no query sees the one that
+  fills up.
   """
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
-  return cudnn.dot_product_attention(
+  tokens = q.shape[1]
+  q, k, v = (
+    jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))) for x in (q, k, v)
+  )
+  both: Any = cudnn.dot_product_attention(
     q, k, v, scale=scale, mask_type=cudnn.MaskType.CAUSAL, return_residual=True
   )
+  out, lse = both
+  return out[:, :tokens], lse[..., :tokens]
 
 
 def _zero_bad(x):
@@ -187,7 +196,7 @@ def attention(
       there are more keys than queries.
   """
   d = q.shape[-1]
-  mosaic.check_supported(dtype=q.dtype, head_dim=d)
+  mosaic.check_supported(q, k, v, dtype=q.dtype, head_dim=d)
   if q.shape[1] != k.shape[1]:
     raise NotImplementedError(
       "mosaic_gpu attention of the warm-up phase supports as many keys as"

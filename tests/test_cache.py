@@ -16,7 +16,8 @@ from test_modules import CONFIG, INDEX, build
 
 import msa_jax
 from msa_jax import cache as cache_lib
-from msa_jax import reference, xla
+from msa_jax import generate, reference, xla
+from pallas_kernels import mosaic
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -644,7 +645,7 @@ import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 sys.path.insert(0, "tests")
 from test_cache import FP8_CONFIG
-from msa_jax import DecoderLM, Sharding
+from msa_jax import DecoderLM, Sharding, generate
 
 assert len(jax.devices()) == 4
 tokens = jax.random.randint(jax.random.key(0), (2, 4, 9), 0, 64)
@@ -661,7 +662,27 @@ def run(sharding):
   return (first.logits, first.block_indices, last), cache, model
 
 
-want, _, _ = run(None)
+def make(model):
+  # New tokens, and the shards of the keys that the last step left.
+  shards = []
+
+  def steps(*args, **options):
+    state, new = decode_steps(*args, **options)
+    k = state.cache.layers[1].k
+    shards.append((k.shape, k.addressable_shards[0].data.shape))
+    return state, new
+
+  decode_steps, generate.decode_steps = generate.decode_steps, steps
+  rows = generate.generate(
+    model, [[1, 2, 3], [4] * 20, [5], [6] * 9], max_new_tokens=7, steps=3,
+    key=jax.random.key(0), sampling=generate.Sampling(temperature=2.0, top_k=9),
+  )
+  generate.decode_steps = decode_steps
+  return np.stack(rows), shards[-1]
+
+
+want, _, model = run(None)
+tokens_alone, _ = make(model)
 mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"),
                      axis_types=(jax.sharding.AxisType.Auto,) * 3)
 with jax.set_mesh(mesh):
@@ -676,6 +697,10 @@ with jax.set_mesh(mesh):
     assert "batch must be a multiple of mesh axes" in str(error), error
   else:
     raise AssertionError("three rows over two devices")
+  # Every step of a generation leaves the cache where it was.
+  tokens_split, (whole, shard) = make(model)
+np.testing.assert_array_equal(tokens_split, tokens_alone)
+assert (whole[0], whole[2]) == (2 * shard[0], 2 * shard[2]), (whole, shard)
 for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(want),
                         jax.tree.leaves(got)):
   np.testing.assert_allclose(np.asarray(a, np.float32),
@@ -750,6 +775,29 @@ def read_in_parts(graphdef, params, tokens, cache, counts):
 LONG = jax.random.randint(jax.random.key(6), (2, 300), 0, 64)
 # A prompt in two chunks, 12 tokens at once, then one by one over a boundary.
 PARTS = (128, 100, 12, *(1,) * 60)
+
+
+def test_steps_of_the_kernels_lower(monkeypatch):
+  """Prefill under nnx.jit, and decoding inside generation's loop."""
+  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
+  graphdef, params = kernel_model(("msa",), top_k=8)
+  model = nnx.merge(graphdef, params)
+  cache = model.init_cache(2, 384, index_dtype=jnp.float8_e4m3fn)
+  read = nnx.jit(lambda model, tokens, cache: model.extend(tokens, cache))
+  state = generate.DecodeState(
+    cache, jnp.zeros(2, jnp.int32), jnp.full(2, 9, jnp.int32),
+    jax.random.split(jax.random.key(0), 2),
+  )  # fmt: skip
+  steps = generate.decode_steps.trace(
+    graphdef, params, state, jnp.zeros(0, jnp.int32), steps=4
+  )
+  for traced in (
+    read.trace(model, LONG[:, :128], cache),
+    read.trace(model, LONG[:, :3], cache),
+    steps,
+  ):
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+    assert "mosaic_gpu" in text
 
 
 @pytest.mark.gpu

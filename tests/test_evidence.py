@@ -30,7 +30,9 @@ TINY = (
   *("model.embed_dim=32", "model.num_heads=4", "model.head_dim=8"),
   *("model.mlp_dim=32", "model.rope_dim=8", "model.index.index_dim=8"),
   *("model.index.block_size=8", "model.index.top_k=4"),
-  *("context=128", "batch_size=2", "eval_batches=2", "probe_batches=3"),
+  *("context=128", "batch_size=2", "eval_batches=2"),
+  "probe_batches=2",
+  "final_probe_batches=3",
   *("log_every=1", "data.text.vocab_size=320", "data.text.installed=false"),
   *("data.recall.num_keys=8", "data.recall.num_values=4"),
   *("data.recall.num_facts=8", "data.num_needles=6"),
@@ -137,6 +139,24 @@ def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
   with pytest.raises(ValueError, match="name='copy': wanted one of"):
     source.probe_batch("copy", 0, **shape)
   assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
+
+
+def test_some_training_rows_have_few_facts(config):
+  shape = dict(batch_size=64, context=128)
+
+  def facts_of_rows(share):
+    source = data.load(dataclasses.replace(config, few_facts=share))
+    batch = source.train_batch(0, 0, **shape)
+    asked = source.probe_batch("recall", 0, **shape)
+    check_answers(config, batch)
+    return [(b.distance >= 0).sum(1) for b in (batch, asked)]
+
+  (all_facts, probe), (few, same), (half, _) = map(facts_of_rows, (0, 1, 0.5))
+  assert (probe == same).all()  # what is asked stays
+  assert few.min() == 1 and (few == 1).sum() > 10 and few.max() > 3
+  assert all_facts.mean() > half.mean() > few.mean()
+  # The rows that are not thinned are the same rows.
+  assert (half == all_facts).mean() > 0.4
 
 
 def test_answers_weigh_their_share_of_the_loss(config):
@@ -284,7 +304,7 @@ def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
     state,
     jax.ShapeDtypeStruct((*batch[:2], batch[2] + 1), jnp.int32),
     jax.ShapeDtypeStruct(batch, jnp.float32),
-    jax.ShapeDtypeStruct((), jnp.float32),
+    dict.fromkeys(("backbone", "index"), jax.ShapeDtypeStruct((), jnp.float32)),
   )
   traced = jax.jit(made._step, static_argnames="phase").trace(
     *operands, phase=phase
@@ -353,9 +373,9 @@ def test_plan_makes_the_longest_comparison_that_fits(compared):
   )
   sides = {row["side"]: row for row in plan["runs"]}
   assert sides["gqa"]["steps"] == planned.runs[0].num_steps == 40
-  # GQA: 40 steps, 10 evaluations of 2 batches and 2 probes (the last of 3), 5
-  # checkpoints and the one to start from.
-  seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 6 * 2.0
+  # GQA: 40 steps, 10 evaluations of 2 batches and 2 probes (the last of
+  # 3 batches), 2 checkpoints and the one to start from.
+  seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 3 * 2.0
   assert sides["gqa"]["minutes"] == pytest.approx(seconds / 60, abs=0.01)
   assert plan["planned"] <= 2.6
   total = sum(row["minutes"] for row in plan["runs"])
@@ -381,11 +401,13 @@ def test_a_stopped_comparison_goes_on(compared):
 def test_runs_hold_what_the_report_needs(compared):
   for side in ("gqa", "msa_cpt"):
     folder = compared / "mix" / side / "seed0"
-    final = rows_of(folder, "eval")[-1]
+    first, *_, final = rows_of(folder, "eval")
+    # The points of a curve are of the same text.
+    assert len(first["batch_loss"]) == len(final["batch_loss"]) == 2
     assert final["bits_per_byte"] > 0 and final["accuracy"] is None
     for probe in ("needle", "recall"):
       asked = sum(row["count"] for row in final[f"{probe}_by_distance"])
-      earlier = rows_of(folder, "eval")[0][f"{probe}_by_distance"]
+      earlier = first[f"{probe}_by_distance"]
       # Three batches instead of two, of as many facts each but for chance.
       assert asked > 1.2 * sum(row["count"] for row in earlier)
       assert 0 <= final[f"{probe}_accuracy"] <= 1

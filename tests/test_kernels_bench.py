@@ -7,7 +7,7 @@ import pytest
 
 import msa_jax
 from msa_jax import reference
-from pallas_kernels import cases
+from pallas_kernels import cases, schedule, sparse_attention
 from pallas_kernels.bench import __main__ as bench
 from pallas_kernels.bench import decode, forward, measure, training
 
@@ -170,6 +170,51 @@ def test_no_number_on_a_wrong_choice(arguments, monkeypatch, capsys):
   out = capsys.readouterr().out
   assert "select exact: recall" in out and " ms" not in out
   assert not path.exists()
+
+
+@pytest.mark.parametrize("top_k", [4, 1])
+def test_no_number_on_a_wrong_way(arguments, monkeypatch, capsys, top_k):
+  arguments, path = arguments
+  right = forward.sparse
+
+  def off(case):
+    def run(*inputs):
+      out, lse = right(case)(*inputs)
+      return (1.02 if case.top_k == top_k else 1.0) * out, lse
+
+    return run
+
+  monkeypatch.setattr(forward, "sparse", off)
+  assert bench.main([*arguments, "--ops", "sparse_forward"]) == 1
+  out = capsys.readouterr().out
+  [said] = [line for line in out.splitlines() if " blocks: " in line]
+  assert said.startswith(f"sparse_forward of {top_k} blocks: out")
+  assert not path.exists()
+
+
+@pytest.mark.parametrize("name", ["8k", "small_heads_32k"])
+def test_checks_go_both_ways(name, monkeypatch):
+  """A check's choices are all walked in tiles, another's mostly edges."""
+  monkeypatch.setattr(forward, "IMPLEMENTATION", "xla")
+  case = bench.check_case(cases.CASES[name])
+  shares = []
+  for of in forward.sparse_cases(case):
+    ids = forward.random_blocks(of)
+    geometry = sparse_attention._geometry(
+      of.tokens, of.kv_tokens, max(8, of.num_heads // of.num_kv_heads),
+      of.head_dim, of.block_size, of.top_k, sparse_attention.heuristic_config(),
+    )  # fmt: skip
+    start = of.kv_tokens - of.tokens
+    plan = schedule.plan_tiles(
+      ids.reshape(-1, of.tokens, of.top_k),
+      jnp.tile(start + jnp.arange(of.tokens), (of.batch * of.num_kv_heads, 1)),
+      jnp.full(
+        (of.batch * of.num_kv_heads, 2, geometry.num_blocks), schedule.NEVER
+      ),
+      geometry,
+    )
+    shares.append(float(plan.is_edge.sum() / (ids >= 0).sum()))
+  assert shares[0] == 0 and shares[1] > 0.3
 
 
 @pytest.mark.parametrize("wrong", ["kl", "dk"])

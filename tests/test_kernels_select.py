@@ -106,6 +106,10 @@ def run_and_check(
   )
   ids = np.array(select(index_q, index_k))
   np.testing.assert_array_equal(ids, select(index_q, index_k))
+  # An infinite entry counts as NaN.
+  index_q, index_k = (
+    jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (index_q, index_k)
+  )
   if precision == "fp8":
     pad = -index_k.shape[1] % block_size
     padded = jnp.pad(index_k, ((0, 0), (0, pad), (0, 0)))
@@ -198,6 +202,26 @@ def test_nan_stays_where_it_is(precision):
   np.testing.assert_array_equal(ids[untouched], clean[untouched])
 
 
+@pytest.mark.parametrize("precision", ["exact", "fast", "fp8"])
+def test_an_infinity_counts_as_nan(precision):
+  index_q, index_k = make(3, 1, 8, 448, 2, 64)
+  # Of either sign: the score of a key that points away would be -inf, and lose
+  # against the rest of its block.
+  index_k = index_k.at[0, 70, 3].set(jnp.inf).at[0, 130, 4].set(-jnp.inf)
+  index_q = index_q.at[0, 5, 1, 0].set(jnp.inf).at[0, 2, 0, 9].set(-jnp.inf)
+  ids = run_and_check(index_q, index_k, precision=precision)
+  assert not np.isin(ids, [1, 2]).any()
+  np.testing.assert_array_equal(ids[0, 1, 5], [6, -1, -1])
+  np.testing.assert_array_equal(ids[0, 0, 2], [6, -1, -1])
+  assert (ids >= 0).sum() == 3 * 16 - 4
+  if precision == "exact":
+    want = reference.select_blocks(
+      index_q, index_k, block_size=64, top_k=3, num_local_blocks=1,
+      kv_lengths=None, score_precision="exact",
+    )  # fmt: skip
+    np.testing.assert_array_equal(ids, want)
+
+
 def test_forced_block_is_kept_when_nan():
   index_q, index_k = make(4, 1, 8, 448, 1, 64)
   index_k = index_k.at[0, 400:].set(jnp.nan)
@@ -263,7 +287,7 @@ def test_fp8_scales():
     -20, 236
   ).reshape(1, 256, 1).clip(-20, 20)
   lengths = jnp.array([200], jnp.int32)
-  index_k = index_k.at[0, 230].set(jnp.nan).at[0, 10, 1].set(jnp.inf)
+  index_k = index_k.at[0, 230].set(jnp.nan).at[0, 10, 1].set(jnp.nan)
   quantised, scale = sb.quantise_keys(index_k, 64, lengths)
   back = quantised.astype(jnp.float32) * jnp.repeat(scale, 64, 1)[..., None]
   back, want = np.asarray(back[0]), np.asarray(index_k[0])
@@ -276,8 +300,8 @@ def test_fp8_scales():
   assert normal.sum() > 5000
   error = np.abs(back - want)[normal]
   assert (error <= np.abs(want)[normal] * 2.0**-4).all()
-  # An infinity saturates and does not spoil its block.
-  assert np.isfinite(back[:64]).all() and back[10, 1] > 0
+  # A NaN does not spoil its block.
+  assert np.isnan(back[:64]).sum() == 1 and np.isnan(back[10, 1])
   # A slot beyond the length has no part in the scale of its block.
   again = sb.quantise_keys(index_k.at[0, 200:].set(1e30), 64, lengths)
   np.testing.assert_array_equal(scale, again[1])
@@ -308,6 +332,15 @@ def test_not_supported(change, text):
       top_k=shape["top_k"],
     )
   assert text in str(error.value)
+
+
+def test_not_so_many_choices():
+  shapes = ((2, 1 << 20, 32, 64), (2, 1 << 20, 64))
+  with pytest.raises(NotImplementedError, match="got 2147483648"):
+    jax.eval_shape(
+      functools.partial(sb.select_blocks, top_k=32),
+      *(jax.ShapeDtypeStruct(shape, jnp.bfloat16) for shape in shapes),
+    )
 
 
 def lower(case, kv_lengths=False, **kwargs):
@@ -464,18 +497,27 @@ def test_gpu_ties_and_nan(precision):
   ids = run(index_q, index_k)
   assert (ids != 1).all()
   assert (ids[0, 1, 5, 1:] == -1).all()
+  index_k = index_k.at[0, 70, 3].set(jnp.inf).at[0, 130, 4].set(-jnp.inf)
+  index_q = index_q.at[0, 5, 1, 0].set(-jnp.inf)
+  ids = run(index_q, index_k)
+  assert not np.isin(ids, [1, 2]).any()
+  assert (ids[0, 1, 5, 1:] == -1).all()
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("name", ["32k", "small_heads_32k"])
 @pytest.mark.parametrize("selection", cases.SELECTIONS)
-def test_gpu_recall_and_union(selection):
-  case = cases.PAPER["32k"]
+def test_gpu_recall_and_union(selection, name):
+  case = cases.CASES[name]
   index_q, index_k = cases.index_inputs(jax.random.key(1), case, selection)
-  exact = sb.select_blocks(index_q, index_k)
+  select = functools.partial(
+    sb.select_blocks, index_q, index_k, block_size=case.block_size
+  )
+  exact = select()
   if selection == "trained_like":
     assert 24 <= cases.union8(exact) <= 26
   # The last queries: the early ones choose every block they see.
   exact = exact[:, :, -4096:]
   for precision, floor in (("fast", 0.999), ("fp8", 0.9)):
-    ids = sb.select_blocks(index_q, index_k, score_precision=precision)
+    ids = select(score_precision=precision)
     assert cases.recall(ids[:, :, -4096:], exact) >= floor

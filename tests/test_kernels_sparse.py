@@ -3,11 +3,13 @@
 import dataclasses
 import functools
 import time
+import types
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import Case, patterns, random_blocks
 
 import msa_jax
@@ -212,7 +214,7 @@ def test_interpreted_walk():
   # Seen by one query of a tile only, by none, and only beyond kv_lengths.
   k = k.at[0, 3, 1].set(jnp.nan)
   v = v.at[0, 3, 0, 2].set(jnp.inf).at[1, 13:].set(jnp.nan)
-  q = q.at[0, 2, 1].set(jnp.nan)
+  q = q.at[0, 2, 1].set(jnp.nan).at[0, 7, 2, 5].set(-jnp.inf)
   blocks = jnp.asarray(blocks)
   out, lse = call(case, q, k, v, blocks, interpreted(WALK), interpret=True)
   check(case, q, k, v, blocks, out, lse)
@@ -304,6 +306,12 @@ SMALL = Case(
     ({"top_k": 33}, "bfloat16", "top_k up to 32, got 33"),
     ({}, "float32", "dtype in (bfloat16, float16), got float32"),
     ({"kv_len": (1 << 21) + 64}, "bfloat16", "up to 32768 blocks"),
+    (
+      {"batch": 1 << 15, "q_len": 1 << 16, "kv_len": 1 << 16},
+      "bfloat16",
+      "up to 2147483647 choices (batch x KV heads x queries x top_k), got"
+      " 2147483648",
+    ),
   ],
 )
 def test_says_what_is_supported(change, dtype, text):
@@ -330,8 +338,149 @@ def test_nothing_to_see(change):
 def test_needs_a_hopper_gpu():
   if jax.devices()[0].platform == "gpu":
     pytest.skip("this machine has a GPU")
-  with pytest.raises(NotImplementedError, match=r"capability 9\.0"):
+  with pytest.raises(NotImplementedError, match=r"capability 9\.0.*run on cpu"):
     mosaic.require_hopper()
+
+
+@pytest.fixture
+def fake_gpus(monkeypatch):
+  """An H100 as the first device of this machine, and an older card."""
+  gpus = [
+    types.SimpleNamespace(
+      platform="gpu", device_kind=kind, compute_capability=number, core_count=n
+    )
+    for kind, number, n in (("H100", "9.0", 114), ("A100", "8.0", 108))
+  ]
+  for name in ("devices", "local_devices"):
+    monkeypatch.setattr(jax, name, lambda backend=None: gpus)
+
+
+def test_asks_the_device_in_use(fake_gpus):
+  mosaic.require_hopper()
+  assert mosaic.num_sms() == 114
+
+
+@pytest.mark.parametrize("inside_jit", [False, True])
+def test_asks_the_default_device(inside_jit, request):
+  cpu = jax.devices("cpu")[0]
+  request.getfixturevalue("fake_gpus")
+
+  def ask():
+    with pytest.raises(NotImplementedError, match="run on cpu"):
+      mosaic.require_hopper()
+    assert mosaic.num_sms() == mosaic.NUM_SMS
+
+  with jax.default_device(cpu):
+    (jax.jit(ask) if inside_jit else ask)()
+
+
+@pytest.mark.parametrize(
+  "kind, cores", [("H100", 114), ("A100", 108), ("B200", 132)]
+)
+def test_asks_the_devices_of_the_mesh(kind, cores, request):
+  cpu = jax.devices("cpu")[0]
+  request.getfixturevalue("fake_gpus")
+  device = jax.sharding.AbstractDevice(
+    device_kind=kind, num_cores=None, platform="gpu"
+  )
+  mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
+  with jax.default_device(cpu), jax.sharding.use_abstract_mesh(mesh):
+    assert mosaic.num_sms() == cores
+    if kind == "H100":
+      mosaic.require_hopper()
+      return
+    with pytest.raises(NotImplementedError, match=f"run on gpu {kind}"):
+      mosaic.require_hopper()
+
+
+@pytest.fixture
+def pretend_hopper(monkeypatch):
+  """Enough of a GPU to trace and to lower."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
+
+
+# Every operation that has kernels, of q, k, v, index_q and index_k.
+OPERATIONS = {
+  "select_blocks": lambda q, k, v, iq, ik, **named: msa_jax.select_blocks(
+    iq, ik, block_size=64, top_k=2, **named
+  ),
+  "sparse_attention": lambda q, k, v, iq, ik, **named: msa_jax.sparse_attention(
+    q, k, v, jnp.zeros((1, 1, 16, 1), jnp.int32), block_size=64, **named
+  ),
+  "index_kl_loss": lambda q, k, v, iq, ik, **named: msa_jax.index_kl_loss(
+    q, k, iq, ik, None, lse=jnp.zeros((1, 16, 16)), **named
+  )[None],
+  "warm-up": lambda q, k, v, iq, ik, **named: msa_jax.msa_attention(
+    q, k, v, iq, ik, block_size=64, top_k=1, phase="warmup", **named
+  ).out,
+  "decode_attention": lambda q, k, v, iq, ik, **named: msa_jax.decode_attention(
+    q, k, v, iq, ik, kv_lengths=jnp.full((1,), 16), block_size=64, top_k=1,
+    **named,
+  ).out,
+}  # fmt: skip
+
+
+def operands():
+  case = dataclasses.replace(SMALL, kv_len=16, index_dim=64)
+  return case.inputs(dtype=jnp.bfloat16)
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_refuses_64_bits(name, pretend_hopper, x64):
+  operation, args = OPERATIONS[name], operands()
+  with pytest.raises(NotImplementedError, match="jax_enable_x64=True"):
+    operation(*args, implementation="mosaic_gpu")
+  moved_on = operation(*args)
+  np.testing.assert_array_equal(
+    moved_on, operation(*args, implementation="xla")
+  )
+
+
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_refuses_tracked_varying_axes(name, pretend_hopper):
+  mesh = jax.make_mesh(
+    (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  spec = jax.sharding.PartitionSpec("data")
+
+  def mapped(check_vma, **named):
+    operation = functools.partial(OPERATIONS[name], **named)
+    return jax.jit(
+      jax.shard_map(
+        operation, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
+      )
+    )
+
+  args = operands()
+  kernels = dict(implementation="mosaic_gpu")
+  with pytest.raises(NotImplementedError, match=r"check_vma=False.*over data"):
+    mapped(True, **kernels)(*args)
+  mapped(True)(*args)  # moves on to xla
+  traced = mapped(False, **kernels).trace(*args)
+  traced.lower(lowering_platforms=("cuda",))
+
+
+def test_layer_under_a_mesh_lowers(pretend_hopper):
+  mesh = jax.make_mesh(
+    (1, 1), ("data", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
+  )
+  with jax.set_mesh(mesh):
+    layer = msa_jax.MSAttention(
+      num_heads=8, in_features=64, qkv_features=512, num_kv_heads=1,
+      index_dim=64, block_size=64, top_k=2, dtype=jnp.bfloat16,
+      implementation="mosaic_gpu", sharding=msa_jax.Sharding(embed=None),
+      rngs=nnx.Rngs(0),
+    )  # fmt: skip
+    x = jnp.ones((1, 256, 64), jnp.bfloat16)
+    traced = nnx.jit(lambda layer, x: layer(x, with_kl=True).out).trace(
+      layer, x
+    )
+    text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("mosaic_gpu") >= 3
 
 
 # ------------------------------------------------------------------- Hopper
@@ -423,7 +572,7 @@ def test_gpu_keeps_nan_where_it_is_seen(hopper, config):
   k = k.at[0, 512:640].set(jnp.nan).at[0, 130, 1].set(jnp.inf)
   v = v.at[0, 512:640].set(jnp.nan).at[0, 300, 0, 5].set(jnp.nan)
   v = v.at[0, 900, 1].set(-jnp.inf)  # inside the queries' own blocks
-  q = q.at[0, 77, 3].set(jnp.nan)
+  q = q.at[0, 77, 3].set(jnp.nan).at[0, 90, 20, 5].set(-jnp.inf)
   run_twice(case, q, k, v, blocks, config)
   poisoned = np.isnan(np.asarray(call(case, q, k, v, blocks, config)[0]))
   assert 0 < poisoned.mean() < 1
@@ -463,6 +612,32 @@ def test_gpu_operations_choose_the_kernels(hopper):
   attend(*wide)
   with pytest.raises(NotImplementedError, match="bfloat16, float16"):
     attend(*wide, implementation="mosaic_gpu")
+
+
+@pytest.mark.gpu
+def test_gpu_beside_a_default_cpu(hopper):
+  cpu = jax.devices("cpu")[0]
+  select = jax.jit(
+    functools.partial(
+      msa_jax.select_blocks, block_size=64, top_k=2, implementation=None
+    )
+  )
+  with jax.default_device(cpu):
+    case = dataclasses.replace(SMALL, kv_len=300, index_dim=64)
+    *_, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+    ids = select(index_q, index_k)
+    assert ids.devices() == {cpu}
+    with pytest.raises(NotImplementedError, match="run on cpu"):
+      msa_jax.select_blocks(index_q, index_k, implementation="mosaic_gpu")
+  mesh = jax.make_mesh(
+    (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  spread = jax.NamedSharding(mesh, jax.P())
+  index = jax.device_put((index_q, index_k), spread)
+  with jax.default_device(cpu), jax.set_mesh(mesh):
+    again = select(*index)
+    assert "mosaic_gpu" in select.lower(*index).as_text()
+  np.testing.assert_array_equal(ids, again)
 
 
 @pytest.mark.gpu

@@ -1,5 +1,6 @@
 """The warm-up's attention around cuDNN, and training through the operations."""
 
+import dataclasses
 import functools
 
 import jax
@@ -206,6 +207,13 @@ def test_a_step_computes_nothing_twice(pretend_hopper, phase, want):
     assert "__cudnn$fmhaSoftmaxBackward" in text
 
 
+def test_warm_up_over_an_odd_number_of_tokens_has_gradients(pretend_hopper):
+  # cuDNN's own call refuses them.
+  case = cases.Case(tokens=777, num_heads=4, num_kv_heads=2)
+  _, grads = jax.eval_shape(layer("warmup"), *shapes(case))
+  assert [x.shape for x in grads] == [x.shape for x in shapes(case)[:5]]
+
+
 def test_kl_without_lse_computes_it(pretend_hopper):
   for phase, names in (
     ("warmup", {"dot_product_attention_fwd_wrapper": 2}),
@@ -232,6 +240,107 @@ def test_unsupported_warm_up_is_named(pretend_hopper):
   ]
   with pytest.raises(NotImplementedError, match="8192 keys and 5 queries"):
     jax.eval_shape(run, short[0], k, v, short[1], index_k)
+
+
+def kernels(*inputs, with_kl=True, **options):
+  return msa_jax.msa_attention(
+    *inputs, with_kl=with_kl, implementation="mosaic_gpu", **options
+  )
+
+
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+def test_layers_under_remat_scan_and_vmap_lower(pretend_hopper, phase):
+  """Two rematerialised layers in a scan, their KLs logged, under vmap."""
+
+  def loss(*inputs):
+    @jax.checkpoint
+    def one(q):
+      out, kl, *_ = kernels(q, *inputs[1:], phase=phase)
+      return q + out, kl
+
+    q, kl = jax.lax.scan(lambda q, _: one(q), inputs[0], length=2)
+    return jnp.sum(q.astype(jnp.float32)) + kl.sum(), kl
+
+  grad = jax.vmap(jax.grad(loss, range(5), has_aux=True))
+  inputs = [
+    jax.ShapeDtypeStruct((2, *x.shape), x.dtype)
+    for x in shapes(cases.PAPER["8k"])[:-1]
+  ]
+  traced = jax.jit(grad).trace(*inputs)
+  grads, kl = traced.out_info
+  assert [g.shape for g in grads] == [x.shape for x in inputs]
+  assert kl.shape == (2, 2)
+  # The KL's pass is part of the forward: once there, once recomputed.
+  want = WARMUP if phase == "warmup" else SPARSE
+  found = launches(traced.jaxpr.jaxpr)
+  assert set(found) == set(want)
+  name = "warmup_pairs" if phase == "warmup" else "kl_owners"
+  assert found[name] <= 2
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert name in text
+
+
+UNSUPPORTED = {
+  "dtype": dict(dtype="float32"),
+  "head_dim": dict(head_dim=32),
+  "index_dim": dict(index_dim=32),
+  "group_size": dict(num_heads=6, num_kv_heads=2),
+  "block_size": dict(block_size=32),
+  "top_k": dict(top_k=33),
+}
+
+
+@pytest.mark.parametrize("name", UNSUPPORTED)
+def test_no_gradient_outside_what_is_supported(pretend_hopper, name):
+  """It says so; without a name, another implementation gives the gradient."""
+  case = dataclasses.replace(
+    cases.Case(
+      tokens=96, num_heads=4, num_kv_heads=2, head_dim=64, index_dim=64,
+      block_size=64, top_k=2,
+    ),
+    **UNSUPPORTED[name],
+  )  # fmt: skip
+  inputs = shapes(case)[:-1]
+
+  def grads(implementation):
+    def loss(*inputs):
+      out, kl, *_ = msa_jax.msa_attention(
+        *inputs,
+        block_size=case.block_size,
+        top_k=case.top_k,
+        with_kl=True,
+        implementation=implementation,
+      )
+      return jnp.sum(jnp.sin(out.astype(jnp.float32))) + kl
+
+    return jax.jit(jax.grad(loss, range(5)))
+
+  with pytest.raises(NotImplementedError, match=f"supports {name}"):
+    grads("mosaic_gpu").trace(*inputs)
+  # The whole of it, gradient included, is the other implementation's.
+  texts = [grads(name).lower(*inputs).as_text() for name in (None, "xla")]
+  assert texts[0] == texts[1]
+
+
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+@pytest.mark.parametrize("kl", [False, True])
+def test_no_gradient_of_gradients(pretend_hopper, phase, kl):
+  """The kernels have none, which is said and not taken for zero."""
+
+  def loss(*inputs):
+    result = kernels(*inputs, with_kl=kl, phase=phase)
+    return result.kl if kl else jnp.sum(result.out.astype(jnp.float32))
+
+  which = (3, 4) if kl else (0, 1, 2)
+  first = jax.grad(loss, which)
+
+  def norm(*inputs):
+    return sum(jnp.sum(g.astype(jnp.float32) ** 2) for g in first(*inputs))
+
+  inputs = shapes(cases.PAPER["8k"])[:-1]
+  assert len(jax.eval_shape(first, *inputs)) == len(which)
+  with pytest.raises(NotImplementedError, match="Differentiation rule"):
+    jax.eval_shape(jax.grad(norm, which), *inputs)
 
 
 # -------------------------------------------------------------------- Hopper

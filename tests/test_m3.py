@@ -232,20 +232,24 @@ def test_kernels_equal_the_reference(hopper, tmp_path):
       step = read(model, part, cache)
       logits.append(step.logits)
       cache = step.cache
-    blocks = np.asarray(out.selection.block_indices[1])
-    return out.logits, jnp.concatenate(logits, axis=1), blocks
+    choices = (out.selection.block_indices[1], out.experts[1])
+    return out.logits, jnp.concatenate(logits, axis=1), choices
 
   with jax.default_matmul_precision("highest"):
-    truth, _, _ = outputs("reference", "float32")
-  want, want_read, want_blocks = outputs("reference")
-  got, got_read, blocks = outputs("mosaic_gpu")
+    truth, _, true_choices = outputs("reference", "float32")
+  want, want_read, want_choices = outputs("reference")
+  got, got_read, choices = outputs("mosaic_gpu")
 
   def error(logits, rows=slice(None)):
-    return float(jnp.sqrt(jnp.mean((logits - truth)[:, rows] ** 2)))
+    """The median token's: one that a near tie sends to another expert is ten
+    times as far off."""
+    each = jnp.sqrt(jnp.mean((logits - truth) ** 2, axis=-1))
+    return float(jnp.median(each[:, rows]))
 
-  # What the layer before hands over is the same: scores differ by the order of
-  # their sums alone.
-  assert (np.sort(blocks) == np.sort(want_blocks)).mean() > 0.999
+  # bfloat16 moves near ties; the kernels move no more than twice as many.
+  for mine, theirs, true in zip(choices, want_choices, true_choices):
+    moved = [np.mean(np.asarray(x != true)) for x in (mine, theirs)]
+    assert moved[0] <= 2 * moved[1] < 0.1
   assert error(got) < 2 * error(want)
   last = slice(1300, None)
   assert error(got_read) < 2 * error(want_read)
@@ -494,6 +498,24 @@ def test_damaged_files(tmp_path):
   with pytest.raises(ValueError, match=r"F32 \[96, 65\] takes 24960 bytes"):
     m3.load(folder)
 
+  folder, file = copy()
+  edit_header(
+    file,
+    lambda header: header[name].update(
+      data_offsets=[at + 4 for at in header[name]["data_offsets"]]
+    ),
+  )
+  with pytest.raises(
+    ValueError, match=r"up_proj.weight lies at bytes .* begin"
+  ):
+    m3.load(folder)
+
+  folder = make(tmp_path / "odd")
+  index = folder / "model.safetensors.index.json"
+  index.write_text(json.dumps(dict(weight_map={name: 3})))
+  with pytest.raises(ValueError, match=r"index.json cannot be read: TypeError"):
+    m3.load(folder)
+
   folder = make(tmp_path / "many")
   (folder / "model-00002-of-00004.safetensors").unlink()
   with pytest.raises(ValueError, match=r"model-00002-of-00004.*cannot be read"):
@@ -520,6 +542,12 @@ def test_damaged_files(tmp_path):
     (dict(qk_norm_type="per_layer"), "qk_norm_type='per_layer' is not supp"),
     (dict(index_n_heads=4), "index heads must be num_key_value_heads=2, got 4"),
     (dict(hidden_size=None), "field missing: hidden_size"),
+    (dict(num_attention_heads=0), "num_attention_heads must be .* got 0"),
+    (dict(head_dim=32.0), "head_dim must be an integer .* got 32.0"),
+    (dict(text_config=[]), r"text_config must be an object, got \[\]"),
+    (dict(rope_parameters="x"), "rope_parameters must be an object, got 'x'"),
+    (dict(partial_rotary_factor="x"), "partial_rotary_factor must be a number"),
+    (dict(quantization_config="fp8"), r"quantization_config \(fp8\)"),
     (
       dict(rope_parameters=dict(rope_type="yarn")),
       "rope_parameters.rope_type='yarn' is not supported",
@@ -809,7 +837,7 @@ def test_a_loaded_model_can_be_fine_tuned(m2_folder, tmp_path):
 # --- Commands -----------------------------------------------------------------
 
 
-def test_sample(capsys, tmp_path):
+def test_sample(capsys, tmp_path, monkeypatch):
   """Greedy tokens are those of whole passes; text goes through the folder's
   tokenizer, up to the end-of-text token of its config."""
   ids = GOLDEN["input_ids"][0, :5].tolist()
@@ -834,11 +862,17 @@ def test_sample(capsys, tmp_path):
   stop = tokens.index(tokens[7], 5)
   assert [int(word) for word in out] == tokens[:stop]
 
+  # All is told before weights are read.
+  monkeypatch.setattr(m3, "_read", None)
   for words, text in (
     (["--text", "x"], "tokenizer.json, which is missing"),
     ([], "wanted either text or prompt_ids"),
-    (["--prompt-ids", "999"], "must hold ids below vocab_size = 128"),
-    (["--prompt-ids", "1", "--mesh", "pipe=2"], "wanted axes among"),
+    (["--prompt-ids", "1", "999"], "ids below vocab_size = 128, got [999]"),
+    (
+      ["--prompt-ids", "1", "--max-new-tokens", "512"],
+      "1 tokens and 512 new ones must be at most max_position_embeddings = 512",
+    ),
+    (["--prompt-ids", "1", "--mesh", "fsdp=2"], "wanted axes among ('expert"),
     (["--prompt-ids", "1", "--mesh", "expert=64"], "wants 64 devices"),
     (["--prompt-ids", "1", "--dtype", "int9"], "dtype must be one of"),
   ):

@@ -1,21 +1,66 @@
-"""Notebooks on disk are what their sources say, and have run."""
+"""Notebooks on disk are what their sources say, have run, and still run."""
 
 import json
 
 import pytest
+from matplotlib import pyplot as plt
 
 from notebooks import build
 
+# Values for the parameters of each notebook's second code cell: small sizes.
+SMALL = {
+  "01_what_msa_selects": dict(STEPS=6, WARMUP=3, EVAL_BATCHES=1),
+  "02_the_kernels": dict(KEY_TOKENS=1 << 13, RUN_TOKENS=128),
+  "03_gqa_against_msa": dict(),
+}
+each_notebook = pytest.mark.parametrize(
+  "source", build.sources(), ids=lambda path: path.stem
+)
 
-@pytest.mark.parametrize("source", build.sources(), ids=lambda path: path.stem)
+
+def read_notebook(source):
+  return json.loads(source.with_suffix(".ipynb").read_text())["cells"]
+
+
+@each_notebook
 def test_a_notebook_holds_its_sources_cells_and_their_outputs(source):
-  notebook = json.loads(source.with_suffix(".ipynb").read_text())
-  cells = [
-    (cell["cell_type"], "".join(cell["source"])) for cell in notebook["cells"]
-  ]
-  assert cells == build.read_cells(source)
-  for cell in notebook["cells"]:
+  cells = read_notebook(source)
+  written = [(cell["cell_type"], "".join(cell["source"])) for cell in cells]
+  assert written == build.read_cells(source)
+  for cell in cells:
     if cell["cell_type"] == "code":
       assert cell["execution_count"], "not executed"
       kinds = {output["output_type"] for output in cell["outputs"]}
       assert "error" not in kinds
+
+
+@each_notebook
+def test_a_notebook_runs(source, monkeypatch):
+  """At small size it draws as many pictures as the one on disk holds."""
+  drawn = []
+
+  def display(figure):
+    figure.draw_without_rendering()
+    drawn.append(figure)
+
+  def show():
+    for number in plt.get_fignums():
+      display(plt.figure(number))
+    plt.close("all")
+
+  plt.switch_backend("agg")
+  monkeypatch.setattr(plt, "show", show)
+  parameters = SMALL[source.stem]
+  names = {"display": display}
+  codes = [text for kind, text in build.read_cells(source) if kind == "code"]
+  with plt.rc_context():
+    for number, code in enumerate(codes):
+      exec(compile(code, f"{source.stem}, code cell {number}", "exec"), names)
+      if number == 1:
+        assert parameters.keys() <= names.keys()
+        names.update(parameters)
+  assert not plt.get_fignums(), "a figure that is not shown"
+  outputs = [
+    o for cell in read_notebook(source) for o in cell.get("outputs", ())
+  ]
+  assert len(drawn) == sum("image/png" in o.get("data", ()) for o in outputs)

@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 import subprocess
 import sys
 
@@ -106,10 +107,27 @@ def test_annotations_hold():
       )
 
 
-def test_the_readme_example_runs():
+def test_the_readme_examples_run(tmp_path):
+  """All of them, with a tiny model and on one device."""
   text = (ROOT / "README.md").read_text()
-  code = text.split("```python\n")[1].split("```")[0]
+  use, generation, checkpoints = re.findall(r"```python\n(.*?)```", text, re.S)
+  assert len(use.splitlines()) <= 11
   names = {}
-  exec(code, names)
+  exec(use, names)
   assert names["out"].shape == names["x"].shape and names["kl"] > 0
   assert names["y"].shape == names["q"].shape
+
+  tiny = str(ROOT / "tests" / "data" / "m3_tiny")
+  saved = str(tmp_path / "saved")
+  stand_ins = {"(8,)": "(1,)", "MiniMax-M3": tiny, "fine-tuned": saved}
+  for name, stand_in in stand_ins.items():
+    assert name in checkpoints
+    checkpoints = checkpoints.replace(name, stand_in)
+  generation, call = generation.split("rows = ")
+  exec(generation, names)
+  exec(checkpoints, names)
+  assert [len(row) for row in names["rows"]] == [10]
+  assert (tmp_path / "saved" / "config.json").exists()
+  exec(f"rows = {call}", names)
+  assert len(names["rows"]) == 2
+  assert all(1 <= len(row) <= 100 for row in names["rows"])

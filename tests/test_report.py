@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from train import report, runs
+from train import figures, report, runs
 
 _BITS = 1 / math.log(2)
 
@@ -451,3 +451,17 @@ def test_speed_is_drawn_where_it_was_measured(tmp_path):
   assert (folder / "report" / "speed.png").exists()
   for cell in ("0.83x", "1.50x", "25.0 %", "3.00 GiB"):
     assert f"<td>{cell}</td>" in text
+
+
+def test_wall_time_of_a_late_start_holds_the_time_before_it(tmp_path):
+  folder = _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.1]}})
+  path = folder / "text" / "msa" / "seed0" / "config.json"
+  recipe = {"index_warmup_steps": 5, "init_from": "there/text/gqa/seed0"}
+  _edit(path, recipe=recipe | {"init_step": 25})
+  sides = runs.group_by_side(runs.read_runs(folder))
+  colors = dict.fromkeys(sides, "black")
+  figure = figures.curves("text", sides, colors, runs.BITS, "seconds")
+  lines = {str(x.get_label()): x.get_xdata() for x in figure.axes[0].lines}
+  assert list(lines["GQA (1 seed)"]) == [1.0, 2.0, 3.0, 4.0]
+  # GQA's last row up to step 25 says 2 seconds.
+  assert list(lines["MSA (1 seed)"]) == [3.0, 4.0, 5.0, 6.0]

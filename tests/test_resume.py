@@ -6,6 +6,7 @@ import os
 import pathlib
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -14,7 +15,7 @@ import numpy as np
 import pytest
 from test_train import read_rows, tiny_run
 
-from train import checkpoint, loop
+from train import checkpoint
 from train import config as config_lib
 from train import program as program_lib
 
@@ -28,8 +29,11 @@ def place(tmp_path_factory) -> pathlib.Path:
 
 @pytest.fixture(scope="module")
 def run(place) -> config_lib.RunConfig:
-  return tiny_run(
-    place,
+  run = tiny_run(place)
+  return dataclasses.replace(
+    run,
+    # One layer: every start traces it again.
+    model=dataclasses.replace(run.model, num_layers=1, layer_kinds=("msa",)),
     recipe=config_lib.RecipeConfig(index_warmup_steps=5),
     num_steps=NUM_STEPS,
     eval_every=4,
@@ -43,18 +47,27 @@ def run(place) -> config_lib.RunConfig:
 def reference(place, run) -> pathlib.Path:
   """The run that nobody stops."""
   run = dataclasses.replace(run, folder=str(place / "reference"))
-  loop.run(run)
+  config = write_config(place / "reference.json", run)
+  finish(start(config, place / "cache"))
   return pathlib.Path(run.folder)
 
 
-def start(config: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
-  # Each start compiles what the first one compiled.
+def write_config(path: pathlib.Path, run: config_lib.RunConfig) -> pathlib.Path:
+  checkpoint.write_json(path, config_lib.to_dict(run))
+  return path
+
+
+def start(
+  config: pathlib.Path, cache: pathlib.Path, *options: str
+) -> subprocess.Popen:
+  # Each start finds what the first one compiled.
   env = os.environ | {
     "JAX_COMPILATION_CACHE_DIR": str(cache),
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
   }
+  command = [sys.executable, "-m", "train", "train", "--config", str(config)]
   return subprocess.Popen(
-    [sys.executable, "-m", "train", "train", "--config", str(config)],
+    [*command, *options],
     env=env,
     stdout=subprocess.PIPE,
     stderr=subprocess.STDOUT,
@@ -62,8 +75,13 @@ def start(config: pathlib.Path, cache: pathlib.Path) -> subprocess.Popen:
   )
 
 
+def finish(process: subprocess.Popen) -> None:
+  output, _ = process.communicate()
+  assert process.returncode == 0, output
+
+
 def wait_for(process: subprocess.Popen, happened) -> None:
-  limit = time.monotonic() + 240
+  limit = time.monotonic() + 400
   while not happened():
     if process.poll() is not None:
       pytest.fail(f"the run ended by itself:\n{process.stdout.read()}")
@@ -85,8 +103,7 @@ def without_times(rows: list[dict]) -> list[dict]:
 def test_killed_run_ends_with_the_same_bits(place, run, reference):
   folder = place / "killed"
   run = dataclasses.replace(run, folder=str(folder))
-  config = place / "run.json"
-  checkpoint.write_json(config, config_lib.to_dict(run))
+  config = write_config(place / "run.json", run)
   metrics = folder / "metrics.jsonl"
   rng = random.Random(0)
 
@@ -117,9 +134,7 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference):
       # What a kill within a write leaves.
       with open(metrics, "a") as file:
         file.write('{"kind": "train", "st')
-  process = start(config, place / "cache")
-  output, _ = process.communicate()
-  assert process.returncode == 0, output
+  finish(start(config, place / "cache"))
   assert without_times(read_rows(folder)) == without_times(read_rows(reference))
   steps = [r["step"] for r in read_rows(folder) if r["kind"] == "train"]
   assert steps == list(range(1, NUM_STEPS + 1))
@@ -140,6 +155,44 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference):
   np.testing.assert_array_equal(*counts)
   environment = json.loads((folder / "environment.json").read_text())
   assert environment["resumed"][-1]["step"] >= 8
+
+
+def test_two_processes_go_on_as_one(place, run, reference):
+  """Two processes with a device each are killed; one device ends their run."""
+  folder = place / "two"
+  run = dataclasses.replace(
+    run, folder=str(folder), mesh=config_lib.MeshConfig(data=2)
+  )
+  config = write_config(place / "two.json", run)
+  with socket.socket() as free:
+    free.bind(("localhost", 0))
+    address = f"localhost:{free.getsockname()[1]}"
+  processes = [
+    start(config, place / "cache", "--distributed", address, "2", str(i))
+    for i in range(2)
+  ]
+  try:
+    wait_for(processes[0], (folder / "checkpoints" / "6").exists)
+  finally:
+    for process in processes:
+      kill(process)
+  before = read_rows(folder)[-1]["step"]
+  assert before >= 6 and not (folder / "done.json").exists()
+  environment = json.loads((folder / "environment.json").read_text())
+  assert environment["device_count"] == environment["process_count"] == 2
+
+  write_config(config, dataclasses.replace(run, mesh=config_lib.MeshConfig()))
+  finish(start(config, place / "cache"))
+  environment = json.loads((folder / "environment.json").read_text())
+  (resumed,) = environment["resumed"]
+  assert resumed["step"] >= 6 and resumed["process_count"] == 1
+  mine, theirs = (
+    [(row["loss"], row["kl"]) for row in read_rows(f) if row["kind"] == "train"]
+    for f in (folder, reference)
+  )
+  assert len(mine) == NUM_STEPS
+  # Sums over the batch are split in another way.
+  np.testing.assert_allclose(mine, theirs, rtol=1e-5)
 
 
 def test_half_written_checkpoint_does_not_count(place):

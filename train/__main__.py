@@ -319,7 +319,7 @@ def compare(
   """
   import jax
 
-  from train import data, loop, program, runs
+  from train import loop, program, runs
 
   resolved = list(comparison.resolve(folder))
   unknown = set(sides or ()) - {run.side for run in resolved}
@@ -337,6 +337,13 @@ def compare(
       ],
       [f"{r.task}/{r.side}" for r in members],
     )
+
+  def finished(run: config_lib.RunConfig) -> bool:
+    return (pathlib.Path(run.folder) / "done.json").exists()
+
+  def late() -> bool:
+    return stop_at is not None and time.monotonic() > stop_at
+
   planned = {run.folder for run in resolved}
   for run in resolved:
     start = run.recipe.init_from
@@ -356,20 +363,29 @@ def compare(
     )
   failed, advanced = [], False
   for task in comparison.tasks():
-    source, programs = None, {}
     wanted = [run for run in resolved if sides is None or run.side in sides]
-    for run in (r for r in wanted if r.task == task):
-      # A call does something, however late it is, and then nothing more.
-      late = stop_at is not None and time.monotonic() > stop_at
-      if late and advanced:
+    wanted = [run for run in wanted if run.task == task]
+    # A call does something, however late it is, and then nothing more.
+    if not wanted:
+      continue
+    if advanced and late():
+      return None
+    programs: dict[tuple, program.Program] = {}
+    calls = []
+    for run in wanted:
+      if finished(run):
+        continue
+      key = program.decides(run)
+      programs[key] = programs.get(key) or program.Program(run)
+      calls += [(programs[key], phase) for phase in run.phases()]
+    source = program.prepare(wanted[0].data, calls)
+    for run in wanted:
+      if advanced and late():
         return None
-      advanced |= not (pathlib.Path(run.folder) / "done.json").exists()
-      if source is None:
-        source = data.load(run.data)
-      if run.side not in programs:
-        programs[run.side] = program.Program(run)
+      advanced |= not finished(run)
+      made = programs.get(program.decides(run))
       try:
-        if loop.run(run, source, programs[run.side], stop_at) is None:
+        if loop.run(run, source, made, stop_at) is None:
           return None
       except loop.NonFiniteError as error:
         # The other sides go on: a side that breaks down is a result too.

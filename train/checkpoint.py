@@ -350,13 +350,17 @@ def versions() -> dict[str, str]:
 
 
 def _revision() -> dict[str, Any]:
-  """Commit of the checkout that runs; None without one."""
+  """Commit of the checkout or `git archive` that runs; None without one.
+
+  Whether an archive's files were changed since is not known.
+  """
+  root = pathlib.Path(__file__).parent.parent
 
   def git(*words: str) -> str | None:
     try:
       result = subprocess.run(
         ["git", *words],
-        cwd=pathlib.Path(__file__).parent.parent,
+        cwd=root,
         capture_output=True,
         text=True,
         timeout=10,
@@ -365,6 +369,9 @@ def _revision() -> dict[str, Any]:
       return None
     return result.stdout.strip() if result.returncode == 0 else None
 
+  archived = root / ".git_archival.txt"
+  if archived.exists() and "$" not in (name := archived.read_text().strip()):
+    return {"commit": name, "dirty": None}
   commit = git("rev-parse", "HEAD")
   packages = ("msa_jax", "pallas_kernels", "train")
   changes = git(

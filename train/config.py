@@ -220,8 +220,11 @@ class RunConfig:
   """Held-out batches of batch_size / grad_accumulation rows."""
 
   probe_batches: int | None = None
+  """Batches of each probe; None: eval_batches."""
+
+  final_probe_batches: int | None = None
   """Batches of each probe after the last step, where few answers would leave
-  the accuracy by distance uncertain; None: eval_batches."""
+  the accuracy by distance uncertain; None: probe_batches."""
 
   layers_every: int = 100
   """Steps between measures of each layer's KL and recalls."""
@@ -296,6 +299,20 @@ class RunConfig:
   def uses_msa(self) -> bool:
     """Whether any layer is an msa layer."""
     return "msa" in self.model.kinds
+
+  def phases(self) -> dict[str, int]:
+    """The phases that the run goes through and how many steps each has."""
+    counts: dict[str, int] = {}
+    for step in range((self.recipe.init_step or 0) + 1, self.num_steps + 1):
+      phase = self.phase(step)
+      counts[phase] = counts.get(phase, 0) + 1
+    return counts
+
+  def probe_batches_at(self, step: int) -> int:
+    """Batches of each probe in a step's evaluation."""
+    last = step == self.num_steps
+    final = self.final_probe_batches if last else None
+    return final or self.probe_batches or self.eval_batches
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
     """What attention does in a step (counted from 1)."""

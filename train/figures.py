@@ -5,6 +5,7 @@
 
 import itertools
 import math
+import pathlib
 import statistics
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -120,16 +121,36 @@ def _draw_chance(axes, sides) -> None:
     axes.axhline(100 * chance, color="#555555", ls="--", lw=1.2, label="chance")
 
 
+def _seconds_before(run: Run, sides: dict[str, list[Run]]) -> float:
+  """Seconds that the run which this one started from had trained by then."""
+  start, step = run.get("recipe.init_from"), run.get("recipe.init_step")
+  if not start or step is None:
+    return 0.0
+  place = pathlib.PurePath(start).parts[-2:]
+  for other in sides.get(place[0], ()) if len(place) == 2 else ():
+    if f"seed{other.seed}" == place[1]:
+      rows = sorted(
+        (row["step"], row["seconds"])
+        for kind in ("train", "eval")
+        for row in other.rows[kind]
+      )
+      return max((s for at, s in rows if at <= step), default=0.0)
+  return 0.0
+
+
 def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
   """Metric against "step" or "seconds": a thin line a seed, thick the mean."""
   drawn = []
   for side, runs in sides.items():
     runs = [r for r in runs if r.rows["eval"]]
     done = [r for r in runs if r.finished]
+    all_x: dict[int, list[float]] = {}
     for run in runs:
-      x = [row[clock] / unit for row in run.rows["eval"]]
+      before = _seconds_before(run, sides) if clock == "seconds" else 0.0
+      x = [(row[clock] + before) / unit for row in run.rows["eval"]]
       y = [row[metric.key] * metric.scale for row in run.rows["eval"]]
       drawn.append((x, y))
+      all_x[run.seed] = x
       axes.plot(
         x,
         y,
@@ -140,10 +161,18 @@ def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
       )
     label = _label(side_name(side), done)
     if done:
-      _, mean = _mean_curve(
-        done, lambda r: (r[clock] / unit, r[metric.key] * metric.scale)
+      _, mean = _mean_curve(done, lambda r: r[metric.key] * metric.scale)
+      shared = min(len(all_x[r.seed]) for r in done)
+      x = np.mean([all_x[r.seed][:shared] for r in done], axis=0)
+      axes.plot(
+        x,
+        mean[:shared],
+        color=colors[side],
+        lw=_width(side),
+        marker="o" if shared < 3 else None,  # a line would hardly show
+        ms=5,
+        label=label,
       )
-      axes.plot(*mean.T, color=colors[side], lw=_width(side), label=label)
     elif runs:
       axes.plot([], [], color=colors[side], ls=":", label=label)
   if metric.higher_is_better:
@@ -184,7 +213,12 @@ def curves(task, sides, colors, metric: Metric, clock: str) -> Figure:
     top.xaxis.set_major_formatter(EngFormatter(sep=" "))
     against = "steps and tokens"
   else:
-    longest = max(final["seconds"] for final in finals)
+    longest = max(
+      run.final["seconds"] + _seconds_before(run, sides)
+      for runs in sides.values()
+      for run in runs
+      if run.final
+    )
     units = {"hours": 3600, "minutes": 60, "seconds": 1}
     word = next(w for w, u in units.items() if longest > 2 * u or u == 1)
     _draw_curves(axes, sides, colors, metric, clock, units[word])

@@ -276,13 +276,12 @@ class _Run:
     phase, last = config.phase(step), step == config.num_steps
     params = self.state.params
     if step % config.eval_every == 0 or last:
-      probe_batches = config.probe_batches if last else None
       result = self.program.evaluate(
         params,
         self.source,
         phase,
         batches=config.eval_batches,
-        probe_batches=probe_batches or config.eval_batches,
+        probe_batches=config.probe_batches_at(step),
       )
       if not np.isfinite(result["loss"]):
         self._stop(step, f"held-out loss {result['loss']}")

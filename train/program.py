@@ -5,12 +5,14 @@ the Index Branch, which only the KL loss trains, and the backbone. Each group
 has its own clipping, Adam moments and learning rate.
 """
 
+import concurrent.futures
 import contextlib
 import copy
 import dataclasses
 import functools
 import math
 import pathlib
+from collections.abc import Iterable
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -114,21 +116,19 @@ class Program:
       static_argnames="phase",
       out_shardings=self.replicated,
     )
+    self._jit_choose = jax.jit(
+      self._choose,
+      static_argnames="phase",
+      out_shardings=self.replicated,
+    )
 
   def for_run(self, config: config_lib.RunConfig) -> "Program":
-    """The same compiled functions, for another run of the side."""
-
-    def side(config: config_lib.RunConfig) -> config_lib.RunConfig:
-      recipe = dataclasses.replace(
-        config.recipe, init_from=None, init_step=None
-      )
-      # A run that starts late has no other functions, but other phases.
-      return dataclasses.replace(config, seed=0, folder="", recipe=recipe)
-
-    if side(config) != side(self.config):
+    """The same compiled functions, for another run whose `decides` are equal,
+    such as another seed's, or one that starts from another side."""
+    if decides(config) != decides(self.config):
       raise ValueError(
-        "config: wanted a run of the same side, that differs in seed, folder"
-        " and start only."
+        "config: wanted a run of the same model, mesh, batch shape, kl_weight"
+        " and Adam."
       )
     program = copy.copy(self)
     program.config = config
@@ -357,7 +357,15 @@ class Program:
       **kwargs,
     )
 
-  def _step(self, state: TrainState, tokens, weights, rate, *, phase: str):
+  def _step(
+    self,
+    state: TrainState,
+    tokens,
+    weights,
+    rates: dict[str, jax.Array],
+    *,
+    phase: str,
+  ):
     (_, metrics), grads = self.loss(
       state.params,
       tokens,
@@ -366,10 +374,6 @@ class Program:
       phase=phase,
     )
     params, opt = dict(state.params), {}
-    factors = {
-      "backbone": 1.0,
-      "index": self.config.optimizer.index_learning_rate_factor,
-    }
     for group in _GROUPS:
       updates: Any
       updates, opt[group] = self._transforms[group].update(
@@ -378,7 +382,7 @@ class Program:
         self.group(state.params, group),
       )
       for name, update in updates.items():
-        step = (rate * factors[group] * update).astype(params[name].dtype)
+        step = (rates[group] * update).astype(params[name].dtype)
         params[name] = params[name] - step
     load = metrics.pop("load", None)
     if load is not None:
@@ -418,6 +422,12 @@ class Program:
     )
     return out.kl, out.selection
 
+  def _choose(self, params, tokens, *, phase: str):
+    # The recalls that this leaves out cost more than all the rest.
+    _, selection = self._measure(params, tokens, phase=phase)
+    assert selection is not None
+    return selection.block_indices
+
   # --- Calls from the host --------------------------------------------------
 
   def put(self, array: np.ndarray, *, parts: bool = False) -> jax.Array:
@@ -433,8 +443,8 @@ class Program:
     )
 
   def compile(self, phase: str, function: str = "step") -> int | None:
-    """Compiles "step", "evaluate" or "measure" for a phase; returns the bytes
-    it needs on one device, where the compiler says so."""
+    """Compiles "step", "evaluate", "measure" or "choose" for a phase; returns
+    the bytes it needs on one device, where the compiler says so."""
     key = function, phase
     if key not in self._compiled:
       self._compiled[key] = self._lower(*key).compile()
@@ -457,7 +467,7 @@ class Program:
           self.abstract_state,
           self.put(rows, parts=True),
           self.put(rows[:, 1:].astype(np.float32), parts=True),
-          np.float32(0),
+          dict.fromkeys(_GROUPS, np.float32(0)),
           phase=phase,
         )
       rows = np.zeros(
@@ -467,7 +477,8 @@ class Program:
       if function == "evaluate":
         mask = self.put(rows[:, 1:] == 0)
         return self._jit_eval.lower(params, tokens, mask, phase=phase)
-      return self._jit_measure.lower(params, tokens, phase=phase)
+      jitted = {"measure": self._jit_measure, "choose": self._jit_choose}
+      return jitted[function].lower(params, tokens, phase=phase)
 
   def _call(self, function: str, phase: str, *operands):
     self.compile(phase, function)
@@ -477,14 +488,16 @@ class Program:
   def step(self, state: TrainState, batch: data_lib.Batch, step: int):
     """One optimiser step (counted from 1); does not wait for its end."""
     config = self.config
-    rate = config.optimizer.schedule(step, config.num_steps)
+    optimizer = config.optimizer
+    rate = optimizer.schedule(step, config.num_steps)
+    index_rate = rate * optimizer.index_learning_rate_factor
     return self._call(
       "step",
       config.phase(step),
       state,
       self.put(batch.tokens, parts=True),
       self.put(data_lib.loss_weights(config.data, batch), parts=True),
-      np.float32(rate),
+      {"backbone": np.float32(rate), "index": np.float32(index_rate)},
     )
 
   @property
@@ -521,21 +534,33 @@ class Program:
   def _evaluate_batches(self, params, source, phase: str, number: int, get):
     """Loss, targets and bytes of each batch, and the answers of all."""
     losses, counts, sizes, right, distances = [], [], [], [], []
-    for index in range(number):
-      batch = get(index)
-      tokens, mask = self.put(batch.tokens), self.put(batch.loss_mask)
-      loss, correct = self._call("evaluate", phase, params, tokens, mask)
+
+    def read(batch: data_lib.Batch, loss, correct) -> None:
       asked = batch.distance >= 0
       losses.append(float(loss))
       counts.append(int(batch.loss_mask.sum()))
       sizes.append(count_bytes(source, batch))
       right.append(np.asarray(correct)[asked])
       distances.append(batch.distance[asked])
-    right, distances = np.concatenate(right), np.concatenate(distances)
-    answers = {
-      "accuracy": float(right.mean()) if right.size else None,
-      "by_distance": by_distance(right, distances) if right.size else None,
-    }
+
+    before = None
+    for index in range(number):
+      batch = get(index)
+      tokens, mask = self.put(batch.tokens), self.put(batch.loss_mask)
+      result = self._call("evaluate", phase, params, tokens, mask)
+      # A batch's answers are read while the next one is computed.
+      if before is not None:
+        read(*before)
+      before = batch, *result
+    if before is not None:
+      read(*before)
+    answers = {"accuracy": None, "by_distance": None}
+    hits, apart = np.concatenate(right), np.concatenate(distances)
+    if hits.size:
+      answers = {
+        "accuracy": float(hits.mean()),
+        "by_distance": by_distance(hits, apart),
+      }
     return losses, counts, sizes, answers
 
   def measure(self, params: Params, source: data_lib.Source, phase: str):
@@ -546,20 +571,28 @@ class Program:
       batch that asks for facts; None if the data ask for none).
     """
 
-    def run(batch: data_lib.Batch):
+    def run(function: str, batch: data_lib.Batch):
       tokens = self.put(batch.tokens)
-      return jax.device_get(self._call("measure", phase, params, tokens))
+      return jax.device_get(self._call(function, phase, params, tokens))
 
     batch = source.eval_batch(0, **self.eval_shape)
-    kl, selection = run(batch)
-    asked = selection
+    kl, selection = run("measure", batch)
+    asked = selection.block_indices
     if source.probes:
       batch = source.probe_batch(source.probes[0], 0, **self.eval_shape)
-      asked = run(batch)[1]
-    found = facts_found(
-      asked.block_indices, batch.distance, self.model_config.index
-    )
+      asked = run("choose", batch)
+    found = facts_found(asked, batch.distance, self.model_config.index)
     return kl, selection, found
+
+  @property
+  def functions(self) -> tuple[str, ...]:
+    """Names of the functions that a run calls."""
+    names = ("step", "evaluate")
+    if self.msa_layers:
+      names += ("measure",)
+    if self.msa_layers and data_lib.probes_of(self.config.data):
+      names += ("choose",)
+    return names
 
   @property
   def msa_layers(self) -> list[int]:
@@ -612,6 +645,53 @@ class Program:
       ),
       "index": sum(self.group(sizes, "index").values()),
     }
+
+
+def decides(config: config_lib.RunConfig) -> tuple:
+  """What the compiled functions of a run depend on. Learning rates are
+  operands, the schedule is the host's."""
+  adam = config.optimizer
+  return (
+    config.model,
+    config.mesh,
+    config.batch_size,
+    config.grad_accumulation,
+    config.context,
+    config.recipe.kl_weight,
+    (adam.beta1, adam.beta2, adam.eps, adam.weight_decay),
+    (adam.clip_norm, adam.index_clip_norm, adam.router_bias_rate),
+  )
+
+
+def prepare(
+  data: data_lib.DataConfig,
+  calls: Iterable[tuple["Program", str]],
+  functions: tuple[str, ...] | None = None,
+) -> data_lib.Source:
+  """Opens data, and meanwhile compiles programs for phases, side by side.
+
+  Both take tens of seconds that need no GPU, of a GPU's time.
+
+  Args:
+    data: what to open.
+    calls: (program, phase) pairs; runs of several sides may share a program.
+    functions: which to compile; None: all that a run calls.
+
+  Returns:
+    The data.
+  """
+  # Several processes must compile in one order.
+  workers = 12 if jax.process_count() == 1 else 1
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    source = pool.submit(data_lib.load, data)
+    tasks = [
+      pool.submit(program.compile, phase, function)
+      for program, phase in dict.fromkeys(calls)
+      for function in functions or program.functions
+    ]
+    for task in tasks:
+      task.result()
+    return source.result()
 
 
 def _name(path: tuple) -> str:

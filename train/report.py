@@ -483,7 +483,8 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       add(
         curves(task, sides, colors, metric, "seconds"),
         f"{name}_time",
-        f"The same against wall time on this device. {more}",
+        "The same against wall time on this device, that of the run a side "
+        f"started from included. {more}",
       )
       add(
         gap_figure(task, sides, colors, metric),

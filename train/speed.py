@@ -7,7 +7,6 @@ memory and the share of the device's matrix rate that it makes use of (MFU).
 as long as a number of minutes allows.
 """
 
-import concurrent.futures
 import dataclasses
 import json
 import math
@@ -15,7 +14,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -29,6 +28,7 @@ from train.program import (
   Program,
   TrainState,
   flatten_state,
+  prepare,
   unflatten_state,
 )
 
@@ -37,16 +37,6 @@ PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
 # A plan keeps this share of the budget for what it does not measure: loading
 # programs and data, and how step times vary.
 SPARE = 0.08
-
-
-def phases_of(run: RunConfig) -> dict[str, int]:
-  """The run's phases and how many steps each has."""
-  first = (run.recipe.init_step or 0) + 1
-  phases: dict[str, int] = {}
-  for step in range(first, run.num_steps + 1):
-    phase = run.phase(step)
-    phases[phase] = phases.get(phase, 0) + 1
-  return phases
 
 
 def flops_per_step(
@@ -94,19 +84,11 @@ def peak_flops() -> float | None:
   return found[0] if found else None
 
 
-def _compile_all(programs: Iterable[tuple[Program, str, str]]) -> None:
-  """Compiles (program, phase, function) side by side, before any is timed."""
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
-    tasks = [pool.submit(p.compile, phase, name) for p, phase, name in programs]
-    for task in tasks:
-      task.result()
-
-
 def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
   """Times of calls after the first, until they take `least` seconds."""
   jax.block_until_ready(call())
   times: list[float] = []
-  while len(times) < 3 or (sum(times) < least and len(times) < most):
+  while not times or (sum(times) < least and len(times) < most):
     start = time.perf_counter()
     jax.block_until_ready(call())
     times.append(time.perf_counter() - start)
@@ -185,19 +167,22 @@ def speed(
     for run in sides
     for length in lengths
   }
-  _compile_all(
-    (program, phase, "step")
-    for program in programs.values()
-    for phase in phases_of(program.config)
+  source = prepare(
+    sides[0].data,
+    (
+      (program, phase)
+      for program in programs.values()
+      for phase in program.config.phases()
+    ),
+    ("step",),
   )
-  source = data_lib.load(sides[0].data)
   rows = []
   rate = peak_flops()
   for (side, length), program in programs.items():
     run = program.config
     shape = (run.batch_size, length)
     batch = source.train_batch(0, 0, batch_size=shape[0], context=length)
-    for phase in phases_of(run):
+    for phase in run.phases():
       state, trained = _trained_state(program)
       times = _time_steps(program, phase, batch, state)
       median = statistics.median(times)
@@ -293,16 +278,16 @@ def _measure_task(
   # The run of a model that has the most phases: one that starts from another
   # side has no more than the one that does not.
   runs = {
-    run.model: run for run in sorted(runs, key=lambda run: len(phases_of(run)))
+    run.model: run for run in sorted(runs, key=lambda run: len(run.phases()))
   }
-  source = data_lib.load(next(iter(runs.values())).data)
   programs = {model: Program(run) for model, run in runs.items()}
-  _compile_all(
-    (program, phase, function)
-    for program in programs.values()
-    for phase in phases_of(program.config)
-    for function in ("step", "evaluate", "measure")
-    if function != "measure" or program.msa_layers
+  source = prepare(
+    next(iter(runs.values())).data,
+    (
+      (program, phase)
+      for program in programs.values()
+      for phase in program.config.phases()
+    ),
   )
   return {
     model: _measure_program(program, source)
@@ -321,7 +306,7 @@ def _measure_program(
   )
   params = program.init().params
   times: dict[str, Any] = {"step": {}, "evaluate": {}, "measure": {}}
-  for phase in phases_of(run):
+  for phase in run.phases():
     times["step"][phase] = statistics.median(
       _time_steps(program, phase, batch, program.init())
     )
@@ -333,10 +318,10 @@ def _measure_program(
       return program.measure(params, source, phase)
 
     forwards = 1 + len(source.probes)
-    seconds = statistics.median(_seconds(evaluate, 0.0, 3))
+    seconds = statistics.median(_seconds(evaluate, 1.0, 3))
     times["evaluate"][phase] = seconds / forwards
     if program.msa_layers:
-      seconds = statistics.median(_seconds(measure, 0.0, 3))
+      seconds = statistics.median(_seconds(measure, 1.0, 3))
       times["measure"][phase] = seconds
   times["probes"] = len(source.probes)
   times["checkpoint"] = _checkpoint_seconds(program)
@@ -360,9 +345,8 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
     phase, last = run.phase(step), step == run.num_steps
     total += times["step"][phase]
     if last or step % run.eval_every == 0:
-      asked = (run.probe_batches if last else None) or run.eval_batches
-      batches = run.eval_batches + times["probes"] * asked
-      total += batches * times["evaluate"][phase]
+      probed = times["probes"] * run.probe_batches_at(step)
+      total += (run.eval_batches + probed) * times["evaluate"][phase]
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]
     if last or step % run.checkpoint_every == 0 or step in run.keep_steps:

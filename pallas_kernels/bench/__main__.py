@@ -73,6 +73,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   return parser.parse_args(argv)
 
 
+def check_case(case: cases.Case) -> cases.Case:
+  """What a shape's ops are checked on, the same for all of its head shape.
+
+  More blocks than top_k, ragged, and small enough for the dense reference.
+  """
+  return dataclasses.replace(
+    case,
+    tokens=min(256, case.tokens),
+    kv_tokens=33 * case.block_size - 5,
+    batch=2,
+  )
+
+
 def main(argv: list[str] | None = None) -> int:
   args = parse(argv)
   if args.plot_only:
@@ -95,22 +108,13 @@ def main(argv: list[str] | None = None) -> int:
     }
     for group in ops
   }
-  # One check for each head shape: more blocks than top_k, ragged, and small
-  # enough for the dense reference.
   checked = {
-    (
-      group,
-      dataclasses.replace(
-        case,
-        tokens=min(256, case.tokens),
-        kv_tokens=33 * case.block_size - 5,
-        batch=2,
-      ),
-    )
+    (group, check_case(case))
     for group, named in chosen.items()
     for case in named.values()
   }
-  with concurrent.futures.ThreadPoolExecutor(12) as pool:
+  # Lowering holds Python's lock: more threads would only delay the checks.
+  with concurrent.futures.ThreadPoolExecutor(6) as pool:
     measure.log(f"checking {', '.join(args.ops)}")
     checks = [
       group.start_checks(pool, case, ops[group], args.precision)
@@ -136,10 +140,10 @@ def main(argv: list[str] | None = None) -> int:
         not args.no_dense,
       )
     failed = [
-      f"{name}: {check.result()}"
+      f"{name}: {check.exception() or check.result()}"
       for of_group in checks
       for name, check in of_group.items()
-      if check.result()
+      if check.exception() or check.result()
     ]
     if failed:
       pool.shutdown(cancel_futures=True)

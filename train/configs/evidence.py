@@ -42,7 +42,8 @@ which must be asked for:
     model.implementation=xla model.gqa_implementation=xla model.dtype=float32 \
     model.num_layers=2 model.embed_dim=64 model.num_heads=4 model.head_dim=16 \
     model.rope_dim=16 model.index.index_dim=16 model.index.block_size=16 \
-    context=1024 eval_batches=2 data.text.max_bytes=4000000
+    context=1024 eval_batches=4 probe_batches=2 \
+    final_probe_batches=8 data.text.max_bytes=4000000
 """
 
 import dataclasses
@@ -94,9 +95,10 @@ GQA = RunConfig(
   log_every=10,
   eval_every=160,
   eval_batches=32,
-  probe_batches=192,
+  probe_batches=4,
+  final_probe_batches=128,
   layers_every=160,
-  checkpoint_every=320,
+  checkpoint_every=800,
   keep_checkpoints=1,
   keep_steps=(1360,),
 )
