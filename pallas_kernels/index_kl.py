@@ -540,36 +540,37 @@ def _owners(
               iq_ready.at[stage],
             )
 
-        def read(t):
-          at = first * EDGES + jnp.minimum(t, num_tiles - 1) * s.queries
-          return tuple(query_gmem[at + a] for a in range(s.queries))
-
-        def tile(t, carry):
-          (tile_step, piece_step), query = carry
+        def tile(t, steps):
+          tile_step, piece_step = steps
           stage = lax.rem(tile_step, stages)
           j, place = t // piece_tiles, lax.rem(t, piece_tiles)
           pl.when(place == 0)(lambda: copy_lse(j, piece_step))
 
-          # Read while the copies wait.
-          following = read(t + 1)
+          @plgpu.warp_map
+          def _(warp):
+            each = s.queries // 4
+            mine = [warp * each + a for a in range(each)]
+            at = first * EDGES + t * s.queries
+            query = [query_gmem[at + a] for a in mine]
 
-          @pl.when(tile_step >= stages)
-          def _():
-            plgpu.barrier_wait(q_free.at[stage])
+            @pl.when(tile_step >= stages)
+            def _():
+              plgpu.barrier_wait(q_free.at[stage])
 
-          for a in range(s.queries):
-            plgpu.copy_gmem_to_smem(
-              q_gmem.at[row, origin + query[a], pl.ds(group * rows, rows)],
-              q_smem.at[stage, pl.ds(a * rows, rows)],
-              q_ready.at[stage],
-            )
+            for a, one in zip(mine, query, strict=True):
+              plgpu.copy_gmem_to_smem(
+                q_gmem.at[row, origin + one, pl.ds(group * rows, rows)],
+                q_smem.at[stage, pl.ds(a * rows, rows)],
+                q_ready.at[stage],
+              )
+
           # Late: the task or the piece before may still be at work.
           pl.when(t == jnp.minimum(stages, num_tiles) - 1)(copy_keys)
           ends = (place == piece_tiles - 1) | (t == num_tiles - 1)
           pl.when(ends)(lambda: copy_index(j, piece_step))
-          return (tile_step + 1, piece_step + ends.astype(jnp.int32)), following
+          return tile_step + 1, piece_step + ends.astype(jnp.int32)
 
-        return lax.fori_loop(0, num_tiles, tile, (steps, read(0)))[0]
+        return lax.fori_loop(0, num_tiles, tile, steps)
 
       tile_step, piece_step = lax.fori_loop(
         0, my_tasks, task, (jnp.int32(0), jnp.int32(0))
