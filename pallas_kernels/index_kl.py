@@ -14,20 +14,27 @@ divided by the rows that count. p, r and g of a pair need both log sum exps, so
 value and gradients come from one pass: the gradient is ready when the loss is.
 
 An owner (see `sparse_attention_bwd`) is a block of 128 keys with the queries
-that chose it, its edges, 64 at a time:
+that chose it, its edges, 64 at a time. Launches take all groups of a short
+sequence at once:
 
 * **index_lse**: scores of 64 edges with the block, a log sum exp each; merged
   over a query's choices afterwards.
-* **owners**: two warpgroups of 64 keys each. Gathered q rows give p, keys x
-  rows; a product with a constant matrix takes the mean over heads and puts it
-  in the column of its edge, without leaving the accumulator layout. Then the
-  index scores of the 64 edges, r, g, the value; g times index_q adds to
-  dindex_k in registers, and g from both halves times index_k is a partial of
-  dindex_q, in the working dtype, summed over choices afterwards. dindex_k sums
-  up as dK does there. A third warpgroup copies. All orders are fixed.
+* **owners**: two warpgroups of 64 keys each. Gathered q, 128 rows at a time,
+  gives p, keys x rows. A query's heads are neighbouring columns, registers of
+  four lanes: their mean is a sum in float32 and an exchange that leaves each of
+  the four with the mean of one query of four. Edges are gathered in the order
+  that makes this the layout of a product with 64 edges. Then the index scores
+  of the 64 edges, r, g, the value; g times index_q adds to dindex_k in
+  registers, and g from both halves times index_k is a partial of dindex_q, in
+  the working dtype, summed over choices afterwards. dindex_k sums up as dK does
+  there, a group at a time. A third warpgroup copies: each of its warps gathers
+  some of a tile's queries, and what a piece needs last is copied last. All
+  orders are fixed.
 
-Bound, for an edge of 16 heads at D = I = 128: 4 KB of q in; 0.52 MFLOP of
-scores, 0.26 of means, 0.1 of the rest; 2,048 exponentials, 128 cycles of an SM.
+Bound, for an edge of 16 heads at D = I = 128, cycles of an H100's SM: 4 KB of q
+in, 320 from memory; 0.52 MFLOP of scores and 0.1 of the rest, 150; 2,048
+exponentials, 128. SMEM: q 32 KB a stage, K and index_k 32 each, index_q 32,
+g 16, log sum exps 8.
 
 NaN: one in a query reaches its own row and what it sees; keys that are not
 finite are zeroed, and rows that see one are made NaN through index_lse.
@@ -230,7 +237,8 @@ def _sum_heads(p, sums, tile, *, rows, interpret):
     arg_types=(layout, layout, plgpu.Layout.WG_SPLAT(())),
     return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout),
   )
-  def run(_, p, sums, tile):
+  def run(*args):
+    p, sums, tile = args[1:]
     i32 = ir.IntegerType.get_signless(32)
     pair = ir.VectorType.get((2,), ir.F32Type.get())
 
@@ -673,13 +681,12 @@ def _loss(
   pad = num_chunks * chunk - t
   block_indices = jnp.where(query_mask[:, None, :, None], block_indices, -1)
   lse, bad_lse = lse.swapaxes(2, 3), bad_lse[..., None]
-  index_q, bad_q = index_q.swapaxes(1, 2), bad_q.swapaxes(1, 2)[..., None]
+  bad_q = bad_q.swapaxes(1, 2)[..., None]
   if pad:
-    block_indices, lse, bad_lse, index_q, bad_q = (
+    block_indices, lse, bad_lse, bad_q = (
       jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=value)
       for x, value in (
-        (block_indices, -1), (lse, 0), (bad_lse, False), (index_q, 0),
-        (bad_q, False),
+        (block_indices, -1), (lse, 0), (bad_lse, False), (bad_q, False),
       )
     )  # fmt: skip
   edges = groups * chunk * top_k
@@ -763,7 +770,8 @@ def _loss(
       limits = positions[0] + query % chunk + 1 - block * schedule.OWNER_BLOCK
       limits = jnp.clip(limits, 0, schedule.OWNER_BLOCK) | ((packed & 3) << 8)
       limits = jnp.where(used, limits, 0)
-      iq = cut(index_q).reshape(-1, i_dim)[query]
+      head = (i * chunk + query % chunk) * num_kv_heads + group + query // chunk
+      iq = index_q.reshape(b, -1, i_dim)[row, head]
       index_lse = jax.new_ref(lax.empty((max_pieces * EDGES,), jnp.float32))
       _index_lse(
         index_lse, plan.num_tasks[0], plan, firsts, limits, iq, ik, row,
@@ -800,7 +808,8 @@ def _loss(
         )
       return total, diq, jax.freeze(sums)
 
-    sums = jnp.zeros((1, slots, schedule.OWNER_BLOCK, i_dim), jnp.float32)
+    sums = lax.empty((1, slots, schedule.OWNER_BLOCK, i_dim), jnp.float32)
+    sums = sums.at[:, :num_slots].set(0.0)
     total, diq, sums = lax.fori_loop(0, num_chunks, step, (total, diq, sums))
     if with_gradients:
       one = sums[0, :num_slots].reshape(groups, keys, i_dim)
