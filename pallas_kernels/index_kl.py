@@ -27,14 +27,14 @@ sequence at once:
   of the 64 edges, r, g, the value; g times index_q adds to dindex_k in
   registers, and g from both halves times index_k is a partial of dindex_q, in
   the working dtype, summed over choices afterwards. dindex_k sums up as dK does
-  there, a group at a time. A third warpgroup copies: each of its warps gathers
-  some of a tile's queries, and what a piece needs last is copied last. All
-  orders are fixed.
+  there, a group at a time. The two take turns at the tensor cores. A third
+  warpgroup copies: each of its warps gathers some of a tile's queries, and what
+  a piece needs last is copied last. All orders are fixed.
 
 Bound, for an edge of 16 heads at D = I = 128, cycles of an H100's SM: 4 KB of q
-in, 320 from memory; 0.52 MFLOP of scores and 0.1 of the rest, 150; 2,048
-exponentials, 128. SMEM: q 32 KB a stage, K and index_k 32 each, index_q 32,
-g 16, log sum exps 8.
+in, 350 at the rate of its memory; 0.52 MFLOP of scores and 0.1 of the rest,
+150; 2,048 exponentials, 128. What is reached is in results/LOG.md. SMEM: q
+32 KB a stage, K and index_k 32 each, index_q 32, g 16, log sum exps 8.
 
 NaN: one in a query reaches its own row and what it sees; keys that are not
 finite are zeroed, and rows that see one are made NaN through index_lse.
@@ -74,7 +74,8 @@ class Config:
     stages: tiles of 128 gathered q rows in flight.
     task: most edges of a task; 0 lets the number of edges decide.
     chunk: most queries of a chunk; 0 lets the number of edges decide.
-    num_ctas: CTAs of the persistent grids.
+    num_ctas: CTAs of the owners' persistent grid; index_lse has three times
+      as many.
   """
 
   stages: int = 3
@@ -128,46 +129,64 @@ def _visible(limits, key, layout_axis):
 def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
   """log2 sum exp2 of each edge's index scores with its block, by piece."""
   s = shape
-  num_ctas = 2 * s.config.num_ctas  # two fit on an SM
+  num_ctas = 3 * s.config.num_ctas  # three fit on an SM
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
     where_gmem, tasks_gmem, first_gmem, limit_gmem, iq_gmem, ik_gmem, out_gmem,
-    iq_smem, ik_smem, iq_ready, ik_ready,
+    iq_smem, ik_smem, iq_ready, iq_free, ik_ready, ik_free,
   ):  # fmt: skip
-    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    cta = lax.axis_index("cta")
     my_tasks = (where_gmem[1] - cta + num_ctas - 1) // num_ctas
 
-    def task(i, carry):
+    def task(i, step):
       index = cta + i * num_ctas
       owner, _, count = (tasks_gmem[index, j] for j in range(3))
       block = lax.rem(owner, s.num_owners)
       first = first_gmem[index]
       pieces = (count + EDGES - 1) // EDGES
-      mine = (pieces - wg + 1) // 2
+
+      def place(j):
+        return pl.ds(pl.multiple_of((first + j) * EDGES, EDGES), EDGES)
+
+      def copy(j):
+        slot = lax.rem(step + j, 2)
+
+        @pl.when(step + j >= 2)
+        def _():
+          plgpu.barrier_wait(iq_free.at[slot])
+
+        plgpu.copy_gmem_to_smem(
+          iq_gmem.at[place(j)], iq_smem.at[slot], iq_ready.at[slot]
+        )
+
+      @pl.when(i > 0)
+      def _():
+        plgpu.barrier_wait(ik_free)
+
       tokens = pl.ds(block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK)
       plgpu.copy_gmem_to_smem(
-        ik_gmem.at[where_gmem[0], tokens], ik_smem.at[wg], ik_ready.at[wg]
+        ik_gmem.at[where_gmem[0], tokens], ik_smem, ik_ready
       )
-      plgpu.barrier_wait(ik_ready.at[wg])
+      pl.when(pieces > 0)(lambda: copy(0))
+      plgpu.barrier_wait(ik_ready)
 
       def piece(j, carry):
-        at = pl.multiple_of((first + wg + 2 * j) * EDGES, EDGES)
-        plgpu.copy_gmem_to_smem(
-          iq_gmem.at[pl.ds(at, EDGES)], iq_smem.at[wg], iq_ready.at[wg]
-        )
+        pl.when(j + 1 < pieces)(lambda: copy(j + 1))
+        slot = lax.rem(step + j, 2)
         limit = plgpu.load(
-          limit_gmem.at[pl.ds(at, EDGES)], layout=row_layout, optimized=False
+          limit_gmem.at[place(j)], layout=row_layout, optimized=False
         )
-        plgpu.barrier_wait(iq_ready.at[wg])
+        plgpu.barrier_wait(iq_ready.at[slot])
 
         def product(acc):
-          plgpu.wgmma(acc, iq_smem.at[wg], ik_smem.at[wg].transpose((1, 0)))
+          plgpu.wgmma(acc, iq_smem.at[slot], ik_smem.transpose((1, 0)))
           return acc[...]
 
         scores = pl.run_scoped(
           product, ACC((EDGES, schedule.OWNER_BLOCK), jnp.float32)
         )
+        plgpu.barrier_arrive(iq_free.at[slot])
         scores = scores * (s.index_scale * mosaic.LOG2E)
         key = plgpu.broadcasted_iota(
           jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
@@ -177,12 +196,19 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
         m = scores.max(axis=1)
         total = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
         total = jnp.where(visible, total, 0.0).sum(axis=1)
-        out_gmem[pl.ds(at, EDGES)] = m + jnp.log2(total)
+        out_gmem[place(j)] = m + jnp.log2(total)
         return carry
 
-      return lax.fori_loop(0, mine, piece, carry)
+      lax.fori_loop(0, pieces, piece, None)
+      plgpu.barrier_arrive(ik_free)
+      return step + pieces
 
-    lax.fori_loop(0, my_tasks, task, None)
+    step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
+    sparse_attention.drain(iq_free, step)
+
+    @pl.when(my_tasks > 0)
+    def _():
+      plgpu.barrier_wait(ik_free)
 
   def operand(*leading):
     return plgpu.SMEM(
@@ -194,13 +220,15 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
     body, where, plan.tasks, firsts, limits, iq, ik, out,
     name="kl_index_lse",
     num_ctas=num_ctas,
-    num_warpgroups=2,
+    num_warpgroups=1,
     interpret=s.interpret,
     scratch=[
       operand(2, EDGES),
-      operand(2, schedule.OWNER_BLOCK),
+      operand(schedule.OWNER_BLOCK),
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(num_barriers=2),
+      plgpu.Barrier(),
+      plgpu.Barrier(),
     ],
   )  # fmt: skip
 
@@ -320,7 +348,7 @@ def _owners(
     sums_gmem,
     q_smem, lse_smem, k_smem, ik_smem, iq_smem, ilse_smem, limit_smem, g_smem,
     q_ready, q_free, lse_ready, lse_free, kv_ready, kv_free, iq_ready, iq_free,
-    g_ready, g_free, diq_ready,
+    g_ready, g_free, diq_ready, turn,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = (where_gmem[3] - cta + config.num_ctas - 1) // config.num_ctas
@@ -370,7 +398,11 @@ def _owners(
               )
               return acc[...]
 
+            # One multiplies while the other takes exponentials: left alone,
+            # both get a tile at the same moment and do the same.
+            plgpu.barrier_wait(turn.at[wg])
             scores = pl.run_scoped(product, ACC((KEYS, ROWS), jnp.float32))
+            plgpu.barrier_arrive(turn.at[1 - wg])
             plgpu.barrier_arrive(q_free.at[q_stage])
             lse_rows = plgpu.load(lse_smem.at[stage, t], layout=column_layout)
             p = jnp.exp2(
@@ -478,11 +510,13 @@ def _owners(
           at[...] = lax.cond(is_first, add_so_far, lambda x: x, dik)
         return tile_step, piece_step, value
 
+      pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
       nothing = plgpu.layout_cast(
         jnp.full((KEYS,), 0.0, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
       )
       start = (jnp.int32(0), jnp.int32(0), nothing)
       _, piece_step, value = lax.fori_loop(0, my_tasks, task, start)
+      pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
       value_gmem[cta, wg] = value
       if s.with_gradients:
         plgpu.wait_smem_to_gmem(0)
@@ -622,6 +656,7 @@ def _owners(
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=2),
+      plgpu.Barrier(num_barriers=2),
     ],
   )  # fmt: skip
 
