@@ -14,20 +14,27 @@ divided by the rows that count. p, r and g of a pair need both log sum exps, so
 value and gradients come from one pass: the gradient is ready when the loss is.
 
 An owner (see `sparse_attention_bwd`) is a block of 128 keys with the queries
-that chose it, its edges, 64 at a time:
+that chose it, its edges, 64 at a time. Launches take all groups of a short
+sequence at once:
 
 * **index_lse**: scores of 64 edges with the block, a log sum exp each; merged
   over a query's choices afterwards.
-* **owners**: two warpgroups of 64 keys each. Gathered q rows give p, keys x
-  rows; a product with a constant matrix takes the mean over heads and puts it
-  in the column of its edge, without leaving the accumulator layout. Then the
-  index scores of the 64 edges, r, g, the value; g times index_q adds to
-  dindex_k in registers, and g from both halves times index_k is a partial of
-  dindex_q, in the working dtype, summed over choices afterwards. dindex_k sums
-  up as dK does there. A third warpgroup copies. All orders are fixed.
+* **owners**: two warpgroups of 64 keys each. Gathered q, 128 rows at a time,
+  gives p, keys x rows. A query's heads are neighbouring columns, registers of
+  four lanes: their mean is a sum in float32 and an exchange that leaves each of
+  the four with the mean of one query of four. Edges are gathered in the order
+  that makes this the layout of a product with 64 edges. Then the index scores
+  of the 64 edges, r, g, the value; g times index_q adds to dindex_k in
+  registers, and g from both halves times index_k is a partial of dindex_q, in
+  the working dtype, summed over choices afterwards. dindex_k sums up as dK does
+  there, a group at a time. The two take turns at the tensor cores. A third
+  warpgroup copies: each of its warps gathers some of a tile's queries, and what
+  a piece needs last is copied last. All orders are fixed.
 
-Bound, for an edge of 16 heads at D = I = 128: 4 KB of q in; 0.52 MFLOP of
-scores, 0.26 of means, 0.1 of the rest; 2,048 exponentials, 128 cycles of an SM.
+Bound, for an edge of 16 heads at D = I = 128, cycles of an H100's SM: 4 KB of q
+in, 350 at the rate of its memory; 0.52 MFLOP of scores and 0.1 of the rest,
+150; 2,048 exponentials, 128. What is reached is in results/LOG.md. SMEM: q
+32 KB a stage, K and index_k 32 each, index_q 32, g 16, log sum exps 8.
 
 NaN: one in a query reaches its own row and what it sees; keys that are not
 finite are zeroed, and rows that see one are made NaN through index_lse.
@@ -37,21 +44,26 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
+from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic, schedule, sparse_attention, warmup
-from pallas_kernels.sparse_attention_bwd import KEYS, ROWS, sum_extra
+from pallas_kernels.sparse_attention_bwd import KEYS, sum_extra
 
 ACC = plgpu.WGMMAAccumulatorRef
+ROWS = 128  # of a tile
 EDGES = 64  # of a piece
-MAX_EDGES = 1 << 20  # of a chunk
+MAX_EDGES = 1 << 21  # of a chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,14 +71,15 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    stages: tiles of 64 gathered q rows in flight.
-    task: most edges of a task.
+    stages: tiles of 128 gathered q rows in flight.
+    task: most edges of a task; 0 lets the number of edges decide.
     chunk: most queries of a chunk; 0 lets the number of edges decide.
-    num_ctas: CTAs of the persistent grids.
+    num_ctas: CTAs of the owners' persistent grid; index_lse has three times
+      as many.
   """
 
-  stages: int = 4
-  task: int = 512
+  stages: int = 3
+  task: int = 0
   chunk: int = 0
   num_ctas: int = mosaic.NUM_SMS
 
@@ -78,7 +91,7 @@ def heuristic_config() -> Config:
 
 def candidate_configs() -> tuple[Config, ...]:
   """Configs that are worth timing; every one is tested."""
-  return Config(), Config(stages=3), Config(task=1024), Config(task=256)
+  return Config(), Config(stages=2), Config(task=128), Config(task=1024)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,8 +101,8 @@ class Shape:
   rows: int  # of one query in a tile: its heads, at least 8
   head_dim: int
   index_dim: int
-  top_k: int
-  num_owners: int
+  num_groups: int  # that a launch works on
+  num_owners: int  # of a group
   dtype: jnp.dtype
   scale: float
   index_scale: float
@@ -98,8 +111,8 @@ class Shape:
   interpret: bool
 
   @property
-  def half(self) -> int:
-    """Queries in 64 rows."""
+  def queries(self) -> int:
+    """Queries in a tile."""
     return ROWS // self.rows
 
 
@@ -115,45 +128,65 @@ def _visible(limits, key, layout_axis):
 
 def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
   """log2 sum exp2 of each edge's index scores with its block, by piece."""
-  s, config = shape, shape.config
+  s = shape
+  num_ctas = 3 * s.config.num_ctas  # three fit on an SM
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
     where_gmem, tasks_gmem, first_gmem, limit_gmem, iq_gmem, ik_gmem, out_gmem,
-    iq_smem, ik_smem, iq_ready, ik_ready,
+    iq_smem, ik_smem, iq_ready, iq_free, ik_ready, ik_free,
   ):  # fmt: skip
-    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = (where_gmem[1] - cta + config.num_ctas - 1) // config.num_ctas
+    cta = lax.axis_index("cta")
+    my_tasks = (where_gmem[1] - cta + num_ctas - 1) // num_ctas
 
-    def task(i, carry):
-      index = cta + i * config.num_ctas
-      block, _, count = (tasks_gmem[index, j] for j in range(3))
+    def task(i, step):
+      index = cta + i * num_ctas
+      owner, _, count = (tasks_gmem[index, j] for j in range(3))
+      block = lax.rem(owner, s.num_owners)
       first = first_gmem[index]
       pieces = (count + EDGES - 1) // EDGES
-      mine = (pieces - wg + 1) // 2
+
+      def place(j):
+        return pl.ds(pl.multiple_of((first + j) * EDGES, EDGES), EDGES)
+
+      def copy(j):
+        slot = lax.rem(step + j, 2)
+
+        @pl.when(step + j >= 2)
+        def _():
+          plgpu.barrier_wait(iq_free.at[slot])
+
+        plgpu.copy_gmem_to_smem(
+          iq_gmem.at[place(j)], iq_smem.at[slot], iq_ready.at[slot]
+        )
+
+      @pl.when(i > 0)
+      def _():
+        plgpu.barrier_wait(ik_free)
+
       tokens = pl.ds(block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK)
       plgpu.copy_gmem_to_smem(
-        ik_gmem.at[where_gmem[0], tokens], ik_smem.at[wg], ik_ready.at[wg]
+        ik_gmem.at[where_gmem[0], tokens], ik_smem, ik_ready
       )
-      plgpu.barrier_wait(ik_ready.at[wg])
+      pl.when(pieces > 0)(lambda: copy(0))
+      plgpu.barrier_wait(ik_ready)
 
       def piece(j, carry):
-        at = pl.multiple_of((first + wg + 2 * j) * EDGES, EDGES)
-        plgpu.copy_gmem_to_smem(
-          iq_gmem.at[pl.ds(at, EDGES)], iq_smem.at[wg], iq_ready.at[wg]
-        )
+        pl.when(j + 1 < pieces)(lambda: copy(j + 1))
+        slot = lax.rem(step + j, 2)
         limit = plgpu.load(
-          limit_gmem.at[pl.ds(at, EDGES)], layout=row_layout, optimized=False
+          limit_gmem.at[place(j)], layout=row_layout, optimized=False
         )
-        plgpu.barrier_wait(iq_ready.at[wg])
+        plgpu.barrier_wait(iq_ready.at[slot])
 
         def product(acc):
-          plgpu.wgmma(acc, iq_smem.at[wg], ik_smem.at[wg].transpose((1, 0)))
+          plgpu.wgmma(acc, iq_smem.at[slot], ik_smem.transpose((1, 0)))
           return acc[...]
 
         scores = pl.run_scoped(
           product, ACC((EDGES, schedule.OWNER_BLOCK), jnp.float32)
         )
+        plgpu.barrier_arrive(iq_free.at[slot])
         scores = scores * (s.index_scale * mosaic.LOG2E)
         key = plgpu.broadcasted_iota(
           jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
@@ -163,12 +196,19 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
         m = scores.max(axis=1)
         total = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
         total = jnp.where(visible, total, 0.0).sum(axis=1)
-        out_gmem[pl.ds(at, EDGES)] = m + jnp.log2(total)
+        out_gmem[place(j)] = m + jnp.log2(total)
         return carry
 
-      return lax.fori_loop(0, mine, piece, carry)
+      lax.fori_loop(0, pieces, piece, None)
+      plgpu.barrier_arrive(ik_free)
+      return step + pieces
 
-    lax.fori_loop(0, my_tasks, task, None)
+    step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
+    sparse_attention.drain(iq_free, step)
+
+    @pl.when(my_tasks > 0)
+    def _():
+      plgpu.barrier_wait(ik_free)
 
   def operand(*leading):
     return plgpu.SMEM(
@@ -179,66 +219,149 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
   mosaic.launch(
     body, where, plan.tasks, firsts, limits, iq, ik, out,
     name="kl_index_lse",
-    num_ctas=config.num_ctas,
-    num_warpgroups=2,
+    num_ctas=num_ctas,
+    num_warpgroups=1,
     interpret=s.interpret,
     scratch=[
       operand(2, EDGES),
-      operand(2, schedule.OWNER_BLOCK),
+      operand(schedule.OWNER_BLOCK),
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(num_barriers=2),
+      plgpu.Barrier(),
+      plgpu.Barrier(),
     ],
   )  # fmt: skip
 
 
-def _mean_matrix(rows: int, group_size: int) -> np.ndarray:
-  """[ways, 120, 64]: rows 56 - 8 m on, of way b, are the transpose of the
-  matrix that takes 64 rows, tile 2 m + b or m of a piece, to their edges.
+def _in_tile_order(x):
+  """By piece: element n of 64 is the n-th edge that tiles gather.
 
-  Slices of an operand start at multiples of 8.
+  Of every four edges that tiles gather, each of the four lanes that share an
+  accumulator row gets the mean of one, and an accumulator's column 8 j + 2 l +
+  {0, 1} lies in lane l. So n = 8 j + 4 i + l stands for edge 8 j + 2 l + i.
   """
-  half = ROWS // rows
-  ways = 8 // half
-  edge = np.arange(120)[None, :, None]
-  wanted = 56 + half * np.arange(ways)[:, None, None] + np.arange(64) // rows
-  return np.where(edge == wanted, 1.0 / group_size, 0.0)
+  return x.reshape(-1, 4, 2).swapaxes(1, 2).reshape(x.shape)
+
+
+def _sum_heads(p, sums, tile, *, rows, interpret):
+  """Puts the sums over heads of a tile into the columns of its edges.
+
+  Args:
+    p: float32 [KEYS, ROWS], `rows` heads of each query.
+    sums: float32 [KEYS, EDGES], of which the tile's columns are replaced.
+    tile: which tile of the piece this is.
+  """
+  queries = ROWS // rows
+  if interpret:
+    x = p.reshape(KEYS, queries // 8, 2, 4, rows).sum(-1)
+    x = x.swapaxes(2, 3).reshape(KEYS, queries)
+    column = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
+    x = jnp.tile(x, (1, EDGES // queries))
+    return jnp.where(column // queries == tile, x, sums)
+
+  layout = plgpu.Layout.WGMMA
+
+  @plgpu.inline_mgpu(
+    arg_types=(layout, layout, plgpu.Layout.WG_SPLAT(())),
+    return_type=plgpu.ShapeDtypeStruct(sums.shape, jnp.float32, layout),
+  )
+  def run(*args):
+    p, sums, tile = args[1:]
+    i32 = ir.IntegerType.get_signless(32)
+    pair = ir.VectorType.get((2,), ir.F32Type.get())
+
+    def constant(x):
+      return arith.constant(i32, x)
+
+    thread = mgpu_utils.thread_idx()
+
+    def bit_of_lane(bit):
+      set_ = arith.andi(thread, constant(bit))
+      return arith.cmpi(arith.CmpIPredicate.ne, set_, constant(0))
+
+    high, low = bit_of_lane(2), bit_of_lane(1)
+
+    def exchange(is_second, first, second, distance):
+      """Each half of the lanes keeps one and adds what the other has of it."""
+      keep = arith.select(is_second, second, first)
+      give = arith.select(is_second, first, second)
+      return arith.addf(keep, mgpu_utils.shfl_bfly(give, distance))
+
+    def element(x, i):
+      at = ir.DenseI64ArrayAttr.get([i])
+      return vector.extract(x, dynamic_position=[], static_position=at)
+
+    # A register is two columns, of a row in the first or second eight of 16.
+    parts = p.registers.reshape(ROWS // 8, 2)
+    per_query = rows // 8
+    new = {}
+    for half in range(2):
+      totals = []
+      for a in range(queries):
+        x = parts[a * per_query, half]
+        for i in range(1, per_query):
+          x = arith.addf(x, parts[a * per_query + i, half])
+        totals.append(arith.addf(element(x, 0), element(x, 1)))
+      for j in range(queries // 8):
+        columns = []
+        for i in range(2):
+          a, b, c, d = totals[8 * j + 4 * i : 8 * j + 4 * i + 4]
+          columns.append(
+            exchange(low, exchange(high, a, c, 2), exchange(high, b, d, 2), 1)
+          )
+        new[j, half] = vector.from_elements(pair, columns)
+    shape = sums.registers.shape
+    old = sums.registers.reshape(EDGES // 8, 2)
+    out = old.copy()
+    each = queries // 8
+    for j in range(EDGES // 8):
+      here = arith.cmpi(
+        arith.CmpIPredicate.eq, tile.registers.item(), constant(j // each)
+      )
+      for half in range(2):
+        out[j, half] = arith.select(here, new[j % each, half], old[j, half])
+    return mgpu.FragmentedArray(
+      _registers=out.reshape(shape), _layout=sums.layout, _is_signed=None
+    )
+
+  return run(p, sums, tile)
 
 
 def _owners(
-  values, partials, sums, where, plan, firsts, limits, index_lse, iq, lse,
-  q, k, ik, means, *, shape,
+  values, partials, sums, where, plan, firsts, queries, limits, index_lse, iq,
+  lse, q, k, ik, *, shape,
 ):  # fmt: skip
   """Values, dindex_q partials and dindex_k of a chunk.
 
-  `where`: batch row, group, first query, number of tasks.
+  `where`: batch row, first group, first query, number of tasks. `queries`: of
+  the chunk, in the order of tiles, as is `lse` [.., ROWS].
   """
   s, config = shape, shape.config
-  half, rows, d, i_dim = s.half, s.rows, s.head_dim, s.index_dim
+  rows, d, i_dim = s.rows, s.head_dim, s.index_dim
   stages = config.stages
-  ways = means.shape[0]
+  piece_tiles = EDGES // s.queries
   column_layout = plgpu.Layout.WGMMA.reduce(0)
 
   def body(
-    where_gmem, tasks_gmem, order_gmem, first_gmem, limit_gmem, ilse_gmem,
-    iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem, means_gmem,
-    value_gmem, part_gmem, sums_gmem,
+    where_gmem, tasks_gmem, first_gmem, query_gmem, limit_gmem, ilse_gmem,
+    iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem, value_gmem, part_gmem,
+    sums_gmem,
     q_smem, lse_smem, k_smem, ik_smem, iq_smem, ilse_smem, limit_smem, g_smem,
-    diq_smem, means_smem,
-    q_ready, q_free, kv_ready, kv_free, iq_ready, iq_free, g_ready, g_free,
-    diq_ready, means_ready, *probs,
+    q_ready, q_free, lse_ready, lse_free, kv_ready, kv_free, iq_ready, iq_free,
+    g_ready, g_free, diq_ready, turn,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = (where_gmem[3] - cta + config.num_ctas - 1) // config.num_ctas
 
     def read_task(i):
-      return (tasks_gmem[cta + i * config.num_ctas, j] for j in range(5))
-
-    def tiles_of(count, j):
-      return (jnp.minimum(count - j * EDGES, EDGES) + half - 1) // half
+      """Owner, its number of edges, slot of the sum, first piece."""
+      index = cta + i * config.num_ctas
+      owner, count, slot = (tasks_gmem[index, j] for j in (0, 2, 4))
+      return owner, count, slot, first_gmem[index]
 
     @pl.when(wg < 2)
     def _compute():
-      plgpu.set_max_registers(224, action="increase")
+      plgpu.set_max_registers(232, action="increase")
       zero = plgpu.layout_cast(
         jnp.full((KEYS, EDGES), 0.0, jnp.float32), plgpu.Layout.WGMMA
       )
@@ -248,55 +371,47 @@ def _owners(
         )
         + wg * KEYS
       )
-      plgpu.barrier_wait(means_ready)
 
-      def along(x):
-        return lax.broadcast_in_dim(x, (KEYS, EDGES), [1])
+      def along(x, size=EDGES):
+        return lax.broadcast_in_dim(x, (KEYS, size), [1])
 
       def task(i, carry):
         tile_step, piece_step, value = carry
-        _, _, count, _, slot = read_task(i)
-        first = first_gmem[cta + i * config.num_ctas]
+        _, count, slot, first = read_task(i)
         pieces = (count + EDGES - 1) // EDGES
         plgpu.barrier_wait(kv_ready)
 
         def piece(j, carry):
           tile_step, piece_step, value, dik = carry
-          num_tiles = tiles_of(count, j)
+          edges = jnp.minimum(count - j * EDGES, EDGES)
+          num_tiles = (edges + s.queries - 1) // s.queries
+          stage = lax.rem(piece_step, 2)
+          plgpu.barrier_wait(lse_ready.at[stage])
 
           def tile(t, mean):
-            stage = lax.rem(tile_step + t, stages)
-            plgpu.barrier_wait(q_ready.at[stage])
+            q_stage = lax.rem(tile_step + t, stages)
+            plgpu.barrier_wait(q_ready.at[q_stage])
 
             def product(acc):
               plgpu.wgmma(
-                acc, k_smem.at[wg], q_smem.at[stage].transpose((1, 0))
+                acc, k_smem.at[wg], q_smem.at[q_stage].transpose((1, 0))
               )
               return acc[...]
 
+            # One multiplies while the other takes exponentials: left alone,
+            # both get a tile at the same moment and do the same.
+            plgpu.barrier_wait(turn.at[wg])
             scores = pl.run_scoped(product, ACC((KEYS, ROWS), jnp.float32))
-            lse_rows = plgpu.load(lse_smem.at[stage], layout=column_layout)
-            plgpu.barrier_arrive(q_free.at[stage])
-            p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
-            # A NaN of one query must not reach the others of this product.
-            p = jnp.where(jnp.abs(scores) < jnp.inf, p, 0.0).astype(s.dtype)
-            at = pl.multiple_of(56 - 8 * (t // ways), 8)
-            matrix = means_smem.at[lax.rem(t, ways), pl.ds(at, EDGES)]
-
-            def add(acc, a):
-              plgpu.wgmma(acc, a, matrix.transpose((1, 0)))
-
-            if s.interpret:
-              probs[0][wg] = p
-              plgpu.commit_smem()
-              return mean + pl.run_scoped(
-                lambda acc: (add(acc, probs[0].at[wg]), acc[...])[1],
-                ACC((KEYS, EDGES), jnp.float32),
-              )
-            return pl.run_state(lambda acc: add(acc, p))(ACC.init(mean))
+            plgpu.barrier_arrive(turn.at[1 - wg])
+            plgpu.barrier_arrive(q_free.at[q_stage])
+            lse_rows = plgpu.load(lse_smem.at[stage, t], layout=column_layout)
+            p = jnp.exp2(
+              scores * (s.scale * mosaic.LOG2E) - along(lse_rows, ROWS)
+            )
+            return _sum_heads(p, mean, t, rows=rows, interpret=s.interpret)
 
           mean = lax.fori_loop(0, num_tiles, tile, zero)
-          stage = lax.rem(piece_step, 2)
+          plgpu.barrier_arrive(lse_free.at[stage])
           plgpu.barrier_wait(iq_ready.at[stage])
 
           def index_product(acc):
@@ -314,15 +429,10 @@ def _owners(
           r = jnp.where(visible, jnp.exp2(log_r), 0.0)
           # 0 log 0 = 0; a NaN of r stays.
           log_p = jnp.log2(jnp.where(mean > 0.0, mean, 1.0))
-          term = mean * (log_p - log_r)
-          value += jnp.where(visible, term, 0.0)
+          term = jnp.where(visible, mean * (log_p - log_r), 0.0)
+          value += term.sum(axis=1)
           if s.with_gradients:
             g = (r - mean).astype(s.dtype)
-
-            @pl.when(piece_step > 0)
-            def _():
-              plgpu.barrier_wait(g_free)
-
             g_smem[wg] = g
             plgpu.commit_smem()
             plgpu.barrier_arrive(g_ready)
@@ -350,14 +460,19 @@ def _owners(
               return acc[...]
 
             diq = pl.run_scoped(diq_product, ACC((EDGES, 64), jnp.float32))
-            plgpu.barrier_arrive(g_free)
-            # Its last store has left shared memory: only its issuer knows.
+            # The last partial has left its stage: only its issuer knows.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            plgpu.barrier_arrive(diq_ready)
-            plgpu.barrier_wait(diq_ready)
 
+            @pl.when(piece_step > 0)
+            def _():
+              plgpu.barrier_arrive(iq_free.at[1 - stage])
+
+            plgpu.barrier_arrive(g_free)
+            plgpu.barrier_wait(g_free)
+
+            # Nobody reads g nor index_q of this piece any more.
             def write():
-              diq_smem.at[:, at][...] = diq.astype(s.dtype)
+              iq_smem.at[stage, :, at][...] = diq.astype(s.dtype)
 
             if i_dim == 128:
               write()
@@ -365,18 +480,16 @@ def _owners(
               pl.when(wg == 0)(write)
             plgpu.commit_smem()
             plgpu.barrier_arrive(diq_ready)
-            plgpu.barrier_wait(diq_ready)
 
             @pl.when(wg == 0)
             def _():
+              plgpu.barrier_wait(diq_ready)
+              place = pl.multiple_of((first + j) * EDGES, EDGES)
               plgpu.copy_smem_to_gmem(
-                diq_smem,
-                part_gmem.at[
-                  pl.ds(pl.multiple_of((first + j) * EDGES, EDGES), EDGES)
-                ],
+                iq_smem.at[stage], part_gmem.at[pl.ds(place, EDGES)]
               )
-
-          plgpu.barrier_arrive(iq_free.at[stage])
+          else:
+            plgpu.barrier_arrive(iq_free.at[stage])
           return tile_step + num_tiles, piece_step + 1, value, dik
 
         dik = plgpu.layout_cast(
@@ -393,45 +506,64 @@ def _owners(
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
             return so_far + x
 
-          at[...] = lax.cond(slot < s.num_owners, add_so_far, lambda x: x, dik)
+          is_first = slot < s.num_groups * s.num_owners
+          at[...] = lax.cond(is_first, add_so_far, lambda x: x, dik)
         return tile_step, piece_step, value
 
-      start = (jnp.int32(0), jnp.int32(0), zero)
+      pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+      nothing = plgpu.layout_cast(
+        jnp.full((KEYS,), 0.0, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
+      )
+      start = (jnp.int32(0), jnp.int32(0), nothing)
       _, piece_step, value = lax.fori_loop(0, my_tasks, task, start)
+      pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
       value_gmem[cta, wg] = value
       if s.with_gradients:
+        plgpu.wait_smem_to_gmem(0)
 
         @pl.when(piece_step > 0)
         def _():
-          plgpu.barrier_wait(g_free)
-
-        plgpu.wait_smem_to_gmem(0)
+          plgpu.barrier_arrive(iq_free.at[lax.rem(piece_step + 1, 2)])
 
     @pl.when(wg == 2)
     def _copy():
       plgpu.set_max_registers(40, action="decrease")
-      row, group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
-      plgpu.copy_gmem_to_smem(means_gmem, means_smem, means_ready)
+      row, first_group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
 
       def task(i, steps):
-        block, start, count, _, _ = read_task(i)
-        first = first_gmem[cta + i * config.num_ctas]
+        owner, count, _, first = read_task(i)
+        group = first_group + owner // s.num_owners
+        block = lax.rem(owner, s.num_owners)
+        num_tiles = (count + s.queries - 1) // s.queries
 
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_wait(kv_free)
+        def copy_keys():
+          @pl.when(i > 0)
+          def _():
+            plgpu.barrier_wait(kv_free)
 
-        for h in range(2):
-          tokens = pl.ds(block * schedule.OWNER_BLOCK + h * KEYS, KEYS)
+          for h in range(2):
+            tokens = pl.ds(block * schedule.OWNER_BLOCK + h * KEYS, KEYS)
+            plgpu.copy_gmem_to_smem(
+              k_gmem.at[row, group, tokens], k_smem.at[h], kv_ready
+            )
+            plgpu.copy_gmem_to_smem(
+              ik_gmem.at[row, tokens], ik_smem.at[h], kv_ready
+            )
+
+        def copy_lse(j, piece_step):
+          stage = lax.rem(piece_step, 2)
+
+          @pl.when(piece_step >= 2)
+          def _():
+            plgpu.barrier_wait(lse_free.at[stage])
+
           plgpu.copy_gmem_to_smem(
-            k_gmem.at[row, group, tokens], k_smem.at[h], kv_ready
-          )
-          plgpu.copy_gmem_to_smem(
-            ik_gmem.at[row, tokens], ik_smem.at[h], kv_ready
+            lse_gmem.at[pl.ds((first + j) * piece_tiles, piece_tiles)],
+            lse_smem.at[stage],
+            lse_ready.at[stage],
           )
 
-        def piece(j, steps):
-          tile_step, piece_step = steps
+        def copy_index(j, piece_step):
           stage = lax.rem(piece_step, 2)
 
           @pl.when(piece_step >= 2)
@@ -450,41 +582,43 @@ def _owners(
               iq_ready.at[stage],
             )
 
-          def tile(t, step):
-            stage = lax.rem(step, stages)
-            edge = j * EDGES + t * half
-            query = [
-              (order_gmem[start + jnp.minimum(edge + a, count - 1)] >> 2)
-              // s.top_k
-              for a in range(half)
-            ]
+        def tile(t, steps):
+          tile_step, piece_step = steps
+          stage = lax.rem(tile_step, stages)
+          j, place = t // piece_tiles, lax.rem(t, piece_tiles)
+          pl.when(place == 0)(lambda: copy_lse(j, piece_step))
 
-            @pl.when(step >= stages)
+          @plgpu.warp_map
+          def _(warp):
+            each = s.queries // 4
+            mine = [warp * each + a for a in range(each)]
+            at = first * EDGES + t * s.queries
+            query = [query_gmem[at + a] for a in mine]
+
+            @pl.when(tile_step >= stages)
             def _():
               plgpu.barrier_wait(q_free.at[stage])
 
-            for a in range(half):
+            for a, one in zip(mine, query, strict=True):
               plgpu.copy_gmem_to_smem(
-                q_gmem.at[row, origin + query[a], pl.ds(group * rows, rows)],
+                q_gmem.at[row, origin + one, pl.ds(group * rows, rows)],
                 q_smem.at[stage, pl.ds(a * rows, rows)],
                 q_ready.at[stage],
               )
-            plgpu.copy_gmem_to_smem(
-              lse_gmem.at[pl.ds((place + t * half) * rows, ROWS)],
-              lse_smem.at[stage],
-              q_ready.at[stage],
-            )
-            return step + 1
 
-          tile_step = lax.fori_loop(0, tiles_of(count, j), tile, tile_step)
-          return tile_step, piece_step + 1
+          # Late: the task or the piece before may still be at work.
+          pl.when(t == jnp.minimum(stages, num_tiles) - 1)(copy_keys)
+          ends = (place == piece_tiles - 1) | (t == num_tiles - 1)
+          pl.when(ends)(lambda: copy_index(j, piece_step))
+          return tile_step + 1, piece_step + ends.astype(jnp.int32)
 
-        return lax.fori_loop(0, (count + EDGES - 1) // EDGES, piece, steps)
+        return lax.fori_loop(0, num_tiles, tile, steps)
 
       tile_step, piece_step = lax.fori_loop(
         0, my_tasks, task, (jnp.int32(0), jnp.int32(0))
       )
       sparse_attention.drain(q_free, tile_step)
+      sparse_attention.drain(lse_free, piece_step)
       sparse_attention.drain(iq_free, piece_step)
 
       @pl.when(my_tasks > 0)
@@ -494,27 +628,27 @@ def _owners(
   def operand(*sizes):
     return plgpu.SMEM(sizes, s.dtype, transforms=mosaic.OPERAND)
 
-  probs = [operand(2, KEYS, ROWS)] * s.interpret
   mosaic.launch(
-    body, where, plan.tasks, plan.order, firsts, limits, index_lse, iq, lse,
-    q, k, ik, means, values, partials, sums,
+    body, where, plan.tasks, firsts, queries, limits, index_lse, iq, lse,
+    q, k, ik, values, partials, sums,
     name="kl_owners",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
+    auto_barriers=False,
     scratch=[
       operand(stages, ROWS, d),
-      plgpu.SMEM((stages, ROWS), jnp.float32),
+      plgpu.SMEM((2, piece_tiles, ROWS), jnp.float32),
       operand(2, KEYS, d),
       operand(2, KEYS, i_dim),
       operand(2, EDGES, i_dim),
       plgpu.SMEM((2, EDGES), jnp.float32),
       plgpu.SMEM((2, EDGES), jnp.int32),
       operand(2, KEYS, EDGES),
-      operand(EDGES, i_dim),
-      operand(*means.shape),
-      plgpu.Barrier(num_arrivals=half + 1, num_barriers=stages),
+      plgpu.Barrier(num_arrivals=s.queries, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
+      plgpu.Barrier(num_barriers=2),
+      plgpu.Barrier(num_arrivals=2, num_barriers=2),
       plgpu.Barrier(num_arrivals=4),
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=3, num_barriers=2),
@@ -522,8 +656,7 @@ def _owners(
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=2),
       plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(),
-      *probs,
+      plgpu.Barrier(num_barriers=2),
     ],
   )  # fmt: skip
 
@@ -562,31 +695,49 @@ def _loss(
   bad_lse = jnp.any(jnp.isnan(lse), axis=2)
   # Rows that are empty or poisoned: p = 0, the latter's NaN is in index_lse.
   lse = jnp.where(jnp.isnan(lse) | (lse == -jnp.inf), jnp.inf, lse)
+  # The mean over heads is a sum of p / G.
+  lse = lse * mosaic.LOG2E + math.log2(group_size)
   pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
-  lse = jnp.pad(lse * mosaic.LOG2E, pad, constant_values=jnp.inf)
+  lse = jnp.pad(lse, pad, constant_values=jnp.inf)
 
-  most = min(MAX_EDGES, 1 << (32 - num_owners.bit_length())) // top_k
-  if config.chunk:
-    most = min(most, config.chunk)
-  num_chunks = -(-t // most)
+  def fits(groups, queries):
+    edges = groups * queries * top_k
+    return edges <= MAX_EDGES and schedule.owners_fit(
+      groups * num_owners, edges
+    )
+
+  # Several groups at once if all their queries fit, else one in chunks.
+  divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
+  groups = max([n for n in divisors if fits(n, t)], default=1)
+  num_chunks = -(-t // config.chunk) if config.chunk else 1
+  while not fits(groups, -(-t // num_chunks)):
+    num_chunks += 1
   chunk = -(-t // num_chunks)
   pad = num_chunks * chunk - t
   block_indices = jnp.where(query_mask[:, None, :, None], block_indices, -1)
+  lse, bad_lse = lse.swapaxes(2, 3), bad_lse[..., None]
+  bad_q = bad_q.swapaxes(1, 2)[..., None]
   if pad:
-    last = ((0, 0), (0, 0), (0, pad))
-    block_indices = jnp.pad(block_indices, (*last, (0, 0)), constant_values=-1)
-    lse = jnp.pad(lse, ((0, 0), *last))
-    bad_lse = jnp.pad(bad_lse, last)
-    bad_q = jnp.pad(bad_q, ((0, 0), (0, pad), (0, 0)))
-    index_q = jnp.pad(index_q, ((0, 0), (0, pad), (0, 0), (0, 0)))
-  positions = (kv_lengths - t)[:, None] + jnp.arange(
-    num_chunks * chunk, dtype=jnp.int32
-  )
+    block_indices, lse, bad_lse, bad_q = (
+      jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=value)
+      for x, value in (
+        (block_indices, -1), (lse, 0), (bad_lse, False), (bad_q, False),
+      )
+    )  # fmt: skip
+  edges = groups * chunk * top_k
+  task = config.task
+  if not task:
+    # About six tasks a CTA, so that they end together.
+    task = min(max(edges // (6 * mosaic.NUM_SMS), 128), 1024)
+  task = -(-task // 8) * 8
+  num_slots = groups * num_owners
+  max_tasks = schedule.max_owner_tasks(num_slots, edges, task)
+  max_pieces = edges // EDGES + max_tasks + 1
   shape = Shape(
     rows=rows,
     head_dim=d,
     index_dim=i_dim,
-    top_k=top_k,
+    num_groups=groups,
     num_owners=num_owners,
     dtype=jnp.dtype(q.dtype),
     scale=scale,
@@ -595,118 +746,116 @@ def _loss(
     config=config,
     interpret=interpret,
   )
-  means = jnp.asarray(_mean_matrix(rows, group_size), q.dtype)
-  edges = chunk * top_k
-  max_tasks = schedule.max_owner_tasks(num_owners, edges, config.task)
-  max_pieces = edges // EDGES + max_tasks + 1
   if with_gradients:
-    slots = max_tasks
-    partial_rows = max_pieces * EDGES
+    slots, partial_rows = max_tasks, max_pieces * EDGES
   else:  # the kernel writes neither
     slots, partial_rows = 1, EDGES
+  keys = num_owners * schedule.OWNER_BLOCK
 
-  def step(index, carry):
-    total, diq, sums = carry
-    row, rest = (
-      index // (num_kv_heads * num_chunks),
-      index % (num_kv_heads * num_chunks),
-    )
-    group, i = rest // num_chunks, rest % num_chunks
-
-    def cut(x, axis=0):
-      return lax.dynamic_slice_in_dim(x, i * chunk, chunk, axis)
-
-    ids, where_q = cut(block_indices[row, group]), cut(positions[row])
-    plan = schedule.plan_owners(
-      ids[None],
-      where_q,
-      block_size=block_size,
-      num_blocks=num_owners * schedule.OWNER_BLOCK // block_size,
-      task=config.task,
-    )
-    # A task's pieces start at a place of its own, a multiple of 64: `slot`
-    # counts places of edges in pieces, of which a task's last may lack some.
-    block, start, count = (plan.tasks[:, j] for j in range(3))
-    firsts = start // EDGES + jnp.arange(max_tasks, dtype=jnp.int32)
-    slot = jnp.arange(max_pieces * EDGES, dtype=jnp.int32)
-    task = jnp.searchsorted(
-      firsts,
-      jnp.arange(max_pieces, dtype=jnp.int32),
-      side="right",
-      method="scan_unrolled",
-    )
-    task = jnp.repeat(task.astype(jnp.int32) - 1, EDGES)
-    offset = slot - firsts[task] * EDGES
-    used = (offset < count[task]) & (task < plan.num_tasks[0])
-    edge = jnp.minimum(start[task] + offset, edges - 1)
-    packed = jnp.where(used, plan.order[edge], 0)
-    place = packed >> 2
-    query = place // top_k
-    # Where the slot of each choice is; choices without an edge: anywhere.
-    slot_of = jnp.zeros((edges,), jnp.int32)
-    slot_of = slot_of.at[jnp.where(used, place, edges)].set(
-      slot, mode="drop", unique_indices=True
-    )
-    slot_of = slot_of.reshape(chunk, top_k)
-    # Of each edge: keys of its owner block up to it, and 2 bits of halves.
-    limits = where_q[query] + 1 - block[task] * schedule.OWNER_BLOCK
-    limits = jnp.clip(limits, 0, schedule.OWNER_BLOCK) | ((packed & 3) << 8)
-    limits = jnp.where(used, limits, 0)
-    iq = cut(index_q[row, :, group])[query]
-    index_lse = jax.new_ref(lax.empty((max_pieces * EDGES,), jnp.float32))
-    _index_lse(
-      index_lse, plan.num_tasks[0], plan, firsts, limits, iq, ik, row,
-      shape=shape,
-    )  # fmt: skip
-    parts = jnp.where(plan.is_edge[0], jax.freeze(index_lse)[slot_of], -jnp.inf)
-    m = jnp.max(parts, axis=-1, initial=sparse_attention.FLOOR)
-    one = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[:, None]), axis=-1))
-    known = jnp.clip(ids, 0, bad.shape[1] - 1)
-    seen = (ids >= 0) & (ids * block_size <= where_q[:, None])
-    poisoned = jnp.any(seen & (bad[row][known] <= where_q[:, None]), axis=-1)
-    poisoned |= cut(bad_lse[row, group]) | cut(bad_q[row, :, group])
-    one = jnp.where(poisoned, jnp.nan, one)
-
-    values = jax.new_ref(
-      lax.empty((config.num_ctas, 2, KEYS, EDGES), jnp.float32)
-    )
-    partials = jax.new_ref(lax.empty((partial_rows, i_dim), q.dtype))
-    sums = jax.new_ref(sums)
-    where = jnp.stack([row, group, i * chunk, plan.num_tasks[0]])
-    _owners(
-      values, partials, sums, where.astype(jnp.int32), plan, firsts, limits,
-      one[query], iq, cut(lse[row, group], 1).T[query].reshape(-1), q, k, ik,
-      means,
-      shape=shape,
-    )  # fmt: skip
-    total += jnp.sum(jax.freeze(values))
-    if with_gradients:
-      sum_extra(sums, plan.extra, num_owners=num_owners, interpret=interpret)
-      x = jax.freeze(partials)[slot_of].astype(jnp.float32)
-      x = jnp.sum(jnp.where(plan.is_edge[0, ..., None], x, 0), axis=1)
-      diq = lax.dynamic_update_slice(
-        diq, x[None, :, None], (row, i * chunk, group, 0)
-      )
-    return total, diq, jax.freeze(sums)
-
-  def batch_row(row, carry):
+  def row_groups(index, carry):
     total, diq, dik = carry
-    sums = jnp.zeros((1, slots, schedule.OWNER_BLOCK, i_dim), jnp.float32)
-    per_row = num_kv_heads * num_chunks
-    total, diq, sums = lax.fori_loop(
-      row * per_row, (row + 1) * per_row, step, (total, diq, sums)
-    )
+    row = index // (num_kv_heads // groups)
+    group = index % (num_kv_heads // groups) * groups
+
+    def step(i, carry):
+      total, diq, sums = carry
+
+      def cut(x):
+        """[B, K, T, X]: this step's, [groups, chunk, X]."""
+        at = (row, group, i * chunk, 0)
+        return lax.dynamic_slice(x, at, (1, groups, chunk, x.shape[-1]))[0]
+
+      ids = cut(block_indices)
+      positions = (kv_lengths[row] - t + i * chunk) + jnp.arange(
+        chunk, dtype=jnp.int32
+      )
+      plan = schedule.plan_owners(
+        ids,
+        positions,
+        block_size=block_size,
+        num_blocks=num_owners * schedule.OWNER_BLOCK // block_size,
+        task=task,
+      )
+      # A task's pieces start at a place of its own, a multiple of 64: `slot`
+      # counts places of edges in pieces, of which a task's last may lack some.
+      owner, start, count = (plan.tasks[:, j] for j in range(3))
+      firsts = start // EDGES + jnp.arange(max_tasks, dtype=jnp.int32)
+      slot = jnp.arange(max_pieces * EDGES, dtype=jnp.int32)
+      task_of = jnp.searchsorted(
+        firsts,
+        jnp.arange(max_pieces, dtype=jnp.int32),
+        side="right",
+        method="scan_unrolled",
+      )
+      task_of = jnp.repeat(task_of.astype(jnp.int32) - 1, EDGES)
+      offset = slot - firsts[task_of] * EDGES
+      used = (offset < count[task_of]) & (task_of < plan.num_tasks[0])
+      edge = jnp.minimum(start[task_of] + offset, edges - 1)
+      packed = jnp.where(used, plan.order[edge], 0)
+      place = packed >> 2
+      query = place // top_k  # of all groups
+      # Where the slot of each choice is; choices without an edge: anywhere.
+      slot_of = jnp.zeros((edges,), jnp.int32)
+      slot_of = slot_of.at[jnp.where(used, place, edges)].set(
+        slot, mode="drop", unique_indices=True
+      )
+      slot_of = slot_of.reshape(groups, chunk, top_k)
+      # Of each edge: keys of its owner block up to it, and 2 bits of halves.
+      block = (owner % num_owners)[task_of]
+      limits = positions[0] + query % chunk + 1 - block * schedule.OWNER_BLOCK
+      limits = jnp.clip(limits, 0, schedule.OWNER_BLOCK) | ((packed & 3) << 8)
+      limits = jnp.where(used, limits, 0)
+      head = (i * chunk + query % chunk) * num_kv_heads + group + query // chunk
+      iq = index_q.reshape(b, -1, i_dim)[row, head]
+      index_lse = jax.new_ref(lax.empty((max_pieces * EDGES,), jnp.float32))
+      _index_lse(
+        index_lse, plan.num_tasks[0], plan, firsts, limits, iq, ik, row,
+        shape=shape,
+      )  # fmt: skip
+      parts = jnp.where(plan.is_edge, jax.freeze(index_lse)[slot_of], -jnp.inf)
+      m = jnp.max(parts, axis=-1, initial=sparse_attention.FLOOR)
+      one = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
+      known = jnp.clip(ids, 0, bad.shape[1] - 1)
+      where_q = positions[:, None]
+      seen = (ids >= 0) & (ids * block_size <= where_q)
+      poisoned = jnp.any(seen & (bad[row][known] <= where_q), axis=-1)
+      poisoned |= cut(bad_lse)[..., 0] | cut(bad_q)[..., 0]
+      one = jnp.where(poisoned, jnp.nan, one)
+
+      values = jax.new_ref(lax.empty((config.num_ctas, 2, KEYS), jnp.float32))
+      partials = jax.new_ref(lax.empty((partial_rows, i_dim), q.dtype))
+      sums = jax.new_ref(sums)
+      where = jnp.stack([row, group, i * chunk, plan.num_tasks[0]])
+      in_tile_order = _in_tile_order(query)
+      _owners(
+        values, partials, sums, where.astype(jnp.int32), plan, firsts,
+        in_tile_order % chunk, limits, one.reshape(-1)[query], iq,
+        cut(lse).reshape(-1, rows)[in_tile_order].reshape(-1, ROWS), q, k, ik,
+        shape=shape,
+      )  # fmt: skip
+      total += jnp.sum(jax.freeze(values))
+      if with_gradients:
+        sum_extra(sums, plan.extra, num_owners=num_slots, interpret=interpret)
+        x = jax.freeze(partials)[slot_of].astype(jnp.float32)
+        x = jnp.sum(jnp.where(plan.is_edge[..., None], x, 0), axis=2)
+        diq = lax.dynamic_update_slice(
+          diq, x.swapaxes(0, 1)[None], (row, i * chunk, group, 0)
+        )
+      return total, diq, jax.freeze(sums)
+
+    sums = lax.empty((1, slots, schedule.OWNER_BLOCK, i_dim), jnp.float32)
+    sums = sums.at[:, :num_slots].set(0.0)
+    total, diq, sums = lax.fori_loop(0, num_chunks, step, (total, diq, sums))
     if with_gradients:
-      one = sums[:, :num_owners].reshape(1, -1, i_dim)
-      dik = lax.dynamic_update_slice(dik, one, (row, 0, 0))
+      one = sums[0, :num_slots].reshape(groups, keys, i_dim)
+      dik = dik.at[row].add(jnp.sum(one, axis=0))
     return total, diq, dik
 
-  keys = num_owners * schedule.OWNER_BLOCK
   sizes = (num_chunks * chunk, keys) if with_gradients else (0, 0)
   total, diq, dik = lax.fori_loop(
     0,
-    b,
-    batch_row,
+    b * (num_kv_heads // groups),
+    row_groups,
     (
       jnp.float32(0),
       jnp.zeros((b, sizes[0], num_kv_heads, i_dim), jnp.float32),
