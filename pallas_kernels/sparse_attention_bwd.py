@@ -10,15 +10,15 @@ stay in SMEM and its dK and dV in registers, 64 keys a warpgroup, while the
 queries that chose the block are gathered beside it, 64 rows (queries x the
 group's heads) at a time, one TMA copy a query. Scores are computed as k q^T, so
 that p and ds leave the softmax as the register operands of dV and dK; only ds
-passes through SMEM, for dQ, which needs both halves of the keys. A warpgroup
-writes ds of one piece and multiplies that of the piece before it, so that the
-two never wait for each other's current one. dP runs while p is computed, and dV
-while ds is. A third warpgroup gathers, and stores dQ some pieces later: one
-partial an edge, in q's dtype, summed afterwards. No atomics: a block's first
-task adds to the block's float32 sum, the others of a hot block write sums of
-their own, which **sum_extra** adds in order. All order is fixed.
+passes through SMEM, for dQ, which needs both halves of the keys. A third
+warpgroup makes dQ from both halves' ds, gathers queries and stores dQ: one
+partial an edge, in q's dtype, summed afterwards. So those with keys never wait
+for each other. The next piece's scores are computed beside dK, and dV while ds
+is handed over. No atomics: a block's first task adds to the block's float32
+sum, the others of a hot block write sums of their own, which **sum_extra** adds
+in order. All order is fixed.
 
-Registers are what is short: dK and dV take half of a thread's. Pieces with
+Registers are what is short: dK and dV take 128 of a thread's 216. Pieces with
 masks (a query's own block, a list's last piece, blocks of 64) have a loop of
 their own, so that the other one knows nothing of masks.
 
@@ -42,7 +42,6 @@ zeroed where not finite, so that no NaN passes through them.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
@@ -55,6 +54,7 @@ from pallas_kernels import mosaic, schedule
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # of a piece
 KEYS = 64  # of a warpgroup
+REGISTERS = (216, 72)  # a thread: of those with keys, of the third
 MAX_WORKSPACE = 1 << 30  # elements of the dQ partials
 
 
@@ -127,8 +127,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     where_gmem, tasks_gmem, order_gmem, q_gmem, do_gmem, k_gmem, v_gmem,
     lse_gmem, delta_gmem, part_gmem, sums_gmem,
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem,
-    q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, dq_ready, dq_free,
-    clean, *probs,
+    q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = (where_gmem[4] - cta + config.num_ctas - 1) // config.num_ctas
@@ -171,135 +170,100 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
     @pl.when(wg < 2)
     def _compute():
-      plgpu.set_max_registers(240, action="increase")
+      plgpu.set_max_registers(REGISTERS[0], action="increase")
       position = where_gmem[3]
-
-      def dq_product(acc, slot, half_of=lambda h: h):
-        at = pl.ds(wg * 64 if d == 128 else 0, 64)
-        for h in range(2):
-          plgpu.wgmma(
-            acc,
-            ds_smem.at[slot, h].transpose((1, 0)),
-            k_smem.at[half_of(h)].at[:, at],
-          )
-
-      def give_dq(dq, step):
-        """Hands the dQ of a piece to the warpgroup that stores it."""
-        slot = lax.rem(step, 2)
-
-        @pl.when(step >= 2)
-        def _():
-          plgpu.barrier_wait(dq_free.at[slot])
-
-        def write():
-          at = pl.ds(wg * 64 if d == 128 else 0, 64)
-          dq_smem.at[slot, :, at][...] = (dq * s.scale).astype(s.dtype)
-
-        if d == 128:  # a half of the columns each
-          write()
-        else:  # both have it, they take turns
-          pl.when(slot == wg)(write)
-        plgpu.commit_smem()
-        plgpu.barrier_arrive(dq_ready.at[slot])
 
       def task(i, done):
         group, block, start, count, inside, slot = read_task(i)
         pieces, masked, place_of = order_of(count, inside)
         plgpu.barrier_wait(kv_ready)
 
-        def piece(j, carry, is_masked):
-          dk, dv = carry
-          step = done + j
-          stage = lax.rem(step, stages)
-          here, last = lax.rem(step, 2), lax.rem(step + 1, 2)
+        def along(x):
+          return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
+
+        def key_major(x_smem, y_smem, stage, j, acc):
+          """Starts the product of this warpgroup's keys and a piece's rows."""
           # Zero. An address that does not change would be kept, and spilled.
           turn = jnp.minimum(j, 0)
-          plgpu.barrier_wait(q_ready.at[stage])
+          plgpu.wgmma(
+            acc, x_smem.at[wg + turn], y_smem.at[stage].transpose((1, 0))
+          )
 
-          def scrub(x_smem):
-            for column in range(0, d, 64):
-              at = x_smem.at[stage, :, pl.ds(column, 64)]
-              x = plgpu.load(at, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
-              x = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
-              at[...] = x.astype(s.dtype)
-
-          if is_masked:  # zero times NaN is NaN
-            pl.when(wg == 0)(lambda: scrub(q_smem))
-            pl.when(wg == 1)(lambda: scrub(do_smem))
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(clean)
-            plgpu.barrier_wait(clean)
-
-          def score_product(acc):
-            plgpu.wgmma(
-              acc, k_smem.at[wg + turn], q_smem.at[stage].transpose((1, 0))
-            )
+        def key_major_product(x_smem, y_smem, stage, j):
+          def run(acc):
+            key_major(x_smem, y_smem, stage, j, acc)
             return acc[...]
 
-          def along(x):
-            return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
+          return pl.run_scoped(run, ACC((KEYS, ROWS), jnp.float32))
 
-          scores = pl.run_scoped(score_product, ACC((KEYS, ROWS), jnp.float32))
-          if is_masked:
-            first = place_of(j) * half
-            edges = read_edges(start, count, place_of(j))
-            key = (
-              plgpu.broadcasted_iota(
-                jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
-              )
-              + wg * KEYS
+        def scrub(x_smem, stage):
+          """Zeroes what is not finite: zero times NaN is NaN."""
+          for column in range(0, d, 64):
+            at = x_smem.at[stage, :, pl.ds(column, 64)]
+            x = plgpu.load(at, layout=plgpu.Layout.WGMMA).astype(jnp.float32)
+            x = jnp.where(jnp.abs(x) < jnp.inf, x, 0.0)
+            at[...] = x.astype(s.dtype)
+
+        def mask(scores, j):
+          first = place_of(j) * half
+          edges = read_edges(start, count, place_of(j))
+          key = (
+            plgpu.broadcasted_iota(
+              jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
             )
-            query_of_row = (
-              plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
-              // rows
+            + wg * KEYS
+          )
+          query_of_row = (
+            plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
+            // rows
+          )
+          limit = jnp.full((ROWS,), -1, jnp.int32)
+          limit = plgpu.layout_cast(limit, row_layout)
+          for a in range(half):
+            query = position + query_of(edges[a], group)
+            seen = jnp.minimum(
+              query - block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK - 1
             )
-            limit = jnp.full((ROWS,), -1, jnp.int32)
-            limit = plgpu.layout_cast(limit, row_layout)
-            for a in range(half):
-              query = position + query_of(edges[a], group)
-              seen = jnp.minimum(
-                query - block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK - 1
-              )
-              live = (first + a < count) & (((edges[a] >> wg) & 1) == 1)
-              seen = jnp.where(live, seen, -1)
-              limit = jnp.where(query_of_row == a, seen, limit)
-            visible = key <= along(limit)
+            live = (first + a < count) & (((edges[a] >> wg) & 1) == 1)
+            seen = jnp.where(live, seen, -1)
+            limit = jnp.where(query_of_row == a, seen, limit)
+          return jnp.where(key <= along(limit), scores, -jnp.inf)
 
-          def dp_product(acc):
-            plgpu.wgmma(
-              acc, v_smem.at[wg + turn], do_smem.at[stage].transpose((1, 0))
-            )
-            # While that runs:
-            lse_rows = plgpu.load(lse_smem.at[stage], layout=row_layout)
-            p = jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
-            if is_masked:
-              p = jnp.where(visible, p, 0.0)
-            return p, acc[...]
+        def probabilities(scores, stage):
+          lse_rows = plgpu.load(lse_smem.at[stage], layout=row_layout)
+          return jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
 
-          p, dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
+        def ds_of(p, dp, stage):
+          delta_rows = plgpu.load(delta_smem.at[stage], layout=row_layout)
+          return p * (dp - along(delta_rows))
 
-          def ds_of_piece():
-            delta_rows = plgpu.load(delta_smem.at[stage], layout=row_layout)
-            ds = p * (dp - along(delta_rows))
-            if is_masked:
-              ds = jnp.where(visible, ds, 0.0)
-            ds = ds.astype(s.dtype)
+        def give_ds(ds, step):
+          slot = lax.rem(step, 2)
 
-            @pl.when(step >= 2)
-            def _():
-              plgpu.barrier_wait(ds_free.at[here])
+          @pl.when(step >= 2)
+          def _():
+            plgpu.barrier_wait(ds_free.at[slot])
 
-            ds_smem[here, wg] = ds
-            plgpu.commit_smem()
-            plgpu.barrier_arrive(ds_ready.at[here])
+          ds_smem[slot, wg] = ds
+          plgpu.commit_smem()
+          plgpu.barrier_arrive(ds_ready.at[slot])
 
-            @pl.when(j > 0)
-            def _():
-              plgpu.barrier_wait(ds_ready.at[last])
+        def stage_after(j):
+          """Where the next piece is, when it is there; if none is, anything."""
+          after = lax.rem(done + j + 1, stages)
 
-            return ds
+          @pl.when(j + 1 < pieces)
+          def _():
+            plgpu.barrier_wait(q_ready.at[after])
 
-          # Before the first piece there is no ds: that product goes nowhere.
+          return after
+
+        def add_products(dk, dv, p, ds, step, j=None):
+          """dk and dv with a piece's terms, and ds to the third warpgroup.
+
+          With j, p of the piece after j too.
+          """
+          stage = lax.rem(step, stages)
           if s.interpret:
 
             def product(a, b):
@@ -309,61 +273,85 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
               return pl.run_scoped(run, ACC((KEYS, d), jnp.float32))
 
-            probs[0][wg] = p.astype(s.dtype)
+            probs[0][wg] = p
             plgpu.commit_smem()
             dv = dv + product(probs[0].at[wg], do_smem.at[stage])
-            ds_of_piece()
-            dk = dk + product(ds_smem.at[here, wg], q_smem.at[stage])
-            dq = pl.run_scoped(
-              lambda acc: (dq_product(acc, last), acc[...])[1],
-              ACC((ROWS, 64), jnp.float32),
-            )
-          else:
+            give_ds(ds, step)
+            ds_at = ds_smem.at[lax.rem(step, 2), wg]
+            dk = dk + product(ds_at, q_smem.at[stage])
+            if j is None:
+              return dk, dv
+            after = stage_after(j)
+            scores = key_major_product(k_smem, q_smem, after, j)
+            return dk, dv, probabilities(scores, after)
 
-            def accumulate(refs):
-              dv_ref, dk_ref = refs
-              plgpu.wgmma(dv_ref, p.astype(s.dtype), do_smem.at[stage])
-              ds = ds_of_piece()
-              plgpu.wgmma(dk_ref, ds, q_smem.at[stage])
+          def run(dk_acc, dv_acc, acc=None):
+            dk_acc[...] = dk
+            dv_acc[...] = dv
+            plgpu.wgmma(dv_acc, p, do_smem.at[stage])
+            give_ds(ds, step)
+            if j is not None:
+              # Else these scores' registers would be needed from here on.
+              plgpu.wgmma_wait(0)
+              after = stage_after(j)
+              key_major(k_smem, q_smem, after, j, acc)
+            plgpu.wgmma(dk_acc, ds, q_smem.at[stage])
+            if j is None:
+              return dk_acc[...], dv_acc[...]
+            scores = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            p_next = probabilities(scores, after)
+            return dk_acc[...], dv_acc[...], p_next
 
-            dv, dk = pl.run_state(accumulate)((ACC.init(dv), ACC.init(dk)))
-            dq = pl.run_scoped(
-              lambda acc: (
-                dq_product(acc, last, lambda h: h + turn),
-                acc[...],
-              )[1],
-              ACC((ROWS, 64), jnp.float32),
-            )
+          scoped = [ACC((KEYS, d), jnp.float32)] * 2
+          if j is not None:
+            scoped.append(ACC((KEYS, ROWS), jnp.float32))
+          return pl.run_scoped(run, *scoped)
+
+        def masked_piece(j, carry):
+          step = done + j
+          stage = lax.rem(step, stages)
+          plgpu.barrier_wait(q_ready.at[stage])
+          pl.when(wg == 0)(lambda: scrub(q_smem, stage))
+          pl.when(wg == 1)(lambda: scrub(do_smem, stage))
+          plgpu.commit_smem()
+          plgpu.barrier_arrive(clean)
+          plgpu.barrier_wait(clean)
+          scores = mask(key_major_product(k_smem, q_smem, stage, j), j)
+          p = probabilities(scores, stage)
+          p = jnp.where(scores == -jnp.inf, 0.0, p)  # lse may be NaN
+          dp = key_major_product(v_smem, do_smem, stage, j)
+          ds = jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
+          carry = add_products(
+            *carry, p.astype(s.dtype), ds.astype(s.dtype), step
+          )
           plgpu.barrier_arrive(q_free.at[stage])
+          return carry
 
-          @pl.when(j > 0)
-          def _():
-            plgpu.barrier_arrive(ds_free.at[last])
-            give_dq(dq, step - 1)
-
-          return dk, dv
+        def whole_piece(j, carry):
+          dk, dv, p = carry
+          step = done + j
+          stage = lax.rem(step, stages)
+          dp = key_major_product(v_smem, do_smem, stage, j)
+          ds = ds_of(p, dp, stage)
+          carry = add_products(
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step, j
+          )
+          plgpu.barrier_arrive(q_free.at[stage])
+          return carry
 
         zero = _zeros((KEYS, d))
-        carry = lax.fori_loop(
-          0, masked, functools.partial(piece, is_masked=True), (zero, zero)
-        )
+        dk, dv = lax.fori_loop(0, masked, masked_piece, (zero, zero))
         if s.block_size == schedule.OWNER_BLOCK:
-          carry = lax.fori_loop(
-            masked, pieces, functools.partial(piece, is_masked=False), carry
-          )
-        dk, dv = carry
+          stage = lax.rem(done + masked, stages)
 
-        @pl.when(pieces > 0)
-        def _last_piece():
-          step = done + pieces - 1
-          here = lax.rem(step, 2)
-          plgpu.barrier_wait(ds_ready.at[here])
-          dq = pl.run_scoped(
-            lambda acc: (dq_product(acc, here), acc[...])[1],
-            ACC((ROWS, 64), jnp.float32),
-          )
-          plgpu.barrier_arrive(ds_free.at[here])
-          give_dq(dq, step)
+          @pl.when(masked < pieces)
+          def _():
+            plgpu.barrier_wait(q_ready.at[stage])
+
+          # Without such a piece these scores are of anything, and not used.
+          scores = key_major_product(k_smem, q_smem, stage, masked)
+          p = probabilities(scores, stage)
+          dk, dv, _ = lax.fori_loop(masked, pieces, whole_piece, (dk, dv, p))
 
         plgpu.barrier_arrive(kv_free)
         is_first = slot < s.num_groups * s.num_owners
@@ -383,13 +371,10 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
         @pl.when(done > slot)
         def _(slot=slot):
           plgpu.barrier_wait(ds_free.at[slot])
-          plgpu.barrier_wait(dq_free.at[slot])
 
     @pl.when(wg == 2)
     def _copy():
-      plgpu.set_max_registers(24, action="decrease")
-      # A piece's dQ is stored when the pieces after it are being computed.
-      lag = stages + 1
+      plgpu.set_max_registers(REGISTERS[1], action="decrease")
       row, first_group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
 
       def task(i, done):
@@ -408,12 +393,31 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             plgpu.copy_gmem_to_smem(
               x_gmem.at[row, kv_head, tokens], x_smem.at[h], kv_ready
             )
+        # kv_ready is waited for through ds_ready.
 
-        def store(j, step):
+        def give_dq(j, step):
           slot = lax.rem(step, 2)
           first = place_of(j) * half
           edges = read_edges(start, count, place_of(j))
-          plgpu.barrier_wait(dq_ready.at[slot])
+          # Two pieces ago dQ left from here.
+          plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+          plgpu.barrier_wait(ds_ready.at[slot])
+          for column in range(0, d, 64):
+            at = pl.ds(column, 64)
+
+            def product(acc, at=at):
+              for h in range(2):
+                plgpu.wgmma(
+                  acc,
+                  ds_smem.at[slot, h].transpose((1, 0)),
+                  k_smem.at[h].at[:, at],
+                )
+              return acc[...]
+
+            dq = pl.run_scoped(product, ACC((ROWS, 64), jnp.float32))
+            dq_smem[slot, :, at] = (dq * s.scale).astype(s.dtype)
+          plgpu.barrier_arrive(ds_free.at[slot])
+          plgpu.commit_smem()
           for a in range(half):
 
             @pl.when(first + a < count)
@@ -426,8 +430,6 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               )
 
           plgpu.commit_smem_to_gmem_group()
-          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          plgpu.barrier_arrive(dq_free.at[slot])
 
         def gather(j, step):
           stage = lax.rem(step, stages)
@@ -455,10 +457,13 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               x_gmem.at[at], x_smem.at[stage], q_ready.at[stage]
             )
 
-        @pl.loop(0, pieces + lag)
+        @pl.loop(0, pieces + stages)
         def _(j):
-          pl.when(j >= lag)(lambda: store(j - lag, done + j - lag))
           pl.when(j < pieces)(lambda: gather(j, done + j))
+
+          @pl.when(j >= stages)
+          def _():
+            give_dq(j - stages, done + j - stages)
 
         return done + pieces
 
@@ -502,8 +507,6 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=4),
       plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      plgpu.Barrier(num_arrivals=2, num_barriers=2),
       plgpu.Barrier(num_arrivals=2, num_barriers=2),
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(num_arrivals=2),
