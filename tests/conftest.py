@@ -36,3 +36,15 @@ def hopper():
     mosaic.require_hopper()
   except NotImplementedError as error:
     pytest.skip(str(error))
+
+
+@pytest.fixture
+def pretend_hopper(monkeypatch):
+  """Enough of a GPU to trace and to lower."""
+  from jax._src.cudnn import fused_attention_stablehlo as cudnn
+
+  from pallas_kernels import mosaic
+
+  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
+  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
+  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)

@@ -1,7 +1,11 @@
-"""Inputs, patterns and an oracle written in loops, for the tests."""
+"""Inputs, patterns, an oracle written in loops, and devices, for the tests."""
 
 import dataclasses
 import math
+import os
+import pathlib
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
@@ -72,6 +76,34 @@ CASES = {
   "unforced": Case(num_heads=8, block_size=8, top_k=2, num_local_blocks=0),
   "lengths": Case(batch=3, q_len=9, kv_len=21, kv_lengths=(21, 13, 4)),
 }
+
+# What the kernels over given blocks are tried with on a GPU.
+HOPPER_CASES = {
+  "paper_heads": (Case(
+    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
+    index_dim=128, block_size=128, top_k=8,
+  ), "bfloat16"),
+  "ragged_batch": (Case(
+    batch=3, q_len=515, kv_len=2050, num_heads=16, num_kv_heads=2, head_dim=64,
+    index_dim=128, block_size=64, top_k=6, kv_lengths=(2050, 301, 0),
+  ), "float16"),
+  "group_16_d64": (Case(
+    q_len=700, kv_len=700, num_heads=32, num_kv_heads=2, head_dim=64,
+    index_dim=64, block_size=128, top_k=3,
+  ), "float16"),
+  "group_8_block_64": (Case(
+    batch=2, q_len=333, kv_len=1500, num_heads=16, num_kv_heads=2,
+    head_dim=128, index_dim=64, block_size=64, top_k=32,
+  ), "bfloat16"),
+  "group_4": (Case(
+    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
+    index_dim=128, block_size=128, top_k=4,
+  ), "bfloat16"),
+  "group_1": (Case(
+    q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=64,
+    index_dim=64, block_size=128, top_k=1,
+  ), "float16"),
+}  # fmt: skip
 
 
 def random_blocks(case, seed=0, share=1):
@@ -200,3 +232,25 @@ def loop_msa(case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None):
           for j, du_j in zip(seen, du):
             d_ik[b, j] += du_j * index_q[b, t, g]
   return out, lse, kl, (dq, dk, dv), (d_iq, d_ik)
+
+
+def run_on_four_devices(script, *args):
+  """Runs a script, which may import tests, with four forced CPU devices."""
+  env = os.environ | {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"]
+    + " --xla_force_host_platform_device_count=4",
+    "JAX_PLATFORMS": "cpu",
+  }
+  setup = f"""
+import sys
+sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
+import jax
+assert len(jax.devices()) == 4
+"""
+  result = subprocess.run(
+    [sys.executable, "-c", setup + script, *args],
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert result.returncode == 0, result.stderr[-2000:]

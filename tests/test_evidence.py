@@ -17,7 +17,7 @@ import pytest
 
 import msa_jax
 from msa_jax.model import IndexConfig
-from pallas_kernels import cases, mosaic
+from pallas_kernels import cases
 from pallas_kernels.bench import fit
 from train import __main__ as cli
 from train import config as config_lib
@@ -272,16 +272,6 @@ def test_the_presets_are_what_they_say():
     assert side == "gqa" or index.block_size * index.top_k == 512
     xla = run.model.implementation == "xla"
     assert xla == (side == "block_32")
-
-
-@pytest.fixture
-def pretend_hopper(monkeypatch):
-  """Enough of a GPU to trace and to lower."""
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
-  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Case, patterns, random_blocks
+from helpers import HOPPER_CASES, Case, patterns, random_blocks
 
 from msa_jax import reference
 from pallas_kernels import cases, schedule
@@ -308,38 +308,10 @@ def run_twice(case, q, k, v, dout, blocks, config=None):
   check(case, q, k, v, dout, blocks, first)
 
 
-GPU_CASES = {
-  "paper_heads": (Case(
-    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
-    block_size=128, top_k=8,
-  ), "bfloat16"),
-  "ragged_batch": (Case(
-    batch=3, q_len=515, kv_len=2050, num_heads=16, num_kv_heads=2, head_dim=64,
-    block_size=64, top_k=6, kv_lengths=(2050, 301, 0),
-  ), "float16"),
-  "group_16_d64": (Case(
-    q_len=700, kv_len=700, num_heads=32, num_kv_heads=2, head_dim=64,
-    block_size=128, top_k=3,
-  ), "float16"),
-  "group_8_block_64": (Case(
-    batch=2, q_len=333, kv_len=1500, num_heads=16, num_kv_heads=2,
-    head_dim=128, block_size=64, top_k=32,
-  ), "bfloat16"),
-  "group_4": (Case(
-    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
-    block_size=128, top_k=4,
-  ), "bfloat16"),
-  "group_1": (Case(
-    q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=64,
-    block_size=128, top_k=1,
-  ), "float16"),
-}  # fmt: skip
-
-
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_patterns(hopper, name):
-  case, dtype = GPU_CASES[name]
+  case, dtype = HOPPER_CASES[name]
   args = inputs(case, dtype)
   for blocks in patterns(case).values():
     run_twice(case, *args, blocks)
@@ -348,7 +320,7 @@ def test_gpu_patterns(hopper, name):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", bwd.candidate_configs(), ids=str)
 def test_gpu_configs(hopper, config):
-  case, dtype = GPU_CASES["paper_heads"]
+  case, dtype = HOPPER_CASES["paper_heads"]
   args = inputs(case, dtype)
   for name in ("random", "sharing", "all_on_block_0"):
     run_twice(case, *args, patterns(case)[name], config)
@@ -356,14 +328,14 @@ def test_gpu_configs(hopper, config):
 
 @pytest.mark.gpu
 def test_gpu_small_chunks_and_tasks(hopper):
-  case, dtype = GPU_CASES["ragged_batch"]
+  case, dtype = HOPPER_CASES["ragged_batch"]
   config = bwd.Config(chunk=64, task=16, num_ctas=7)
   run_twice(case, *inputs(case, dtype), random_blocks(case), config)
 
 
 @pytest.mark.gpu
 def test_gpu_nan_of_unchosen_blocks_reaches_nothing(hopper):
-  case = dataclasses.replace(GPU_CASES["paper_heads"][0], q_len=300)
+  case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
   q, k, v, dout = inputs(case, "bfloat16")
   blocks = np.array(random_blocks(case))
   blocks[blocks == 4] = -1
@@ -379,7 +351,7 @@ def test_gpu_nan_of_unchosen_blocks_reaches_nothing(hopper):
 
 @pytest.mark.gpu
 def test_gpu_nan_query_poisons_its_row_and_its_blocks_only(hopper):
-  case = dataclasses.replace(GPU_CASES["paper_heads"][0], q_len=300)
+  case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
   q, k, v, dout = inputs(case, "bfloat16")
   blocks = random_blocks(case)
   dq, dk, dv = compiled(case, None)(
@@ -397,7 +369,7 @@ def test_gpu_nan_query_poisons_its_row_and_its_blocks_only(hopper):
 
 @pytest.mark.gpu
 def test_gpu_under_vmap(hopper):
-  case, dtype = GPU_CASES["group_4"]
+  case, dtype = HOPPER_CASES["group_4"]
   args = inputs(case, dtype)
   blocks = random_blocks(case)
   two = [jnp.stack([x, x[:, ::-1]]) for x in args]

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import Case, patterns, random_blocks
+from helpers import HOPPER_CASES, Case, patterns, random_blocks
 
 from msa_jax import reference
 from pallas_kernels import cases, index_kl, warmup
@@ -311,33 +311,6 @@ def test_only_the_index_branch_gets_a_gradient():
 
 # ------------------------------------------------------------------- Hopper
 
-GPU_CASES = {
-  "paper_heads": (Case(
-    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
-    index_dim=128, block_size=128, top_k=8,
-  ), "bfloat16"),
-  "ragged_batch": (Case(
-    batch=3, q_len=515, kv_len=2050, num_heads=16, num_kv_heads=2, head_dim=64,
-    index_dim=128, block_size=64, top_k=6, kv_lengths=(2050, 301, 0),
-  ), "float16"),
-  "group_16_d64": (Case(
-    q_len=700, kv_len=700, num_heads=32, num_kv_heads=2, head_dim=64,
-    index_dim=64, block_size=128, top_k=3,
-  ), "float16"),
-  "group_8_block_64": (Case(
-    batch=2, q_len=333, kv_len=1500, num_heads=16, num_kv_heads=2,
-    head_dim=128, index_dim=64, block_size=64, top_k=32,
-  ), "bfloat16"),
-  "group_4": (Case(
-    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
-    index_dim=128, block_size=128, top_k=4,
-  ), "bfloat16"),
-  "group_1": (Case(
-    q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=64,
-    index_dim=64, block_size=128, top_k=1,
-  ), "float16"),
-}  # fmt: skip
-
 
 @functools.cache
 def compiled(case, config, with_mask=False):
@@ -355,18 +328,18 @@ def run_twice(case, args, config=None):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_patterns(hopper, name):
-  case, dtype = GPU_CASES[name]
+  case, dtype = HOPPER_CASES[name]
   q, k, _, index_q, index_k = inputs(case, dtype)
   for blocks in patterns(case).values():
     run_twice(case, (q, k, index_q, index_k, blocks))
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", GPU_CASES)
+@pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_over_all_tokens(hopper, name):
-  case, dtype = GPU_CASES[name]
+  case, dtype = HOPPER_CASES[name]
   q, k, _, index_q, index_k = inputs(case, dtype)
   run_twice(case, (q, k, index_q, index_k, None))
 
@@ -375,14 +348,14 @@ def test_gpu_over_all_tokens(hopper, name):
 @pytest.mark.parametrize("config", warmup.candidate_configs(), ids=str)
 def test_gpu_configs_over_all_tokens(hopper, config):
   for name in ("paper_heads", "ragged_batch"):
-    case, dtype = GPU_CASES[name]
+    case, dtype = HOPPER_CASES[name]
     q, k, _, index_q, index_k = inputs(case, dtype)
     run_twice(case, (q, k, index_q, index_k, None), config)
 
 
 @pytest.mark.gpu
 def test_gpu_small_chunks_over_all_tokens(hopper):
-  case, dtype = GPU_CASES["ragged_batch"]
+  case, dtype = HOPPER_CASES["ragged_batch"]
   q, k, _, index_q, index_k = inputs(case, dtype)
   config = warmup.Config(workspace=1, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, None), config)
@@ -391,7 +364,7 @@ def test_gpu_small_chunks_over_all_tokens(hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", index_kl.candidate_configs(), ids=str)
 def test_gpu_configs(hopper, config):
-  case, dtype = GPU_CASES["paper_heads"]
+  case, dtype = HOPPER_CASES["paper_heads"]
   q, k, _, index_q, index_k = inputs(case, dtype)
   for name in ("random", "sharing", "all_on_block_0"):
     run_twice(case, (q, k, index_q, index_k, patterns(case)[name]), config)
@@ -399,7 +372,7 @@ def test_gpu_configs(hopper, config):
 
 @pytest.mark.gpu
 def test_gpu_small_chunks_and_tasks(hopper):
-  case, dtype = GPU_CASES["ragged_batch"]
+  case, dtype = HOPPER_CASES["ragged_batch"]
   q, k, _, index_q, index_k = inputs(case, dtype)
   config = index_kl.Config(task=72, chunk=100, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, random_blocks(case)), config)
@@ -407,7 +380,7 @@ def test_gpu_small_chunks_and_tasks(hopper):
 
 @pytest.mark.gpu
 def test_gpu_mask_and_nan(hopper):
-  case = dataclasses.replace(GPU_CASES["paper_heads"][0], q_len=300)
+  case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
   q, k, _, index_q, index_k = inputs(case, "bfloat16")
   blocks = np.array(random_blocks(case))
   blocks[blocks == 4] = -1
@@ -437,7 +410,7 @@ def test_gpu_mask_and_nan(hopper):
 @pytest.mark.gpu
 def test_gpu_mask_and_nan_over_all_tokens(hopper):
   case = dataclasses.replace(
-    GPU_CASES["paper_heads"][0], q_len=600, kv_lengths=(2000,)
+    HOPPER_CASES["paper_heads"][0], q_len=600, kv_lengths=(2000,)
   )
   q, k, _, index_q, index_k = inputs(case, "bfloat16")
   mask = jnp.arange(600)[None] % 7 != 3
@@ -466,7 +439,7 @@ def test_gpu_mask_and_nan_over_all_tokens(hopper):
 @pytest.mark.gpu
 @pytest.mark.parametrize("dense", [False, True])
 def test_gpu_under_vmap(hopper, dense):
-  case, dtype = GPU_CASES["group_4"]
+  case, dtype = HOPPER_CASES["group_4"]
   q, k, _, index_q, index_k = inputs(case, dtype)
   blocks = None if dense else random_blocks(case)
   two = [jnp.stack([x, x[:, ::-1]]) for x in (q, k, index_q, index_k)]

@@ -273,7 +273,7 @@ def test_no_gradient():
 
 
 @pytest.mark.parametrize("length", [1, 2, 5, 16, 23, 32])
-def testsort_network(length):
+def test_sort_network(length):
   rng = np.random.default_rng(length)
   x = rng.integers(0, 2, (length, 4096))
   for a, b in sb.sort_network(length):

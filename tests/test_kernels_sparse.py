@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Case, patterns, random_blocks
+from helpers import HOPPER_CASES, Case, patterns, random_blocks
 
 import msa_jax
 from msa_jax import reference
@@ -393,16 +393,6 @@ def test_asks_the_devices_of_the_mesh(kind, cores, request):
       mosaic.require_hopper()
 
 
-@pytest.fixture
-def pretend_hopper(monkeypatch):
-  """Enough of a GPU to trace and to lower."""
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
-  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
-
-
 # Every operation that has kernels, of q, k, v, index_q and index_k.
 OPERATIONS = {
   "select_blocks": lambda q, k, v, iq, ik, **named: msa_jax.select_blocks(
@@ -499,27 +489,7 @@ def run_twice(case, q, k, v, blocks, config=None):
   check(case, q, k, v, blocks, *first)
 
 
-GPU_CASES = {
-  "paper_heads": (Case(
-    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
-    block_size=128, top_k=8,
-  ), "bfloat16"),
-  "ragged_batch": (Case(
-    batch=3, q_len=515, kv_len=2050, num_heads=16, num_kv_heads=2, head_dim=64,
-    block_size=64, top_k=6, kv_lengths=(2050, 301, 0),
-  ), "float16"),
-  "group_16_d64": (Case(
-    q_len=700, kv_len=700, num_heads=32, num_kv_heads=2, head_dim=64,
-    block_size=128, top_k=3,
-  ), "float16"),
-  "group_8_block_64": (Case(
-    batch=2, q_len=333, kv_len=1500, num_heads=16, num_kv_heads=2,
-    head_dim=128, block_size=64, top_k=32,
-  ), "bfloat16"),
-  "group_4": (Case(
-    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
-    block_size=128, top_k=4,
-  ), "bfloat16"),
+GPU_CASES = HOPPER_CASES | {
   "group_2": (Case(
     q_len=300, kv_len=900, num_heads=4, num_kv_heads=2, head_dim=64,
     block_size=64, top_k=5,

@@ -12,7 +12,7 @@ from helpers import Case
 
 import msa_jax
 from msa_jax import reference
-from pallas_kernels import cases, mosaic, warmup
+from pallas_kernels import cases, warmup
 
 NAMES = ("dq", "dk", "dv", "dindex_q", "dindex_k")
 
@@ -109,16 +109,6 @@ def test_attention_names_what_it_does_not_support():
 
 
 # ------------------------------------------------ through the operations, CPU
-
-
-@pytest.fixture
-def pretend_hopper(monkeypatch):
-  """Enough of a GPU to trace and to lower."""
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
-  monkeypatch.setattr(cudnn, "check_cudnn_version", lambda: 91000)
-  monkeypatch.setattr(cudnn, "check_compute_capability", lambda _: True)
 
 
 def layer(phase, implementation="mosaic_gpu", with_lse=True, **options):

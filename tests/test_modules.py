@@ -2,9 +2,6 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
@@ -12,6 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.nnx import bridge
+from helpers import run_on_four_devices
 
 import msa_jax
 from msa_jax import DecoderLM, IndexConfig, ModelConfig
@@ -226,14 +224,11 @@ def test_linen_bridge():
 
 
 MESH = """
-import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-sys.path.insert(0, "tests")
 from test_modules import CONFIG, DecoderLM
 from msa_jax import Sharding
 
-assert len(jax.devices()) == 4
 tokens = jax.random.randint(jax.random.key(0), (4, 40), 0, 64)
 mask = jax.random.bernoulli(jax.random.key(1), 0.6, (4, 40)).at[3].set(False)
 
@@ -260,18 +255,9 @@ for shape in ((2, 1, 2), (1, 4, 1)):
   for a, b in zip(jax.tree.leaves((out, grads)),
                   jax.tree.leaves((sharded, sharded_grads))):
     np.testing.assert_allclose(a, b, atol=1e-5)
-print("same numbers")
 """
 
 
 def test_mesh_gives_the_same_numbers():
   """Four forced CPU devices: batch, parameters and KV heads split."""
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + " --xla_force_host_platform_device_count=4",
-    "JAX_PLATFORMS": "cpu",
-  }
-  result = subprocess.run(
-    [sys.executable, "-c", MESH], env=env, capture_output=True, text=True
-  )
-  assert "same numbers" in result.stdout, result.stderr[-2000:]
+  run_on_four_devices(MESH)

@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import run_on_four_devices
 
 from msa_jax import ModelConfig, MoEConfig
 from msa_jax.mlp import MixtureOfExperts, balance, expert_load, gated
@@ -280,14 +278,11 @@ def run(layer, x):
 
 
 MESH = """
-import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-sys.path.insert(0, "tests")
 from test_moe import X, build, run, trained
 from msa_jax import Sharding
 
-assert len(jax.devices()) == 4
 x = jnp.tile(X, (2, 1, 1))
 rows = [trained(dict())]
 want = jax.tree.leaves(run(build(), x))
@@ -304,18 +299,9 @@ for a, b in zip(want, jax.tree.leaves(got), strict=True):
 rows.append(trained(dict(expert=2)))
 np.testing.assert_allclose(*rows, rtol=1e-5)
 assert np.all(rows[0][:, 2:].sum(-1) == 8 * 64 * 2)
-print("same numbers")
 """
 
 
 def test_mesh_gives_the_same_numbers():
   """Experts over forced CPU devices: the layer, and training."""
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + " --xla_force_host_platform_device_count=4",
-    "JAX_PLATFORMS": "cpu",
-  }
-  result = subprocess.run(
-    [sys.executable, "-c", MESH], env=env, capture_output=True, text=True
-  )
-  assert "same numbers" in result.stdout, result.stderr[-2000:]
+  run_on_four_devices(MESH)
