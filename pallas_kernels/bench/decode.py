@@ -274,11 +274,7 @@ def check_decode(case: Case, precision: str) -> str | None:
   )
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   want, _ = reference.attend(q, k, v, visible, case.head_dim**-0.5)
-  error = out.astype(jnp.float32) - want
-  rms = jnp.sqrt(jnp.mean(error**2) / jnp.mean(want**2))
-  if not rms < 0.005:
-    return f"out's RMS error is {rms}, less than 0.005 needed"
-  return None
+  return measure.check_rms("out", out, want)
 
 
 def start_checks(

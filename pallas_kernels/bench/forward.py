@@ -290,11 +290,10 @@ def check_sparse(case: Case) -> str | None:
   error = jnp.abs(out.astype(jnp.float32) - want)
   # The floor is the rounding of the output itself.
   allowed = 2 * yardstick + 2.0**-8 * jnp.max(jnp.abs(want))
-  rms = jnp.sqrt(jnp.mean(error**2) / jnp.mean(want**2))
   if not jnp.max(error) <= allowed:
     return f"out is off by {jnp.max(error)}, at most {allowed} allowed"
-  if not rms < 0.005:
-    return f"out's RMS error is {rms}, less than 0.005 needed"
+  if wrong := measure.check_rms("out", out, want):
+    return wrong
   lse_error = jnp.max(jnp.abs(lse - want_lse))
   if not lse_error < 1e-3:
     return f"lse is off by {lse_error}, less than 1e-3 needed"

@@ -181,6 +181,15 @@ def program_bytes(compiled: Any) -> int:
   )
 
 
+def check_rms(name: str, got: jax.Array, want: jax.Array) -> str | None:
+  """What is wrong with a result whose RMS error is 0.5 % or more, or None."""
+  error = got.astype(jnp.float32) - want
+  rms = jnp.sqrt(jnp.mean(error**2) / jnp.mean(want**2))
+  if not rms < 0.005:
+    return f"{name}'s RMS error is {rms}, less than 0.005 needed"
+  return None
+
+
 def faster(
   peers: dict[str, Callable[[], Any]], once: bool
 ) -> tuple[str, float]:

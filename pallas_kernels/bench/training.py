@@ -247,10 +247,8 @@ def check_gradients(case: Case, phase: Phase) -> str | None:
     return f"kl is {kl}, {want_kl} wanted"
   names = ("dq", "dk", "dv", "dindex_q", "dindex_k")
   for name, got, true in zip(names, grads, want, strict=True):
-    error = got.astype(jnp.float32) - true
-    rms = jnp.sqrt(jnp.mean(error**2) / jnp.mean(true**2))
-    if not rms < 0.005:
-      return f"{name}'s RMS error is {rms}, less than 0.005 needed"
+    if wrong := measure.check_rms(name, got, true):
+      return wrong
   return None
 
 
