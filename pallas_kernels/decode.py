@@ -13,7 +13,7 @@ With fp8 index keys, one float32 scale a key, index_q is rounded to e4m3 in the
 kernel: s(j) = index_k_scale[j] (e4m3(index_q / qs) . index_k[j]) qs, where
 qs = max |index_q| / 448 of that query and group.
 
-Two launches, nothing else:
+Two launches:
 
 * **scan** reads the index keys once for all T x K rows. Their tiles are
   numbered row after row of the batch, and each CTA gets an equal, contiguous
@@ -31,8 +31,9 @@ Two launches, nothing else:
   merges some of the heads, in a fixed order. One warpgroup merges lists and
   copies, the other one computes.
 
-The wait inside attend needs the splits of a row on the GPU at the same time;
-there are never more CTAs than multiprocessors when anything is split.
+The wait inside attend needs the splits of a row on the GPU at the same time.
+They are there, as anything split has no more CTAs than multiprocessors; where
+`Config.splits` asks for more, a third launch merges instead.
 
 Bound: reading the index keys (256 bytes a token in bf16, 132 in fp8), then
 2 P block_size D elements of K and V a group, both from memory. Shared memory at
@@ -597,11 +598,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
         lax.fori_loop(0, count, tile, None)
 
       steps = each_segment(segment)
-      for slot in range(stages):
-
-        @pl.when(steps > slot)
-        def _(slot=slot):
-          plgpu.barrier_wait(free.at[slot])
+      mosaic.drain(free, steps)
 
   mosaic.launch(
     body,

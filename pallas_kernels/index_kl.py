@@ -204,7 +204,7 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
       return step + pieces
 
     step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-    sparse_attention.drain(iq_free, step)
+    mosaic.drain(iq_free, step)
 
     @pl.when(my_tasks > 0)
     def _():
@@ -617,9 +617,9 @@ def _owners(
       tile_step, piece_step = lax.fori_loop(
         0, my_tasks, task, (jnp.int32(0), jnp.int32(0))
       )
-      sparse_attention.drain(q_free, tile_step)
-      sparse_attention.drain(lse_free, piece_step)
-      sparse_attention.drain(iq_free, piece_step)
+      mosaic.drain(q_free, tile_step)
+      mosaic.drain(lse_free, piece_step)
+      mosaic.drain(iq_free, piece_step)
 
       @pl.when(my_tasks > 0)
       def _():

@@ -182,6 +182,15 @@ def store(ref: Any, value: jax.Array) -> None:
     any_store(ref, value, optimized=False)
 
 
+def drain(free: Any, step: Any) -> None:
+  """Waits until the last `step` uses of a ring of barriers are over."""
+  for slot in range(free.shape[0]):
+
+    @pl.when(step > slot)
+    def _(slot=slot):
+      plgpu.barrier_wait(free.at[slot])
+
+
 def launch(
   body: Callable[..., None],
   *operands: jax.Array | Any,

@@ -176,15 +176,6 @@ def _over_columns(x, width: int):
   return lax.broadcast_in_dim(x, (ROWS, width), [0])
 
 
-def drain(free, step) -> None:
-  """Waits until the last `step` uses of a ring of barriers are over."""
-  for slot in range(free.shape[0]):
-
-    @pl.when(step > slot)
-    def _(slot=slot):
-      plgpu.barrier_wait(free.at[slot])
-
-
 def _edges(partials, where, plan, q, k, v, *, shape: Shape):
   """Fills the partials of a chunk's edges.
 
@@ -316,7 +307,7 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
         return lax.fori_loop(0, (count + half - 1) // half, gather, step)
 
       step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      drain(q_free, step)
+      mosaic.drain(q_free, step)
 
       @pl.when(my_tasks > 0)
       def _():
@@ -612,10 +603,10 @@ def _tiles(
       kv_step, merge_step = lax.fori_loop(
         0, my_tiles, tile, (jnp.int32(0), jnp.int32(0))
       )
-      drain(k_free, kv_step)
-      drain(v_free, kv_step)
+      mosaic.drain(k_free, kv_step)
+      mosaic.drain(v_free, kv_step)
       if merging:
-        drain(o_free, merge_step)
+        mosaic.drain(o_free, merge_step)
 
   merge_scratch = [
     s.operand(merge_stages, 2, ROWS),

@@ -366,11 +366,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
         return done + pieces
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      for slot in range(2):
-
-        @pl.when(done > slot)
-        def _(slot=slot):
-          plgpu.barrier_wait(ds_free.at[slot])
+      mosaic.drain(ds_free, done)
 
     @pl.when(wg == 2)
     def _copy():
@@ -468,11 +464,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
         return done + pieces
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      for stage in range(stages):
-
-        @pl.when(done > stage)
-        def _(stage=stage):
-          plgpu.barrier_wait(q_free.at[stage])
+      mosaic.drain(q_free, done)
 
       @pl.when(my_tasks > 0)
       def _():

@@ -54,7 +54,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
 from pallas_kernels import mosaic, schedule
-from pallas_kernels.sparse_attention import FLOOR, drain
+from pallas_kernels.sparse_attention import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # queries of a score tile
@@ -355,7 +355,7 @@ def _index_lse(out, spans, limits, iq, ik, *, shape: Shape):
         return lax.fori_loop(0, blocks, block, step)
 
       step = lax.fori_loop(0, mine, tile, jnp.int32(0))
-      drain(ik_free, step)
+      mosaic.drain(ik_free, step)
 
       @pl.when(mine > 0)
       def _():
@@ -559,7 +559,7 @@ def _pairs(
         return lax.fori_loop(0, tiles, tile, carry)
 
       step, _ = lax.fori_loop(0, mine, unit, (jnp.int32(0), jnp.int32(0)))
-      drain(q_free, step)
+      mosaic.drain(q_free, step)
 
       @pl.when(mine > 0)
       def _():
