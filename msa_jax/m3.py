@@ -3,7 +3,9 @@
 A checkpoint is a folder with config.json and safetensors files (8 bytes of
 header length, a JSON header, raw tensors), with an index file where they are
 several. `load` gives a `DecoderLM`, `save` writes one back under the same
-names. Vision and multi-token-prediction tensors are named and skipped.
+names. Vision and multi-token-prediction tensors are named and skipped; weights
+have 16 or 32 bits. `M3` is the release's shape and `PAPER_10B` that of the
+paper's model; `count_parameters` counts what such a model has.
 
 python -m msa_jax.m3 show FOLDER
 python -m msa_jax.m3 sample FOLDER --text "The weather"
