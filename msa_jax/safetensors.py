@@ -148,8 +148,9 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
   return tensors
 
 
-def some(names: Sequence[str], most: int = 20) -> str:
+def some(names: Sequence[str]) -> str:
   """The first names, and how many more there are."""
+  most = 20
   more = f", and {len(names) - most} more" if len(names) > most else ""
   return ", ".join(names[:most]) + more
 

@@ -20,7 +20,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from msa_jax.model import ModelConfig
+from msa_jax.model_config import ModelConfig
 from train import data as data_lib
 from train.checkpoint import Checkpoints, provenance, write_json
 from train.config import ComparisonConfig, RunConfig, to_dict, with_step_unit
@@ -100,7 +100,6 @@ def _time_steps(
   phase: str,
   batch: data_lib.Batch,
   state: TrainState,
-  least: float = 1.0,
 ) -> list[float]:
   """Seconds of single training steps of a phase; uses up the state."""
   run = program.config
@@ -113,7 +112,7 @@ def _time_steps(
     state, metrics = program.step(state, batch, step)
     return metrics
 
-  return _seconds(call, least, 20)
+  return _seconds(call, 1.0, 20)
 
 
 def _trained_state(program: Program) -> tuple[TrainState, int]:
