@@ -14,13 +14,11 @@ from msa_jax.cache import Cache, LayerCache
 from msa_jax.model import (
   DecoderLM,
   ExtendOutput,
-  IndexConfig,
   LMOutput,
-  ModelConfig,
-  MoEConfig,
   is_index_param,
   to_msa,
 )
+from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 from msa_jax.ops import (
   DecodeOutput,
   MSAOutput,

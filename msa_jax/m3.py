@@ -36,11 +36,10 @@ from msa_jax.attention import Sharding
 from msa_jax.m3_config import config_json, read_config
 from msa_jax.model import (
   DecoderLM,
-  ModelConfig,
-  MoEConfig,
   group_sizes,
   is_index_param,
 )
+from msa_jax.model_config import ModelConfig, MoEConfig
 from msa_jax.safetensors import DTYPES
 
 PAPER_10B = ModelConfig(

@@ -8,7 +8,7 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-from msa_jax.model import IndexConfig, ModelConfig, MoEConfig
+from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 from msa_jax.safetensors import DTYPES
 
 

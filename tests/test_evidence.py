@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import msa_jax
-from msa_jax.model import IndexConfig
+from msa_jax.model_config import IndexConfig
 from pallas_kernels import cases
 from pallas_kernels.bench import fit
 from train import __main__ as cli

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 import pytest
 
-from msa_jax.model import IndexConfig, ModelConfig
+from msa_jax.model_config import IndexConfig, ModelConfig
 from train import __main__ as cli
 from train import checkpoint, data, loop
 from train import config as config_lib

@@ -12,7 +12,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from msa_jax.model import ModelConfig
+from msa_jax.model_config import ModelConfig
 from train.data import DataConfig
 
 

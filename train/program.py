@@ -25,6 +25,7 @@ from jax.sharding import PartitionSpec as Pspec
 
 from msa_jax import mlp
 from msa_jax import model as model_lib
+from msa_jax.model_config import IndexConfig, ModelConfig
 from train import config as config_lib
 from train import data as data_lib
 from train.checkpoint import Checkpoints, read_config
@@ -711,11 +712,9 @@ def _cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
   return optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
 
 
-def dense_twin(model: model_lib.ModelConfig) -> model_lib.ModelConfig:
+def dense_twin(model: ModelConfig) -> ModelConfig:
   """The same model with dense attention in every layer."""
-  return dataclasses.replace(
-    model, layer_kinds=("gqa",), index=model_lib.IndexConfig()
-  )
+  return dataclasses.replace(model, layer_kinds=("gqa",), index=IndexConfig())
 
 
 def flatten_state(state: TrainState) -> dict[str, Any]:
@@ -763,7 +762,7 @@ def by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
 
 
 def facts_found(
-  block_indices: np.ndarray, distance: np.ndarray, index: model_lib.IndexConfig
+  block_indices: np.ndarray, distance: np.ndarray, index: IndexConfig
 ) -> np.ndarray | None:
   """Of the facts that are asked for, beyond the blocks that every query reads:
   the share whose block some group of the asking token chose.

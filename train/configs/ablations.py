@@ -6,7 +6,7 @@ method; the other sides change what their name says.
 
 import dataclasses
 
-from msa_jax.model import IndexConfig
+from msa_jax.model_config import IndexConfig
 from train.config import ComparisonConfig, RecipeConfig, RunConfig
 from train.configs import demo, parity
 

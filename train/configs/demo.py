@@ -9,7 +9,7 @@ which side is better; `parity` is for that.
 
 import dataclasses
 
-from msa_jax.model import IndexConfig, ModelConfig
+from msa_jax.model_config import IndexConfig, ModelConfig
 from train.config import (
   ComparisonConfig,
   OptimizerConfig,

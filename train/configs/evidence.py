@@ -48,7 +48,7 @@ which must be asked for:
 
 import dataclasses
 
-from msa_jax.model import IndexConfig, ModelConfig
+from msa_jax.model_config import IndexConfig, ModelConfig
 from train.config import (
   ComparisonConfig,
   OptimizerConfig,

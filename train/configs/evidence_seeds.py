@@ -6,7 +6,7 @@ the same eighth as `evidence`. Data, recipe and kernels are the same too.
 
 import dataclasses
 
-from msa_jax.model import IndexConfig
+from msa_jax.model_config import IndexConfig
 from train.config import ComparisonConfig
 from train.configs import evidence
 

@@ -7,7 +7,7 @@ a GPU it takes minutes, on two CPU cores half an hour and more.
 
 import dataclasses
 
-from msa_jax.model import IndexConfig
+from msa_jax.model_config import IndexConfig
 from train.config import ComparisonConfig, RecipeConfig, RunConfig
 from train.configs import demo
 

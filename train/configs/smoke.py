@@ -2,7 +2,7 @@
 
 import dataclasses
 
-from msa_jax.model import IndexConfig, ModelConfig
+from msa_jax.model_config import IndexConfig, ModelConfig
 from train.config import (
   ComparisonConfig,
   OptimizerConfig,
