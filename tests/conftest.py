@@ -3,12 +3,14 @@ import os
 # Most of the tests' time is compilation: trade run time for it. The second flag
 # keeps NaN in row maxima, which XLA's CPU backend (jax 0.11.2) loses otherwise
 # (8 columns or more); interpreted kernels take maxima as the GPU does. Both are
-# read when the backend starts.
+# read when the backend starts. The third one is for GPUs: to time ways of
+# multiplying takes longer than the tests' products.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
     "--xla_cpu_experimental_ynn_fusion_type=",
+    "--xla_gpu_autotune_level=0",
   )
 )
 

@@ -247,33 +247,42 @@ def check_decode(case: Case, precision: str) -> str | None:
   out, ids = jax.jit(attention(case))(
     *arguments(q, index_q, (k, v, index_k, scale), lengths)
   )
-  if scale is not None:
-    index_q, q_scale = reference.fp8_codes(index_q)
-    index_q = index_q.astype(jnp.float32) * q_scale[..., None]
-    index_k = index_k.astype(jnp.float32) * scale[..., None]
-  want_ids = reference.select_blocks(
-    index_q,
-    index_k,
-    block_size=case.block_size,
-    top_k=case.top_k,
-    num_local_blocks=1,
-    kv_lengths=lengths,
-    score_precision="exact",
-  )
-  recall = float(cases.recall(ids, want_ids))
+
+  @measure.truth
+  def choice(index_q, index_k, scale, lengths):
+    if scale is not None:
+      index_q, q_scale = reference.fp8_codes(index_q)
+      index_q = index_q.astype(jnp.float32) * q_scale[..., None]
+      index_k = index_k.astype(jnp.float32) * scale[..., None]
+    return reference.select_blocks(
+      index_q,
+      index_k,
+      block_size=case.block_size,
+      top_k=case.top_k,
+      num_local_blocks=1,
+      kv_lengths=lengths,
+      score_precision="exact",
+    )
+
+  recall = float(cases.recall(ids, choice(index_q, index_k, scale, lengths)))
   # Blocks whose scores are as good as equal may stand for each other; Hopper
   # sums e4m3 products with about 14 bits.
   floor = dict(exact=0.99, fp8=0.95)[precision]
   if not recall >= floor:
     return f"recall {recall:.5f} against the reference, at least {floor} needed"
-  positions = reference.query_positions(
-    case.tokens, case.kv_tokens, case.batch, lengths
-  )
-  visible = reference.chosen_tokens(
-    ids, positions, case.kv_tokens, case.block_size
-  )
-  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-  want, _ = reference.attend(q, k, v, visible, case.head_dim**-0.5)
+
+  @measure.truth
+  def attended(q, k, v, ids, lengths):
+    positions = reference.query_positions(
+      case.tokens, case.kv_tokens, case.batch, lengths
+    )
+    visible = reference.chosen_tokens(
+      ids, positions, case.kv_tokens, case.block_size
+    )
+    q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+    return reference.attend(q, k, v, visible, case.head_dim**-0.5)[0]
+
+  want = attended(q, k, v, ids, lengths)
   return measure.check_rms("out", out, want)
 
 

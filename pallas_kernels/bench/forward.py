@@ -226,7 +226,7 @@ def check_select(case: Case, precision: ScorePrecision) -> str | None:
   """What is wrong with the choice, or None."""
   inputs = cases.index_inputs(jax.random.key(7), case, "random")
   got = jax.jit(select(case, precision))(*inputs)
-  want = jax.jit(
+  want = measure.truth(
     functools.partial(
       reference.select_blocks,
       block_size=case.block_size,
@@ -271,7 +271,7 @@ def check_sparse(case: Case) -> str | None:
   ids = random_blocks(case)
   out, lse = jax.jit(sparse(case))(q, k, v, ids)
 
-  @jax.jit
+  @measure.truth
   def truth_and_yardstick(q, k, v, ids):
     positions = reference.query_positions(
       case.tokens, case.kv_tokens, case.batch, None

@@ -91,6 +91,12 @@ def ceilings() -> dict[str, float]:
   )
 
 
+def truth(function: Callable[..., Any]) -> Callable[..., Any]:
+  """jit for what results are checked against, which runs once: XLA spends no
+  time on finding the fastest way to multiply."""
+  return jax.jit(function, compiler_options={"xla_gpu_autotune_level": 0})
+
+
 # ---- What an op must compute, in floating-point operations ----
 
 
