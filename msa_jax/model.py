@@ -574,13 +574,21 @@ class DecoderLM(nnx.Module):
       capacity: tokens that each row has room for, C.
       index_dtype: of the index keys: the model's dtype, or float8_e4m3fn, which
         halves what decoding reads and scores blocks as score_precision="fp8"
-        does. None: float8_e4m3fn if that is the config's score_precision.
+        does. None: float8_e4m3fn if that is the config's score_precision. A
+        model without MSA layers keeps none and takes only None.
 
     Raises:
       ValueError: an argument is wrong.
       NotImplementedError: an ablation of the config has no cached form.
     """
-    if index_dtype is None and self.config.index.score_precision == "fp8":
+    if "msa" not in self.config.kinds:
+      _require(
+        index_dtype is None,
+        "index_dtype",
+        "None for a model without MSA layers, which caches no index keys",
+        index_dtype,
+      )
+    elif index_dtype is None and self.config.index.score_precision == "fp8":
       index_dtype = cache_lib.FP8
 
     def build():
@@ -677,12 +685,12 @@ class DecoderLM(nnx.Module):
     index_dtypes = [
       layer.index_k.dtype for layer in cache.layers if layer.index_k is not None
     ]
-    codes = any(dtype == cache_lib.FP8 for dtype in index_dtypes)
+    index_dtype = None
+    if "msa" in self.config.kinds:
+      codes = any(dtype == cache_lib.FP8 for dtype in index_dtypes)
+      index_dtype = cache_lib.FP8 if codes else self.config.dtype
     build = functools.partial(
-      self.init_cache,
-      batch,
-      cache.capacity,
-      index_dtype=cache_lib.FP8 if codes else self.config.dtype,
+      self.init_cache, batch, cache.capacity, index_dtype=index_dtype
     )
     found, wanted = _describe(cache), _describe(jax.eval_shape(build))
     for name in sorted({*found, *wanted}):

@@ -619,6 +619,10 @@ def test_a_cache_that_does_not_fit():
     "index_dtype must be float32": lambda: model.init_cache(
       3, 16, index_dtype="bfloat16"
     ),
+    "index_dtype must be None for a model without MSA layers, which caches no"
+    " index keys, got 'float8_e4m3fn'": lambda: build(
+      layer_kinds=("gqa",)
+    ).init_cache(3, 16, index_dtype="float8_e4m3fn"),
   }.items():
     with pytest.raises(ValueError) as error:
       call()
