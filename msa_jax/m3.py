@@ -553,7 +553,8 @@ def save(
 
   config.json, safetensors files and their index, under the released names and
   in the parameters' dtypes; no tokenizer. The host holds one tensor at a time.
-  The folder appears whole or not at all.
+  The folder appears whole or not at all; what a killed call left beside it, in
+  .NAME.XXXXXXXX.unfinished, the next one for the same folder removes.
 
   Args:
     model: any `DecoderLM` whose parameters have released names.

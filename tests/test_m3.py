@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import shutil
+import signal
 import subprocess
 import sys
 
@@ -594,6 +595,74 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
   with pytest.raises(OSError, match="No space left"):
     m3.save(model, tmp_path / "out", max_file_bytes=100_000)
   assert len(fetched) == 30 and not list(tmp_path.iterdir())
+
+
+KILLED = """
+import os, pathlib, signal, sys
+import numpy as np
+from msa_jax.safetensors import write
+
+def fetch(name):
+  if name == "b":
+    os.kill(os.getpid(), signal.SIGKILL)
+  return np.zeros(3, np.float32)
+
+write(pathlib.Path(sys.argv[1]), {n: (np.dtype("f4"), (3,)) for n in "ab"},
+      fetch, documents={}, max_file_bytes=12)
+"""
+
+
+def write_one(folder, fetch=lambda name: np.ones(3, np.float32)):
+  tensors = {"a": (np.dtype("f4"), (3,))}
+  write(folder, tensors, fetch, documents={}, max_file_bytes=10**9)
+
+
+def test_the_next_save_removes_what_a_killed_one_left(tmp_path):
+  target = tmp_path / "out"
+  for folder in (target, tmp_path / "out.b"):
+    result = subprocess.run([sys.executable, "-c", KILLED, str(folder)])
+    assert result.returncode == -signal.SIGKILL
+  left, other = sorted(tmp_path.iterdir(), key=lambda path: len(path.name))
+  # Ours by name are those of this target alone.
+  own = tmp_path / ".out.backup"
+  own.mkdir()
+  write_one(target)
+  assert sorted(tmp_path.iterdir()) == sorted([target, other, own])
+  assert left.name.startswith(".out.") and other.name.startswith(".out.b.")
+  np.testing.assert_array_equal(tensors_of(target)["a"], np.ones(3))
+
+
+def test_a_save_leaves_another_that_is_under_way(tmp_path):
+  """Two at once into one folder: one of them wins, the other fails."""
+  target, seen = tmp_path / "out", []
+
+  def fetch(name):
+    write_one(target)
+    seen.extend(tmp_path.iterdir())
+    return np.zeros(3, np.float32)
+
+  with pytest.raises(OSError, match="not empty"):
+    write_one(target, fetch)
+  assert len(seen) == 2  # the finished one, and this one's hidden folder
+  assert list(tmp_path.iterdir()) == [target]
+  np.testing.assert_array_equal(tensors_of(target)["a"], np.ones(3))
+
+
+def test_a_save_is_on_the_disk_before_it_appears(tmp_path, monkeypatch):
+  synced = []
+
+  def fsync(handle):
+    path = pathlib.Path(os.readlink(f"/proc/self/fd/{handle}"))
+    synced.append((path, (tmp_path / "out").exists()))
+
+  monkeypatch.setattr(os, "fsync", fsync)
+  m3.save(m3.load(TINY), tmp_path / "out", max_file_bytes=600_000)
+  *before, last = synced
+  assert last == (tmp_path, True) and not any(there for _, there in before)
+  names = [path.name for path in (tmp_path / "out").iterdir()]
+  assert len(names) > 4
+  assert sorted(path.name for path, _ in before[:-1]) == sorted(names)
+  assert before[-1][0].parent == tmp_path
 
 
 # --- Configs ------------------------------------------------------------------
