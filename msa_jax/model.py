@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -446,6 +446,10 @@ class DecoderLM(nnx.Module):
     rngs: a stream named "params". Models of one seed that differ in
       `layer_kinds` alone share the values of all parameters that both have.
     sharding: mesh axes; needs a mesh in context. None: no annotations.
+
+  Attributes:
+    source: what `msa_jax.m3` keeps of the checkpoint that the parameters come
+      from, beside them; None if they come from none.
   """
 
   def __init__(
@@ -456,6 +460,7 @@ class DecoderLM(nnx.Module):
     sharding: Sharding | None = None,
   ):
     self.config = config
+    self.source: Hashable = None
     self.sharding = sharding
     dtype = jnp.dtype(config.dtype)
     param_dtype = jnp.dtype(config.param_dtype)
@@ -924,6 +929,7 @@ def to_msa(
         f"config.{field.name} must be {old!r} as in the model, got {new!r}"
       )
   target = DecoderLM(config, rngs=rngs, sharding=sharding)
+  target.source = model.source
 
   def adopt(module, values: dict[tuple, Array]) -> None:
     state = nnx.state(module, nnx.Param)

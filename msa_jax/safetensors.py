@@ -174,12 +174,12 @@ def write(
 ) -> None:
   """Writes tensors, an index, and JSON documents beside them.
 
-  All goes to a hidden folder beside it, .NAME.XXXXXXXX.unfinished, is brought to
-  the disk, and then takes this folder's name: it appears whole or not at all,
-  also if the machine stops. An error removes the hidden folder; what a killed
-  process left, the next call for the same folder removes. It knows that no
-  process writes there any more by the lock that a writer holds, and leaves a
-  folder alone where the file system has no locks.
+  All goes to a hidden folder beside it, .NAME.XXXXXXXX.unfinished, is brought
+  to the disk, and then takes this folder's name: it appears whole or not at
+  all, also if the machine stops. An error removes the hidden folder; what a
+  killed process left, the next call for the same folder removes. It knows by
+  the lock that a writer holds whether one is still at work, and leaves a folder
+  alone where the file system has no locks.
 
   Args:
     folder: empty or missing.

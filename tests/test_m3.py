@@ -29,8 +29,10 @@ from msa_jax import (
   MoEConfig,
   m3,
   m3_commands,
+  m3_config,
 )
 from msa_jax.m3_config import config_json
+from msa_jax.mlp import balance
 from msa_jax.safetensors import read_headers, write
 from train import data
 
@@ -338,6 +340,142 @@ def test_round_trip(tmp_path, scan_layers):
     assert file.stat().st_size < 150_000 or not scan_layers
     read |= load_file(file)
   same_bits(tensors, read)
+
+
+def test_choice_biases_are_float32_and_go_back_as_they_came(tmp_path):
+  """Of a bfloat16 file too: a balancing step would be lost in 8 bits."""
+  name = f"{LAYER}2.block_sparse_moe.e_score_correction_bias"
+  tensors = {
+    key: value.astype(ml_dtypes.bfloat16)
+    for key, value in tensors_of(TINY).items()
+  }
+  # One layer's is of another dtype.
+  other = f"{LAYER}1.block_sparse_moe.e_score_correction_bias"
+  tensors[other] = tensors_of(TINY)[other]
+  tensors[name] = np.asarray([2, 0.5, -1, 0], ml_dtypes.bfloat16)
+  model = m3.load(make(tmp_path / "bf16", tensors))
+  bias = model.layers[2].mlp.choice_bias
+  assert bias[...].dtype == jnp.float32
+  m3.save(model, tmp_path / "same")
+  same_bits(tensors, tensors_of(tmp_path / "same"))
+  # Half of 2's last bit in bfloat16 is 2^-7.
+  moved = balance(bias[...], jnp.asarray([0, 4, 4, 0]), 1e-3)
+  assert np.all(np.abs(moved - bias[...]) > 9e-4)
+  bias[...] = moved
+  for folder in ("moved", "again"):
+    m3.save(model, tmp_path / folder)
+    got = tensors_of(tmp_path / folder)
+    np.testing.assert_array_equal(got[name], moved)
+    same_bits(
+      {k: v for k, v in got.items() if "e_score" not in k},
+      {k: v for k, v in tensors.items() if "e_score" not in k},
+    )
+    assert {v.dtype for k, v in got.items() if "e_score" in k} == {
+      np.dtype(np.float32)
+    }
+    model = m3.load(tmp_path / folder, scan_layers=folder == "moved")
+
+
+def test_save_keeps_what_the_config_held(tmp_path):
+  """Every field of the loaded config.json that is still true."""
+  whole = json.loads((TINY / "config.json").read_text())
+  more = dict(eos_token_id=[7, 9], bos_token_id=5, max_position_embeddings=999)
+
+  def saved(name, config, **changes):
+    folder = make(tmp_path / name)
+    (folder / "config.json").write_text(json.dumps(config))
+    model = m3.load(folder, **changes)
+    m3.save(model, tmp_path / f"{name}_out")
+    assert m3.load(tmp_path / f"{name}_out", **changes).config == model.config
+    return json.loads((tmp_path / f"{name}_out" / "config.json").read_text())
+
+  flat = whole | more | dict(own_field={"a": [1, None]}, scoring_func="sigmoid")
+  assert saved("flat", flat, scan_layers=True) == flat
+  # The parameters' dtype changes, and so does what says it.
+  dtype = dict(torch_dtype="float32")
+  assert saved("half", flat | dtype, dtype="bfloat16") == flat | dict(
+    torch_dtype="bfloat16"
+  )
+  # Code and multi-token prediction do not come along.
+  gone = dict(auto_map={"AutoModel": "x.Y"}, use_mtp=True, num_mtp_modules=3)
+  assert saved("gone", flat | gone) == flat
+  # The text part of a vision model, under the identity of a text model.
+  vision = dict(
+    text_config=flat | dict(eos_token_id=1, architectures=["X"]),
+    eos_token_id=3,
+    vision_config=dict(hidden_size=3),
+    image_token_index=8,
+    architectures=["Y"],
+  )
+  got = saved("vision", vision)
+  identity = {k: got[k] for k in ("architectures", "model_type")}
+  assert identity == {k: config_json(m3.read_config(TINY))[k] for k in identity}
+  assert got == flat | identity | dict(eos_token_id=3)
+  # A model of no checkpoint has no such fields.
+  fresh = m3.load(TINY)
+  fresh.source = None
+  m3.save(fresh, tmp_path / "fresh")
+  fields = json.loads((tmp_path / "fresh" / "config.json").read_text())
+  assert fields == config_json(fresh.config)
+  assert not set(fields) & set(more)
+
+
+def test_a_changed_model_keeps_the_fields_that_do_not_describe_it(
+  m2_folder, tmp_path
+):
+  config = json.loads((m2_folder / "config.json").read_text())
+  config |= dict(
+    architectures=["MiniMaxM2ForCausalLM"],
+    model_type="minimax_m2",
+    eos_token_id=9,
+    own_field=1,
+    num_experts=4,
+    moe_layer_freq=[0, 1, 1, 1],
+  )
+  shutil.copytree(m2_folder, tmp_path / "m2")
+  (tmp_path / "m2" / "config.json").write_text(json.dumps(config))
+  model = m3.load(tmp_path / "m2")
+  m3.save(model, tmp_path / "same", prefix="")
+  same = json.loads((tmp_path / "same" / "config.json").read_text())
+  assert same == config
+  model = to_msa(model, IndexConfig(index_dim=16, block_size=16, top_k=3))
+  m3.save(model, tmp_path / "msa")
+  fields = json.loads((tmp_path / "msa" / "config.json").read_text())
+  described = config_json(model.config)
+  assert fields | described == fields
+  assert fields["eos_token_id"] == 9 and fields["own_field"] == 1
+  assert fields["max_position_embeddings"] == 512
+  assert not {"num_experts", "moe_layer_freq"} & set(fields)
+  read = m3.read_config(tmp_path / "msa")
+  assert (read.kinds, read.index) == (("msa",) * 4, model.config.index)
+
+
+def test_fields_that_describe_a_model_are_known():
+  """What is read or written of a model is not kept of an older one."""
+  read = set()
+
+  class Recorder(dict):
+    def get(self, key, default=None):
+      read.add(key)
+      return super().get(key, default)
+
+  fields = m3_config._Fields({})
+  fields.fields = Recorder(json.loads((TINY / "config.json").read_text()))
+  fields.rope = fields.fields["rope_parameters"]
+  fields.model()
+  # These have one value that is supported; the config keeps it.
+  read -= {
+    "attention_bias",
+    "n_shared_experts",
+    "qk_norm_type",
+    "quantization_config",
+    "rope_scaling",
+    "scoring_func",
+    "sliding_window",
+    "use_routing_bias",
+  }
+  known = {*m3_config._OTHER_KEYS, *m3_config._SOMETIMES}
+  assert read - known - set(config_json(m3.read_config(TINY))) == set()
 
 
 def test_dtype_is_cast_but_for_the_routers():
