@@ -28,7 +28,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  SingleDeviceSharding,
+)
 
 from msa_jax import safetensors
 from msa_jax.attention import Sharding
@@ -37,6 +43,7 @@ from msa_jax.model import (
   DecoderLM,
   ModelConfig,
   MoEConfig,
+  abstract_model,
   group_sizes,
   is_index_param,
 )
@@ -117,7 +124,7 @@ class ParameterCounts(NamedTuple):
 def count_parameters(config: ModelConfig) -> ParameterCounts:
   """Counts from shapes alone; nothing is allocated."""
   total = routed = embedding = index = 0
-  for path, leaf in _abstract(config, None)[1].items():
+  for path, leaf in abstract_model(config, None)[1].items():
     size = math.prod(leaf.shape)
     total += size
     index += size * is_index_param(path)
@@ -220,20 +227,6 @@ class Leaf:
 def _rest(path: tuple) -> str:
   """Dotted name of a parameter, inside its layer if it is of one."""
   return ".".join(map(str, path[2:] if path[0] == "layers" else path))
-
-
-def _abstract(config: ModelConfig, sharding: Sharding | None):
-  """Graph definition, shapes by path and partition specs of a model."""
-  model = nnx.eval_shape(
-    lambda: DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
-  )
-  graphdef, state = nnx.split(model, nnx.Param)
-  specs = nnx.to_flat_state(nnx.get_partition_spec(state))
-  return (
-    graphdef,
-    {path: leaf for path, leaf in nnx.to_flat_state(state)},
-    {path: leaf.get_value() for path, leaf in specs},
-  )
 
 
 def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[Leaf]:
@@ -447,7 +440,7 @@ def load(
   )
   sharding = None if mesh is None else _sharding(mesh)
   with jax.set_mesh(mesh):
-    graphdef, shapes, specs = _abstract(config, sharding)
+    graphdef, shapes, specs = abstract_model(config, sharding)
   leaves = _leaves(config, shapes)
   # A piece goes to one device, whatever mesh the caller works under.
   with jax.set_mesh(None):
@@ -484,7 +477,7 @@ def open_checkpoint(
   """Config and headers of a checkpoint that is whole."""
   config = dataclasses.replace(read_config(folder), **options)
   checkpoint = Checkpoint.read(folder)
-  checkpoint.check(folder, _leaves(config, _abstract(config, None)[1]))
+  checkpoint.check(folder, _leaves(config, abstract_model(config, None)[1]))
   return config, checkpoint
 
 
@@ -552,13 +545,24 @@ def _read(
       else:
         if buffer is None:
           shape = tuple(last - first for first, last, _ in bounds)
-          buffer = jnp.zeros(shape, dtype, device=device)
+          buffer = _zeros(shape, dtype, device)()
         start = [i - first for i, first in zip(at, firsts)]
         buffer = _placed(buffer, piece, start)
       # Or the host would run ahead and hold many.
       buffer.block_until_ready()
     parts.append(buffer)
   return jax.make_array_from_single_device_arrays(leaf.shape, place, parts)
+
+
+@functools.cache
+def _zeros(
+  shape: tuple[int, ...], dtype: np.dtype, device: jax.Device
+) -> Callable[[], jax.Array]:
+  # jnp.zeros would make them on the first device and copy them over.
+  place = SingleDeviceSharding(device)
+  return jax.jit(
+    functools.partial(jnp.zeros, shape, dtype), out_shardings=place
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))

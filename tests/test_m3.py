@@ -33,6 +33,7 @@ from msa_jax import (
 )
 from msa_jax.m3_config import config_json
 from msa_jax.mlp import balance
+from msa_jax.model import abstract_model
 from msa_jax.safetensors import read_headers, write
 from train import data
 
@@ -512,23 +513,49 @@ def test_vision_and_mtp_tensors_are_named_and_skipped(tmp_path, caplog):
 
 
 MEMORY = """
-import resource, sys
+import dataclasses, resource, sys
 import jax
 from flax import nnx
-from msa_jax import m3
+from msa_jax import IndexConfig, m3, to_msa
 
-m3.load("tests/data/m3_tiny")
-peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+mesh, sharding = None, None
+if len(jax.devices()) == 4:
+  mesh = jax.make_mesh((2, 2), ("expert", "tensor"),
+                       axis_types=(jax.sharding.AxisType.Auto,) * 2)
+  sharding = m3._sharding(mesh)
+
+def load(folder):
+  return m3.load(folder, mesh=mesh)
+
+def convert(model):
+  index = IndexConfig(index_dim=32, block_size=16, top_k=3)
+  config = dataclasses.replace(model.config, layer_kinds=("msa",), index=index)
+  with jax.set_mesh(mesh):
+    return to_msa(model, config, rngs=nnx.Rngs(0), sharding=sharding)
+
+def buffers(*models):
+  # Size by address: arrays that two models share count once.
+  return {shard.data.unsafe_buffer_pointer(): shard.data.nbytes
+          for model in models for x in jax.tree.leaves(nnx.state(model))
+          for shard in x.addressable_shards}
+
+def peak():
+  return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+convert(load("tests/data/m3_tiny"))
 before = peak()
-model = m3.load(sys.argv[1])
-size = sum(x.nbytes for x in jax.tree.leaves(nnx.state(model)))
-print(size, peak() - before - size)
+model = load(sys.argv[1])
+size = sum(buffers(model).values())
+loaded = peak()
+both = sum(buffers(model, convert(model)).values())
+print(size, loaded - before - size, both - size, peak() - loaded)
 """
 
 
-def test_memory_of_a_load_is_that_of_single_tensors(tmp_path):
+@pytest.mark.parametrize("devices", [1, 4])
+def test_memory_of_a_load_is_that_of_single_tensors(tmp_path, devices):
   """The host holds no second copy of the model, nor of a parameter: experts
-  come one by one."""
+  come one by one. Nor does `to_msa` make one."""
   config = ModelConfig(
     vocab_size=64,
     num_layers=1,
@@ -544,7 +571,7 @@ def test_memory_of_a_load_is_that_of_single_tensors(tmp_path):
   noise = rng.standard_normal(512 * 512, np.float32)
   tensors = {
     m3._PREFIX + name: leaf.layout.tensor
-    for leaf in m3._leaves(config, m3._abstract(config, None)[1])
+    for leaf in m3._leaves(config, abstract_model(config, None)[1])
     for name in leaf.names.values()
   }
   write(
@@ -554,15 +581,23 @@ def test_memory_of_a_load_is_that_of_single_tensors(tmp_path):
     documents={"config.json": config_json(config)},
     max_file_bytes=10**9,
   )
+  env = os.environ | {
+    "XLA_FLAGS": os.environ["XLA_FLAGS"]
+    + f" --xla_force_host_platform_device_count={devices}",
+    "JAX_PLATFORMS": "cpu",
+  }
   result = subprocess.run(
     [sys.executable, "-c", MEMORY, str(tmp_path / "big")],
+    env=env,
     capture_output=True,
     text=True,
   )
-  size, more = map(int, result.stdout.split())
-  assert size > 250e6, result.stderr
+  assert result.returncode == 0, result.stderr[-2000:]
+  size, more, index, more_converted = map(int, result.stdout.split())
+  assert size > 250e6
   # A parameter of experts has 84 MB, a tensor 1 MB.
   assert more < 40e6
+  assert index < 2e6 and more_converted < 40e6
 
 
 # --- Bad input ----------------------------------------------------------------
