@@ -805,8 +805,9 @@ def _extend_dense(
   """Dense attention of one device's batch rows and KV heads.
 
   A weight of zero times NaN is NaN, so what unused slots hold is kept out of
-  the values: by a mask, or, as cuDNN skips the tiles that no row uses, by
-  zeros in the unused part of the last one, which cost next to nothing.
+  the values: by a mask, or, as cuDNN reads each row in tiles up to the one that
+  its length ends in, by zeros in the unused part of that tile, which cost next
+  to nothing. Whatever unused slots held before, cuDNN is given the same bits.
   """
   cache = cache.write(span.slots, k, v)
   q_len, capacity = q.shape[1], cache.k.shape[1]

@@ -232,7 +232,7 @@ def empty_layer(
     dtype: of keys and values.
     index_dim: size of an index key, I; None in a dense layer.
     index_dtype: of the index keys: dtype, which None means too, or
-      float8_e4m3fn.
+      float8_e4m3fn. A dense layer has no use for it.
 
   Raises:
     ValueError: a size is below 1, or index_dtype is neither.

@@ -17,6 +17,7 @@ import collections
 import dataclasses
 import functools
 import itertools
+import json
 import logging
 import math
 import os
@@ -29,13 +30,20 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from jax.sharding import (
+  AxisType,
+  Mesh,
+  NamedSharding,
+  PartitionSpec,
+  SingleDeviceSharding,
+)
 
 from msa_jax import safetensors
 from msa_jax.attention import Sharding
-from msa_jax.m3_config import config_json, read_config
+from msa_jax.m3_config import config_json, read_config, read_text_fields
 from msa_jax.model import (
   DecoderLM,
+  abstract_model,
   group_sizes,
   is_index_param,
 )
@@ -117,7 +125,7 @@ class ParameterCounts(NamedTuple):
 def count_parameters(config: ModelConfig) -> ParameterCounts:
   """Counts from shapes alone; nothing is allocated."""
   total = routed = embedding = index = 0
-  for path, leaf in _abstract(config, None)[1].items():
+  for path, leaf in abstract_model(config, None)[1].items():
     size = math.prod(leaf.shape)
     total += size
     index += size * is_index_param(path)
@@ -169,7 +177,10 @@ _ENDS = {
   "head.kernel": ("lm_head.weight", "into"),
 }
 # Rounding these changes which experts are chosen: `dtype` leaves them alone.
-_ROUTERS = ("mlp.router", "mlp.choice_bias")
+# The bias is float32 whatever the file holds: a step that balances the experts
+# moves it by less than half precision can tell.
+_BIAS = "mlp.choice_bias"
+_ROUTER = "mlp.router"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,28 +224,10 @@ class Leaf:
   names: dict[tuple[int, ...], str]
   layout: Layout
 
-  @property
-  def keeps_dtype(self) -> bool:
-    return _rest(self.path) in _ROUTERS
-
 
 def _rest(path: tuple) -> str:
   """Dotted name of a parameter, inside its layer if it is of one."""
   return ".".join(map(str, path[2:] if path[0] == "layers" else path))
-
-
-def _abstract(config: ModelConfig, sharding: Sharding | None):
-  """Graph definition, shapes by path and partition specs of a model."""
-  model = nnx.eval_shape(
-    lambda: DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
-  )
-  graphdef, state = nnx.split(model, nnx.Param)
-  specs = nnx.to_flat_state(nnx.get_partition_spec(state))
-  return (
-    graphdef,
-    {path: leaf for path, leaf in nnx.to_flat_state(state)},
-    {path: leaf.get_value() for path, leaf in specs},
-  )
 
 
 def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[Leaf]:
@@ -269,6 +262,23 @@ def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[Leaf]:
 
 
 @dataclasses.dataclass(frozen=True)
+class Source:
+  """What a checkpoint says beside the parameters; `save` gives it back.
+
+  Attributes:
+    fields: of config.json, the text model's, as JSON.
+    bias_dtypes: name and dtype of each choice bias.
+  """
+
+  fields: str
+  bias_dtypes: tuple[tuple[str, str], ...]
+
+  @property
+  def origin(self) -> dict[str, Any]:
+    return json.loads(self.fields)
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
   """What the headers of a folder's files say.
 
@@ -296,6 +306,15 @@ class Checkpoint:
       if _part(name) not in _SKIPPED
     }
     return cls(tensors, prefix, skipped, files)
+
+  def dtypes_of_biases(self) -> tuple[tuple[str, str], ...]:
+    """Names and dtypes of the tensors of choice biases."""
+    suffix = _LAYER[_BIAS][0]
+    return tuple(
+      (name, DTYPES[tensor.dtype].name)
+      for name, tensor in sorted(self.tensors.items())
+      if name.endswith(suffix)
+    )
 
   def describe_skipped(self) -> str:
     parts = collections.Counter(map(_part, self.skipped))
@@ -381,8 +400,8 @@ def load(
   Args:
     folder: holds config.json and the safetensors files.
     dtype: of the parameters and of the computation; None: each parameter keeps
-      the checkpoint's dtype, and the most frequent of them computes. The
-      routers' weights and choice biases keep theirs in any case.
+      the checkpoint's dtype, and the most frequent of them computes. In any
+      case the routers' weights keep theirs, and choice biases are float32.
     mesh: devices to split the parameters over, by the axes of
       `msa_jax.Sharding` that it has ("fsdp", "expert", "tensor", ...). Call the
       model under `jax.set_mesh(mesh)`, with every axis of type Auto. None: one
@@ -422,7 +441,7 @@ def load(
   )
   sharding = None if mesh is None else _sharding(mesh)
   with jax.set_mesh(mesh):
-    graphdef, shapes, specs = _abstract(config, sharding)
+    graphdef, shapes, specs = abstract_model(config, sharding)
   leaves = _leaves(config, shapes)
   # A piece goes to one device, whatever mesh the caller works under.
   with jax.set_mesh(None):
@@ -434,15 +453,23 @@ def load(
         places[leaf.path] = _place(leaf, mesh, specs[leaf.path])
     items = []
     for leaf in leaves:
-      kept = dtype is None or leaf.keeps_dtype
+      target = compute
+      if _rest(leaf.path) == _BIAS:
+        target = np.dtype(np.float32)
+      elif dtype is None or _rest(leaf.path) == _ROUTER:
+        target = checkpoint.dtype_of(leaf)
       array = _read(
         leaf,
         places[leaf.path],
-        checkpoint.dtype_of(leaf) if kept else compute,
+        target,
         lambda name: checkpoint.tensors[name].open(),
       )
       items.append((leaf.path, array))
-  return nnx.merge(graphdef, nnx.from_flat_state(items))
+  model = nnx.merge(graphdef, nnx.from_flat_state(items))
+  model.source = Source(
+    json.dumps(read_text_fields(folder)), checkpoint.dtypes_of_biases()
+  )
+  return model
 
 
 def open_checkpoint(
@@ -451,7 +478,7 @@ def open_checkpoint(
   """Config and headers of a checkpoint that is whole."""
   config = dataclasses.replace(read_config(folder), **options)
   checkpoint = Checkpoint.read(folder)
-  checkpoint.check(folder, _leaves(config, _abstract(config, None)[1]))
+  checkpoint.check(folder, _leaves(config, abstract_model(config, None)[1]))
   return config, checkpoint
 
 
@@ -519,13 +546,24 @@ def _read(
       else:
         if buffer is None:
           shape = tuple(last - first for first, last, _ in bounds)
-          buffer = jnp.zeros(shape, dtype, device=device)
+          buffer = _zeros(shape, dtype, device)()
         start = [i - first for i, first in zip(at, firsts)]
         buffer = _placed(buffer, piece, start)
       # Or the host would run ahead and hold many.
       buffer.block_until_ready()
     parts.append(buffer)
   return jax.make_array_from_single_device_arrays(leaf.shape, place, parts)
+
+
+@functools.cache
+def _zeros(
+  shape: tuple[int, ...], dtype: np.dtype, device: jax.Device
+) -> Callable[[], jax.Array]:
+  # jnp.zeros would make them on the first device and copy them over.
+  place = SingleDeviceSharding(device)
+  return jax.jit(
+    functools.partial(jnp.zeros, shape, dtype), out_shardings=place
+  )
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
@@ -553,8 +591,13 @@ def save(
   """Writes a checkpoint that `load` reads back with the same bits.
 
   config.json, safetensors files and their index, under the released names and
-  in the parameters' dtypes; no tokenizer. The host holds one tensor at a time.
-  The folder appears whole or not at all.
+  in the parameters' dtypes. A choice bias takes that of the checkpoint it was
+  loaded from again, unless one of them has moved to where that would round it:
+  then all are float32. config.json keeps what the loaded one held of the text
+  model and still means, such as eos_token_id and max_position_embeddings. A
+  tokenizer and other files are not copied. The host holds one tensor at a time.
+  The folder appears whole or not at all; what a killed call left beside it, in
+  .NAME.XXXXXXXX.unfinished, the next one for the same folder removes.
 
   Args:
     model: any `DecoderLM` whose parameters have released names.
@@ -584,6 +627,7 @@ def save(
     path: leaf.get_value()
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
+  source = model.source if isinstance(model.source, Source) else None
   tensors, places = {}, {}
   for leaf in _leaves(config, params):
     array, dotted = params[leaf.path], ".".join(map(str, leaf.path))
@@ -603,15 +647,29 @@ def save(
   def fetch(name: str) -> np.ndarray:
     array, at, layout = places[name]
     back = tuple(int(axis) for axis in np.argsort(layout.axes))
-    return np.asarray(jnp.transpose(array[at], back).reshape(layout.tensor))
+    value = np.asarray(jnp.transpose(array[at], back).reshape(layout.tensor))
+    return value.astype(tensors[name][0], copy=False)
+
+  if source is not None:
+    biases = {prefix + n: np.dtype(d) for n, d in source.bias_dtypes}
+    values = {name: fetch(name) for name in biases}
+    if all(_survives(values[name], dtype) for name, dtype in biases.items()):
+      for name, dtype in biases.items():
+        tensors[name] = (dtype, tensors[name][1])
 
   safetensors.write(
     folder,
     tensors,
     fetch,
-    documents={"config.json": config_json(config)},
+    documents={"config.json": config_json(config, source and source.origin)},
     max_file_bytes=max_file_bytes,
   )
+
+
+def _survives(value: np.ndarray, dtype: np.dtype) -> bool:
+  """Whether a dtype holds an array's very values."""
+  back = value.astype(dtype).astype(value.dtype)
+  return np.array_equal(back, value, equal_nan=True)
 
 
 if __name__ == "__main__":

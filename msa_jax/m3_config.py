@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -19,13 +20,7 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
     ValueError: the file is missing, contradicts itself or describes a model
       that is none of ours; the text names each field.
   """
-  path = pathlib.Path(folder) / "config.json"
-  try:
-    whole = json.loads(path.read_text())
-  except (OSError, ValueError) as error:
-    raise ValueError(f"{path} cannot be read: {error}") from None
-  if not isinstance(whole, dict):
-    raise ValueError(f"{path}: wanted a JSON object, got {whole!r}")
+  path, whole = _read(folder)
   reader = _Fields(whole)
   try:
     config = reader.model()
@@ -37,6 +32,73 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
   if reader.problems or config is None:
     raise ValueError(f"{path}:\n  " + "\n  ".join(reader.problems))
   return config
+
+
+def read_text_fields(folder: str | os.PathLike) -> dict[str, Any]:
+  """What a folder's config.json says of the text model, in one flat object.
+
+  Fields that only the vision part or multi-token prediction has are left out,
+  and so is auto_map, which names files of code.
+
+  Raises:
+    ValueError: the file is missing or no JSON object.
+  """
+  _, whole = _read(folder)
+  inner = whole.get("text_config")
+  fields = dict(whole)
+  if isinstance(inner, Mapping):
+    ids = {key: whole[key] for key in _TOKENS if whole.get(key) is not None}
+    outer = {key: whole[key] for key in _OUTER if key in whole}
+    fields = {**outer, **inner, **ids}
+    # They may be those of an older series that has the same text model.
+    fields = {key: v for key, v in fields.items() if key not in _IDENTITY}
+  return {
+    key: value
+    for key, value in fields.items()
+    if key != "auto_map" and "mtp" not in key
+  }
+
+
+def _read(folder: str | os.PathLike) -> tuple[pathlib.Path, dict[str, Any]]:
+  path = pathlib.Path(folder) / "config.json"
+  try:
+    whole = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
+  if not isinstance(whole, dict):
+    raise ValueError(f"{path}: wanted a JSON object, got {whole!r}")
+  return path, whole
+
+
+_IDENTITY = ("architectures", "model_type")
+_TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
+_OUTER = ("max_position_embeddings", "tie_word_embeddings")
+_DTYPES = ("dtype", "torch_dtype")
+# What `_Fields` reads under another key than `config_json` writes.
+_OTHER_KEYS = (
+  "mlp_intermediate_size",
+  "moe_layer_freq",
+  "num_experts",
+  "partial_rotary_factor",
+  "rope_theta",
+  "sparse_attention_config",
+  "torch_dtype",
+)
+# What `config_json` writes of some models only.
+_SOMETIMES = (
+  "swiglu_alpha",
+  "swiglu_limit",
+  "num_local_experts",
+  "num_experts_per_tok",
+  "shared_intermediate_size",
+  "n_shared_experts",
+  "routed_scaling_factor",
+  "index_n_heads",
+  "index_head_dim",
+  "index_block_size",
+  "index_topk_blocks",
+  "index_local_blocks",
+)
 
 
 class _Fields:
@@ -285,8 +347,37 @@ class _Fields:
       self.refuse(name, self.sparse.get(key), allowed)
 
 
-def config_json(config: ModelConfig) -> dict[str, Any]:
-  """What `read_config` reads as this model, under transformers' keys."""
+def config_json(
+  config: ModelConfig, origin: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+  """What `read_config` reads as this model.
+
+  Args:
+    config: of the model.
+    origin: of `read_text_fields`, of the checkpoint that the model comes from.
+      Where it still describes the model it is kept as it is, with the dtype of
+      the parameters where it names one. Where the model has changed, the fields
+      that describe it are written anew, under transformers' keys, and the
+      others are kept.
+  """
+  own = _described(config)
+  if not origin:
+    return own
+  before = dataclasses.replace(
+    _Fields(origin).model(), param_dtype=config.param_dtype
+  )
+  if own != _described(before):
+    drop = {*own, *_OTHER_KEYS, *_SOMETIMES}
+    return own | {k: v for k, v in origin.items() if k not in drop}
+  dtypes = {
+    key: config.param_dtype for key in _DTYPES if origin.get(key) is not None
+  }
+  identity = {key: own[key] for key in _IDENTITY}
+  return {**identity, **origin, **dtypes}
+
+
+def _described(config: ModelConfig) -> dict[str, Any]:
+  """All that a checkpoint says of a model, under transformers' keys."""
   index, moe = config.index, config.moe
   rope_dim = config.head_dim if config.rope_dim is None else config.rope_dim
   fields: dict[str, Any] = {

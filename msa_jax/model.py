@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Hashable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -14,7 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
-from jax.sharding import PartitionSpec
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from msa_jax import cache as cache_lib
@@ -194,6 +195,10 @@ class DecoderLM(nnx.Module):
     rngs: a stream named "params". Models of one seed that differ in
       `layer_kinds` alone share the values of all parameters that both have.
     sharding: mesh axes; needs a mesh in context. None: no annotations.
+
+  Attributes:
+    source: what `msa_jax.m3` keeps of the checkpoint that the parameters come
+      from, beside them; None if they come from none.
   """
 
   def __init__(
@@ -204,6 +209,7 @@ class DecoderLM(nnx.Module):
     sharding: Sharding | None = None,
   ):
     self.config = config
+    self.source: Hashable = None
     self.sharding = sharding
     dtype = jnp.dtype(config.dtype)
     param_dtype = jnp.dtype(config.param_dtype)
@@ -322,13 +328,21 @@ class DecoderLM(nnx.Module):
       capacity: tokens that each row has room for, C.
       index_dtype: of the index keys: the model's dtype, or float8_e4m3fn, which
         halves what decoding reads and scores blocks as score_precision="fp8"
-        does. None: float8_e4m3fn if that is the config's score_precision.
+        does. None: float8_e4m3fn if that is the config's score_precision. A
+        model without MSA layers keeps none and takes only None.
 
     Raises:
       ValueError: an argument is wrong.
       NotImplementedError: an ablation of the config has no cached form.
     """
-    if index_dtype is None and self.config.index.score_precision == "fp8":
+    if "msa" not in self.config.kinds:
+      require(
+        index_dtype is None,
+        "index_dtype",
+        "None for a model without MSA layers, which caches no index keys",
+        index_dtype,
+      )
+    elif index_dtype is None and self.config.index.score_precision == "fp8":
       index_dtype = cache_lib.FP8
 
     def build():
@@ -425,12 +439,12 @@ class DecoderLM(nnx.Module):
     index_dtypes = [
       layer.index_k.dtype for layer in cache.layers if layer.index_k is not None
     ]
-    codes = any(dtype == cache_lib.FP8 for dtype in index_dtypes)
+    index_dtype = None
+    if "msa" in self.config.kinds:
+      codes = any(dtype == cache_lib.FP8 for dtype in index_dtypes)
+      index_dtype = cache_lib.FP8 if codes else self.config.dtype
     build = functools.partial(
-      self.init_cache,
-      batch,
-      cache.capacity,
-      index_dtype=cache_lib.FP8 if codes else self.config.dtype,
+      self.init_cache, batch, cache.capacity, index_dtype=index_dtype
     )
     found, wanted = _describe(cache), _describe(jax.eval_shape(build))
     for name in sorted({*found, *wanted}):
@@ -551,31 +565,75 @@ def is_index_param(path: Sequence[Any]) -> bool:
   return any(str(name).startswith("index_") for name in names)
 
 
-def _layer_params(model: DecoderLM) -> list[dict[tuple, Array]]:
+def abstract_model(
+  config: ModelConfig, sharding: Sharding | None
+) -> tuple[Any, dict[tuple, Any], dict[tuple, PartitionSpec]]:
+  """Graph definition, shapes by path and partition specs of a model."""
+  model = nnx.eval_shape(
+    lambda: DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
+  )
+  graphdef, state = nnx.split(model, nnx.Param)
+  specs = nnx.to_flat_state(nnx.get_partition_spec(state))
+  return (
+    graphdef,
+    {path: leaf for path, leaf in nnx.to_flat_state(state)},
+    {path: leaf.get_value() for path, leaf in specs},
+  )
+
+
+def _split(x: Array, spec: PartitionSpec) -> Array:
+  """An array split over the mesh in context; the same one if it is so."""
+  if isinstance(x, Tracer):
+    return lax.with_sharding_constraint(x, spec)
+  return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))
+
+
+class _Layers:
   """Parameters of each layer by path, whether layers are stacked or not."""
-  layers = []
-  stacked = model.config.scan_layers
-  for group, count in zip(model.layers, group_sizes(model.config)):
-    flat = dict(nnx.to_flat_state(nnx.state(group, nnx.Param)))
-    if stacked:
-      layers.extend(
-        {path: param[...][j] for path, param in flat.items()}
-        for j in range(count)
-      )
-    else:
-      layers.append({path: param[...] for path, param in flat.items()})
-  return layers
+
+  def __init__(self, groups: Sequence[Any], config: ModelConfig):
+    self.groups = []
+    self.places = []
+    self.stacked = config.scan_layers
+    for group, count in zip(groups, group_sizes(config)):
+      flat = {
+        path: leaf.get_value()
+        for path, leaf in nnx.to_flat_state(nnx.state(group, nnx.Param))
+      }
+      self.places.extend((len(self.groups), j) for j in range(count))
+      self.groups.append((flat, count))
+
+  def paths(self, layer: int) -> set[tuple]:
+    return set(self.groups[self.places[layer][0]][0])
+
+  def get(self, layer: int, path: tuple) -> Array:
+    group, j = self.places[layer]
+    value = self.groups[group][0][path]
+    return value[j] if self.stacked else value
+
+  def stack(self, first: int, count: int, path: tuple) -> Array | None:
+    """A parameter of neighbouring layers, if they are of one stack here."""
+    group, j = self.places[first]
+    flat, size = self.groups[group]
+    if not self.stacked or j + count > size:
+      return None
+    return flat[path] if count == size else flat[path][j : j + count]
 
 
 def _index_from_main(
-  source: dict[tuple, Array], fresh: dict[tuple, Array], config: ModelConfig
-) -> dict[tuple, Array]:
-  """Index projections and norms of a layer, from its main branch.
+  name: tuple[str, str], source: _Layers, layer: int, config: ModelConfig
+) -> Array | None:
+  """An index projection or norm of a layer, from its main branch.
 
   Args:
-    source: the layer's parameters.
-    fresh: initial values of the index parameters, for dims beyond D.
-    config: of the model that the index parameters are for.
+    name: of the parameter in its attention.
+    source: parameters of the model that is without.
+    layer: number of the layer.
+    config: of the model that the index parameter is for.
+
+  Returns:
+    Values of the index dims 0 to n - 1, which dims beyond D do not have; None
+    if the main branch has no such parameter.
   """
   head_dim, index_dim = config.head_dim, config.index.index_dim
   rope_dim = head_dim if config.rope_dim is None else config.rope_dim
@@ -586,24 +644,22 @@ def _index_from_main(
   dims = np.array(
     [*pairs, *(half + i for i in pairs), *range(rope_dim, rope_dim + plain)]
   )
-  count = len(dims)
 
-  def at(*names: str) -> tuple:
-    return ("attention", *names)
+  def main(*name: str) -> Array:
+    return source.get(layer, ("attention", *name))
 
-  query = source[at("query", "kernel")]
-  grouped = query.reshape(len(query), config.num_kv_heads, -1, head_dim)
-  values = {
-    at("index_query", "kernel"): jnp.mean(grouped, axis=2),
-    at("index_key", "kernel"): jnp.mean(source[at("key", "kernel")], axis=1),
-  }
-  if config.qk_norm:
-    for name in ("query_norm", "key_norm"):
-      values[at(f"index_{name}", "scale")] = source[at(name, "scale")]
-  return {
-    path: fresh[path].at[..., :count].set(value[..., dims])
-    for path, value in values.items()
-  }
+  match name:
+    case ("index_query", "kernel"):
+      query = main("query", "kernel")
+      shape = (len(query), config.num_kv_heads, -1, head_dim)
+      value = jnp.mean(query.reshape(shape), axis=2)
+    case ("index_key", "kernel"):
+      value = jnp.mean(main("key", "kernel"), axis=1)
+    case ("index_query_norm" | "index_key_norm" as norm, "scale"):
+      value = main(norm.removeprefix("index_"), "scale")
+    case _:
+      return None
+  return value[..., dims]
 
 
 def to_msa(
@@ -616,13 +672,14 @@ def to_msa(
 ) -> DecoderLM:
   """Adds an Index Branch to a trained GQA model (the paper's MSA-CPT).
 
-  Every parameter of `model` is taken over. The index projections of layers that
-  had none start from those of the main branch: a group's index query from the
-  mean of its query heads, the index key from the mean of the key heads, both
-  with the norm weights that these have. Where I is less than D they take the
-  rotary pairs whose frequencies are the index heads' and the first of the other
-  dims; where it is more, the rest starts at random. With one head, I = D, the
-  index ranks by the very attention scores.
+  Every parameter of `model` is taken over, as the same array where both models
+  hold it alike, and none but the index projections is made. Those of layers
+  that had none start from those of the main branch: a group's index query from
+  the mean of its query heads, the index key from the mean of the key heads,
+  both with the norm weights that these have. Where I is less than D they take
+  the rotary pairs whose frequencies are the index heads' and the first of the
+  other dims; where it is more, the rest starts at random. With one head, I = D,
+  the index ranks by the very attention scores.
 
   Before any training, recalls of a GQA model that had learnt associative recall
   (2 layers, 4/2 heads of 16, I 16, block 16, top 4 of 16; tests/test_m3.py,
@@ -663,49 +720,78 @@ def to_msa(
       raise ValueError(
         f"config.{field.name} must be {old!r} as in the model, got {new!r}"
       )
-  target = DecoderLM(config, rngs=rngs, sharding=sharding)
 
-  def adopt(module, values: dict[tuple, Array]) -> None:
-    state = nnx.state(module, nnx.Param)
-    flat = dict(nnx.to_flat_state(state))
-    unknown = sorted(set(values) - set(flat))
-    if unknown:
-      raise ValueError(
-        "config must describe a model that has all of the model's parameters,"
-        f" these have no place: {unknown}"
-      )
-    for path, value in values.items():
-      flat[path][...] = value.astype(flat[path].dtype)
-    nnx.update(module, nnx.from_flat_state(flat))
+  def build(rngs: nnx.Rngs) -> DecoderLM:
+    return DecoderLM(config, rngs=rngs, sharding=sharding)
 
-  source = _layer_params(model)
-  if index_init == "main" and config.index.selection == "index":
-    fresh = _layer_params(target)
-    for layer, kind in enumerate(config.kinds):
-      if kind == "msa" and not any(map(is_index_param, source[layer])):
-        source[layer] |= _index_from_main(source[layer], fresh[layer], config)
-  if config.scan_layers:
-    first = 0
-    for group, (_, count) in zip(target.layers, _runs(config)):
-      part = source[first : first + count]
-      if len({frozenset(layer) for layer in part}) > 1:
-        raise ValueError(
-          "config.scan_layers must be False to stack layers of the model that"
-          " hold different parameters, got True"
-        )
-      adopt(
-        group,
-        {path: jnp.stack([layer[path] for layer in part]) for path in part[0]},
-      )
-      first += count
-  else:
-    for layer, values in zip(target.layers, source):
-      adopt(layer, values)
-  for name in ("embed", "norm", "head"):
-    if hasattr(model, name):
-      module = getattr(model, name)
-      values = dict(nnx.to_flat_state(nnx.state(module, nnx.Param)))
-      adopt(
-        getattr(target, name), {p: param[...] for p, param in values.items()}
-      )
+  @nnx.jit
+  def fresh_index(rngs: nnx.Rngs) -> dict[tuple, Array]:
+    # What nobody asks for is not computed: the rest of the model.
+    flat = nnx.to_flat_state(nnx.state(build(rngs), nnx.Param))
+    return {
+      path: leaf.get_value() for path, leaf in flat if is_index_param(path)
+    }
+
+  graphdef, shapes, specs = abstract_model(config, sharding)
+  source = _Layers(model.layers, model.config)
+  params = {
+    path: leaf.get_value()
+    for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
+    if path[0] != "layers"
+  }
+  sizes = group_sizes(config)
+  firsts = [0, *itertools.accumulate(sizes)]
+  unknown = set(params) - set(shapes)
+  for group, (first, count) in enumerate(zip(firsts, sizes)):
+    here = {path[2:] for path in shapes if path[:2] == ("layers", group)}
+    for layer in range(first, first + count):
+      unknown |= {("layers", group, *p) for p in source.paths(layer) - here}
+  if unknown:
+    raise ValueError(
+      "config must describe a model that has all of the model's parameters,"
+      f" these have no place: {sorted(unknown, key=str)}"
+    )
+  fresh = fresh_index(rngs)
+
+  def layer_value(layer: int, path: tuple, start: Array | None) -> Array:
+    if path in source.paths(layer):
+      return source.get(layer, path)
+    value = None
+    if index_init == "main" and path[0] == "attention":
+      value = _index_from_main(path[1:], source, layer, config)
+    assert start is not None, path
+    if value is None:
+      return start
+    return start.at[..., : value.shape[-1]].set(value)
+
+  def find(path: tuple) -> Array:
+    if path in params:
+      return params[path]
+    _, group, *rest = path
+    rest = tuple(rest)
+    first, count = firsts[group], sizes[group]
+    layers = range(first, first + count)
+    if not config.scan_layers:
+      return layer_value(first, rest, fresh.get(path))
+    if all(rest in source.paths(layer) for layer in layers):
+      stack = source.stack(first, count, rest)
+      if stack is not None:
+        return stack
+    start = fresh.get(path)
+    return jnp.stack(
+      [
+        layer_value(layer, rest, None if start is None else start[j])
+        for j, layer in enumerate(layers)
+      ]
+    )
+
+  # One by one, so that no more than one parameter is there a second time.
+  items = []
+  for path, leaf in shapes.items():
+    value = find(path).astype(leaf.dtype)
+    items.append(
+      (path, value if sharding is None else _split(value, specs[path]))
+    )
+  target = nnx.merge(graphdef, nnx.from_flat_state(items))
+  target.source = model.source
   return target

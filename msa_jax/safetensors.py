@@ -7,14 +7,17 @@ model.safetensors, or several and an index that says which tensor is where.
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import json
 import math
 import operator
 import os
 import pathlib
+import re
 import shutil
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import ml_dtypes
@@ -22,6 +25,7 @@ import numpy as np
 
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+_UNFINISHED = ".unfinished"
 
 DTYPES = {
   "F32": np.dtype(np.float32),
@@ -171,8 +175,12 @@ def write(
 ) -> None:
   """Writes tensors, an index, and JSON documents beside them.
 
-  All goes to a folder of another name, which then takes this one's: it appears
-  whole or not at all.
+  All goes to a hidden folder beside it, .NAME.XXXXXXXX.unfinished, is brought
+  to the disk, and then takes this folder's name: it appears whole or not at
+  all, also if the machine stops. An error removes the hidden folder; what a
+  killed process left, the next call for the same folder removes. It knows by
+  the lock that a writer holds whether one is still at work, and leaves a folder
+  alone where the file system has no locks.
 
   Args:
     folder: empty or missing.
@@ -189,46 +197,90 @@ def write(
   }
   files = _pack(sizes, max_file_bytes)
   folder.parent.mkdir(parents=True, exist_ok=True)
+  _remove_unfinished(folder)
   work = pathlib.Path(
-    tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent)
+    tempfile.mkdtemp(
+      prefix=f".{folder.name}.", suffix=_UNFINISHED, dir=folder.parent
+    )
   )
   try:
-    places = {}
-    for number, names in enumerate(files, 1):
-      file = f"model-{number:05}-of-{len(files):05}.safetensors"
-      header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
-      end = 0
-      for name in names:
-        dtype, shape = tensors[name]
-        header[name] = {
-          "dtype": codes[dtype],
-          "shape": list(shape),
-          "data_offsets": [end, end + sizes[name]],
-        }
-        places[name] = file
-        end += sizes[name]
-      text = json.dumps(header, separators=(",", ":")).encode()
-      text += b" " * (-len(text) % 8)
-      with (work / file).open("wb") as out:
-        out.write(len(text).to_bytes(8, "little") + text)
+    with _locked(work):
+      places = {}
+      for number, names in enumerate(files, 1):
+        file = f"model-{number:05}-of-{len(files):05}.safetensors"
+        header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+        end = 0
         for name in names:
-          array = np.ascontiguousarray(fetch(name))
-          assert (array.dtype, array.shape) == tensors[name], name
-          out.write(array.reshape(-1).view(np.uint8).data)
-    index = {
-      "metadata": {"total_size": sum(sizes.values())},
-      "weight_map": places,
-    }
-    for name, content in {**documents, _INDEX_FILE: index}.items():
-      (work / name).write_text(json.dumps(content, indent=2) + "\n")
-    # mkdtemp's folder is the user's alone.
-    mask = os.umask(0)
-    os.umask(mask)
-    work.chmod(0o777 & ~mask)
-    os.replace(work, folder)
+          dtype, shape = tensors[name]
+          header[name] = {
+            "dtype": codes[dtype],
+            "shape": list(shape),
+            "data_offsets": [end, end + sizes[name]],
+          }
+          places[name] = file
+          end += sizes[name]
+        text = json.dumps(header, separators=(",", ":")).encode()
+        text += b" " * (-len(text) % 8)
+        with (work / file).open("wb") as out:
+          out.write(len(text).to_bytes(8, "little") + text)
+          for name in names:
+            array = np.ascontiguousarray(fetch(name))
+            assert (array.dtype, array.shape) == tensors[name], name
+            out.write(array.reshape(-1).view(np.uint8).data)
+      index = {
+        "metadata": {"total_size": sum(sizes.values())},
+        "weight_map": places,
+      }
+      for name, content in {**documents, _INDEX_FILE: index}.items():
+        (work / name).write_text(json.dumps(content, indent=2) + "\n")
+      # mkdtemp's folder is the user's alone.
+      mask = os.umask(0)
+      os.umask(mask)
+      work.chmod(0o777 & ~mask)
+      for path in (*work.iterdir(), work):
+        _sync(path)
+      os.replace(work, folder)
+      _sync(folder.parent)
   except BaseException:
     shutil.rmtree(work, ignore_errors=True)
     raise
+
+
+@contextlib.contextmanager
+def _locked(folder: pathlib.Path) -> Iterator[bool]:
+  """Locks a folder while its process lives, or says that it cannot."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    try:
+      fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+      yield False
+    else:
+      yield True
+  finally:
+    os.close(handle)
+
+
+def _remove_unfinished(folder: pathlib.Path) -> None:
+  """Removes what killed calls of `write` for this folder have left."""
+  name = re.compile(
+    rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}{re.escape(_UNFINISHED)}"
+  )
+  for work in folder.parent.iterdir():
+    if name.fullmatch(work.name):
+      # Another call may have been faster, or it is another user's.
+      gone = contextlib.suppress(FileNotFoundError, PermissionError)
+      with gone, _locked(work) as free:
+        if free:
+          shutil.rmtree(work)
+
+
+def _sync(path: pathlib.Path) -> None:
+  handle = os.open(path, os.O_RDONLY)
+  try:
+    os.fsync(handle)
+  finally:
+    os.close(handle)
 
 
 def _pack(sizes: Mapping[str, int], most: int) -> list[list[str]]:

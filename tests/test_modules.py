@@ -130,6 +130,32 @@ def test_to_msa_keeps_the_trained_model(scan_layers):
   assert run(msa).kl[0] == 0 and np.all(run(msa).kl[1:] > 0)
 
 
+@pytest.mark.parametrize("scan_layers", [False, True])
+def test_to_msa_makes_nothing_but_the_index_branch(scan_layers):
+  """The arrays of the model, and index projections of the seed's bits."""
+  changes = dict(layer_kinds=("msa",), scan_layers=scan_layers)
+  gqa = build(3, layer_kinds=("gqa",), scan_layers=scan_layers)
+  config = dataclasses.replace(CONFIG, **changes)
+  rngs, same = nnx.Rngs(9), nnx.Rngs(9)
+  msa = msa_jax.to_msa(gqa, config, rngs=rngs, index_init="random")
+  want = msa_jax.DecoderLM(config, rngs=same)
+  np.testing.assert_array_equal(*map(jax.random.key_data, (rngs(), same())))
+
+  def params(model):
+    flat = nnx.to_flat_state(nnx.state(model, nnx.Param))
+    return {path: leaf[...] for path, leaf in flat}
+
+  old, new, want = map(params, (gqa, msa, want))
+  assert new.keys() == want.keys()
+  assert any(map(msa_jax.is_index_param, new))
+  for path, value in new.items():
+    if msa_jax.is_index_param(path):
+      np.testing.assert_array_equal(value, want[path])
+    else:
+      pointers = [x.unsafe_buffer_pointer() for x in (value, old[path])]
+      assert pointers[0] == pointers[1], path
+
+
 def test_untied_output_and_dtypes():
   model = build(tie_embeddings=False, dtype="bfloat16", param_dtype="float32")
   assert model.head.kernel.dtype == jnp.float32
