@@ -115,11 +115,6 @@ class MixConfig:
   num_needles: int = 32
   """Facts tried in a row of text; no more than recall.num_keys."""
 
-  few_facts: float = 0.0
-  """Share of the training rows that have fewer facts, 1 to all, each octave
-  alike. Among thousands of tokens, to attend to the only fact pays from the
-  first, but to the right one of many only once facts are told from text."""
-
   answer_share: float = 0.2
   """What the answers weigh in the loss of a batch, all together, however few
   they are among its targets."""
@@ -129,8 +124,6 @@ class MixConfig:
       value = getattr(self, name)
       if not 0.0 < value < 1.0:
         raise ValueError(f"{name}={value}: wanted 0 < {name} < 1.")
-    if not 0.0 <= self.few_facts <= 1.0:
-      raise ValueError(f"few_facts={self.few_facts}: wanted 0 to 1.")
     if not 1 <= self.num_needles <= self.recall.num_keys:
       raise ValueError(
         f"num_needles={self.num_needles}: wanted 1 to recall.num_keys ="
@@ -348,30 +341,25 @@ class _RecallSource(Source):
 
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
     _check_batch(batch_size, context, seed=seed, step=step)
-    return self.make((_TRAIN_STREAM, seed, step), batch_size, context)
+    return self._make((_TRAIN_STREAM, seed, step), batch_size, context)
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     _check_batch(batch_size, context, index=index)
-    return self.make((_EVAL_STREAM, index), batch_size, context)
+    return self._make((_EVAL_STREAM, index), batch_size, context)
 
   def num_eval_batches(self, *, batch_size, context) -> None:
     _check_batch(batch_size, context)
 
-  def make(
-    self,
-    stream: tuple[int, ...],
-    batch_size: int,
-    context: int,
-    counts: np.ndarray | None = None,
+  def _make(
+    self, stream: tuple[int, ...], batch_size: int, context: int
   ) -> Batch:
-    """Sequences drawn from a stream of random numbers; counts as in `plant`."""
     rng = np.random.default_rng(stream)
     facts = self.draw(rng, self._config.num_facts, batch_size, context)
     tokens = rng.integers(
       1, self._first_key, size=(batch_size, context + 1), dtype=np.int32
     )
     tokens[:, 0] = 0
-    distance = self.plant(tokens, facts, 0, counts)
+    distance = self.plant(tokens, facts, 0)
     return Batch(tokens, distance >= 0, distance)
 
   def draw(
@@ -404,11 +392,7 @@ class _RecallSource(Source):
     return _Facts(fact_cell, fact_cell + apart, keys, values, offset)
 
   def plant(
-    self,
-    tokens: Int32[np.ndarray, "B T+1"],
-    facts: _Facts,
-    first_id: int,
-    counts: np.ndarray | None = None,
+    self, tokens: Int32[np.ndarray, "B T+1"], facts: _Facts, first_id: int
   ) -> Int32[np.ndarray, "B T"]:
     """Overwrites tokens with the facts that find two free cells.
 
@@ -416,7 +400,6 @@ class _RecallSource(Source):
       tokens: changed in place.
       facts: what to plant, in order.
       first_id: added to every id written.
-      counts: how many of a row's facts to try; None: all.
 
     Returns:
       The batch's `distance`.
@@ -426,12 +409,8 @@ class _RecallSource(Source):
     distance = np.full((batch_size, context), -1, np.int32)
     taken = np.zeros((batch_size, context // 2), np.bool_)
     every = np.arange(batch_size)
-    for i, (fact, query, key, value, offset) in enumerate(
-      zip(*(x.T for x in facts))
-    ):
+    for fact, query, key, value, offset in zip(*(x.T for x in facts)):
       free = ~(taken[every, fact] | taken[every, query])
-      if counts is not None:
-        free &= i < counts
       row = every[free]
       fact, query = fact[free], query[free]
       key, value = key[free], value[free]
@@ -467,7 +446,7 @@ class _MixSource(Source):
     self.token_bytes = np.zeros(self.vocab_size, np.int32)
     self.token_bytes[:text_ids] = self._text.token_bytes
     self.chance = self._recall.chance
-    settings = ("recall_share", "num_needles", "few_facts", "answer_share")
+    settings = ("recall_share", "num_needles", "answer_share")
     self.fingerprint = {
       "name": "text and retrieval",
       **{name: getattr(config, name) for name in settings},
@@ -480,19 +459,11 @@ class _MixSource(Source):
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
     shape: Any = dict(batch_size=batch_size, context=context)
     text = self._text.train_batch(seed, step, **shape)
-    stream = (_TRAIN_STREAM, seed, step)
-    rng = np.random.default_rng((_MIX_STREAM, *stream))
-    counts = self._counts(np.random.default_rng((*stream, 1)), batch_size)
-    needles = self._with_needles(text, rng, counts)
-    recall = self._moved(self._recall.make(stream, **shape, counts=counts))
+    rng = np.random.default_rng((_MIX_STREAM, _TRAIN_STREAM, seed, step))
+    needles = self._with_needles(text, rng)
+    recall = self._moved(self._recall.train_batch(seed, step, **shape))
     alone = rng.random(batch_size) < self._config.recall_share
     return Batch(*(np.where(alone[:, None], *x) for x in zip(recall, needles)))
-
-  def _counts(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-    """How many facts each training row tries."""
-    most = max(self._config.num_needles, self._config.recall.num_facts)
-    few = np.exp(rng.uniform(0.0, np.log(most + 1), batch_size)).astype(int)
-    return np.where(rng.random(batch_size) < self._config.few_facts, few, most)
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     return self._text.eval_batch(index, batch_size=batch_size, context=context)
@@ -513,19 +484,13 @@ class _MixSource(Source):
     batch = self._with_needles(text, rng)
     return batch._replace(loss_mask=batch.distance >= 0)
 
-  def _with_needles(
-    self,
-    text: Batch,
-    rng: np.random.Generator,
-    counts: np.ndarray | None = None,
-  ) -> Batch:
+  def _with_needles(self, text: Batch, rng: np.random.Generator) -> Batch:
     tokens = text.tokens.copy()
     batch_size, context = text.distance.shape
     facts = self._recall.draw(
       rng, self._config.num_needles, batch_size, context
     )
-    first_id = self._text.vocab_size
-    distance = self._recall.plant(tokens, facts, first_id, counts)
+    distance = self._recall.plant(tokens, facts, self._text.vocab_size)
     # Nothing can foretell where a fact or a query lies.
     planted = tokens[:, 1:] >= self._text.vocab_size
     return Batch(tokens, ~planted | (distance >= 0), distance)
