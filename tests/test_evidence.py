@@ -141,6 +141,26 @@ def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
   assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
 
 
+def test_facts_are_asked_more_than_once_in_training_alone(config):
+  shape = dict(batch_size=8, context=256)
+
+  def batches(asks):
+    source = data.load(dataclasses.replace(config, asks=asks))
+    train = source.train_batch(0, 0, **shape)
+    check_answers(config, train)
+    return train, source.probe_batch("recall", 0, **shape)
+
+  (once, probe), (often, same) = batches(1), batches(4)
+  assert all((a == b).all() for a, b in zip(probe, same))
+  asked, more = ((b.distance >= 0).sum(1) for b in (once, often))
+  assert (more > 2 * asked).all() and (more <= 4 * 8).all()
+  for row, distance in zip(often.tokens, often.distance):
+    (queries,) = np.nonzero(distance >= 0)
+    facts = queries - distance[queries]
+    # One fact a key, wherever it is asked for from.
+    assert len(set(zip(row[queries], facts))) == len(set(row[queries]))
+
+
 def test_answers_weigh_their_share_of_the_loss(config):
   batch = data.load(config).train_batch(1, 3, batch_size=4, context=128)
   weights = data.loss_weights(config, batch)

@@ -20,6 +20,7 @@ models that are compared see the same tokens.
 import abc
 import dataclasses
 import hashlib
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -115,6 +116,10 @@ class MixConfig:
   num_needles: int = 32
   """Facts tried in a row of text; no more than recall.num_keys."""
 
+  asks: int = 1
+  """How often a training row asks for a fact, each time from elsewhere. Probes
+  ask once: later queries could be answered from the ones before."""
+
   answer_share: float = 0.2
   """What the answers weigh in the loss of a batch, all together, however few
   they are among its targets."""
@@ -124,6 +129,8 @@ class MixConfig:
       value = getattr(self, name)
       if not 0.0 < value < 1.0:
         raise ValueError(f"{name}={value}: wanted 0 < {name} < 1.")
+    if self.asks < 1:
+      raise ValueError(f"asks={self.asks}: wanted at least 1.")
     if not 1 <= self.num_needles <= self.recall.num_keys:
       raise ValueError(
         f"num_needles={self.num_needles}: wanted 1 to recall.num_keys ="
@@ -305,7 +312,7 @@ class _Facts(NamedTuple):
   """Facts to plant in rows of cells of two tokens: arrays [row, fact]."""
 
   fact_cell: np.ndarray
-  query_cell: np.ndarray
+  query_cell: np.ndarray  # [row, fact, ask]
   keys: np.ndarray
   values: np.ndarray
   offset: np.ndarray  # which of its cell's two tokens a one-token fact takes
@@ -341,20 +348,27 @@ class _RecallSource(Source):
 
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
     _check_batch(batch_size, context, seed=seed, step=step)
-    return self._make((_TRAIN_STREAM, seed, step), batch_size, context)
+    return self.make((_TRAIN_STREAM, seed, step), batch_size, context)
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     _check_batch(batch_size, context, index=index)
-    return self._make((_EVAL_STREAM, index), batch_size, context)
+    return self.make((_EVAL_STREAM, index), batch_size, context)
 
   def num_eval_batches(self, *, batch_size, context) -> None:
     _check_batch(batch_size, context)
 
-  def _make(
-    self, stream: tuple[int, ...], batch_size: int, context: int
+  def make(
+    self,
+    stream: tuple[int, ...],
+    batch_size: int,
+    context: int,
+    asks: int = 1,
   ) -> Batch:
+    """Sequences drawn from a stream of random numbers, each fact asked for
+    `asks` times."""
     rng = np.random.default_rng(stream)
-    facts = self.draw(rng, self._config.num_facts, batch_size, context)
+    num_facts = self._config.num_facts
+    facts = self.draw(rng, num_facts, batch_size, context, asks)
     tokens = rng.integers(
       1, self._first_key, size=(batch_size, context + 1), dtype=np.int32
     )
@@ -368,6 +382,7 @@ class _RecallSource(Source):
     num_facts: int,
     batch_size: int,
     context: int,
+    asks: int = 1,
   ) -> _Facts:
     """Where facts and their queries lie, and what they say."""
     config = self._config
@@ -389,12 +404,19 @@ class _RecallSource(Source):
     )[:, :num_facts]
     values = rng.integers(config.num_values, size=shape)
     offset = rng.integers(2, size=shape)
-    return _Facts(fact_cell, fact_cell + apart, keys, values, offset)
+    # Later asks: log-uniform over what room the fact leaves.
+    room = np.minimum(longest, num_cells - 1 - fact_cell)[..., None]
+    more = rng.uniform(0.0, np.log(room + 1), (*shape, asks - 1))
+    more = np.clip(np.exp(more).astype(int), 1, room)
+    apart = np.concatenate([apart[..., None], more], -1)
+    query_cell = fact_cell[..., None] + apart
+    return _Facts(fact_cell, query_cell, keys, values, offset)
 
   def plant(
     self, tokens: Int32[np.ndarray, "B T+1"], facts: _Facts, first_id: int
   ) -> Int32[np.ndarray, "B T"]:
-    """Overwrites tokens with the facts that find two free cells.
+    """Overwrites tokens with the facts that find two free cells, and with the
+    later queries of these that find one.
 
     Args:
       tokens: changed in place.
@@ -409,8 +431,14 @@ class _RecallSource(Source):
     distance = np.full((batch_size, context), -1, np.int32)
     taken = np.zeros((batch_size, context // 2), np.bool_)
     every = np.arange(batch_size)
-    for fact, query, key, value, offset in zip(*(x.T for x in facts)):
-      free = ~(taken[every, fact] | taken[every, query])
+    stated = np.zeros(facts.keys.shape, np.bool_)
+    _, num_facts, asks = facts.query_cell.shape
+    for ask, i in itertools.product(range(asks), range(num_facts)):
+      fact, query = facts.fact_cell[:, i], facts.query_cell[:, i, ask]
+      key, value, offset = (x[:, i] for x in facts[2:])
+      free = ~taken[every, query]
+      free &= stated[:, i] if ask else ~taken[every, fact]
+      stated[free, i] = True
       row = every[free]
       fact, query = fact[free], query[free]
       key, value = key[free], value[free]
@@ -446,7 +474,7 @@ class _MixSource(Source):
     self.token_bytes = np.zeros(self.vocab_size, np.int32)
     self.token_bytes[:text_ids] = self._text.token_bytes
     self.chance = self._recall.chance
-    settings = ("recall_share", "num_needles", "answer_share")
+    settings = ("recall_share", "num_needles", "asks", "answer_share")
     self.fingerprint = {
       "name": "text and retrieval",
       **{name: getattr(config, name) for name in settings},
@@ -459,9 +487,10 @@ class _MixSource(Source):
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
     shape: Any = dict(batch_size=batch_size, context=context)
     text = self._text.train_batch(seed, step, **shape)
-    rng = np.random.default_rng((_MIX_STREAM, _TRAIN_STREAM, seed, step))
-    needles = self._with_needles(text, rng)
-    recall = self._moved(self._recall.train_batch(seed, step, **shape))
+    stream, asks = (_TRAIN_STREAM, seed, step), self._config.asks
+    rng = np.random.default_rng((_MIX_STREAM, *stream))
+    needles = self._with_needles(text, rng, asks)
+    recall = self._moved(self._recall.make(stream, **shape, asks=asks))
     alone = rng.random(batch_size) < self._config.recall_share
     return Batch(*(np.where(alone[:, None], *x) for x in zip(recall, needles)))
 
@@ -484,12 +513,13 @@ class _MixSource(Source):
     batch = self._with_needles(text, rng)
     return batch._replace(loss_mask=batch.distance >= 0)
 
-  def _with_needles(self, text: Batch, rng: np.random.Generator) -> Batch:
+  def _with_needles(
+    self, text: Batch, rng: np.random.Generator, asks: int = 1
+  ) -> Batch:
     tokens = text.tokens.copy()
     batch_size, context = text.distance.shape
-    facts = self._recall.draw(
-      rng, self._config.num_needles, batch_size, context
-    )
+    num_facts = self._config.num_needles
+    facts = self._recall.draw(rng, num_facts, batch_size, context, asks)
     distance = self._recall.plant(tokens, facts, self._text.vocab_size)
     # Nothing can foretell where a fact or a query lies.
     planted = tokens[:, 1:] >= self._text.vocab_size
