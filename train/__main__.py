@@ -4,7 +4,7 @@ python -m train compare demo
 python -m train train demo --task text --side msa --seed 0
 python -m train report runs/demo
 python -m train sample runs/demo/text/msa/seed0 --prompt "import "
-python -m train plan evidence --minutes 14
+python -m train compare evidence --plan 13 --minutes 8
 python -m train speed evidence
 
 All but `train` run without tyro.
@@ -15,7 +15,8 @@ import dataclasses
 import pathlib
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from train import checkpoint
 from train import config as config_lib
@@ -107,6 +108,12 @@ def _parser() -> argparse.ArgumentParser:
     "--minutes",
     type=float,
     help="stop after this time with a checkpoint, to be called again",
+  )
+  compare.add_argument(
+    "--plan",
+    type=float,
+    metavar="MINUTES",
+    help="first do what plan does, and go on with what it compiled",
   )
   compare.add_argument(
     "--no-report",
@@ -279,12 +286,18 @@ def _compare(args: argparse.Namespace) -> int:
     comparison = dataclasses.replace(comparison, runs=sides)
   _start_devices(args)
   folder = args.out or _default_folder(comparison)
+  ready = None
+  if args.plan is not None:
+    from train import speed
+
+    comparison, ready = speed.plan(comparison, folder, args.plan)
   path = compare(
     comparison,
     folder,
     sides=args.sides,
     stop_at=stop_at,
     with_report=not args.no_report,
+    ready=ready,
   )
   if path is None:
     print(f"{folder}: not finished yet; the same command goes on.")
@@ -300,6 +313,7 @@ def compare(
   sides: Sequence[str] | None = None,
   stop_at: float | None = None,
   with_report: bool = True,
+  ready: Mapping[str, Any] | None = None,
 ) -> pathlib.Path | None:
   """Trains every run of a comparison and writes its report.
 
@@ -309,6 +323,7 @@ def compare(
     sides: the only ones to train now; None: all.
     stop_at: as in `loop.run`.
     with_report: False: train only.
+    ready: what `speed.plan` made ready.
 
   Returns:
     The path of the report (or of the folder); None if stop_at came first.
@@ -319,7 +334,7 @@ def compare(
   """
   import jax
 
-  from train import loop, program, runs
+  from train import data, loop, program, runs
 
   resolved = list(comparison.resolve(folder))
   unknown = set(sides or ()) - {run.side for run in resolved}
@@ -370,15 +385,13 @@ def compare(
       continue
     if advanced and late():
       return None
-    programs: dict[tuple, program.Program] = {}
-    calls = []
-    for run in wanted:
-      if finished(run):
-        continue
-      key = program.decides(run)
-      programs[key] = programs.get(key) or program.Program(run)
-      calls += [(programs[key], phase) for phase in run.phases()]
-    source = program.prepare(wanted[0].data, calls)
+    waiting = [run for run in wanted if not finished(run)]
+    if ready and task in ready:
+      source, programs = ready[task]
+    elif waiting:
+      source, programs = program.make_ready(waiting)
+    else:
+      source, programs = data.load(wanted[0].data), {}
     for run in wanted:
       if advanced and late():
         return None

@@ -20,6 +20,7 @@ models that are compared see the same tokens.
 import abc
 import dataclasses
 import hashlib
+import itertools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -115,10 +116,9 @@ class MixConfig:
   num_needles: int = 32
   """Facts tried in a row of text; no more than recall.num_keys."""
 
-  few_facts: float = 0.0
-  """Share of the training rows that have fewer facts, 1 to all, each octave
-  alike. Among thousands of tokens, to attend to the only fact pays from the
-  first, but to the right one of many only once facts are told from text."""
+  asks: int = 1
+  """How often a training row asks for a fact, each time from elsewhere. Probes
+  ask once: later queries could be answered from the ones before."""
 
   answer_share: float = 0.2
   """What the answers weigh in the loss of a batch, all together, however few
@@ -129,8 +129,8 @@ class MixConfig:
       value = getattr(self, name)
       if not 0.0 < value < 1.0:
         raise ValueError(f"{name}={value}: wanted 0 < {name} < 1.")
-    if not 0.0 <= self.few_facts <= 1.0:
-      raise ValueError(f"few_facts={self.few_facts}: wanted 0 to 1.")
+    if self.asks < 1:
+      raise ValueError(f"asks={self.asks}: wanted at least 1.")
     if not 1 <= self.num_needles <= self.recall.num_keys:
       raise ValueError(
         f"num_needles={self.num_needles}: wanted 1 to recall.num_keys ="
@@ -312,7 +312,7 @@ class _Facts(NamedTuple):
   """Facts to plant in rows of cells of two tokens: arrays [row, fact]."""
 
   fact_cell: np.ndarray
-  query_cell: np.ndarray
+  query_cell: np.ndarray  # [row, fact, ask]
   keys: np.ndarray
   values: np.ndarray
   offset: np.ndarray  # which of its cell's two tokens a one-token fact takes
@@ -362,16 +362,18 @@ class _RecallSource(Source):
     stream: tuple[int, ...],
     batch_size: int,
     context: int,
-    counts: np.ndarray | None = None,
+    asks: int = 1,
   ) -> Batch:
-    """Sequences drawn from a stream of random numbers; counts as in `plant`."""
+    """Sequences drawn from a stream of random numbers, each fact asked for
+    `asks` times."""
     rng = np.random.default_rng(stream)
-    facts = self.draw(rng, self._config.num_facts, batch_size, context)
+    num_facts = self._config.num_facts
+    facts = self.draw(rng, num_facts, batch_size, context, asks)
     tokens = rng.integers(
       1, self._first_key, size=(batch_size, context + 1), dtype=np.int32
     )
     tokens[:, 0] = 0
-    distance = self.plant(tokens, facts, 0, counts)
+    distance = self.plant(tokens, facts, 0)
     return Batch(tokens, distance >= 0, distance)
 
   def draw(
@@ -380,6 +382,7 @@ class _RecallSource(Source):
     num_facts: int,
     batch_size: int,
     context: int,
+    asks: int = 1,
   ) -> _Facts:
     """Where facts and their queries lie, and what they say."""
     config = self._config
@@ -401,22 +404,24 @@ class _RecallSource(Source):
     )[:, :num_facts]
     values = rng.integers(config.num_values, size=shape)
     offset = rng.integers(2, size=shape)
-    return _Facts(fact_cell, fact_cell + apart, keys, values, offset)
+    # Later asks: log-uniform over what room the fact leaves.
+    room = np.minimum(longest, num_cells - 1 - fact_cell)[..., None]
+    more = rng.uniform(0.0, np.log(room + 1), (*shape, asks - 1))
+    more = np.clip(np.exp(more).astype(int), 1, room)
+    apart = np.concatenate([apart[..., None], more], -1)
+    query_cell = fact_cell[..., None] + apart
+    return _Facts(fact_cell, query_cell, keys, values, offset)
 
   def plant(
-    self,
-    tokens: Int32[np.ndarray, "B T+1"],
-    facts: _Facts,
-    first_id: int,
-    counts: np.ndarray | None = None,
+    self, tokens: Int32[np.ndarray, "B T+1"], facts: _Facts, first_id: int
   ) -> Int32[np.ndarray, "B T"]:
-    """Overwrites tokens with the facts that find two free cells.
+    """Overwrites tokens with the facts that find two free cells, and with the
+    later queries of these that find one.
 
     Args:
       tokens: changed in place.
       facts: what to plant, in order.
       first_id: added to every id written.
-      counts: how many of a row's facts to try; None: all.
 
     Returns:
       The batch's `distance`.
@@ -426,12 +431,14 @@ class _RecallSource(Source):
     distance = np.full((batch_size, context), -1, np.int32)
     taken = np.zeros((batch_size, context // 2), np.bool_)
     every = np.arange(batch_size)
-    for i, (fact, query, key, value, offset) in enumerate(
-      zip(*(x.T for x in facts))
-    ):
-      free = ~(taken[every, fact] | taken[every, query])
-      if counts is not None:
-        free &= i < counts
+    stated = np.zeros(facts.keys.shape, np.bool_)
+    _, num_facts, asks = facts.query_cell.shape
+    for ask, i in itertools.product(range(asks), range(num_facts)):
+      fact, query = facts.fact_cell[:, i], facts.query_cell[:, i, ask]
+      key, value, offset = (x[:, i] for x in facts[2:])
+      free = ~taken[every, query]
+      free &= stated[:, i] if ask else ~taken[every, fact]
+      stated[free, i] = True
       row = every[free]
       fact, query = fact[free], query[free]
       key, value = key[free], value[free]
@@ -467,7 +474,7 @@ class _MixSource(Source):
     self.token_bytes = np.zeros(self.vocab_size, np.int32)
     self.token_bytes[:text_ids] = self._text.token_bytes
     self.chance = self._recall.chance
-    settings = ("recall_share", "num_needles", "few_facts", "answer_share")
+    settings = ("recall_share", "num_needles", "asks", "answer_share")
     self.fingerprint = {
       "name": "text and retrieval",
       **{name: getattr(config, name) for name in settings},
@@ -480,19 +487,12 @@ class _MixSource(Source):
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
     shape: Any = dict(batch_size=batch_size, context=context)
     text = self._text.train_batch(seed, step, **shape)
-    stream = (_TRAIN_STREAM, seed, step)
+    stream, asks = (_TRAIN_STREAM, seed, step), self._config.asks
     rng = np.random.default_rng((_MIX_STREAM, *stream))
-    counts = self._counts(np.random.default_rng((*stream, 1)), batch_size)
-    needles = self._with_needles(text, rng, counts)
-    recall = self._moved(self._recall.make(stream, **shape, counts=counts))
+    needles = self._with_needles(text, rng, asks)
+    recall = self._moved(self._recall.make(stream, **shape, asks=asks))
     alone = rng.random(batch_size) < self._config.recall_share
     return Batch(*(np.where(alone[:, None], *x) for x in zip(recall, needles)))
-
-  def _counts(self, rng: np.random.Generator, batch_size: int) -> np.ndarray:
-    """How many facts each training row tries."""
-    most = max(self._config.num_needles, self._config.recall.num_facts)
-    few = np.exp(rng.uniform(0.0, np.log(most + 1), batch_size)).astype(int)
-    return np.where(rng.random(batch_size) < self._config.few_facts, few, most)
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     return self._text.eval_batch(index, batch_size=batch_size, context=context)
@@ -514,18 +514,13 @@ class _MixSource(Source):
     return batch._replace(loss_mask=batch.distance >= 0)
 
   def _with_needles(
-    self,
-    text: Batch,
-    rng: np.random.Generator,
-    counts: np.ndarray | None = None,
+    self, text: Batch, rng: np.random.Generator, asks: int = 1
   ) -> Batch:
     tokens = text.tokens.copy()
     batch_size, context = text.distance.shape
-    facts = self._recall.draw(
-      rng, self._config.num_needles, batch_size, context
-    )
-    first_id = self._text.vocab_size
-    distance = self._recall.plant(tokens, facts, first_id, counts)
+    num_facts = self._config.num_needles
+    facts = self._recall.draw(rng, num_facts, batch_size, context, asks)
+    distance = self._recall.plant(tokens, facts, self._text.vocab_size)
     # Nothing can foretell where a fact or a query lies.
     planted = tokens[:, 1:] >= self._text.vocab_size
     return Batch(tokens, ~planted | (distance >= 0), distance)

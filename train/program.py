@@ -12,7 +12,7 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -662,6 +662,24 @@ def decides(config: config_lib.RunConfig) -> tuple:
     (adam.beta1, adam.beta2, adam.eps, adam.weight_decay),
     (adam.clip_norm, adam.index_clip_norm, adam.router_bias_rate),
   )
+
+
+class Ready(NamedTuple):
+  """What the runs of a task need: opened data, and programs by `decides`."""
+
+  source: data_lib.Source
+  programs: dict[tuple, Program]
+
+
+def make_ready(runs: Sequence[config_lib.RunConfig]) -> Ready:
+  """Opens the data of a task's runs and compiles all that they call."""
+  programs: dict[tuple, Program] = {}
+  calls = []
+  for run in runs:
+    key = decides(run)
+    programs[key] = programs.get(key) or Program(run)
+    calls += [(programs[key], phase) for phase in run.phases()]
+  return Ready(prepare(runs[0].data, calls), programs)
 
 
 def prepare(

@@ -26,8 +26,11 @@ from train.checkpoint import Checkpoints, provenance, write_json
 from train.config import ComparisonConfig, RunConfig, to_dict, with_step_unit
 from train.program import (
   Program,
+  Ready,
   TrainState,
+  decides,
   flatten_state,
+  make_ready,
   prepare,
   unflatten_state,
 )
@@ -211,12 +214,15 @@ def speed(
 
 def plan(
   comparison: ComparisonConfig, folder: pathlib.Path, minutes: float
-) -> ComparisonConfig:
+) -> tuple[ComparisonConfig, dict[str, Ready]]:
   """Makes a comparison as long as a budget allows, from measured times.
 
   Writes comparison.json, which `compare --config` trains, and plan.json with
   what was measured. Step counts keep their shares of a run. Text is tokenized
   here if it was not yet, outside the budget.
+
+  Returns:
+    The comparison, and what its tasks' runs need, for `compare`.
 
   Raises:
     ValueError: the folder has runs already, or not one unit of steps fits.
@@ -225,16 +231,24 @@ def plan(
   if started:
     raise ValueError(f"{folder} has runs already, such as {started[0].parent}.")
   times: dict[tuple[str, ModelConfig], dict[str, Any]] = {}
+  ready: dict[str, Ready] = {}
   for task in comparison.tasks():
-    for model, measured in _measure_task(comparison, task).items():
-      times[task, model] = measured
+    start = time.monotonic()
+    ready[task] = make_ready([r for r in comparison.runs if r.task == task])
+    seconds = time.monotonic() - start
+    print(f"{task}: data and programs after {seconds:.0f} s", flush=True)
+    for model, run in _longest_runs(comparison, task).items():
+      program = ready[task].programs[decides(run)].for_run(run)
+      found = _measure_program(program, ready[task].source)
+      times[task, model] = found
+      print(json.dumps({"side": run.side, **found}), flush=True)
   seeds = len(comparison.seeds)
 
-  def seconds(run: RunConfig) -> float:
+  def run_seconds(run: RunConfig) -> float:
     return seeds * _run_seconds(run, times[run.task, run.model])
 
   def all_seconds(unit: int) -> float:
-    return sum(map(seconds, with_step_unit(comparison, unit).runs))
+    return sum(map(run_seconds, with_step_unit(comparison, unit).runs))
 
   unit = 0
   while all_seconds(unit + 1) <= 60 * minutes * (1 - SPARE):
@@ -251,7 +265,7 @@ def plan(
       "side": run.side,
       "steps": run.num_steps,
       "tokens": run.num_steps * run.batch_size * run.context,
-      "minutes": round(seconds(run) / 60, 2),
+      "minutes": round(run_seconds(run) / 60, 2),
       "seconds": times[run.task, run.model],
     }
     for run in planned.runs
@@ -266,31 +280,17 @@ def plan(
     folder / "plan.json",
     {**provenance(), "minutes": minutes, "planned": found, "runs": rows},
   )
-  return planned
+  return planned, ready
 
 
-def _measure_task(
+def _longest_runs(
   comparison: ComparisonConfig, task: str
-) -> dict[ModelConfig, dict[str, Any]]:
-  """Seconds of what the runs of a task do, by their model."""
+) -> dict[ModelConfig, RunConfig]:
+  """Of each model of a task the run that has the most phases: one that starts
+  from another side has no more than the one that does not."""
   runs = [run for run in comparison.runs if run.task == task]
-  # The run of a model that has the most phases: one that starts from another
-  # side has no more than the one that does not.
-  runs = {
-    run.model: run for run in sorted(runs, key=lambda run: len(run.phases()))
-  }
-  programs = {model: Program(run) for model, run in runs.items()}
-  source = prepare(
-    next(iter(runs.values())).data,
-    (
-      (program, phase)
-      for program in programs.values()
-      for phase in program.config.phases()
-    ),
-  )
   return {
-    model: _measure_program(program, source)
-    for model, program in programs.items()
+    run.model: run for run in sorted(runs, key=lambda run: len(run.phases()))
   }
 
 
@@ -305,6 +305,7 @@ def _measure_program(
   )
   params = program.init().params
   times: dict[str, Any] = {"step": {}, "evaluate": {}, "measure": {}}
+  times["step_bytes"] = {p: program.compile(p) for p in run.phases()}
   for phase in run.phases():
     times["step"][phase] = statistics.median(
       _time_steps(program, phase, batch, program.init())

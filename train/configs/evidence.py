@@ -17,19 +17,25 @@ The index projections of `msa_cpt` start fresh where the backbone's learning
 rate has nearly ended, so theirs is a larger multiple of it.
 
 Every command below takes less than ten minutes and goes on where it or a kill
-stopped; compiled programs are kept for the next command. `plan` fits the number
-of steps to a budget, by step times measured here: the count below is a guess.
+stopped; compiled programs are kept for the next command. `--plan` fits the
+number of steps to a budget, by step times measured here: the count below is a
+guess. The first line tries everything at full size in 20 steps a side.
 
   export JAX_COMPILATION_CACHE_DIR=runs/.compiled
-  python -m train plan evidence --minutes 14
-  # until it says that it is finished:
+  export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
+  python -m train compare evidence --out runs/try --unit 1 --set log_every=1 \
+    eval_every=800 layers_every=1600 eval_batches=2 final_probe_batches=4
+  python -m train compare evidence --plan 13 --minutes 8 --no-report
+  # until it says no more that it is not finished:
   python -m train compare --config runs/evidence/comparison.json --minutes 8
   python -m train speed evidence
   python -m train report runs/evidence
-  tar -C runs --exclude checkpoints --exclude tensorboard -czf evidence.tgz \\
+  tar -C runs --exclude checkpoints --exclude tensorboard -czf evidence.tgz \
     evidence
 
-`evidence_seeds` and `evidence_ablations` go the same way. What the models chose
+`evidence_seeds` and `evidence_ablations` go the same way; their seeds may share
+a GPU, as processes with `--seeds` each, where no time is taken from them:
+`speed` gives the times. What the models chose
 lies in each run's selection.npz. From it:
 
   python -m pallas_kernels.bench.fit runs/evidence/mix/msa/seed0
@@ -58,20 +64,24 @@ from train.config import (
 from train.configs import demo
 from train.data import MixConfig, RecallConfig, TextConfig
 
-# 64 keys and 8 values, each pair one token: one layer of attention can answer.
+# 32 keys and 4 values, each pair one token: one layer of attention can answer.
 # A fact of two tokens takes an induction circuit, which a run this short may or
-# may not grow: the gap between the sides would be the luck of when.
+# may not grow: the gap between the sides would be the luck of when. How soon
+# recall is learnt goes by how often a row states each pair. Rows of 512 until a
+# tiny GQA model (2 layers of width 64, recall alone, 2-core CPU, 2026-11-24)
+# answered 75 %: 64 keys and 8 values 1,800; 64 and 4 1,000; 16 and 8 800. This
+# preset has some 3,000. Rows with fewer facts than keys made it slower.
 DATA = MixConfig(
   text=TextConfig(installed=True, tokenizer="bpe", vocab_size=8192),
-  recall=RecallConfig(num_keys=64, num_values=8, num_facts=64),
-  num_needles=64,
+  recall=RecallConfig(num_keys=32, num_values=4, num_facts=32),
+  num_needles=32,
 )
 
 GQA = RunConfig(
   task="mix",
   side="gqa",
   model=ModelConfig(
-    vocab_size=8832,  # 8,192 + 586 of retrieval, in whole tiles
+    vocab_size=8448,  # 8,192 + 166 of retrieval, in whole tiles
     num_layers=8,
     embed_dim=768,
     num_heads=16,
@@ -96,7 +106,7 @@ GQA = RunConfig(
   eval_every=160,
   eval_batches=32,
   probe_batches=4,
-  final_probe_batches=128,
+  final_probe_batches=160,
   layers_every=160,
   checkpoint_every=800,
   keep_checkpoints=1,
