@@ -234,18 +234,18 @@ def loop_msa(case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None):
   return out, lse, kl, (dq, dk, dv), (d_iq, d_ik)
 
 
-def run_on_four_devices(script, *args):
-  """Runs a script, which may import tests, with four forced CPU devices."""
+def run_on_devices(script, *args, devices=4):
+  """What a script prints, which may import tests, with forced CPU devices."""
   env = os.environ | {
     "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + " --xla_force_host_platform_device_count=4",
+    + f" --xla_force_host_platform_device_count={devices}",
     "JAX_PLATFORMS": "cpu",
   }
   setup = f"""
 import sys
 sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
 import jax
-assert len(jax.devices()) == 4
+assert len(jax.devices()) == {devices}
 """
   result = subprocess.run(
     [sys.executable, "-c", setup + script, *args],
@@ -254,3 +254,4 @@ assert len(jax.devices()) == 4
     text=True,
   )
   assert result.returncode == 0, result.stderr[-2000:]
+  return result.stdout

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Case, loop_select, run_on_four_devices
+from helpers import Case, loop_select, run_on_devices
 from test_modules import CONFIG, INDEX, build
 
 import msa_jax
@@ -797,7 +797,7 @@ FP8_CONFIG = dataclasses.replace(
 
 def test_a_cache_split_over_devices():
   """Four forced CPU devices: rows and KV heads, and no collective of rows."""
-  run_on_four_devices(MESH)
+  run_on_devices(MESH)
 
 
 # --- on a GPU -----------------------------------------------------------------
@@ -938,7 +938,8 @@ def test_kernels_choose_alike(hopper, fp8):
   def graphdef(*options):
     return kernel_model(("msa",), 2, *options)[0]
 
-  truth = full_pass(graphdef("float32", "reference"), params, tokens)
+  with jax.default_matmul_precision("highest"):
+    truth = full_pass(graphdef("float32", "reference"), params, tokens)
   index_dtype = jnp.float8_e4m3fn if fp8 else None
 
   def moved(implementation):

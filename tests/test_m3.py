@@ -19,7 +19,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import run_on_four_devices
+from helpers import run_on_devices
 
 import msa_jax
 from msa_jax import (
@@ -296,7 +296,7 @@ else:
 
 
 def test_mesh_gives_the_same_numbers_and_bits(tmp_path):
-  run_on_four_devices(MESH, str(tmp_path / "a"), str(tmp_path / "b"))
+  run_on_devices(MESH, str(tmp_path / "a"), str(tmp_path / "b"))
 
 
 # --- Files --------------------------------------------------------------------
@@ -568,19 +568,8 @@ def test_memory_of_a_load_is_that_of_single_tensors(tmp_path, devices):
     documents={"config.json": config_json(config)},
     max_file_bytes=10**9,
   )
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + f" --xla_force_host_platform_device_count={devices}",
-    "JAX_PLATFORMS": "cpu",
-  }
-  result = subprocess.run(
-    [sys.executable, "-c", MEMORY, str(tmp_path / "big")],
-    env=env,
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr[-2000:]
-  size, more, index, more_converted = map(int, result.stdout.split())
+  printed = run_on_devices(MEMORY, str(tmp_path / "big"), devices=devices)
+  size, more, index, more_converted = map(int, printed.split())
   assert size > 250e6
   # A parameter of experts has 84 MB, a tensor 1 MB.
   assert more < 40e6

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from flax import nnx
 from flax.nnx import bridge
-from helpers import run_on_four_devices
+from helpers import run_on_devices
 
 import msa_jax
 from msa_jax import DecoderLM, IndexConfig, ModelConfig
@@ -286,4 +286,4 @@ for shape in ((2, 1, 2), (1, 4, 1)):
 
 def test_mesh_gives_the_same_numbers():
   """Four forced CPU devices: batch, parameters and KV heads split."""
-  run_on_four_devices(MESH)
+  run_on_devices(MESH)

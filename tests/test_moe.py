@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import run_on_four_devices
+from helpers import run_on_devices
 
 from msa_jax import ModelConfig, MoEConfig
 from msa_jax.mlp import MixtureOfExperts, balance, expert_load, gated
@@ -304,4 +304,4 @@ assert np.all(rows[0][:, 2:].sum(-1) == 8 * 64 * 2)
 
 def test_mesh_gives_the_same_numbers():
   """Experts over forced CPU devices: the layer, and training."""
-  run_on_four_devices(MESH)
+  run_on_devices(MESH)
