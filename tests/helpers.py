@@ -2,10 +2,40 @@
 
 import dataclasses
 import math
+import os
+import subprocess
+import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def run_on_devices(count: int, code: str, *arguments: object) -> str:
+  """What Python code prints on forced CPU devices, in a process of its own.
+
+  Args:
+    count: of devices.
+    code: it can import the tests.
+    arguments: its sys.argv[1:].
+
+  Raises:
+    AssertionError: the code failed.
+  """
+  flags = os.environ["XLA_FLAGS"]
+  env = os.environ | {
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}",
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.path.dirname(__file__),
+  }
+  done = subprocess.run(
+    [sys.executable, "-c", code, *map(str, arguments)],
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
 
 
 @dataclasses.dataclass(frozen=True)

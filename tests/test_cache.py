@@ -2,16 +2,13 @@
 
 import dataclasses
 import functools
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from helpers import Case, loop_select
+from helpers import Case, loop_select, run_on_devices
 from test_modules import CONFIG, INDEX, build
 
 import msa_jax
@@ -640,10 +637,8 @@ def test_ablations_have_no_cached_form(change):
 
 
 MESH = """
-import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-sys.path.insert(0, "tests")
 from test_cache import FP8_CONFIG
 from msa_jax import DecoderLM, Sharding, generate
 
@@ -727,15 +722,7 @@ FP8_CONFIG = dataclasses.replace(
 
 def test_a_cache_split_over_devices():
   """Four forced CPU devices: rows and KV heads, and no collective of rows."""
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + " --xla_force_host_platform_device_count=4",
-    "JAX_PLATFORMS": "cpu",
-  }
-  result = subprocess.run(
-    [sys.executable, "-c", MESH], env=env, capture_output=True, text=True
-  )
-  assert "same numbers" in result.stdout, result.stderr[-2000:]
+  assert "same numbers" in run_on_devices(4, MESH)
 
 
 # --- on a GPU -----------------------------------------------------------------

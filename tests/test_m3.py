@@ -6,7 +6,6 @@ about it; see its README.
 
 import dataclasses
 import json
-import os
 import pathlib
 import shutil
 import subprocess
@@ -19,6 +18,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import run_on_devices
 
 import msa_jax
 from msa_jax import (
@@ -259,7 +259,6 @@ def test_kernels_equal_the_reference(hopper, tmp_path):
 MESH = """
 import sys
 import jax, numpy as np
-sys.path.insert(0, "tests")
 from test_m3 import TINY, TOKENS, check_golden, m3, run, same_bits, tensors_of
 
 assert len(jax.devices()) == 4
@@ -293,19 +292,8 @@ print("as on one device")
 
 
 def test_mesh_gives_the_same_numbers_and_bits(tmp_path):
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + " --xla_force_host_platform_device_count=4",
-    "JAX_PLATFORMS": "cpu",
-  }
-  folders = [str(tmp_path / name) for name in "ab"]
-  result = subprocess.run(
-    [sys.executable, "-c", MESH, *folders],
-    env=env,
-    capture_output=True,
-    text=True,
-  )
-  assert "as on one device" in result.stdout, result.stderr[-2000:]
+  folders = [tmp_path / name for name in "ab"]
+  assert "as on one device" in run_on_devices(4, MESH, *folders)
 
 
 # --- Files --------------------------------------------------------------------

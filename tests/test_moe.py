@@ -2,15 +2,13 @@
 
 import dataclasses
 import json
-import os
-import subprocess
-import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from helpers import run_on_devices
 
 from msa_jax import ModelConfig, MoEConfig
 from msa_jax.mlp import MixtureOfExperts, balance, expert_load, gated
@@ -280,10 +278,8 @@ def run(layer, x):
 
 
 MESH = """
-import sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
-sys.path.insert(0, "tests")
 from test_moe import X, build, run, trained
 from msa_jax import Sharding
 
@@ -310,12 +306,4 @@ print("same numbers")
 
 def test_mesh_gives_the_same_numbers():
   """Experts over forced CPU devices: the layer, and training."""
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + " --xla_force_host_platform_device_count=4",
-    "JAX_PLATFORMS": "cpu",
-  }
-  result = subprocess.run(
-    [sys.executable, "-c", MESH], env=env, capture_output=True, text=True
-  )
-  assert "same numbers" in result.stdout, result.stderr[-2000:]
+  assert "same numbers" in run_on_devices(4, MESH)
