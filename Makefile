@@ -13,7 +13,7 @@ demo: $(READY)
 
 ## Run the tests that need no GPU.
 test: $(READY)
-	$(RUN) -m pytest -n 2
+	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 ## Format check, lint and type check.
 lint: $(READY)

@@ -2,15 +2,19 @@ import os
 
 # Most of the tests' time is compilation: trade run time for it. The second flag
 # keeps NaN in row maxima, which XLA's CPU backend (jax 0.11.2) loses otherwise
-# (8 columns or more); interpreted kernels take maxima as the GPU does. Both are
-# read when the backend starts. The third one is for GPUs: to time ways of
-# multiplying takes longer than the tests' products.
+# (8 columns or more); interpreted kernels take maxima as the GPU does. The third
+# one is for GPUs: to time ways of multiplying takes longer than the tests'
+# products. The rest is for busy machines: a forced device or another process may
+# come late to a collective. All are read when the backend starts.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
     "--xla_cpu_experimental_ynn_fusion_type=",
     "--xla_gpu_autotune_level=0",
+    "--xla_cpu_collective_timeout_seconds=1200",
+    "--xla_cpu_collective_call_warn_stuck_timeout_seconds=600",
+    "--xla_cpu_collective_call_terminate_timeout_seconds=1200",
   )
 )
 
@@ -20,6 +24,15 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest
+
+# A worker takes whole files, as their tests share what is trained and compiled.
+# These take longest and go first: short ones are left to even out the workers.
+LONGEST = ("train", "resume", "evidence", "cache", "modules", "m3", "notebooks")
+
+
+def pytest_collection_modifyitems(items):
+  names = [f"test_{name}" for name in LONGEST]
+  items.sort(key=lambda item: item.path.stem not in names)
 
 
 @pytest.fixture

@@ -3,13 +3,40 @@
 import dataclasses
 import math
 import os
-import pathlib
 import subprocess
 import sys
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+
+
+def run_on_devices(count: int, code: str, *arguments: object) -> str:
+  """What Python code prints on forced CPU devices, in a process of its own.
+
+  Args:
+    count: of devices.
+    code: it can import the tests.
+    arguments: its sys.argv[1:].
+
+  Raises:
+    AssertionError: the code failed.
+  """
+  flags = os.environ["XLA_FLAGS"]
+  env = os.environ | {
+    "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}",
+    "JAX_PLATFORMS": "cpu",
+    "PYTHONPATH": os.path.dirname(__file__),
+  }
+  check = f"import jax\nassert len(jax.devices()) == {count}\n"
+  done = subprocess.run(
+    [sys.executable, "-c", check + code, *map(str, arguments)],
+    env=env,
+    capture_output=True,
+    text=True,
+  )
+  assert done.returncode == 0, done.stderr[-3000:]
+  return done.stdout
 
 
 @dataclasses.dataclass(frozen=True)
@@ -232,26 +259,3 @@ def loop_msa(case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None):
           for j, du_j in zip(seen, du):
             d_ik[b, j] += du_j * index_q[b, t, g]
   return out, lse, kl, (dq, dk, dv), (d_iq, d_ik)
-
-
-def run_on_devices(script, *args, devices=4):
-  """What a script prints, which may import tests, with forced CPU devices."""
-  env = os.environ | {
-    "XLA_FLAGS": os.environ["XLA_FLAGS"]
-    + f" --xla_force_host_platform_device_count={devices}",
-    "JAX_PLATFORMS": "cpu",
-  }
-  setup = f"""
-import sys
-sys.path.insert(0, {str(pathlib.Path(__file__).parent)!r})
-import jax
-assert len(jax.devices()) == {devices}
-"""
-  result = subprocess.run(
-    [sys.executable, "-c", setup + script, *args],
-    env=env,
-    capture_output=True,
-    text=True,
-  )
-  assert result.returncode == 0, result.stderr[-2000:]
-  return result.stdout

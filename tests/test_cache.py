@@ -797,7 +797,7 @@ FP8_CONFIG = dataclasses.replace(
 
 def test_a_cache_split_over_devices():
   """Four forced CPU devices: rows and KV heads, and no collective of rows."""
-  run_on_devices(MESH)
+  run_on_devices(4, MESH)
 
 
 # --- on a GPU -----------------------------------------------------------------

@@ -296,7 +296,7 @@ else:
 
 
 def test_mesh_gives_the_same_numbers_and_bits(tmp_path):
-  run_on_devices(MESH, str(tmp_path / "a"), str(tmp_path / "b"))
+  run_on_devices(4, MESH, tmp_path / "a", tmp_path / "b")
 
 
 # --- Files --------------------------------------------------------------------
@@ -568,7 +568,7 @@ def test_memory_of_a_load_is_that_of_single_tensors(tmp_path, devices):
     documents={"config.json": config_json(config)},
     max_file_bytes=10**9,
   )
-  printed = run_on_devices(MEMORY, str(tmp_path / "big"), devices=devices)
+  printed = run_on_devices(devices, MEMORY, tmp_path / "big")
   size, more, index, more_converted = map(int, printed.split())
   assert size > 250e6
   # A parameter of experts has 84 MB, a tensor 1 MB.

@@ -304,4 +304,4 @@ assert np.all(rows[0][:, 2:].sum(-1) == 8 * 64 * 2)
 
 def test_mesh_gives_the_same_numbers():
   """Experts over forced CPU devices: the layer, and training."""
-  run_on_devices(MESH)
+  run_on_devices(4, MESH)

@@ -19,6 +19,8 @@ from train import checkpoint
 from train import config as config_lib
 from train import program as program_lib
 
+# A dozen processes start here: each may wait long for a core.
+pytestmark = pytest.mark.timeout(2400)
 NUM_STEPS = 12
 
 
@@ -81,7 +83,7 @@ def finish(process: subprocess.Popen) -> None:
 
 
 def wait_for(process: subprocess.Popen, happened) -> None:
-  limit = time.monotonic() + 400
+  limit = time.monotonic() + 1200
   while not happened():
     if process.poll() is not None:
       pytest.fail(f"the run ended by itself:\n{process.stdout.read()}")
