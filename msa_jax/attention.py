@@ -255,11 +255,17 @@ class GQAttention(nnx.Module):
       positions: rotary positions; None: 0 to T - 1.
     """
     _check_input(x)
-    q, k, v = self._qkv(x, positions)
-    out = _dot_product_attention(
-      q, k, v, is_causal=True, implementation=self.implementation
+    attend = functools.partial(
+      _dot_product_attention, is_causal=True, implementation=self.implementation
     )
-    return self.out(out)
+    axes = self.mesh_axes(x.shape[0])
+    if axes is not None:
+      # Mapped by hand, as MSA is, cuDNN needs no rule of how to split its call.
+      tokens: Any = PartitionSpec(axes[0], None, axes[1], None)
+      attend = jax.shard_map(
+        attend, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False
+      )
+    return self.out(attend(*self._qkv(x, positions)))
 
   def init_cache(
     self, batch: int, capacity: int, *, index_dtype: Any = None

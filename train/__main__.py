@@ -6,6 +6,7 @@ python -m train report runs/demo
 python -m train sample runs/demo/text/msa/seed0 --prompt "import "
 python -m train compare evidence --plan 13 --minutes 8
 python -m train speed evidence
+python -m train devices evidence
 
 All but `train` run without tyro.
 """
@@ -58,7 +59,12 @@ def _parser() -> argparse.ArgumentParser:
     "Time a training step of each side at several lengths: speed.json, which"
     " the report draws.",
   )
-  for sub in (train, compare, plan, speed):
+  devices = command(
+    "devices",
+    "Compare losses, speed and generation of each side on one device and on"
+    " all that are here, by data, fsdp and tensor axes.",
+  )
+  for sub in (train, compare, plan, speed, devices):
     sub.add_argument(
       "preset", nargs="?", help=f"a file of train/configs: {names}"
     )
@@ -87,6 +93,7 @@ def _parser() -> argparse.ArgumentParser:
       type=pathlib.Path,
       help="folder of the comparison (default: runs/NAME)",
     )
+  for sub in (compare, plan, speed, devices):
     sub.add_argument(
       "--set",
       nargs="+",
@@ -101,9 +108,8 @@ def _parser() -> argparse.ArgumentParser:
     help="steps of the smallest part of a run: makes all longer or shorter,"
     " every step count in proportion",
   )
-  compare.add_argument(
-    "--sides", nargs="+", help="train these now (default: all)"
-  )
+  for sub in (compare, devices):
+    sub.add_argument("--sides", nargs="+", help="only these (default: all)")
   compare.add_argument(
     "--minutes",
     type=float,
@@ -129,6 +135,17 @@ def _parser() -> argparse.ArgumentParser:
     nargs="+",
     default=(1 << 12, 1 << 14, 1 << 16),
     help="contexts (default: 4096 16384 65536)",
+  )
+  devices.add_argument(
+    "--steps",
+    type=int,
+    default=50,
+    help="training steps whose losses are compared (default: 50)",
+  )
+  devices.add_argument(
+    "--results",
+    type=pathlib.Path,
+    help="folder of the results file (default: train/results/devices)",
   )
   compare.add_argument(
     "--mesh",
@@ -431,6 +448,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
       return _compare(args)
     elif args.command == "sample":
       _sample(args)
+    elif args.command == "devices":
+      from train import devices
+
+      path = devices.devices(
+        _comparison(args),
+        args.steps,
+        sides=args.sides,
+        results=args.results or devices.RESULTS,
+      )
+      print(path)
     elif args.command in ("plan", "speed"):
       from train import speed
 

@@ -448,7 +448,9 @@ class Program:
     the bytes it needs on one device, where the compiler says so."""
     key = function, phase
     if key not in self._compiled:
-      self._compiled[key] = self._lower(*key).compile()
+      with self.context():
+        lowered = self.trace(phase, function).lower()
+      self._compiled[key] = lowered.compile()
     memory = self._compiled[key].memory_analysis()
     if memory is None:
       return None
@@ -459,12 +461,13 @@ class Program:
       + memory.temp_size_in_bytes
     )
 
-  def _lower(self, function: str, phase: str) -> Any:
+  def trace(self, phase: str, function: str = "step") -> jax.stages.Traced:
+    """A function as `compile` has it, before it is lowered."""
     config, params = self.config, self.abstract_state.params
     with self.context():
       if function == "step":
         rows = np.zeros((config.batch_size, config.context + 1), np.int32)
-        return self._jit_step.lower(
+        return self._jit_step.trace(
           self.abstract_state,
           self.put(rows, parts=True),
           self.put(rows[:, 1:].astype(np.float32), parts=True),
@@ -477,9 +480,9 @@ class Program:
       tokens = self.put(rows)
       if function == "evaluate":
         mask = self.put(rows[:, 1:] == 0)
-        return self._jit_eval.lower(params, tokens, mask, phase=phase)
+        return self._jit_eval.trace(params, tokens, mask, phase=phase)
       jitted = {"measure": self._jit_measure, "choose": self._jit_choose}
-      return jitted[function].lower(params, tokens, phase=phase)
+      return jitted[function].trace(params, tokens, phase=phase)
 
   def _call(self, function: str, phase: str, *operands):
     self.compile(phase, function)

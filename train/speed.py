@@ -98,7 +98,7 @@ def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
   return times
 
 
-def _time_steps(
+def time_steps(
   program: Program,
   phase: str,
   batch: data_lib.Batch,
@@ -186,7 +186,7 @@ def speed(
     batch = source.train_batch(0, 0, batch_size=shape[0], context=length)
     for phase in run.phases():
       state, trained = _trained_state(program)
-      times = _time_steps(program, phase, batch, state)
+      times = time_steps(program, phase, batch, state)
       median = statistics.median(times)
       flops = flops_per_step(run.model, phase, *shape)
       row = {
@@ -308,7 +308,7 @@ def _measure_program(
   times["step_bytes"] = {p: program.compile(p) for p in run.phases()}
   for phase in run.phases():
     times["step"][phase] = statistics.median(
-      _time_steps(program, phase, batch, program.init())
+      time_steps(program, phase, batch, program.init())
     )
 
     def evaluate(phase=phase):
