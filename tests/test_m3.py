@@ -6,6 +6,7 @@ about it; see its README.
 
 import dataclasses
 import json
+import os
 import pathlib
 import shutil
 import signal
