@@ -2,10 +2,10 @@ import os
 
 # Most of the tests' time is compilation: trade run time for it. The second flag
 # keeps NaN in row maxima, which XLA's CPU backend (jax 0.11.2) loses otherwise
-# (8 columns or more); interpreted kernels take maxima as the GPU does. The third
-# is for GPUs: to time ways of multiplying takes longer than the tests' products.
-# The rest is for busy machines, where a forced device or another process may
-# come late to a collective. All are read when the backend starts.
+# (8 columns or more); interpreted kernels take maxima as the GPU does. The
+# third is for GPUs: to time ways of multiplying takes longer than the tests'
+# products. The rest is for busy machines, where a forced device or another
+# process may come late to a collective. All are read when the backend starts.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
