@@ -22,11 +22,11 @@ On the GPUs of one host, with sizes that fill them:
 
   python -m train devices evidence
 
-Anywhere, on two devices that JAX makes of one CPU (losses must agree, speed
-means nothing):
+Anywhere, on two devices that JAX makes of one CPU, where compiling takes
+minutes (losses must agree, speed means nothing):
 
   XLA_FLAGS=--xla_force_host_platform_device_count=2 JAX_PLATFORMS=cpu \\
-    python -m train devices smoke --steps 20 --results runs/devices
+    python -m train devices smoke --sides gqa --steps 20 --results runs/devices
 """
 
 import concurrent.futures
