@@ -700,19 +700,9 @@ def _loss(
   pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
   lse = jnp.pad(lse, pad, constant_values=jnp.inf)
 
-  def fits(groups, queries):
-    edges = groups * queries * top_k
-    return edges <= MAX_EDGES and schedule.owners_fit(
-      groups * num_owners, edges
-    )
-
-  # Several groups at once if all their queries fit, else one in chunks.
-  divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
-  groups = max([n for n in divisors if fits(n, t)], default=1)
-  num_chunks = -(-t // config.chunk) if config.chunk else 1
-  while not fits(groups, -(-t // num_chunks)):
-    num_chunks += 1
-  chunk = -(-t // num_chunks)
+  groups, num_chunks, chunk = schedule.split_owners(
+    t, num_kv_heads, num_owners, top_k, max_edges=MAX_EDGES, chunk=config.chunk
+  )
   pad = num_chunks * chunk - t
   block_indices = jnp.where(query_mask[:, None, :, None], block_indices, -1)
   lse, bad_lse = lse.swapaxes(2, 3), bad_lse[..., None]

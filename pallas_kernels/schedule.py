@@ -304,6 +304,38 @@ def owners_fit(num_owners: int, num_edges: int) -> bool:
   return num_owners.bit_length() + (num_edges - 1).bit_length() <= 32
 
 
+def split_owners(
+  q_len: int, num_groups: int, num_owners: int, top_k: int, *,
+  max_edges: int, chunk: int = 0,
+) -> tuple[int, int, int]:  # fmt: skip
+  """How many groups a launch over owner blocks takes, and its queries.
+
+  Several groups at once if all their queries fit, else one in chunks.
+
+  Args:
+    q_len: T.
+    num_groups: K.
+    num_owners: owner blocks of a group.
+    top_k: P.
+    max_edges: most edges of a launch.
+    chunk: most queries of a chunk; 0 lets the edges decide.
+
+  Returns:
+    Groups of a launch, chunks of a group, queries of a chunk.
+  """
+
+  def fits(groups: int, queries: int) -> bool:
+    edges = groups * queries * top_k
+    return edges <= max_edges and owners_fit(groups * num_owners, edges)
+
+  divisors = [n for n in range(1, num_groups + 1) if num_groups % n == 0]
+  groups = max([n for n in divisors if fits(n, q_len)], default=1)
+  num_chunks = -(-q_len // chunk) if chunk else 1
+  while not fits(groups, -(-q_len // num_chunks)):
+    num_chunks += 1
+  return groups, num_chunks, -(-q_len // num_chunks)
+
+
 def max_owner_tasks(num_owners: int, num_edges: int, task: int) -> int:
   return num_owners + num_edges // task
 

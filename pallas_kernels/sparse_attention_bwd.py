@@ -570,19 +570,14 @@ def backward(
   top_k = block_indices.shape[-1]
   num_owners = s_len // schedule.OWNER_BLOCK
 
-  def fits(groups, queries):
-    edges = groups * queries * top_k
-    return edges * rows * d <= MAX_WORKSPACE and schedule.owners_fit(
-      groups * num_owners, edges
-    )
-
-  # Several groups at once if all their queries fit, else one in chunks.
-  divisors = [n for n in range(1, num_kv_heads + 1) if num_kv_heads % n == 0]
-  groups = max([n for n in divisors if fits(n, t)], default=1)
-  num_chunks = -(-t // config.chunk) if config.chunk else 1
-  while not fits(groups, -(-t // num_chunks)):
-    num_chunks += 1
-  chunk = -(-t // num_chunks)
+  groups, num_chunks, chunk = schedule.split_owners(
+    t,
+    num_kv_heads,
+    num_owners,
+    top_k,
+    max_edges=MAX_WORKSPACE // (rows * d),
+    chunk=config.chunk,
+  )
   edges = groups * chunk * top_k
   task = config.task
   if not task:
