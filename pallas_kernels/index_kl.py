@@ -133,14 +133,15 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    where_gmem, tasks_gmem, first_gmem, limit_gmem, iq_gmem, ik_gmem, out_gmem,
+    where_gmem, tasks_gmem, turns_gmem, first_gmem, limit_gmem, iq_gmem,
+    ik_gmem, out_gmem,
     iq_smem, ik_smem, iq_ready, iq_free, ik_ready, ik_free,
   ):  # fmt: skip
     cta = lax.axis_index("cta")
-    my_tasks = (where_gmem[1] - cta + num_ctas - 1) // num_ctas
+    my_tasks = schedule.num_turns(cta, where_gmem[1], num_ctas)
 
     def task(i, step):
-      index = cta + i * num_ctas
+      index = turns_gmem[schedule.turn(cta, i, num_ctas)]
       owner, _, count = (tasks_gmem[index, j] for j in range(3))
       block = lax.rem(owner, s.num_owners)
       first = first_gmem[index]
@@ -217,7 +218,7 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
 
   where = jnp.stack([row, num_tasks]).astype(jnp.int32)
   mosaic.launch(
-    body, where, plan.tasks, firsts, limits, iq, ik, out,
+    body, where, plan.tasks, plan.turns, firsts, limits, iq, ik, out,
     name="kl_index_lse",
     num_ctas=num_ctas,
     num_warpgroups=1,
@@ -343,19 +344,19 @@ def _owners(
   column_layout = plgpu.Layout.WGMMA.reduce(0)
 
   def body(
-    where_gmem, tasks_gmem, first_gmem, query_gmem, limit_gmem, ilse_gmem,
-    iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem, value_gmem, part_gmem,
-    sums_gmem,
+    where_gmem, tasks_gmem, turns_gmem, first_gmem, query_gmem, limit_gmem,
+    ilse_gmem, iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem, value_gmem,
+    part_gmem, sums_gmem,
     q_smem, lse_smem, k_smem, ik_smem, iq_smem, ilse_smem, limit_smem, g_smem,
     q_ready, q_free, lse_ready, lse_free, kv_ready, kv_free, iq_ready, iq_free,
     g_ready, g_free, diq_ready, turn,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = (where_gmem[3] - cta + config.num_ctas - 1) // config.num_ctas
+    my_tasks = schedule.num_turns(cta, where_gmem[3], config.num_ctas)
 
     def read_task(i):
       """Owner, its number of edges, slot of the sum, first piece."""
-      index = cta + i * config.num_ctas
+      index = turns_gmem[schedule.turn(cta, i, config.num_ctas)]
       owner, count, slot = (tasks_gmem[index, j] for j in (0, 2, 4))
       return owner, count, slot, first_gmem[index]
 
@@ -629,8 +630,8 @@ def _owners(
     return plgpu.SMEM(sizes, s.dtype, transforms=mosaic.OPERAND)
 
   mosaic.launch(
-    body, where, plan.tasks, firsts, queries, limits, index_lse, iq, lse,
-    q, k, ik, values, partials, sums,
+    body, where, plan.tasks, plan.turns, firsts, queries, limits, index_lse,
+    iq, lse, q, k, ik, values, partials, sums,
     name="kl_owners",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
@@ -689,6 +690,10 @@ def _loss(
   ik, bad = ik[:, 0], bad[:, 0]
   bad_q = ~jnp.all(jnp.isfinite(index_q), axis=-1)
   index_q = jnp.where(jnp.isfinite(index_q), index_q, 0)
+  # Gathered by an element a thread: 32 bits take half as many.
+  index_pairs = lax.bitcast_convert_type(
+    index_q.reshape(b, -1, i_dim // 2, 2), jnp.uint32
+  )
   q = sparse_attention.pad_heads(q, num_kv_heads)
   rows = q.shape[2] // num_kv_heads
   lse = lse.reshape(b, num_kv_heads, group_size, t).astype(jnp.float32)
@@ -715,11 +720,7 @@ def _loss(
       )
     )  # fmt: skip
   edges = groups * chunk * top_k
-  task = config.task
-  if not task:
-    # About six tasks a CTA, so that they end together.
-    task = min(max(edges // (6 * mosaic.NUM_SMS), 128), 1024)
-  task = -(-task // 8) * 8
+  task = schedule.owner_task(edges, config.task)
   num_slots = groups * num_owners
   max_tasks = schedule.max_owner_tasks(num_slots, edges, task)
   max_pieces = edges // EDGES + max_tasks + 1
@@ -796,7 +797,8 @@ def _loss(
       limits = jnp.clip(limits, 0, schedule.OWNER_BLOCK) | ((packed & 3) << 8)
       limits = jnp.where(used, limits, 0)
       head = (i * chunk + query % chunk) * num_kv_heads + group + query // chunk
-      iq = index_q.reshape(b, -1, i_dim)[row, head]
+      iq = lax.bitcast_convert_type(index_pairs[row, head], q.dtype)
+      iq = iq.reshape(-1, i_dim)
       index_lse = jax.new_ref(lax.empty((max_pieces * EDGES,), jnp.float32))
       _index_lse(
         index_lse, plan.num_tasks[0], plan, firsts, limits, iq, ik, row,

@@ -25,6 +25,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int
 
+from pallas_kernels import mosaic
+
 SHARED_ID_SHIFT = 16  # of a shared entry: block id above, query bits below
 PLACE_BITS = 9  # of a choice: block id above, place in its tile below
 NEVER = jnp.iinfo(jnp.int32).max
@@ -282,6 +284,7 @@ class OwnerPlan(NamedTuple):
       slot that takes the sum: the block's own for its first task, one after the
       blocks' slots for the others.
     num_tasks: int32 [1].
+    turns: int32 [max_tasks]: the tasks, from the longest to the shortest.
     extra: int32 [blocks, 2]: first extra slot of a block and their number.
     order: int32 [edges]: place in the chunk ((group * queries + query) * P + p)
       above 2 bits, which say what halves of the owner block were chosen. By
@@ -291,6 +294,7 @@ class OwnerPlan(NamedTuple):
 
   tasks: Int[Array, "tasks 5"]
   num_tasks: Int[Array, "1"]
+  turns: Int[Array, "tasks"]
   extra: Int[Array, "blocks 2"]
   order: Int[Array, "edges"]
   is_edge: Bool[Array, "groups queries P"]
@@ -334,6 +338,30 @@ def split_owners(
   while not fits(groups, -(-q_len // num_chunks)):
     num_chunks += 1
   return groups, num_chunks, -(-q_len // num_chunks)
+
+
+def owner_task(num_edges: int, task: int) -> int:
+  """Most edges of a task, from a config's `task`: 0 lets the edges decide."""
+  if not task:
+    # About four tasks a CTA, and some short ones to even out the ends.
+    task = min(max(num_edges // (4 * mosaic.NUM_SMS), 128), 1024)
+  return -(-task // 8) * 8
+
+
+def num_turns(cta, num_tasks, num_ctas: int):
+  """How many tasks a CTA of a persistent grid works on."""
+  rounds = lax.div(num_tasks, num_ctas)
+  return rounds + (turn(cta, rounds, num_ctas) < num_tasks).astype(jnp.int32)
+
+
+def turn(cta, i, num_ctas: int):
+  """Place in `OwnerPlan.turns` of a CTA's i-th task.
+
+  Rounds go back and forth: who gets the longest task of one gets the shortest
+  of the next.
+  """
+  back = lax.rem(i, 2) == 1
+  return i * num_ctas + jnp.where(back, num_ctas - 1 - cta, cta)
 
 
 def max_owner_tasks(num_owners: int, num_edges: int, task: int) -> int:
@@ -418,20 +446,22 @@ def plan_owners(
   block = jnp.searchsorted(ends, index, side="right", method="scan_unrolled")
   block = jnp.minimum(block.astype(jnp.int32), num_owners - 1)
   piece = index - (ends - pieces)[block]
-  # Pieces of one block are equal up to the 8 queries of a tile.
-  size = -(-counts // jnp.maximum(pieces, 1))
-  size = (-(-size // 8) * 8)[block]
-  start = jnp.minimum(bounds[block] + piece * size, bounds[block + 1])
-  count = jnp.clip(bounds[block + 1] - start, 0, size)
+  # As long as may be, and a block's rest: `turns` levels what CTAs get with
+  # tasks of many lengths better than with equal ones.
+  start = jnp.minimum(bounds[block] + piece * task, bounds[block + 1])
+  count = jnp.clip(bounds[block + 1] - start, 0, task)
+  inside = jnp.clip(inside[block] - start, 0, count)
+  # Those inside need masks, which takes about as long again.
+  turns = jnp.argsort(-(count + inside))
   more = jnp.maximum(pieces - 1, 0)
   first_extra = num_owners + jnp.cumsum(more) - more
   slot = jnp.where(piece == 0, block, first_extra[block] + piece - 1)
   return OwnerPlan(
-    tasks=jnp.stack(
-      [block, start, count, jnp.clip(inside[block] - start, 0, count), slot],
-      axis=-1,
-    ).astype(jnp.int32),
+    tasks=jnp.stack([block, start, count, inside, slot], axis=-1).astype(
+      jnp.int32
+    ),
     num_tasks=ends[-1:].astype(jnp.int32),
+    turns=turns.astype(jnp.int32),
     extra=jnp.stack([first_extra, more], axis=-1).astype(jnp.int32),
     order=order,
     is_edge=is_edge,

@@ -11,12 +11,12 @@ queries that chose the block are gathered beside it, 64 rows (queries x the
 group's heads) at a time, one TMA copy a query. Scores are computed as k q^T, so
 that p and ds leave the softmax as the register operands of dV and dK; only ds
 passes through SMEM, for dQ, which needs both halves of the keys. A third
-warpgroup makes dQ from both halves' ds, gathers queries and stores dQ: one
-partial an edge, in q's dtype, summed afterwards. So those with keys never wait
-for each other. The next piece's scores are computed beside dK, and dV while ds
-is handed over. No atomics: a block's first task adds to the block's float32
-sum, the others of a hot block write sums of their own, which **sum_extra** adds
-in order. All order is fixed.
+warpgroup makes dQ from both halves' ds, gathers queries and stores dQ, each of
+its warps some of them: one partial an edge, in q's dtype, summed afterwards. So
+those with keys never wait for each other. The next piece's scores are computed
+beside dK, and dV while ds is handed over. No atomics: a block's first task adds
+to the block's float32 sum, the others of a hot block write sums of their own,
+which **sum_extra** adds in order. All order is fixed.
 
 Registers are what is short: dK and dV take 128 of a thread's 216. Pieces with
 masks (a query's own block, a list's last piece, blocks of 64) have a loop of
@@ -124,19 +124,18 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
   row_layout = plgpu.Layout.WGMMA.reduce(0)
 
   def body(
-    where_gmem, tasks_gmem, order_gmem, q_gmem, do_gmem, k_gmem, v_gmem,
-    lse_gmem, delta_gmem, part_gmem, sums_gmem,
+    where_gmem, tasks_gmem, turns_gmem, order_gmem, q_gmem, do_gmem, k_gmem,
+    v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem,
     q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = (where_gmem[4] - cta + config.num_ctas - 1) // config.num_ctas
+    my_tasks = schedule.num_turns(cta, where_gmem[4], config.num_ctas)
 
     def read_task(i):
       """Group in the launch, its block, and the rest of the task's row."""
-      owner, *rest = (
-        tasks_gmem[cta + i * config.num_ctas, j] for j in range(5)
-      )
+      index = turns_gmem[schedule.turn(cta, i, config.num_ctas)]
+      owner, *rest = (tasks_gmem[index, j] for j in range(5))
       return owner // s.num_owners, lax.rem(owner, s.num_owners), *rest
 
     def query_of(edge, group):
@@ -183,10 +182,10 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
         def key_major(x_smem, y_smem, stage, j, acc):
           """Starts the product of this warpgroup's keys and a piece's rows."""
-          # Zero. An address that does not change would be kept, and spilled.
-          turn = jnp.minimum(j, 0)
+          # An address that does not change would be kept, and spilled.
+          zero = jnp.minimum(j, 0)
           plgpu.wgmma(
-            acc, x_smem.at[wg + turn], y_smem.at[stage].transpose((1, 0))
+            acc, x_smem.at[wg + zero], y_smem.at[stage].transpose((1, 0))
           )
 
         def key_major_product(x_smem, y_smem, stage, j):
@@ -294,8 +293,12 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               # Else these scores' registers would be needed from here on.
               plgpu.wgmma_wait(0)
               after = stage_after(j)
-              key_major(k_smem, q_smem, after, j, acc)
-            plgpu.wgmma(dk_acc, ds, q_smem.at[stage])
+              key_major(k_smem, q_smem, after, j + 1, acc)
+              # This stage, computed again for the reason in key_major.
+              stage_again = lax.rem(step + jnp.minimum(j + 2, 0), stages)
+            else:
+              stage_again = stage
+            plgpu.wgmma(dk_acc, ds, q_smem.at[stage_again])
             if j is None:
               return dk_acc[...], dv_acc[...]
             scores = plgpu.wgmma_accumulator_load(acc, wait_n=1)
@@ -308,7 +311,6 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           return pl.run_scoped(run, *scoped)
 
         def masked_piece(j, carry):
-          dk, dv = carry
           step = done + j
           stage = lax.rem(step, stages)
           plgpu.barrier_wait(q_ready.at[stage])
@@ -323,7 +325,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           dp = key_major_product(v_smem, do_smem, stage, j)
           ds = jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
           carry = add_products(
-            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
+            *carry, p.astype(s.dtype), ds.astype(s.dtype), step
           )
           plgpu.barrier_arrive(q_free.at[stage])
           return carry
@@ -415,16 +417,19 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
             dq_smem[slot, :, at] = (dq * s.scale).astype(s.dtype)
           plgpu.barrier_arrive(ds_free.at[slot])
           plgpu.commit_smem()
-          for a in range(half):
 
-            @pl.when(first + a < count)
-            def _(a=a):
-              place = edges[a] >> 2
-              plgpu.copy_smem_to_gmem(
-                dq_smem.at[slot, pl.ds(a * rows, rows)],
-                part_gmem.at[place // s.top_k, lax.rem(place, s.top_k)],
-                commit_group=False,
-              )
+          @plgpu.warp_map
+          def _(warp):
+            for a in range(half):
+
+              @pl.when((warp == a % 4) & (first + a < count))
+              def _(a=a):
+                place = edges[a] >> 2
+                plgpu.copy_smem_to_gmem(
+                  dq_smem.at[slot, pl.ds(a * rows, rows)],
+                  part_gmem.at[place // s.top_k, lax.rem(place, s.top_k)],
+                  commit_group=False,
+                )
 
           plgpu.commit_smem_to_gmem_group()
 
@@ -437,22 +442,31 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           def _():
             plgpu.barrier_wait(q_free.at[stage])
 
-          for a in range(half):
-            query = origin + query_of(edges[a], group)
-            for x_gmem, x_smem in ((q_gmem, q_smem), (do_gmem, do_smem)):
-              plgpu.copy_gmem_to_smem(
-                x_gmem.at[row, query, heads],
-                x_smem.at[stage, pl.ds(a * rows, rows)],
-                q_ready.at[stage],
-              )
           at = pl.ds((start + place * half) * rows, ROWS)
-          for x_gmem, x_smem in (
-            (lse_gmem, lse_smem),
-            (delta_gmem, delta_smem),
-          ):
-            plgpu.copy_gmem_to_smem(
-              x_gmem.at[at], x_smem.at[stage], q_ready.at[stage]
-            )
+
+          @plgpu.warp_map
+          def _(warp):
+            for a in range(half):
+
+              @pl.when(warp == a % 4)
+              def _(a=a):
+                query = origin + query_of(edges[a], group)
+                for x_gmem, x_smem in ((q_gmem, q_smem), (do_gmem, do_smem)):
+                  plgpu.copy_gmem_to_smem(
+                    x_gmem.at[row, query, heads],
+                    x_smem.at[stage, pl.ds(a * rows, rows)],
+                    q_ready.at[stage],
+                  )
+
+            for a, (x_gmem, x_smem) in enumerate(
+              ((lse_gmem, lse_smem), (delta_gmem, delta_smem))
+            ):
+
+              @pl.when(warp == a)
+              def _(x_gmem=x_gmem, x_smem=x_smem):
+                plgpu.copy_gmem_to_smem(
+                  x_gmem.at[at], x_smem.at[stage], q_ready.at[stage]
+                )
 
         @pl.loop(0, pieces + stages)
         def _(j):
@@ -480,7 +494,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     plgpu.SMEM((2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND)
   ] * s.interpret
   mosaic.launch(
-    body, where, plan.tasks, plan.order, q, dout, k, v, lse, delta,
+    body, where, plan.tasks, plan.turns, plan.order, q, dout, k, v, lse, delta,
     partials, sums,
     name="sparse_owners",
     num_ctas=config.num_ctas,
@@ -531,10 +545,19 @@ def sum_extra(sums, extra, *, num_owners, interpret):
         sums_gmem.at[wg, slot, at], layout=layout, optimized=False
       )
 
+    def add(i, total, each):
+      for x in [read(first + i * each + a) for a in range(each)]:
+        total = total + x
+      return total
+
     @pl.when(count > 0)
     def _():
+      fours = count // 4  # read at once
       total = lax.fori_loop(
-        0, count, lambda i, x: x + read(first + i), read(block)
+        0, fours, lambda i, x: add(i, x, each=4), read(block)
+      )
+      total = lax.fori_loop(
+        fours * 4, count, lambda i, x: add(i, x, each=1), total
       )
       sums_gmem[wg, block, at] = total
 
@@ -579,11 +602,7 @@ def backward(
     chunk=config.chunk,
   )
   edges = groups * chunk * top_k
-  task = config.task
-  if not task:
-    # About six tasks a CTA, so that they end together.
-    task = min(max(edges // (6 * mosaic.NUM_SMS), 128), 1024)
-  task = -(-task // 8) * 8
+  task = schedule.owner_task(edges, config.task)
   shape = Shape(
     num_kv_heads=num_kv_heads,
     rows=rows,
@@ -615,11 +634,9 @@ def backward(
     dq, dk, dv = carry
     row = index // (num_kv_heads // groups)
     group = index % (num_kv_heads // groups) * groups
-    sums = jnp.zeros((2, num_slots, schedule.OWNER_BLOCK, d), jnp.float32)
-    extra = lax.empty(
-      (2, max_tasks - num_slots, schedule.OWNER_BLOCK, d), jnp.float32
-    )
-    sums = jnp.concatenate([sums, extra], axis=1)
+    sums = lax.empty((2, max_tasks, schedule.OWNER_BLOCK, d), jnp.float32)
+    own = jnp.zeros((2, num_slots, schedule.OWNER_BLOCK, d), jnp.float32)
+    sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
     partials = lax.empty((groups * chunk, top_k, rows, d), q.dtype)
 
     def step(i, carry):
@@ -659,9 +676,10 @@ def backward(
       sum_extra(sums_ref, plan.extra, num_owners=num_slots, interpret=interpret)
       partials = jax.freeze(partials_ref)
       # Places without an edge hold anything.
-      one = partials.reshape(groups, chunk, top_k, rows, d)
-      one = jnp.where(plan.is_edge[..., None, None], one.astype(jnp.float32), 0)
-      one = jnp.sum(one, axis=2).astype(q.dtype).swapaxes(0, 1)
+      one = partials.reshape(groups, chunk, top_k, rows, d).swapaxes(0, 1)
+      is_edge = plan.is_edge.swapaxes(0, 1)[..., None, None]
+      one = jnp.where(is_edge, one.astype(jnp.float32), 0)
+      one = jnp.sum(one, axis=2).astype(q.dtype)
       dq = lax.dynamic_update_slice(
         dq, one[None], (row, i * chunk, group, 0, 0)
       )

@@ -121,7 +121,9 @@ def test_every_choice_has_one_owner(kind, block_size, groups):
     jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
     block_size=block_size, num_blocks=num_blocks, task=task,
   )  # fmt: skip
-  tasks, (num_tasks,), extra, order, is_edge = (np.asarray(x) for x in plan)
+  tasks, (num_tasks,), turns, extra, order, is_edge = (
+    np.asarray(x) for x in plan
+  )
   num_owners = -(-num_blocks // (128 // block_size))
   found, slots = [], {}
   for owner, start, count, inside, slot in tasks[:num_tasks]:
@@ -154,6 +156,19 @@ def test_every_choice_has_one_owner(kind, block_size, groups):
   ]
   assert sorted(found) == sorted(wanted)
   assert is_edge.sum() == sum(task[2] for task in tasks[:num_tasks])
+  # All tasks have a turn, the longest first.
+  assert sorted(turns[:num_tasks]) == list(range(num_tasks))
+  assert np.all(np.diff(tasks[turns][:, 2:4].sum(axis=1)) <= 0)
+
+
+@pytest.mark.parametrize("num_tasks", [0, 1, 4, 5, 11, 12, 13])
+def test_every_turn_is_taken_once(num_tasks):
+  taken = [
+    int(schedule.turn(cta, i, 4))
+    for cta in range(4)
+    for i in range(schedule.num_turns(cta, jnp.int32(num_tasks), 4))
+  ]
+  assert sorted(taken) == list(range(num_tasks))
 
 
 def test_a_chunk_too_long_for_the_sort_is_refused():
