@@ -25,11 +25,11 @@ Two launches:
     choose  keeps each row's best blocks in registers, one row a thread, and
             leaves them as a sorted list for every share.
 * **attend** has a CTA for each (batch row, token, group) and split. All splits
-  merge the same lists (32 lanes hold up to five lists each, the best head is
-  popped until P blocks are found), then each attends to its part of the
-  blocks. The splits of a row wait for each other's partial results, and each
-  merges some of the heads, in a fixed order. One warpgroup merges lists and
-  copies, the other one computes.
+  merge the same lists (32 lanes hold up to five lists each, one each if a row
+  has no more; the best head is popped until P blocks are found), then each
+  attends to its part of the blocks: one warpgroup merges lists and copies, the
+  other one computes. The splits of a row wait for each other's partial results,
+  and each warpgroup merges some of the heads, in a fixed order.
 
 The wait inside attend needs the splits of a row on the GPU at the same time.
 They are there, as anything split has no more CTAs than multiprocessors; where
@@ -76,6 +76,7 @@ FP8_MAX = 448.0
 MERGE_SLOTS = 16  # longest list of which a lane holds five in registers
 STEP_KEYS = 128  # index keys of a tile
 SCORERS = 2  # warpgroups that score, which take turns
+LANES = 32  # of a warp
 LENGTHS_AT_ONCE = 32  # of batch rows, read side by side
 MERGE_ROUNDS = 5  # blocks found before the lists in registers are cut shorter
 
@@ -173,7 +174,7 @@ class Shape:
   @property
   def window(self) -> int:
     """Lists that are merged at once: as many as one batch row can have."""
-    width = 32 if self.slots <= MERGE_SLOTS else 128
+    width = LANES if self.slots <= MERGE_SLOTS else 128
     return pl.cdiv(self.scan_ctas, width) * width
 
   @property
@@ -728,16 +729,20 @@ def _merge_splits(row, first, step, lengths_gmem, refs, s: Shape) -> None:
   """Merges heads `first`, `first + step`, ... of a row from its splits."""
   part_gmem, stats_gmem, out_gmem = refs
   where = _locate(row, lengths_gmem, s)
-  lanes = _lanes(32)
+  lanes = _lanes(LANES)
 
-  def head(i, carry):
-    h = first + i * step
-    m = [stats_gmem[row, n, 0, h] for n in range(s.splits)]
-    l = [stats_gmem[row, n, 1, h] for n in range(s.splits)]
-    parts = [
-      plgpu.load(part_gmem.at[row, n, h], layout=lanes, optimized=False)
-      for n in range(s.splits)
-    ]
+  def read(h):
+    """m, l and partial results of a head's splits."""
+    return (
+      [stats_gmem[row, n, 0, h] for n in range(s.splits)],
+      [stats_gmem[row, n, 1, h] for n in range(s.splits)],
+      [
+        plgpu.load(part_gmem.at[row, n, h], layout=lanes, optimized=False)
+        for n in range(s.splits)
+      ],
+    )
+
+  def write(h, m, l, parts):
     top = functools.reduce(jnp.maximum, m)
     weights = [jnp.exp2(x - top) for x in m]
     total = sum(a * b for a, b in zip(weights, l, strict=True))
@@ -745,10 +750,17 @@ def _merge_splits(row, first, step, lengths_gmem, refs, s: Shape) -> None:
     mosaic.store(
       out_gmem.at[where.b, where.token, where.group, h], _finish(out, total, s)
     )
-    return carry
 
-  count = lax.div(s.group_size - first + step - 1, step)
-  lax.fori_loop(0, jnp.maximum(count, 0), head, None)
+  # What every caller has to do is read at once.
+  heads = [first + i * step for i in range(s.group_size // step)]
+  for h, values in [(h, read(h)) for h in heads]:
+    write(h, *values)
+  if s.group_size % step:
+    last = first + len(heads) * step
+
+    @pl.when(last < s.group_size)
+    def _():
+      write(last, *read(last))
 
 
 def _finish(acc, total, s: Shape):
@@ -919,11 +931,6 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
       plgpu.wait_smem_to_gmem(0)
       if not s.separate_merge:
         _signal(counters_gmem.at[row])
-        _wait_for(counters_gmem.at[row], splits)
-        _merge_splits(
-          row, split, splits, lengths_gmem,
-          (part_gmem, stats_gmem, out_gmem), s,
-        )  # fmt: skip
 
     @pl.when(wg == 1)
     def _choose_and_copy():
@@ -939,25 +946,33 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
         ids_smem[j] = jnp.where(own >= j, own - j, NO_BLOCK)
       if s.slots:
         first, count = _lists_of(lengths_gmem, where.b, s)
-        lanes = _lanes(32 if s.slots <= MERGE_SLOTS else 128)
-        index = plgpu.broadcasted_iota(jnp.int32, (s.window,), 0, layout=lanes)
         r = where.token * s.num_kv_heads + where.group
-        window = pl.ds(first, s.window)
 
-        def heads_of(gmem, absent):
-          return [
-            jnp.where(
-              index < count,
-              plgpu.load(gmem.at[r, j, window], layout=lanes, optimized=False),
-              absent,
-            )
-            for j in range(s.slots)
-          ]
+        def merge(width):
+          lanes = _lanes(LANES if s.slots <= MERGE_SLOTS else min(width, 128))
+          index = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=lanes)
+          lists = pl.ds(first, width)
 
-        _merge_lists(
-          heads_of(codes_gmem, NO_KEY), heads_of(ids_gmem, NO_BLOCK),
-          ids_smem, s.local_blocks,
-        )  # fmt: skip
+          def heads_of(gmem, absent):
+            return [
+              jnp.where(
+                index < count,
+                plgpu.load(gmem.at[r, j, lists], layout=lanes, optimized=False),
+                absent,
+              )
+              for j in range(s.slots)
+            ]
+
+          _merge_lists(
+            heads_of(codes_gmem, NO_KEY), heads_of(ids_gmem, NO_BLOCK),
+            ids_smem, s.local_blocks,
+          )  # fmt: skip
+
+        if s.window == LANES:
+          merge(LANES)
+        else:
+          pl.when(count <= LANES)(lambda: merge(LANES))
+          pl.when(count > LANES)(lambda: merge(s.window))
       # Every thread reads what it wrote itself.
       chosen = [ids_smem[j] for j in range(s.local_blocks + s.slots)]
       for i, j in sort_network(len(chosen)):
@@ -1003,6 +1018,18 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
         def _(slot=slot):
           plgpu.barrier_wait(k_free.at[slot])
           plgpu.barrier_wait(v_free.at[slot])
+
+    if splits > 1 and not s.separate_merge:
+      counters_gmem, part_gmem, stats_gmem = refs
+      first, step = split * 2 + wg, splits * 2
+
+      @pl.when(first < s.group_size)
+      def _():
+        _wait_for(counters_gmem.at[row], splits)
+        _merge_splits(
+          row, first, step, lengths_gmem,
+          (part_gmem, stats_gmem, out_gmem), s,
+        )  # fmt: skip
 
   mosaic.launch(
     body, q, k, v, lengths, *((codes, ids) if s.slots else ()), *outputs,

@@ -226,6 +226,14 @@ def test_several_rows_in_the_share_of_a_cta(monkeypatch):
   run_and_check(case, config=config)
 
 
+def test_more_lists_than_lanes():
+  case = Case(lengths=(4480, 300), capacity=4480, num_heads=1, num_kv_heads=1)
+  shape = shape_of(case, decode.Config(num_ctas=36))
+  _, count = decode._lists_of(jnp.array(case.lengths), 0, shape)
+  assert count > decode.LANES
+  run_and_check(case, config=decode.Config(num_ctas=36, splits=1))
+
+
 def test_ties_go_to_the_lower_id():
   case = Case(lengths=(325, 320))
   q, k, v, index_q, index_k, _ = case.inputs()
