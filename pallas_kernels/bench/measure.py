@@ -51,7 +51,7 @@ def measure(
   elif estimate > 0.1:
     times = [estimate, seconds(), seconds()]
   else:
-    count = max(1, min(50, int(0.04 / estimate)))
+    count = max(1, min(50, int(0.1 / estimate)))
     times = [seconds(count) for _ in range(7)]
   return float(np.median(times)), max(times) - min(times)
 
