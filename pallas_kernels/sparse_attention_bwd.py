@@ -311,6 +311,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           return pl.run_scoped(run, *scoped)
 
         def masked_piece(j, carry):
+          dk, dv = carry
           step = done + j
           stage = lax.rem(step, stages)
           plgpu.barrier_wait(q_ready.at[stage])
@@ -325,7 +326,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           dp = key_major_product(v_smem, do_smem, stage, j)
           ds = jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
           carry = add_products(
-            *carry, p.astype(s.dtype), ds.astype(s.dtype), step
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
           )
           plgpu.barrier_arrive(q_free.at[stage])
           return carry

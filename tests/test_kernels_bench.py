@@ -45,6 +45,10 @@ def arguments(monkeypatch, tmp_path):
   monkeypatch.setattr(
     measure, "ceilings", lambda: dict(matmul_tflops=1.0, copy_tbs=1.0)
   )
+  scans = [
+    measure.KernelTime("decode_scan_kernel", 3e-6 * i, 1e-6) for i in range(4)
+  ]
+  monkeypatch.setattr(measure, "kernels_of", lambda call: scans)
   monkeypatch.setattr(bench.mosaic, "require_hopper", lambda: None)
   monkeypatch.setitem(cases.CASES, "8k", case)
   path = tmp_path / "device.json"
@@ -82,13 +86,23 @@ def test_training_ops_write_rows(arguments):
   arguments, path = arguments
   assert bench.main([*arguments, "--ops", *training.OPS]) == 0
   rows = json.loads(path.read_text())["rows"]
-  assert all(set(row) == FIELDS for row in rows)
+  extra = {"kernels_ms", "idle_ms"}
+  assert all(set(row) == FIELDS | extra for row in rows)
   assert sorted(row["op"] for row in rows) == sorted(
     [*training.OPS[:3] * 2, "warmup"]
   )
   for row in rows:
     assert (row["speedup"] is None) == (row["op"] in ("sparse_backward", "kl"))
   assert path.with_suffix(".png").stat().st_size > 0
+
+
+def test_kernels_of_a_step(monkeypatch):
+  seen = [("b", 0, 2), ("a", 3, 4), ("b", 7, 2), ("tiny", 9, 0.5)]
+  kernels = [measure.KernelTime(n, 1 + t / 1e3, d / 1e3) for n, t, d in seen]
+  monkeypatch.setattr(measure, "kernels_of", lambda call: kernels)
+  fields = measure.kernel_fields(lambda: None, steps=2, least=0.1)
+  assert fields["kernels_ms"] == {"b": 2.0, "a": 2.0, "other": 0.25}
+  assert fields["idle_ms"] == 0.5
 
 
 def reference_decode(case, config=None):
@@ -122,9 +136,6 @@ def decode_arguments(arguments, monkeypatch):
   monkeypatch.setattr(decode, "COLD_BYTES", 1 << 14)
   monkeypatch.setattr(decode, "MIN_STEPS", 4)
   monkeypatch.setattr(decode, "cudnn_decode", lambda q, k, v: q)
-  monkeypatch.setattr(
-    measure, "kernel_seconds", lambda call: {"decode_scan_kernel": [1e-6] * 4}
-  )
   arguments, path = arguments
   return ["--ops", "decode", *arguments, "--tokens", "1x32k"], path
 
@@ -135,12 +146,13 @@ def test_decode_writes_rows(decode_arguments):
   assert bench.main(arguments) == 0
   rows = json.loads(path.read_text())["rows"]
   assert [row["score_precision"] for row in rows] == ["exact", "fp8"]
-  extra = {"kernels_ms", "index_tbs", "copy_fraction"}
+  extra = {"kernels_ms", "idle_ms", "index_tbs", "copy_fraction"}
   for row in rows:
     assert set(row) == FIELDS | extra
     assert row["batch"] == 2 and row["kv_tokens"] == 64
     assert row["ms"] > 0 and row["dense"] == "cudnn"
     assert row["kernels_ms"] == {"decode_scan_kernel": 1e-3}
+    assert row["idle_ms"] == 1.5e-3
   assert rows[0]["index_tbs"] == round(2 * 64 * 128 / 1e6, 3)
 
 

@@ -3,8 +3,8 @@
 What is timed is a program of several steps, each of which depends on the one
 before, so that launches and the gaps between them count as they do for a model.
 Steps take turns with caches that do not fit the GPU's second-level cache
-together. `kernels_ms` is what the kernels of a step take by themselves, by
-name, and `index_tbs` how fast the scan reads index keys (and their scales).
+together. `index_tbs` is how fast the scan by itself reads index keys (and their
+scales).
 
 The dense peers are cuDNN and XLA's own fusions, on the same caches in programs
 of the same kind; the faster is named.
@@ -209,15 +209,11 @@ def rows(
       dense=dense,
       steps=count,
     )
-    kernels = measure.kernel_seconds(call)
-    milliseconds = {
-      name: round(sum(times) / count * 1e3, 4)
-      for name, times in sorted(kernels.items())
-    }
-    scan = sum(ms for name, ms in milliseconds.items() if SCAN in name)
+    kernels = measure.kernel_fields(call, steps=count)
+    scan = sum(ms for name, ms in kernels["kernels_ms"].items() if SCAN in name)
     rate = index_bytes(case, precision) / scan / 1e9
-    measure.log(f"    kernels {milliseconds} ms, index keys {rate:.3f} TB/s")
-    row |= dict(kernels_ms=milliseconds, index_tbs=round(rate, 3))
+    measure.log(f"    {kernels}, index keys {rate:.3f} TB/s")
+    row |= kernels | dict(index_tbs=round(rate, 3))
     found.append(row)
   return found, []
 

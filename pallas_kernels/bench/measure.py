@@ -13,7 +13,7 @@ import pathlib
 import tempfile
 import time
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -56,22 +56,60 @@ def measure(
   return float(np.median(times)), max(times) - min(times)
 
 
-def kernel_seconds(call: Callable[[], Any]) -> dict[str, list[float]]:
-  """Durations of the kernels of a call by name, as the device saw them."""
+class KernelTime(NamedTuple):
+  """A kernel that ran on the device, in seconds of the device's clock."""
+
+  name: str
+  start: float
+  duration: float
+
+
+def kernels_of(call: Callable[[], Any]) -> list[KernelTime]:
+  """The kernels of a call, as the device saw them."""
   jax.block_until_ready(call())
   with tempfile.TemporaryDirectory() as folder:
     with jax.profiler.trace(folder):
       jax.block_until_ready(call())
     [path] = pathlib.Path(folder).rglob("*.xplane.pb")
     planes = jax.profiler.ProfileData.from_file(str(path)).planes
-    found: dict[str, list[float]] = {}
-    for plane in planes:
-      if plane.name.startswith("/device:GPU"):
-        for line in plane.lines:
-          if line.name.startswith("Stream"):
-            for event in line.events:
-              found.setdefault(event.name, []).append(event.duration_ns / 1e9)
-  return found
+    return [
+      KernelTime(event.name, event.start_ns / 1e9, event.duration_ns / 1e9)
+      for plane in planes
+      if plane.name.startswith("/device:GPU")
+      for line in plane.lines
+      if line.name.startswith("Stream")
+      for event in line.events
+    ]
+
+
+def kernel_fields(
+  call: Callable[[], Any], steps: int = 1, least: float = 0.01
+) -> dict[str, Any]:
+  """What a row says of the kernels of a step.
+
+  kernels_ms: time by name, as "other" of those with less than a share `least`
+  of it. idle_ms: time from the first kernel to the end of the last in which
+  none ran. The profiler's times; what `measure` finds may differ.
+  """
+  kernels = kernels_of(call)
+  by_name: dict[str, float] = {}
+  for kernel in kernels:
+    by_name[kernel.name] = by_name.get(kernel.name, 0.0) + kernel.duration
+  busy = sum(by_name.values())
+  fields: dict[str, float] = {}
+  for name, seconds in sorted(by_name.items(), key=lambda item: -item[1]):
+    name = name if seconds >= least * busy else "other"
+    fields[name] = fields.get(name, 0.0) + seconds
+  end = max(kernel.start + kernel.duration for kernel in kernels)
+  idle = end - min(kernel.start for kernel in kernels) - busy
+
+  def milliseconds(seconds: float) -> float:
+    return round(seconds / steps * 1e3, 4)
+
+  return dict(
+    kernels_ms={name: milliseconds(x) for name, x in fields.items()},
+    idle_ms=milliseconds(idle),
+  )
 
 
 def ceilings() -> dict[str, float]:

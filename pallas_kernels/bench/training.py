@@ -212,18 +212,20 @@ def rows(
       else:
         _, lse = programs["sparse"](q, k, v, ids)
         operands = (q, k, *inputs, ids, lse)
-      found.append(
-        measure.row(
-          op,
-          case,
-          functools.partial(programs[op], *operands),
-          flops=flops(op, case),
-          peak_bytes=measure.program_bytes(programs[op]),
-          selection=selection,
-          union8=union8,
-          dense=dense if op in ("train", "warmup") else None,
-        )
+      call = functools.partial(programs[op], *operands)
+      row = measure.row(
+        op,
+        case,
+        call,
+        flops=flops(op, case),
+        peak_bytes=measure.program_bytes(programs[op]),
+        selection=selection,
+        union8=union8,
+        dense=dense if op in ("train", "warmup") else None,
       )
+      kernels = measure.kernel_fields(call)
+      measure.log(f"    {kernels}")
+      found.append(row | kernels)
   return found, []
 
 
