@@ -162,6 +162,7 @@ def test_report_is_one_file_with_every_picture(pair):
   ]
   assert page.count('src="data:image/png;base64,') == len(pictures)
   assert not re.search(r'(src|href)="(?!data:)', page)
+  assert "Thin lines are single seeds" in page and "The band is" in page
   # The old report was replaced whole, and nothing is left beside it.
   others = {path.name for path in folder.parent.iterdir()}
   assert others == {"report", "text", "recall"}
@@ -214,12 +215,17 @@ def test_speed_leaves_compilation_out(pair):
 
 def test_one_seed_gives_no_interval(tmp_path):
   _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.02]}})
-  text = _page_text(report.write(tmp_path))
+  page = report.write(tmp_path)
+  text = _page_text(page)
   (found,) = _summary(tmp_path)["tasks"]["text"]["gaps"]["msa"]
   assert found["interval"] is None
   assert "This is one seed, so there is no interval" in text
   assert "in 2 of 2 held-out batches" in text
   assert "the mean of" not in text  # an interval over batches, not seeds
+  # Captions speak of what is drawn.
+  captions = page.read_text()
+  assert "One seed a side. GQA is wider" in captions
+  assert "Thin lines" not in captions and "The band" not in captions
 
 
 def test_unfinished_and_missing_runs_are_named_and_left_out(tmp_path):

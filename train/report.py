@@ -382,6 +382,16 @@ def _finite(value: Any) -> Any:
   return value
 
 
+def _line_widths(tasks: Sequence[dict[str, list[Run]]]) -> str:
+  """What thin and thick lines are in figures of these tasks' sides."""
+  sides = [runs for members in tasks for runs in members.values()]
+  if any(len(runs) > 1 for runs in sides):
+    return "Thin lines are single seeds, thick lines the mean."
+  # `figures` draws the baseline so.
+  wider = f" {side_name(BASELINE)} is wider, to show below the others."
+  return "One seed a side." + wider * any(BASELINE in m for m in tasks)
+
+
 def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
   """The page and the summary; saves the figures in `out`."""
   body: list[str] = []
@@ -417,7 +427,7 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
   add(
     overview_figure(tasks, colors),
     "overview",
-    "Overview. Thin lines are single seeds, thick lines their mean.",
+    f"Overview. {_line_widths([*tasks.values()])}",
   )
   for task, sides in tasks.items():
     finals = [r.final for rs in sides.values() for r in rs if r.final]
@@ -469,7 +479,12 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "where there is more than one; the paper's are at another scale.</p>"
       )
       summary["tasks"][task]["ablations"] = found
-    spread = "Thin lines are single seeds, thick lines the mean."
+    spread, band = _line_widths([sides]), ""
+    others = [side for side in sides if side != BASELINE]
+    if any(len(paired_runs(sides, side)) > 1 for side in others):
+      band = (
+        " The band is the Student-t 95 % interval of the mean at each step."
+      )
     body.append("<h3>Figures</h3>")
     for metric in metrics if finals else []:
       name = f"{task}_{metric.key}"
@@ -489,8 +504,8 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       add(
         gap_figure(task, sides, colors, metric),
         f"{name}_gap",
-        "Side minus baseline, paired by seed on the same held-out tokens. "
-        "The band is the Student-t 95 % interval of the mean at each step.",
+        "Side minus baseline, paired by seed on the same held-out tokens."
+        + band,
       )
     for probe in probes:
       add(
