@@ -20,7 +20,8 @@ kernels does a choice:
 
 Where no tile has an edge, one launch of the second kernel is everything.
 Otherwise chunks of one group's queries take turns in a workspace of partials
-of at most 2^30 elements. SMEM at D 128 and block 128: edges 96 KB of queries,
+of at most 2^30 elements. XLA has the host read which of the two it is, and
+waits for that. SMEM at D 128 and block 128: edges 96 KB of queries,
 64 KB of K and V, 48 KB of partials; tiles 32 KB of queries, 128 KB of K and V,
 64 KB of partials (or 192 KB of K and V when nothing is merged).
 
