@@ -294,7 +294,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
               plgpu.wgmma_wait(0)
               after = stage_after(j)
               key_major(k_smem, q_smem, after, j + 1, acc)
-              # This stage, computed again for the reason in key_major.
+              # This stage, computed again for the reason in key_major; from
+              # j, j + 1 and j + 2, as equal zeros would be one, and kept.
               stage_again = lax.rem(step + jnp.minimum(j + 2, 0), stages)
             else:
               stage_again = stage

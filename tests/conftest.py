@@ -60,6 +60,13 @@ def hopper():
 
 
 @pytest.fixture
+def no_gpu():
+  """Skips a test of what is said where the kernels cannot run."""
+  if jax.default_backend() == "gpu":
+    pytest.skip("needs a machine without a GPU")
+
+
+@pytest.fixture
 def pretend_hopper(monkeypatch):
   """Enough of a GPU to trace and to lower."""
   from jax._src.cudnn import fused_attention_stablehlo as cudnn

@@ -14,7 +14,6 @@ from test_modules import CONFIG, INDEX, build
 import msa_jax
 from msa_jax import attention, generate, reference, xla
 from msa_jax import cache as cache_lib
-from pallas_kernels import mosaic
 
 IMPLEMENTATIONS = ("reference", "xla")
 
@@ -266,9 +265,7 @@ def test_wrong_decodes(text):
   assert text in str(error.value)
 
 
-def test_kernels_say_so_where_they_cannot_run():
-  if jax.default_backend() == "gpu":
-    pytest.skip("needs a machine without a GPU")
+def test_kernels_say_so_where_they_cannot_run(no_gpu):
   case = CASES["one"]
   args, _, _ = operands(case, False)
   with pytest.raises(NotImplementedError, match="Hopper"):
@@ -839,9 +836,8 @@ LONG = jax.random.randint(jax.random.key(6), (2, 300), 0, 64)
 PARTS = (128, 100, 12, *(1,) * 60)
 
 
-def test_steps_of_the_kernels_lower(monkeypatch):
+def test_steps_of_the_kernels_lower(pretend_hopper):
   """Prefill under nnx.jit, and decoding inside generation's loop."""
-  monkeypatch.setattr(mosaic, "require_hopper", lambda: None)
   graphdef, params = kernel_model(("msa",), top_k=8)
   model = nnx.merge(graphdef, params)
   cache = model.init_cache(2, 384, index_dtype=jnp.float8_e4m3fn)

@@ -151,10 +151,8 @@ def test_errors_come_before_tracing_anything():
     jax.eval_shape(lambda *x: msa(*x, top_k=-1), *INPUTS)
 
 
-def test_a_named_implementation_never_falls_back():
+def test_a_named_implementation_never_falls_back(no_gpu):
   """On this machine the kernels cannot run, and say so."""
-  if jax.default_backend() == "gpu":
-    pytest.skip("needs a machine without a GPU")
   calls = (
     lambda **o: select(INDEX_Q, INDEX_K, **o),
     lambda **o: sparse(Q, K, V, BLOCKS, **o),

@@ -34,7 +34,7 @@ FIELDS = {
 
 
 @pytest.fixture
-def arguments(monkeypatch, tmp_path):
+def arguments(monkeypatch, tmp_path, pretend_hopper):
   """Of a run over one tiny case; rows are written to tmp_path."""
   sizes = dict(num_heads=4, num_kv_heads=2, head_dim=64, index_dim=64)
   case = cases.Case(tokens=64, block_size=4, top_k=4, **sizes)
@@ -49,7 +49,6 @@ def arguments(monkeypatch, tmp_path):
     measure.KernelTime("decode_scan_kernel", 3e-6 * i, 1e-6) for i in range(4)
   ]
   monkeypatch.setattr(measure, "kernels_of", lambda call: scans)
-  monkeypatch.setattr(bench.mosaic, "require_hopper", lambda: None)
   monkeypatch.setitem(cases.CASES, "8k", case)
   path = tmp_path / "device.json"
   return ["--tokens", "8k", "--results", str(path), "--commit", "abc"], path
