@@ -344,7 +344,7 @@ def owner_task(num_edges: int, task: int) -> int:
   """Most edges of a task, from a config's `task`: 0 lets the edges decide."""
   if not task:
     # About four tasks a CTA, and some short ones to even out the ends.
-    task = min(max(num_edges // (4 * mosaic.NUM_SMS), 128), 1024)
+    task = min(max(num_edges // (4 * mosaic.NUM_SMS), 128), 2048)
   return -(-task // 8) * 8
 
 

@@ -25,7 +25,7 @@ their own, so that the other one knows nothing of masks.
 Blocks of 64 keys share an owner block in pairs: a query that chose one of them
 is masked in the other, which is right, and costs up to twice the products.
 
-Chunks of one group's queries take turns in a workspace of 2^30 elements.
+Chunks of queries take turns in a workspace of 2^31 elements (4 GB).
 
 Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
 in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte; or
@@ -55,7 +55,7 @@ ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # of a piece
 KEYS = 64  # of a warpgroup
 REGISTERS = (216, 72)  # a thread: of those with keys, of the third
-MAX_WORKSPACE = 1 << 30  # elements of the dQ partials
+MAX_WORKSPACE = 1 << 31  # elements of the dQ partials
 
 
 @dataclasses.dataclass(frozen=True)
