@@ -94,7 +94,8 @@ def kernel_fields(
   kernels = kernels_of(call)
   by_name: dict[str, float] = {}
   for kernel in kernels:
-    by_name[kernel.name] = by_name.get(kernel.name, 0.0) + kernel.duration
+    name = kernel.name.split("<")[0]  # template arguments fill pages
+    by_name[name] = by_name.get(name, 0.0) + kernel.duration
   busy = sum(by_name.values())
   fields: dict[str, float] = {}
   for name, seconds in sorted(by_name.items(), key=lambda item: -item[1]):
