@@ -22,6 +22,7 @@ from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 from msa_jax.ops import (
   DecodeOutput,
   MSAOutput,
+  SelectionRecall,
   check_block_indices,
   decode_attention,
   index_kl_loss,
@@ -46,6 +47,7 @@ __all__ = [
   "MoEConfig",
   "ModelConfig",
   "Selection",
+  "SelectionRecall",
   "Sharding",
   "check_block_indices",
   "decode_attention",

@@ -66,6 +66,7 @@ class Selection(NamedTuple):
   block_indices: Int32[Array, "*L B K T P"]
   block_recall: Float[Array, "*L"]
   score_recall: Float[Array, "*L"]
+  best_score_recall: Float[Array, "*L"]
 
 
 class MSALayerOutput(NamedTuple):
@@ -778,7 +779,7 @@ class MSAttention(GQAttention):
     shared = PartitionSpec(batch, None, None)
     scalar = PartitionSpec()
     blocks = PartitionSpec(batch, heads, None, None)
-    specs: Any = (blocks, scalar, scalar)
+    specs: Any = (blocks, *(scalar,) * 3)
     selection = Selection(*specs) if with_selection else None
     return jax.shard_map(
       local,

@@ -492,7 +492,7 @@ class DecoderLM(nnx.Module):
         blocks = (count, shape[0], config.num_kv_heads, shape[1])
         selection = Selection(
           jnp.full((*blocks, config.index.top_k), -1, jnp.int32),
-          *(jnp.full((count,), jnp.nan, jnp.float32),) * 2,
+          *(jnp.full((count,), jnp.nan, jnp.float32),) * 3,
         )
       filled.append(selection)
     return jax.tree.map(lambda *a: jnp.concatenate(a), *filled)

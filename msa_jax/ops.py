@@ -66,6 +66,21 @@ class DecodeOutput(NamedTuple):
   block_indices: Int32[Array, "B K T P"]
 
 
+class SelectionRecall(NamedTuple):
+  """What `selection_recall` returns, each in [0, 1]; a pytree.
+
+  Attributes:
+    block_recall: share of the blocks of largest mass that were picked.
+    score_recall: mass on the picked blocks.
+    best_score_recall: mass on the blocks of largest mass: no choice of as many
+      blocks holds more.
+  """
+
+  block_recall: Float[Array, ""]
+  score_recall: Float[Array, ""]
+  best_score_recall: Float[Array, ""]
+
+
 def select_blocks(
   index_q: Float[Array, "B T K I"],
   index_k: Float[Array, "B S I"],
@@ -537,18 +552,27 @@ def selection_recall(
   block_size: int = 128,
   scale: float | None = None,
   kv_lengths: Integer[Array, "B"] | None = None,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
+) -> SelectionRecall:
   """How much of the Main Branch's dense attention a selection covers.
 
   With the dense attention mass of a block = mean over the group's heads of
-  softmax(scale q k^T) summed over the block: block recall is the share of the
-  min(P, visible) blocks of largest mass that were picked, score recall the mass
-  on picked blocks; both are means over queries that see anything, and groups
-  (paper, section 4). O(T S) time, memory linear in T. No gradient is meant to
-  be taken.
+  softmax(scale q k^T) summed over the block, and the best blocks of a query =
+  the min(P, visible) of largest mass:
+
+    block recall = |picked and best| / |best|
+    score recall = sum of the mass of the picked blocks
+    best score recall = sum of the mass of the best blocks
+
+  all means over queries that see anything, and groups (the first two: paper,
+  section 4). Score recall is never above best score recall, but for rounding.
+  A low score recall near the best one tells of attention that is diffuse, or
+  whose heads want different blocks in one group; far below it, of a poor
+  choice. One that must hold the query's own block can fall slightly short of
+  the best however it is made. O(T S) time, memory linear in T. No gradient is
+  meant to be taken.
 
   Returns:
-    (block_recall, score_recall), each in [0, 1].
+    The recalls.
 
   Raises:
     ValueError: an argument is wrong.
@@ -558,7 +582,7 @@ def selection_recall(
   _check_positive("block_size", block_size)
   _check_block_indices(block_indices, q, k)
   _check_kv_lengths(kv_lengths, q.shape[0])
-  return xla.selection_recall(
+  recalls = xla.selection_recall(
     q,
     k,
     block_indices,
@@ -566,6 +590,7 @@ def selection_recall(
     scale=_scale("scale", scale, q),
     kv_lengths=kv_lengths,
   )
+  return SelectionRecall(*recalls)
 
 
 # --- choice of implementation ----------------------------------------------

@@ -773,8 +773,8 @@ def selection_recall(
   block_size: int,
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
-) -> tuple[Float[Array, ""], Float[Array, ""]]:
-  """Block recall and score recall, see `msa_jax.selection_recall`."""
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+  """The fields of `msa_jax.SelectionRecall`, see `msa_jax.selection_recall`."""
   b, t, h, _ = q.shape
   s_len = k.shape[1]
   top_k = block_indices.shape[-1]
@@ -792,17 +792,19 @@ def selection_recall(
     p = jnp.mean(reference.softmax(s, reference.masked_logsumexp(s)), axis=2)
     mass = jnp.sum(p.reshape(*p.shape[:-1], num_blocks, block_size), axis=-1)
     own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
-    picked = jnp.any(idx[..., None] == ids, axis=-2) & (ids <= own)
     _, best = lax.top_k(jnp.where(ids <= own, mass, -1), min(top_k, num_blocks))
-    counts = best <= own
-    hits = jnp.take_along_axis(picked, best, axis=-1) & counts
+    # Both as masks over all blocks: equal choices give equal bits of mass.
+    picked, best = (
+      jnp.any(x[..., None] == ids, axis=-2) & (ids <= own) for x in (idx, best)
+    )
+    hits, counts = jnp.sum(picked & best, -1), jnp.sum(best, -1)
+    recalls = (
+      hits / jnp.maximum(counts, 1),
+      *(jnp.sum(jnp.where(x, mass, 0), axis=-1) for x in (picked, best)),
+    )
     rows = (own >= 0)[..., 0]
-    block_recall = jnp.sum(hits, -1) / jnp.maximum(jnp.sum(counts, -1), 1)
-    score_recall = jnp.sum(jnp.where(picked, mass, 0), axis=-1)
-    sums = [
-      jnp.sum(jnp.where(rows, x, 0)) for x in (block_recall, score_recall)
-    ]
-    rows = jnp.sum(jnp.broadcast_to(rows, score_recall.shape))
+    sums = [jnp.sum(jnp.where(rows, x, 0)) for x in recalls]
+    rows = jnp.sum(jnp.broadcast_to(rows, hits.shape))
     return carry, (*sums, rows)
 
   xs = (
@@ -811,9 +813,9 @@ def selection_recall(
     _split(positions, chunk, 1, fill=-1),
   )
   _, sums = _over_chunks(body, (), xs, chunk)
-  block_recall, score_recall, rows = jax.tree.map(jnp.sum, sums)
+  block, score, best_score, rows = jax.tree.map(jnp.sum, sums)
   rows = jnp.maximum(rows, 1)
-  return block_recall / rows, score_recall / rows
+  return block / rows, score / rows, best_score / rows
 
 
 # --- decoding: few queries against a cache ----------------------------------

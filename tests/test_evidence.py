@@ -406,6 +406,9 @@ def test_runs_hold_what_the_report_needs(compared):
     if side != "gqa":
       for layer in rows_of(folder, "layers")[-1]["layers"]:
         assert 0 <= layer["facts_found"] <= 1
+        # But for rounding.
+        best = layer["best_score_recall"] * (1 + 1e-6)
+        assert 0 < layer["score_recall"] <= best
       with np.load(folder / "selection.npz") as saved:
         assert set(cases.SHARING) <= set(saved)
         assert saved["block_indices"].shape == (1, 2, 128, 4)
@@ -438,6 +441,7 @@ def test_report_of_it_all(compared):
     "Needle answers right, MSA CPT − GQA",
     "Recall answers right, MSA CPT − GQA",
     "over them the gap has a 95 % interval",
+    "How much of attention the chosen blocks hold",
     "How much neighbouring queries share",
     "Speed of a training step",
   ):

@@ -171,7 +171,9 @@ def test_selection_of_each_layer():
   assert np.all(out.block_indices[0] == -1) and np.isnan(out.block_recall[0])
   own = np.arange(40) // 8
   assert np.all((out.block_indices[1:] == own[:, None]).any(-1))
-  assert np.all((out.score_recall[1:] > 0) & (out.score_recall[1:] <= 1))
+  score, best = out.score_recall, out.best_score_recall
+  assert score.shape == best.shape == (3,) and np.isnan(best[0])
+  assert np.all((score[1:] > 0) & (score[1:] < best[1:]) & (best[1:] <= 1))
 
 
 ABLATIONS = {

@@ -328,28 +328,56 @@ def test_fp8_selection_recall():
   assert 0.9 < kept[:, :, 64:].mean() < 1
 
 
-def test_recall_counts_mass_on_picked_blocks():
-  case = Case(q_len=16, kv_len=16, num_heads=2, num_kv_heads=1, top_k=2)
+def loop_recalls(case, q, k, block_indices):
+  """`selection_recall` in float64, and the best blocks in its own layout."""
+  q, k = np.asarray(q, np.float64), np.asarray(k, np.float64)
+  group_size = case.num_heads // case.num_kv_heads
+  best = np.full_like(block_indices, -1)
+  rows = []
+  for b, g, t in np.ndindex(block_indices.shape[:3]):
+    position = case.positions()[b, t]
+    if position < 0:
+      continue
+    mass = np.zeros(position // case.block_size + 1)
+    for h in range(g * group_size, (g + 1) * group_size):
+      s = k[b, : position + 1, g] @ q[b, t, h] * case.head_dim**-0.5
+      p = np.exp(s) / np.exp(s).sum() / group_size
+      for j in range(position + 1):
+        mass[j // case.block_size] += p[j]
+    picked = {n for n in block_indices[b, g, t] if 0 <= n < len(mass)}
+    ids = sorted(np.argsort(-mass)[: case.top_k])
+    best[b, g, t, : len(ids)] = ids
+    rows.append(
+      (
+        len(picked & set(ids)) / len(ids),
+        sum(mass[n] for n in picked),
+        sum(mass[n] for n in ids),
+      )
+    )
+  return np.mean(rows, axis=0), best
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_recalls_equal_loops(name):
+  """Of many choices, none holds more than the best blocks; these do."""
+  case = CASES[name]
   q, k = case.inputs()[:2]
-  best = np.full((1, 1, 16, 2), -1, np.int32)
-  mass_on_best = []
-  for t in range(16):
-    s = np.einsum("hd,jd->hj", q[0, t], k[0, : t + 1, 0]) * 8**-0.5
-    p = np.exp(s) / np.exp(s).sum(-1, keepdims=True)
-    mass = np.zeros(4)
-    np.add.at(mass, np.arange(t + 1) // 4, p.mean(0))
-    ids = np.sort(np.argsort(-mass)[: min(2, t // 4 + 1)])
-    best[0, 0, t, : len(ids)] = ids
-    mass_on_best.append(mass[ids].sum())
-  recall = functools.partial(msa_jax.selection_recall, q, k, block_size=4)
-  block, score = recall(jnp.asarray(best))
-  np.testing.assert_allclose(block, 1.0, rtol=1e-6)
-  np.testing.assert_allclose(score, np.mean(mass_on_best), rtol=1e-5)
-  half = best.copy()
-  half[..., 1] = -1
-  block, _ = recall(jnp.asarray(half))
-  # Queries 0-3 see one block and pick it; the others pick one of their two.
-  np.testing.assert_allclose(block, (4 * 1 + 12 * 0.5) / 16, rtol=1e-6)
+  recall = functools.partial(
+    msa_jax.selection_recall,
+    q,
+    k,
+    block_size=case.block_size,
+    kv_lengths=case.lengths,
+  )
+  for blocks in patterns(case).values():
+    got = recall(blocks)
+    want, best = loop_recalls(case, q, k, np.asarray(blocks))
+    np.testing.assert_allclose(got, want, rtol=1e-5)
+    assert got._fields == ("block_recall", "score_recall", "best_score_recall")
+    assert got.score_recall <= got.best_score_recall * (1 + 1e-6)  # rounding
+  got = recall(jnp.asarray(best))
+  np.testing.assert_allclose(got.block_recall, 1.0, rtol=1e-6)
+  assert got.score_recall == got.best_score_recall
 
 
 def test_vmap_remat_and_repeats_agree():

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from train import figures, report, runs
+from train import figures, progress, report, runs
 
 _BITS = 1 / math.log(2)
 
@@ -471,3 +471,105 @@ def test_wall_time_of_a_late_start_holds_the_time_before_it(tmp_path):
   assert list(lines["GQA (1 seed)"]) == [1.0, 2.0, 3.0, 4.0]
   # GQA's last row up to step 25 says 2 seconds.
   assert list(lines["MSA (1 seed)"]) == [3.0, 4.0, 5.0, 6.0]
+
+
+def _measure_recalls(run, recalls):
+  """Rewrites a run's layer rows with these fields of its two layers."""
+  rows = [json.loads(line) for line in (run / "metrics.jsonl").open()]
+  for row in rows:
+    for layer, fields in zip(row.get("layers", ()), recalls):
+      layer |= fields
+  (run / "metrics.jsonl").write_text(
+    "".join(json.dumps(row) + "\n" for row in rows)
+  )
+
+
+def _dotted(folder):
+  """The dotted lines of the panel of score recall, and the legend's words."""
+  sides = runs.group_by_side(runs.read_runs(folder))
+  figure = figures.layers_figure("text", "msa", sides["msa"])
+  (axes,) = (a for a in figure.axes if a.get_title() == "Score recall")
+  lines = [x.get_ydata() for x in axes.lines if x.get_linestyle() == ":"]
+  return lines, [x.get_text() for x in figure.legends[0].get_texts()]
+
+
+def test_score_recall_stands_beside_the_best(tmp_path):
+  losses = {"gqa": [1.0, 1.1], "msa": [1.0, 1.2], "no_warmup": [1.1, 1.32]}
+  folder = _make(tmp_path / "run", {"text": losses})
+  for seed, (score, best) in enumerate([(0.4, 0.5), (0.6, 0.7)]):
+    fields = {"score_recall": score, "best_score_recall": best}
+    unknown = {"score_recall": None, "best_score_recall": None}
+    _measure_recalls(folder / f"text/msa/seed{seed}", [fields, unknown])
+  # An older run, which did not measure the best.
+  _measure_recalls(folder / "text/no_warmup/seed0", [{"score_recall": 0.3}] * 2)
+  (folder / "text/no_warmup/seed1/done.json").unlink()
+  page = report.write(folder)
+  table = _summary(folder)["tasks"]["text"]["layers"]
+  found = [tuple(row.values()) for row in table]
+  assert list(table[0])[2:] == [
+    "block recall",
+    "score recall",
+    "best score recall",
+    "of the best",
+  ]
+  assert found == [
+    ("MSA", "0", "0.500", "0.500", "0.600", "0.833"),
+    ("MSA", "1", "0.500", "–", "–", "–"),
+    ("MSA", "mean", "0.500", "–", "–", "–"),
+    ("no warmup", "0", "0.500", "0.300", "–", "–"),
+    ("no warmup", "1", "0.500", "0.300", "–", "–"),
+    ("no warmup", "mean", "0.500", "0.300", "–", "–"),
+  ]
+  (ablation,) = _summary(folder)["tasks"]["text"]["ablations"]
+  assert ablation["score recall"] == "0.300"
+  assert "no choice holds more" in _page_text(page)
+  lines, words = _dotted(folder)
+  np.testing.assert_allclose(lines, [[0.6] * 4, [math.nan] * 4])
+  assert "best possible" in words
+
+
+def test_report_of_runs_that_did_not_measure_the_best(tmp_path):
+  losses = {"gqa": [1.0], "msa": [1.0], "no_warmup": [1.1]}
+  folder = _make(tmp_path / "run", {"text": losses})
+  for side in ("msa", "no_warmup"):
+    run = folder / "text" / side / "seed0"
+    _measure_recalls(run, [{"score_recall": x} for x in (0.3, 0.5)])
+  text = _page_text(report.write(folder))
+  found = _summary(folder)["tasks"]["text"]
+  assert found["layers"][2] == {
+    "side": "MSA",
+    "layer": "mean",
+    "block recall": "0.500",
+    "score recall": "0.400",
+  }
+  assert found["ablations"][0]["score recall"] == "0.400"
+  # Nothing is said of what was not measured.
+  for words in ("best score recall", "of the best", "no choice holds more"):
+    assert words not in text.lower()
+  lines, words = _dotted(folder)
+  assert not lines and "best possible" not in words
+
+
+def test_ablations_show_the_best_where_it_was_measured(tmp_path):
+  losses = {"gqa": [1.0], "msa": [1.0], "no_warmup": [1.1]}
+  losses["block_32"] = [1.2, 1.2]
+  folder = _make(tmp_path / "run", {"text": losses})
+  fields = [{"score_recall": 0.3, "best_score_recall": x} for x in (0.4, 0.5)]
+  _measure_recalls(folder / "text/no_warmup/seed0", fields)
+  # One of two seeds: its best says nothing of the other's score recall.
+  _measure_recalls(folder / "text/block_32/seed0", fields)
+  _measure_recalls(folder / "text/block_32/seed1", [{"score_recall": 0.3}] * 2)
+  report.write(folder)
+  found = _summary(folder)["tasks"]["text"]["ablations"]
+  best = {row["side"]: row["best score recall"] for row in found}
+  assert best == {"block 32": "–", "no warmup": "0.450"}
+
+
+def test_layer_numbers_on_one_line():
+  layers = [
+    {"kl": None, "block_recall": 0.5, "score_recall": x, "best_score_recall": y}
+    for x, y in ((0.4, 0.5), (0.6, 0.7))
+  ]
+  assert progress._note({"kind": "layers", "layers": layers}) == (
+    "layers: block_recall 0.500  score_recall 0.500  best_score_recall 0.600"
+  )

@@ -283,7 +283,10 @@ def _number(value: float | None) -> float:
 
 
 def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
-  """KL and recalls of every MSA layer during training, mean over runs."""
+  """KL and recalls of every MSA layer during training, mean over runs.
+
+  Dotted, where the runs measured it: the best score recall.
+  """
   runs = [r for r in runs if r.finished] or runs[:1]
   runs = [r for r in runs if r.rows["layers"]]
   if not runs:
@@ -296,9 +299,11 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
   first = runs[0].rows["layers"][0]["layers"][0]
   if first.get("facts_found") is not None:
     titles["facts_found"] = "Asked facts in chosen blocks"
+  # The last one has no panel of its own. Older runs did not measure it.
+  keys = [*titles, "best_score_recall"]
   steps, values = _mean_curve(
     runs,
-    lambda r: [[_number(x[k]) for k in titles] for x in r["layers"]],
+    lambda r: [[_number(x.get(k)) for k in keys] for x in r["layers"]],
     "layers",
   )
   ids = [x["layer"] for x in runs[0].rows["layers"][0]["layers"]]
@@ -321,6 +326,22 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
     axis.set_xlabel("Training steps")
     axis.set_xlim(left=0)
     axis.set_ylim(*((0, None) if column == 0 else (0, 1.02)))
+  if np.isfinite(values[..., -1]).any():
+    axis = axes[0, keys.index("score_recall")]
+    for i in range(len(ids)):
+      axis.plot(
+        steps,
+        values[:, i, -1],
+        color=shades[i],
+        lw=1.4,
+        ls=":",
+        marker="_",  # a line of one point would not show
+        ms=5,
+      )
+    # One entry in the legend for all layers.
+    axes[0, 0].plot(
+      [], [], color="#555555", ls=":", marker="_", label="best possible"
+    )
   figure.suptitle(
     f"{task}, {side_name(side)}: how well the index follows attention"
   )

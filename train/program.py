@@ -632,6 +632,7 @@ class Program:
         "kl": number(kl[layer]) if self.has_index else None,
         "block_recall": number(selection.block_recall[layer]),
         "score_recall": number(selection.score_recall[layer]),
+        "best_score_recall": number(selection.best_score_recall[layer]),
         "facts_found": None if found is None else number(found[layer]),
       }
       for layer in self.msa_layers

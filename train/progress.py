@@ -7,6 +7,8 @@ import sys
 
 import jax
 
+_LAYER_NUMBERS = ("kl", "block_recall", "score_recall", "best_score_recall")
+
 
 class Progress:
   """Shows the rows of metrics.jsonl; the first process only."""
@@ -82,7 +84,7 @@ class Progress:
 
 def _scalars(row: dict):
   for layer in row.get("layers", ()):
-    for name in ("kl", "block_recall", "score_recall"):
+    for name in _LAYER_NUMBERS:
       if layer[name] is not None:
         yield f"{name}/layer{layer['layer']}", layer[name]
   for layer in row.get("router", ()):
@@ -96,9 +98,8 @@ def _scalars(row: dict):
 
 def _note(row: dict) -> str:
   if row["kind"] == "layers":
-    shown = ("kl", "block_recall", "score_recall")
     means = []
-    for name in shown:
+    for name in _LAYER_NUMBERS:
       values = [r[name] for r in row["layers"] if r[name] is not None]
       if values:
         means.append(f"{name} {sum(values) / len(values):.3f}")

@@ -542,6 +542,20 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "Colour: the share of a query block's queries that chose a key block, "
         "on a held-out batch after training. Grey: blocks in the future.",
       )
+    if found := tables.layer_rows(sides):
+      body.append("<h3>How much of attention the chosen blocks hold</h3>")
+      body.append(_rows(found))
+      text = "On a held-out batch after training, mean over finished seeds."
+      if "best score recall" in found[0]:
+        text += (
+          " Best: what the blocks with the most attention hold, as many as the "
+          "index picks; no choice holds more. Far below 1 it tells of "
+          "attention too spread out for so few blocks, or of heads that want "
+          "different ones and share a choice. An index that must pick a "
+          "query's own block can fall slightly short of it."
+        )
+      body.append(f'<p class="small">{text}</p>')
+      summary["tasks"][task]["layers"] = found
     if found := tables.sharing_rows(sides):
       body.append("<h3>How much neighbouring queries share</h3>")
       body.append(_rows(found))

@@ -169,24 +169,30 @@ def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
       found = paired_gap(pairs, metric)
       name = f"{metric.title.lower()} − {side_name(METHOD)}"
       row[name] = _short_gap(found, metric)
-    shares = [
-      statistics.fmean(found)
-      for r in runs
-      if r.finished and r.rows["layers"] and (found := _score_recalls(r))
-    ]
+    shares, best = (
+      [
+        statistics.fmean(found)
+        for r in runs
+        if r.finished and r.rows["layers"] and (found := _last(r, key))
+      ]
+      for key in ("score_recall", "best_score_recall")
+    )
     row["score recall"] = spread(shares, 3)
+    # Means of other seeds could not stand side by side.
+    same = len(best) == len(shares)
+    row["best score recall"] = spread(best if same else [], 3)
     broken = [r for r in runs if r.broken and not r.finished]
     row["seeds"] = f"{len(pairs)} of {len(runs)}" + "".join(
       f"; seed {r.seed} broke down at step {r.broken['step']}" for r in broken
     )
     rows.append(row)
-  return rows
+  return _without_empty(rows, ["best score recall"])
 
 
-def _score_recalls(run: Run) -> list[float]:
-  """Of each layer after training."""
-  recalls = (x["score_recall"] for x in run.rows["layers"][-1]["layers"])
-  return [x for x in recalls if x is not None and math.isfinite(x)]
+def _last(run: Run, key: str) -> list[float]:
+  """A number of each layer after training, where there is one."""
+  values = (x.get(key) for x in run.rows["layers"][-1]["layers"])
+  return [x for x in values if x is not None and math.isfinite(x)]
 
 
 def _short_gap(found: dict, metric: Metric) -> str:
@@ -201,6 +207,49 @@ def _short_gap(found: dict, metric: Metric) -> str:
     low, high = (x * scale for x in interval)
     text += f" ({low:+.2f} to {high:+.2f})"
   return text
+
+
+def layer_rows(sides: dict[str, list[Run]]) -> Rows:
+  """Recalls of each MSA layer after training, mean over finished runs.
+
+  Score recall stands beside the best that as many blocks could have, in the
+  sides that measured it.
+  """
+  rows = []
+  for side, runs in sides.items():
+    last = [
+      r.rows["layers"][-1]["layers"]
+      for r in runs
+      if r.finished and r.rows["layers"]
+    ]
+    if not last:
+      continue
+
+    def means(key: str, last=last) -> np.ndarray:
+      """Of each layer, then of all; NaN where a run lacks it."""
+      values = [[x.get(key) for x in layers] for layers in last]
+      layers = np.array(values, float).mean(0)
+      return np.array([*layers, layers.mean()])
+
+    score, best = means("score_recall"), means("best_score_recall")
+    columns = {
+      "block recall": means("block_recall"),
+      "score recall": score,
+      "best score recall": best,
+      "of the best": score / best,
+    }
+    for i, layer in enumerate([*(x["layer"] for x in last[0]), "mean"]):
+      row = {"side": side_name(side), "layer": str(layer)}
+      for name, values in columns.items():
+        row[name] = f"{values[i]:.3f}" if np.isfinite(values[i]) else "–"
+      rows.append(row)
+  return _without_empty(rows, ("best score recall", "of the best"))
+
+
+def _without_empty(rows: Rows, names: Sequence[str]) -> Rows:
+  """The rows without those of the named columns that tell nothing."""
+  empty = {n for n in names if all(row[n] == "–" for row in rows)}
+  return [{k: v for k, v in row.items() if k not in empty} for row in rows]
 
 
 _SHARING = ("union8", "first_block", "previous_block", "kept")
