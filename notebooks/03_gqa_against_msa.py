@@ -42,12 +42,13 @@ MEASUREMENTS = pallas_kernels.bench.results.FOLDER
 #
 # * **MSA**: from scratch. It attends densely at first (*warm-up*), while the
 #   Index Branch learns to follow attention, then sparsely.
-# * **MSA CPT**: starts from the GQA run's checkpoint half-way, then the same.
+# * **MSA CPT**: starts from a checkpoint of the GQA run (half-way in `parity`,
+#   after 85 % of the steps in `evidence`), then the same.
 
 # %%
 comparisons = {}
 for folder in sorted(COMPARISONS.iterdir()):
-  if not folder.is_dir():
+  if not (folder / "comparison.json").exists():
     continue
   members = runs.read_runs(folder)
   tasks = {
@@ -112,26 +113,26 @@ for name, tasks in comparisons.items():
 # prove that there is none. One seed has no bar.
 
 # %%
-gaps = {}  # (metric, unit) -> rows of (label, side, metric, gap)
+gaps = {}  # (metric, unit) -> (label, side, metric, gap, if beside the first)
 for name, tasks in comparisons.items():
   for task, found in tasks.items():
     if runs.BASELINE not in found:
       continue
     finals = [r.final for members in found.values() for r in members if r.final]
-    for metric in runs.metrics_of(finals):
+    for index, metric in enumerate(runs.metrics_of(finals)):
       for side in found:
         pairs = runs.paired_runs(found, side)
         if side != runs.BASELINE and pairs:
           gap = runs.paired_gap(pairs, metric)
           label = f"{name}, {task}:\n{figures.side_name(side)}"
           rows = gaps.setdefault((metric.title, metric.gap_unit), [])
-          rows.append((label, side, metric, gap))
+          rows.append((label, side, metric, gap, index > 0))
 
 for (title, unit), rows in gaps.items():
   figure, axes = plt.subplots(
     figsize=(9, 1.3 + 0.62 * len(rows)), layout="constrained"
   )
-  for y, (_, side, metric, gap) in enumerate(rows):
+  for y, (_, side, metric, gap, _) in enumerate(rows):
     color = colors[side]
     values = [metric.scale * value for value in gap["values"]]
     axes.plot(values, [y] * len(values), "o", color=color, alpha=0.5, ms=6)
@@ -156,10 +157,9 @@ for (title, unit), rows in gaps.items():
 
 # %%
 for rows in gaps.values():
-  for label, side, metric, gap in rows:
-    sentence = verdict(
-      figures.side_name(side), figures.side_name(runs.BASELINE), metric, gap
-    )
+  for label, side, metric, gap, short in rows:
+    base = figures.side_name(runs.BASELINE)
+    sentence = verdict(figures.side_name(side), base, metric, gap, short)
     print(label.split(":")[0] + ":", sentence, "\n")
 
 # %% [markdown]
@@ -224,6 +224,8 @@ titles = {
 measured = {}
 for path in sorted(MEASUREMENTS.glob("*.json")):
   content = json.loads(path.read_text())
+  if "device" not in content:  # what choices were fitted, no measurement
+    continue
   measured[content["device"]] = [
     row
     for row in content["rows"]
@@ -268,10 +270,10 @@ for device, rows in measured.items():
 # %% [markdown]
 # ## How to read the two together
 #
-# * Quality and speed are measured at different sizes: small models that train
-#   three times each, and a layer of a large model on one GPU. Nothing here shows
-#   that a large MSA model is as good as a large GQA model; the paper's claim is
-#   about 3 trillion tokens.
+# * Quality and speed are measured at different sizes: tiny models that train
+#   three times each and a small one that trains once, and a layer of a large
+#   model. Nothing here shows that a large MSA model is as good as a large GQA
+#   model; the paper's claim is about 3 trillion tokens.
 # * What to look at in the quality figures is where attention must reach *far*:
 #   on ordinary text near tokens carry most of the loss, and sparse attention
 #   always reads those.

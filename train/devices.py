@@ -35,6 +35,7 @@ import json
 import math
 import pathlib
 import statistics
+import time
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -395,6 +396,7 @@ def devices(
   if unknown:
     raise ValueError(f"sides={sorted(unknown)}: wanted {', '.join(runs)}.")
   runs = {name: run for name, run in runs.items() if name in (sides or runs)}
+  start = time.monotonic()
   made = {name: _side(run, steps, count) for name, run in runs.items()}
   calls = [
     (program, phase)
@@ -408,6 +410,7 @@ def devices(
       for mesh, generation in side.generations.items():
         kernels[name][mesh] = pool.submit(generation.compile)
     source = prepare(next(iter(runs.values())).data, calls, ("step",))
+  print(f"data and programs after {time.monotonic() - start:.0f} s", flush=True)
   result: dict[str, Any] = {
     **provenance(),
     "preset": comparison.name,

@@ -82,7 +82,11 @@ def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
   return content
 
 
-STYLES = {"random": "--", "trained_like": "-", "fitted": "-."}
+STYLES = {  # of choices: what the legend calls them, and their lines
+  "random": ("random", "--"),
+  "trained_like": ("trained-like", "-"),
+  "fitted": ("like a trained model's", "-."),
+}
 COLOURS = dict(exact="tab:blue", fast="tab:green", fp8="tab:red")
 
 
@@ -96,7 +100,7 @@ def bound_seconds(op: str, case: Case, precision: str) -> float:
 
 def plot_op(axes, op: str, rows: list[dict]) -> None:
   """Speed-up of one op against length, with its bounds."""
-  for selection, style in STYLES.items():
+  for selection, (name, style) in STYLES.items():
     for precision, colour in COLOURS.items():
       points = sorted(
         (row["tokens"], row["speedup"])
@@ -106,7 +110,7 @@ def plot_op(axes, op: str, rows: list[dict]) -> None:
       if points:
         axes.plot(
           *zip(*points, strict=True), style, color=colour, marker="o", ms=4,
-          label=f"{selection.replace('_', '-')}, {precision}",
+          label=f"{name}, {precision}",
         )  # fmt: skip
   dense = {row["tokens"]: row["dense_ms"] for row in rows}
   ranked = {row["score_precision"] for row in rows}
