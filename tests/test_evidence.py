@@ -274,6 +274,11 @@ def test_the_presets_are_what_they_say():
     assert side == "gqa" or index.block_size * index.top_k == 512
     xla = run.model.implementation == "xla"
     assert xla == (side == "block_32")
+  # Runs of the one can be copied to the other.
+  seeds = {r.side: r for r in config_lib.preset("evidence_seeds").runs}
+  assert [ablations[side] for side in ("gqa", "msa")] == [
+    seeds[side] for side in ("gqa", "msa")
+  ]
 
 
 @pytest.mark.parametrize(
@@ -470,7 +475,7 @@ def test_commands_refuse(compared, capsys):
 
 def test_flops_of_a_step():
   """Against sums over positions."""
-  _, msa = config_lib.preset("evidence_seeds").runs
+  _, msa, _ = config_lib.preset("evidence_seeds").runs
   context, model = 600, msa.model
   index = dataclasses.replace(model.index, block_size=16, top_k=3)
   model = dataclasses.replace(model, index=index, num_layers=1)
