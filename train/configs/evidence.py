@@ -106,7 +106,7 @@ GQA = RunConfig(
   # rate 5e-3, with 8 blocks), 90, 96, 96, 99 and 97 % were right at 1, 2, 4, 8
   # and 16 (seed 0; over seeds 0 to 2 97.6 % at 2 and 98.8 % at 8). A width 12
   # times as large wants a smaller rate than their 4e-2. Warm-ups of 10 and 30 %
-  # were no better. Two CPU cores, 2026-11-24.
+  # were no better. Scratch runs, two CPU cores, 2026-11-24.
   optimizer=OptimizerConfig(
     learning_rate=1e-3, warmup_steps=80, index_learning_rate_factor=4.0
   ),
@@ -138,7 +138,7 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
   # seed 0); with 4 blocks 68 and 72 %, 85 and 90 % (86). Factors of 2 and 32
   # gave the latter 82 and 87 %, 81 and 90 %; 32 gave fresh ones 76 and 83 %. A
   # warm-up of 10 % added 3 points to fresh ones, none to the others; without
-  # one these had 84 and 88 %. Two CPU cores, 2026-11-24.
+  # one these had 84 and 88 %. Scratch runs, two CPU cores, 2026-11-24.
   cpt = demo.msa(
     alone,
     index,
