@@ -50,7 +50,7 @@ from msa_jax import generate, ops
 from train import data as data_lib
 from train.checkpoint import provenance, write_json
 from train.config import ComparisonConfig, MeshConfig, RunConfig
-from train.program import Params, Program, TrainState, prepare
+from train.program import Params, Program, TrainState, lower, prepare
 from train.speed import time_steps
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "devices"
@@ -182,9 +182,8 @@ class Generation:
 
   def compile(self) -> dict[str, int]:
     """Compiles it; returns its `launches`."""
-    traced = self.trace()
     with self.program.context():
-      lowered = traced.lower()
+      traced, lowered = lower(self.trace)
     self._compiled = lowered.compile()
     return launches(traced.jaxpr.jaxpr)
 

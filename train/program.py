@@ -12,7 +12,8 @@ import dataclasses
 import functools
 import math
 import pathlib
-from collections.abc import Iterable, Sequence
+import threading
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -32,6 +33,7 @@ from train.checkpoint import Checkpoints, read_config
 
 _AXES = ("data", "fsdp", "expert", "tensor")
 _GROUPS = ("backbone", "index")
+_LOWERING = threading.Lock()
 Params = dict[str, jax.Array]
 
 
@@ -449,7 +451,7 @@ class Program:
     key = function, phase
     if key not in self._compiled:
       with self.context():
-        lowered = self.trace(phase, function).lower()
+        _, lowered = lower(lambda: self.trace(phase, function))
       self._compiled[key] = lowered.compile()
     memory = self._compiled[key].memory_analysis()
     if memory is None:
@@ -673,6 +675,19 @@ class Ready(NamedTuple):
 
   source: data_lib.Source
   programs: dict[tuple, Program]
+
+
+def lower(
+  trace: Callable[[], jax.stages.Traced],
+) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
+  """Traces and lowers, one program at a time.
+
+  Both are Python's work, which threads only slow down. In turn, the first
+  programs already compile, in threads of XLA's, while the others are lowered.
+  """
+  with _LOWERING:
+    traced = trace()
+    return traced, traced.lower()
 
 
 def make_ready(runs: Sequence[config_lib.RunConfig]) -> Ready:
