@@ -212,3 +212,32 @@ def test_half_written_checkpoint_does_not_count(place):
   again.save(4, state, 1.0)
   again.close()
   assert checkpoint.Checkpoints(folder, read_only=True).latest() == 4
+
+
+def test_several_processes_write_one_file(tmp_path, monkeypatch):
+  """As those of a comparison do whose seeds share a device."""
+  path, replace = tmp_path / "comparison.json", os.replace
+
+  def beside_another(part, whole):
+    monkeypatch.setattr(os, "replace", replace)
+    checkpoint.write_json(path, "the other's")
+    replace(part, whole)
+
+  monkeypatch.setattr(os, "replace", beside_another)
+  checkpoint.write_json(path, "mine")
+  assert json.loads(path.read_text()) == "mine"
+  assert list(tmp_path.iterdir()) == [path]
+
+
+def test_what_cannot_be_written_leaves_the_old_file(tmp_path, monkeypatch):
+  path = tmp_path / "file.json"
+  checkpoint.write_json(path, "old")
+
+  def full(*_):
+    raise OSError("no space left")
+
+  monkeypatch.setattr(os, "fsync", full)
+  with pytest.raises(OSError, match="no space left"):
+    checkpoint.write_json(path, "new")
+  assert json.loads(path.read_text()) == "old"
+  assert list(tmp_path.iterdir()) == [path]

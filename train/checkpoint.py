@@ -15,6 +15,7 @@ import platform
 import shlex
 import subprocess
 import sys
+import uuid
 from collections.abc import Mapping
 from typing import Any
 
@@ -34,13 +35,19 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file such that a kill leaves the old one or the new one."""
-  part = path.with_name(f".{path.name}.part")
-  with open(part, "wb") as file:
-    file.write(content)
-    file.flush()
-    os.fsync(file.fileno())
-  os.replace(part, path)
+  """Writes a file such that a kill leaves the old one or the new one.
+
+  Of several processes that write it at once, the last one's stays.
+  """
+  part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
+  try:
+    with open(part, "wb") as file:
+      file.write(content)
+      file.flush()
+      os.fsync(file.fileno())
+    os.replace(part, path)
+  finally:
+    part.unlink(missing_ok=True)
 
 
 def check_tree(
