@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 
 import msa_jax
-from msa_jax.model_config import IndexConfig
+from msa_jax.model_config import IndexConfig, MoEConfig
 from pallas_kernels import cases
 from pallas_kernels.bench import fit
 from train import __main__ as cli
@@ -464,6 +464,7 @@ def test_commands_refuse(compared, capsys):
     f"plan --config {file} --out {compared} --minutes 1": "has runs already",
     "compare evidence --sides mla": "sides=['mla']: the comparison has gqa",
     "compare evidence --minutes 1 --distributed": "--minutes: wanted one",
+    "compare evidence --plan 1 --distributed": "--plan: wanted one",
     "speed evidence --set context": "wanted FIELD=VALUE",
   }.items():
     assert cli.main(command.split()) == 1
@@ -497,6 +498,14 @@ def test_flops_of_a_step():
     side = dataclasses.replace(model, layer_kinds=kinds)
     found = speed.flops_per_step(side, phase, 3, context)
     assert found == pytest.approx(3 * flops)
+  experts = MoEConfig(num_experts=7, top_k=2, expert_dim=40, shared_dim=30)
+  side = dataclasses.replace(
+    model, layer_kinds=("gqa",), mlp_kinds=("moe",), moe=experts
+  )
+  hidden = 3 * (2 * 40 + 30) + 7 - 3 * model.mlp_dim
+  wanted["dense"] += 6 * context * width * hidden
+  found = speed.flops_per_step(side, "dense", 3, context)
+  assert found == pytest.approx(3 * wanted["dense"])
 
 
 def test_facts_found_counts_far_facts_in_chosen_blocks():

@@ -3,11 +3,12 @@
 import json
 import math
 import re
+import threading
 
 import numpy as np
 import pytest
 
-from train import figures, progress, report, runs
+from train import config, figures, progress, report, runs, tables
 
 _BITS = 1 / math.log(2)
 
@@ -376,6 +377,29 @@ def test_parameters_outside_the_index_branch_are_warned_of(tmp_path):
   tasks = {"text": runs.group_by_side(runs.read_runs(tmp_path))}
   (warning,) = report.find_warnings(tasks, tmp_path)
   assert "outside the index branch: 1,000, 1,076" in warning
+
+
+def test_reports_of_one_folder_wait_for_each_other(tmp_path):
+  """As those of processes do that share a comparison's seeds."""
+  folder = _make(tmp_path / "run", {"text": {"gqa": [1.0], "msa": [1.0]}})
+  paths = []
+  with report._alone(folder):
+    unfinished = folder / ".report-another"
+    unfinished.mkdir()
+    second = threading.Thread(target=lambda: paths.append(report.write(folder)))
+    second.start()
+    second.join(0.5)
+    assert second.is_alive() and unfinished.exists()
+  second.join()
+  assert paths == [folder / "report" / "report.html"]
+  assert not list(folder.glob(".report-*"))
+
+
+def test_every_ablation_of_a_preset_is_known():
+  for name in ("ablations", "evidence_ablations"):
+    for run in config.preset(name).runs:
+      expected = run.side not in (runs.BASELINE, tables.METHOD)
+      assert (tables.ablation(run.side) is not None) == expected, run.side
 
 
 def test_ablations_stand_beside_the_papers_findings(tmp_path):

@@ -15,7 +15,7 @@ from helpers import run_on_devices
 
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import __main__ as cli
-from train import checkpoint, data, loop
+from train import checkpoint, data, loop, sample
 from train import config as config_lib
 from train import program as program_lib
 
@@ -441,7 +441,7 @@ def test_cpt_refuses_another_architecture(compared, place):
 
 def test_load_model_gives_the_trained_model(compared, source):
   folder = compared / "text" / "msa" / "seed0"
-  model, run = loop.load_model(folder)
+  model, step = sample.load_model(folder)
   final = json.loads((folder / "done.json").read_text())["final"]
   batch = source.eval_batch(0, batch_size=4, context=64)
   run_model = nnx.jit(lambda model, tokens: model(tokens).logits)
@@ -452,7 +452,7 @@ def test_load_model_gives_the_trained_model(compared, source):
   )
   loss = -taken[..., 0][batch.loss_mask].mean()
   np.testing.assert_allclose(loss, final["batch_loss"][0], rtol=1e-5)
-  assert run.side == "msa"
+  assert step == final["step"]
 
 
 # --- What stops a run ---------------------------------------------------------

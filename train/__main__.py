@@ -286,9 +286,10 @@ def _comparison(args: argparse.Namespace) -> config_lib.ComparisonConfig:
 
 def _compare(args: argparse.Namespace) -> int:
   stop_at = None
+  for name in ("minutes", "plan"):
+    if getattr(args, name) is not None and args.distributed is not None:
+      raise ValueError(f"--{name}: wanted one process, not --distributed.")
   if args.minutes is not None:
-    if args.distributed is not None:
-      raise ValueError("--minutes: wanted one process, not --distributed.")
     stop_at = time.monotonic() + 60 * args.minutes
   comparison = _comparison(args)
   if args.unit is not None:
@@ -317,7 +318,13 @@ def _compare(args: argparse.Namespace) -> int:
     ready=ready,
   )
   if path is None:
-    print(f"{folder}: not finished yet; the same command goes on.")
+    how = "the same command goes on"
+    if args.plan is not None:
+      how = (
+        f"it goes on with --config {folder / 'comparison.json'} in the place of"
+        " the preset and --plan"
+      )
+    print(f"{folder}: not finished yet; {how}.")
     return STOPPED
   print(path)
   return 0

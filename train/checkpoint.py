@@ -228,7 +228,7 @@ class RunFolder:
           " one or choose another folder:\n  " + "\n  ".join(changed)
         )
     environment = self.path / "environment.json"
-    if environment.exists():
+    if saved is not None and environment.exists():
       before = json.loads(environment.read_text())["data"]
       changed = config_lib.differences(before, json.loads(json.dumps(data)))
       if changed:

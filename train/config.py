@@ -262,6 +262,11 @@ class RunConfig:
       "layers_every",
       "checkpoint_every",
       "keep_checkpoints",
+      *(
+        name
+        for name in ("probe_batches", "final_probe_batches")
+        if getattr(self, name) is not None
+      ),
     )
     _check(
       self.batch_size % self.grad_accumulation == 0,

@@ -1,21 +1,18 @@
 """The training loop: one run, from its config to a finished run folder."""
 
 import contextlib
-import dataclasses
 import io
 import json
-import pathlib
 import time
 from typing import Any, NamedTuple, NoReturn
 
 import jax
 import numpy as np
 
-from msa_jax import model as model_lib
 from pallas_kernels import cases
 from train import config as config_lib
 from train import data as data_lib
-from train.checkpoint import Checkpoints, RunFolder, replace_file
+from train.checkpoint import RunFolder, replace_file
 from train.program import (
   Program,
   bits_per_byte,
@@ -344,21 +341,3 @@ class _Run:
     np.savez_compressed(content, **arrays)
     if jax.process_index() == 0:
       replace_file(self.folder.path / "selection.npz", content.getvalue())
-
-
-def load_model(
-  folder: str | pathlib.Path, step: int | None = None
-) -> tuple[model_lib.DecoderLM, config_lib.RunConfig]:
-  """The model of a run folder, from its latest or a given checkpoint."""
-  folder = pathlib.Path(folder)
-  config = config_lib.load(config_lib.RunConfig, folder / "config.json")
-  config = dataclasses.replace(config, mesh=config_lib.MeshConfig())
-  program = Program(config)
-  checkpoints = Checkpoints(folder, read_only=True)
-  step = checkpoints.latest() if step is None else step
-  if step is None:
-    raise ValueError(f"{folder}: no checkpoint.")
-  flat, _ = checkpoints.restore(step, flatten_state(program.abstract_state))
-  checkpoints.close()
-  state = unflatten_state(flat, program.abstract_state)
-  return program.merge(state.params), config

@@ -251,11 +251,9 @@ class Program:
         f"recipe.init_from={recipe.init_from!r}: no run folder (it has no"
         " config.json)."
       )
-    checkpoints = Checkpoints(folder, read_only=True)
-    saved, _ = checkpoints.restore(
-      recipe.init_step, flatten_state(dense.abstract_state)
-    )
-    checkpoints.close()
+    found = read_state(dense, folder, recipe.init_step)
+    assert found is not None
+    state, _ = found
     # What the parameters' shapes do not show.
     changed = config_lib.differences(
       source["model"],
@@ -273,7 +271,6 @@ class Program:
         f"recipe.init_from={recipe.init_from!r} is of another model:\n  "
         + "\n  ".join(changed)
       )
-    state = unflatten_state(saved, dense.abstract_state)
 
     def graft(state: TrainState) -> TrainState:
       def convert(
@@ -752,6 +749,32 @@ def _cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
 def dense_twin(model: ModelConfig) -> ModelConfig:
   """The same model with dense attention in every layer."""
   return dataclasses.replace(model, layer_kinds=("gqa",), index=IndexConfig())
+
+
+def read_state(
+  program: Program, folder: pathlib.Path, step: int | None = None
+) -> tuple[TrainState, int] | None:
+  """The state of a run's checkpoint, laid out as the program's, and its step.
+
+  Args:
+    program: of the same model.
+    folder: the run's folder.
+    step: of the checkpoint; None: the latest, and None if there is none.
+
+  Raises:
+    ValueError: there is no checkpoint of that step, or it is of another model.
+  """
+  if step is None and not (folder / "checkpoints").is_dir():
+    return None
+  checkpoints = Checkpoints(folder, read_only=True)
+  try:
+    found = checkpoints.latest() if step is None else step
+    if found is None:
+      return None
+    flat, _ = checkpoints.restore(found, flatten_state(program.abstract_state))
+  finally:
+    checkpoints.close()
+  return unflatten_state(flat, program.abstract_state), found
 
 
 def flatten_state(state: TrainState) -> dict[str, Any]:

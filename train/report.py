@@ -5,11 +5,14 @@ any time, also while runs are going on.
 """
 
 import base64
+import contextlib
 import datetime
+import fcntl
 import html
 import itertools
 import json
 import math
+import os
 import shutil
 import tempfile
 from collections.abc import Iterable, Sequence
@@ -348,27 +351,39 @@ def write(comparison_folder: Path) -> Path:
   others = itertools.cycle(COLORS[1:])
   colors = {s: COLORS[0] if s == BASELINE else next(others) for s in names}
 
-  for stale in folder.glob(".report-*"):  # of a killed process
-    shutil.rmtree(stale, ignore_errors=True)
-  temporary = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
-  try:
-    temporary.chmod(0o755)
-    with matplotlib.rc_context(STYLE):
-      page, summary = _compose(folder, tasks, different, colors, temporary)
-    (temporary / "report.html").write_text(page)
-    (temporary / "summary.json").write_text(
-      json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
-    )
-    final = folder / "report"
-    old = temporary.with_name(temporary.name + "-old")
-    if final.exists():
-      final.rename(old)
-    temporary.rename(final)
-    shutil.rmtree(old, ignore_errors=True)
-  except BaseException:
-    shutil.rmtree(temporary, ignore_errors=True)
-    raise
+  final = folder / "report"
+  with _alone(folder):
+    for stale in folder.glob(".report-*"):  # of a killed process
+      shutil.rmtree(stale, ignore_errors=True)
+    temporary = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
+    try:
+      temporary.chmod(0o755)
+      with matplotlib.rc_context(STYLE):
+        page, summary = _compose(folder, tasks, different, colors, temporary)
+      (temporary / "report.html").write_text(page)
+      (temporary / "summary.json").write_text(
+        json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
+      )
+      old = temporary.with_name(temporary.name + "-old")
+      if final.exists():
+        final.rename(old)
+      temporary.rename(final)
+      shutil.rmtree(old, ignore_errors=True)
+    except BaseException:
+      shutil.rmtree(temporary, ignore_errors=True)
+      raise
   return final / "report.html"
+
+
+@contextlib.contextmanager
+def _alone(folder: Path):
+  """Waits until no other process writes this folder's report."""
+  handle = os.open(folder, os.O_RDONLY)
+  try:
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    yield
+  finally:
+    os.close(handle)
 
 
 def _finite(value: Any) -> Any:

@@ -16,9 +16,8 @@ from msa_jax import generate, ops
 from msa_jax.model import DecoderLM
 from train import config as config_lib
 from train import corpus
-from train.checkpoint import Checkpoints
 from train.data import TextConfig
-from train.program import Program, flatten_state, unflatten_state
+from train.program import Program, read_state
 
 # New tokens, where no number is asked for and the context allows them.
 _NEW_TOKENS = 256
@@ -53,18 +52,11 @@ def load_model(
       the config's model.
   """
   program = Program(load_config(folder))
-  if not (folder / "checkpoints").is_dir():
+  found = read_state(program, folder, step)
+  if found is None:
     raise ValueError(f"{folder}: the run has no checkpoint.")
-  checkpoints = Checkpoints(folder, read_only=True)
-  try:
-    found = checkpoints.latest() if step is None else step
-    if found is None:
-      raise ValueError(f"{folder}: the run has no checkpoint.")
-    saved, _ = checkpoints.restore(found, flatten_state(program.abstract_state))
-  finally:
-    checkpoints.close()
-  state = unflatten_state(saved, program.abstract_state)
-  return program.merge(state.params), found
+  state, step = found
+  return program.merge(state.params), step
 
 
 class _Plain:

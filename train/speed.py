@@ -32,7 +32,7 @@ from train.program import (
   flatten_state,
   make_ready,
   prepare,
-  unflatten_state,
+  read_state,
 )
 
 # Dense bf16 rate of the matrix units by the vendor's data sheet, FLOP/s.
@@ -49,7 +49,8 @@ def flops_per_step(
 
   Products of activations with weights and of activations with each other, a
   backward pass counted twice its forward: what is recomputed does not count,
-  nor do norms, rotations and softmax. Attention counts the visible tokens that
+  nor do norms, rotations and softmax. In a MoE layer a token passes the router,
+  its own experts and the shared one. Attention counts the visible tokens that
   the phase attends to; an msa layer adds the index scores of all visible tokens
   and the KL's gradients over the attended ones.
 
@@ -67,8 +68,13 @@ def flops_per_step(
   sparse = np.minimum(positions, chosen).sum() + context
   per_token = 6.0 * width * model.vocab_size
   pairs = 0.0
-  for kind in model.kinds:
-    per_token += 6.0 * width * (2 * heads + 2 * kv_heads + 3 * model.mlp_dim)
+  moe = model.moe
+  hidden = {
+    "dense": 3 * model.mlp_dim,
+    "moe": 3 * (moe.top_k * moe.expert_dim + moe.shared_dim) + moe.num_experts,
+  }
+  for kind, mlp in zip(model.kinds, model.mlps, strict=True):
+    per_token += 6.0 * width * (2 * heads + 2 * kv_heads + hidden[mlp])
     attended = sparse if kind == "msa" and phase == "sparse" else dense
     pairs += 12.0 * heads * attended
     if kind == "msa" and index.selection == "index":
@@ -120,17 +126,8 @@ def time_steps(
 
 def _trained_state(program: Program) -> tuple[TrainState, int]:
   """The state of the run's last checkpoint and its step, or a fresh one."""
-  folder = pathlib.Path(program.config.folder)
-  if not (folder / "checkpoints").is_dir():
-    return program.init(), 0
-  checkpoints = Checkpoints(folder, read_only=True)
-  step = checkpoints.latest()
-  if step is None:
-    return program.init(), 0
-  wanted = flatten_state(program.abstract_state)
-  flat, _ = checkpoints.restore(step, wanted)
-  checkpoints.close()
-  return unflatten_state(flat, program.abstract_state), step
+  found = read_state(program, pathlib.Path(program.config.folder))
+  return (program.init(), 0) if found is None else found
 
 
 def _at_length(run: RunConfig, context: int, tokens: int) -> RunConfig:
@@ -199,7 +196,7 @@ def speed(
         "spread_ms": round(1e3 * (max(times) - min(times)), 3),
         "tokens_per_second": round(shape[0] * length / median, 1),
         "tflop_per_step": flops / 1e12,
-        "mfu": round(flops / median / rate, 4) if rate else None,
+        "mfu": rate and round(flops / median / rate / program.mesh.size, 4),
         "peak_bytes": program.compile(phase),
       }
       rows.append(row)

@@ -4,6 +4,7 @@
 """
 
 import math
+import re
 import statistics
 from collections.abc import Sequence
 
@@ -124,7 +125,7 @@ def distance_rows(found: dict[str, list[dict]]) -> Rows:
 
 # What a side of an ablation changes, and what the paper saw. The paper gives no
 # number for most.
-ABLATIONS = {
+_ABLATIONS = {
   "no_warmup": ("sparse from the first step", "worse"),
   "input_not_detached": (
     "the KL's gradient reaches the backbone through the index projections",
@@ -140,8 +141,6 @@ ABLATIONS = {
   ),
   "first_block_forced": ("block 0 is always chosen", "no gain"),
   "fixed_window": ("block 0 and the last blocks, no index", "worse"),
-  "block_32": ("blocks of 32, as many keys", "equal"),
-  "block_128": ("blocks of 128, as many keys", "equal"),
   "index_value_head": (
     "the index's own attention is added to the output",
     "not told; without the KL it retrieves badly",
@@ -154,14 +153,22 @@ ABLATIONS = {
 METHOD = "msa"
 
 
+def ablation(side: str) -> tuple[str, str] | None:
+  """What an ablation's side changes and what the paper saw; None for others."""
+  if size := re.fullmatch(r"block_(\d+)", side):
+    return f"blocks of {size[1]}, as many keys", "equal"
+  return _ABLATIONS.get(side)
+
+
 def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
   """Each ablation beside the paper's finding: its gap to the method."""
   method = {METHOD: sides.get(METHOD, [])}
   rows = []
   for side, runs in sides.items():
-    if side not in ABLATIONS or not method[METHOD]:
+    known = ablation(side)
+    if known is None or not method[METHOD]:
       continue
-    change, paper = ABLATIONS[side]
+    change, paper = known
     done = {r.seed: r for r in method[METHOD] if r.finished}
     pairs = [(done[r.seed], r) for r in runs if r.finished and r.seed in done]
     row = {"side": side_name(side), "changes": change, "the paper": paper}
