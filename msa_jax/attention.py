@@ -23,6 +23,7 @@ from jaxtyping import Array, Bool, Float, Int, Int32
 
 from msa_jax import cache as cache_lib
 from msa_jax import ops, reference
+from msa_jax.checks import check_heads, check_index_branch
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 
@@ -136,12 +137,13 @@ class GQAttention(nnx.Module):
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
     kernel_init: initialiser of the projections.
-    implementation: of `jax.nn.dot_product_attention`: "xla" or "cudnn".
+    implementation: of `jax.nn.dot_product_attention`: "xla", "cudnn" or None,
+      which leaves the choice to JAX.
     sharding: mesh axes; None: no annotations.
     rngs: a stream named "params".
 
   Raises:
-    ValueError: a size does not fit.
+    ValueError: an argument is wrong, or does not fit another.
   """
 
   implementations: tuple = ("xla", "cudnn", None)
@@ -169,27 +171,19 @@ class GQAttention(nnx.Module):
     qkv_features = in_features if qkv_features is None else qkv_features
     out_features = in_features if out_features is None else out_features
     num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    if num_kv_heads < 1 or num_heads % num_kv_heads:
-      raise ValueError(
-        f"num_heads must be a multiple of num_kv_heads = {num_kv_heads}, got"
-        f" {num_heads}"
-      )
-    if qkv_features % num_heads:
-      raise ValueError(
-        f"qkv_features must be a multiple of num_heads = {num_heads}, got"
-        f" {qkv_features}"
-      )
+    check_heads(
+      num_heads=num_heads,
+      num_kv_heads=num_kv_heads,
+      qkv_features=qkv_features,
+      rope_dim=rope_dim,
+      rope_theta=rope_theta,
+      norm_eps=norm_eps,
+    )
     head_dim = qkv_features // num_heads
-    rope_dim = head_dim if rope_dim is None else rope_dim
-    if rope_dim % 2 or not 0 <= rope_dim <= head_dim:
-      raise ValueError(
-        f"rope_dim must be even and from 0 to head_dim = {head_dim}, got"
-        f" {rope_dim}"
-      )
     self.num_heads = num_heads
     self.num_kv_heads = num_kv_heads
     self.head_dim = head_dim
-    self.rope_dim = rope_dim
+    self.rope_dim = head_dim if rope_dim is None else rope_dim
     self.rope_theta = rope_theta
     self.implementation = implementation
     self.sharding = sharding
@@ -254,6 +248,10 @@ class GQAttention(nnx.Module):
     Args:
       x: input.
       positions: rotary positions; None: 0 to T - 1.
+
+    Raises:
+      ValueError: x has another rank, or the mesh does not divide KV heads.
+      NotImplementedError: cuDNN was named and does not support the call.
     """
     _check_input(x)
     attend = functools.partial(
@@ -298,6 +296,10 @@ class GQAttention(nnx.Module):
       x: input.
       cache: what the layer keeps of the tokens before.
       span: of `msa_jax.Cache.reserve`.
+
+    Raises:
+      ValueError: x has another rank, or the mesh does not divide KV heads.
+      NotImplementedError: cuDNN was named and does not support the call.
     """
     _check_input(x)
     q, k, v = self._qkv(x, span.positions)
@@ -310,7 +312,11 @@ class GQAttention(nnx.Module):
 
   def mesh_axes(self, rows: int) -> tuple[tuple[str, ...], str | None] | None:
     """Axes of a batch of rows and of the KV heads in the mesh; None without
-    one."""
+    one.
+
+    Raises:
+      ValueError: the mesh does not divide the KV heads.
+    """
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return None
@@ -378,6 +384,9 @@ class MSAttention(GQAttention):
     value_head: add the Index Branch's own attention output (one value head,
       over the chosen tokens) to the layer's output, so that the LM loss reaches
       the index projections.
+
+  Raises:
+    ValueError: an argument is wrong, or does not fit another.
   """
 
   implementations: tuple = (*typing.get_args(ops.Implementation), None)
@@ -403,18 +412,18 @@ class MSAttention(GQAttention):
     value_head: bool = False,
     **gqa_options,
   ):
-    if selection not in ("index", "window"):
-      raise ValueError(
-        f"selection must be 'index' or 'window', got {selection!r}"
-      )
-    if selection == "window" and value_head:
-      raise ValueError("value_head must be False with selection='window'")
-    if force_first_block and top_k <= max(num_local_blocks, 1):
-      raise ValueError(
-        "top_k must be at least 2 and leave room for block 0 beside"
-        f" num_local_blocks = {num_local_blocks} when force_first_block is set,"
-        f" got {top_k}"
-      )
+    check_index_branch(
+      index_dim=index_dim,
+      block_size=block_size,
+      top_k=top_k,
+      num_local_blocks=num_local_blocks,
+      score_precision=score_precision,
+      selection=selection,
+      force_first_block=force_first_block,
+      detach_input=detach_input,
+      detach_teacher=detach_teacher,
+      value_head=value_head,
+    )
     self.index_dim = index_dim
     self.block_size = block_size
     self.top_k = top_k
@@ -489,6 +498,10 @@ class MSAttention(GQAttention):
       with_selection: whether to return the chosen blocks and their recalls
         (costs dense scores).
       query_mask: queries that count in the KL; None: all.
+
+    Raises:
+      ValueError: an argument is wrong, or the mesh does not divide KV heads.
+      NotImplementedError: the named implementation does not support the call.
     """
     _check_input(x)
     q, k, v = self._qkv(x, positions)
@@ -527,17 +540,30 @@ class MSAttention(GQAttention):
     """Caches the next T tokens of each row and attends from them.
 
     Up to `msa_jax.ops.MAX_DECODE_TOKENS` tokens go through `decode_attention`,
-    more through `msa_attention`.
+    more, and all of the warm-up phase, through `msa_attention`.
 
     Args:
       x: input.
       cache: what the layer keeps of the tokens before. With index keys in e4m3
-        blocks are scored as with score_precision="fp8", else exactly.
+        blocks are scored as with score_precision="fp8". Else they are scored
+        exactly, but as with "fast" where that is the layer's and the tokens go
+        through `msa_attention`.
       span: of `msa_jax.Cache.reserve`.
-      phase: "sparse", or "warmup" for dense attention.
+      phase: "sparse", or "warmup" for dense attention, which mosaic_gpu has no
+        kernel for: it needs implementation="xla", "reference" or None.
+
+    Raises:
+      ValueError: an argument is wrong, or the mesh does not divide KV heads.
+      NotImplementedError: the named implementation does not support the call,
+        or an ablation has no cached form.
     """
     _check_input(x)
     self._cached_index_dim()
+    if phase == "warmup" and self.implementation == "mosaic_gpu":
+      raise NotImplementedError(
+        "mosaic_gpu supports no cache in the warm-up phase: generating in it"
+        " needs a model with implementation='xla', 'reference' or None"
+      )
     q, k, v = self._qkv(x, span.positions)
     index_q, index_k, _ = self._index(x.astype(q.dtype), span.positions)
     extend = functools.partial(self._extend, phase=phase)

@@ -248,7 +248,8 @@ def stream(
     capacity: tokens a row of the cache has room for; None: as many as are
       needed. Calls of the same capacity share a compiled step.
     index_dtype: of cached index keys, see `DecoderLM.init_cache`.
-    phase: of the MSA layers: "sparse", or "warmup" for dense attention.
+    phase: of the MSA layers: "sparse", or "warmup" for dense attention (not
+      with implementation="mosaic_gpu", see `DecoderLM.extend`).
     prefill_tokens: tokens of the prompts read at once.
     steps: tokens made in one compiled call.
 

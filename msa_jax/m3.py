@@ -267,10 +267,12 @@ class Source:
 
   Attributes:
     fields: of config.json, the text model's, as JSON.
-    bias_dtypes: name and dtype of each choice bias.
+    prefix: what the names of its tensors start with.
+    bias_dtypes: name without it, and dtype, of each choice bias.
   """
 
   fields: str
+  prefix: str
   bias_dtypes: tuple[tuple[str, str], ...]
 
   @property
@@ -467,7 +469,9 @@ def load(
       items.append((leaf.path, array))
   model = nnx.merge(graphdef, nnx.from_flat_state(items))
   model.source = Source(
-    json.dumps(read_text_fields(folder)), checkpoint.dtypes_of_biases()
+    json.dumps(read_text_fields(folder)),
+    checkpoint.prefix,
+    checkpoint.dtypes_of_biases(),
   )
   return model
 
@@ -585,7 +589,7 @@ def save(
   model: DecoderLM,
   folder: str | os.PathLike,
   *,
-  prefix: str = _PREFIX,
+  prefix: str | None = None,
   max_file_bytes: int = 5 * 10**9,
 ) -> None:
   """Writes a checkpoint that `load` reads back with the same bits.
@@ -602,7 +606,8 @@ def save(
   Args:
     model: any `DecoderLM` whose parameters have released names.
     folder: must be empty or missing.
-    prefix: of every name; "" for names as a text-only model has them.
+    prefix: of every name; "" for names as a text-only model has them. None:
+      that of the checkpoint it was loaded from, else the release's.
     max_file_bytes: where the next file begins.
 
   Raises:
@@ -628,6 +633,8 @@ def save(
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
   source = model.source if isinstance(model.source, Source) else None
+  if prefix is None:
+    prefix = _PREFIX if source is None else source.prefix
   tensors, places = {}, {}
   for leaf in _leaves(config, params):
     array, dotted = params[leaf.path], ".".join(map(str, leaf.path))

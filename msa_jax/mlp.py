@@ -120,6 +120,9 @@ class MixtureOfExperts(nnx.Module):
     routed_scale: factor of the routed sum.
     activation, alpha, limit, dtype, param_dtype, sharding, rngs: as in
       `SwiGLU`. The choice bias is float32 whatever param_dtype says.
+
+  Raises:
+    ValueError: top_k does not fit num_experts.
   """
 
   def __init__(
@@ -207,7 +210,11 @@ class MixtureOfExperts(nnx.Module):
   def __call__(
     self, x: Float[Array, "B T E"]
   ) -> tuple[Float[Array, "B T E"], Int32[Array, "B T A"]]:
-    """The output, and the experts that each token went to."""
+    """The output, and the experts that each token went to.
+
+    Raises:
+      ValueError: the mesh does not divide the experts.
+    """
     weights = (self.gate, self.up, self.down)
     out, experts = self._over_mesh(x.shape[0])(
       x.astype(self.dtype),

@@ -28,8 +28,9 @@ from msa_jax.attention import (
   Sharding,
   rms_norm,
 )
+from msa_jax.checks import require
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
-from msa_jax.model_config import LayerKind, MLPKind, ModelConfig, require
+from msa_jax.model_config import LayerKind, MLPKind, ModelConfig
 
 
 class LMOutput(NamedTuple):
@@ -281,6 +282,11 @@ class DecoderLM(nnx.Module):
       with_kl: whether to compute the KL losses.
       with_selection: whether to return chosen blocks and recalls.
       query_mask: tokens that count in the KL; None: all.
+
+    Raises:
+      ValueError: an argument is wrong, or the mesh in context does not divide
+        the KV heads or the experts.
+      NotImplementedError: a named implementation does not support the call.
     """
     _check_tokens(tokens)
     x = self._split_batch(self.embed(tokens))
@@ -390,12 +396,16 @@ class DecoderLM(nnx.Module):
       cache: of `init_cache` or an earlier call; donate it to write in place.
       counts: real tokens of each row, the last counts[b] of T: padding is on
         the left. None: all.
-      phase: of the MSA layers: "sparse" or "warmup".
+      phase: of the MSA layers: "sparse" or "warmup", which a config with
+        implementation="mosaic_gpu" cannot compute over a cache: it needs
+        "xla", "reference" or None.
       last_only: whether to return the last token's logits alone.
       with_selection: whether to return chosen blocks.
 
     Raises:
       ValueError: the tokens or the cache do not fit the model or each other.
+      NotImplementedError: a named implementation does not support the call, or
+        an ablation of the config has no cached form.
     """
     _check_tokens(tokens)
     self._check_cache(cache, tokens.shape)

@@ -3,19 +3,19 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from msa_jax import ops
+from msa_jax.checks import (
+  check_heads,
+  check_index_branch,
+  check_sizes,
+  require,
+)
 from msa_jax.mlp import Activation
 
 LayerKind = Literal["gqa", "msa"]
 MLPKind = Literal["dense", "moe"]
-
-
-def require(condition: bool, name: str, want: str, got: Any) -> None:
-  """Raises ValueError that names an argument, what came and what is wanted."""
-  if not condition:
-    raise ValueError(f"{name} must be {want}, got {got!r}")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -37,47 +37,7 @@ class IndexConfig:
   value_head: bool = False
 
   def __post_init__(self):
-    for name in ("index_dim", "block_size", "top_k"):
-      value = getattr(self, name)
-      require(isinstance(value, int) and value >= 1, name, "at least 1", value)
-    require(
-      0 <= self.num_local_blocks <= self.top_k,
-      "num_local_blocks",
-      f"from 0 to top_k = {self.top_k}",
-      self.num_local_blocks,
-    )
-    require(
-      self.score_precision in get_args(ops.ScorePrecision),
-      "score_precision",
-      f"one of {get_args(ops.ScorePrecision)}",
-      self.score_precision,
-    )
-    require(
-      self.selection in ("index", "window"),
-      "selection",
-      "'index' or 'window'",
-      self.selection,
-    )
-    require(
-      not (self.selection == "window" and self.value_head),
-      "value_head",
-      "False with selection='window', which has no Index Branch",
-      self.value_head,
-    )
-    require(
-      not self.force_first_block or self.top_k > max(self.num_local_blocks, 1),
-      "top_k",
-      "greater than num_local_blocks, and than 1, with force_first_block",
-      self.top_k,
-    )
-    defaults = {field.name: field.default for field in dataclasses.fields(self)}
-    for name in ("force_first_block", "detach_input", "detach_teacher"):
-      require(
-        self.selection == "index" or getattr(self, name) == defaults[name],
-        name,
-        f"{defaults[name]} with selection='window', which has no Index Branch",
-        getattr(self, name),
-      )
+    check_index_branch(**dataclasses.asdict(self))
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -180,28 +140,21 @@ class ModelConfig:
   gqa_implementation: Literal["xla", "cudnn"] = "xla"
 
   def __post_init__(self):
-    sizes = (
-      "vocab_size",
-      "num_layers",
-      "embed_dim",
-      "num_heads",
-      "num_kv_heads",
-      "head_dim",
-      "mlp_dim",
+    check_sizes(
+      vocab_size=self.vocab_size,
+      num_layers=self.num_layers,
+      embed_dim=self.embed_dim,
+      num_heads=self.num_heads,
+      head_dim=self.head_dim,
+      mlp_dim=self.mlp_dim,
     )
-    for name in sizes:
-      value = getattr(self, name)
-      require(
-        isinstance(value, int) and value >= 1,
-        name,
-        "an integer of at least 1",
-        value,
-      )
-    require(
-      self.num_heads % self.num_kv_heads == 0,
-      "num_heads",
-      f"a multiple of num_kv_heads = {self.num_kv_heads}",
-      self.num_heads,
+    check_heads(
+      num_heads=self.num_heads,
+      num_kv_heads=self.num_kv_heads,
+      qkv_features=self.num_heads * self.head_dim,
+      rope_dim=self.rope_dim,
+      rope_theta=self.rope_theta,
+      norm_eps=self.norm_eps,
     )
     for name, kinds in (("layer_kinds", LayerKind), ("mlp_kinds", MLPKind)):
       given, allowed = getattr(self, name), get_args(kinds)
@@ -219,14 +172,7 @@ class ModelConfig:
       f"one of {get_args(Activation)}",
       self.activation,
     )
-    rope_dim = self.head_dim if self.rope_dim is None else self.rope_dim
-    require(
-      rope_dim % 2 == 0 and 0 <= rope_dim <= self.head_dim,
-      "rope_dim",
-      f"even and from 0 to head_dim = {self.head_dim}",
-      rope_dim,
-    )
-    for name in ("rope_theta", "norm_eps", "swiglu_alpha", "swiglu_limit"):
+    for name in ("swiglu_alpha", "swiglu_limit"):
       value = getattr(self, name)
       require(0 < value < float("inf"), name, "above 0 and finite", value)
     for name in ("dtype", "param_dtype"):

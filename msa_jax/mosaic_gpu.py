@@ -2,9 +2,10 @@
 
 The functions of `msa_jax.xla`, by `pallas_kernels`. Each raises
 NotImplementedError where the device in use is not a Hopper GPU, and where the
-call is beyond the limits listed in `pallas_kernels.mosaic`. The warm-up phase
-attends by cuDNN: as many keys as queries, no `kv_lengths`. Pallas is imported
-at the first call, which keeps `import msa_jax` light.
+call is beyond the limits listed in `pallas_kernels.mosaic` or in the kernel's
+own file. The warm-up phase attends by cuDNN: as many keys as queries, no
+`kv_lengths`. Pallas is imported at the first call, which keeps `import msa_jax`
+light.
 """
 
 from __future__ import annotations

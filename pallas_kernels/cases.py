@@ -183,7 +183,7 @@ def fitted_sharing(kv_tokens: int) -> Sharing:
   """The knobs of results/fitted_selection.json, interpolated in log length.
 
   Raises:
-    ValueError: there is no such file.
+    ValueError: there is no such file, or the length is outside the fitted ones.
   """
   if not FITTED.exists():
     raise ValueError(
@@ -191,7 +191,14 @@ def fitted_sharing(kv_tokens: int) -> Sharing:
       " from a trained model's choices by python -m pallas_kernels.bench.fit"
     )
   rows = json.loads(FITTED.read_text())["knobs"]
-  lengths = np.log2([row["kv_tokens"] for row in rows])
+  known = [row["kv_tokens"] for row in rows]
+  if not min(known) <= kv_tokens <= max(known):
+    raise ValueError(
+      f"selection 'fitted' wants kv_tokens from {min(known)} to {max(known)},"
+      f" the lengths in {FITTED.name}, got {kv_tokens}; python -m"
+      " pallas_kernels.bench.fit fits others"
+    )
+  lengths = np.log2(known)
 
   def at(name: str) -> float:
     values = [row[name] for row in rows]

@@ -1143,7 +1143,9 @@ def decode_attention(
     and block_indices: ascending block ids, then -1.
 
   Raises:
-    NotImplementedError: the call is legal but beyond `mosaic`'s limits.
+    NotImplementedError: the call is legal but beyond `mosaic`'s limits, the
+      index keys have another dtype, or so many index queries do not fit shared
+      memory.
   """
   b, t, h, d = q.shape
   capacity, num_kv_heads = k.shape[1:3]
@@ -1166,9 +1168,7 @@ def decode_attention(
     group_size=h // num_kv_heads,
     scale=scale,
   )
-  mosaic.check_supported(
-    dtype=index_q.dtype, block_size=block_size, top_k=top_k, kv_len=capacity
-  )
+  mosaic.check_supported(dtype=index_q.dtype)
   mosaic.check_decode_supported(
     tokens=t,
     num_kv_heads=num_kv_heads,

@@ -1,6 +1,9 @@
 """What the Mosaic GPU kernels support, and the launch they share.
 
-The limits are listed here and nowhere else; `check_supported` names them. The
+The limits of devices, dtypes and sizes are listed here; `check_supported` names
+them. What else a single operation lacks is said where it is: in `warmup` and
+`msa_jax.mosaic_gpu` (as many keys as queries, no kv_lengths) and in `decode`
+(what index keys may be, and how many index queries fit shared memory). The
 kernels need Hopper (compute capability 9.0): wgmma, TMA and setmaxnreg.
 """
 

@@ -89,7 +89,6 @@ def candidate_configs() -> tuple[Config, ...]:
 class Shape:
   """Static sizes of one call, after padding."""
 
-  num_kv_heads: int
   rows: int  # of one query in a piece: its heads, at least 8
   head_dim: int
   block_size: int
@@ -606,7 +605,6 @@ def backward(
   edges = groups * chunk * top_k
   task = schedule.owner_task(edges, config.task)
   shape = Shape(
-    num_kv_heads=num_kv_heads,
     rows=rows,
     head_dim=d,
     block_size=block_size,

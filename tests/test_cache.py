@@ -646,6 +646,17 @@ def test_a_warmed_up_model_reads_densely():
   )
 
 
+def test_warmed_up_kernels_say_what_reads_densely(pretend_hopper):
+  model = build(
+    num_layers=2, layer_kinds=("gqa", "msa"), implementation="mosaic_gpu"
+  )
+  text = "the warm-up phase.* needs .* implementation='xla', 'reference' or"
+  cache = model.init_cache(3, 16)
+  for tokens in (2, 16):
+    with pytest.raises(NotImplementedError, match=text):
+      model.extend(TOKENS[:, :tokens], cache, phase="warmup")
+
+
 def test_a_cache_that_does_not_fit():
   model = build()
   tokens = TOKENS[:, :4]

@@ -2,6 +2,7 @@
 
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -162,10 +163,7 @@ def test_a_named_implementation_never_falls_back(no_gpu):
   for call in calls:
     with pytest.raises(NotImplementedError):
       call(implementation="mosaic_gpu")
-    for got, want in zip(
-      jax.tree.leaves(call()), jax.tree.leaves(call(implementation="xla"))
-    ):
-      np.testing.assert_array_equal(got, want)
+    chex.assert_trees_all_equal(call(), call(implementation="xla"))
 
 
 CONFIG = dict(
@@ -199,27 +197,65 @@ def test_wrong_model_configs(change, text):
 @pytest.mark.parametrize(
   "change, text",
   [
-    (dict(top_k=0), "top_k must be at least 1"),
-    (dict(num_local_blocks=9, top_k=4), "num_local_blocks must be from 0 to"),
+    (dict(top_k=0), "top_k must be an integer of at least 1, got 0"),
+    (dict(index_dim=0), "index_dim must be an integer of at least 1, got 0"),
+    (dict(block_size=2.5), "block_size must be an integer of at least 1"),
+    (
+      dict(num_local_blocks=9, top_k=4),
+      "num_local_blocks must be an integer from 0 to top_k = 4, got 9",
+    ),
     (dict(selection="all"), "selection must be 'index' or 'window'"),
     (dict(selection="window", value_head=True), "value_head must be False"),
+    (
+      dict(selection="window", force_first_block=True),
+      "force_first_block must be False",
+    ),
+    (dict(selection="window", detach_input=False), "detach_input must be True"),
+    (
+      dict(selection="window", detach_teacher=False),
+      "detach_teacher must be True",
+    ),
     (dict(force_first_block=True, top_k=1), "top_k must be greater than"),
-    (dict(score_precision="bf16"), "score_precision must be one of"),
+    (
+      dict(score_precision="bf16"),
+      "score_precision must be 'exact' or 'fast' or 'fp8', got 'bf16'",
+    ),
   ],
 )
-def test_wrong_index_configs(change, text):
+def test_wrong_index_branches(change, text):
+  """The config and the layer refuse the same."""
   with pytest.raises(ValueError, match=text):
     msa_jax.IndexConfig(**change)
+  with pytest.raises(ValueError, match=text):
+    msa_jax.MSAttention(4, 32, rngs=nnx.Rngs(0), **change)
+
+
+@pytest.mark.parametrize(
+  "change, text",
+  [
+    (dict(num_heads=0), "num_heads must be an integer of at least 1, got 0"),
+    (dict(num_kv_heads=0), "num_kv_heads must be an integer of at least 1"),
+    (dict(num_heads=3), "num_heads must be a multiple of num_kv_heads = 2"),
+    (dict(rope_dim=3), "rope_dim must be even and from 0 to head_dim = 4"),
+    (dict(rope_dim=6), "rope_dim must be even and from 0 to head_dim = 4"),
+    (dict(rope_theta=0.0), "rope_theta must be above 0 and finite, got 0.0"),
+    (dict(norm_eps=np.nan), "norm_eps must be above 0 and finite, got nan"),
+  ],
+)
+def test_wrong_heads(change, text):
+  """The config and the layer refuse the same."""
+  with pytest.raises(ValueError, match=text):
+    msa_jax.ModelConfig(**CONFIG | change)
+  sizes = dict(num_heads=4, num_kv_heads=2, in_features=16) | change
+  sizes["qkv_features"] = 4 * sizes["num_heads"] or 16
+  with pytest.raises(ValueError, match=text):
+    msa_jax.GQAttention(**sizes, rngs=nnx.Rngs(0))
 
 
 def test_wrong_modules():
   rngs = nnx.Rngs(0)
-  with pytest.raises(ValueError, match="num_heads must be a multiple"):
-    msa_jax.GQAttention(4, 32, num_kv_heads=3, rngs=rngs)
   with pytest.raises(ValueError, match="qkv_features must be a multiple"):
     msa_jax.GQAttention(4, 30, num_kv_heads=2, rngs=rngs)
-  with pytest.raises(ValueError, match="rope_dim must be even"):
-    msa_jax.MSAttention(4, 32, rope_dim=10, rngs=rngs)
   model = msa_jax.DecoderLM(msa_jax.ModelConfig(**CONFIG), rngs=rngs)
   with pytest.raises(ValueError, match="tokens must have rank 2"):
     model(jnp.zeros((4,), jnp.int32))

@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import pytest
 
@@ -9,7 +10,7 @@ import msa_jax
 from msa_jax import reference
 from pallas_kernels import cases, schedule, sparse_attention
 from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench import decode, forward, measure, training
+from pallas_kernels.bench import decode, forward, measure, results, training
 
 FIELDS = {
   *cases.Case.__dataclass_fields__,
@@ -29,6 +30,7 @@ FIELDS = {
     "copy_tbs",
     "date",
     "commit",
+    "jax",
   ),
 }
 
@@ -265,8 +267,109 @@ def test_fitted_choices_want_their_knobs(arguments, monkeypatch, tmp_path):
   rows = [knobs | {"kv_tokens": 64}, knobs | {"kv_tokens": 256, "noise": 0.3}]
   cases.FITTED.write_text(json.dumps({"knobs": rows}))
   assert cases.fitted_sharing(128).noise == pytest.approx(0.2)
+  for tokens in (63, 257):
+    with pytest.raises(ValueError, match=f"from 64 to 256, .* got {tokens}"):
+      cases.fitted_sharing(tokens)
   assert bench.main([*command, "--selection", "fitted", "random"]) == 0
   rows = json.loads(path.read_text())["rows"]
   union = {row["selection"]: row["union8"] for row in rows}
   # Of 16 blocks, 4 a query.
   assert 4 <= union["fitted"] < union["random"] <= 16
+
+
+def test_lengths_that_were_not_fitted_are_refused_at_once(
+  arguments, monkeypatch
+):
+  arguments, path = arguments
+  monkeypatch.setattr(measure, "Programs", None)  # nothing is compiled
+  wanted = "kv_tokens from 8192 to 131072.* got 1048576"
+  with pytest.raises(ValueError, match=wanted):
+    bench.main(
+      [*arguments, "--tokens", "32k", "1m", "--selection", "random", "fitted"]
+    )
+  assert not path.exists()
+
+
+@pytest.mark.parametrize(
+  "options, text",
+  [
+    (
+      "--ops decode --tokens 32k",
+      "--ops decode --tokens 32k .*: decode has --tokens 1x32k .*"
+      " --selection random",
+    ),
+    (
+      "--ops train warmup --tokens 1m",
+      "--tokens 1m .*: train has --tokens 8k 32k 128k 512k .*; warmup has"
+      " --tokens 8k 32k 128k small_heads_32k$",
+    ),
+    ("--ops decode --tokens 1x32k --precision fast", "--precision exact or"),
+    ("--ops decode --tokens 1x32k --selection fitted", "--selection random"),
+  ],
+)
+def test_nothing_to_measure(arguments, options, text):
+  arguments, path = arguments
+  with pytest.raises(ValueError, match="nothing to measure for .*" + text):
+    bench.main([*arguments, *options.split()])
+  assert not path.exists()
+
+
+def test_rows_keep_the_jax_they_were_measured_under(tmp_path):
+  """Also those of files that had one for all."""
+  path = tmp_path / "device.json"
+
+  def row(op, **more):
+    return dict(op=op, tokens=1, selection="random", **more)
+
+  device = jax.devices()[0].device_kind
+  rows = [row("a"), row("b", jax="0.2"), row("c")]
+  old = dict(device=device, jax="0.1", rows=rows, recall=[row("a")])
+  results.write_json(path, old)
+  content = results.store(path, [row("a"), row("d")], [])
+  here = jax.__version__
+  found = {row["op"]: row["jax"] for row in content["rows"]}
+  assert found == {"a": here, "b": "0.2", "c": "0.1", "d": here}
+  assert content["recall"] == [row("a", jax="0.1")]
+  assert set(content["jax"].split(", ")) == {"0.1", "0.2", here}
+  assert results.read_json(path) == content
+
+
+def test_another_devices_file_is_refused(arguments, monkeypatch):
+  arguments, path = arguments
+  monkeypatch.setattr(measure, "Programs", None)  # nothing is compiled
+  for content in (dict(device="an A100", jax="0.1", rows=[]), dict(knobs=[])):
+    path.write_text(json.dumps(content))
+    for call in (
+      lambda: bench.main([*arguments, "--ops", "select"]),
+      lambda: results.store(path, [], []),
+    ):
+      with pytest.raises(ValueError, match=f"{path} .*measured on .*wanted"):
+        call()
+    assert json.loads(path.read_text()) == content
+
+
+def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
+  figure = pytest.importorskip("matplotlib.figure")
+  path = tmp_path / "device.json"
+  results.write_json(path, dict(rows=[1]))
+  with pytest.raises(TypeError):
+    results.write_json(path, dict(rows=[2], bad=object()))
+  with pytest.raises(OSError), results.whole_file(path) as file:
+    file.write_text("half")
+    raise OSError
+  assert results.read_json(path) == dict(rows=[1])
+
+  plot = path.with_suffix(".png")
+  plot.write_text("before")
+  save = figure.Figure.savefig
+
+  def fail(self, file, **options):
+    save(self, file, **options)
+    raise OSError
+
+  monkeypatch.setattr(figure.Figure, "savefig", fail)
+  row = dict.fromkeys(results.KEY) | dict(speedup=None)
+  with pytest.raises(OSError):
+    results.plot(dict(device="a", rows=[row]), plot)
+  assert plot.read_text() == "before"
+  assert sorted(tmp_path.iterdir()) == [path, plot]

@@ -932,8 +932,15 @@ def test_m2_style_loads(m2_folder, tmp_path):
   dense = run(m3.load(TINY, implementation="xla"), phase="warmup").logits
   np.testing.assert_allclose(run(model).logits, dense, atol=1e-4)
   assert np.abs(dense - GOLDEN["logits"]).max() > 0.1
-  m3.save(model, tmp_path / "out", prefix="")
+  # Under the names that it was loaded with, which are not the release's.
+  m3.save(model, tmp_path / "out")
   same_bits(tensors_of(m2_folder), tensors_of(tmp_path / "out"))
+  m3.save(model, tmp_path / "release", prefix="language_model.")
+  model = m3.load(tmp_path / "release")
+  m3.save(model, tmp_path / "again")
+  same_bits(tensors_of(tmp_path / "release"), tensors_of(tmp_path / "again"))
+  m3.save(model, tmp_path / "plain", prefix="")
+  same_bits(tensors_of(m2_folder), tensors_of(tmp_path / "plain"))
 
 
 def to_msa(model, index, seed=0, **options):

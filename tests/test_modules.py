@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -114,9 +115,7 @@ def test_models_of_one_seed_share_all_but_the_index_branch():
 
 @pytest.mark.parametrize("changes", [dict(scan_layers=True, remat=True)])
 def test_scanned_layers_equal_unrolled_ones(changes):
-  want, got = run(build()), run(build(**changes))
-  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
-    np.testing.assert_allclose(a, b, atol=1e-5)
+  chex.assert_trees_all_close(run(build(**changes)), run(build()), atol=1e-5)
 
 
 @pytest.mark.parametrize("scan_layers", [False, True])

@@ -6,8 +6,9 @@ Each op is first checked against `msa_jax.reference`; on a failed check no
 number is printed. Shapes run from the longest to the shortest: programs of the
 shorter ones compile while dense attention keeps the GPU busy, and every shape
 is stored when it is done. A row replaces the one of the same op, shape,
-selection and score precision; all other rows stay. The plot shows speed-up over
-dense attention, measured in the same run, against length.
+selection and score precision; all other rows stay, with the JAX that they were
+measured under. The plot shows speed-up over dense attention, measured in the
+same run, against length.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import dataclasses
 import datetime
 import pathlib
 import sys
+from typing import Any
 
 import jax
 
@@ -27,6 +29,7 @@ from pallas_kernels.bench import decode, forward, measure, results, training
 GROUPS = (forward, training, decode)
 OPS = tuple(op for group in GROUPS for op in group.OPS)
 CASES = cases.CASES | cases.DECODE
+SELECTIONS = ("random", "trained_like", "fitted")
 PRECISIONS = ("exact", "fast", "fp8")
 
 
@@ -48,9 +51,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--selection",
     nargs="+",
-    choices=("random", "trained_like", "fitted"),
+    choices=SELECTIONS,
     default=["random", "trained_like"],
-    help="fitted wants results/fitted_selection.json",
+    help="fitted wants results/fitted_selection.json, which knows the lengths"
+    " that were fitted; decode knows random only",
   )
   parser.add_argument(
     "--precision",
@@ -86,6 +90,54 @@ def check_case(case: cases.Case) -> cases.Case:
   )
 
 
+def choose(args: argparse.Namespace) -> dict[Any, dict[str, cases.Case]]:
+  """What was asked for: the shapes of each group of ops, by name.
+
+  Raises:
+    ValueError: that is nothing, or `fitted` does not know one of the lengths.
+  """
+  chosen = {}
+  for group in GROUPS:
+    ops = [op for op in group.OPS if op in args.ops]
+    # Read now: a test puts smaller ones in their places.
+    chosen[group] = {
+      name: group.CASES[name]
+      for name in args.tokens
+      if name in group.CASES
+      and group.ops_of(group.CASES[name], ops, args.selection, args.precision)
+    }
+  chosen = {group: named for group, named in chosen.items() if named}
+  if not chosen:
+    asked = {
+      name: " ".join(getattr(args, name))
+      for name in ("ops", "tokens", "selection", "precision")
+    }
+    known = [
+      f"{op} has --tokens {' '.join(lengths_of(group, op))}{group.RESTRICTED}"
+      for group in GROUPS
+      for op in group.OPS
+      if op in args.ops
+    ]
+    raise ValueError(
+      "nothing to measure for"
+      f" {' '.join(f'--{name} {value}' for name, value in asked.items())}:"
+      f" {'; '.join(known)}"
+    )
+  if "fitted" in args.selection:
+    for group in (forward, training):
+      for case in chosen.get(group, {}).values():
+        cases.fitted_sharing(case.kv_tokens)
+  return chosen
+
+
+def lengths_of(group: Any, op: str) -> list[str]:
+  return [
+    name
+    for name, case in group.CASES.items()
+    if group.ops_of(case, [op], list(SELECTIONS), list(PRECISIONS))
+  ]
+
+
 def main(argv: list[str] | None = None) -> int:
   args = parse(argv)
   if args.plot_only:
@@ -93,21 +145,11 @@ def main(argv: list[str] | None = None) -> int:
     results.plot(content, args.plot_only.with_suffix(".png"))
     return 0
   mosaic.require_hopper()
-  if "fitted" in args.selection:
-    cases.fitted_sharing(1 << 14)  # refuses now, not after minutes
+  # What is refused is refused now, not after minutes.
+  chosen = choose(args)
+  ops = {group: [op for op in group.OPS if op in args.ops] for group in chosen}
   path = args.results or results.FOLDER / f"{results.device_slug()}.json"
-  ops = {
-    group: chosen
-    for group in GROUPS
-    if (chosen := [op for op in group.OPS if op in args.ops])
-  }
-  # Read now: a test puts smaller ones in their places.
-  chosen = {
-    group: {
-      name: group.CASES[name] for name in args.tokens if name in group.CASES
-    }
-    for group in ops
-  }
+  results.check_device(path)
   checked = {
     (group, check_case(case))
     for group, named in chosen.items()
@@ -155,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
       date=datetime.datetime.now(datetime.UTC).date().isoformat(),
       commit=args.commit or results.commit_name(),
     )
-    content = results.read_json(path)
+    content = {}
     for name, case, group in ordered:
       measure.log(f"{name}: {', '.join(ops[group])}")
       rows, recalls = group.rows(

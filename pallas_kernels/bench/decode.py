@@ -30,10 +30,10 @@ from pallas_kernels.cases import Case
 OPS = ("decode",)
 CASES = cases.DECODE
 PRECISIONS = ("exact", "fp8")
+RESTRICTED = " with --selection random and --precision exact or fp8"
 COLD_BYTES = 128 << 20  # more than twice the second-level cache
 MAX_CACHES = 16
 MIN_STEPS = 16
-FP8 = jnp.float8_e4m3fn
 SCAN = "decode_scan"
 
 
@@ -141,6 +141,15 @@ def dense_steps(case: Case, attend: Callable) -> Callable:
   return run
 
 
+def ops_of(
+  case: Case, ops: list[str], selections: list[str], precisions: list[str]
+) -> list[str]:
+  """The ops that are measured with these options."""
+  del case
+  possible = "random" in selections and set(precisions) & set(PRECISIONS)
+  return ops if possible else []
+
+
 def add_programs(
   programs: measure.Programs,
   case: Case,
@@ -149,7 +158,7 @@ def add_programs(
   precisions: list[str],
   with_dense: bool,
 ) -> None:
-  if "decode" not in ops or "random" not in selections:
+  if not ops_of(case, ops, selections, precisions):
     return
   key = jax.eval_shape(lambda: jax.random.key(0))
   q, index_q = jax.eval_shape(functools.partial(queries, case=case), key)

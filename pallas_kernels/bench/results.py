@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
 import subprocess
 import tempfile
+from collections.abc import Iterator
 
 import jax
 
@@ -50,33 +52,67 @@ def merge(old: list[dict], new: list[dict], key: list[str]) -> list[dict]:
   return list(table.values())
 
 
+@contextlib.contextmanager
+def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
+  """A file to write, which takes the place of `path` unless writing fails."""
+  path.parent.mkdir(parents=True, exist_ok=True)
+  handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
+  os.close(handle)
+  try:
+    yield pathlib.Path(name)
+    os.chmod(name, 0o644)
+    os.replace(name, path)
+  except BaseException:
+    os.unlink(name)
+    raise
+
+
 def write_json(path: pathlib.Path, content: dict) -> None:
   """Writes the whole file or none of it."""
-  path.parent.mkdir(parents=True, exist_ok=True)
-  with tempfile.NamedTemporaryFile(
-    "w", dir=path.parent, suffix=".tmp", delete=False
-  ) as file:
-    json.dump(content, file, indent=1)
-    file.write("\n")
-  os.chmod(file.name, 0o644)
-  os.replace(file.name, path)
+  with whole_file(path) as file:
+    file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: pathlib.Path) -> dict:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
+def check_device(path: pathlib.Path) -> None:
+  """Raises ValueError if a file holds what another device gave."""
+  old, here = read_json(path), jax.devices()[0].device_kind
+  if old and old.get("device") != here:
+    raise ValueError(
+      f"{path} holds what was measured on {old.get('device')}, calls here run"
+      f" on {here}: wanted another file"
+    )
+
+
 def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
+  """Merges what this run measured into a file, and returns its content.
+
+  Each row names the JAX that it was measured under; the content's own `jax`
+  lists them all. Older files have that one only, which holds for their rows.
+
+  Raises:
+    ValueError: the file is another device's.
+  """
+  check_device(path)
   old = read_json(path)
+  keys = dict(
+    rows=KEY, recall=["tokens", "index_dim", "selection", "score_precision"]
+  )
+  merged = {}
+  for table, new in dict(rows=rows, recall=recalls).items():
+    before = [
+      row | dict(jax=row.get("jax", old["jax"])) for row in old.get(table, [])
+    ]
+    now = [row | dict(jax=jax.__version__) for row in new]
+    merged[table] = merge(before, now, keys[table])
+  versions = {row["jax"] for table in merged.values() for row in table}
   content = dict(
     device=jax.devices()[0].device_kind,
-    jax=jax.__version__,
-    rows=merge(old.get("rows", []), rows, KEY),
-    recall=merge(
-      old.get("recall", []),
-      recalls,
-      ["tokens", "index_dim", "selection", "score_precision"],
-    ),
+    jax=", ".join(sorted(versions)),
+    **merged,
   )
   write_json(path, content)
   return content
@@ -142,7 +178,10 @@ def plot_op(axes, op: str, rows: list[dict]) -> None:
 
 
 def plot(content: dict, path: pathlib.Path) -> None:
-  """Speed-ups of prefill and training against length, at the paper's heads."""
+  """Speed-ups of prefill and training against length, at the paper's heads.
+
+  Writes the whole file or none of it.
+  """
   import matplotlib
 
   matplotlib.use("Agg")
@@ -175,7 +214,8 @@ def plot(content: dict, path: pathlib.Path) -> None:
     axes.set_title(titles[op])
   panels[0, 0].set_ylabel("speed-up over dense attention")
   figure.suptitle(content["device"])
-  figure.savefig(path, dpi=150)
+  with whole_file(path) as file:
+    figure.savefig(file, dpi=150, format=path.suffix[1:])
   plt.close(figure)
 
 

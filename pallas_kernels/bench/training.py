@@ -27,6 +27,7 @@ from pallas_kernels.cases import Case
 
 OPS = ("train", "sparse_backward", "kl", "warmup")
 CASES = cases.CASES
+RESTRICTED = ""
 IMPLEMENTATION: Implementation = "mosaic_gpu"
 MAX_TOKENS = 1 << 19  # q, out and their gradients at 1M fill the memory
 WARMUP_TOKENS = 1 << 17  # quadratic
@@ -94,8 +95,11 @@ def dense_vjp(q, k, v, dout):
   return out, pull(dout)
 
 
-def ops_of(case: Case, ops: list[str]) -> list[str]:
+def ops_of(
+  case: Case, ops: list[str], selections: list[str], precisions: list[str]
+) -> list[str]:
   """The ops that are measured at this length."""
+  del selections, precisions  # selection in training is exact
   if case.tokens > MAX_TOKENS:
     return []
   return [op for op in ops if op != "warmup" or case.tokens <= WARMUP_TOKENS]
@@ -109,8 +113,7 @@ def add_programs(
   precisions: list[str],
   with_dense: bool,
 ) -> None:
-  del precisions  # selection in training is exact
-  ops = ops_of(case, ops)
+  ops = ops_of(case, ops, selections, precisions)
   if not ops:
     return
   of = measure.shapes(case, case.dtype)
@@ -185,8 +188,7 @@ def rows(
   precisions: list[str],
 ) -> tuple[list[dict], list[dict]]:
   """Rows of one shape; no recalls."""
-  del precisions
-  ops = ops_of(case, ops)
+  ops = ops_of(case, ops, selections, precisions)
   if not ops:
     return [], []
   q, k, v = programs["attention_inputs"](jax.random.key(0))
