@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any, get_args
 
+import numpy as np
+
 from msa_jax import ops
 
 
@@ -17,7 +19,7 @@ def check_sizes(**sizes: Any) -> None:
   """Raises ValueError unless each argument is an integer of at least 1."""
   for name, value in sizes.items():
     require(
-      isinstance(value, int) and value >= 1,
+      isinstance(value, (int, np.integer)) and value >= 1,
       name,
       "an integer of at least 1",
       value,
@@ -77,7 +79,8 @@ def check_index_branch(
   """Raises ValueError unless the arguments are those of `MSAttention`."""
   check_sizes(index_dim=index_dim, block_size=block_size, top_k=top_k)
   require(
-    isinstance(num_local_blocks, int) and 0 <= num_local_blocks <= top_k,
+    isinstance(num_local_blocks, (int, np.integer))
+    and 0 <= num_local_blocks <= top_k,
     "num_local_blocks",
     f"an integer from 0 to top_k = {top_k}",
     num_local_blocks,
