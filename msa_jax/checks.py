@@ -9,7 +9,7 @@ import numpy as np
 from msa_jax import ops
 
 
-def require(condition: bool, name: str, want: str, got: Any) -> None:
+def require(condition: bool | np.bool_, name: str, want: str, got: Any) -> None:
   """Raises ValueError that names an argument, what came and what is wanted."""
   if not condition:
     raise ValueError(f"{name} must be {want}, got {got!r}")
