@@ -12,7 +12,6 @@
 # `pallas_kernels/results/`; run it again when there are more.
 
 # %%
-import itertools
 import json
 import pathlib
 
@@ -22,7 +21,7 @@ import pallas_kernels.bench.results
 import train.runs
 from pallas_kernels import cases
 from pallas_kernels.bench.results import plot_op
-from train import figures, runs
+from train import figures, runs, tables
 from train.report import verdict
 
 plt.switch_backend(plt.get_backend())  # now, for figures shown by display()
@@ -43,7 +42,8 @@ MEASUREMENTS = pallas_kernels.bench.results.FOLDER
 # * **MSA**: from scratch. It attends densely at first (*warm-up*), while the
 #   Index Branch learns to follow attention, then sparsely.
 # * **MSA CPT**: starts from a checkpoint of the GQA run (half-way in `parity`,
-#   after 85 % of the steps in `evidence`), then the same.
+#   after 85 % of the steps in `evidence` and `evidence_seeds`), then the same.
+# * Other names, in comparisons of **ablations**: MSA with one thing changed.
 
 # %%
 comparisons = {}
@@ -61,17 +61,16 @@ for folder in sorted(COMPARISONS.iterdir()):
     task: runs.group_by_side(found) for task, found in tasks.items()
   }
 
-others = itertools.cycle(figures.COLORS[1:])
 sides = dict.fromkeys(
   side
   for tasks in comparisons.values()
   for found in tasks.values()
   for side in found
 )
-colors = {
-  side: figures.COLORS[0] if side == runs.BASELINE else next(others)
-  for side in sides
-}
+# The same color for a side everywhere; the clearest ones for the methods.
+colors = figures.side_colors(
+  sorted(sides, key=lambda side: tables.ablation(side) is not None)
+)
 
 for name, tasks in comparisons.items():
   print(name)
@@ -110,13 +109,13 @@ for name, tasks in comparisons.items():
 # Each row is one side against GQA: dots are seeds (the same seed on both sides),
 # the bar is the 95 % interval of their mean. **Green ground is where the side is
 # better than GQA.** A bar that crosses 0 tells no difference; that does not
-# prove that there is none. One seed has no bar.
+# prove that there is none. One seed has no bar. Ablations have a table below.
 
 # %%
 gaps = {}  # (metric, unit) -> (label, side, metric, gap, if beside the first)
 for name, tasks in comparisons.items():
   for task, found in tasks.items():
-    if runs.BASELINE not in found:
+    if runs.BASELINE not in found or any(map(tables.ablation, found)):
       continue
     finals = [r.final for members in found.values() for r in members if r.final]
     for index, metric in enumerate(runs.metrics_of(finals)):
@@ -167,7 +166,8 @@ for rows in gaps.values():
 #
 # The same gap during training. In its warm-up MSA attends densely and differs
 # from GQA by an Index Branch that learns beside it and changes nothing, so the
-# gap is 0; it opens when the side goes sparse.
+# gap is 0 (in bfloat16 what rounding grows to); it opens when the side goes
+# sparse.
 
 # %%
 for name, tasks in comparisons.items():
@@ -177,6 +177,28 @@ for name, tasks in comparisons.items():
     figure = figures.gap_figure(f"{name}, {task}", found, colors, metric)
     if figure is not None:
       display(figure)
+
+# %% [markdown]
+# ## What each part is for
+#
+# Ablations: each row is MSA with one thing changed, at an equal number of keys
+# read, against MSA. "seeds" says how many, finished of planned.
+
+# %%
+for name, tasks in comparisons.items():
+  for task, found in tasks.items():
+    finals = [r.final for members in found.values() for r in members if r.final]
+    rows = tables.ablation_rows(found, runs.metrics_of(finals))
+    for row in rows:
+      if row is rows[0]:
+        print(f"{name}, {task}")
+      print(f"  {row['side']}: {row['changes']} (the paper: {row['the paper']})")
+      shown = (
+        f"{key} {value}"
+        for key, value in row.items()
+        if key not in ("side", "changes", "the paper")
+      )
+      print("   ", "; ".join(shown))
 
 # %% [markdown]
 # ## Does the Index Branch follow attention?
@@ -270,10 +292,13 @@ for device, rows in measured.items():
 # %% [markdown]
 # ## How to read the two together
 #
-# * Quality and speed are measured at different sizes: tiny models that train
-#   three times each and a small one that trains once, and a layer of a large
-#   model. Nothing here shows that a large MSA model is as good as a large GQA
-#   model; the paper's claim is about 3 trillion tokens.
+# * Quality and speed are measured at different sizes: small models trained for
+#   minutes, most of them one to three times, and a layer of a large model.
+#   Nothing here shows that a large MSA model is as good as a large GQA model; the
+#   paper's claim is about 3 trillion tokens.
+# * Where MSA's loss is below GQA's, look at the fixed window's: it is lower still.
+#   So young a model gains from reading less. What choosing is for shows in the
+#   facts that lie far back.
 # * What to look at in the quality figures is where attention must reach *far*:
 #   on ordinary text near tokens carry most of the loss, and sparse attention
 #   always reads those.

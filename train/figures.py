@@ -39,6 +39,12 @@ COLORS = [
   "#E69F00",
   "#56B4E9",
   "#333333",
+  "#8C564B",
+  "#7F3C8D",
+  "#A6D854",
+  "#B00020",
+  "#999999",
+  "#17BECF",
 ]
 STYLE: dict[Any, Any] = {
   "figure.dpi": 100,
@@ -53,6 +59,14 @@ STYLE: dict[Any, Any] = {
   "axes.axisbelow": True,
   "legend.frameon": False,
 }
+
+
+def side_colors(sides: Iterable[str]) -> dict[str, str]:
+  """A color for each side, the first for the baseline."""
+  others = itertools.cycle(COLORS[1:])
+  return {
+    side: COLORS[0] if side == BASELINE else next(others) for side in sides
+  }
 
 
 def side_name(side: str) -> str:

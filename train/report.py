@@ -9,7 +9,6 @@ import contextlib
 import datetime
 import fcntl
 import html
-import itertools
 import json
 import math
 import os
@@ -24,7 +23,6 @@ from matplotlib.figure import Figure
 
 from train import tables
 from train.figures import (
-  COLORS,
   STYLE,
   curves,
   distance_figure,
@@ -32,6 +30,7 @@ from train.figures import (
   layers_figure,
   overview_figure,
   selection_figure,
+  side_colors,
   side_name,
   speed_figure,
 )
@@ -348,8 +347,7 @@ def write(comparison_folder: Path) -> Path:
     different[task] = check_runs(members)
     tasks[task] = group_by_side(members)
   names = dict.fromkeys(r.side for r in runs)
-  others = itertools.cycle(COLORS[1:])
-  colors = {s: COLORS[0] if s == BASELINE else next(others) for s in names}
+  colors = side_colors(names)
 
   final = folder / "report"
   with _alone(folder):

@@ -207,7 +207,8 @@ def _short_gap(found: dict, metric: Metric) -> str:
     return "–"
   percent = found["percent"] is not None
   key = "percent" if percent else "mean"
-  scale, unit = (1.0, "%") if percent else (metric.scale, "points")
+  unit = "points" if metric.unit == "%" else metric.unit
+  scale, unit = (1.0, "%") if percent else (metric.scale, unit)
   text = f"{found[key] * scale:+.2f} {unit}"
   interval = found["percent_interval"] if percent else found["interval"]
   if interval:

@@ -101,12 +101,13 @@ GQA = RunConfig(
     gqa_implementation="cudnn",
   ),
   data=DATA,
-  # With a factor of 2 `msa` found 98 % of needles, 89 % of those 8,192 and more
-  # tokens back (960 steps on an H100). Of recall alone, tiny (as in `sides`,
-  # rate 5e-3, with 8 blocks), 90, 96, 96, 99 and 97 % were right at 1, 2, 4, 8
-  # and 16 (seed 0; over seeds 0 to 2 97.6 % at 2 and 98.8 % at 8). A width 12
-  # times as large wants a smaller rate than their 4e-2. Warm-ups of 10 and 30 %
-  # were no better. Scratch runs, two CPU cores, 2026-11-24.
+  # Of recall alone, tiny (as in `sides`, rate 5e-3, with 8 blocks), `msa` gave
+  # 90, 96, 96, 99 and 97 % right answers with index factors of 1, 2, 4, 8, 16
+  # (seed 0; over seeds 0 to 2 97.6 % with 2, 98.8 % with 8). A width 12 times
+  # as large wants less than their 4e-2. Warm-ups of 10 and 30 % were no
+  # better. Scratch runs, two CPU cores, 2026-11-24. At full size 2 and 4 cannot
+  # be told apart: one run each, in which GQA itself found 100 and 95 % of the
+  # needles (train/results/evidence_first and evidence).
   optimizer=OptimizerConfig(
     learning_rate=1e-3, warmup_steps=80, index_learning_rate_factor=4.0
   ),
@@ -131,7 +132,8 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
   (start,) = gqa.keep_steps
   alone = dataclasses.replace(gqa, keep_steps=())
   # Index projections that start fresh do not find the facts in 15 % of the
-  # steps (960 on an H100: 79 % of needles, 98 % with MSA-PT, 100 % with GQA).
+  # steps: of needles 8,192 and more tokens back 33 %, from the main branch's
+  # 75 % (train/results/evidence_first and evidence).
   # Of recall alone, tiny (512 tokens, blocks of 8, 2 layers of width 64, 800
   # steps of 2 rows, GQA 99.9 %), seeds 0 and 1 answered with 8 blocks 83 and
   # 87 % from fresh projections, 92 and 97 % from the main branch's (MSA-PT 96,

@@ -1,6 +1,6 @@
 """The sides of `evidence` over three seeds, small: is its gap luck?
 
-12M parameters, 4,096 tokens of context, of which MSA reads 512 in blocks of 64:
+13M parameters, 4,096 tokens of context, of which MSA reads 512 in blocks of 64:
 the same eighth as `evidence`. Data, recipe and kernels are the same too.
 """
 
