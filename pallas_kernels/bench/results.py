@@ -182,10 +182,7 @@ def plot(content: dict, path: pathlib.Path) -> None:
 
   Writes the whole file or none of it.
   """
-  import matplotlib
-
-  matplotlib.use("Agg")
-  from matplotlib import pyplot as plt
+  from matplotlib.figure import Figure  # without pyplot nothing stays open
 
   paper = dataclasses.asdict(Case(tokens=0, kv_tokens=-1))
   fixed = [f for f in paper if f not in ("tokens", "kv_tokens")]
@@ -205,10 +202,8 @@ def plot(content: dict, path: pathlib.Path) -> None:
     for op in titles
   }
   drawn = [op for op in titles if rows[op]] or ["prefill"]
-  figure, panels = plt.subplots(
-    1, len(drawn), figsize=(2 + 5 * len(drawn), 4.5), layout="constrained",
-    squeeze=False,
-  )  # fmt: skip
+  figure = Figure(figsize=(2 + 5 * len(drawn), 4.5), layout="constrained")
+  panels = figure.subplots(1, len(drawn), squeeze=False)
   for axes, op in zip(panels[0], drawn, strict=True):
     plot_op(axes, op, rows[op])
     axes.set_title(titles[op])
@@ -216,7 +211,6 @@ def plot(content: dict, path: pathlib.Path) -> None:
   figure.suptitle(content["device"])
   with whole_file(path) as file:
     figure.savefig(file, dpi=150, format=path.suffix[1:])
-  plt.close(figure)
 
 
 def device_slug() -> str:
