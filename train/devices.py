@@ -18,8 +18,8 @@ where devices share a row ("tensor") and on one device. Kernels are counted in
 the program: in a mesh they lie inside `jax.shard_map` ("mapped"), each on its
 device's rows and KV heads.
 
-On the GPUs of one host, with sizes that fill them and a learning rate that does
-not multiply rounding (the preset's makes 5e-3 of it in 50 steps of `msa`):
+On the GPUs of one host, with sizes that fill them and a learning rate at which
+rounding does not grow within the steps, as at the preset's own it does:
 
   python -m train devices evidence --set optimizer.learning_rate=1e-4 \\
     data.text.max_bytes=40000000

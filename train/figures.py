@@ -428,7 +428,7 @@ def _draw_distance(axes, sides, colors, probe: Probe) -> None:
         label=_label(side_name(side), done),
       )
   axes.set_xscale("log", base=2)
-  axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:,.0f}"))
+  axes.xaxis.set_major_formatter(FuncFormatter(_short_tokens))
   axes.xaxis.set_minor_locator(NullLocator())
   axes.set_ylim(0, 102)
   _draw_chance(axes, sides)
@@ -452,6 +452,10 @@ def _draw_distance(axes, sides, colors, probe: Probe) -> None:
     )
   axes.set_xlabel("Distance back to the fact (tokens)")
   axes.set_ylabel("Answers right (%)")
+
+
+def _short_tokens(count: float, _: object = None) -> str:
+  return f"{count / 1024:g}K" if count >= 1024 else f"{count:g}"
 
 
 def distance_figure(task, sides, colors, probe: Probe) -> Figure | None:
@@ -497,7 +501,7 @@ def speed_figure(rows: list[dict], colors) -> Figure:
   for axis in axes[0]:
     axis.set_xscale("log", base=2)
     ticks = sorted({row["context"] for row in rows})
-    axis.set_xticks(ticks, [f"{t / 1024:g}K" for t in ticks])
+    axis.set_xticks(ticks, [_short_tokens(t) for t in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("Context (tokens)")
     axis.set_ylim(bottom=0)

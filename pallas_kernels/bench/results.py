@@ -121,7 +121,7 @@ def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
 STYLES = {  # of choices: what the legend calls them, and their lines
   "random": ("random", "--"),
   "trained_like": ("trained-like", "-"),
-  "fitted": ("like a trained model's", "-."),
+  "fitted": ("fitted to a trained model's", "-."),
 }
 COLOURS = dict(exact="tab:blue", fast="tab:green", fp8="tab:red")
 
