@@ -15,13 +15,13 @@ def require(condition: bool | np.bool_, name: str, want: str, got: Any) -> None:
     raise ValueError(f"{name} must be {want}, got {got!r}")
 
 
-def check_sizes(**sizes: Any) -> None:
-  """Raises ValueError unless each argument is an integer of at least 1."""
+def check_sizes(least: int = 1, /, **sizes: Any) -> None:
+  """Raises ValueError unless each argument is an integer of at least that."""
   for name, value in sizes.items():
     require(
-      isinstance(value, (int, np.integer)) and value >= 1,
+      isinstance(value, (int, np.integer)) and value >= least,
       name,
-      "an integer of at least 1",
+      f"an integer of at least {least}",
       value,
     )
 

@@ -51,19 +51,12 @@ class MoEConfig:
   routed_scale: float = 1.0
 
   def __post_init__(self):
-    for name, least in (
-      ("num_experts", 1),
-      ("top_k", 1),
-      ("expert_dim", 1),
-      ("shared_dim", 0),
-    ):
-      value = getattr(self, name)
-      require(
-        isinstance(value, int) and value >= least,
-        name,
-        f"an integer of at least {least}",
-        value,
-      )
+    check_sizes(
+      num_experts=self.num_experts,
+      top_k=self.top_k,
+      expert_dim=self.expert_dim,
+    )
+    check_sizes(0, shared_dim=self.shared_dim)
     require(
       self.top_k <= self.num_experts,
       "top_k",

@@ -90,23 +90,29 @@ def check_case(case: cases.Case) -> cases.Case:
   )
 
 
-def choose(args: argparse.Namespace) -> dict[Any, dict[str, cases.Case]]:
-  """What was asked for: the shapes of each group of ops, by name.
+def choose(
+  args: argparse.Namespace, ops: dict[Any, list[str]]
+) -> dict[Any, dict[str, cases.Case]]:
+  """The shapes that were asked for, by name, of each group that has any.
+
+  Args:
+    args: the command's.
+    ops: each group's of `args.ops`.
 
   Raises:
     ValueError: that is nothing, or `fitted` does not know one of the lengths.
   """
   chosen = {}
   for group in GROUPS:
-    ops = [op for op in group.OPS if op in args.ops]
     # Read now: a test puts smaller ones in their places.
-    chosen[group] = {
-      name: group.CASES[name]
+    named = {
+      name: case
       for name in args.tokens
-      if name in group.CASES
-      and group.ops_of(group.CASES[name], ops, args.selection, args.precision)
+      if (case := group.CASES.get(name))
+      and group.ops_of(case, ops[group], args.selection, args.precision)
     }
-  chosen = {group: named for group, named in chosen.items() if named}
+    if named:
+      chosen[group] = named
   if not chosen:
     asked = {
       name: " ".join(getattr(args, name))
@@ -115,8 +121,7 @@ def choose(args: argparse.Namespace) -> dict[Any, dict[str, cases.Case]]:
     known = [
       f"{op} has --tokens {' '.join(lengths_of(group, op))}{group.RESTRICTED}"
       for group in GROUPS
-      for op in group.OPS
-      if op in args.ops
+      for op in ops[group]
     ]
     raise ValueError(
       "nothing to measure for"
@@ -146,10 +151,10 @@ def main(argv: list[str] | None = None) -> int:
     return 0
   mosaic.require_hopper()
   # What is refused is refused now, not after minutes.
-  chosen = choose(args)
-  ops = {group: [op for op in group.OPS if op in args.ops] for group in chosen}
+  ops = {group: [op for op in group.OPS if op in args.ops] for group in GROUPS}
+  chosen = choose(args, ops)
   path = args.results or results.FOLDER / f"{results.device_slug()}.json"
-  results.check_device(path)
+  results.read_own(path)
   checked = {
     (group, check_case(case))
     for group, named in chosen.items()

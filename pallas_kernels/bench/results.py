@@ -62,9 +62,8 @@ def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
     yield pathlib.Path(name)
     os.chmod(name, 0o644)
     os.replace(name, path)
-  except BaseException:
-    os.unlink(name)
-    raise
+  finally:
+    pathlib.Path(name).unlink(missing_ok=True)
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
@@ -77,14 +76,19 @@ def read_json(path: pathlib.Path) -> dict:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
-def check_device(path: pathlib.Path) -> None:
-  """Raises ValueError if a file holds what another device gave."""
+def read_own(path: pathlib.Path) -> dict:
+  """What a file holds of this device; {} without the file.
+
+  Raises:
+    ValueError: the file is another device's.
+  """
   old, here = read_json(path), jax.devices()[0].device_kind
   if old and old.get("device") != here:
     raise ValueError(
       f"{path} holds what was measured on {old.get('device')}, calls here run"
       f" on {here}: wanted another file"
     )
+  return old
 
 
 def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
@@ -96,8 +100,7 @@ def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
   Raises:
     ValueError: the file is another device's.
   """
-  check_device(path)
-  old = read_json(path)
+  old = read_own(path)
   keys = dict(
     rows=KEY, recall=["tokens", "index_dim", "selection", "score_precision"]
   )
