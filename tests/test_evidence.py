@@ -408,6 +408,10 @@ def test_runs_hold_what_the_report_needs(compared):
       assert 0 <= final[f"{probe}_accuracy"] <= 1
     # The loss of a mix is no loss of text.
     assert rows_of(folder, "train")[-1]["bits_per_byte"] is None
+    dense = rows_of(folder, "dense_eval")
+    assert len(dense) == (side != "gqa")
+    for row in dense:
+      assert row["needle_by_distance"] and row["recall_by_distance"]
     if side != "gqa":
       for layer in rows_of(folder, "layers")[-1]["layers"]:
         assert 0 <= layer["facts_found"] <= 1

@@ -444,6 +444,47 @@ def test_retrieval_is_compared_at_each_distance(tmp_path):
   assert far["error"] == pytest.approx(((0.09 + 0.24) / 100) ** 0.5)
 
 
+def test_what_the_choice_costs_is_told_apart(tmp_path):
+  losses = {"text": {"gqa": [1.0, 1.2], "msa": [1.1, 1.4]}}
+  folder = _make(tmp_path / "run", losses)
+
+  def bins(near, far):
+    places = ((0, 2, near), (2, 4, far))
+    return [
+      {"low": low, "high": high, "loss": loss, "count": 8}
+      for low, high, loss in places
+    ]
+
+  for side, seeds in losses["text"].items():
+    for seed, loss in enumerate(seeds):
+      path = folder / "text" / side / f"seed{seed}" / "metrics.jsonl"
+      *earlier, last = path.read_text().splitlines()
+      last = json.loads(last) | {"loss_by_position": bins(loss, loss + 0.2)}
+      added = [last]
+      if side == "msa":
+        # As sparse within what is read anyway, 0.1 lower beyond.
+        places = {"loss_by_position": bins(loss, loss + 0.1)}
+        added.append(last | {"kind": "dense_eval", "loss": loss} | places)
+      rows = [*earlier, *map(json.dumps, added)]
+      path.write_text("".join(row + "\n" for row in rows))
+  report.write(folder)
+  task = _summary(folder)["tasks"]["text"]
+  near, far = task["loss_by_position"]["msa"]
+  assert (near["low"], near["high"], near["count"]) == (0, 2, 16)
+  for row, base, gap, dense in (
+    (near, 1.1, 0.15, 0.15),
+    (far, 1.3, 0.15, 0.05),
+  ):
+    found = row["baseline"], row["difference"], row["dense_difference"]
+    assert found == pytest.approx((base, gap, dense))
+  (row,) = task["dense"]
+  assert (row["side"], row["seeds"]) == ("MSA", "2")
+  assert "held-out loss (bits per byte), read densely" in row
+  assert (folder / "report" / "text_position.png").exists()
+  page = (folder / "report" / "report.html").read_text()
+  assert "What choosing blocks costs after training" in page
+
+
 def test_one_seed_has_an_interval_over_held_out_batches(tmp_path):
   folder = _make(tmp_path / "run", {"text": {"gqa": [1.0], "msa": [1.1]}})
   run = folder / "text" / "msa" / "seed0"

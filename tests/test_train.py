@@ -336,6 +336,23 @@ def test_compare_fills_the_run_folders(compared):
       assert row["bits_per_byte"] == pytest.approx(
         row["loss"] / np.log(2), rel=0.02
       )
+      places = row["loss_by_position"]
+      assert [(p["low"], p["count"]) for p in places] == [
+        (low, 8 * (high - low))  # two batches of four rows
+        for low, high in zip((0, 2, 4, 8, 16, 32), (2, 4, 8, 16, 32, 64))
+      ]
+      assert row["loss"] == pytest.approx(
+        np.average(
+          [p["loss"] for p in places], weights=[p["count"] for p in places]
+        )
+      )
+    dense = [row for row in rows if row["kind"] == "dense_eval"]
+    assert [row["step"] for row in dense] == [4] * (side != "gqa")
+    for row in dense:
+      # Two blocks of 16 tokens: what comes before their end is read anyway.
+      pairs = zip(row["loss_by_position"], evals[-1]["loss_by_position"])
+      found = [abs(a["loss"] - b["loss"]) for a, b in pairs]
+      assert max(found[:-1]) < 1e-5 < found[-1]
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["jax"] == jax.__version__
     parameters = environment["parameters"]

@@ -319,6 +319,12 @@ class RunConfig:
     final = self.final_probe_batches if last else None
     return final or self.probe_batches or self.eval_batches
 
+  @property
+  def dense_at_end(self) -> bool:
+    """Whether the last weights are evaluated with dense attention as well:
+    after a warm-up, which has compiled it."""
+    return {"warmup", "sparse"} <= self.phases().keys()
+
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
     """What attention does in a step (counted from 1)."""
     if not self.uses_msa:

@@ -414,7 +414,7 @@ def _draw_distance(axes, sides, colors, probe: Probe) -> None:
     curves = []
     for run in done:
       bins = [b for b in run.final[probe.by_distance] if b["count"]]
-      x = [math.sqrt(max(b["low"], 1) * max(b["high"], 1)) for b in bins]
+      x = [_middle(b) for b in bins]
       curves.append([100 * b["accuracy"] for b in bins])
       if len(done) > 1:
         axes.plot(x, curves[-1], color=colors[side], lw=0.8, alpha=0.55)
@@ -427,11 +427,18 @@ def _draw_distance(axes, sides, colors, probe: Probe) -> None:
         marker=marker,
         label=_label(side_name(side), done),
       )
+  axes.set_ylim(0, 102)
+  _draw_chance(axes, sides)
+  _token_axis(axes, sides)
+  axes.set_xlabel("Distance back to the fact (tokens)")
+  axes.set_ylabel("Answers right (%)")
+
+
+def _token_axis(axes, sides) -> None:
+  """A log axis of tokens, with what a sparse query reads marked on it."""
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter(FuncFormatter(_short_tokens))
   axes.xaxis.set_minor_locator(NullLocator())
-  axes.set_ylim(0, 102)
-  _draw_chance(axes, sides)
   marks = (
     *(token_budget(sides) or (None, None)),
     next(iter(sides.values()))[0].get("context"),
@@ -450,8 +457,11 @@ def _draw_distance(axes, sides, colors, probe: Probe) -> None:
       fontsize=8,
       color="#555555",
     )
-  axes.set_xlabel("Distance back to the fact (tokens)")
-  axes.set_ylabel("Answers right (%)")
+
+
+def _middle(row: dict) -> float:
+  """Where a bin of tokens stands on a log axis."""
+  return math.sqrt(max(row["low"], 1) * max(row["high"], 1))
 
 
 def _short_tokens(count: float, _: object = None) -> str:
@@ -467,6 +477,47 @@ def distance_figure(task, sides, colors, probe: Probe) -> Figure | None:
     f"{task}: {name}answers right after training, by distance", pad=18
   )
   _legend(figure, axes)
+  return figure
+
+
+def position_figure(
+  task, sides, colors, gaps: dict[str, list[dict]]
+) -> Figure | None:
+  """Held-out loss by place in the context, and each side's gap there.
+
+  Args:
+    gaps: of each side, as `train.runs.gaps_by_position` has them.
+  """
+  if not gaps:
+    return None
+  figure, axes = _figure(10, 4.2, columns=2)
+  for number, (side, rows) in enumerate(gaps.items()):
+    x = [_middle(row) for row in rows]
+    style = {"color": colors[side], "marker": "o", "ms": 4}
+    if not number:
+      axes[0, 0].plot(
+        x,
+        [row["baseline"] for row in rows],
+        color=colors[BASELINE],
+        lw=_width(BASELINE),
+        label=side_name(BASELINE),
+      )
+    losses = [row["baseline"] + row["difference"] for row in rows]
+    axes[0, 0].plot(x, losses, label=side_name(side), **style)
+    axes[0, 1].plot(x, [row["difference"] for row in rows], **style)
+    dense = [row["dense_difference"] for row in rows]
+    if None not in dense:
+      label = f"{side_name(side)}, its weights read densely"
+      axes[0, 0].plot([], [], ls="--", label=label, **style)
+      axes[0, 1].plot(x, dense, ls="--", **style)
+  axes[0, 1].axhline(0, color=colors[BASELINE], lw=_width(BASELINE))
+  titles = "held-out loss by place", f"the same minus {side_name(BASELINE)}"
+  for axis, title in zip(axes[0], titles):
+    _token_axis(axis, sides)
+    axis.set_title(f"{task}: {title}", pad=18)
+    axis.set_xlabel("Tokens before (in the context)")
+    axis.set_ylabel("Nats per token")
+  _legend(figure, axes[0, 0])
   return figure
 
 

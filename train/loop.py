@@ -273,22 +273,29 @@ class _Run:
     phase, last = config.phase(step), step == config.num_steps
     params = self.state.params
     if step % config.eval_every == 0 or last:
-      result = self.program.evaluate(
-        params,
-        self.source,
-        phase,
-        batches=config.eval_batches,
-        probe_batches=config.probe_batches_at(step),
-      )
+      result = self._evaluate(step, phase)
       if not np.isfinite(result["loss"]):
         self._stop(step, f"held-out loss {result['loss']}")
       self._log(self._stamp("eval", step) | result)
+    if last and config.dense_at_end:
+      # What the choice of blocks costs: the same weights without one.
+      result = self._evaluate(step, "warmup")
+      self._log(self._stamp("dense_eval", step) | result)
     if self.program.msa_layers and (step % config.layers_every == 0 or last):
       measured = self.program.measure(params, self.source, phase)
       row = {"kind": "layers", "step": step, "phase": phase}
       self._log(row | {"layers": self.program.layer_rows(*measured)})
     if step % config.checkpoint_every == 0 or step in config.keep_steps or last:
       self._save(step)
+
+  def _evaluate(self, step: int, phase: str) -> dict:
+    return self.program.evaluate(
+      self.state.params,
+      self.source,
+      phase,
+      batches=self.config.eval_batches,
+      probe_batches=self.config.probe_batches_at(step),
+    )
 
   def _save(self, step: int) -> None:
     if step != self.saved:

@@ -412,9 +412,11 @@ class Program:
       first += count
 
   def _evaluate(self, params, tokens, loss_mask, *, phase: str):
+    """Loss of each position, summed over rows; which targets are right."""
     out = self._apply(params, tokens, phase=phase)
-    loss = jnp.sum(_cross_entropy(out.logits, tokens) * loss_mask)
-    return loss, jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
+    losses = _cross_entropy(out.logits, tokens) * loss_mask
+    right = jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
+    return jnp.sum(losses, axis=0), right
 
   def _measure(self, params, tokens, *, phase: str):
     out = self._apply(
@@ -522,11 +524,14 @@ class Program:
     run = functools.partial(self._evaluate_batches, params, source, phase)
     get = functools.partial(source.eval_batch, **self.eval_shape)
     losses, counts, sizes, answers = run(batches, get)
+    batch_losses, targets = losses.sum(1), counts.sum(1)
+    total = float(batch_losses.sum())
     result = {
-      "loss": sum(losses) / sum(counts),
-      "bits_per_byte": bits_per_byte(sum(losses), sizes),
+      "loss": total / int(targets.sum()),
+      "bits_per_byte": bits_per_byte(total, sizes),
       **answers,
-      "batch_loss": [loss / max(n, 1) for loss, n in zip(losses, counts)],
+      "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
+      "loss_by_position": by_position(losses.sum(0), counts.sum(0)),
     }
     for name in source.probes:
       get = functools.partial(source.probe_batch, name, **self.eval_shape)
@@ -535,13 +540,14 @@ class Program:
     return result
 
   def _evaluate_batches(self, params, source, phase: str, number: int, get):
-    """Loss, targets and bytes of each batch, and the answers of all."""
+    """Loss and targets [batch, position], bytes of each batch, and the answers
+    of all."""
     losses, counts, sizes, right, distances = [], [], [], [], []
 
     def read(batch: data_lib.Batch, loss, correct) -> None:
       asked = batch.distance >= 0
-      losses.append(float(loss))
-      counts.append(int(batch.loss_mask.sum()))
+      losses.append(np.asarray(loss, np.float64))
+      counts.append(batch.loss_mask.sum(0))
       sizes.append(count_bytes(source, batch))
       right.append(np.asarray(correct)[asked])
       distances.append(batch.distance[asked])
@@ -564,7 +570,7 @@ class Program:
         "accuracy": float(hits.mean()),
         "by_distance": by_distance(hits, apart),
       }
-    return losses, counts, sizes, answers
+    return np.stack(losses), np.stack(counts), sizes, answers
 
   def measure(self, params: Params, source: data_lib.Source, phase: str):
     """What the msa layers do on held-out batches, as NumPy.
@@ -819,6 +825,31 @@ def by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
     }
     for i in sorted(set(bins.tolist()))
   ]
+
+
+def by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
+  """Mean loss by how many tokens the query comes after, low <= tokens < high,
+  in powers of two.
+
+  Args:
+    losses: float [T], summed over the targets of each query position.
+    counts: int [T], their number.
+  """
+  bins = np.log2(np.maximum(np.arange(losses.size), 1)).astype(int)
+  found = []
+  for i in range(bins[-1] + 1):
+    here = bins == i
+    count = int(counts[here].sum())
+    if count:
+      found.append(
+        {
+          "low": 2**i if i else 0,
+          "high": 2 ** (i + 1),
+          "loss": float(losses[here].sum()) / count,
+          "count": count,
+        }
+      )
+  return found
 
 
 def facts_found(

@@ -7,6 +7,7 @@ import sys
 
 import jax
 
+_EVALUATIONS = {"eval": "held out:", "dense_eval": "held out, read densely:"}
 _LAYER_NUMBERS = ("kl", "block_recall", "score_recall", "best_score_recall")
 
 
@@ -75,7 +76,7 @@ class Progress:
       for name, value in _scalars(row):
         self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
     note = _note(row)
-    if self._bar is None or row["kind"] == "eval":
+    if self._bar is None or row["kind"] in _EVALUATIONS:
       step = f"step {row['step']}/{self._num_steps}"
       self._print(f"{self._label}  {step}  {row['phase']}  {note}")
     if self._bar is not None and row["kind"] == "train":
@@ -107,8 +108,8 @@ def _note(row: dict) -> str:
   words = [f"loss {row['loss']:.4f}"]
   if row["bits_per_byte"] is not None:
     words.append(f"bits/byte {row['bits_per_byte']:.4f}")
-  if row["kind"] == "eval":
-    words.insert(0, "held out:")
+  if row["kind"] in _EVALUATIONS:
+    words.insert(0, _EVALUATIONS[row["kind"]])
     for name, value in row.items():
       if name.endswith("accuracy") and value is not None:
         task = name.removesuffix("accuracy").replace("_", " ")

@@ -29,6 +29,7 @@ from train.figures import (
   gap_figure,
   layers_figure,
   overview_figure,
+  position_figure,
   selection_figure,
   side_colors,
   side_name,
@@ -44,6 +45,7 @@ from train.runs import (
   check_runs,
   flatten,
   gaps_by_distance,
+  gaps_by_position,
   group_by_side,
   metrics_of,
   paired_gap,
@@ -484,6 +486,15 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         for s, rs in sides.items()
       },
     }
+    if found := tables.dense_rows(sides, metrics):
+      body.append("<h3>What choosing blocks costs after training</h3>")
+      body.append(_rows(found))
+      body.append(
+        '<p class="small">The last weights as they were trained, and with '
+        "dense attention. What both lack, training with few blocks did not "
+        "teach; what the first lacks alone, the choice misses.</p>"
+      )
+      summary["tasks"][task]["dense"] = found
     if found := tables.ablation_rows(sides, metrics):
       body.append("<h3>Ablations</h3>")
       body.append(_rows(found))
@@ -520,6 +531,22 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "Side minus baseline, paired by seed on the same held-out tokens."
         + band,
       )
+    places = {
+      side: rows
+      for side in sides
+      if side != BASELINE and BASELINE in sides
+      if (rows := gaps_by_position(paired_runs(sides, side)))
+    }
+    add(
+      position_figure(task, sides, colors, places),
+      f"{task}_position",
+      "Loss on held-out text by how many tokens of the context come before, "
+      "mean over seeds. A query with fewer before it than “tokens read” reads "
+      "them all: a gap there is not of the choice. Dashed: the same weights "
+      "with dense attention.",
+    )
+    if places:
+      summary["tasks"][task]["loss_by_position"] = places
     for probe in probes:
       add(
         distance_figure(task, sides, colors, probe),

@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from scipy import stats
 
 BASELINE = "gqa"
@@ -77,7 +78,7 @@ class Run:
   seed: int
   config: dict
   environment: dict
-  rows: dict[str, list[dict]]  # by kind: "train", "eval", "layers"
+  rows: dict[str, list[dict]]  # by kind, as in `_NEEDED`
   finished: bool
   broken: dict  # step and why, where its numbers stopped being finite
 
@@ -88,6 +89,11 @@ class Run:
   @property
   def final(self) -> dict:
     return self.rows["eval"][-1] if self.rows["eval"] else {}
+
+  @property
+  def final_dense(self) -> dict:
+    """Of a run that went sparse: its last weights with dense attention."""
+    return self.rows["dense_eval"][-1] if self.rows["dense_eval"] else {}
 
   def get(self, path: str, default: Any = None) -> Any:
     """A config value by its dotted path."""
@@ -165,6 +171,7 @@ def check_comparable(
 _NEEDED = {
   "train": ("step", "phase", "tokens", "seconds", "loss", "tokens_per_second"),
   "eval": ("step", "phase", "tokens", "seconds", "loss", "batch_loss"),
+  "dense_eval": ("step", "loss"),
   "layers": ("step", "phase", "layers"),
 }
 
@@ -403,6 +410,38 @@ def gaps_by_distance(
       }
     )
   return found
+
+
+def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
+  """Loss of the baseline after training by how many tokens come before, and
+  the side's difference, as trained and with dense attention (None where that
+  was not measured), means over seeds."""
+  key = "loss_by_position"
+  finals = [(a.final, b.final, b.final_dense) for a, b in pairs]
+  if not finals or not all(key in row for a, b, _ in finals for row in (a, b)):
+    return []
+  dense_too = all(key in dense for *_, dense in finals)
+
+  def losses(i: int) -> np.ndarray:
+    """[seed, bin]"""
+    return np.array([[bin["loss"] for bin in row[i][key]] for row in finals])
+
+  base = losses(0)
+  apart = (losses(1) - base).mean(0)
+  dense = (losses(2) - base).mean(0) if dense_too else [None] * len(apart)
+  return [
+    {
+      "low": bin["low"],
+      "high": bin["high"],
+      "count": bin["count"] * len(finals),
+      "baseline": float(loss),
+      "difference": float(difference),
+      "dense_difference": None if other is None else float(other),
+    }
+    for bin, loss, difference, other in zip(
+      finals[0][0][key], base.mean(0), apart, dense, strict=True
+    )
+  ]
 
 
 def recall_beyond(

@@ -343,7 +343,10 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
     total += times["step"][phase]
     if last or step % run.eval_every == 0:
       probed = times["probes"] * run.probe_batches_at(step)
-      total += (run.eval_batches + probed) * times["evaluate"][phase]
+      seconds = times["evaluate"][phase]
+      if last and run.dense_at_end:
+        seconds += times["evaluate"]["warmup"]
+      total += (run.eval_batches + probed) * seconds
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]
     if last or step % run.checkpoint_every == 0 or step in run.keep_steps:

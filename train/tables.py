@@ -79,6 +79,28 @@ def performance_rows(
   return rows
 
 
+def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
+  """What choosing blocks costs after training: each side's last weights as
+  trained and with dense attention, means over the seeds that have both."""
+  rows = []
+  for side, runs in sides.items():
+    pairs = [
+      (r.final, r.final_dense) for r in runs if r.finished and r.final_dense
+    ]
+    if not pairs:
+      continue
+    row = {"side": side_name(side), "seeds": str(len(pairs))}
+    for metric in metrics:
+      sparse, dense = (
+        [pair[i][metric.key] * metric.scale for pair in pairs] for i in (0, 1)
+      )
+      name = f"{metric.title.lower()} ({metric.unit})"
+      row[name] = spread(sparse, metric.digits)
+      row[f"{name}, read densely"] = spread(dense, metric.digits)
+    rows.append(row)
+  return rows
+
+
 def speed_rows(rows: list[dict]) -> Rows:
   """speed.json's rows, the baseline's time over each one's beside them."""
   base = {r["context"]: r["step_ms"] for r in rows if r["side"] == BASELINE}
