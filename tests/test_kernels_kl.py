@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import HOPPER_CASES, Case, patterns, random_blocks
+from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
 
 from msa_jax import reference
 from pallas_kernels import cases, index_kl, warmup
@@ -139,6 +139,11 @@ CASES = {
     q_len=6, kv_len=270, num_heads=32, num_kv_heads=2, head_dim=128,
     index_dim=128, block_size=128, top_k=2,
   ),
+  # Rows of all lengths.
+  "rows": Case(
+    batch=4, q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
+    index_dim=64, block_size=128, top_k=2, kv_lengths=(140, 5, 0, 133),
+  ),
 }  # fmt: skip
 
 
@@ -151,6 +156,21 @@ def test_interpreted(name):
     case, q, k, index_q, index_k, blocks, config=INTERPRETED, interpret=True
   )
   check(case, q, k, index_q, index_k, blocks, got)
+
+
+@pytest.mark.parametrize("share", [4, 2, 1])
+def test_interpreted_launches_of_rows_and_groups(share):
+  case = CASES["rows"]
+  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  mask = jnp.arange(case.batch * case.q_len).reshape(case.batch, -1) % 5 != 3
+  # Two rows a launch, in chunks; one row; one group.
+  config = dataclasses.replace(
+    INTERPRETED, edges=case.q_len * case.top_k * share, chunk=5 * (share == 4)
+  )
+  args = (case, q, k, index_q, index_k, blocks)
+  got = run(*args, mask, config=config, interpret=True)
+  check(*args, got, mask)
 
 
 def test_interpreted_masks_splits_and_keeps_nan_out():
@@ -245,21 +265,20 @@ def test_units_are_those_with_a_visible_pair(first, end):
 # ------------------------------------------------------------------ lowering
 
 
-@pytest.mark.parametrize("name", ["8k", "128k", "1m", "small_heads_32k"])
+@pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda(name):
-  texts = lowered(name, dense=False)
+  texts = lowered(LOWERED[name], dense=False)
   assert all("kl_owners" in x and "kl_index_lse" in x for x in texts)
 
 
 @pytest.mark.parametrize("name", ["8k", "32k", "128k", "small_heads_32k"])
 def test_lowers_for_cuda_over_all_tokens(name):
-  texts = lowered(name, dense=True)
+  texts = lowered(cases.CASES[name], dense=True)
   assert all("warmup_pairs" in x and "warmup_index_lse" in x for x in texts)
 
 
-def lowered(name, dense):
+def lowered(case, dense):
   """The KL loss and its gradients of a case, lowered."""
-  case = cases.CASES[name]
   q_lead, kv_lead = (case.batch, case.tokens), (case.batch, case.kv_tokens)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
   ids = (case.batch, case.num_kv_heads, case.tokens, case.top_k)
@@ -325,6 +344,7 @@ def run_twice(case, args, config=None):
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   check(case, *args, first)
+  return first
 
 
 @pytest.mark.gpu
@@ -376,6 +396,63 @@ def test_gpu_small_chunks_and_tasks(hopper):
   q, k, _, index_q, index_k = inputs(case, dtype)
   config = index_kl.Config(task=72, chunk=100, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, random_blocks(case)), config)
+
+
+@pytest.mark.gpu
+def test_gpu_launches_of_rows_and_groups(hopper):
+  case, dtype = HOPPER_CASES["ragged_rows"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  args = (q, k, index_q, index_k, random_blocks(case))
+  row = case.q_len * case.top_k * case.num_kv_heads
+  # All rows at once, two, one, and one group.
+  want, *others = (
+    run_twice(case, args, index_kl.Config(edges=edges, task=128))
+    for edges in (1 << 21, 2 * row, row, row // 2)
+  )
+  # A block's sums do not depend on who else is in the launch.
+  for _, (_, dik) in others:
+    assert np.asarray(dik).tobytes() == np.asarray(want[1][1]).tobytes()
+  config = index_kl.Config(edges=2 * row, chunk=77, task=72, num_ctas=7)
+  run_twice(case, args, config)
+
+
+@pytest.mark.gpu
+def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
+  # As many edges as a launch takes.
+  case = Case(
+    batch=16, q_len=4096, kv_len=4096, num_heads=16, num_kv_heads=2,
+    head_dim=128, index_dim=128, block_size=128, top_k=16,
+  )  # fmt: skip
+  one = dataclasses.replace(case, batch=1)
+  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  blocks = jnp.tile(random_blocks(one), (16, 1, 1, 1))
+  lse = jax.random.normal(jax.random.key(5), (16, 16, 4096)) + 8
+
+  @functools.partial(jax.jit, static_argnames="batch")
+  def loss_and_grads(*args, batch):
+    q, k, index_q, index_k, blocks, lse = args
+
+    def loss(index_q, index_k):
+      # The sum over rows, instead of the mean.
+      return batch * index_kl.index_kl_loss(
+        q, k, index_q, index_k, blocks, lse=lse,
+        config=index_kl.Config(task=2048),
+      )  # fmt: skip
+
+    return jax.value_and_grad(loss, (0, 1))(index_q, index_k)
+
+  args = (q, k, index_q, index_k, blocks, lse)
+  value, grads = loss_and_grads(*args, batch=16)
+  alone = [
+    loss_and_grads(*(x[i : i + 1] for x in args), batch=1) for i in range(16)
+  ]
+  total = sum(float(x) for x, _ in alone)
+  # Sums over all pairs in float32, in another order.
+  np.testing.assert_allclose(value, total, rtol=1e-4)
+  for i, (_, each) in enumerate(alone):
+    for a, b in zip(each, grads):
+      a, b = (np.asarray(x, np.float32)[0] for x in (a, b[i : i + 1]))
+      assert np.abs(a - b).max() <= 2**-7 * np.abs(a).max()
 
 
 @pytest.mark.gpu
