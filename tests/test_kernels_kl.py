@@ -202,6 +202,11 @@ DENSE_CASES = {
     batch=2, q_len=70, kv_len=250, num_heads=16, num_kv_heads=1, head_dim=64,
     index_dim=128, kv_lengths=(250, 5),
   ), "bfloat16"),
+  # Rows of all lengths, two a launch.
+  "rows": (Case(
+    batch=4, q_len=70, kv_len=250, num_heads=2, num_kv_heads=2, head_dim=64,
+    index_dim=64, kv_lengths=(250, 5, 0, 100),
+  ), "bfloat16"),
   # Two chunks, two groups of one head, queries that do not count.
   "chunks": (Case(
     q_len=300, kv_len=300, num_heads=2, num_kv_heads=2, head_dim=128,
@@ -217,8 +222,11 @@ def test_interpreted_over_all_tokens(name):
   mask = None
   if name == "chunks":
     mask = jnp.arange(case.q_len)[None] % 5 != 2
+  config = INTERPRETED_DENSE
+  if name == "rows":
+    config = dataclasses.replace(config, workspace=2 * 2 * 256 * 256)
   args = (q, k, index_q, index_k, None)
-  got = run(case, *args, mask, INTERPRETED_DENSE, interpret=True)
+  got = run(case, *args, mask, config, interpret=True)
   check(case, *args, got, mask)
 
 
@@ -254,11 +262,21 @@ def test_interpreted_over_all_tokens_keeps_nan_out(poisoned):
   assert np.all(np.asarray(dik[0, 100:]) == 0)
 
 
-@pytest.mark.parametrize("first, end", [(-300, 500), (7, 1031), (512, 1200)])
+@pytest.mark.parametrize(
+  "first, end",
+  [
+    ((-300,), (500,)),
+    ((7, 512), (1031, 1200)),
+    ((-2000, 512, -1024, 0), (0, 1536, 0, 1024)),
+  ],
+)
 def test_units_are_those_with_a_visible_pair(first, end):
+  first, end = np.int32(first), np.int32(end)
   units, count = warmup._visible_units(first, end, 1024, 1536)
-  query, key = first + np.arange(1024)[:, None], np.arange(1536)
-  visible = ((key <= query) & (key < end)).reshape(4, 256, 6, 256).any((1, 3))
+  query = first[:, None, None] + np.arange(1024)[:, None]
+  key = np.arange(1536)
+  visible = (key <= query) & (key < end[:, None, None])
+  visible = visible.reshape(-1, 4, 256, 6, 256).any((2, 4))
   np.testing.assert_array_equal(units[:count], np.argwhere(visible))
 
 
@@ -271,9 +289,11 @@ def test_lowers_for_cuda(name):
   assert all("kl_owners" in x and "kl_index_lse" in x for x in texts)
 
 
-@pytest.mark.parametrize("name", ["8k", "32k", "128k", "small_heads_32k"])
+@pytest.mark.parametrize(
+  "name", ["8k", "32k", "128k", "small_heads_32k", "16x4k"]
+)
 def test_lowers_for_cuda_over_all_tokens(name):
-  texts = lowered(cases.CASES[name], dense=True)
+  texts = lowered((cases.CASES | LOWERED)[name], dense=True)
   assert all("warmup_pairs" in x and "warmup_index_lse" in x for x in texts)
 
 
@@ -370,6 +390,16 @@ def test_gpu_configs_over_all_tokens(hopper, config):
   for name in ("paper_heads", "ragged_batch"):
     case, dtype = HOPPER_CASES[name]
     q, k, _, index_q, index_k = inputs(case, dtype)
+    run_twice(case, (q, k, index_q, index_k, None), config)
+
+
+@pytest.mark.gpu
+def test_gpu_launches_of_rows_over_all_tokens(hopper):
+  case, dtype = HOPPER_CASES["ragged_rows"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  row = case.num_kv_heads * 512 * 1280  # in units of 256
+  for workspace in (4 * row, 2 * row, row, row // 2):
+    config = warmup.Config(workspace=workspace)
     run_twice(case, (q, k, index_q, index_k, None), config)
 
 
