@@ -14,8 +14,9 @@ divided by the rows that count. p, r and g of a pair need both log sum exps, so
 value and gradients come from one pass: the gradient is ready when the loss is.
 
 An owner (see `sparse_attention_bwd`) is a block of 128 keys with the queries
-that chose it, its edges, 64 at a time. Launches take all groups of a short
-sequence at once:
+that chose it, its edges, 64 at a time. A launch takes whole batch rows, as many
+as a bound on its edges lets in; of a longer row some groups, or one whose
+chunks of queries take turns:
 
 * **index_lse**: scores of 64 edges with the block, a log sum exp each; merged
   over a query's choices afterwards.
@@ -63,7 +64,6 @@ from pallas_kernels.sparse_attention_bwd import KEYS, sum_extra
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 128  # of a tile
 EDGES = 64  # of a piece
-MAX_EDGES = 1 << 21  # of a chunk
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,6 +74,7 @@ class Config:
     stages: tiles of 128 gathered q rows in flight.
     task: most edges of a task; 0 lets the number of edges decide.
     chunk: most queries of a chunk; 0 lets the number of edges decide.
+    edges: most edges of a launch, if they are one query's at least.
     num_ctas: CTAs of the owners' persistent grid; index_lse has three times
       as many.
   """
@@ -81,6 +82,7 @@ class Config:
   stages: int = 3
   task: int = 0
   chunk: int = 0
+  edges: int = 1 << 21
   num_ctas: int = mosaic.NUM_SMS
 
 
@@ -101,6 +103,7 @@ class Shape:
   rows: int  # of one query in a tile: its heads, at least 8
   head_dim: int
   index_dim: int
+  num_kv_heads: int
   num_groups: int  # that a launch works on
   num_owners: int  # of a group
   dtype: jnp.dtype
@@ -115,6 +118,15 @@ class Shape:
     """Queries in a tile."""
     return ROWS // self.rows
 
+  def locate(self, owner, first_group):
+    """Batch row, KV head and block of an owner in a launch."""
+    group = first_group + owner // self.num_owners
+    return (
+      group // self.num_kv_heads,
+      lax.rem(group, self.num_kv_heads),
+      lax.rem(owner, self.num_owners),
+    )
+
 
 def _visible(limits, key, layout_axis):
   """Whether edges, along an axis, see the keys of their owner block."""
@@ -126,8 +138,11 @@ def _visible(limits, key, layout_axis):
   return (key < along(limits & 255)) & ((along(limits) & half) != 0)
 
 
-def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
-  """log2 sum exp2 of each edge's index scores with its block, by piece."""
+def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
+  """log2 sum exp2 of each edge's index scores with its block, by piece.
+
+  `where`: first group (batch row * K + KV head), first query, number of tasks.
+  """
   s = shape
   num_ctas = 3 * s.config.num_ctas  # three fit on an SM
   row_layout = plgpu.Layout.WGMMA.reduce(1)
@@ -138,12 +153,12 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
     iq_smem, ik_smem, iq_ready, iq_free, ik_ready, ik_free,
   ):  # fmt: skip
     cta = lax.axis_index("cta")
-    my_tasks = schedule.num_turns(cta, where_gmem[1], num_ctas)
+    my_tasks = schedule.num_turns(cta, where_gmem[2], num_ctas)
 
     def task(i, step):
       index = turns_gmem[schedule.turn(cta, i, num_ctas)]
       owner, _, count = (tasks_gmem[index, j] for j in range(3))
-      block = lax.rem(owner, s.num_owners)
+      row, _, block = s.locate(owner, where_gmem[0])
       first = first_gmem[index]
       pieces = (count + EDGES - 1) // EDGES
 
@@ -166,9 +181,7 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
         plgpu.barrier_wait(ik_free)
 
       tokens = pl.ds(block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK)
-      plgpu.copy_gmem_to_smem(
-        ik_gmem.at[where_gmem[0], tokens], ik_smem, ik_ready
-      )
+      plgpu.copy_gmem_to_smem(ik_gmem.at[row, tokens], ik_smem, ik_ready)
       pl.when(pieces > 0)(lambda: copy(0))
       plgpu.barrier_wait(ik_ready)
 
@@ -216,7 +229,6 @@ def _index_lse(out, num_tasks, plan, firsts, limits, iq, ik, row, *, shape):
       (*leading, s.index_dim), s.dtype, transforms=mosaic.OPERAND
     )
 
-  where = jnp.stack([row, num_tasks]).astype(jnp.int32)
   mosaic.launch(
     body, where, plan.tasks, plan.turns, firsts, limits, iq, ik, out,
     name="kl_index_lse",
@@ -334,8 +346,8 @@ def _owners(
 ):  # fmt: skip
   """Values, dindex_q partials and dindex_k of a chunk.
 
-  `where`: batch row, first group, first query, number of tasks. `queries`: of
-  the chunk, in the order of tiles, as is `lse` [.., ROWS].
+  `where`: as for `_index_lse`. `queries`: of the chunk, in the order of tiles,
+  as is `lse` [.., ROWS].
   """
   s, config = shape, shape.config
   rows, d, i_dim = s.rows, s.head_dim, s.index_dim
@@ -352,7 +364,7 @@ def _owners(
     g_ready, g_free, diq_ready, turn,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = schedule.num_turns(cta, where_gmem[3], config.num_ctas)
+    my_tasks = schedule.num_turns(cta, where_gmem[2], config.num_ctas)
 
     def read_task(i):
       """Owner, its number of edges, slot of the sum, first piece."""
@@ -529,12 +541,12 @@ def _owners(
     @pl.when(wg == 2)
     def _copy():
       plgpu.set_max_registers(40, action="decrease")
-      row, first_group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
 
       def task(i, steps):
         owner, count, _, first = read_task(i)
-        group = first_group + owner // s.num_owners
-        block = lax.rem(owner, s.num_owners)
+        # Read again for each task: kept, it would take registers.
+        row, kv_head, block = s.locate(owner, where_gmem[0])
+        origin = where_gmem[1]
         num_tiles = (count + s.queries - 1) // s.queries
 
         def copy_keys():
@@ -545,7 +557,7 @@ def _owners(
           for h in range(2):
             tokens = pl.ds(block * schedule.OWNER_BLOCK + h * KEYS, KEYS)
             plgpu.copy_gmem_to_smem(
-              k_gmem.at[row, group, tokens], k_smem.at[h], kv_ready
+              k_gmem.at[row, kv_head, tokens], k_smem.at[h], kv_ready
             )
             plgpu.copy_gmem_to_smem(
               ik_gmem.at[row, tokens], ik_smem.at[h], kv_ready
@@ -602,7 +614,7 @@ def _owners(
 
             for a, one in zip(mine, query, strict=True):
               plgpu.copy_gmem_to_smem(
-                q_gmem.at[row, origin + one, pl.ds(group * rows, rows)],
+                q_gmem.at[row, origin + one, pl.ds(kv_head * rows, rows)],
                 q_smem.at[stage, pl.ds(a * rows, rows)],
                 q_ready.at[stage],
               )
@@ -692,7 +704,7 @@ def _loss(
   index_q = jnp.where(jnp.isfinite(index_q), index_q, 0)
   # Gathered by an element a thread: 32 bits take half as many.
   index_pairs = lax.bitcast_convert_type(
-    index_q.reshape(b, -1, i_dim // 2, 2), jnp.uint32
+    index_q.reshape(-1, i_dim // 2, 2), jnp.uint32
   )
   q = sparse_attention.pad_heads(q, num_kv_heads)
   rows = q.shape[2] // num_kv_heads
@@ -705,10 +717,17 @@ def _loss(
   pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
   lse = jnp.pad(lse, pad, constant_values=jnp.inf)
 
-  groups, num_chunks, chunk = schedule.split_owners(
-    t, num_kv_heads, num_owners, top_k, max_edges=MAX_EDGES, chunk=config.chunk
+  split = schedule.split_owners(
+    b,
+    t,
+    num_kv_heads,
+    num_owners,
+    top_k,
+    max_edges=config.edges,
+    chunk=config.chunk,
   )
-  pad = num_chunks * chunk - t
+  groups, chunk = split.groups, split.chunk
+  pad = split.num_chunks * chunk - t
   block_indices = jnp.where(query_mask[:, None, :, None], block_indices, -1)
   lse, bad_lse = lse.swapaxes(2, 3), bad_lse[..., None]
   bad_q = bad_q.swapaxes(1, 2)[..., None]
@@ -728,6 +747,7 @@ def _loss(
     rows=rows,
     head_dim=d,
     index_dim=i_dim,
+    num_kv_heads=num_kv_heads,
     num_groups=groups,
     num_owners=num_owners,
     dtype=jnp.dtype(q.dtype),
@@ -743,26 +763,24 @@ def _loss(
     slots, partial_rows = 1, EDGES
   keys = num_owners * schedule.OWNER_BLOCK
 
-  def row_groups(index, carry):
+  def launch(index, carry):
     total, diq, dik = carry
-    row = index // (num_kv_heads // groups)
-    group = index % (num_kv_heads // groups) * groups
+    first = index * groups
+    group = first + jnp.arange(groups, dtype=jnp.int32)
+    row, kv_head = group // num_kv_heads, group % num_kv_heads
 
     def step(i, carry):
       total, diq, sums = carry
+      first_query = i * chunk
 
       def cut(x):
-        """[B, K, T, X]: this step's, [groups, chunk, X]."""
-        at = (row, group, i * chunk, 0)
-        return lax.dynamic_slice(x, at, (1, groups, chunk, x.shape[-1]))[0]
+        return split.cut(x, first, first_query)
 
       ids = cut(block_indices)
-      positions = (kv_lengths[row] - t + i * chunk) + jnp.arange(
-        chunk, dtype=jnp.int32
-      )
+      first_slots = kv_lengths[row] - t + first_query
       plan = schedule.plan_owners(
         ids,
-        positions,
+        first_slots,
         block_size=block_size,
         num_blocks=num_owners * schedule.OWNER_BLOCK // block_size,
         task=task,
@@ -785,6 +803,7 @@ def _loss(
       packed = jnp.where(used, plan.order[edge], 0)
       place = packed >> 2
       query = place // top_k  # of all groups
+      query_group, query_of_chunk = query // chunk, query % chunk
       # Where the slot of each choice is; choices without an edge: anywhere.
       slot_of = jnp.zeros((edges,), jnp.int32)
       slot_of = slot_of.at[jnp.where(used, place, edges)].set(
@@ -792,35 +811,37 @@ def _loss(
       )
       slot_of = slot_of.reshape(groups, chunk, top_k)
       # Of each edge: keys of its owner block up to it, and 2 bits of halves.
-      block = (owner % num_owners)[task_of]
-      limits = positions[0] + query % chunk + 1 - block * schedule.OWNER_BLOCK
+      first_limit = first_slots[owner // num_owners] + 1
+      first_limit -= owner % num_owners * schedule.OWNER_BLOCK
+      limits = first_limit[task_of] + query_of_chunk
       limits = jnp.clip(limits, 0, schedule.OWNER_BLOCK) | ((packed & 3) << 8)
       limits = jnp.where(used, limits, 0)
-      head = (i * chunk + query % chunk) * num_kv_heads + group + query // chunk
-      iq = lax.bitcast_convert_type(index_pairs[row, head], q.dtype)
+      # Of [B, T, K], from that of the group's first query.
+      place_in_iq = (row * t + first_query) * num_kv_heads + kv_head
+      place_in_iq = place_in_iq[query_group] + query_of_chunk * num_kv_heads
+      iq = lax.bitcast_convert_type(index_pairs[place_in_iq], q.dtype)
       iq = iq.reshape(-1, i_dim)
+      where = jnp.stack([first, first_query, plan.num_tasks[0]])
+      where = where.astype(jnp.int32)
       index_lse = jax.new_ref(lax.empty((max_pieces * EDGES,), jnp.float32))
-      _index_lse(
-        index_lse, plan.num_tasks[0], plan, firsts, limits, iq, ik, row,
-        shape=shape,
-      )  # fmt: skip
+      _index_lse(index_lse, where, plan, firsts, limits, iq, ik, shape=shape)
       parts = jnp.where(plan.is_edge, jax.freeze(index_lse)[slot_of], -jnp.inf)
       m = jnp.max(parts, axis=-1, initial=sparse_attention.FLOOR)
       one = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
       known = jnp.clip(ids, 0, bad.shape[1] - 1)
-      where_q = positions[:, None]
+      where_q = first_slots[:, None, None] + jnp.arange(chunk)[:, None]
       seen = (ids >= 0) & (ids * block_size <= where_q)
-      poisoned = jnp.any(seen & (bad[row][known] <= where_q), axis=-1)
+      first_bad = bad[row[:, None, None], known]
+      poisoned = jnp.any(seen & (first_bad <= where_q), axis=-1)
       poisoned |= cut(bad_lse)[..., 0] | cut(bad_q)[..., 0]
       one = jnp.where(poisoned, jnp.nan, one)
 
       values = jax.new_ref(lax.empty((config.num_ctas, 2, KEYS), jnp.float32))
       partials = jax.new_ref(lax.empty((partial_rows, i_dim), q.dtype))
       sums = jax.new_ref(sums)
-      where = jnp.stack([row, group, i * chunk, plan.num_tasks[0]])
       in_tile_order = _in_tile_order(query)
       _owners(
-        values, partials, sums, where.astype(jnp.int32), plan, firsts,
+        values, partials, sums, where, plan, firsts,
         in_tile_order % chunk, limits, one.reshape(-1)[query], iq,
         cut(lse).reshape(-1, rows)[in_tile_order].reshape(-1, ROWS), q, k, ik,
         shape=shape,
@@ -830,24 +851,28 @@ def _loss(
         sum_extra(sums, plan.extra, num_owners=num_slots, interpret=interpret)
         x = jax.freeze(partials)[slot_of].astype(jnp.float32)
         x = jnp.sum(jnp.where(plan.is_edge[..., None], x, 0), axis=2)
-        diq = lax.dynamic_update_slice(
-          diq, x.swapaxes(0, 1)[None], (row, i * chunk, group, 0)
-        )
+        at = (row[0], first_query, kv_head[0], 0)
+        diq = lax.dynamic_update_slice(diq, split.token_major(x), at)
       return total, diq, jax.freeze(sums)
 
     sums = lax.empty((1, slots, schedule.OWNER_BLOCK, i_dim), jnp.float32)
     sums = sums.at[:, :num_slots].set(0.0)
-    total, diq, sums = lax.fori_loop(0, num_chunks, step, (total, diq, sums))
+    total, diq, sums = lax.fori_loop(
+      0, split.num_chunks, step, (total, diq, sums)
+    )
     if with_gradients:
-      one = sums[0, :num_slots].reshape(groups, keys, i_dim)
-      dik = dik.at[row].add(jnp.sum(one, axis=0))
+      one = sums[0, :num_slots].reshape(split.rows, split.heads, keys, i_dim)
+      one = jnp.sum(one, axis=1)
+      at = (row[0], 0, 0)
+      so_far = lax.dynamic_slice(dik, at, one.shape)
+      dik = lax.dynamic_update_slice(dik, so_far + one, at)
     return total, diq, dik
 
-  sizes = (num_chunks * chunk, keys) if with_gradients else (0, 0)
+  sizes = (split.num_chunks * chunk, keys) if with_gradients else (0, 0)
   total, diq, dik = lax.fori_loop(
     0,
-    b * (num_kv_heads // groups),
-    row_groups,
+    b * num_kv_heads // groups,
+    launch,
     (
       jnp.float32(0),
       jnp.zeros((b, sizes[0], num_kv_heads, i_dim), jnp.float32),

@@ -19,11 +19,11 @@ would count twice.
 from __future__ import annotations
 
 import dataclasses
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int
+from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_kernels import mosaic
 
@@ -275,8 +275,8 @@ class OwnerPlan(NamedTuple):
   """Who computes the gradients of which keys, for one chunk of queries.
 
   Keys come in owner blocks of `OWNER_BLOCK` tokens, a group's after those of
-  the group before it. Several chosen blocks of one query inside an owner block
-  are one edge.
+  the group before it; groups are KV heads of one batch row or of several.
+  Several chosen blocks of one query inside an owner block are one edge.
 
   Attributes:
     tasks: int32 [max_tasks, 5]: owner block, first edge, number of edges, how
@@ -304,40 +304,89 @@ OWNER_BLOCK = 128
 
 
 def owners_fit(num_owners: int, num_edges: int) -> bool:
-  """Whether `plan_owners` can sort so many edges of so many blocks."""
-  return num_owners.bit_length() + (num_edges - 1).bit_length() <= 32
+  """Whether `plan_owners` can sort so many edges of so many blocks.
+
+  A sort key of 32 bits holds both; of `OwnerPlan.order`, two bits and the sign
+  are taken.
+  """
+  place_bits = (num_edges - 1).bit_length()
+  return place_bits <= 29 and num_owners.bit_length() + place_bits <= 32
+
+
+class OwnerSplit(NamedTuple):
+  """How groups and their queries divide into launches over owner blocks.
+
+  A group is a KV head of a batch row: row * K + head. A launch takes whole rows
+  or KV heads of one row. So it is a rectangle of every array, and the sum over
+  a row's KV heads is of one launch, or of launches that hold nothing else.
+
+  Attributes:
+    rows: batch rows of a launch.
+    heads: KV heads of each; all of them if there are several rows.
+    num_chunks: chunks of a launch's queries, each with a plan of its own.
+    chunk: queries of a chunk.
+  """
+
+  rows: int
+  heads: int
+  num_chunks: int
+  chunk: int
+
+  @property
+  def groups(self) -> int:
+    return self.rows * self.heads
+
+  def cut(
+    self, x: Shaped[Array, "B K T X"], first_group: Any, first_query: Any
+  ) -> Shaped[Array, "groups chunk X"]:
+    """The part of a launch and chunk that start there."""
+    x = x.reshape(-1, *x.shape[2:])
+    sizes = (self.groups, self.chunk, x.shape[-1])
+    return lax.dynamic_slice(x, (first_group, first_query, 0), sizes)
+
+  def token_major(
+    self, x: Shaped[Array, "groups chunk *X"]
+  ) -> Shaped[Array, "rows chunk heads *X"]:
+    """What a chunk gave, as arrays of all rows and queries have it."""
+    return x.reshape(self.rows, self.heads, *x.shape[1:]).swapaxes(1, 2)
 
 
 def split_owners(
-  q_len: int, num_groups: int, num_owners: int, top_k: int, *,
+  batch: int, q_len: int, num_kv_heads: int, num_owners: int, top_k: int, *,
   max_edges: int, chunk: int = 0,
-) -> tuple[int, int, int]:  # fmt: skip
-  """How many groups a launch over owner blocks takes, and its queries.
-
-  Several groups at once if all their queries fit, else one in chunks.
+) -> OwnerSplit:  # fmt: skip
+  """As many groups a launch as fit with all their queries, else one in chunks.
 
   Args:
+    batch: B.
     q_len: T.
-    num_groups: K.
+    num_kv_heads: K.
     num_owners: owner blocks of a group.
     top_k: P.
-    max_edges: most edges of a launch.
+    max_edges: most edges of a launch, if they are one query's at least.
     chunk: most queries of a chunk; 0 lets the edges decide.
-
-  Returns:
-    Groups of a launch, chunks of a group, queries of a chunk.
   """
+  most = max(max_edges, top_k)
 
   def fits(groups: int, queries: int) -> bool:
-    edges = groups * queries * top_k
-    return edges <= max_edges and owners_fit(groups * num_owners, edges)
+    edges, owners = groups * queries * top_k, groups * num_owners
+    # Every block has a sum, however few the edges: so no more blocks together
+    # than one group may have alone.
+    few = owners <= mosaic.MAX_BLOCKS
+    return edges <= most and few and owners_fit(owners, edges)
 
-  divisors = [n for n in range(1, num_groups + 1) if num_groups % n == 0]
-  groups = max([n for n in divisors if fits(n, q_len)], default=1)
+  def divisors(x: int) -> list[int]:
+    return [n for n in range(1, x + 1) if x % n == 0]
+
+  candidates = [(1, heads) for heads in divisors(num_kv_heads)]
+  candidates += [(rows, num_kv_heads) for rows in divisors(batch)]
+  rows, heads = max(
+    (x for x in candidates if fits(x[0] * x[1], q_len)), default=(1, 1)
+  )
   num_chunks = -(-q_len // chunk) if chunk else 1
-  while not fits(groups, -(-q_len // num_chunks)):
+  while not fits(rows * heads, -(-q_len // num_chunks)):
     num_chunks += 1
-  return groups, num_chunks, -(-q_len // num_chunks)
+  return OwnerSplit(rows, heads, num_chunks, -(-q_len // num_chunks))
 
 
 def owner_task(num_edges: int, task: int) -> int:
@@ -370,7 +419,7 @@ def max_owner_tasks(num_owners: int, num_edges: int, task: int) -> int:
 
 def plan_owners(
   ids: Int[Array, "groups queries P"],
-  positions: Int[Array, "queries"],
+  starts: Int[Array, "groups"],
   *,
   block_size: int,
   num_blocks: int,
@@ -381,8 +430,8 @@ def plan_owners(
   Args:
     ids: blocks that each group chose, any order, anything outside 0 .. own
       block is dropped.
-    positions: the queries' key slots, one after the other; negative for queries
-      that see nothing.
+    starts: key slot of each group's first query, the others follow one after
+      the other; queries in negative slots see nothing.
     block_size: tokens of a block, OWNER_BLOCK or half of it.
     num_blocks: N.
     task: most edges of a task, a multiple of 8.
@@ -398,7 +447,8 @@ def plan_owners(
       f"{num_groups * num_queries} queries of {top_k} choices among"
       f" {num_owners} owner blocks do not fit a sort key of 32 bits"
     )
-  own = jnp.where(positions < 0, -1, positions // block_size)[:, None]
+  positions = starts[:, None] + jnp.arange(num_queries, dtype=jnp.int32)
+  own = jnp.where(positions < 0, -1, positions // block_size)[..., None]
   is_edge = (ids >= 0) & (ids <= own) & (ids < num_blocks)
   owner = jnp.clip(ids, 0, num_blocks - 1) // each
   group = jnp.arange(num_groups)[:, None]
@@ -423,15 +473,15 @@ def plan_owners(
     is_edge, (owner.astype(jnp.uint32) << place_bits) | place, unused
   )
   key = lax.sort(key.reshape(-1), is_stable=False)
-  starts = jnp.arange(num_owners + 1, dtype=jnp.uint32) << place_bits
+  lists = jnp.arange(num_owners + 1, dtype=jnp.uint32) << place_bits
   # The first place of a block's list whose query stands after the block.
-  after = (jnp.arange(group_owners) + 1) * OWNER_BLOCK - positions[0]
+  after = (jnp.arange(group_owners) + 1) * OWNER_BLOCK - starts[:, None]
   after = group * num_queries + jnp.clip(after, 0, num_queries)
   after = after.reshape(-1).astype(jnp.uint32) * top_k
   bounds, inside = jnp.split(
     jnp.searchsorted(
       key,
-      jnp.concatenate([starts, starts[:-1] + after]),
+      jnp.concatenate([lists, lists[:-1] + after]),
       method="scan_unrolled",
     ).astype(jnp.int32),
     [num_owners + 1],

@@ -25,7 +25,10 @@ their own, so that the other one knows nothing of masks.
 Blocks of 64 keys share an owner block in pairs: a query that chose one of them
 is masked in the other, which is right, and costs up to twice the products.
 
-Chunks of queries take turns in a workspace of 2^31 elements (4 GB).
+A launch takes all KV heads of as many batch rows as a workspace of 2^31
+elements (4 GB) has room for, so that many short rows fill the GPU as one long
+one does; of a longer row, some KV heads, or one whose chunks of queries take
+turns.
 
 Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
 in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte; or
@@ -66,12 +69,15 @@ class Config:
     stages: gathered pieces in flight.
     task: most edges of a task; 0 lets the number of edges decide.
     chunk: most queries of a chunk; 0 lets the workspace decide.
+    edges: most edges of a launch, if they are one query's at least; 0 lets the
+      workspace decide.
     num_ctas: CTAs of the persistent grid.
   """
 
   stages: int = 3
   task: int = 0
   chunk: int = 0
+  edges: int = 0
   num_ctas: int = mosaic.NUM_SMS
 
 
@@ -93,6 +99,7 @@ class Shape:
   head_dim: int
   block_size: int
   top_k: int
+  num_kv_heads: int
   num_groups: int  # that a launch works on
   num_owners: int  # of a group
   chunk: int
@@ -113,23 +120,26 @@ def _zeros(shape):
   )
 
 
-def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
+def _owners(
+  partials, sums, where, starts, plan, q, dout, k, v, lse, delta, *, shape
+):
   """Fills the dQ partials of a chunk and adds its dK and dV.
 
-  `where`: batch row, first group, first query, its position, number of tasks.
+  `where`: first group (batch row * K + KV head), first query, number of tasks.
+  `starts`: key slot of that query, for each group of the launch.
   """
   s, config = shape, shape.config
   half, rows, d, stages = s.half, s.rows, s.head_dim, config.stages
   row_layout = plgpu.Layout.WGMMA.reduce(0)
 
   def body(
-    where_gmem, tasks_gmem, turns_gmem, order_gmem, q_gmem, do_gmem, k_gmem,
-    v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
+    where_gmem, starts_gmem, tasks_gmem, turns_gmem, order_gmem, q_gmem,
+    do_gmem, k_gmem, v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem,
     q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = schedule.num_turns(cta, where_gmem[4], config.num_ctas)
+    my_tasks = schedule.num_turns(cta, where_gmem[2], config.num_ctas)
 
     def read_task(i):
       """Group in the launch, its block, and the rest of the task's row."""
@@ -137,9 +147,9 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
       owner, *rest = (tasks_gmem[index, j] for j in range(5))
       return owner // s.num_owners, lax.rem(owner, s.num_owners), *rest
 
-    def query_of(edge, group):
-      """Query in the chunk."""
-      return (edge >> 2) // s.top_k - group * s.chunk
+    def query_of(edge):
+      """Query in the launch: those of a group after those of the one before."""
+      return (edge >> 2) // s.top_k
 
     def order_of(count, inside):
       """How many pieces are masked, and the place of the i-th piece worked on.
@@ -169,11 +179,14 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     @pl.when(wg < 2)
     def _compute():
       plgpu.set_max_registers(REGISTERS[0], action="increase")
-      position = where_gmem[3]
 
       def task(i, done):
         group, block, start, count, inside, slot = read_task(i)
         pieces, masked, place_of = order_of(count, inside)
+        # From a query in the launch to its place after the block's first key.
+        after_key = (
+          starts_gmem[group] - group * s.chunk - block * schedule.OWNER_BLOCK
+        )
         plgpu.barrier_wait(kv_ready)
 
         def along(x):
@@ -218,9 +231,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
           limit = jnp.full((ROWS,), -1, jnp.int32)
           limit = plgpu.layout_cast(limit, row_layout)
           for a in range(half):
-            query = position + query_of(edges[a], group)
             seen = jnp.minimum(
-              query - block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK - 1
+              after_key + query_of(edges[a]), schedule.OWNER_BLOCK - 1
             )
             live = (first + a < count) & (((edges[a] >> wg) & 1) == 1)
             seen = jnp.where(live, seen, -1)
@@ -375,13 +387,16 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     @pl.when(wg == 2)
     def _copy():
       plgpu.set_max_registers(REGISTERS[1], action="decrease")
-      row, first_group, origin = where_gmem[0], where_gmem[1], where_gmem[2]
 
       def task(i, done):
         group, block, start, count, inside, _ = read_task(i)
         pieces, _, place_of = order_of(count, inside)
-        kv_head = first_group + group
+        # Read again for each task: kept, it would take registers.
+        row = (where_gmem[0] + group) // s.num_kv_heads
+        kv_head = lax.rem(where_gmem[0] + group, s.num_kv_heads)
         heads = pl.ds(kv_head * rows, rows)
+        # From a query in the launch to the query in its row.
+        origin = where_gmem[1] - group * s.chunk
 
         @pl.when(i > 0)
         def _():
@@ -451,7 +466,7 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
 
               @pl.when(warp == a % 4)
               def _(a=a):
-                query = origin + query_of(edges[a], group)
+                query = origin + query_of(edges[a])
                 for x_gmem, x_smem in ((q_gmem, q_smem), (do_gmem, do_smem)):
                   plgpu.copy_gmem_to_smem(
                     x_gmem.at[row, query, heads],
@@ -495,8 +510,8 @@ def _owners(partials, sums, where, plan, q, dout, k, v, lse, delta, *, shape):
     plgpu.SMEM((2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND)
   ] * s.interpret
   mosaic.launch(
-    body, where, plan.tasks, plan.turns, plan.order, q, dout, k, v, lse, delta,
-    partials, sums,
+    body, where, starts, plan.tasks, plan.turns, plan.order, q, dout, k, v, lse,
+    delta, partials, sums,
     name="sparse_owners",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
@@ -594,14 +609,17 @@ def backward(
   top_k = block_indices.shape[-1]
   num_owners = s_len // schedule.OWNER_BLOCK
 
-  groups, num_chunks, chunk = schedule.split_owners(
+  max_edges = MAX_WORKSPACE // (rows * d)
+  split = schedule.split_owners(
+    b,
     t,
     num_kv_heads,
     num_owners,
     top_k,
-    max_edges=MAX_WORKSPACE // (rows * d),
+    max_edges=min(config.edges or max_edges, max_edges),
     chunk=config.chunk,
   )
+  groups, chunk = split.groups, split.chunk
   edges = groups * chunk * top_k
   task = schedule.owner_task(edges, config.task)
   shape = Shape(
@@ -609,6 +627,7 @@ def backward(
     head_dim=d,
     block_size=block_size,
     top_k=top_k,
+    num_kv_heads=num_kv_heads,
     num_groups=groups,
     num_owners=num_owners,
     chunk=chunk,
@@ -617,7 +636,7 @@ def backward(
     config=config,
     interpret=interpret,
   )
-  pad = num_chunks * chunk - t
+  pad = split.num_chunks * chunk - t
   delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
   delta = delta.reshape(b, t, num_kv_heads, rows).swapaxes(1, 2)
   lse = lse.reshape(b, num_kv_heads, rows, t).swapaxes(2, 3) * mosaic.LOG2E
@@ -626,14 +645,13 @@ def backward(
       jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=value)
       for x, value in ((block_indices, -1), (delta, 0), (lse, 0))
     )
-  starts = kv_lengths - t
+  starts = jnp.repeat(kv_lengths - t, num_kv_heads)
   num_slots = groups * num_owners
   max_tasks = schedule.max_owner_tasks(num_slots, edges, task)
 
-  def row_groups(index, carry):
+  def launch(index, carry):
     dq, dk, dv = carry
-    row = index // (num_kv_heads // groups)
-    group = index % (num_kv_heads // groups) * groups
+    first = index * groups
     sums = lax.empty((2, max_tasks, schedule.OWNER_BLOCK, d), jnp.float32)
     own = jnp.zeros((2, num_slots, schedule.OWNER_BLOCK, d), jnp.float32)
     sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
@@ -641,16 +659,16 @@ def backward(
 
     def step(i, carry):
       dq, sums, partials = carry
-      position = starts[row] + i * chunk
+      first_query = i * chunk
 
       def cut(x):
-        """[B, K, T, X]: this step's, [groups, chunk, X]."""
-        at = (row, group, i * chunk, 0)
-        return lax.dynamic_slice(x, at, (1, groups, chunk, x.shape[-1]))[0]
+        return split.cut(x, first, first_query)
 
+      first_slots = lax.dynamic_slice_in_dim(starts, first, groups)
+      first_slots += first_query
       plan = schedule.plan_owners(
         cut(block_indices),
-        position + jnp.arange(chunk, dtype=jnp.int32),
+        first_slots,
         block_size=block_size,
         num_blocks=-(-s_len // block_size),
         task=task,
@@ -661,43 +679,37 @@ def backward(
         x = x.reshape(-1, rows)[query].reshape(-1)
         return jnp.pad(x, (0, ROWS))
 
-      where = jnp.stack(
-        [row, group, i * chunk, position, plan.num_tasks[0]]
-      ).astype(jnp.int32)
+      where = jnp.stack([first, first_query, plan.num_tasks[0]])
       one_delta = cut(delta)
       # Through lse, a dout that is not finite reaches dv of what it sees only.
       one_lse = jnp.where(jnp.isfinite(one_delta), cut(lse), jnp.nan)
       sums_ref, partials_ref = jax.new_ref(sums), jax.new_ref(partials)
       _owners(
-        partials_ref, sums_ref, where, plan, q, dout, k, v,
-        by_edge(one_lse), by_edge(one_delta),
+        partials_ref, sums_ref, where.astype(jnp.int32), first_slots, plan, q,
+        dout, k, v, by_edge(one_lse), by_edge(one_delta),
         shape=shape,
       )  # fmt: skip
       sum_extra(sums_ref, plan.extra, num_owners=num_slots, interpret=interpret)
       partials = jax.freeze(partials_ref)
       # Places without an edge hold anything.
-      one = partials.reshape(groups, chunk, top_k, rows, d).swapaxes(0, 1)
-      is_edge = plan.is_edge.swapaxes(0, 1)[..., None, None]
-      one = jnp.where(is_edge, one.astype(jnp.float32), 0)
-      one = jnp.sum(one, axis=2).astype(q.dtype)
-      dq = lax.dynamic_update_slice(
-        dq, one[None], (row, i * chunk, group, 0, 0)
-      )
+      one = partials.reshape(groups, chunk, top_k, rows, d)
+      one = split.token_major(one).astype(jnp.float32)
+      is_edge = split.token_major(plan.is_edge)[..., None, None]
+      one = jnp.sum(jnp.where(is_edge, one, 0), axis=3).astype(q.dtype)
+      row, kv_head = first // num_kv_heads, first % num_kv_heads
+      at = (row, first_query, kv_head, 0, 0)
+      dq = lax.dynamic_update_slice(dq, one, at)
       return dq, jax.freeze(sums_ref), partials
 
-    dq, sums, _ = lax.fori_loop(0, num_chunks, step, (dq, sums, partials))
+    dq, sums, _ = lax.fori_loop(0, split.num_chunks, step, (dq, sums, partials))
     sums = sums[:, :num_slots].astype(q.dtype)
-    sums = sums.reshape(2, 1, groups, s_len, d)
-    at = (row, group, 0, 0)
-    dk = lax.dynamic_update_slice(dk, sums[0], at)
-    dv = lax.dynamic_update_slice(dv, sums[1], at)
+    sums = sums.reshape(2, groups, s_len, d)
+    dk = lax.dynamic_update_slice(dk, sums[0], (first, 0, 0))
+    dv = lax.dynamic_update_slice(dv, sums[1], (first, 0, 0))
     return dq, dk, dv
 
+  all_groups = b * num_kv_heads
+  dk, dv = (lax.empty((all_groups, s_len, d), q.dtype) for _ in range(2))
   dq = lax.empty((b, t + pad, num_kv_heads, rows, d), q.dtype)
-  dq, dk, dv = lax.fori_loop(
-    0,
-    b * (num_kv_heads // groups),
-    row_groups,
-    (dq, lax.empty(k.shape, q.dtype), lax.empty(v.shape, q.dtype)),
-  )
-  return dq[:, :t].reshape(q.shape), dk, dv
+  dq, dk, dv = lax.fori_loop(0, all_groups // groups, launch, (dq, dk, dv))
+  return dq[:, :t].reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)

@@ -22,9 +22,10 @@ divided by the rows that count. Two kernels and two products, no gathers:
   and the heads take turns: so their mean is a sum in registers, in float32, of
   any number of heads, and falls into the layout of the index scores. K and
   index_k stay in SMEM; a third warpgroup copies q, one head at a time. g goes
-  to memory, a chunk of queries of all groups at once, in a workspace of 2^29
-  elements: dindex_q and dindex_k are products with it. Units that nobody sees
-  are not visited: the workspace holds zeros there.
+  to memory, all groups of as many batch rows as a workspace of 2^29 elements
+  has room for, or of a longer row a chunk of queries: dindex_q and dindex_k are
+  products with it. Units that nobody sees are not visited: the workspace holds
+  zeros there.
 
 Nothing crosses CTAs but the sum of their values: all order is fixed.
 
@@ -383,8 +384,9 @@ def _pairs(
 ):
   """Values of a chunk's pairs, and g if gradients are wanted.
 
-  `where`: batch row, first query and number of units of a group. `units`: place
-  of the queries in the chunk and of the keys, counted in units.
+  `where`: first batch row, first query and number of units, which each group
+  of a row repeats. `units`: batch row in the launch, and place of the queries
+  in the chunk and of the keys, counted in units.
   """
   s, config, stages = shape, shape.config, shape.config.stages
   tiles = UNIT // ROWS
@@ -397,18 +399,19 @@ def _pairs(
     q_ready, q_free, k_ready, k_free, ik_ready, ik_free, iq_ready, iq_free,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    row, origin, of_group = where_gmem[0], where_gmem[1], where_gmem[2]
+    origin, of_group = where_gmem[1], where_gmem[2]
     total = of_group * s.num_kv_heads
     mine = (total - cta + config.num_ctas - 1) // config.num_ctas
 
     def locate(i):
-      """Group, place of the first query in the chunk and first key."""
+      """Row in the launch, group, first query in the chunk and first key."""
       index = cta + i * config.num_ctas
       unit = lax.rem(index, of_group)
       return (
+        units_gmem[unit, 0],
         index // of_group,
-        units_gmem[unit, 0] * UNIT,
         units_gmem[unit, 1] * UNIT,
+        units_gmem[unit, 2] * UNIT,
       )
 
     @pl.when(wg < 2)
@@ -416,7 +419,8 @@ def _pairs(
       plgpu.set_max_registers(232, action="increase")
 
       def unit(i, carry):
-        group, first_query, first_key = locate(i)
+        launch_row, group, first_query, first_key = locate(i)
+        row = where_gmem[0] + launch_row
         my_key = first_key + wg * KEYS
         plgpu.barrier_wait(k_ready)
 
@@ -481,7 +485,7 @@ def _pairs(
             plgpu.copy_smem_to_gmem(
               g_smem.at[wg],
               g_gmem.at[
-                group,
+                launch_row * s.num_kv_heads + group,
                 _span(first_query + j * ROWS, ROWS),
                 _span(my_key, KEYS),
               ],
@@ -499,7 +503,8 @@ def _pairs(
       plgpu.set_max_registers(40, action="decrease")
 
       def unit(i, carry):
-        group, first_query, first_key = locate(i)
+        launch_row, group, first_query, first_key = locate(i)
+        row = where_gmem[0] + launch_row
         keys = [_span(first_key + h * KEYS, KEYS) for h in range(2)]
         columns = _span(group * s.head_dim, s.head_dim)
 
@@ -592,24 +597,31 @@ def _pairs(
   )  # fmt: skip
 
 
-def _visible_units(first, end, chunk: int, keys: int):
-  """Units of a chunk that hold a visible pair, by queries, and their number.
+def _visible_units(
+  first: Int[Array, "rows"], end: Int[Array, "rows"], chunk: int, keys: int
+) -> tuple[Int[Array, "units 3"], Int[Array, ""]]:
+  """Units of a chunk that hold a visible pair, and their number.
+
+  By row, then queries, then keys: the three places of a unit.
 
   Args:
-    first: slot of the chunk's first query.
+    first: slot of the chunk's first query, in each row.
     end: keys that exist.
     chunk: queries, a multiple of UNIT.
     keys: the same for keys.
   """
-  last = first + UNIT * (1 + jnp.arange(chunk // UNIT, dtype=jnp.int32))
-  counts = jnp.maximum(jnp.minimum(last, end) + UNIT - 1, 0) // UNIT
+  of_row = chunk // UNIT
+  last = first[:, None] + UNIT * (1 + jnp.arange(of_row, dtype=jnp.int32))
+  counts = jnp.maximum(jnp.minimum(last, end[:, None]) + UNIT - 1, 0) // UNIT
+  counts = counts.reshape(-1)
   ends = jnp.cumsum(counts, dtype=jnp.int32)
-  index = jnp.arange((chunk // UNIT) * (keys // UNIT), dtype=jnp.int32)
+  index = jnp.arange(counts.size * (keys // UNIT), dtype=jnp.int32)
   place = jnp.searchsorted(
     ends, index, side="right", method="scan_unrolled"
   ).astype(jnp.int32)
-  place = jnp.minimum(place, chunk // UNIT - 1)
-  return jnp.stack([place, index - (ends - counts)[place]], axis=-1), ends[-1]
+  place = jnp.minimum(place, counts.size - 1)
+  key = index - (ends - counts)[place]
+  return jnp.stack([place // of_row, place % of_row, key], axis=-1), ends[-1]
 
 
 @functools.partial(
@@ -647,6 +659,12 @@ def kl(
   num_chunks = -(-t // most)
   chunk = round_up(-(-t // num_chunks))
   queries = num_chunks * chunk
+  # Batch rows of a launch.
+  rows = 1
+  if num_chunks == 1:
+    fits = config.workspace // (num_kv_heads * chunk * keys)
+    divisors = [n for n in range(1, b + 1) if b % n == 0]
+    rows = max([n for n in divisors if n <= fits], default=1)
 
   def pad(x, axis, size):
     widths = [(0, 0)] * x.ndim
@@ -688,13 +706,17 @@ def kl(
   def einsum(spec, x, y):
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
-  def batch_row(row, carry):
+  def launch(index, carry):
+    first_row = index * rows
+
+    def of_rows(x):
+      return lax.dynamic_slice_in_dim(x, first_row, rows)
+
     def step(i, carry):
       total, diq, dik, g = carry
-      units, num_units = _visible_units(
-        kv_lengths[row] - t + i * chunk, kv_lengths[row], chunk, keys
-      )
-      where = jnp.stack([row, i * chunk, num_units]).astype(jnp.int32)
+      ends = of_rows(kv_lengths)
+      units, num_units = _visible_units(ends - t + i * chunk, ends, chunk, keys)
+      where = jnp.stack([first_row, i * chunk, num_units]).astype(jnp.int32)
       values = jax.new_ref(lax.empty((config.num_ctas, 2, ROWS), jnp.float32))
       g = jax.new_ref(g)
       _pairs(
@@ -704,25 +726,31 @@ def kl(
       total += jnp.sum(jax.freeze(values))
       g = jax.freeze(g)
       if with_gradients:
+        by_row = g.reshape(rows, num_kv_heads, chunk, keys)
         diq = lax.dynamic_update_slice(
-          diq, einsum("kts,si->tki", g, ik[row])[None], (row, i * chunk, 0, 0)
+          diq,
+          einsum("bkts,bsi->btki", by_row, of_rows(ik)),
+          (first_row, i * chunk, 0, 0),
         )
-        of_chunk = lax.dynamic_slice_in_dim(iq[row], i * chunk, chunk)
-        of_chunk = of_chunk.reshape(chunk, num_kv_heads, i_dim)
-        dik = dik.at[row].add(einsum("kts,tki->si", g, of_chunk))
+        of_chunk = lax.dynamic_slice_in_dim(of_rows(iq), i * chunk, chunk, 1)
+        of_chunk = of_chunk.reshape(rows, chunk, num_kv_heads, i_dim)
+        one = of_rows(dik) + einsum("bkts,btki->bsi", by_row, of_chunk)
+        dik = lax.dynamic_update_slice_in_dim(dik, one, first_row, axis=0)
       return total, diq, dik, g
 
     # From chunk to chunk a place of g sees no less: what is not visited now
     # was not before, and holds zero.
-    sizes = (num_kv_heads, chunk, keys) if with_gradients else (1, ROWS, KEYS)
+    sizes = (1, ROWS, KEYS)
+    if with_gradients:
+      sizes = (rows * num_kv_heads, chunk, keys)
     carry = *carry, jnp.zeros(sizes, q.dtype)
     return lax.fori_loop(0, num_chunks, step, carry)[:3]
 
   sizes = (queries, keys) if with_gradients else (0, 0)
   total, diq, dik = lax.fori_loop(
     0,
-    b,
-    batch_row,
+    b // rows,
+    launch,
     (
       jnp.float32(0),
       jnp.zeros((b, sizes[0], num_kv_heads, i_dim), jnp.float32),

@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import cases
+
 
 def run_on_devices(count: int, code: str, *arguments: object) -> str:
   """What Python code prints on forced CPU devices, in a process of its own.
@@ -126,10 +128,23 @@ HOPPER_CASES = {
     q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=128,
     index_dim=128, block_size=128, top_k=4,
   ), "bfloat16"),
+  "ragged_rows": (Case(
+    batch=4, q_len=300, kv_len=1100, num_heads=16, num_kv_heads=2, head_dim=128,
+    index_dim=128, block_size=128, top_k=5, kv_lengths=(1100, 37, 700, 300),
+  ), "bfloat16"),
   "group_1": (Case(
     q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=64,
     index_dim=64, block_size=128, top_k=1,
   ), "float16"),
+}  # fmt: skip
+
+# What kernels over owner blocks are lowered at: the shapes of the paper, small
+# heads, and rows of a training step, of which a few launches take all.
+LOWERED = {
+  name: cases.CASES[name] for name in ("8k", "128k", "1m", "small_heads_32k")
+} | {
+  "16x4k": cases.Case(batch=16, tokens=1 << 12, num_heads=16, num_kv_heads=2),
+  "8x4k": cases.Case(batch=8, tokens=1 << 12),
 }  # fmt: skip
 
 

@@ -7,10 +7,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import HOPPER_CASES, Case, patterns, random_blocks
+from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
 
 from msa_jax import reference
-from pallas_kernels import cases, schedule
+from pallas_kernels import schedule
 from pallas_kernels import sparse_attention as sparse
 from pallas_kernels import sparse_attention_bwd as bwd
 
@@ -103,11 +103,14 @@ def interpreted(case, q, k, v, dout, blocks, **config):
 
 @pytest.mark.parametrize("kind", ["random", "hot", "garbage", "empty"])
 @pytest.mark.parametrize("block_size", [64, 128])
-@pytest.mark.parametrize("groups", [1, 3])
-def test_every_choice_has_one_owner(kind, block_size, groups):
+@pytest.mark.parametrize(
+  "starts", [(300,), (300, 300, 300), (240, 240, -20, -20, -200, 0)], ids=str
+)
+def test_every_choice_has_one_owner(kind, block_size, starts):
   rng = np.random.default_rng(0)
   queries, top_k, num_blocks, task = 160, 4, 7, 16
-  positions = np.arange(queries) + 300
+  groups = len(starts)
+  positions = np.asarray(starts)[:, None] + np.arange(queries)
   own = np.where(positions < 0, -1, positions // block_size)
   ids = np.argsort(rng.random((groups, queries, num_blocks)))[..., :top_k]
   if kind == "hot":
@@ -118,7 +121,7 @@ def test_every_choice_has_one_owner(kind, block_size, groups):
   elif kind == "empty":
     ids[:] = -1
   plan = schedule.plan_owners(
-    jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
+    jnp.asarray(ids, jnp.int32), jnp.asarray(starts, jnp.int32),
     block_size=block_size, num_blocks=num_blocks, task=task,
   )  # fmt: skip
   tasks, (num_tasks,), turns, extra, order, is_edge = (
@@ -132,7 +135,7 @@ def test_every_choice_has_one_owner(kind, block_size, groups):
     group, block = divmod(owner, num_owners)
     places = order[start : start + count] >> 2
     assert np.all(np.diff(places) > 0)
-    at = positions[places // top_k - group * queries]
+    at = positions[group, places // top_k - group * queries]
     assert inside == np.sum(at < (block + 1) * 128)
     for place, halves in zip(places, order[start : start + count] & 3):
       query, p = divmod(place - group * queries * top_k, top_k)
@@ -152,7 +155,7 @@ def test_every_choice_has_one_owner(kind, block_size, groups):
     for group in range(groups)
     for t in range(queries)
     for i in ids[group, t]
-    if 0 <= i <= own[t] and i < num_blocks
+    if 0 <= i <= own[group, t] and i < num_blocks
   ]
   assert sorted(found) == sorted(wanted)
   assert is_edge.sum() == sum(task[2] for task in tasks[:num_tasks])
@@ -178,8 +181,53 @@ def test_a_chunk_too_long_for_the_sort_is_refused():
         schedule.plan_owners, block_size=128, num_blocks=1 << 15, task=128
       ),
       jax.ShapeDtypeStruct((1, 1 << 15, 16), jnp.int32),
-      jax.ShapeDtypeStruct((1 << 15,), jnp.int32),
+      jax.ShapeDtypeStruct((1,), jnp.int32),
     )
+
+
+@pytest.mark.parametrize(
+  "sizes, split",
+  [
+    # 2^21 edges fit: 65,536 tokens, however they divide into rows ...
+    ((16, 4096, 2), (16, 2, 1, 4096)),
+    ((4, 16384, 2), (4, 2, 1, 16384)),
+    ((1, 65536, 2), (1, 2, 1, 65536)),
+    # ... and else as many rows as do, some KV heads of one, one in chunks.
+    ((8, 4096, 8), (4, 8, 1, 4096)),
+    ((7, 16384, 2), (1, 2, 1, 16384)),
+    ((3, 65536, 4), (1, 2, 1, 65536)),
+    ((1, 131072, 4), (1, 1, 1, 131072)),
+    ((2, 1 << 20, 4), (1, 1, 64, 1 << 14)),
+  ],
+)
+def test_launches_take_rows_heads_or_chunks(sizes, split):
+  batch, q_len, num_kv_heads = sizes
+  got = schedule.split_owners(
+    batch, q_len, num_kv_heads, q_len // 128, 16, max_edges=1 << 21
+  )
+  assert got == split
+
+
+def test_launches_cover_everything_and_fit():
+  rng = np.random.default_rng(0)
+  for _ in range(300):
+    batch, heads, top_k = (int(x) for x in rng.integers(1, 17, 3))
+    q_len = int(rng.integers(1, 5000))
+    owners = int(rng.choice([q_len // 128 + 1, 300, 1 << 13, 1 << 15]))
+    max_edges = 1 << int(rng.integers(0, 20))
+    most = int(rng.choice([0, 100]))
+    split = schedule.split_owners(
+      batch, q_len, heads, owners, top_k, max_edges=max_edges, chunk=most
+    )
+    # Launches are rectangles that cover all rows and heads once.
+    assert batch % split.rows == 0 and heads % split.heads == 0
+    assert split.rows == 1 or split.heads == heads
+    assert q_len <= split.num_chunks * split.chunk
+    assert 1 <= split.chunk <= (most or q_len)
+    edges = split.groups * split.chunk * top_k
+    assert edges <= max(max_edges, top_k)
+    assert split.groups * owners <= 1 << 15
+    assert schedule.owners_fit(split.groups * owners, edges)
 
 
 # ------------------------------------------------------------ interpret mode
@@ -195,6 +243,11 @@ INTERPRETED = {
     q_len=20, kv_len=270, num_heads=32, num_kv_heads=2, head_dim=128,
     block_size=128, top_k=2,
   ), dict(task=8, chunk=12)),
+  # Rows of all lengths, two a launch, two chunks.
+  "rows": (Case(
+    batch=4, q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
+    block_size=128, top_k=2, kv_lengths=(140, 5, 0, 133),
+  ), dict(edges=72, chunk=5)),
 }  # fmt: skip
 
 
@@ -207,18 +260,20 @@ def test_interpreted(name):
   check(case, q, k, v, dout, blocks, grads)
 
 
-def test_interpreted_one_group_at_a_time(monkeypatch):
-  case = Case(
-    q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
-    block_size=128, top_k=2,
-  )  # fmt: skip
-  rows = case.num_heads // case.num_kv_heads
-  one = case.q_len * case.top_k * rows * case.head_dim
-  monkeypatch.setattr(bwd, "MAX_WORKSPACE", one)
+def test_interpreted_launches_do_not_change_a_bit():
+  case = INTERPRETED["rows"][0]
   q, k, v, dout = inputs(case, jnp.bfloat16)
   blocks = random_blocks(case)
-  grads = interpreted(case, q, k, v, dout, blocks)
-  check(case, q, k, v, dout, blocks, grads)
+  row = case.q_len * case.top_k * case.num_kv_heads
+  # All rows at once, two, one, and one group.
+  want, *others = (
+    interpreted(case, q, k, v, dout, blocks, edges=edges, task=16)
+    for edges in (0, 2 * row, row, row // 2)
+  )
+  check(case, q, k, v, dout, blocks, want)
+  for got in others:
+    for a, b in zip(got, want):
+      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
 
 
 def test_interpreted_pads_heads_and_keeps_nan_where_it_is_seen():
@@ -251,9 +306,9 @@ def test_interpreted_pads_heads_and_keeps_nan_where_it_is_seen():
 # ------------------------------------------------------------------ lowering
 
 
-@pytest.mark.parametrize("name", ["8k", "128k", "1m", "small_heads_32k"])
+@pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda(name):
-  case = cases.CASES[name]
+  case = LOWERED[name]
   kv = (case.batch, case.kv_tokens, case.num_kv_heads, case.head_dim)
   shapes = [
     jax.ShapeDtypeStruct(shape, case.dtype)
@@ -321,6 +376,7 @@ def run_twice(case, q, k, v, dout, blocks, config=None):
   for a, b in zip(first, second):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   check(case, q, k, v, dout, blocks, first)
+  return first
 
 
 @pytest.mark.gpu
@@ -346,6 +402,48 @@ def test_gpu_small_chunks_and_tasks(hopper):
   case, dtype = HOPPER_CASES["ragged_batch"]
   config = bwd.Config(chunk=64, task=16, num_ctas=7)
   run_twice(case, *inputs(case, dtype), random_blocks(case), config)
+
+
+@pytest.mark.gpu
+def test_gpu_launches_of_rows_and_groups(hopper):
+  case, dtype = HOPPER_CASES["ragged_rows"]
+  args = (*inputs(case, dtype), random_blocks(case))
+  row = case.q_len * case.top_k * case.num_kv_heads
+  # All rows at once, two, one, and one group.
+  want, *others = (
+    run_twice(case, *args, bwd.Config(edges=edges, task=128))
+    for edges in (0, 2 * row, row, row // 2)
+  )
+  # A block's sums do not depend on who else is in the launch.
+  for got in others:
+    for a, b in zip(got[1:], want[1:]):
+      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
+  run_twice(case, *args, bwd.Config(edges=2 * row, chunk=77, num_ctas=7))
+
+
+@pytest.mark.gpu
+def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
+  # As many edges as a launch takes.
+  case = Case(
+    batch=16, q_len=4096, kv_len=4096, num_heads=16, num_kv_heads=2,
+    head_dim=128, block_size=128, top_k=16,
+  )  # fmt: skip
+  q, k, v, dout = inputs(case, jnp.bfloat16)
+  blocks = jnp.tile(
+    random_blocks(dataclasses.replace(case, batch=1)), (16, 1, 1, 1)
+  )
+  one = dataclasses.replace(case, batch=1)
+  config = bwd.Config(task=2048)
+  want = compiled(case, config)(q, k, v, dout, blocks)
+  for i in (0, 7, 15):
+    at = slice(i, i + 1)
+    args = [x[at] for x in (q, k, v, dout, blocks)]
+    got = compiled(one, config)(*args)
+    for a, b in zip(got[1:], want[1:]):
+      assert np.asarray(a).tobytes() == np.asarray(b[at]).tobytes()
+    # XLA sums the partials of dq in an order of its own.
+    a, b = (np.asarray(x, np.float32) for x in (got[0], want[0][at]))
+    assert np.abs(a - b).max() <= 2**-7 * np.abs(a).max()
 
 
 @pytest.mark.gpu

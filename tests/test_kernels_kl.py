@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from helpers import HOPPER_CASES, Case, patterns, random_blocks
+from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
 
 from msa_jax import reference
 from pallas_kernels import cases, index_kl, warmup
@@ -139,6 +139,11 @@ CASES = {
     q_len=6, kv_len=270, num_heads=32, num_kv_heads=2, head_dim=128,
     index_dim=128, block_size=128, top_k=2,
   ),
+  # Rows of all lengths.
+  "rows": Case(
+    batch=4, q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
+    index_dim=64, block_size=128, top_k=2, kv_lengths=(140, 5, 0, 133),
+  ),
 }  # fmt: skip
 
 
@@ -151,6 +156,21 @@ def test_interpreted(name):
     case, q, k, index_q, index_k, blocks, config=INTERPRETED, interpret=True
   )
   check(case, q, k, index_q, index_k, blocks, got)
+
+
+@pytest.mark.parametrize("share", [4, 2, 1])
+def test_interpreted_launches_of_rows_and_groups(share):
+  case = CASES["rows"]
+  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  mask = jnp.arange(case.batch * case.q_len).reshape(case.batch, -1) % 5 != 3
+  # Two rows a launch, in chunks; one row; one group.
+  config = dataclasses.replace(
+    INTERPRETED, edges=case.q_len * case.top_k * share, chunk=5 * (share == 4)
+  )
+  args = (case, q, k, index_q, index_k, blocks)
+  got = run(*args, mask, config=config, interpret=True)
+  check(*args, got, mask)
 
 
 def test_interpreted_masks_splits_and_keeps_nan_out():
@@ -182,6 +202,11 @@ DENSE_CASES = {
     batch=2, q_len=70, kv_len=250, num_heads=16, num_kv_heads=1, head_dim=64,
     index_dim=128, kv_lengths=(250, 5),
   ), "bfloat16"),
+  # Rows of all lengths, two a launch.
+  "rows": (Case(
+    batch=4, q_len=70, kv_len=250, num_heads=2, num_kv_heads=2, head_dim=64,
+    index_dim=64, kv_lengths=(250, 5, 0, 100),
+  ), "bfloat16"),
   # Two chunks, two groups of one head, queries that do not count.
   "chunks": (Case(
     q_len=300, kv_len=300, num_heads=2, num_kv_heads=2, head_dim=128,
@@ -197,8 +222,11 @@ def test_interpreted_over_all_tokens(name):
   mask = None
   if name == "chunks":
     mask = jnp.arange(case.q_len)[None] % 5 != 2
+  config = INTERPRETED_DENSE
+  if name == "rows":
+    config = dataclasses.replace(config, workspace=2 * 2 * 256 * 256)
   args = (q, k, index_q, index_k, None)
-  got = run(case, *args, mask, INTERPRETED_DENSE, interpret=True)
+  got = run(case, *args, mask, config, interpret=True)
   check(case, *args, got, mask)
 
 
@@ -234,32 +262,43 @@ def test_interpreted_over_all_tokens_keeps_nan_out(poisoned):
   assert np.all(np.asarray(dik[0, 100:]) == 0)
 
 
-@pytest.mark.parametrize("first, end", [(-300, 500), (7, 1031), (512, 1200)])
+@pytest.mark.parametrize(
+  "first, end",
+  [
+    ((-300,), (500,)),
+    ((7, 512), (1031, 1200)),
+    ((-2000, 512, -1024, 0), (0, 1536, 0, 1024)),
+  ],
+)
 def test_units_are_those_with_a_visible_pair(first, end):
+  first, end = np.int32(first), np.int32(end)
   units, count = warmup._visible_units(first, end, 1024, 1536)
-  query, key = first + np.arange(1024)[:, None], np.arange(1536)
-  visible = ((key <= query) & (key < end)).reshape(4, 256, 6, 256).any((1, 3))
+  query = first[:, None, None] + np.arange(1024)[:, None]
+  key = np.arange(1536)
+  visible = (key <= query) & (key < end[:, None, None])
+  visible = visible.reshape(-1, 4, 256, 6, 256).any((2, 4))
   np.testing.assert_array_equal(units[:count], np.argwhere(visible))
 
 
 # ------------------------------------------------------------------ lowering
 
 
-@pytest.mark.parametrize("name", ["8k", "128k", "1m", "small_heads_32k"])
+@pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda(name):
-  texts = lowered(name, dense=False)
+  texts = lowered(LOWERED[name], dense=False)
   assert all("kl_owners" in x and "kl_index_lse" in x for x in texts)
 
 
-@pytest.mark.parametrize("name", ["8k", "32k", "128k", "small_heads_32k"])
+@pytest.mark.parametrize(
+  "name", ["8k", "32k", "128k", "small_heads_32k", "16x4k"]
+)
 def test_lowers_for_cuda_over_all_tokens(name):
-  texts = lowered(name, dense=True)
+  texts = lowered((cases.CASES | LOWERED)[name], dense=True)
   assert all("warmup_pairs" in x and "warmup_index_lse" in x for x in texts)
 
 
-def lowered(name, dense):
+def lowered(case, dense):
   """The KL loss and its gradients of a case, lowered."""
-  case = cases.CASES[name]
   q_lead, kv_lead = (case.batch, case.tokens), (case.batch, case.kv_tokens)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
   ids = (case.batch, case.num_kv_heads, case.tokens, case.top_k)
@@ -325,6 +364,7 @@ def run_twice(case, args, config=None):
   for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   check(case, *args, first)
+  return first
 
 
 @pytest.mark.gpu
@@ -354,6 +394,16 @@ def test_gpu_configs_over_all_tokens(hopper, config):
 
 
 @pytest.mark.gpu
+def test_gpu_launches_of_rows_over_all_tokens(hopper):
+  case, dtype = HOPPER_CASES["ragged_rows"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  row = case.num_kv_heads * 512 * 1280  # in units of 256
+  for workspace in (4 * row, 2 * row, row, row // 2):
+    config = warmup.Config(workspace=workspace)
+    run_twice(case, (q, k, index_q, index_k, None), config)
+
+
+@pytest.mark.gpu
 def test_gpu_small_chunks_over_all_tokens(hopper):
   case, dtype = HOPPER_CASES["ragged_batch"]
   q, k, _, index_q, index_k = inputs(case, dtype)
@@ -376,6 +426,63 @@ def test_gpu_small_chunks_and_tasks(hopper):
   q, k, _, index_q, index_k = inputs(case, dtype)
   config = index_kl.Config(task=72, chunk=100, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, random_blocks(case)), config)
+
+
+@pytest.mark.gpu
+def test_gpu_launches_of_rows_and_groups(hopper):
+  case, dtype = HOPPER_CASES["ragged_rows"]
+  q, k, _, index_q, index_k = inputs(case, dtype)
+  args = (q, k, index_q, index_k, random_blocks(case))
+  row = case.q_len * case.top_k * case.num_kv_heads
+  # All rows at once, two, one, and one group.
+  want, *others = (
+    run_twice(case, args, index_kl.Config(edges=edges, task=128))
+    for edges in (1 << 21, 2 * row, row, row // 2)
+  )
+  # A block's sums do not depend on who else is in the launch.
+  for _, (_, dik) in others:
+    assert np.asarray(dik).tobytes() == np.asarray(want[1][1]).tobytes()
+  config = index_kl.Config(edges=2 * row, chunk=77, task=72, num_ctas=7)
+  run_twice(case, args, config)
+
+
+@pytest.mark.gpu
+def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
+  # As many edges as a launch takes.
+  case = Case(
+    batch=16, q_len=4096, kv_len=4096, num_heads=16, num_kv_heads=2,
+    head_dim=128, index_dim=128, block_size=128, top_k=16,
+  )  # fmt: skip
+  one = dataclasses.replace(case, batch=1)
+  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  blocks = jnp.tile(random_blocks(one), (16, 1, 1, 1))
+  lse = jax.random.normal(jax.random.key(5), (16, 16, 4096)) + 8
+
+  @functools.partial(jax.jit, static_argnames="batch")
+  def loss_and_grads(*args, batch):
+    q, k, index_q, index_k, blocks, lse = args
+
+    def loss(index_q, index_k):
+      # The sum over rows, instead of the mean.
+      return batch * index_kl.index_kl_loss(
+        q, k, index_q, index_k, blocks, lse=lse,
+        config=index_kl.Config(task=2048),
+      )  # fmt: skip
+
+    return jax.value_and_grad(loss, (0, 1))(index_q, index_k)
+
+  args = (q, k, index_q, index_k, blocks, lse)
+  value, grads = loss_and_grads(*args, batch=16)
+  alone = [
+    loss_and_grads(*(x[i : i + 1] for x in args), batch=1) for i in range(16)
+  ]
+  total = sum(float(x) for x, _ in alone)
+  # Sums over all pairs in float32, in another order.
+  np.testing.assert_allclose(value, total, rtol=1e-4)
+  for i, (_, each) in enumerate(alone):
+    for a, b in zip(each, grads):
+      a, b = (np.asarray(x, np.float32)[0] for x in (a, b[i : i + 1]))
+      assert np.abs(a - b).max() <= 2**-7 * np.abs(a).max()
 
 
 @pytest.mark.gpu
