@@ -101,6 +101,13 @@ SMALL_HEADS = Case(
   block_size=64,
 )
 CASES = PAPER | {"small_heads_32k": SMALL_HEADS}
+BATCHES = {  # rows of a training batch x tokens
+  "8x4k": Case(tokens=1 << 12, batch=8),
+  "16x4k_16_heads": Case(
+    tokens=1 << 12, batch=16, num_heads=16, num_kv_heads=2
+  ),
+  "4x16k_16_heads": Case(tokens=1 << 14, batch=4, num_heads=16, num_kv_heads=2),
+}
 DECODE = {  # batch x cached tokens
   f"{batch}x{name}": Case(
     tokens=1, kv_tokens=PAPER[name].tokens, batch=batch

@@ -141,11 +141,9 @@ HOPPER_CASES = {
 # What kernels over owner blocks are lowered at: the shapes of the paper, small
 # heads, and rows of a training step, of which a few launches take all.
 LOWERED = {
-  name: cases.CASES[name] for name in ("8k", "128k", "1m", "small_heads_32k")
-} | {
-  "16x4k": cases.Case(batch=16, tokens=1 << 12, num_heads=16, num_kv_heads=2),
-  "8x4k": cases.Case(batch=8, tokens=1 << 12),
-}  # fmt: skip
+  name: (cases.CASES | cases.BATCHES)[name]
+  for name in ("8k", "128k", "1m", "small_heads_32k", "8x4k", "16x4k_16_heads")
+}
 
 
 def random_blocks(case, seed=0, share=1):

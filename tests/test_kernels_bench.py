@@ -51,7 +51,8 @@ def arguments(monkeypatch, tmp_path, pretend_hopper):
     measure.KernelTime("decode_scan_kernel", 3e-6 * i, 1e-6) for i in range(4)
   ]
   monkeypatch.setattr(measure, "kernels_of", lambda call: scans)
-  monkeypatch.setitem(cases.CASES, "8k", case)
+  for group in (forward, training):
+    monkeypatch.setitem(group.CASES, "8k", case)
   path = tmp_path / "device.json"
   return ["--tokens", "8k", "--results", str(path), "--commit", "abc"], path
 
@@ -301,7 +302,7 @@ def test_lengths_that_were_not_fitted_are_refused_at_once(
     (
       "--ops train warmup --tokens 1m",
       "--tokens 1m .*: train has --tokens 8k 32k 128k 512k .*; warmup has"
-      " --tokens 8k 32k 128k small_heads_32k$",
+      " --tokens 8k 32k 128k small_heads_32k 8x4k .*_16_heads$",
     ),
     ("--ops decode --tokens 1x32k --precision fast", "--precision exact or"),
     ("--ops decode --tokens 1x32k --selection fitted", "--selection random"),

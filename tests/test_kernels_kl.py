@@ -290,7 +290,7 @@ def test_lowers_for_cuda(name):
 
 
 @pytest.mark.parametrize(
-  "name", ["8k", "32k", "128k", "small_heads_32k", "16x4k"]
+  "name", ["8k", "32k", "128k", "small_heads_32k", "16x4k_16_heads"]
 )
 def test_lowers_for_cuda_over_all_tokens(name):
   texts = lowered((cases.CASES | LOWERED)[name], dense=True)

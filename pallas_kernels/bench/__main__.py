@@ -28,7 +28,7 @@ from pallas_kernels.bench import decode, forward, measure, results, training
 
 GROUPS = (forward, training, decode)
 OPS = tuple(op for group in GROUPS for op in group.OPS)
-CASES = cases.CASES | cases.DECODE
+CASES = cases.CASES | cases.BATCHES | cases.DECODE
 SELECTIONS = ("random", "trained_like", "fitted")
 PRECISIONS = ("exact", "fast", "fp8")
 
@@ -45,8 +45,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     nargs="+",
     choices=list(CASES),
     default=list(CASES),
-    help="named shapes, see pallas_kernels/cases.py; those with a batch are of"
-    " decode",
+    help="named shapes, see pallas_kernels/cases.py; of those with a batch"
+    " some are of training, some of decode",
   )
   parser.add_argument(
     "--selection",

@@ -26,7 +26,7 @@ from pallas_kernels.bench import forward, measure
 from pallas_kernels.cases import Case
 
 OPS = ("train", "sparse_backward", "kl", "warmup")
-CASES = cases.CASES
+CASES = cases.CASES | cases.BATCHES
 RESTRICTED = ""
 IMPLEMENTATION: Implementation = "mosaic_gpu"
 MAX_TOKENS = 1 << 19  # q, out and their gradients at 1M fill the memory

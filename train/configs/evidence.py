@@ -25,9 +25,9 @@ guess. The first line tries everything at full size in 20 steps a side.
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
   python -m train compare evidence --out runs/try --unit 1 --set log_every=1 \
     eval_every=800 layers_every=1600 eval_batches=2 final_probe_batches=4
-  python -m train compare evidence --plan 13 --minutes 8 --no-report
+  python -m train compare evidence --plan 20 --minutes 8.9 --no-report
   # until it says no more that it is not finished:
-  python -m train compare --config runs/evidence/comparison.json --minutes 8
+  python -m train compare --config runs/evidence/comparison.json --minutes 8.9
   python -m train speed evidence
   python -m train report runs/evidence
   tar -C runs --exclude checkpoints --exclude tensorboard -czf evidence.tgz \
@@ -107,7 +107,7 @@ GQA = RunConfig(
   # as large wants less than their 4e-2. Warm-ups of 10 and 30 % were no
   # better. Scratch runs, two CPU cores, 2026-11-24. At full size 2 and 4 cannot
   # be told apart: one run each, in which GQA itself found 100 and 95 % of the
-  # needles (train/results/evidence_first and evidence).
+  # needles (train/results/evidence_first and evidence_second).
   optimizer=OptimizerConfig(
     learning_rate=1e-3, warmup_steps=80, index_learning_rate_factor=4.0
   ),
@@ -133,7 +133,7 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
   alone = dataclasses.replace(gqa, keep_steps=())
   # Index projections that start fresh do not find the facts in 15 % of the
   # steps: of needles 8,192 and more tokens back 33 %, from the main branch's
-  # 75 % (train/results/evidence_first and evidence).
+  # 75 % (train/results/evidence_first and evidence_second).
   # Of recall alone, tiny (512 tokens, blocks of 8, 2 layers of width 64, 800
   # steps of 2 rows, GQA 99.9 %), seeds 0 and 1 answered with 8 blocks 83 and
   # 87 % from fresh projections, 92 and 97 % from the main branch's (MSA-PT 96,
