@@ -21,7 +21,7 @@ from pallas_kernels import cases
 from pallas_kernels.bench import fit
 from train import __main__ as cli
 from train import config as config_lib
-from train import data, program, speed
+from train import data, measures, program, speed
 
 PRESETS = ("evidence", "evidence_seeds", "evidence_ablations")
 TINY = (
@@ -127,7 +127,7 @@ def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
   assert (held_out.tokens < config.text.vocab_size).all()
   assert (held_out.distance == -1).all()
   assert source.token_bytes is not None
-  assert program.count_bytes(source, held_out) > 0
+  assert measures.count_bytes(source, held_out) > 0
   windows = source.num_eval_batches(**shape)
   for name in source.probes:
     # The needles' text comes round again, with other needles.
@@ -135,7 +135,7 @@ def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
     check_answers(config, first)
     np.testing.assert_array_equal(first.loss_mask, first.distance >= 0)
     assert not np.array_equal(first.distance, later.distance)
-    assert program.count_bytes(source, first) is None
+    assert measures.count_bytes(source, first) is None
   with pytest.raises(ValueError, match="name='copy': wanted one of"):
     source.probe_batch("copy", 0, **shape)
   assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
@@ -521,9 +521,9 @@ def test_facts_found_counts_far_facts_in_chosen_blocks():
   distance[0, 9] = 9 - 5  # in block 1: one group has it
   distance[0, 15] = 15 - 2  # in block 0: none has it
   distance[0, 11] = 2  # in the own block: does not count
-  assert program.facts_found(blocks, distance, index).tolist() == [0.5]
+  assert measures.facts_found(blocks, distance, index).tolist() == [0.5]
   distance[0, [9, 15]] = -1
-  assert program.facts_found(blocks, distance, index) is None
+  assert measures.facts_found(blocks, distance, index) is None
 
 
 def test_sharing_against_loops():

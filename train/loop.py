@@ -12,15 +12,9 @@ import numpy as np
 from pallas_kernels import cases
 from train import config as config_lib
 from train import data as data_lib
+from train import measures
 from train.checkpoint import RunFolder, replace_file
-from train.program import (
-  Program,
-  bits_per_byte,
-  count_bytes,
-  flatten_state,
-  selection_counts,
-  unflatten_state,
-)
+from train.program import Program, flatten_state, unflatten_state
 from train.progress import Progress
 
 # Queries whose chosen blocks selection.npz holds one by one.
@@ -179,7 +173,7 @@ class _Run:
         pending = _Pending(
           step,
           metrics,
-          count_bytes(self.source, batch),
+          measures.count_bytes(self.source, batch),
           int(batch.loss_mask.sum()),
         )
         if self._is_due(step):
@@ -230,7 +224,7 @@ class _Run:
     row = {
       **self._stamp("train", step),
       "loss": metrics["loss"],
-      "bits_per_byte": bits_per_byte(
+      "bits_per_byte": measures.bits_per_byte(
         metrics["loss"] * pending.targets, [pending.bytes]
       ),
       "kl": metrics["kl"] if index else None,
@@ -313,9 +307,9 @@ class _Run:
   def _save_selection(self) -> None:
     """Writes selection.npz: what the trained model chose on held-out text.
 
-    `counts` as in `selection_counts`; for each layer and group the statistics
-    of `cases.sharing`; `block_indices` of the last queries of one row, int16
-    [L, K, query, P]; `about`: how it was made, as JSON.
+    `counts` as in `measures.selection_counts`; for each layer and group the
+    statistics of `cases.sharing`; `block_indices` of the last queries of one
+    row, int16 [L, K, query, P]; `about`: how it was made, as JSON.
     """
     config = self.config
     layers = np.asarray(self.program.msa_layers)
@@ -337,7 +331,7 @@ class _Run:
       "last_queries_of_row": 0,
     }
     arrays: dict[str, Any] = {
-      "counts": selection_counts(ids, block_size),
+      "counts": measures.selection_counts(ids, block_size),
       "layers": layers,
       "block_size": np.asarray(block_size),
       "block_indices": ids[:, 0, :, -SAVED_QUERIES:].astype(np.int16),

@@ -29,6 +29,7 @@ from msa_jax import model as model_lib
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import config as config_lib
 from train import data as data_lib
+from train import measures
 from train.checkpoint import Checkpoints, read_config
 
 _AXES = ("data", "fsdp", "expert", "tensor")
@@ -528,10 +529,10 @@ class Program:
     total = float(batch_losses.sum())
     result = {
       "loss": total / int(targets.sum()),
-      "bits_per_byte": bits_per_byte(total, sizes),
+      "bits_per_byte": measures.bits_per_byte(total, sizes),
       **answers,
       "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
-      "loss_by_position": by_position(losses.sum(0), counts.sum(0)),
+      "loss_by_position": measures.by_position(losses.sum(0), counts.sum(0)),
     }
     for name in source.probes:
       get = functools.partial(source.probe_batch, name, **self.eval_shape)
@@ -548,7 +549,7 @@ class Program:
       asked = batch.distance >= 0
       losses.append(np.asarray(loss, np.float64))
       counts.append(batch.loss_mask.sum(0))
-      sizes.append(count_bytes(source, batch))
+      sizes.append(measures.count_bytes(source, batch))
       right.append(np.asarray(correct)[asked])
       distances.append(batch.distance[asked])
 
@@ -568,7 +569,7 @@ class Program:
     if hits.size:
       answers = {
         "accuracy": float(hits.mean()),
-        "by_distance": by_distance(hits, apart),
+        "by_distance": measures.by_distance(hits, apart),
       }
     return np.stack(losses), np.stack(counts), sizes, answers
 
@@ -576,8 +577,8 @@ class Program:
     """What the msa layers do on held-out batches, as NumPy.
 
     Returns:
-      (KL by layer and selection of the first batch, `facts_found` of the first
-      batch that asks for facts; None if the data ask for none).
+      (KL by layer and selection of the first batch, `measures.facts_found` of
+      the first batch that asks for facts; None if the data ask for none).
     """
 
     def run(function: str, batch: data_lib.Batch):
@@ -590,7 +591,7 @@ class Program:
     if source.probes:
       batch = source.probe_batch(source.probes[0], 0, **self.eval_shape)
       asked = run("choose", batch)
-    found = facts_found(asked, batch.distance, self.model_config.index)
+    found = measures.facts_found(asked, batch.distance, self.model_config.index)
     return kl, selection, found
 
   @property
@@ -796,104 +797,3 @@ def unflatten_state(flat: dict[str, Any], like: TrainState) -> TrainState:
   """The state whose leaves have these names."""
   treedef = jax.tree.structure(like)
   return jax.tree.unflatten(treedef, [flat[n] for n in flatten_state(like)])
-
-
-def count_bytes(source: data_lib.Source, batch: data_lib.Batch) -> int | None:
-  """Bytes of text that a batch's counted targets stand for; None if not all of
-  them are text."""
-  if source.token_bytes is None or (batch.distance >= 0).any():
-    return None
-  targets = batch.tokens[:, 1:][batch.loss_mask]
-  return int(source.token_bytes[targets].sum())
-
-
-def bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
-  """Bits that a byte costs, of a summed loss in nats."""
-  total = sum(size or 0 for size in sizes)
-  return nats / math.log(2) / total if total else None
-
-
-def by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
-  """Accuracy by distance, low <= distance < high, in powers of two."""
-  bins = np.log2(np.maximum(distances, 1)).astype(int)
-  return [
-    {
-      "low": 2**i,
-      "high": 2 ** (i + 1),
-      "accuracy": float(right[bins == i].mean()),
-      "count": int((bins == i).sum()),
-    }
-    for i in sorted(set(bins.tolist()))
-  ]
-
-
-def by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
-  """Mean loss by how many tokens the query comes after, low <= tokens < high,
-  in powers of two.
-
-  Args:
-    losses: float [T], summed over the targets of each query position.
-    counts: int [T], their number.
-  """
-  bins = np.log2(np.maximum(np.arange(losses.size), 1)).astype(int)
-  found = []
-  for i in range(bins[-1] + 1):
-    here = bins == i
-    count = int(counts[here].sum())
-    if count:
-      found.append(
-        {
-          "low": 2**i if i else 0,
-          "high": 2 ** (i + 1),
-          "loss": float(losses[here].sum()) / count,
-          "count": count,
-        }
-      )
-  return found
-
-
-def facts_found(
-  block_indices: np.ndarray, distance: np.ndarray, index: IndexConfig
-) -> np.ndarray | None:
-  """Of the facts that are asked for, beyond the blocks that every query reads:
-  the share whose block some group of the asking token chose.
-
-  Args:
-    block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
-    distance: int32 [B, T], tokens back to the fact; -1: nothing is asked.
-    index: sizes of the selection.
-
-  Returns:
-    float [L]; None where no such fact is asked for.
-  """
-  row, query = np.nonzero(distance >= 0)
-  block = (query - distance[row, query]) // index.block_size
-  own = query // index.block_size
-  far = own - block >= max(index.num_local_blocks, 1)
-  if not far.any():
-    return None
-  row, query, block = row[far], query[far], block[far]
-  chosen = block_indices[:, row, :, query]  # [fact, L, K, P]
-  hit = (chosen == block[:, None, None, None]).any((-1, -2))
-  return hit.mean(0)
-
-
-def selection_counts(block_indices: np.ndarray, block_size: int) -> np.ndarray:
-  """Which blocks the queries of a block choose.
-
-  Args:
-    block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
-    block_size: tokens in a block.
-
-  Returns:
-    float32 [L, K, Nq, Nk]: the share of the queries in block i that chose j.
-  """
-  layers, _, heads, length, _ = block_indices.shape
-  blocks = -(-length // block_size)
-  counts = np.zeros((layers, heads, blocks, blocks), np.float32)
-  for i in range(blocks):
-    chosen = block_indices[:, :, :, i * block_size : (i + 1) * block_size]
-    for j in range(i + 1):
-      # A query chooses a block once, so any() counts it right.
-      counts[:, :, i, j] = (chosen == j).any(-1).mean((1, 3))
-  return counts
