@@ -355,6 +355,26 @@ def test_a_checkpoint_is_sampled_in_its_phase(trained, monkeypatch):
   assert phases == ["warmup", "sparse", "sparse"]
 
 
+def test_a_run_of_a_gpu_is_sampled_here(trained, place, no_gpu, capsys):
+  """Its implementations are the GPU's; facts beside the text are no text."""
+  run, _, state = trained
+  model = dataclasses.replace(
+    run.model, implementation="mosaic_gpu", gqa_implementation="cudnn"
+  )
+  mix = data.MixConfig(text=run.data, recall=data.RecallConfig())
+  other = dataclasses.replace(
+    run, model=model, data=mix, folder=str(place / "gpu")
+  )
+  save(other, state)
+  words = ["--prompt=def f(x):", "--temperature=0", "--max_new_tokens=20"]
+  assert not cli(["sample", run.folder, *words])
+  want = capsys.readouterr().out
+  assert not cli(["sample", other.folder, *words, "--implementation=auto"])
+  assert capsys.readouterr().out == want
+  assert cli(["sample", other.folder, *words]) == 1
+  assert "--implementation=auto" in capsys.readouterr().err
+
+
 def test_a_bpe_tokenizer_comes_back(place):
   run = tiny_run(place)
   config = dataclasses.replace(

@@ -167,6 +167,12 @@ def _parser() -> argparse.ArgumentParser:
   add("--prompt", nargs="+", default=[], help="texts, each a row")
   add("--tokens", nargs="+", type=int, default=[], help="ids of one row")
   add("--step", type=int, help="of the checkpoint (default: the latest)")
+  add(
+    "--implementation",
+    choices=("auto", "reference", "xla", "mosaic_gpu"),
+    help="of attention (default: the run's own, which may want its device;"
+    " auto: any device)",
+  )
   add("--max_new_tokens", type=int, help="default: 256, or up to the context")
   add("--temperature", type=float, default=0.8, help="0: greedy (default 0.8)")
   add("--top_k", type=int, help="draw from so many of the likeliest tokens")
@@ -232,6 +238,18 @@ def _train(args: argparse.Namespace, overrides: Sequence[str]) -> None:
 
 
 def _sample(args: argparse.Namespace) -> None:
+  try:
+    _print_sample(args)
+  except NotImplementedError as error:
+    if args.implementation is not None:
+      raise
+    raise NotImplementedError(
+      f"{error}; {args.folder} names its implementations, --implementation=auto"
+      " takes what runs here"
+    ) from error
+
+
+def _print_sample(args: argparse.Namespace) -> None:
   from msa_jax import generate
   from train import sample
 
@@ -240,6 +258,7 @@ def _sample(args: argparse.Namespace) -> None:
     prompts=args.prompt,
     tokens=args.tokens,
     step=args.step,
+    implementation=args.implementation,
     max_new_tokens=args.max_new_tokens,
     sampling=generate.Sampling(
       temperature=args.temperature, top_k=args.top_k, top_p=args.top_p

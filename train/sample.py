@@ -16,33 +16,49 @@ from msa_jax import generate, ops
 from msa_jax.model import DecoderLM
 from train import config as config_lib
 from train import corpus
-from train.data import TextConfig
+from train.data import MixConfig, TextConfig
 from train.program import Program, read_state
 
 # New tokens, where no number is asked for and the context allows them.
 _NEW_TOKENS = 256
 
 
-def load_config(folder: pathlib.Path) -> config_lib.RunConfig:
+def load_config(
+  folder: pathlib.Path, implementation: str | None = None
+) -> config_lib.RunConfig:
   """The config of a run, for one device.
 
+  Args:
+    folder: the run's folder.
+    implementation: of attention; None: those that the run names, "auto": any
+      that take a call, on any device.
+
   Raises:
-    ValueError: there is no such run.
+    ValueError: there is no such run or implementation.
   """
   if not (folder / "config.json").exists():
     raise ValueError(f"{folder}: no run folder (it has no config.json).")
   config = config_lib.load(config_lib.RunConfig, folder / "config.json")
+  if implementation is not None:
+    named: Any = None if implementation == "auto" else implementation
+    model = dataclasses.replace(
+      config.model, implementation=named, gqa_implementation="xla"
+    )
+    config = dataclasses.replace(config, model=model)
   return dataclasses.replace(config, mesh=config_lib.MeshConfig())
 
 
 def load_model(
-  folder: pathlib.Path, step: int | None = None
+  folder: pathlib.Path,
+  step: int | None = None,
+  implementation: str | None = None,
 ) -> tuple[DecoderLM, int]:
   """The model of a run's checkpoint, on one device.
 
   Args:
     folder: the run's folder.
     step: of the checkpoint; None: the latest.
+    implementation: as for `load_config`.
 
   Returns:
     The model, and the checkpoint's step.
@@ -51,7 +67,7 @@ def load_model(
     ValueError: there is no such run or checkpoint, or the checkpoint is not of
       the config's model.
   """
-  program = Program(load_config(folder))
+  program = Program(load_config(folder, implementation))
   found = read_state(program, folder, step)
   if found is None:
     raise ValueError(f"{folder}: the run has no checkpoint.")
@@ -74,6 +90,7 @@ def run(
   prompts: Sequence[str] = (),
   tokens: Sequence[int] = (),
   step: int | None = None,
+  implementation: str | None = None,
   max_new_tokens: int | None = None,
   sampling: generate.Sampling = generate.GREEDY,
   seed: int = 0,
@@ -86,6 +103,7 @@ def run(
       a document.
     tokens: instead of texts, the ids of one row.
     step: of the checkpoint; None: the latest.
+    implementation: as for `load_config`.
     max_new_tokens: of each row; None: 256, or what the context leaves.
     sampling: how to draw.
     seed: of the draws.
@@ -96,12 +114,15 @@ def run(
   Raises:
     ValueError: an argument is wrong or does not fit the run.
   """
-  config = load_config(folder)
+  config = load_config(folder, implementation)
   data = config.data
   tokenizer: Any = _Plain()
-  if isinstance(data, TextConfig):
+  if isinstance(data, TextConfig | MixConfig):
     environment = json.loads((folder / "environment.json").read_text())
-    tokenizer = corpus.open_tokenizer(data, environment["data"])
+    fingerprint = environment["data"]
+    if isinstance(data, MixConfig):  # ids of facts follow the text's
+      data, fingerprint = data.text, fingerprint["text"]
+    tokenizer = corpus.open_tokenizer(data, fingerprint)
   elif prompts or not tokens:
     raise ValueError(
       f"{folder}: the run's data are no text: wanted --tokens with ids below"
@@ -123,7 +144,7 @@ def run(
       f" context={config.context}: wanted a shorter prompt or fewer"
       " max_new_tokens."
     )
-  model, found = load_model(folder, step)
+  model, found = load_model(folder, step, implementation)
   phase: ops.Phase = "sparse"
   if config.phase(found) == "warmup":
     phase = "warmup"
