@@ -73,7 +73,7 @@ from train.data import MixConfig, RecallConfig, TextConfig
 # than keys made it slower. In the mix (width 96, 400 steps of 4 rows, chance
 # 25 %) it ended with 28 % of needles and of recall for 4 asks at an
 # answer_share of 0.2, 30 and 32 % for one at 0.4, 52 and 55 % for 4 at 0.4.
-# Two CPU cores, 2026-11-24, one seed. `evidence` has some 3,000 rows.
+# Two CPU cores, 2026-11-24, one seed. `evidence` has 3,200 rows.
 DATA = MixConfig(
   text=TextConfig(installed=True, tokenizer="bpe", vocab_size=8192),
   recall=RecallConfig(num_keys=32, num_values=4, num_facts=32),
