@@ -15,8 +15,8 @@ value and gradients come from one pass: the gradient is ready when the loss is.
 
 An owner (see `sparse_attention_bwd`) is a block of 128 keys with the queries
 that chose it, its edges, 64 at a time. A launch takes whole batch rows, as many
-as a bound on its edges lets in; of a longer row some groups, or one whose
-chunks of queries take turns:
+as divide the batch and a bound on its edges lets in; of a longer row some
+groups, or one whose chunks of queries take turns:
 
 * **index_lse**: scores of 64 edges with the block, a log sum exp each; merged
   over a query's choices afterwards.
@@ -74,7 +74,7 @@ class Config:
     stages: tiles of 128 gathered q rows in flight.
     task: most edges of a task; 0 lets the number of edges decide.
     chunk: most queries of a chunk; 0 lets the number of edges decide.
-    edges: most edges of a launch, if they are one query's at least.
+    edges: most edges of a launch, which takes one query's at least.
     num_ctas: CTAs of the owners' persistent grid; index_lse has three times
       as many.
   """
@@ -93,7 +93,13 @@ def heuristic_config() -> Config:
 
 def candidate_configs() -> tuple[Config, ...]:
   """Configs that are worth timing; every one is tested."""
-  return Config(), Config(stages=2), Config(task=128), Config(task=1024)
+  return (
+    Config(),
+    Config(stages=2),
+    Config(task=128),
+    Config(task=1024),
+    Config(edges=1 << 19),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

@@ -351,11 +351,17 @@ class OwnerSplit(NamedTuple):
     return x.reshape(self.rows, self.heads, *x.shape[1:]).swapaxes(1, 2)
 
 
+def divisors(x: int) -> list[int]:
+  return [n for n in range(1, x + 1) if x % n == 0]
+
+
 def split_owners(
   batch: int, q_len: int, num_kv_heads: int, num_owners: int, top_k: int, *,
   max_edges: int, chunk: int = 0,
 ) -> OwnerSplit:  # fmt: skip
   """As many groups a launch as fit with all their queries, else one in chunks.
+
+  Launches are equal: of rows as many as divide the batch, so one of 17.
 
   Args:
     batch: B.
@@ -363,7 +369,7 @@ def split_owners(
     num_kv_heads: K.
     num_owners: owner blocks of a group.
     top_k: P.
-    max_edges: most edges of a launch, if they are one query's at least.
+    max_edges: most edges of a launch, which takes one query's at least.
     chunk: most queries of a chunk; 0 lets the edges decide.
   """
   most = max(max_edges, top_k)
@@ -374,9 +380,6 @@ def split_owners(
     # than one group may have alone.
     few = owners <= mosaic.MAX_BLOCKS
     return edges <= most and few and owners_fit(owners, edges)
-
-  def divisors(x: int) -> list[int]:
-    return [n for n in range(1, x + 1) if x % n == 0]
 
   candidates = [(1, heads) for heads in divisors(num_kv_heads)]
   candidates += [(rows, num_kv_heads) for rows in divisors(batch)]

@@ -25,10 +25,10 @@ their own, so that the other one knows nothing of masks.
 Blocks of 64 keys share an owner block in pairs: a query that chose one of them
 is masked in the other, which is right, and costs up to twice the products.
 
-A launch takes all KV heads of as many batch rows as a workspace of 2^31
-elements (4 GB) has room for, so that many short rows fill the GPU as one long
-one does; of a longer row, some KV heads, or one whose chunks of queries take
-turns.
+A launch takes all KV heads of as many batch rows as divide the batch and as
+a workspace of 2^31 elements (4 GB) has room for (`schedule.split_owners` has
+two more limits), so that many short rows fill the GPU as one long one does; of
+a longer row, some KV heads, or one whose chunks of queries take turns.
 
 Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
 in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte; or
@@ -69,7 +69,7 @@ class Config:
     stages: gathered pieces in flight.
     task: most edges of a task; 0 lets the number of edges decide.
     chunk: most queries of a chunk; 0 lets the workspace decide.
-    edges: most edges of a launch, if they are one query's at least; 0 lets the
+    edges: most edges of a launch, which takes one query's at least; 0 lets the
       workspace decide.
     num_ctas: CTAs of the persistent grid.
   """
@@ -88,7 +88,13 @@ def heuristic_config() -> Config:
 
 def candidate_configs() -> tuple[Config, ...]:
   """Configs that are worth timing; every one is tested."""
-  return Config(), Config(stages=2), Config(task=128), Config(task=2048)
+  return (
+    Config(),
+    Config(stages=2),
+    Config(task=128),
+    Config(task=2048),
+    Config(edges=1 << 19),
+  )
 
 
 @dataclasses.dataclass(frozen=True)

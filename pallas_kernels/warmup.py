@@ -384,9 +384,9 @@ def _pairs(
 ):
   """Values of a chunk's pairs, and g if gradients are wanted.
 
-  `where`: first batch row, first query and number of units, which each group
-  of a row repeats. `units`: batch row in the launch, and place of the queries
-  in the chunk and of the keys, counted in units.
+  `where`: first batch row, first query and number of units, of all rows, which
+  each KV head repeats. `units`: batch row in the launch, and place of the
+  queries in the chunk and of the keys, counted in units.
   """
   s, config, stages = shape, shape.config, shape.config.stages
   tiles = UNIT // ROWS
@@ -399,17 +399,17 @@ def _pairs(
     q_ready, q_free, k_ready, k_free, ik_ready, ik_free, iq_ready, iq_free,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    origin, of_group = where_gmem[1], where_gmem[2]
-    total = of_group * s.num_kv_heads
+    origin, per_head = where_gmem[1], where_gmem[2]
+    total = per_head * s.num_kv_heads
     mine = (total - cta + config.num_ctas - 1) // config.num_ctas
 
     def locate(i):
       """Row in the launch, group, first query in the chunk and first key."""
       index = cta + i * config.num_ctas
-      unit = lax.rem(index, of_group)
+      unit = lax.rem(index, per_head)
       return (
         units_gmem[unit, 0],
-        index // of_group,
+        index // per_head,
         units_gmem[unit, 1] * UNIT,
         units_gmem[unit, 2] * UNIT,
       )
@@ -663,8 +663,7 @@ def kl(
   rows = 1
   if num_chunks == 1:
     fits = config.workspace // (num_kv_heads * chunk * keys)
-    divisors = [n for n in range(1, b + 1) if b % n == 0]
-    rows = max([n for n in divisors if n <= fits], default=1)
+    rows = max([n for n in schedule.divisors(b) if n <= fits], default=1)
 
   def pad(x, axis, size):
     widths = [(0, 0)] * x.ndim

@@ -372,6 +372,10 @@ def test_plan_makes_the_longest_comparison_that_fits(compared):
   # 3 batches), 2 checkpoints and the one to start from.
   seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 3 * 2.0
   assert sides["gqa"]["minutes"] == pytest.approx(seconds / 60, abs=0.01)
+  # MSA-CPT: 6 steps, 2 evaluations and one more, dense, 2 measures of the
+  # layers, a checkpoint.
+  seconds = 6 + 0.1 * (2 * 3 + 2 * (2 + 2 * 3)) + 2 * 0.5 + 2.0
+  assert sides["msa_cpt"]["minutes"] == pytest.approx(seconds / 60, abs=0.006)
   assert plan["planned"] <= 2.6
   total = sum(row["minutes"] for row in plan["runs"])
   assert plan["planned"] == pytest.approx(total, abs=0.02)
@@ -510,6 +514,14 @@ def test_flops_of_a_step():
   wanted["dense"] += 6 * context * width * hidden
   found = speed.flops_per_step(side, "dense", 3, context)
   assert found == pytest.approx(3 * wanted["dense"])
+
+
+def test_loss_by_position_counts_targets_only():
+  near, far = measures.loss_by_position(
+    np.array([2.0, 0.0, 0.0, 0.0, 2.0]), np.array([1, 0, 0, 0, 4])
+  )
+  assert near == {"low": 0, "high": 2, "loss": 2.0, "count": 1}
+  assert far == {"low": 4, "high": 8, "loss": 0.5, "count": 4}
 
 
 def test_facts_found_counts_far_facts_in_chosen_blocks():

@@ -502,6 +502,28 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(place, source, monkeypatch):
   assert steps == [1, 2, 3, 4]
 
 
+def test_weights_that_fail_densely_finish(place, source, monkeypatch, capsys):
+  run = dataclasses.replace(tiny_run(place), folder=str(place / "dense_nan"))
+  evaluate = program_lib.Program.evaluate
+
+  def fail_last(self, params, source, phase, **batches):
+    result = evaluate(self, params, source, phase, **batches)
+    if phase == "warmup" and finished[-1:] == ["sparse"]:
+      result["loss"] = np.nan
+    finished.append(phase)
+    return result
+
+  finished: list[str] = []
+  monkeypatch.setattr(program_lib.Program, "evaluate", fail_last)
+  assert loop.run(run, source)["step"] == 4
+  assert finished == ["warmup", "sparse", "warmup"]
+  assert (
+    "with dense attention the held-out loss is nan" in capsys.readouterr().out
+  )
+  kinds = {row["kind"] for row in read_rows(pathlib.Path(run.folder))}
+  assert "eval" in kinds and "dense_eval" not in kinds
+
+
 def test_another_config_or_data_is_refused(compared, place, source):
   folder = compared / "text" / "gqa" / "seed0"
   run = config_lib.load(config_lib.RunConfig, folder / "config.json")

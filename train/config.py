@@ -322,7 +322,7 @@ class RunConfig:
   @property
   def dense_at_end(self) -> bool:
     """Whether the last weights are evaluated with dense attention as well:
-    after a warm-up, which has compiled it."""
+    after a warm-up only, as others never ran it."""
     return {"warmup", "sparse"} <= self.phases().keys()
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:

@@ -248,11 +248,11 @@ class _Run:
       + f", in {self.folder.path}."
     )
 
-  def _stamp(self, kind: str, step: int) -> dict:
+  def _stamp(self, kind: str, step: int, phase: str | None = None) -> dict:
     return {
       "kind": kind,
       "step": step,
-      "phase": self.config.phase(step),
+      "phase": phase or self.config.phase(step),
       "tokens": self.tokens(step),
       "seconds": self.clock.seconds,
     }
@@ -274,7 +274,15 @@ class _Run:
     if last and config.dense_at_end:
       # What the choice of blocks costs: the same weights without one.
       result = self._evaluate(step, "warmup")
-      self._log(self._stamp("dense_eval", step) | result)
+      if np.isfinite(result["loss"]):
+        self._log(self._stamp("dense_eval", step, "warmup") | result)
+      else:
+        # Nobody trained them for that: no reason to call the run broken.
+        print(
+          f"{self.folder.path}: with dense attention the held-out loss is"
+          f" {result['loss']}: no dense_eval row.",
+          flush=True,
+        )
     if self.program.msa_layers and (step % config.layers_every == 0 or last):
       measured = self.program.measure(params, self.source, phase)
       row = {"kind": "layers", "step": step, "phase": phase}

@@ -1,4 +1,4 @@
-"""What evaluations report, from NumPy arrays: bits per byte, answers by
+"""Numbers that runs report, from NumPy arrays: bits per byte, answers by
 distance, loss by position, facts in chosen blocks."""
 
 import math
@@ -24,7 +24,7 @@ def bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
   return nats / math.log(2) / total if total else None
 
 
-def by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
+def answers_by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
   """Accuracy by distance, low <= distance < high, in powers of two."""
   bins = np.log2(np.maximum(distances, 1)).astype(int)
   return [
@@ -38,7 +38,7 @@ def by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
   ]
 
 
-def by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
+def loss_by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
   """Mean loss by how many tokens the query comes after, low <= tokens < high,
   in powers of two.
 

@@ -521,7 +521,8 @@ class Program:
     batches: int,
     probe_batches: int,
   ) -> dict:
-    """Loss and answers on the held-out batches, and answers to the probes."""
+    """Loss, also by position, and answers on the held-out batches, and answers
+    to the probes."""
     run = functools.partial(self._evaluate_batches, params, source, phase)
     get = functools.partial(source.eval_batch, **self.eval_shape)
     losses, counts, sizes, answers = run(batches, get)
@@ -532,7 +533,9 @@ class Program:
       "bits_per_byte": measures.bits_per_byte(total, sizes),
       **answers,
       "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
-      "loss_by_position": measures.by_position(losses.sum(0), counts.sum(0)),
+      "loss_by_position": measures.loss_by_position(
+        losses.sum(0), counts.sum(0)
+      ),
     }
     for name in source.probes:
       get = functools.partial(source.probe_batch, name, **self.eval_shape)
@@ -569,7 +572,7 @@ class Program:
     if hits.size:
       answers = {
         "accuracy": float(hits.mean()),
-        "by_distance": measures.by_distance(hits, apart),
+        "by_distance": measures.answers_by_distance(hits, apart),
       }
     return np.stack(losses), np.stack(counts), sizes, answers
 

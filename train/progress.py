@@ -7,7 +7,10 @@ import sys
 
 import jax
 
-_EVALUATIONS = {"eval": "held out:", "dense_eval": "held out, read densely:"}
+_EVALUATIONS = {
+  "eval": "held out:",
+  "dense_eval": "held out, the same weights:",
+}
 _LAYER_NUMBERS = ("kl", "block_recall", "score_recall", "best_score_recall")
 
 

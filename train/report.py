@@ -491,8 +491,9 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       body.append(_rows(found))
       body.append(
         '<p class="small">The last weights as they were trained, and with '
-        "dense attention. What both lack, training with few blocks did not "
-        "teach; what the first lacks alone, the choice misses.</p>"
+        "dense attention, for which they were not trained. What the first "
+        "lacks alone, the choice may miss; what both lack is not of the "
+        "choice.</p>"
       )
       summary["tasks"][task]["dense"] = found
     if found := tables.ablation_rows(sides, metrics):

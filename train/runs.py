@@ -423,22 +423,22 @@ def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
   dense_too = all(key in dense for *_, dense in finals)
 
   def losses(i: int) -> np.ndarray:
-    """[seed, bin]"""
-    return np.array([[bin["loss"] for bin in row[i][key]] for row in finals])
+    """[seed, place]"""
+    return np.array([[x["loss"] for x in row[i][key]] for row in finals])
 
   base = losses(0)
   apart = (losses(1) - base).mean(0)
   dense = (losses(2) - base).mean(0) if dense_too else [None] * len(apart)
   return [
     {
-      "low": bin["low"],
-      "high": bin["high"],
-      "count": bin["count"] * len(finals),
+      "low": place["low"],
+      "high": place["high"],
+      "count": place["count"] * len(finals),
       "baseline": float(loss),
       "difference": float(difference),
       "dense_difference": None if other is None else float(other),
     }
-    for bin, loss, difference, other in zip(
+    for place, loss, difference, other in zip(
       finals[0][0][key], base.mean(0), apart, dense, strict=True
     )
   ]
