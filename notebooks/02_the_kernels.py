@@ -35,7 +35,7 @@ import numpy as np
 import msa_jax
 import pallas_kernels.cases
 from pallas_kernels import cases, mosaic, schedule, select_blocks
-from pallas_kernels import sparse_attention
+from pallas_kernels import sparse_attention, sparse_attention_fwd
 from pallas_kernels.bench import measure
 from pallas_kernels.bench.results import BOUND_TFLOPS
 from train.figures import COLORS, STYLE
@@ -428,7 +428,7 @@ except NotImplementedError as error:
   interpret = True
   # One program at a time and fewer threads suit the interpreter.
   config = dataclasses.replace(
-    sparse_attention.heuristic_config(),
+    sparse_attention_fwd.heuristic_config(),
     num_ctas=1, edge_warpgroups=2, query_stages=2,
   )
 

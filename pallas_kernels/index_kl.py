@@ -212,7 +212,7 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
           jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
         )
         visible = _visible(limit, key, 0)
-        scores = jnp.where(visible, scores, sparse_attention.FLOOR)
+        scores = jnp.where(visible, scores, mosaic.FLOOR)
         m = scores.max(axis=1)
         total = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
         total = jnp.where(visible, total, 0.0).sum(axis=1)
@@ -832,7 +832,7 @@ def _loss(
       index_lse = jax.new_ref(lax.empty((max_pieces * EDGES,), jnp.float32))
       _index_lse(index_lse, where, plan, firsts, limits, iq, ik, shape=shape)
       parts = jnp.where(plan.is_edge, jax.freeze(index_lse)[slot_of], -jnp.inf)
-      m = jnp.max(parts, axis=-1, initial=sparse_attention.FLOOR)
+      m = jnp.max(parts, axis=-1, initial=mosaic.FLOOR)
       one = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
       known = jnp.clip(ids, 0, bad.shape[1] - 1)
       where_q = first_slots[:, None, None] + jnp.arange(chunk)[:, None]

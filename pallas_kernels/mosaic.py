@@ -34,6 +34,7 @@ MAX_TMA_ROWS = 1 << 31  # B x C x K of a cache: TMA coordinates are 32 bits
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
+FLOOR = -1e30  # below any score; keeps (-inf) - (-inf) out of the softmax
 NUM_SMS = 132
 SMEM_LIMIT = 232_448  # bytes a CTA may use on Hopper
 

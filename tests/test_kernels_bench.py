@@ -8,7 +8,7 @@ import pytest
 
 import msa_jax
 from msa_jax import reference
-from pallas_kernels import cases, schedule, sparse_attention
+from pallas_kernels import cases, schedule, sparse_attention_fwd
 from pallas_kernels.bench import __main__ as bench
 from pallas_kernels.bench import decode, forward, measure, results, training
 
@@ -214,9 +214,10 @@ def test_checks_go_both_ways(name, monkeypatch):
   shares = []
   for of in forward.sparse_cases(case):
     ids = forward.random_blocks(of)
-    geometry = sparse_attention._geometry(
+    geometry = sparse_attention_fwd.geometry(
       of.tokens, of.kv_tokens, max(8, of.num_heads // of.num_kv_heads),
-      of.head_dim, of.block_size, of.top_k, sparse_attention.heuristic_config(),
+      of.head_dim, of.block_size, of.top_k,
+      sparse_attention_fwd.heuristic_config(),
     )  # fmt: skip
     start = of.kv_tokens - of.tokens
     plan = schedule.plan_tiles(

@@ -16,9 +16,10 @@ import msa_jax
 from msa_jax import reference
 from pallas_kernels import cases, mosaic, schedule, select_blocks
 from pallas_kernels import sparse_attention as sparse
+from pallas_kernels import sparse_attention_fwd as fwd
 
-EDGES = sparse.Config(shared_cost=1e9, slack=0.0)  # all but own blocks
-WALK = sparse.Config(shared_cost=0.0)  # no edges
+EDGES = fwd.Config(shared_cost=1e9, slack=0.0)  # all but own blocks
+WALK = fwd.Config(shared_cost=0.0)  # no edges
 PATTERNS = list(patterns(Case()))
 
 
@@ -252,7 +253,7 @@ PAPER = Case(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", sparse.candidate_configs(), ids=str)
+@pytest.mark.parametrize("config", fwd.candidate_configs(), ids=str)
 def test_lowers_every_config_at_the_paper_shape(config):
   text = lower(PAPER, config=config)
   assert text.count("mosaic_gpu") >= 3
@@ -278,16 +279,14 @@ def test_lowers(tokens, heads, groups, dim, block, top_k, batch, dtype):
 
 def test_buffers_stay_below_2_31_elements():
   for tokens in (1 << 17, 1 << 20):
-    g = sparse._geometry(
-      tokens, tokens, 16, 128, 128, 16, sparse.heuristic_config()
-    )
+    g = fwd.geometry(tokens, tokens, 16, 128, 128, 16, fwd.heuristic_config())
     assert g.chunk * g.top_k * 16 * 128 <= 1 << 30
     assert g.chunk % g.tile == 0
 
 
 def test_workspace_does_not_change_the_number_of_tiles():
-  config = sparse.Config(chunk=24)
-  g = sparse._geometry(100, 100, 16, 64, 64, 2, config)
+  config = fwd.Config(chunk=24)
+  g = fwd.geometry(100, 100, 16, 64, 64, 2, config)
   assert g.chunk <= 24 and g.chunk % g.tile == 0
 
 
@@ -509,7 +508,7 @@ def test_gpu_patterns(hopper, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", sparse.candidate_configs(), ids=str)
+@pytest.mark.parametrize("config", fwd.candidate_configs(), ids=str)
 def test_gpu_configs(hopper, config):
   case, dtype = GPU_CASES["paper_heads"]
   q, k, v, *_ = case.inputs(dtype=dtype)
