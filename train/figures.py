@@ -492,6 +492,9 @@ def position_figure(
     return None
   figure, axes = _figure(10, 4.2, columns=2)
   for number, (side, rows) in enumerate(gaps.items()):
+    # The first few places hold too few targets to tell a gap.
+    least = 0.01 * sum(row["count"] for row in rows)
+    rows = [row for row in rows if row["count"] >= least]
     x = [_middle(row) for row in rows]
     style = {"color": colors[side], "marker": "o", "ms": 4}
     if not number:

@@ -544,7 +544,8 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       "Loss on held-out text by how many tokens of the context come before, "
       "mean over seeds. A query with fewer before it than “tokens read” reads "
       "them all: a gap there is not of the choice. Dashed: the same weights "
-      "with dense attention.",
+      "with dense attention. Places with less than 1 % of the targets are left "
+      "out.",
     )
     if places:
       summary["tasks"][task]["loss_by_position"] = places
