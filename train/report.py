@@ -431,6 +431,14 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       f"<figcaption>{caption}</figcaption></figure>"
     )
 
+  def section(task: str, key: str, title: str, rows: tables.Rows, text: str):
+    """A table with a title and a small text, kept in the summary too."""
+    if rows:
+      body.append(f"<h3>{title}</h3>")
+      body.append(_rows(rows))
+      body.append(f'<p class="small">{text}</p>')
+      summary["tasks"][task][key] = rows
+
   title = f"{folder.resolve().name}: MSA against GQA"
   body.append(f"<h1>{html.escape(title)}</h1>")
   body.append(
@@ -486,24 +494,23 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         for s, rs in sides.items()
       },
     }
-    if found := tables.dense_rows(sides, metrics):
-      body.append("<h3>What choosing blocks costs after training</h3>")
-      body.append(_rows(found))
-      body.append(
-        '<p class="small">The last weights as they were trained, and with '
-        "dense attention, for which they were not trained. What the first "
-        "lacks alone, the choice may miss; what both lack is not of the "
-        "choice.</p>"
-      )
-      summary["tasks"][task]["dense"] = found
-    if found := tables.ablation_rows(sides, metrics):
-      body.append("<h3>Ablations</h3>")
-      body.append(_rows(found))
-      body.append(
-        '<p class="small">Gaps are paired by seed, with a 95 % t-interval '
-        "where there is more than one; the paper's are at another scale.</p>"
-      )
-      summary["tasks"][task]["ablations"] = found
+    section(
+      task,
+      "dense",
+      "What choosing blocks costs after training",
+      tables.dense_rows(sides, metrics),
+      "The last weights as they were trained, and with dense attention, for "
+      "which they were not trained. What the first lacks alone, the choice may "
+      "miss; what both lack is not of the choice.",
+    )
+    section(
+      task,
+      "ablations",
+      "Ablations",
+      tables.ablation_rows(sides, metrics),
+      "Gaps are paired by seed, with a 95 % t-interval where there is more "
+      "than one; the paper's are at another scale.",
+    )
     spread, band = _line_widths([sides]), ""
     others = [side for side in sides if side != BASELINE]
     if any(len(paired_runs(sides, side)) > 1 for side in others):
@@ -584,31 +591,34 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "Colour: the share of a query block's queries that chose a key block, "
         "on a held-out batch after training. Grey: blocks in the future.",
       )
-    if found := tables.layer_rows(sides):
-      body.append("<h3>How much of attention the chosen blocks hold</h3>")
-      body.append(_rows(found))
-      text = "On a held-out batch after training, mean over finished seeds."
-      if "best score recall" in found[0]:
-        text += (
-          " Best: what the blocks with the most attention hold, as many as the "
-          "index picks; no choice holds more. Far below 1 it tells of "
-          "attention too spread out for so few blocks, or of heads that want "
-          "different ones and share a choice. An index that must pick a "
-          "query's own block can fall slightly short of it."
-        )
-      body.append(f'<p class="small">{text}</p>')
-      summary["tasks"][task]["layers"] = found
-    if found := tables.sharing_rows(sides):
-      body.append("<h3>How much neighbouring queries share</h3>")
-      body.append(_rows(found))
-      body.append(
-        '<p class="small">Of held-out text after training, queries that see '
-        "more than twice the blocks they choose. union8: distinct blocks that "
-        "8 neighbours choose; first, previous: share of the queries that "
-        "choose block 0, the block before their own; kept: share of a query's "
-        "blocks that the query four blocks later chooses.</p>"
+    found = tables.layer_rows(sides)
+    text = "On a held-out batch after training, mean over finished seeds."
+    if found and "best score recall" in found[0]:
+      text += (
+        " Best: what the blocks with the most attention hold, as many as the "
+        "index picks; no choice holds more. Far below 1 it tells of "
+        "attention too spread out for so few blocks, or of heads that want "
+        "different ones and share a choice. An index that must pick a "
+        "query's own block can fall slightly short of it."
       )
-      summary["tasks"][task]["sharing"] = found
+    section(
+      task,
+      "layers",
+      "How much of attention the chosen blocks hold",
+      found,
+      text,
+    )
+    section(
+      task,
+      "sharing",
+      "How much neighbouring queries share",
+      tables.sharing_rows(sides),
+      "Of held-out text after training, queries that see more than twice the "
+      "blocks they choose. union8: distinct blocks that 8 neighbours choose; "
+      "first, previous: share of the queries that choose block 0, the block "
+      "before their own; kept: share of a query's blocks that the query four "
+      "blocks later chooses.",
+    )
     fields = sorted({f for d in different[task].values() for f in d})
     body.append("<h3>What the sides' configs differ in</h3>")
     body.append(
