@@ -355,6 +355,11 @@ def divisors(x: int) -> list[int]:
   return [n for n in range(1, x + 1) if x % n == 0]
 
 
+def largest_divisor(x: int, most: int) -> int:
+  """Of x, at most `most`; 1 if that is less."""
+  return max([n for n in divisors(x) if n <= most], default=1)
+
+
 def split_owners(
   batch: int, q_len: int, num_kv_heads: int, num_owners: int, top_k: int, *,
   max_edges: int, chunk: int = 0,

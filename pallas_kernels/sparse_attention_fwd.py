@@ -754,8 +754,7 @@ def forward(
     merges = schedule.plan_merges(tiles, g)
     total = num_tiles // chunk_tiles
     # As many chunks as the sort's workspace allows are planned at once.
-    most = max(1, MAX_PLANNED // (g.chunk * top_k))
-    planned = max(n for n in range(1, min(most, total) + 1) if total % n == 0)
+    planned = schedule.largest_divisor(total, MAX_PLANNED // (g.chunk * top_k))
 
     def plan(i, carry):
       def cut(x):

@@ -663,7 +663,7 @@ def kl(
   rows = 1
   if num_chunks == 1:
     fits = config.workspace // (num_kv_heads * chunk * keys)
-    rows = max([n for n in schedule.divisors(b) if n <= fits], default=1)
+    rows = schedule.largest_divisor(b, fits)
 
   def pad(x, axis, size):
     widths = [(0, 0)] * x.ndim

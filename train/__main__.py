@@ -17,8 +17,9 @@ import pathlib
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, get_args
 
+from msa_jax import ops
 from train import checkpoint
 from train import config as config_lib
 
@@ -169,7 +170,7 @@ def _parser() -> argparse.ArgumentParser:
   add("--step", type=int, help="of the checkpoint (default: the latest)")
   add(
     "--implementation",
-    choices=("auto", "reference", "xla", "mosaic_gpu"),
+    choices=("auto", *get_args(ops.Implementation)),
     help="of attention (default: the run's own, which may want its device;"
     " auto: any device)",
   )

@@ -24,9 +24,14 @@ def bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
   return nats / math.log(2) / total if total else None
 
 
+def _octaves(tokens: np.ndarray) -> np.ndarray:
+  """The power of two below each number; that of 1 for 0."""
+  return np.log2(np.maximum(tokens, 1)).astype(int)
+
+
 def answers_by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
   """Accuracy by distance, low <= distance < high, in powers of two."""
-  bins = np.log2(np.maximum(distances, 1)).astype(int)
+  bins = _octaves(distances)
   return [
     {
       "low": 2**i,
@@ -46,7 +51,7 @@ def loss_by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
     losses: float [T], summed over the targets of each query position.
     counts: int [T], their number.
   """
-  bins = np.log2(np.maximum(np.arange(losses.size), 1)).astype(int)
+  bins = _octaves(np.arange(losses.size))
   found = []
   for i in range(bins[-1] + 1):
     here = bins == i

@@ -458,12 +458,14 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
     setting = _setting([r for members in sides.values() for r in members])
     body.append(f"<p>{html.escape(setting)}</p>")
     metrics = metrics_of(finals)
+    against = {
+      side: paired_runs(sides, side)
+      for side in sides
+      if side != BASELINE and BASELINE in sides
+    }
     gaps: dict[str, list[dict]] = {}
     words = []
-    for side in sides:
-      if side == BASELINE or BASELINE not in sides:
-        continue
-      pairs = paired_runs(sides, side)
+    for side, pairs in against.items():
       gaps[side] = [paired_gap(pairs, m) for m in metrics]
       words += [
         verdict(side_name(side), side_name(BASELINE), m, found, i > 0)
@@ -512,8 +514,7 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       "than one; the paper's are at another scale.",
     )
     spread, band = _line_widths([sides]), ""
-    others = [side for side in sides if side != BASELINE]
-    if any(len(paired_runs(sides, side)) > 1 for side in others):
+    if any(len(pairs) > 1 for pairs in against.values()):
       band = (
         " The band is the Student-t 95 % interval of the mean at each step."
       )
@@ -541,9 +542,8 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       )
     places = {
       side: rows
-      for side in sides
-      if side != BASELINE and BASELINE in sides
-      if (rows := gaps_by_position(paired_runs(sides, side)))
+      for side, pairs in against.items()
+      if (rows := gaps_by_position(pairs))
     }
     add(
       position_figure(task, sides, colors, places),
@@ -565,9 +565,7 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "read; “tokens read” is how many one query reads in a sparse layer.",
       )
       distances = {
-        side: gaps_by_distance(paired_runs(sides, side), probe)
-        for side in sides
-        if side != BASELINE and BASELINE in sides
+        side: gaps_by_distance(pairs, probe) for side, pairs in against.items()
       }
       if rows := tables.distance_rows(distances):
         body.append(_rows(rows))

@@ -33,6 +33,16 @@ def spread(values: Sequence[float], digits: int) -> str:
   return text
 
 
+def _column(metric: Metric) -> str:
+  return f"{metric.title.lower()} ({metric.unit})"
+
+
+def _spread_of(finals: Sequence[dict], metric: Metric) -> str:
+  """Of a metric over eval rows."""
+  values = [final[metric.key] * metric.scale for final in finals]
+  return spread(values, metric.digits)
+
+
 def performance_rows(
   sides: dict[str, list[Run]], metrics: list[Metric]
 ) -> Rows:
@@ -57,12 +67,7 @@ def performance_rows(
       {
         "side": side_name(side),
         "finished runs": f"{len(done)} of {len(runs)}",
-        **{
-          f"{m.title.lower()} ({m.unit})": spread(
-            [r.final[m.key] * m.scale for r in done], m.digits
-          )
-          for m in metrics
-        },
+        **{_column(m): _spread_of([r.final for r in done], m) for m in metrics},
         "tokens/s": ", ".join(
           f"{phase} {statistics.median(v):,.0f}" for phase, v in speeds.items()
         )
@@ -91,12 +96,9 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
       continue
     row = {"side": side_name(side), "seeds": str(len(pairs))}
     for metric in metrics:
-      sparse, dense = (
-        [pair[i][metric.key] * metric.scale for pair in pairs] for i in (0, 1)
-      )
-      name = f"{metric.title.lower()} ({metric.unit})"
-      row[name] = spread(sparse, metric.digits)
-      row[f"{name}, read densely"] = spread(dense, metric.digits)
+      sparse, dense = zip(*pairs)
+      row[_column(metric)] = _spread_of(sparse, metric)
+      row[f"{_column(metric)}, read densely"] = _spread_of(dense, metric)
     rows.append(row)
   return rows
 
