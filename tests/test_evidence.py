@@ -372,9 +372,10 @@ def test_plan_makes_the_longest_comparison_that_fits(compared):
   # 3 batches), 2 checkpoints and the one to start from.
   seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 3 * 2.0
   assert sides["gqa"]["minutes"] == pytest.approx(seconds / 60, abs=0.01)
-  # MSA-CPT: 6 steps, 2 evaluations and one more, dense, 2 measures of the
-  # layers, a checkpoint.
-  seconds = 6 + 0.1 * (2 * 3 + 2 * (2 + 2 * 3)) + 2 * 0.5 + 2.0
+  # MSA-CPT: 6 steps, 2 evaluations and one more, dense, the choices of the last
+  # probes, 2 measures of the layers, a checkpoint.
+  evaluations = 2 * 3 + 2 * (2 + 2 * 3) + 2 * 3
+  seconds = 6 + 0.1 * evaluations + 2 * 0.5 + 2.0
   assert sides["msa_cpt"]["minutes"] == pytest.approx(seconds / 60, abs=0.006)
   assert plan["planned"] <= 2.6
   total = sum(row["minutes"] for row in plan["runs"])
@@ -416,7 +417,24 @@ def test_runs_hold_what_the_report_needs(compared):
     assert len(dense) == (side != "gqa")
     for row in dense:
       assert row["needle_by_distance"] and row["recall_by_distance"]
+    # What each layer chose is read with the last answers only.
+    assert "needle_by_choice" not in first
+    assert ("needle_by_choice" in final) == (side != "gqa")
     if side != "gqa":
+      config = json.loads((folder / "config.json").read_text())
+      block_size = config["model"]["index"]["block_size"]
+      for probe in ("needle", "recall"):
+        # Every distance of two blocks or more is beyond the own block.
+        far = [
+          row["count"]
+          for row in final[f"{probe}_by_distance"]
+          if row["low"] >= 2 * block_size
+        ]
+        for layer, row in enumerate(final[f"{probe}_by_choice"]):
+          assert row["layer"] == layer
+          assert row["found"] + row["missed"] >= sum(far) > 0
+          assert row["found_right"] <= row["found"]
+          assert row["missed_right"] <= row["missed"]
       for layer in rows_of(folder, "layers")[-1]["layers"]:
         assert 0 <= layer["facts_found"] <= 1
         # But for rounding.
@@ -533,9 +551,15 @@ def test_facts_found_counts_far_facts_in_chosen_blocks():
   distance[0, 9] = 9 - 5  # in block 1: one group has it
   distance[0, 15] = 15 - 2  # in block 0: none has it
   distance[0, 11] = 2  # in the own block: does not count
-  assert measures.facts_found(blocks, distance, index).tolist() == [0.5]
+  far, found = measures.facts_found(blocks, distance, index)
+  # In the order of the asking tokens: 9, 11, 15.
+  assert far.tolist() == [True, False, True]
+  assert found.tolist() == [[True], [False]]
+  (row,) = measures.answers_by_choice(np.array([False, True]), found)
+  assert row == {"found": 1, "found_right": 0, "missed": 1, "missed_right": 1}
   distance[0, [9, 15]] = -1
-  assert measures.facts_found(blocks, distance, index) is None
+  far, found = measures.facts_found(blocks, distance, index)
+  assert not far.any() and found.shape == (0, 1)
 
 
 def test_sharing_against_loops():

@@ -267,7 +267,8 @@ class _Run:
     phase, last = config.phase(step), step == config.num_steps
     params = self.state.params
     if step % config.eval_every == 0 or last:
-      result = self._evaluate(step, phase)
+      by_choice = last and "choose" in self.program.functions
+      result = self._evaluate(step, phase, by_choice)
       if not np.isfinite(result["loss"]):
         self._stop(step, f"held-out loss {result['loss']}")
       self._log(self._stamp("eval", step) | result)
@@ -290,13 +291,14 @@ class _Run:
     if step % config.checkpoint_every == 0 or step in config.keep_steps or last:
       self._save(step)
 
-  def _evaluate(self, step: int, phase: str) -> dict:
+  def _evaluate(self, step: int, phase: str, by_choice: bool = False) -> dict:
     return self.program.evaluate(
       self.state.params,
       self.source,
       phase,
       batches=self.config.eval_batches,
       probe_batches=self.config.probe_batches_at(step),
+      by_choice=by_choice,
     )
 
   def _save(self, step: int) -> None:

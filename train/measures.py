@@ -70,9 +70,8 @@ def loss_by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
 
 def facts_found(
   block_indices: np.ndarray, distance: np.ndarray, index: IndexConfig
-) -> np.ndarray | None:
-  """Of the facts that are asked for, beyond the blocks that every query reads:
-  the share whose block some group of the asking token chose.
+) -> tuple[np.ndarray, np.ndarray]:
+  """Which of the facts that are asked for lie in chosen blocks.
 
   Args:
     block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
@@ -80,18 +79,39 @@ def facts_found(
     index: sizes of the selection.
 
   Returns:
-    float [L]; None where no such fact is asked for.
+    bool [fact], for the facts in the order of `distance[distance >= 0]`:
+    whether a fact lies beyond the blocks that every query reads; bool
+    [far fact, L], for those: whether some group of the asking token chose its
+    block.
   """
   row, query = np.nonzero(distance >= 0)
   block = (query - distance[row, query]) // index.block_size
   own = query // index.block_size
   far = own - block >= max(index.num_local_blocks, 1)
-  if not far.any():
-    return None
   row, query, block = row[far], query[far], block[far]
   chosen = block_indices[:, row, :, query]  # [fact, L, K, P]
-  hit = (chosen == block[:, None, None, None]).any((-1, -2))
-  return hit.mean(0)
+  return far, (chosen == block[:, None, None, None]).any((-1, -2))
+
+
+def answers_by_choice(right: np.ndarray, found: np.ndarray) -> list[dict]:
+  """Answers where a layer's chosen blocks held the fact, and where not.
+
+  Args:
+    right: bool [fact], of facts beyond the blocks that every query reads.
+    found: bool [fact, L], as of `facts_found`.
+
+  Returns:
+    For each layer: facts found and missed, and how many of each are answered.
+  """
+  return [
+    {
+      "found": int(held.sum()),
+      "found_right": int((right & held).sum()),
+      "missed": int((~held).sum()),
+      "missed_right": int((right & ~held).sum()),
+    }
+    for held in found.T
+  ]
 
 
 def selection_counts(block_indices: np.ndarray, block_size: int) -> np.ndarray:

@@ -520,9 +520,10 @@ class Program:
     *,
     batches: int,
     probe_batches: int,
+    by_choice: bool = False,
   ) -> dict:
     """Loss, also by position, and answers on the held-out batches, and answers
-    to the probes."""
+    to the probes; by_choice: these also by what each msa layer chose."""
     run = functools.partial(self._evaluate_batches, params, source, phase)
     get = functools.partial(source.eval_batch, **self.eval_shape)
     losses, counts, sizes, answers = run(batches, get)
@@ -539,49 +540,68 @@ class Program:
     }
     for name in source.probes:
       get = functools.partial(source.probe_batch, name, **self.eval_shape)
-      *_, answers = run(probe_batches, get)
+      *_, answers = run(probe_batches, get, by_choice=by_choice)
       result |= {f"{name}_{key}": value for key, value in answers.items()}
     return result
 
-  def _evaluate_batches(self, params, source, phase: str, number: int, get):
+  def _evaluate_batches(
+    self, params, source, phase: str, number: int, get, by_choice: bool = False
+  ):
     """Loss and targets [batch, position], bytes of each batch, and the answers
     of all."""
     losses, counts, sizes, right, distances = [], [], [], [], []
+    far, found = [], []
 
-    def read(batch: data_lib.Batch, loss, correct) -> None:
+    def read(batch: data_lib.Batch, loss, correct, chosen=None) -> None:
       asked = batch.distance >= 0
       losses.append(np.asarray(loss, np.float64))
       counts.append(batch.loss_mask.sum(0))
       sizes.append(measures.count_bytes(source, batch))
       right.append(np.asarray(correct)[asked])
       distances.append(batch.distance[asked])
+      if chosen is not None:
+        beyond, held = measures.facts_found(
+          np.asarray(chosen), batch.distance, self.model_config.index
+        )
+        far.append(beyond)
+        found.append(held)
 
     before = None
     for index in range(number):
       batch = get(index)
       tokens, mask = self.put(batch.tokens), self.put(batch.loss_mask)
       result = self._call("evaluate", phase, params, tokens, mask)
+      if by_choice:
+        result = (*result, self._call("choose", phase, params, tokens))
       # A batch's answers are read while the next one is computed.
       if before is not None:
         read(*before)
       before = batch, *result
     if before is not None:
       read(*before)
-    answers = {"accuracy": None, "by_distance": None}
+    answers: dict[str, Any] = {"accuracy": None, "by_distance": None}
     hits, apart = np.concatenate(right), np.concatenate(distances)
     if hits.size:
       answers = {
         "accuracy": float(hits.mean()),
         "by_distance": measures.answers_by_distance(hits, apart),
       }
+    if found:
+      rows = measures.answers_by_choice(
+        hits[np.concatenate(far)], np.concatenate(found)
+      )
+      answers["by_choice"] = [
+        {"layer": layer, **rows[layer]} for layer in self.msa_layers
+      ]
     return np.stack(losses), np.stack(counts), sizes, answers
 
   def measure(self, params: Params, source: data_lib.Source, phase: str):
     """What the msa layers do on held-out batches, as NumPy.
 
     Returns:
-      (KL by layer and selection of the first batch, `measures.facts_found` of
-      the first batch that asks for facts; None if the data ask for none).
+      (KL by layer and selection of the first batch, the share of
+      `measures.facts_found` by layer of the first batch that asks for facts;
+      None if the data ask for none).
     """
 
     def run(function: str, batch: data_lib.Batch):
@@ -594,8 +614,10 @@ class Program:
     if source.probes:
       batch = source.probe_batch(source.probes[0], 0, **self.eval_shape)
       asked = run("choose", batch)
-    found = measures.facts_found(asked, batch.distance, self.model_config.index)
-    return kl, selection, found
+    _, found = measures.facts_found(
+      asked, batch.distance, self.model_config.index
+    )
+    return kl, selection, found.mean(0) if found.size else None
 
   @property
   def functions(self) -> tuple[str, ...]:

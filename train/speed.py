@@ -347,6 +347,9 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
       if last and run.dense_at_end:
         seconds += times["evaluate"]["warmup"]
       total += (run.eval_batches + probed) * seconds
+      if last and times["measure"]:
+        # What was chosen comes from another forward pass.
+        total += probed * times["evaluate"][phase]
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]
     if last or step % run.checkpoint_every == 0 or step in run.keep_steps:
