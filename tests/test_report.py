@@ -445,7 +445,8 @@ def test_retrieval_is_compared_at_each_distance(tmp_path):
 
 
 def test_what_the_choice_costs_is_told_apart(tmp_path):
-  losses = {"text": {"gqa": [1.0, 1.2], "msa": [1.1, 1.4]}}
+  # The last seed is of a time when places were not measured.
+  losses = {"text": {"gqa": [1.0, 1.2, 5.0], "msa": [1.1, 1.4, 5.0]}}
   folder = _make(tmp_path / "run", losses)
 
   def bins(near, far):
@@ -456,7 +457,7 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
     ]
 
   for side, seeds in losses["text"].items():
-    for seed, loss in enumerate(seeds):
+    for seed, loss in enumerate(seeds[:2]):
       path = folder / "text" / side / f"seed{seed}" / "metrics.jsonl"
       *earlier, last = path.read_text().splitlines()
       last = json.loads(last) | {"loss_by_position": bins(loss, loss + 0.2)}
@@ -471,6 +472,7 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
   task = _summary(folder)["tasks"]["text"]
   near, far = task["loss_by_position"]["msa"]
   assert (near["low"], near["high"], near["count"]) == (0, 2, 16)
+  assert near["seeds"] == 2
   for row, base, gap, dense in (
     (near, 1.1, 0.15, 0.15),
     (far, 1.3, 0.15, 0.05),
@@ -483,6 +485,48 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
   assert (folder / "report" / "text_position.png").exists()
   page = (folder / "report" / "report.html").read_text()
   assert "What choosing blocks costs after training" in page
+
+
+def test_answers_are_told_by_what_was_chosen(tmp_path):
+  folder = _make(tmp_path, {"mix": {"gqa": [1.0] * 3, "msa": [1.0] * 3}})
+  counts = ("found", "found_right", "missed", "missed_right")
+  layers = [
+    {"layer": i, **dict(zip(counts, row))}
+    for i, row in enumerate([(8, 8, 2, 1), (10, 9, 0, 0)])
+  ]
+  places = [{"low": 2, "high": 4, "accuracy": 0.5, "count": 8}]
+  answers = {"needle_accuracy": 0.5, "needle_by_distance": places}
+  for path in folder.glob("mix/*/*/metrics.jsonl"):
+    rows = [json.loads(line) for line in path.read_text().splitlines()]
+    rows = [r | answers if r["kind"] == "eval" else r for r in rows]
+    if path.parent.parent.name == "msa" and path.parent.name != "seed1":
+      rows[-1]["needle_by_choice"] = layers
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  report.write(folder)
+  first, second = _summary(folder)["tasks"]["mix"]["by_choice"]
+  assert first == {
+    "side": "MSA",
+    "seeds": "2",
+    "facts": "needle",
+    "layer": "0",
+    "in chosen blocks": "80.0 % of 20",
+    "of these right": "100.0 % of 16",
+    "of the others right": "50.0 % of 4",
+  }
+  assert second["of the others right"] == "–"
+
+
+def test_seeds_of_unlike_speed_are_warned_of(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0, 1.1], "msa": [1.0, 1.1]}})
+  path = tmp_path / "text" / "msa" / "seed1" / "metrics.jsonl"
+  rows = [json.loads(line) for line in path.read_text().splitlines()]
+  for row in rows:
+    if row["kind"] == "train":
+      row["tokens_per_second"] *= 2
+  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+  tasks = {"text": runs.group_by_side(runs.read_runs(tmp_path))}
+  (warning,) = report.find_warnings(tasks, tmp_path)
+  assert "text/msa: tokens/s of its seeds differ by up to 2.0x" in warning
 
 
 def test_one_seed_has_an_interval_over_held_out_batches(tmp_path):

@@ -242,6 +242,10 @@ def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
       )
 
 
+# Seeds of a side that share a device or not are further apart than this.
+_ALIKE = 1.3
+
+
 def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
   """What a reader must know before trusting the page."""
   words = []
@@ -260,6 +264,18 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
         f"{task}: the sides differ in parameters outside the index branch: "
         + ", ".join(f"{n:,}" for n in sorted(rest))
       )
+    for side, runs in sides.items():
+      speeds: dict[str, list[float]] = {}
+      for run in runs:
+        for phase, speed in run.speed().items():
+          speeds.setdefault(phase, []).append(speed)
+      unlike = max((max(v) / min(v) for v in speeds.values()), default=1.0)
+      if unlike > _ALIKE:
+        words.append(
+          f"{task}/{side}: tokens/s of its seeds differ by up to"
+          f" {unlike:.1f}x: the device was not theirs alone, or not the same."
+          " Their wall times and tokens/s are no measure of speed."
+        )
   for run in every:
     if run.broken and not run.finished:
       words.append(
@@ -507,6 +523,16 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
     )
     section(
       task,
+      "by_choice",
+      "Answers by what each layer chose",
+      tables.choice_rows(sides, probes),
+      "Of facts beyond the blocks that every query reads, after training: how "
+      "many lie in a block that some group of the layer chose for the asking "
+      "token, and how many are answered where it did and where it did not. A "
+      "layer whose misses cost answers is one that looks facts up.",
+    )
+    section(
+      task,
       "ablations",
       "Ablations",
       tables.ablation_rows(sides, metrics),
@@ -549,10 +575,10 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       position_figure(task, sides, colors, places),
       f"{task}_position",
       "Loss on held-out text by how many tokens of the context come before, "
-      "mean over seeds. A query with fewer before it than “tokens read” reads "
-      "them all: a gap there is not of the choice. Dashed: the same weights "
-      "with dense attention. Places with less than 1 % of the targets are left "
-      "out.",
+      "mean over the seeds that measured it. A query with fewer before it than "
+      "“tokens read” reads them all: a gap there is not of the choice. Dashed: "
+      "the same weights with dense attention. Places with less than 1 % of the "
+      "targets are left out.",
     )
     if places:
       summary["tasks"][task]["loss_by_position"] = places

@@ -63,6 +63,10 @@ class Probe:
     return f"{self.prefix}by_distance"
 
   @property
+  def by_choice(self) -> str:
+    return f"{self.prefix}by_choice"
+
+  @property
   def accuracy(self) -> Metric:
     title = f"{self.name or 'held-out'} answers right".capitalize()
     return Metric(f"{self.prefix}accuracy", title, "%", 100.0, True)
@@ -415,10 +419,11 @@ def gaps_by_distance(
 def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
   """Loss of the baseline after training by how many tokens come before, and
   the side's difference, as trained and with dense attention (None where that
-  was not measured), means over seeds."""
+  was not measured), means over the seeds that measured it."""
   key = "loss_by_position"
   finals = [(a.final, b.final, b.final_dense) for a, b in pairs]
-  if not finals or not all(key in row for a, b, _ in finals for row in (a, b)):
+  finals = [row for row in finals if key in row[0] and key in row[1]]
+  if not finals:
     return []
   dense_too = all(key in dense for *_, dense in finals)
 
@@ -433,6 +438,7 @@ def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
     {
       "low": place["low"],
       "high": place["high"],
+      "seeds": len(finals),
       "count": place["count"] * len(finals),
       "baseline": float(loss),
       "difference": float(difference),

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.figures import side_name
-from train.runs import BASELINE, Metric, Run, paired_gap
+from train.runs import BASELINE, Metric, Probe, Run, paired_gap
 
 Rows = list[dict[str, str]]
 
@@ -101,6 +101,40 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
       row[f"{_column(metric)}, read densely"] = _spread_of(dense, metric)
     rows.append(row)
   return rows
+
+
+def choice_rows(sides: dict[str, list[Run]], probes: Sequence[Probe]) -> Rows:
+  """Answers where a layer's chosen blocks held the fact and where not, of the
+  finished runs that counted them."""
+  rows = []
+  for side, runs in sides.items():
+    for probe in probes:
+      counted = [
+        r.final[probe.by_choice]
+        for r in runs
+        if r.finished and r.final.get(probe.by_choice)
+      ]
+      for layers in zip(*counted, strict=True):
+        found, found_right, missed, missed_right = (
+          sum(row[key] for row in layers)
+          for key in ("found", "found_right", "missed", "missed_right")
+        )
+        rows.append(
+          {
+            "side": side_name(side),
+            "seeds": str(len(layers)),
+            "facts": probe.name,
+            "layer": str(layers[0]["layer"]),
+            "in chosen blocks": _share(found, found + missed),
+            "of these right": _share(found_right, found),
+            "of the others right": _share(missed_right, missed),
+          }
+        )
+  return rows
+
+
+def _share(part: int, whole: int) -> str:
+  return f"{100 * part / whole:.1f} % of {whole:,}" if whole else "–"
 
 
 def speed_rows(rows: list[dict]) -> Rows:
