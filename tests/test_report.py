@@ -472,7 +472,7 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
   task = _summary(folder)["tasks"]["text"]
   near, far = task["loss_by_position"]["msa"]
   assert (near["low"], near["high"], near["count"]) == (0, 2, 16)
-  assert near["seeds"] == 2
+  assert near["by_seed"] == pytest.approx([0.1, 0.2])
   for row, base, gap, dense in (
     (near, 1.1, 0.15, 0.15),
     (far, 1.3, 0.15, 0.05),

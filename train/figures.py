@@ -98,9 +98,13 @@ def _legend(figure: Figure, *panels) -> None:
   )
 
 
+def _seeds(number: int) -> str:
+  return f"{number} seed{'s' * (number > 1)}"
+
+
 def _label(name: str, finished: list) -> str:
   number = len(finished)
-  seeds = f"{number} seed{'s' * (number > 1)}" if number else "unfinished"
+  seeds = _seeds(number) if number else "unfinished"
   return f"{name} ({seeds})"
 
 
@@ -483,7 +487,8 @@ def distance_figure(task, sides, colors, probe: Probe) -> Figure | None:
 def position_figure(
   task, sides, colors, gaps: dict[str, list[dict]]
 ) -> Figure | None:
-  """Held-out loss by place in the context, and each side's gap there.
+  """Held-out loss by place in the context, and each side's gap there: a thin
+  line a seed, thick the mean.
 
   Args:
     gaps: of each side, as `train.runs.gaps_by_position` has them.
@@ -506,8 +511,12 @@ def position_figure(
         label=side_name(BASELINE),
       )
     losses = [row["baseline"] + row["difference"] for row in rows]
-    axes[0, 0].plot(x, losses, label=side_name(side), **style)
+    seeds = [row["by_seed"] for row in rows]
+    label = f"{side_name(side)} ({_seeds(len(seeds[0]))})"
+    axes[0, 0].plot(x, losses, label=label, **style)
     axes[0, 1].plot(x, [row["difference"] for row in rows], **style)
+    if len(seeds[0]) > 1:
+      axes[0, 1].plot(x, seeds, color=colors[side], lw=0.9, alpha=0.6)
     dense = [row["dense_difference"] for row in rows]
     if None not in dense:
       label = f"{side_name(side)}, its weights read densely"

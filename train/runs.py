@@ -419,7 +419,8 @@ def gaps_by_distance(
 def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
   """Loss of the baseline after training by how many tokens come before, and
   the side's difference, as trained and with dense attention (None where that
-  was not measured), means over the seeds that measured it."""
+  was not measured), means over the seeds that measured it; "by_seed": the
+  difference in each of them."""
   key = "loss_by_position"
   finals = [(a.final, b.final, b.final_dense) for a, b in pairs]
   finals = [row for row in finals if key in row[0] and key in row[1]]
@@ -432,20 +433,20 @@ def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
     return np.array([[x["loss"] for x in row[i][key]] for row in finals])
 
   base = losses(0)
-  apart = (losses(1) - base).mean(0)
-  dense = (losses(2) - base).mean(0) if dense_too else [None] * len(apart)
+  apart = losses(1) - base
+  dense = (losses(2) - base).mean(0) if dense_too else [None] * base.shape[1]
   return [
     {
       "low": place["low"],
       "high": place["high"],
-      "seeds": len(finals),
       "count": place["count"] * len(finals),
       "baseline": float(loss),
-      "difference": float(difference),
+      "difference": float(differences.mean()),
+      "by_seed": differences.tolist(),
       "dense_difference": None if other is None else float(other),
     }
-    for place, loss, difference, other in zip(
-      finals[0][0][key], base.mean(0), apart, dense, strict=True
+    for place, loss, differences, other in zip(
+      finals[0][0][key], base.mean(0), apart.T, dense, strict=True
     )
   ]
 
