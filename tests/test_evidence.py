@@ -361,6 +361,44 @@ def rows_of(folder: pathlib.Path, kind: str) -> list[dict]:
   return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
+def test_answers_by_choice_against_a_loop(tiny, compiled_once):
+  comparison = config_lib.with_fields(config_lib.preset("evidence"), tiny)
+  (run,) = (run for run in comparison.runs if run.side == "msa")
+  kinds = ("gqa", "msa", "msa")
+  model = dataclasses.replace(run.model, num_layers=3, layer_kinds=kinds)
+  run = dataclasses.replace(run, model=model)
+  made = program.Program(run)
+  source = data.load(run.data)
+  params = made.init().params
+  result = made.evaluate(
+    params, source, "sparse", batches=1, probe_batches=2, by_choice=True
+  )
+  for probe in source.probes:
+    counts = np.zeros((3, 2, 2), int)  # layer, found, right
+    for number in range(2):
+      batch = source.probe_batch(probe, number, **made.eval_shape)
+      tokens, mask = made.put(batch.tokens), made.put(batch.loss_mask)
+      _, right = made._call("evaluate", "sparse", params, tokens, mask)
+      ids = np.asarray(made._call("choose", "sparse", params, tokens))
+      for row, query in zip(*np.nonzero(batch.distance >= 0)):
+        block = (query - batch.distance[row, query]) // 8
+        if block < query // 8:
+          for layer in (1, 2):
+            found = int(block in ids[layer, row, :, query])
+            counts[layer, found, int(right[row, query])] += 1
+    assert counts[1:, 1].any() and counts[1:, 0].any()
+    assert result[f"{probe}_by_choice"] == [
+      {
+        "layer": layer,
+        "found": counts[layer, 1].sum(),
+        "found_right": counts[layer, 1, 1],
+        "missed": counts[layer, 0].sum(),
+        "missed_right": counts[layer, 0, 1],
+      }
+      for layer in (1, 2)
+    ]
+
+
 def test_plan_makes_the_longest_comparison_that_fits(compared):
   plan = json.loads((compared / "plan.json").read_text())
   planned = config_lib.load(
@@ -417,6 +455,7 @@ def test_runs_hold_what_the_report_needs(compared):
     assert len(dense) == (side != "gqa")
     for row in dense:
       assert row["needle_by_distance"] and row["recall_by_distance"]
+      assert "needle_by_choice" not in row
     # What each layer chose is read with the last answers only.
     assert "needle_by_choice" not in first
     assert ("needle_by_choice" in final) == (side != "gqa")
@@ -430,11 +469,8 @@ def test_runs_hold_what_the_report_needs(compared):
           for row in final[f"{probe}_by_distance"]
           if row["low"] >= 2 * block_size
         ]
-        for layer, row in enumerate(final[f"{probe}_by_choice"]):
-          assert row["layer"] == layer
-          assert row["found"] + row["missed"] >= sum(far) > 0
-          assert row["found_right"] <= row["found"]
-          assert row["missed_right"] <= row["missed"]
+        (row,) = final[f"{probe}_by_choice"]
+        assert row["found"] + row["missed"] >= sum(far) > 0
       for layer in rows_of(folder, "layers")[-1]["layers"]:
         assert 0 <= layer["facts_found"] <= 1
         # But for rounding.
@@ -543,23 +579,35 @@ def test_loss_by_position_counts_targets_only():
 
 
 def test_facts_found_counts_far_facts_in_chosen_blocks():
-  index = IndexConfig(block_size=4, top_k=2)
-  blocks = np.full((1, 1, 2, 16, 2), -1)
+  blocks = np.full((2, 2, 2, 16, 2), -1)  # layers, rows, groups, tokens
   blocks[0, 0, :, 9] = [[0, 2], [1, 2]]  # groups choose blocks 0 and 1
   blocks[0, 0, :, 15] = [[1, 3], [1, 3]]
-  distance = np.full((1, 16), -1)
-  distance[0, 9] = 9 - 5  # in block 1: one group has it
-  distance[0, 15] = 15 - 2  # in block 0: none has it
+  blocks[1, 0, :, 15] = [[2, 3], [0, 3]]
+  blocks[1, 1, :, 12] = [[1, 3], [1, 3]]
+  distance = np.full((2, 16), -1)
+  distance[0, 9] = 9 - 5  # in block 1, the one before: layer 0 has it
+  distance[0, 15] = 15 - 2  # in block 0: layer 1 has it
   distance[0, 11] = 2  # in the own block: does not count
+  distance[1, 12] = 12 - 5  # in block 1, two before: layer 1 has it
+  index = IndexConfig(block_size=4, top_k=2)
   far, found = measures.facts_found(blocks, distance, index)
-  # In the order of the asking tokens: 9, 11, 15.
-  assert far.tolist() == [True, False, True]
-  assert found.tolist() == [[True], [False]]
-  (row,) = measures.answers_by_choice(np.array([False, True]), found)
-  assert row == {"found": 1, "found_right": 0, "missed": 1, "missed_right": 1}
-  distance[0, [9, 15]] = -1
+  # In the order of rows, then asking tokens: 9, 11, 15 and 12.
+  assert far.tolist() == [True, False, True, True]
+  assert found.tolist() == [[True, False], [False, True], [False, True]]
+  first, second = measures.answers_by_choice(
+    np.array([False, True, True]), found
+  )
+  names = ("found", "found_right", "missed", "missed_right")
+  assert [first[n] for n in names] == [1, 0, 2, 2]
+  assert [second[n] for n in names] == [2, 2, 1, 0]
+  for local, beyond in ((0, [1, 0, 1, 1]), (2, [0, 0, 1, 1])):
+    index = IndexConfig(block_size=4, top_k=2, num_local_blocks=local)
+    far, found = measures.facts_found(blocks, distance, index)
+    assert far.tolist() == [bool(x) for x in beyond]
+    assert len(found) == sum(beyond)
+  distance[distance > 2] = -1
   far, found = measures.facts_found(blocks, distance, index)
-  assert not far.any() and found.shape == (0, 1)
+  assert not far.any() and found.shape == (0, 2)
 
 
 def test_sharing_against_loops():

@@ -267,8 +267,7 @@ class _Run:
     phase, last = config.phase(step), step == config.num_steps
     params = self.state.params
     if step % config.eval_every == 0 or last:
-      by_choice = last and "choose" in self.program.functions
-      result = self._evaluate(step, phase, by_choice)
+      result = self._evaluate(step, phase, by_choice=last)
       if not np.isfinite(result["loss"]):
         self._stop(step, f"held-out loss {result['loss']}")
       self._log(self._stamp("eval", step) | result)

@@ -80,7 +80,7 @@ def facts_found(
 
   Returns:
     bool [fact], for the facts in the order of `distance[distance >= 0]`:
-    whether a fact lies beyond the blocks that every query reads; bool
+    whether a fact lies beyond the local blocks (at least the own); bool
     [far fact, L], for those: whether some group of the asking token chose its
     block.
   """
@@ -97,7 +97,7 @@ def answers_by_choice(right: np.ndarray, found: np.ndarray) -> list[dict]:
   """Answers where a layer's chosen blocks held the fact, and where not.
 
   Args:
-    right: bool [fact], of facts beyond the blocks that every query reads.
+    right: bool [fact], of facts beyond the local blocks.
     found: bool [fact, L], as of `facts_found`.
 
   Returns:

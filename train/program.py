@@ -540,7 +540,9 @@ class Program:
     }
     for name in source.probes:
       get = functools.partial(source.probe_batch, name, **self.eval_shape)
-      *_, answers = run(probe_batches, get, by_choice=by_choice)
+      *_, answers = run(
+        probe_batches, get, by_choice=by_choice and bool(self.msa_layers)
+      )
       result |= {f"{name}_{key}": value for key, value in answers.items()}
     return result
 

@@ -242,7 +242,8 @@ def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
       )
 
 
-# Seeds of a side that share a device or not are further apart than this.
+# Seeds timed alike differ by less; one that had the device alone and one that
+# shared it by more. Seeds that all shared it are not found out.
 _ALIKE = 1.3
 
 
@@ -526,10 +527,11 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       "by_choice",
       "Answers by what each layer chose",
       tables.choice_rows(sides, probes),
-      "Of facts beyond the blocks that every query reads, after training: how "
-      "many lie in a block that some group of the layer chose for the asking "
-      "token, and how many are answered where it did and where it did not. A "
-      "layer whose misses cost answers is one that looks facts up.",
+      "Of facts beyond the local block, after training: how many lie in a "
+      "block that some group of the layer chose for the asking token, and how "
+      "many are answered where it did and where it did not. Where a layer's "
+      "misses cost answers, facts may be looked up there; those it misses may "
+      "also be the farther ones.",
     )
     section(
       task,
@@ -566,19 +568,15 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
         "Side minus baseline, paired by seed on the same held-out tokens."
         + band,
       )
-    places = {
-      side: rows
-      for side, pairs in against.items()
-      if (rows := gaps_by_position(pairs))
-    }
+    places = gaps_by_position(against)
     add(
       position_figure(task, sides, colors, places),
       f"{task}_position",
       "Loss on held-out text by how many tokens of the context come before, "
-      "mean over the seeds that measured it. A query with fewer before it than "
-      "“tokens read” reads them all: a gap there is not of the choice. Dashed: "
-      "the same weights with dense attention. Places with less than 1 % of the "
-      "targets are left out.",
+      "mean over the seeds that all sides measured, thin lines single ones. "
+      "A query with fewer before it than “tokens read” reads them all: a gap "
+      "there is not of the choice. Dashed: the same weights with dense "
+      "attention. Places with less than 1 % of the targets are left out.",
     )
     if places:
       summary["tasks"][task]["loss_by_position"] = places

@@ -416,17 +416,40 @@ def gaps_by_distance(
   return found
 
 
-def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
+def gaps_by_position(
+  against: dict[str, list[tuple[Run, Run]]],
+) -> dict[str, list[dict[str, Any]]]:
   """Loss of the baseline after training by how many tokens come before, and
-  the side's difference, as trained and with dense attention (None where that
-  was not measured), means over the seeds that measured it; "by_seed": the
-  difference in each of them."""
+  each side's difference, as trained and with dense attention.
+
+  Means over the seeds that all sides have measured, so that one baseline serves
+  them; sides that never measured are left out. "by_seed": the difference in
+  each seed; "dense_difference": None where a seed was not read densely.
+
+  Args:
+    against: of each side, (baseline, side) runs by seed.
+  """
   key = "loss_by_position"
-  finals = [(a.final, b.final, b.final_dense) for a, b in pairs]
-  finals = [row for row in finals if key in row[0] and key in row[1]]
-  if not finals:
-    return []
-  dense_too = all(key in dense for *_, dense in finals)
+  measured = {
+    side: {
+      b.seed: (a.final, b.final, b.final_dense)
+      for a, b in pairs
+      if key in a.final and key in b.final
+    }
+    for side, pairs in against.items()
+  }
+  measured = {side: finals for side, finals in measured.items() if finals}
+  shared = set.intersection(*map(set, measured.values())) if measured else set()
+  if not shared:
+    return {}
+  return {
+    side: _places([finals[seed] for seed in sorted(shared)], key)
+    for side, finals in measured.items()
+  }
+
+
+def _places(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
+  """The rows of a side: (baseline, side, side read densely) by seed."""
 
   def losses(i: int) -> np.ndarray:
     """[seed, place]"""
@@ -434,7 +457,9 @@ def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
 
   base = losses(0)
   apart = losses(1) - base
-  dense = (losses(2) - base).mean(0) if dense_too else [None] * base.shape[1]
+  dense: Any = [None] * base.shape[1]
+  if all(key in row for *_, row in finals):
+    dense = (losses(2) - base).mean(0).tolist()
   return [
     {
       "low": place["low"],
@@ -443,7 +468,7 @@ def gaps_by_position(pairs: list[tuple[Run, Run]]) -> list[dict[str, Any]]:
       "baseline": float(loss),
       "difference": float(differences.mean()),
       "by_seed": differences.tolist(),
-      "dense_difference": None if other is None else float(other),
+      "dense_difference": other,
     }
     for place, loss, differences, other in zip(
       finals[0][0][key], base.mean(0), apart.T, dense, strict=True

@@ -348,7 +348,7 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
         seconds += times["evaluate"]["warmup"]
       total += (run.eval_batches + probed) * seconds
       if last and times["measure"]:
-        # What was chosen comes from another forward pass.
+        # What was chosen comes from another forward pass, of about that time.
         total += probed * times["evaluate"][phase]
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]
