@@ -361,22 +361,30 @@ def rows_of(folder: pathlib.Path, kind: str) -> list[dict]:
   return [row for row in map(json.loads, lines) if row["kind"] == kind]
 
 
-def test_answers_by_choice_against_a_loop(tiny, compiled_once):
+@pytest.mark.parametrize("mix", [True, False])
+def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
+  """Of the probes of a mix, of the held-out batches of recall alone."""
   comparison = config_lib.with_fields(config_lib.preset("evidence"), tiny)
   (run,) = (run for run in comparison.runs if run.side == "msa")
   kinds = ("gqa", "msa", "msa")
   model = dataclasses.replace(run.model, num_layers=3, layer_kinds=kinds)
-  run = dataclasses.replace(run, model=model)
+  asked = run.data if mix else run.data.recall
+  run = dataclasses.replace(run, model=model, data=asked)
   made = program.Program(run)
   source = data.load(run.data)
   params = made.init().params
   result = made.evaluate(
-    params, source, "sparse", batches=1, probe_batches=2, by_choice=True
+    params, source, "sparse", batches=2, probe_batches=2, by_choice=True
   )
-  for probe in source.probes:
+  assert ("by_choice" in result) == (not mix)
+  for probe in source.probes or ("",):
     counts = np.zeros((3, 2, 2), int)  # layer, found, right
     for number in range(2):
-      batch = source.probe_batch(probe, number, **made.eval_shape)
+      batch = (
+        source.probe_batch(probe, number, **made.eval_shape)
+        if probe
+        else source.eval_batch(number, **made.eval_shape)
+      )
       tokens, mask = made.put(batch.tokens), made.put(batch.loss_mask)
       _, right = made._call("evaluate", "sparse", params, tokens, mask)
       ids = np.asarray(made._call("choose", "sparse", params, tokens))
@@ -387,7 +395,7 @@ def test_answers_by_choice_against_a_loop(tiny, compiled_once):
             found = int(block in ids[layer, row, :, query])
             counts[layer, found, int(right[row, query])] += 1
     assert counts[1:, 1].any() and counts[1:, 0].any()
-    assert result[f"{probe}_by_choice"] == [
+    assert result[f"{probe}_by_choice" if probe else "by_choice"] == [
       {
         "layer": layer,
         "found": counts[layer, 1].sum(),

@@ -165,6 +165,11 @@ def probes_of(config: DataConfig) -> tuple[str, ...]:
   return ("needle", "recall") if isinstance(config, MixConfig) else ()
 
 
+def asks_for_facts(config: DataConfig) -> bool:
+  """Whether probes, or without any the held-out batches, ask for facts."""
+  return not isinstance(config, TextConfig)
+
+
 class Source(abc.ABC):
   """Where batches come from.
 

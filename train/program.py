@@ -523,10 +523,14 @@ class Program:
     by_choice: bool = False,
   ) -> dict:
     """Loss, also by position, and answers on the held-out batches, and answers
-    to the probes; by_choice: these also by what each msa layer chose."""
+    to the probes; by_choice: those that `data.asks_for_facts` is about also by
+    what each msa layer chose."""
+    by_choice = by_choice and "choose" in self.functions
     run = functools.partial(self._evaluate_batches, params, source, phase)
     get = functools.partial(source.eval_batch, **self.eval_shape)
-    losses, counts, sizes, answers = run(batches, get)
+    losses, counts, sizes, answers = run(
+      batches, get, by_choice=by_choice and not source.probes
+    )
     batch_losses, targets = losses.sum(1), counts.sum(1)
     total = float(batch_losses.sum())
     result = {
@@ -540,9 +544,7 @@ class Program:
     }
     for name in source.probes:
       get = functools.partial(source.probe_batch, name, **self.eval_shape)
-      *_, answers = run(
-        probe_batches, get, by_choice=by_choice and bool(self.msa_layers)
-      )
+      *_, answers = run(probe_batches, get, by_choice=by_choice)
       result |= {f"{name}_{key}": value for key, value in answers.items()}
     return result
 
@@ -627,7 +629,7 @@ class Program:
     names = ("step", "evaluate")
     if self.msa_layers:
       names += ("measure",)
-    if self.msa_layers and data_lib.probes_of(self.config.data):
+    if self.msa_layers and data_lib.asks_for_facts(self.config.data):
       names += ("choose",)
     return names
 

@@ -347,9 +347,9 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
       if last and run.dense_at_end:
         seconds += times["evaluate"]["warmup"]
       total += (run.eval_batches + probed) * seconds
-      if last and times["measure"]:
+      if last and times["measure"] and data_lib.asks_for_facts(run.data):
         # What was chosen comes from another forward pass, of about that time.
-        total += probed * times["evaluate"][phase]
+        total += (probed or run.eval_batches) * times["evaluate"][phase]
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]
     if last or step % run.checkpoint_every == 0 or step in run.keep_steps:
