@@ -222,8 +222,8 @@ for name, tasks in comparisons.items():
     finals = [r.final for members in found.values() for r in members if r.final]
     for row in tables.choice_rows(found, runs.probes_of(finals)):
       print(
-        f"{name}, {row['side']}, {row['facts']:6} layer {row['layer']}:"
-        f" in chosen blocks {row['in chosen blocks']:16}"
+        f"{name}, {row['side']}, {row.get('facts', task):6}"
+        f" layer {row['layer']} ({row['seeds']} seed(s)): in chosen blocks {row['in chosen blocks']:16}"
         f" of these right {row['of these right']:16}"
         f" of the others {row['of the others right']}"
       )
@@ -350,7 +350,7 @@ for device, rows in measured.items():
 #   `evidence` after 68M, three seeds. There the gap of MSA from scratch ranges from
 #   −3.9 to +5.6 %, and a repetition of one seed moves its loss by 2.8 %
 #   (`evidence_again`): what a single long run shows of it is mostly chance.
-# * Far facts: in every run of those four MSA misses some that GQA finds. How many is
+# * Far facts: in each of these runs MSA misses some that GQA finds. How many is
 #   chance too: of the farthest needles 6.5 % in one seed, 1.4 % in its repetition.
 # * The fixed window's loss is no worse than MSA's. What choosing is for shows in
 #   the facts that lie far back.
