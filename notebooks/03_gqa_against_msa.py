@@ -223,7 +223,8 @@ for name, tasks in comparisons.items():
     for row in tables.choice_rows(found, runs.probes_of(finals)):
       print(
         f"{name}, {row['side']}, {row.get('facts', task):6}"
-        f" layer {row['layer']} ({row['seeds']} seed(s)): in chosen blocks {row['in chosen blocks']:16}"
+        f" layer {row['layer']} ({row['seeds']} seed(s)):"
+        f" in chosen blocks {row['in chosen blocks']:16}"
         f" of these right {row['of these right']:16}"
         f" of the others {row['of the others right']}"
       )
