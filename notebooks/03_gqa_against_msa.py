@@ -129,9 +129,8 @@ for name, tasks in methods.items():
   for task, found in tasks.items():
     finals = [r.final for members in found.values() for r in members if r.final]
     for index, metric in enumerate(runs.metrics_of(finals)):
-      for side in found:
-        pairs = runs.paired_runs(found, side)
-        if side != runs.BASELINE and pairs:
+      for side, pairs in runs.paired_runs(found).items():
+        if pairs:
           gap = runs.paired_gap(pairs, metric)
           label = f"{name}, {task}:\n{figures.side_name(side)}"
           rows = gaps.setdefault((metric.title, metric.gap_unit), [])
@@ -199,12 +198,7 @@ for name, tasks in methods.items():
 # %%
 for name, tasks in methods.items():
   for task, found in tasks.items():
-    against = {
-      side: runs.paired_runs(found, side)
-      for side in found
-      if side != runs.BASELINE
-    }
-    places = runs.gaps_by_position(against)
+    places = runs.gaps_by_position(runs.paired_runs(found))
     figure = figures.position_figure(f"{name}, {task}", found, colors, places)
     if figure is not None:
       display(figure)

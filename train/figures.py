@@ -252,8 +252,7 @@ def gap_figure(task, sides, colors, metric: Metric) -> Figure | None:
   """The paired gap during training with its t-interval."""
   figure, ((axes,),) = _figure()
   drawn, bands = [], []
-  for side in sides:
-    pairs = paired_runs(sides, side) if side != BASELINE else []
+  for side, pairs in paired_runs(sides).items():
     curves: dict[int, list[float]] = {}
     for a, b in pairs:
       base = {r["step"]: r[metric.key] for r in a.rows["eval"]}

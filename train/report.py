@@ -54,6 +54,7 @@ from train.runs import (
   probes_of,
   read_runs,
   recall_beyond,
+  speeds,
   token_budget,
 )
 
@@ -266,11 +267,7 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
         + ", ".join(f"{n:,}" for n in sorted(rest))
       )
     for side, runs in sides.items():
-      speeds: dict[str, list[float]] = {}
-      for run in runs:
-        for phase, speed in run.speed().items():
-          speeds.setdefault(phase, []).append(speed)
-      unlike = max((max(v) / min(v) for v in speeds.values()), default=1.0)
+      unlike = max((max(v) / min(v) for v in speeds(runs).values()), default=1)
       if unlike > _ALIKE:
         words.append(
           f"{task}/{side}: tokens/s of its seeds differ by up to"
@@ -475,11 +472,7 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
     setting = _setting([r for members in sides.values() for r in members])
     body.append(f"<p>{html.escape(setting)}</p>")
     metrics = metrics_of(finals)
-    against = {
-      side: paired_runs(sides, side)
-      for side in sides
-      if side != BASELINE and BASELINE in sides
-    }
+    against = paired_runs(sides)
     gaps: dict[str, list[dict]] = {}
     words = []
     for side, pairs in against.items():

@@ -320,13 +320,27 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 
 
 def paired_runs(
-  sides: dict[str, list[Run]], side: str
-) -> list[tuple[Run, Run]]:
-  """(baseline, side) runs of the seeds that both have finished."""
-  base = {r.seed: r for r in sides.get(BASELINE, []) if r.finished}
-  return [
-    (base[r.seed], r) for r in sides[side] if r.finished and r.seed in base
-  ]
+  sides: dict[str, list[Run]],
+) -> dict[str, list[tuple[Run, Run]]]:
+  """Of each other side, (baseline, side) runs of the seeds that both have
+  finished; nothing without a baseline."""
+  if BASELINE not in sides:
+    return {}
+  base = {r.seed: r for r in sides[BASELINE] if r.finished}
+  return {
+    side: [(base[r.seed], r) for r in runs if r.finished and r.seed in base]
+    for side, runs in sides.items()
+    if side != BASELINE
+  }
+
+
+def speeds(runs: list[Run]) -> dict[str, list[float]]:
+  """`Run.speed` of all runs, by phase."""
+  phases: dict[str, list[float]] = {}
+  for run in runs:
+    for phase, speed in run.speed().items():
+      phases.setdefault(phase, []).append(speed)
+  return phases
 
 
 def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
@@ -427,7 +441,7 @@ def gaps_by_position(
   each seed; "dense_difference": None where a seed was not read densely.
 
   Args:
-    against: of each side, (baseline, side) runs by seed.
+    against: as `paired_runs` gives them.
   """
   key = "loss_by_position"
   measured = {

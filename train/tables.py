@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.figures import side_name
-from train.runs import BASELINE, Metric, Probe, Run, paired_gap
+from train.runs import BASELINE, Metric, Probe, Run, paired_gap, speeds
 
 Rows = list[dict[str, str]]
 
@@ -50,11 +50,6 @@ def performance_rows(
   rows = []
   for side, runs in sides.items():
     done = [r for r in runs if r.finished]
-    speeds: dict[str, list[float]] = {}
-    for run in runs:
-      for phase, speed in run.speed().items():
-        word = phase.replace("warmup", "warm-up")
-        speeds.setdefault(word, []).append(speed)
     peaks = [
       row["peak_bytes"]
       for r in runs
@@ -69,7 +64,8 @@ def performance_rows(
         "finished runs": f"{len(done)} of {len(runs)}",
         **{_column(m): _spread_of([r.final for r in done], m) for m in metrics},
         "tokens/s": ", ".join(
-          f"{phase} {statistics.median(v):,.0f}" for phase, v in speeds.items()
+          f"{phase.replace('warmup', 'warm-up')} {statistics.median(v):,.0f}"
+          for phase, v in speeds(runs).items()
         )
         or "–",
         "training time": spread([r.final["seconds"] / 60 for r in done], 1)
