@@ -8,15 +8,15 @@ from msa_jax.attention import (
   MSALayerOutput,
   MSAttention,
   Selection,
-  Sharding,
 )
 from msa_jax.cache import Cache, LayerCache
+from msa_jax.convert import to_msa
+from msa_jax.layers import Sharding
 from msa_jax.model import (
   DecoderLM,
   ExtendOutput,
   LMOutput,
   is_index_param,
-  to_msa,
 )
 from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 from msa_jax.ops import (
@@ -62,7 +62,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  # Not imported above: `python -m msa_jax.m3` would run a module that is there.
+  # Imported when asked for, which keeps `import msa_jax` light.
   if name == "m3":
-    return importlib.import_module("msa_jax.m3")
+    return importlib.import_module("msa_jax.checkpoints.m3")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from msa_jax.attention import Sharding
+from msa_jax.layers import Sharding
 
 Activation = Literal["swiglu", "swiglu_oai"]
 

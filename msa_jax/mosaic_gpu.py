@@ -39,7 +39,7 @@ def warmup_attention(q, k, v, *, scale, kv_lengths):
     raise NotImplementedError(
       "mosaic_gpu attention of the warm-up phase supports no kv_lengths"
     )
-  from pallas_kernels import warmup as kernels
+  from pallas_kernels import dense_attention as kernels
 
   return kernels.attention(q, k, v, scale=scale)
 

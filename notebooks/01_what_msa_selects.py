@@ -28,7 +28,7 @@ import numpy as np
 import msa_jax
 from msa_jax.attention import partial_rope
 from train import config, data, program
-from train.figures import COLORS, STYLE
+from train.report.figures import COLORS, STYLE
 
 plt.rcParams.update(STYLE)
 BLUE, ORANGE, GREEN, PINK, *_ = COLORS

@@ -11,7 +11,7 @@
 #    query heads of a *group* share one key/value head, and one choice.
 #
 # Both are Pallas kernels for NVIDIA Hopper GPUs, in `pallas_kernels/`. This
-# notebook draws the times that `python -m pallas_kernels.bench` measured, beside
+# notebook draws the times that `python -m benchmarks` measured, beside
 # the limits of the chip, shows the ideas that the kernels are built on, and at
 # its end runs two of them. It needs no GPU.
 
@@ -33,16 +33,18 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import msa_jax
-import pallas_kernels.cases
-from pallas_kernels import cases, mosaic, schedule, select_blocks
-from pallas_kernels import sparse_attention, sparse_attention_fwd
-from pallas_kernels.bench import measure
-from pallas_kernels.bench.results import BOUND_TFLOPS
-from train.figures import COLORS, STYLE
+import benchmarks.cases
+from msa_jax import selection_stats
+from benchmarks import cases
+from pallas_kernels import (kv_block_plan, mosaic, select_blocks, tile_plan)
+from pallas_kernels import (sparse_attention, sparse_attention_fwd)
+from benchmarks import measure
+from benchmarks.results import BOUND_TFLOPS
+from train.report.figures import COLORS, STYLE
 
 plt.rcParams.update(STYLE)
 BLUE, ORANGE, GREEN, PINK, *_ = COLORS
-FOLDER = pathlib.Path(pallas_kernels.cases.__file__).parent / "results"
+FOLDER = pathlib.Path(benchmarks.cases.__file__).parent / "results"
 
 # %%
 RESULTS = "nvidia_h100_80gb_hbm3.json"  # the measurements to draw
@@ -277,7 +279,7 @@ for axes, selection in zip(panels, ("random", "trained_like")):
   axes.set_ylabel("query of the tile")
   axes.set_title(
     f"{selection.replace('_', '-')}: {chosen.sum()} choices name {len(union)}"
-    f" different blocks (mean of all tiles {float(cases.union8(ids)):.0f})"
+    f" different blocks (mean of all tiles {float(selection_stats.union8(ids)):.0f})"
   )
 panels[1].set_xlabel(
   "blocks that one of the 8 chose;  blue: wanted by several,  orange: by one"
@@ -287,7 +289,7 @@ plt.show()
 # %% [markdown]
 # ## Two kernels, and the choice between them
 #
-# `schedule.py` looks at every tile of 8 queries, on the GPU, before attention
+# `kv_block_plan.py` looks at every tile of 8 queries, on the GPU, before attention
 # starts:
 #
 # * **tiles** (the query stays, blocks pass by): cost = blocks in the union. A
@@ -349,7 +351,7 @@ plt.show()
 # Edges need the choices the other way round: not *query → blocks* but *block →
 # queries*. A sort does it. Each block's queries are then cut into *tasks* of
 # limited size for the GPU's 132 processors, so that a block which everybody
-# wants is not one processor's work while the others wait. The plan below is what `schedule.py` makes of
+# wants is not one processor's work while the others wait. The plan below is what `kv_block_plan.py` makes of
 # random choices, with block 2 made popular, and tasks of at most 32 queries
 # (256 in practice). A query's own block is always done by its tile, which alone
 # knows that later keys must stay hidden.
@@ -365,15 +367,15 @@ ids = np.stack([
 popular = rng.random(num_queries) < 0.7
 ids[popular & ~(ids == 2).any(1), 0] = 2
 ids = np.sort(ids, axis=1)
-geometry = schedule.Geometry(
+geometry = tile_plan.Geometry(
   num_blocks=num_blocks, block_size=128, top_k=top_k, chunk=num_queries,
   tile=8, span=num_queries, task=32, shared_cost=1e9, slack=0.0,
 )
-tiles = schedule.plan_tiles(
+tiles = tile_plan.plan_tiles(
   jnp.asarray(ids)[None], jnp.asarray(positions)[None],
-  jnp.full((1, 2, num_blocks), schedule.NEVER), geometry,
+  jnp.full((1, 2, num_blocks), mosaic.NEVER), geometry,
 )
-edges = schedule.plan_edges(tiles.choices[None], tiles.is_edge[None], geometry)
+edges = tile_plan.plan_edges(tiles.choices[None], tiles.is_edge[None], geometry)
 tasks = np.asarray(edges.tasks)[: int(edges.chunks[0, 1])]
 order = np.asarray(edges.order)
 
@@ -506,8 +508,8 @@ plt.show()
 # %% [markdown]
 # ## Where to go on
 #
-# * `pallas_kernels/results/LOG.md`: every version that was tried, and what it
+# * `benchmarks/results/LOG.md`: every version that was tried, and what it
 #   gave, for the backward, KL and warm-up kernels too.
-# * `python -m pallas_kernels.bench` on a Hopper GPU measures again; this notebook
+# * `python -m benchmarks` on a Hopper GPU measures again; this notebook
 #   then draws your numbers (set `RESULTS`).
 # * `03_gqa_against_msa` puts speed beside quality.

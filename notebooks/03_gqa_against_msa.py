@@ -9,7 +9,7 @@
 #
 # This notebook computes nothing new. It draws every comparison whose run folders
 # are committed in `train/results/`, and every measurement in
-# `pallas_kernels/results/`; run it again when there are more.
+# `benchmarks/results/`; run it again when there are more.
 
 # %%
 import json
@@ -17,12 +17,12 @@ import pathlib
 
 import matplotlib.pyplot as plt
 
-import pallas_kernels.bench.results
+import benchmarks.results
 import train.runs
-from pallas_kernels import cases
-from pallas_kernels.bench.results import plot_op
-from train import figures, runs, tables
-from train.report import verdict
+from benchmarks import cases
+from benchmarks.results import plot_op
+from train.report import figures, runs, tables
+from train.report.page import verdict
 
 plt.switch_backend(plt.get_backend())  # now, for figures shown by display()
 plt.rcParams.update(figures.STYLE)
@@ -30,7 +30,7 @@ ROOT = pathlib.Path(train.runs.__file__).parents[1]
 
 # %%
 COMPARISONS = ROOT / "train" / "results"
-MEASUREMENTS = pallas_kernels.bench.results.FOLDER
+MEASUREMENTS = benchmarks.results.FOLDER
 
 # %% [markdown]
 # ## What was trained

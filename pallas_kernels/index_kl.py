@@ -58,7 +58,12 @@ from jaxlib.mlir import ir
 from jaxlib.mlir.dialects import arith, vector
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import mosaic, schedule, sparse_attention, warmup
+from pallas_kernels import (
+  dense_index_kl,
+  kv_block_plan,
+  mosaic,
+  sparse_attention,
+)
 from pallas_kernels.sparse_attention_bwd import KEYS, sum_extra
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -159,10 +164,10 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
     iq_smem, ik_smem, iq_ready, iq_free, ik_ready, ik_free,
   ):  # fmt: skip
     cta = lax.axis_index("cta")
-    my_tasks = schedule.num_turns(cta, where_gmem[2], num_ctas)
+    my_tasks = kv_block_plan.num_turns(cta, where_gmem[2], num_ctas)
 
     def task(i, step):
-      index = turns_gmem[schedule.turn(cta, i, num_ctas)]
+      index = turns_gmem[kv_block_plan.turn(cta, i, num_ctas)]
       owner, _, count = (tasks_gmem[index, j] for j in range(3))
       row, _, block = s.locate(owner, where_gmem[0])
       first = first_gmem[index]
@@ -186,7 +191,9 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
       def _():
         plgpu.barrier_wait(ik_free)
 
-      tokens = pl.ds(block * schedule.OWNER_BLOCK, schedule.OWNER_BLOCK)
+      tokens = pl.ds(
+        block * kv_block_plan.OWNER_BLOCK, kv_block_plan.OWNER_BLOCK
+      )
       plgpu.copy_gmem_to_smem(ik_gmem.at[row, tokens], ik_smem, ik_ready)
       pl.when(pieces > 0)(lambda: copy(0))
       plgpu.barrier_wait(ik_ready)
@@ -204,7 +211,7 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
           return acc[...]
 
         scores = pl.run_scoped(
-          product, ACC((EDGES, schedule.OWNER_BLOCK), jnp.float32)
+          product, ACC((EDGES, kv_block_plan.OWNER_BLOCK), jnp.float32)
         )
         plgpu.barrier_arrive(iq_free.at[slot])
         scores = scores * (s.index_scale * mosaic.LOG2E)
@@ -243,7 +250,7 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
     interpret=s.interpret,
     scratch=[
       operand(2, EDGES),
-      operand(schedule.OWNER_BLOCK),
+      operand(kv_block_plan.OWNER_BLOCK),
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(),
@@ -370,11 +377,11 @@ def _owners(
     g_ready, g_free, diq_ready, turn,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = schedule.num_turns(cta, where_gmem[2], config.num_ctas)
+    my_tasks = kv_block_plan.num_turns(cta, where_gmem[2], config.num_ctas)
 
     def read_task(i):
       """Owner, its number of edges, slot of the sum, first piece."""
-      index = turns_gmem[schedule.turn(cta, i, config.num_ctas)]
+      index = turns_gmem[kv_block_plan.turn(cta, i, config.num_ctas)]
       owner, count, slot = (tasks_gmem[index, j] for j in (0, 2, 4))
       return owner, count, slot, first_gmem[index]
 
@@ -561,7 +568,7 @@ def _owners(
             plgpu.barrier_wait(kv_free)
 
           for h in range(2):
-            tokens = pl.ds(block * schedule.OWNER_BLOCK + h * KEYS, KEYS)
+            tokens = pl.ds(block * kv_block_plan.OWNER_BLOCK + h * KEYS, KEYS)
             plgpu.copy_gmem_to_smem(
               k_gmem.at[row, kv_head, tokens], k_smem.at[h], kv_ready
             )
@@ -697,12 +704,12 @@ def _loss(
   i_dim = index_q.shape[-1]
   group_size = num_heads // num_kv_heads
   top_k = block_indices.shape[-1]
-  num_owners = -(-s_len // schedule.OWNER_BLOCK)
+  num_owners = -(-s_len // kv_block_plan.OWNER_BLOCK)
   counted = jnp.maximum(jnp.sum(query_mask), 1) * num_kv_heads
 
-  k, _ = sparse_attention.block_major(k, num_owners, schedule.OWNER_BLOCK)
+  k, _ = sparse_attention.block_major(k, num_owners, kv_block_plan.OWNER_BLOCK)
   ik, bad = sparse_attention.block_major(
-    index_k[:, :, None], num_owners * schedule.OWNER_BLOCK // block_size,
+    index_k[:, :, None], num_owners * kv_block_plan.OWNER_BLOCK // block_size,
     block_size,
   )  # fmt: skip
   ik, bad = ik[:, 0], bad[:, 0]
@@ -723,7 +730,7 @@ def _loss(
   pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
   lse = jnp.pad(lse, pad, constant_values=jnp.inf)
 
-  split = schedule.split_owners(
+  split = kv_block_plan.split_owners(
     b,
     t,
     num_kv_heads,
@@ -745,9 +752,9 @@ def _loss(
       )
     )  # fmt: skip
   edges = groups * chunk * top_k
-  task = schedule.owner_task(edges, config.task)
+  task = kv_block_plan.owner_task(edges, config.task)
   num_slots = groups * num_owners
-  max_tasks = schedule.max_owner_tasks(num_slots, edges, task)
+  max_tasks = kv_block_plan.max_owner_tasks(num_slots, edges, task)
   max_pieces = edges // EDGES + max_tasks + 1
   shape = Shape(
     rows=rows,
@@ -767,7 +774,7 @@ def _loss(
     slots, partial_rows = max_tasks, max_pieces * EDGES
   else:  # the kernel writes neither
     slots, partial_rows = 1, EDGES
-  keys = num_owners * schedule.OWNER_BLOCK
+  keys = num_owners * kv_block_plan.OWNER_BLOCK
 
   def launch(index, carry):
     total, diq, dik = carry
@@ -784,11 +791,11 @@ def _loss(
 
       ids = cut(block_indices)
       first_slots = kv_lengths[row] - t + first_query
-      plan = schedule.plan_owners(
+      plan = kv_block_plan.plan_owners(
         ids,
         first_slots,
         block_size=block_size,
-        num_blocks=num_owners * schedule.OWNER_BLOCK // block_size,
+        num_blocks=num_owners * kv_block_plan.OWNER_BLOCK // block_size,
         task=task,
       )
       # A task's pieces start at a place of its own, a multiple of 64: `slot`
@@ -818,9 +825,11 @@ def _loss(
       slot_of = slot_of.reshape(groups, chunk, top_k)
       # Of each edge: keys of its owner block up to it, and 2 bits of halves.
       first_limit = first_slots[owner // num_owners] + 1
-      first_limit -= owner % num_owners * schedule.OWNER_BLOCK
+      first_limit -= owner % num_owners * kv_block_plan.OWNER_BLOCK
       limits = first_limit[task_of] + query_of_chunk
-      limits = jnp.clip(limits, 0, schedule.OWNER_BLOCK) | ((packed & 3) << 8)
+      limits = jnp.clip(limits, 0, kv_block_plan.OWNER_BLOCK) | (
+        (packed & 3) << 8
+      )
       limits = jnp.where(used, limits, 0)
       # Of [B, T, K], from that of the group's first query.
       place_in_iq = (row * t + first_query) * num_kv_heads + kv_head
@@ -861,7 +870,7 @@ def _loss(
         diq = lax.dynamic_update_slice(diq, split.token_major(x), at)
       return total, diq, jax.freeze(sums)
 
-    sums = lax.empty((1, slots, schedule.OWNER_BLOCK, i_dim), jnp.float32)
+    sums = lax.empty((1, slots, kv_block_plan.OWNER_BLOCK, i_dim), jnp.float32)
     sums = sums.at[:, :num_slots].set(0.0)
     total, diq, sums = lax.fori_loop(
       0, split.num_chunks, step, (total, diq, sums)
@@ -919,7 +928,7 @@ def _run(
       interpret=interpret,
     )
     if block_indices is None:
-      return warmup.kl(q, k, index_q, index_k, *rest, **options)
+      return dense_index_kl.kl(q, k, index_q, index_k, *rest, **options)
     return _loss(
       q, k, index_q, index_k, block_indices, *rest, block_size=block_size,
       **options,
@@ -963,7 +972,7 @@ def index_kl_loss(
   index_scale: float | None = None,
   kv_lengths: Int[Array, "B"] | None = None,
   query_mask: Bool[Array, "B T"] | None = None,
-  config: Config | warmup.Config | None = None,
+  config: Config | dense_index_kl.Config | None = None,
   interpret: bool = False,
 ) -> Float[Array, ""]:
   """KL of the main branch's attention from the index branch's, in nats.
@@ -979,7 +988,7 @@ def index_kl_loss(
       block, or one beyond the query's own, contribute nothing. None: all
       visible tokens.
     lse: natural log sum exp of the scaled scores over the same tokens, as
-      `sparse_attention` and `warmup.attention` return it.
+      `sparse_attention` and `dense_attention.attention` return it.
     block_size: tokens of a block.
     scale: of the scores; D^-0.5 without one.
     index_scale: of the index scores; I^-0.5 without one.
@@ -1008,7 +1017,7 @@ def index_kl_loss(
   )
   if block_indices is None:
     check()
-    config = config or warmup.heuristic_config()
+    config = config or dense_index_kl.heuristic_config()
   else:
     check(
       block_size=block_size,

@@ -35,8 +35,18 @@ MAX_TMA_ROWS = 1 << 31  # B x C x K of a cache: TMA coordinates are 32 bits
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
 FLOOR = -1e30  # below any score; keeps (-inf) - (-inf) out of the softmax
+NEVER = jnp.iinfo(jnp.int32).max  # a slot that no query reaches
 NUM_SMS = 132
 SMEM_LIMIT = 232_448  # bytes a CTA may use on Hopper
+
+
+def divisors(x: int) -> list[int]:
+  return [n for n in range(1, x + 1) if x % n == 0]
+
+
+def largest_divisor(x: int, most: int) -> int:
+  """Of x, at most `most`; 1 if that is less."""
+  return max([n for n in divisors(x) if n <= most], default=1)
 
 
 def check_supported(

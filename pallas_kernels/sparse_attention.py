@@ -24,8 +24,8 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
+  kv_block_plan,
   mosaic,
-  schedule,
   sparse_attention_bwd,
   sparse_attention_fwd,
 )
@@ -49,7 +49,7 @@ def block_major(x: Array, num_blocks: int, block_size: int):
   x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
   finite = jnp.isfinite(x)
   slot = jnp.arange(s_len + pad, dtype=jnp.int32)
-  bad = jnp.where(jnp.all(finite, axis=-1), schedule.NEVER, slot)
+  bad = jnp.where(jnp.all(finite, axis=-1), mosaic.NEVER, slot)
   bad = bad.reshape(b, num_kv_heads, num_blocks, block_size).min(axis=-1)
   return jnp.where(finite, x, 0), bad
 
@@ -90,8 +90,10 @@ def _backward(
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
   group_size = num_heads // num_kv_heads
-  num_owners = -(-s_len // schedule.OWNER_BLOCK)
-  k, v = (block_major(x, num_owners, schedule.OWNER_BLOCK)[0] for x in (k, v))
+  num_owners = -(-s_len // kv_block_plan.OWNER_BLOCK)
+  k, v = (
+    block_major(x, num_owners, kv_block_plan.OWNER_BLOCK)[0] for x in (k, v)
+  )
   q, out, dout = (pad_heads(x, num_kv_heads) for x in (q, out, dout))
   rows = q.shape[2] // num_kv_heads
   lse = lse.reshape(b, num_kv_heads, group_size, t)

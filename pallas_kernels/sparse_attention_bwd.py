@@ -26,8 +26,8 @@ Blocks of 64 keys share an owner block in pairs: a query that chose one of them
 is masked in the other, which is right, and costs up to twice the products.
 
 A launch takes all KV heads of as many batch rows as divide the batch and as
-a workspace of 2^31 elements (4 GB) has room for (`schedule.split_owners` has
-two more limits), so that many short rows fill the GPU as one long one does; of
+a workspace of 2^31 elements (4 GB) has room for (`kv_block_plan.split_owners`
+has two more limits), so that many short rows fill the GPU as one long one does; of
 a longer row, some KV heads, or one whose chunks of queries take turns.
 
 Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
@@ -52,7 +52,7 @@ from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels import mosaic, schedule
+from pallas_kernels import kv_block_plan, mosaic
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # of a piece
@@ -145,11 +145,11 @@ def _owners(
     q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = schedule.num_turns(cta, where_gmem[2], config.num_ctas)
+    my_tasks = kv_block_plan.num_turns(cta, where_gmem[2], config.num_ctas)
 
     def read_task(i):
       """Group in the launch, its block, and the rest of the task's row."""
-      index = turns_gmem[schedule.turn(cta, i, config.num_ctas)]
+      index = turns_gmem[kv_block_plan.turn(cta, i, config.num_ctas)]
       owner, *rest = (tasks_gmem[index, j] for j in range(5))
       return owner // s.num_owners, lax.rem(owner, s.num_owners), *rest
 
@@ -166,7 +166,7 @@ def _owners(
       pieces = (count + half - 1) // half
       full = count // half
       led = (inside + half - 1) // half
-      masked = pieces if s.block_size < schedule.OWNER_BLOCK else (
+      masked = pieces if s.block_size < kv_block_plan.OWNER_BLOCK else (
         jnp.minimum(led, full) + pieces - full
       )  # fmt: skip
 
@@ -191,7 +191,9 @@ def _owners(
         pieces, masked, place_of = order_of(count, inside)
         # From a query in the launch to its place after the block's first key.
         after_key = (
-          starts_gmem[group] - group * s.chunk - block * schedule.OWNER_BLOCK
+          starts_gmem[group]
+          - group * s.chunk
+          - block * kv_block_plan.OWNER_BLOCK
         )
         plgpu.barrier_wait(kv_ready)
 
@@ -238,7 +240,7 @@ def _owners(
           limit = plgpu.layout_cast(limit, row_layout)
           for a in range(half):
             seen = jnp.minimum(
-              after_key + query_of(edges[a]), schedule.OWNER_BLOCK - 1
+              after_key + query_of(edges[a]), kv_block_plan.OWNER_BLOCK - 1
             )
             live = (first + a < count) & (((edges[a] >> wg) & 1) == 1)
             seen = jnp.where(live, seen, -1)
@@ -363,7 +365,7 @@ def _owners(
 
         zero = _zeros((KEYS, d))
         dk, dv = lax.fori_loop(0, masked, masked_piece, (zero, zero))
-        if s.block_size == schedule.OWNER_BLOCK:
+        if s.block_size == kv_block_plan.OWNER_BLOCK:
           stage = lax.rem(done + masked, stages)
 
           @pl.when(masked < pieces)
@@ -409,7 +411,7 @@ def _owners(
           plgpu.barrier_wait(kv_free)
 
         for h in range(2):
-          tokens = pl.ds(block * schedule.OWNER_BLOCK + h * KEYS, KEYS)
+          tokens = pl.ds(block * kv_block_plan.OWNER_BLOCK + h * KEYS, KEYS)
           for x_gmem, x_smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
             plgpu.copy_gmem_to_smem(
               x_gmem.at[row, kv_head, tokens], x_smem.at[h], kv_ready
@@ -553,7 +555,7 @@ def sum_extra(sums, extra, *, num_owners, interpret):
   """
   kinds, _, _, d = sums.shape
   piece = 32  # keys of a CTA's tile
-  tiles = schedule.OWNER_BLOCK // piece
+  tiles = kv_block_plan.OWNER_BLOCK // piece
   layout = plgpu.Layout.WG_STRIDED((piece, d), vec_size=4)
 
   def body(extra_gmem, sums_gmem):
@@ -601,7 +603,7 @@ def backward(
 
   Args:
     q, out, dout: [B, T, K * rows, D], a group's heads padded to `rows`.
-    k, v: [B, K, S', D], S' a multiple of `schedule.OWNER_BLOCK`.
+    k, v: [B, K, S', D], S' a multiple of `kv_block_plan.OWNER_BLOCK`.
     lse: float32 [B, K * rows, T], +inf for padding heads.
     block_indices: [B, K, T, P].
     kv_lengths: [B], at most S.
@@ -613,10 +615,10 @@ def backward(
   num_kv_heads, s_len = k.shape[1:3]
   rows = all_rows // num_kv_heads
   top_k = block_indices.shape[-1]
-  num_owners = s_len // schedule.OWNER_BLOCK
+  num_owners = s_len // kv_block_plan.OWNER_BLOCK
 
   max_edges = MAX_WORKSPACE // (rows * d)
-  split = schedule.split_owners(
+  split = kv_block_plan.split_owners(
     b,
     t,
     num_kv_heads,
@@ -627,7 +629,7 @@ def backward(
   )
   groups, chunk = split.groups, split.chunk
   edges = groups * chunk * top_k
-  task = schedule.owner_task(edges, config.task)
+  task = kv_block_plan.owner_task(edges, config.task)
   shape = Shape(
     rows=rows,
     head_dim=d,
@@ -653,13 +655,13 @@ def backward(
     )
   starts = jnp.repeat(kv_lengths - t, num_kv_heads)
   num_slots = groups * num_owners
-  max_tasks = schedule.max_owner_tasks(num_slots, edges, task)
+  max_tasks = kv_block_plan.max_owner_tasks(num_slots, edges, task)
 
   def launch(index, carry):
     dq, dk, dv = carry
     first = index * groups
-    sums = lax.empty((2, max_tasks, schedule.OWNER_BLOCK, d), jnp.float32)
-    own = jnp.zeros((2, num_slots, schedule.OWNER_BLOCK, d), jnp.float32)
+    sums = lax.empty((2, max_tasks, kv_block_plan.OWNER_BLOCK, d), jnp.float32)
+    own = jnp.zeros((2, num_slots, kv_block_plan.OWNER_BLOCK, d), jnp.float32)
     sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
     partials = lax.empty((groups * chunk, top_k, rows, d), q.dtype)
 
@@ -672,7 +674,7 @@ def backward(
 
       first_slots = lax.dynamic_slice_in_dim(starts, first, groups)
       first_slots += first_query
-      plan = schedule.plan_owners(
+      plan = kv_block_plan.plan_owners(
         cut(block_indices),
         first_slots,
         block_size=block_size,

@@ -39,7 +39,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic, schedule
+from pallas_kernels import mosaic, tile_plan
 from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -92,7 +92,7 @@ class Shape:
   block_size: int
   dtype: jnp.dtype
   scale_log2: float
-  geometry: schedule.Geometry
+  geometry: tile_plan.Geometry
   config: Config
   interpret: bool
 
@@ -412,7 +412,7 @@ def _tiles(
             plgpu.barrier_arrive(k_free.at[slot])
             chosen = chosen_by(entry)
             if own:
-              first_key = (entry >> schedule.SHARED_ID_SHIFT) * s.block_size
+              first_key = (entry >> tile_plan.SHARED_ID_SHIFT) * s.block_size
               key = first_key + plgpu.broadcasted_iota(
                 jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
               )
@@ -534,7 +534,7 @@ def _tiles(
           step = kv_step + j
           slot = lax.rem(step, kv_stages)
           tokens = pl.ds(
-            (shared_gmem[index, j] >> schedule.SHARED_ID_SHIFT) * s.block_size,
+            (shared_gmem[index, j] >> tile_plan.SHARED_ID_SHIFT) * s.block_size,
             s.block_size,
           )
 
@@ -632,7 +632,7 @@ def _tiles(
 def geometry(
   q_len: int, kv_len: int, rows: int, head_dim: int, block_size: int,
   top_k: int, config: Config,
-) -> schedule.Geometry:  # fmt: skip
+) -> tile_plan.Geometry:  # fmt: skip
   tile = 2 * ROWS // rows
 
   def round_up(x):
@@ -651,7 +651,7 @@ def geometry(
     wanted = 64 * num_blocks // top_k
     fits = (32 << 20) // (rows * head_dim * 2)
     span = max(wanted, fits // 2) if wanted <= fits else chunk
-  return schedule.Geometry(
+  return tile_plan.Geometry(
     num_blocks=num_blocks,
     block_size=block_size,
     top_k=top_k,
@@ -685,7 +685,7 @@ def forward(
     k: finite keys, head-major, whole blocks.
     v: the same of values.
     first_bad: the first slot of each block whose key (0) or value (1) is not
-      finite, `schedule.NEVER` without one.
+      finite, `mosaic.NEVER` without one.
     block_indices: chosen blocks, in any order.
     kv_lengths: keys there are, of which the queries are the last.
     block_size: tokens of a block.
@@ -718,7 +718,7 @@ def forward(
     )
   starts = kv_lengths - t
   positions = starts[:, None] + jnp.arange(num_chunks * g.chunk)
-  tiles = schedule.plan_tiles(
+  tiles = tile_plan.plan_tiles(
     block_indices.reshape(-1, num_chunks * g.chunk, top_k),
     jnp.repeat(positions, num_kv_heads, axis=0),
     first_bad.reshape(-1, 2, g.num_blocks),
@@ -751,17 +751,17 @@ def forward(
       new((g.chunk, top_k, rows, d), q.dtype),
       new((chunk_tiles, top_k, 2 * ROWS), jnp.float32),
     )
-    merges = schedule.plan_merges(tiles, g)
+    merges = tile_plan.plan_merges(tiles, g)
     total = num_tiles // chunk_tiles
     # As many chunks as the sort's workspace allows are planned at once.
-    planned = schedule.largest_divisor(total, MAX_PLANNED // (g.chunk * top_k))
+    planned = mosaic.largest_divisor(total, MAX_PLANNED // (g.chunk * top_k))
 
     def plan(i, carry):
       def cut(x):
         x = x.reshape(total, chunk_tiles, g.tile * top_k)
         return lax.dynamic_slice_in_dim(x, i * planned, planned)
 
-      edges = schedule.plan_edges(cut(tiles.choices), cut(tiles.is_edge), g)
+      edges = tile_plan.plan_edges(cut(tiles.choices), cut(tiles.is_edge), g)
 
       def chunk(j, carry):
         index = i * planned + j

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cases
+from benchmarks import cases
 
 
 def run_on_devices(count: int, code: str, *arguments: object) -> str:

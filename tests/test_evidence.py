@@ -16,12 +16,12 @@ import numpy as np
 import pytest
 
 import msa_jax
+from benchmarks import cases, fit
+from msa_jax import selection_stats
 from msa_jax.model_config import IndexConfig, MoEConfig
-from pallas_kernels import cases
-from pallas_kernels.bench import fit
 from train import __main__ as cli
 from train import config as config_lib
-from train import data, measures, program, speed
+from train import data, evaluate, program, speed
 
 PRESETS = ("evidence", "evidence_seeds", "evidence_ablations")
 TINY = (
@@ -127,7 +127,7 @@ def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
   assert (held_out.tokens < config.text.vocab_size).all()
   assert (held_out.distance == -1).all()
   assert source.token_bytes is not None
-  assert measures.count_bytes(source, held_out) > 0
+  assert evaluate.count_bytes(source, held_out) > 0
   windows = source.num_eval_batches(**shape)
   for name in source.probes:
     # The needles' text comes round again, with other needles.
@@ -135,7 +135,7 @@ def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
     check_answers(config, first)
     np.testing.assert_array_equal(first.loss_mask, first.distance >= 0)
     assert not np.array_equal(first.distance, later.distance)
-    assert measures.count_bytes(source, first) is None
+    assert evaluate.count_bytes(source, first) is None
   with pytest.raises(ValueError, match="name='copy': wanted one of"):
     source.probe_batch("copy", 0, **shape)
   assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
@@ -485,7 +485,7 @@ def test_runs_hold_what_the_report_needs(compared):
         best = layer["best_score_recall"] * (1 + 1e-6)
         assert 0 < layer["score_recall"] <= best
       with np.load(folder / "selection.npz") as saved:
-        assert set(cases.SHARING) <= set(saved)
+        assert set(selection_stats.SHARING) <= set(saved)
         assert saved["block_indices"].shape == (1, 2, 128, 4)
         assert saved["union8"].shape == (1, 2)
         assert (saved["union8"] >= 4).all() and (saved["union8"] <= 16).all()
@@ -579,7 +579,7 @@ def test_flops_of_a_step():
 
 
 def test_loss_by_position_counts_targets_only():
-  near, far = measures.loss_by_position(
+  near, far = evaluate.loss_by_position(
     np.array([2.0, 0.0, 0.0, 0.0, 2.0]), np.array([1, 0, 0, 0, 4])
   )
   assert near == {"low": 0, "high": 2, "loss": 2.0, "count": 1}
@@ -598,11 +598,11 @@ def test_facts_found_counts_far_facts_in_chosen_blocks():
   distance[0, 11] = 2  # in the own block: does not count
   distance[1, 12] = 12 - 5  # in block 1, two before: layer 1 has it
   index = IndexConfig(block_size=4, top_k=2)
-  far, found = measures.facts_found(blocks, distance, index)
+  far, found = evaluate.facts_found(blocks, distance, index)
   # In the order of rows, then asking tokens: 9, 11, 15 and 12.
   assert far.tolist() == [True, False, True, True]
   assert found.tolist() == [[True, False], [False, True], [False, True]]
-  first, second = measures.answers_by_choice(
+  first, second = evaluate.answers_by_choice(
     np.array([False, True, True]), found
   )
   names = ("found", "found_right", "missed", "missed_right")
@@ -610,11 +610,11 @@ def test_facts_found_counts_far_facts_in_chosen_blocks():
   assert [second[n] for n in names] == [2, 2, 1, 0]
   for local, beyond in ((0, [1, 0, 1, 1]), (2, [0, 0, 1, 1])):
     index = IndexConfig(block_size=4, top_k=2, num_local_blocks=local)
-    far, found = measures.facts_found(blocks, distance, index)
+    far, found = evaluate.facts_found(blocks, distance, index)
     assert far.tolist() == [bool(x) for x in beyond]
     assert len(found) == sum(beyond)
   distance[distance > 2] = -1
-  far, found = measures.facts_found(blocks, distance, index)
+  far, found = evaluate.facts_found(blocks, distance, index)
   assert not far.any() and found.shape == (0, 2)
 
 
@@ -626,7 +626,7 @@ def test_sharing_against_loops():
     number = min(t // block + 1, top_k)
     picks = rng.choice(t // block + 1, number, replace=False)
     ids[0, 0, t, :number] = np.sort(picks)
-  found = cases.sharing(jnp.asarray(ids), block_size=block)
+  found = selection_stats.sharing(jnp.asarray(ids), block_size=block)
   rows = [set(row.tolist()) - {-1} for row in ids[0, 0]]
   chosen = [t for t in range(length) if t // block >= 2 * top_k]
   wanted = {
@@ -642,7 +642,7 @@ def test_sharing_against_loops():
   for name, value in wanted.items():
     np.testing.assert_allclose(found[name], [value], rtol=1e-6, err_msg=name)
   # The last queries alone give the same, where they are all that choose.
-  last = cases.sharing(
+  last = selection_stats.sharing(
     jnp.asarray(ids[:, :, 16:]), block_size=block, kv_len=length
   )
   for name, value in wanted.items():
@@ -660,7 +660,7 @@ def test_fitted_knobs_share_as_wanted(tmp_path, monkeypatch):
     block_size=8,
     top_k=4,
   )
-  found = cases.sharing(ids, block_size=8)
+  found = selection_stats.sharing(ids, block_size=8)
   arrays = {name: np.asarray(value)[None] for name, value in found.items()}
   about = json.dumps(dict(context=256, top_k=4))
   np.savez(tmp_path / "selection.npz", block_size=8, about=about, **arrays)

@@ -10,7 +10,7 @@ import pytest
 from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
 
 from msa_jax import reference
-from pallas_kernels import schedule
+from pallas_kernels import kv_block_plan
 from pallas_kernels import sparse_attention as sparse
 from pallas_kernels import sparse_attention_bwd as bwd
 
@@ -120,7 +120,7 @@ def test_every_choice_has_one_owner(kind, block_size, starts):
     ids[:, 1::3] -= 1 << 30
   elif kind == "empty":
     ids[:] = -1
-  plan = schedule.plan_owners(
+  plan = kv_block_plan.plan_owners(
     jnp.asarray(ids, jnp.int32), jnp.asarray(starts, jnp.int32),
     block_size=block_size, num_blocks=num_blocks, task=task,
   )  # fmt: skip
@@ -167,9 +167,9 @@ def test_every_choice_has_one_owner(kind, block_size, starts):
 @pytest.mark.parametrize("num_tasks", [0, 1, 4, 5, 11, 12, 13])
 def test_every_turn_is_taken_once(num_tasks):
   taken = [
-    int(schedule.turn(cta, i, 4))
+    int(kv_block_plan.turn(cta, i, 4))
     for cta in range(4)
-    for i in range(schedule.num_turns(cta, jnp.int32(num_tasks), 4))
+    for i in range(kv_block_plan.num_turns(cta, jnp.int32(num_tasks), 4))
   ]
   assert sorted(taken) == list(range(num_tasks))
 
@@ -178,7 +178,7 @@ def test_a_chunk_too_long_for_the_sort_is_refused():
   with pytest.raises(ValueError, match="sort key of 32 bits"):
     jax.eval_shape(
       functools.partial(
-        schedule.plan_owners, block_size=128, num_blocks=1 << 15, task=128
+        kv_block_plan.plan_owners, block_size=128, num_blocks=1 << 15, task=128
       ),
       jax.ShapeDtypeStruct((1, 1 << 15, 16), jnp.int32),
       jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -202,7 +202,7 @@ def test_a_chunk_too_long_for_the_sort_is_refused():
 )
 def test_launches_take_rows_heads_or_chunks(sizes, split):
   batch, q_len, num_kv_heads = sizes
-  got = schedule.split_owners(
+  got = kv_block_plan.split_owners(
     batch, q_len, num_kv_heads, q_len // 128, 16, max_edges=1 << 21
   )
   assert got == split
@@ -216,7 +216,7 @@ def test_launches_cover_everything_and_fit():
     owners = int(rng.choice([q_len // 128 + 1, 300, 1 << 13, 1 << 15]))
     max_edges = 1 << int(rng.integers(0, 20))
     most = int(rng.choice([0, 100]))
-    split = schedule.split_owners(
+    split = kv_block_plan.split_owners(
       batch, q_len, heads, owners, top_k, max_edges=max_edges, chunk=most
     )
     # Launches are rectangles that cover all rows and heads once.
@@ -227,7 +227,7 @@ def test_launches_cover_everything_and_fit():
     edges = split.groups * split.chunk * top_k
     assert edges <= max(max_edges, top_k)
     assert split.groups * owners <= 1 << 15
-    assert schedule.owners_fit(split.groups * owners, edges)
+    assert kv_block_plan.owners_fit(split.groups * owners, edges)
 
 
 # ------------------------------------------------------------ interpret mode

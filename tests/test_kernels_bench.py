@@ -7,10 +7,10 @@ import jax.numpy as jnp
 import pytest
 
 import msa_jax
+from benchmarks import __main__ as bench
+from benchmarks import cases, decode, forward, measure, results, training
 from msa_jax import reference
-from pallas_kernels import cases, schedule, sparse_attention_fwd
-from pallas_kernels.bench import __main__ as bench
-from pallas_kernels.bench import decode, forward, measure, results, training
+from pallas_kernels import mosaic, sparse_attention_fwd, tile_plan
 
 FIELDS = {
   *cases.Case.__dataclass_fields__,
@@ -220,11 +220,11 @@ def test_checks_go_both_ways(name, monkeypatch):
       sparse_attention_fwd.heuristic_config(),
     )  # fmt: skip
     start = of.kv_tokens - of.tokens
-    plan = schedule.plan_tiles(
+    plan = tile_plan.plan_tiles(
       ids.reshape(-1, of.tokens, of.top_k),
       jnp.tile(start + jnp.arange(of.tokens), (of.batch * of.num_kv_heads, 1)),
       jnp.full(
-        (of.batch * of.num_kv_heads, 2, geometry.num_blocks), schedule.NEVER
+        (of.batch * of.num_kv_heads, 2, geometry.num_blocks), mosaic.NEVER
       ),
       geometry,
     )

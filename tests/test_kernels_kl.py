@@ -9,12 +9,13 @@ import numpy as np
 import pytest
 from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
 
+from benchmarks import cases
 from msa_jax import reference
-from pallas_kernels import cases, index_kl, warmup
+from pallas_kernels import dense_index_kl, index_kl
 
 # On the CPU: one CTA, small tasks; chunks of one unit's queries.
 INTERPRETED = index_kl.Config(stages=2, task=64, num_ctas=1)
-INTERPRETED_DENSE = warmup.Config(stages=2, workspace=1, num_ctas=1)
+INTERPRETED_DENSE = dense_index_kl.Config(stages=2, workspace=1, num_ctas=1)
 
 
 @functools.partial(jax.jit, static_argnames=("case", "dtype"))
@@ -385,7 +386,7 @@ def test_gpu_over_all_tokens(hopper, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", warmup.candidate_configs(), ids=str)
+@pytest.mark.parametrize("config", dense_index_kl.candidate_configs(), ids=str)
 def test_gpu_configs_over_all_tokens(hopper, config):
   for name in ("paper_heads", "ragged_batch"):
     case, dtype = HOPPER_CASES[name]
@@ -399,7 +400,7 @@ def test_gpu_launches_of_rows_over_all_tokens(hopper):
   q, k, _, index_q, index_k = inputs(case, dtype)
   row = case.num_kv_heads * 512 * 1280  # in units of 256
   for workspace in (4 * row, 2 * row, row, row // 2):
-    config = warmup.Config(workspace=workspace)
+    config = dense_index_kl.Config(workspace=workspace)
     run_twice(case, (q, k, index_q, index_k, None), config)
 
 
@@ -407,7 +408,7 @@ def test_gpu_launches_of_rows_over_all_tokens(hopper):
 def test_gpu_small_chunks_over_all_tokens(hopper):
   case, dtype = HOPPER_CASES["ragged_batch"]
   q, k, _, index_q, index_k = inputs(case, dtype)
-  config = warmup.Config(workspace=1, num_ctas=7)
+  config = dense_index_kl.Config(workspace=1, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, None), config)
 
 

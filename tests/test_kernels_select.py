@@ -7,8 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from msa_jax import reference
-from pallas_kernels import cases
+from benchmarks import cases
+from msa_jax import reference, selection_stats
 from pallas_kernels import select_blocks as sb
 
 SMALL = sb.Config(warpgroup_rows=64, stages=2)
@@ -420,7 +420,7 @@ def test_generators():
       kv_lengths=None,
       score_precision="exact",
     )
-    union[selection] = cases.union8(ids)
+    union[selection] = selection_stats.union8(ids)
     if selection == "trained_like":
       assert (ids[..., 0] == 0).all()
   assert union["trained_like"] < 0.9 * union["random"]
@@ -430,10 +430,10 @@ def test_generators():
 
 def test_union8_and_recall():
   ids = jnp.tile(jnp.array([[0, 2, -1], [0, 3, 5]]), (1, 1, 4, 1))
-  assert cases.union8(ids) == 4
+  assert selection_stats.union8(ids) == 4
   got = jnp.array([0, 2, 7, -1])
   want = jnp.array([0, 7, 9, -1])
-  assert cases.recall(got, want) == pytest.approx(2 / 3)
+  assert selection_stats.recall(got, want) == pytest.approx(2 / 3)
 
 
 GPU_SHAPES = [
@@ -515,9 +515,9 @@ def test_gpu_recall_and_union(selection, name):
   )
   exact = select()
   if selection == "trained_like":
-    assert 24 <= cases.union8(exact) <= 26
+    assert 24 <= selection_stats.union8(exact) <= 26
   # The last queries: the early ones choose every block they see.
   exact = exact[:, :, -4096:]
   for precision, floor in (("fast", 0.999), ("fp8", 0.9)):
     ids = select(score_precision=precision)
-    assert cases.recall(ids[:, :, -4096:], exact) >= floor
+    assert selection_stats.recall(ids[:, :, -4096:], exact) >= floor

@@ -13,8 +13,9 @@ from flax import nnx
 from helpers import HOPPER_CASES, Case, patterns, random_blocks
 
 import msa_jax
+from benchmarks import cases
 from msa_jax import reference
-from pallas_kernels import cases, mosaic, schedule, select_blocks
+from pallas_kernels import mosaic, select_blocks, tile_plan
 from pallas_kernels import sparse_attention as sparse
 from pallas_kernels import sparse_attention_fwd as fwd
 
@@ -83,7 +84,7 @@ def decode_shared(plan, geometry):
   found = []
   for tile in range(info.shape[0]):
     entries = shared[tile, : info[tile, 1]]
-    blocks = entries >> schedule.SHARED_ID_SHIFT
+    blocks = entries >> tile_plan.SHARED_ID_SHIFT
     assert np.all(np.diff(blocks) > 0)
     for entry, block in zip(entries, blocks):
       found += [
@@ -122,7 +123,7 @@ def decode_edges(edges, choices, geometry, merges):
 def test_every_choice_is_done_once(kind, shared_cost, tile):
   rng = np.random.default_rng(0)
   rows, queries, top_k, num_blocks, block_size = 2, 64, 4, 12, 16
-  geometry = schedule.Geometry(
+  geometry = tile_plan.Geometry(
     num_blocks=num_blocks, block_size=block_size, top_k=top_k, chunk=32,
     tile=tile, span=16, task=16, shared_cost=shared_cost, slack=0.0,
   )  # fmt: skip
@@ -139,19 +140,19 @@ def test_every_choice_is_done_once(kind, shared_cost, tile):
     ids[:, 1::3] -= 1 << 30
   elif kind == "empty":
     ids[:] = -1
-  first_bad = np.full((rows, 2, num_blocks), schedule.NEVER, np.int32)
-  plan = schedule.plan_tiles(
+  first_bad = np.full((rows, 2, num_blocks), mosaic.NEVER, np.int32)
+  plan = tile_plan.plan_tiles(
     jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
     jnp.asarray(first_bad), geometry,
   )  # fmt: skip
   sizes = (-1, geometry.chunk // tile, tile * top_k)
-  edges = schedule.plan_edges(
+  edges = tile_plan.plan_edges(
     plan.choices.reshape(sizes), plan.is_edge.reshape(sizes), geometry
   )
   shared = decode_shared(plan, geometry)
   alone = decode_edges(
     edges, plan.choices, geometry,
-    np.asarray(schedule.plan_merges(plan, geometry)),
+    np.asarray(tile_plan.plan_merges(plan, geometry)),
   )  # fmt: skip
   valid = (ids >= 0) & (ids <= own[..., None])
   wanted = sorted(
@@ -172,14 +173,14 @@ def test_every_choice_is_done_once(kind, shared_cost, tile):
 
 
 def test_walks_everything_only_while_the_list_holds_it():
-  geometry = schedule.Geometry(
+  geometry = tile_plan.Geometry(
     num_blocks=64, block_size=16, top_k=4, chunk=8, tile=8, span=8, task=16,
     shared_cost=4.0, slack=1e9,
   )  # fmt: skip
   ids = np.arange(32).reshape(1, 8, 4)  # 32 blocks, the list holds 10
-  plan = schedule.plan_tiles(
+  plan = tile_plan.plan_tiles(
     jnp.asarray(ids, jnp.int32), jnp.arange(1000, 1008)[None],
-    jnp.full((1, 2, 64), schedule.NEVER, jnp.int32), geometry,
+    jnp.full((1, 2, 64), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
   assert geometry.max_shared == 10
   assert np.asarray(plan.info)[0, 1] == 0

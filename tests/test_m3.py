@@ -29,13 +29,13 @@ from msa_jax import (
   ModelConfig,
   MoEConfig,
   m3,
-  m3_commands,
-  m3_config,
 )
-from msa_jax.m3_config import config_json
+from msa_jax.checkpoints import commands as m3_commands
+from msa_jax.checkpoints import m3_config
+from msa_jax.checkpoints.m3_config import config_json
+from msa_jax.checkpoints.tensor_files import read_headers, write
 from msa_jax.mlp import balance
 from msa_jax.model import abstract_model
-from msa_jax.safetensors import read_headers, write
 from train import data
 
 TINY = pathlib.Path("tests/data/m3_tiny")
@@ -757,7 +757,7 @@ def test_a_save_that_fails_leaves_nothing(tmp_path, monkeypatch):
 KILLED = """
 import os, pathlib, signal, sys
 import numpy as np
-from msa_jax.safetensors import write
+from msa_jax.checkpoints.tensor_files import write
 
 def fetch(name):
   if name == "b":

@@ -8,7 +8,9 @@ import threading
 import numpy as np
 import pytest
 
-from train import config, figures, progress, report, runs, tables
+from train import config, progress
+from train.report import figures, runs, tables
+from train.report import page as report
 
 _BITS = 1 / math.log(2)
 

@@ -647,7 +647,7 @@ def test_schedule():
 
 @pytest.mark.parametrize("name", config_lib.presets())
 def test_presets_are_comparable(name):
-  from train import runs
+  from train.report import runs
 
   comparison = config_lib.preset(name)
   assert comparison.name == name

@@ -378,7 +378,8 @@ def compare(
   """
   import jax
 
-  from train import data, loop, program, runs
+  from train import data, loop, program
+  from train.report import runs
 
   resolved = list(comparison.resolve(folder))
   unknown = set(sides or ()) - {run.side for run in resolved}
@@ -452,7 +453,7 @@ def compare(
     jax.clear_caches()
   path = folder
   if with_report and jax.process_index() == 0:
-    from train import report
+    from train.report import page as report
 
     path = report.write(folder)
   if failed:
@@ -496,7 +497,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
       else:
         print(speed.speed(comparison, folder, args.lengths))
     else:
-      from train import report
+      from train.report import page as report
 
       print(report.write(args.folder))
   except (

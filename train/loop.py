@@ -9,10 +9,10 @@ from typing import Any, NamedTuple, NoReturn
 import jax
 import numpy as np
 
-from pallas_kernels import cases
+from msa_jax import selection_stats
 from train import config as config_lib
 from train import data as data_lib
-from train import measures
+from train import evaluate
 from train.checkpoint import RunFolder, replace_file
 from train.program import Program, flatten_state, unflatten_state
 from train.progress import Progress
@@ -173,7 +173,7 @@ class _Run:
         pending = _Pending(
           step,
           metrics,
-          measures.count_bytes(self.source, batch),
+          evaluate.count_bytes(self.source, batch),
           int(batch.loss_mask.sum()),
         )
         if self._is_due(step):
@@ -224,7 +224,7 @@ class _Run:
     row = {
       **self._stamp("train", step),
       "loss": metrics["loss"],
-      "bits_per_byte": measures.bits_per_byte(
+      "bits_per_byte": evaluate.bits_per_byte(
         metrics["loss"] * pending.targets, [pending.bytes]
       ),
       "kl": metrics["kl"] if index else None,
@@ -316,9 +316,9 @@ class _Run:
   def _save_selection(self) -> None:
     """Writes selection.npz: what the trained model chose on held-out text.
 
-    `counts` as in `measures.selection_counts`; for each layer and group the
-    statistics of `cases.sharing`; `block_indices` of the last queries of one
-    row, int16 [L, K, query, P]; `about`: how it was made, as JSON.
+    `counts` as in `evaluate.selection_counts`; for each layer and group the
+    statistics of `selection_stats.sharing`; `block_indices` of the last queries
+    of one row, int16 [L, K, query, P]; `about`: how it was made, as JSON.
     """
     config = self.config
     layers = np.asarray(self.program.msa_layers)
@@ -327,10 +327,10 @@ class _Run:
       self.state.params, self.source, config.phase(config.num_steps)
     )
     ids = selection.block_indices[layers]
-    statistics = {name: [] for name in cases.SHARING}
+    statistics = {name: [] for name in selection_stats.SHARING}
     for layer in ids:
-      found = cases.sharing(layer, block_size=block_size)
-      for name in cases.SHARING:
+      found = selection_stats.sharing(layer, block_size=block_size)
+      for name in selection_stats.SHARING:
         statistics[name].append(np.asarray(found[name]))
     about = {
       "made_by": "the end of the run in this folder",
@@ -340,7 +340,7 @@ class _Run:
       "last_queries_of_row": 0,
     }
     arrays: dict[str, Any] = {
-      "counts": measures.selection_counts(ids, block_size),
+      "counts": evaluate.selection_counts(ids, block_size),
       "layers": layers,
       "block_size": np.asarray(block_size),
       "block_indices": ids[:, 0, :, -SAVED_QUERIES:].astype(np.int16),

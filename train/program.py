@@ -29,7 +29,7 @@ from msa_jax import model as model_lib
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import config as config_lib
 from train import data as data_lib
-from train import measures
+from train import evaluate
 from train.checkpoint import Checkpoints, read_config
 
 _AXES = ("data", "fsdp", "expert", "tensor")
@@ -277,7 +277,7 @@ class Program:
       def convert(
         tree: Params, index_init: Literal["main", "random"] = "random"
       ) -> Params:
-        model = model_lib.to_msa(
+        model = convert.to_msa(
           dense.merge(tree),
           self.model_config,
           rngs=nnx.Rngs(jax.random.key(self.config.seed)),
@@ -535,10 +535,10 @@ class Program:
     total = float(batch_losses.sum())
     result = {
       "loss": total / int(targets.sum()),
-      "bits_per_byte": measures.bits_per_byte(total, sizes),
+      "bits_per_byte": evaluate.bits_per_byte(total, sizes),
       **answers,
       "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
-      "loss_by_position": measures.loss_by_position(
+      "loss_by_position": evaluate.loss_by_position(
         losses.sum(0), counts.sum(0)
       ),
     }
@@ -560,11 +560,11 @@ class Program:
       asked = batch.distance >= 0
       losses.append(np.asarray(loss, np.float64))
       counts.append(batch.loss_mask.sum(0))
-      sizes.append(measures.count_bytes(source, batch))
+      sizes.append(evaluate.count_bytes(source, batch))
       right.append(np.asarray(correct)[asked])
       distances.append(batch.distance[asked])
       if chosen is not None:
-        beyond, held = measures.facts_found(
+        beyond, held = evaluate.facts_found(
           np.asarray(chosen), batch.distance, self.model_config.index
         )
         far.append(beyond)
@@ -588,10 +588,10 @@ class Program:
     if hits.size:
       answers = {
         "accuracy": float(hits.mean()),
-        "by_distance": measures.answers_by_distance(hits, apart),
+        "by_distance": evaluate.answers_by_distance(hits, apart),
       }
     if found:
-      rows = measures.answers_by_choice(
+      rows = evaluate.answers_by_choice(
         hits[np.concatenate(far)], np.concatenate(found)
       )
       answers["by_choice"] = [
@@ -604,7 +604,7 @@ class Program:
 
     Returns:
       (KL by layer and selection of the first batch, the share of
-      `measures.facts_found` by layer of the first batch that asks for facts;
+      `evaluate.facts_found` by layer of the first batch that asks for facts;
       None if the data ask for none).
     """
 
@@ -618,7 +618,7 @@ class Program:
     if source.probes:
       batch = source.probe_batch(source.probes[0], 0, **self.eval_shape)
       asked = run("choose", batch)
-    _, found = measures.facts_found(
+    _, found = evaluate.facts_found(
       asked, batch.distance, self.model_config.index
     )
     return kl, selection, found.mean(0) if found.size else None

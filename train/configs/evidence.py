@@ -38,8 +38,8 @@ a GPU, as processes with `--seeds` each, where no time is taken from them:
 `speed` gives the times. What the models chose
 lies in each run's selection.npz. From it:
 
-  python -m pallas_kernels.bench.fit runs/evidence/mix/msa/seed0
-  python -m pallas_kernels.bench --selection trained_like fitted
+  python -m benchmarks.fit runs/evidence/mix/msa/seed0
+  python -m benchmarks --selection trained_like fitted
 
 The same in a minute on a CPU, shorter, tiny and with the portable operations,
 which must be asked for:

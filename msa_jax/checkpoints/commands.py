@@ -1,4 +1,4 @@
-"""What `python -m msa_jax.m3` does: look into a checkpoint, sample from it."""
+"""`python -m msa_jax.checkpoints`: looks into a checkpoint, samples from it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,8 @@ import jax
 import numpy as np
 from jax.sharding import AxisType
 
-from msa_jax import generate, m3
+from msa_jax import generate
+from msa_jax.checkpoints import m3
 
 
 def describe(folder: str | os.PathLike) -> Iterator[str]:
@@ -223,7 +224,7 @@ def _mesh(sizes: Sequence[str]) -> jax.sharding.Mesh | None:
 
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
-    prog="python -m msa_jax.m3",
+    prog="python -m msa_jax.checkpoints",
     description="Look into a MiniMax-M3 checkpoint, or sample from it.",
   )
   commands = parser.add_subparsers(dest="command", required=True)

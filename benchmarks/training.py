@@ -20,10 +20,10 @@ import jax
 import jax.numpy as jnp
 
 import msa_jax
+from benchmarks import cases, forward, measure
+from benchmarks.cases import Case
+from msa_jax import selection_stats
 from msa_jax.ops import Implementation, Phase
-from pallas_kernels import cases
-from pallas_kernels.bench import forward, measure
-from pallas_kernels.cases import Case
 
 OPS = ("train", "sparse_backward", "kl", "warmup")
 CASES = cases.CASES | cases.BATCHES
@@ -136,7 +136,7 @@ def add_programs(
     of["key"],
   )
   programs.add("select exact", forward.select(case, "exact"), *index)
-  programs.add("union8", cases.union8, of["ids"])
+  programs.add("union8", selection_stats.union8, of["ids"])
   if with_dense and {"train", "warmup"} & set(ops):
     programs.add("dense vjp", dense_vjp, *qkv, of["q"])
   phases: dict[str, Phase] = {"train": "sparse", "warmup": "warmup"}

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from train.figures import side_name
-from train.runs import BASELINE, Metric, Probe, Run, paired_gap, speeds
+from train.report.figures import side_name
+from train.report.runs import BASELINE, Metric, Probe, Run, paired_gap, speeds
 
 Rows = list[dict[str, str]]
 

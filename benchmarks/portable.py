@@ -4,14 +4,14 @@ One training step of the operation (forward, backward and KL) by `"xla"` and
 `"reference"`, beside dense GQA by `jax.nn.dot_product_attention` (forward and
 backward, without KL):
 
-    python -m msa_jax.bench --tokens 1024 4096 16384
+    python -m benchmarks.portable --tokens 1024 4096 16384
 
 With --generate, tokens a second of a small model that decodes with so many
 tokens in its cache, MSA beside GQA, by each implementation that can run here:
 
-    python -m msa_jax.bench --generate --tokens 4096 32768 --batch 8
+    python -m benchmarks.portable --generate --tokens 4096 32768 --batch 8
 
-Kernels for Hopper GPUs have a benchmark of their own, `pallas_kernels.bench`.
+Kernels for Hopper GPUs have a benchmark of their own, `benchmarks`.
 """
 
 from __future__ import annotations
@@ -195,7 +195,7 @@ def _decode_table(args: argparse.Namespace) -> None:
 
 def main() -> None:
   parser = argparse.ArgumentParser(
-    prog="python -m msa_jax.bench",
+    prog="python -m benchmarks.portable",
     description="Time forward + backward + KL of the portable implementations,"
     " or decoding with a cache.",
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,

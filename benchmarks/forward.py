@@ -21,11 +21,10 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 import msa_jax
-from msa_jax import reference
+from benchmarks import cases, measure
+from benchmarks.cases import Case
+from msa_jax import reference, selection_stats
 from msa_jax.ops import Implementation, ScorePrecision
-from pallas_kernels import cases
-from pallas_kernels.bench import measure
-from pallas_kernels.cases import Case
 
 OPS = ("prefill", "select", "sparse_forward")
 CASES = cases.CASES
@@ -72,7 +71,7 @@ def mosaic_attention(q: Array, k: Array, v: Array) -> Any:
 
 def recall_of_last(ids: Array, truth: Array) -> Array:
   """Recall over the last queries: early ones choose every block they see."""
-  return cases.recall(ids[:, :, -4096:], truth[:, :, -4096:])
+  return selection_stats.recall(ids[:, :, -4096:], truth[:, :, -4096:])
 
 
 def ops_of(
@@ -124,7 +123,7 @@ def add_programs(
     )
   if attention:
     programs.add("sparse", sparse(case), of["q"], of["k"], of["v"], ids)
-  programs.add("union8", cases.union8, ids)
+  programs.add("union8", selection_stats.union8, ids)
   programs.add("recall", recall_of_last, ids, ids)
 
 
@@ -245,7 +244,7 @@ def check_select(case: Case, precision: ScorePrecision) -> str | None:
       score_precision="exact",
     )
   )(*inputs)
-  recall = float(cases.recall(got, want))
+  recall = float(selection_stats.recall(got, want))
   # Exact: float32 sums in another order may swap a few of 1e5 picks.
   floor = dict(exact=0.9999, fast=0.999, fp8=0.9)[precision]
   if not recall >= floor:

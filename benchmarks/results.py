@@ -13,8 +13,8 @@ from collections.abc import Iterator
 
 import jax
 
-from pallas_kernels.bench import measure
-from pallas_kernels.cases import Case
+from benchmarks import measure
+from benchmarks.cases import Case
 
 FOLDER = pathlib.Path(__file__).parents[1] / "results"
 KEY = [

@@ -9,8 +9,8 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
+from msa_jax.checkpoints.tensor_files import DTYPES
 from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
-from msa_jax.safetensors import DTYPES
 
 
 def read_config(folder: str | os.PathLike) -> ModelConfig:

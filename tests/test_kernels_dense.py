@@ -11,8 +11,9 @@ import pytest
 from helpers import Case
 
 import msa_jax
+from benchmarks import cases
 from msa_jax import reference
-from pallas_kernels import cases, warmup
+from pallas_kernels import dense_attention
 
 NAMES = ("dq", "dk", "dv", "dindex_q", "dindex_k")
 
@@ -30,14 +31,14 @@ def leaky_attention(q, k, v, scale):
 
 @pytest.fixture
 def on_cpu(monkeypatch):
-  monkeypatch.setattr(warmup, "_cudnn_attention", leaky_attention)
+  monkeypatch.setattr(dense_attention, "_cudnn_attention", leaky_attention)
 
 
 def attend(q, k, v, dout):
   """out, lse and the three gradients."""
 
   def run(q, k, v):
-    return warmup.attention(q, k, v, scale=q.shape[-1] ** -0.5)
+    return dense_attention.attention(q, k, v, scale=q.shape[-1] ** -0.5)
 
   (out, lse), pull = jax.vjp(run, q, k, v)
   return out, lse, *pull((dout, jnp.full_like(lse, jnp.nan)))
@@ -101,11 +102,11 @@ def test_attention_keeps_nan_in_the_rows_that_see_it(on_cpu):
 def test_attention_names_what_it_does_not_support():
   q, k, v, _ = attention_inputs()
   with pytest.raises(NotImplementedError, match="12 keys and 5 queries"):
-    warmup.attention(q[:, :5], k, v)
+    dense_attention.attention(q[:, :5], k, v)
   with pytest.raises(NotImplementedError, match=r"dtype in .* got float32"):
-    warmup.attention(*(x.astype(jnp.float32) for x in (q, k, v)))
+    dense_attention.attention(*(x.astype(jnp.float32) for x in (q, k, v)))
   with pytest.raises(NotImplementedError, match=r"head_dim in .* got 32"):
-    warmup.attention(*(x[..., :32] for x in (q, k, v)))
+    dense_attention.attention(*(x[..., :32] for x in (q, k, v)))
 
 
 # ------------------------------------------------ through the operations, CPU

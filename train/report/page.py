@@ -21,8 +21,8 @@ from typing import Any
 import matplotlib
 from matplotlib.figure import Figure
 
-from train import tables
-from train.figures import (
+from train.report import tables
+from train.report.figures import (
   STYLE,
   curves,
   distance_figure,
@@ -35,7 +35,7 @@ from train.figures import (
   side_name,
   speed_figure,
 )
-from train.runs import (
+from train.report.runs import (
   BASELINE,
   Metric,
   Probe,

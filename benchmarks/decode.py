@@ -22,10 +22,10 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
-from msa_jax import reference
-from pallas_kernels import cases, decode
-from pallas_kernels.bench import measure
-from pallas_kernels.cases import Case
+from benchmarks import cases, measure
+from benchmarks.cases import Case
+from msa_jax import reference, selection_stats
+from pallas_kernels import decode
 
 OPS = ("decode",)
 CASES = cases.DECODE
@@ -269,7 +269,9 @@ def check_decode(case: Case, precision: str) -> str | None:
       score_precision="exact",
     )
 
-  recall = float(cases.recall(ids, choice(index_q, index_k, scale, lengths)))
+  recall = float(
+    selection_stats.recall(ids, choice(index_q, index_k, scale, lengths))
+  )
   # Blocks whose scores are as good as equal may stand for each other; Hopper
   # sums e4m3 products with about 14 bits.
   floor = dict(exact=0.99, fp8=0.95)[precision]

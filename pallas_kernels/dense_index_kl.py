@@ -45,7 +45,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -54,7 +53,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import mosaic, schedule
+from pallas_kernels import mosaic
 from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -88,126 +87,6 @@ def heuristic_config() -> Config:
 def candidate_configs() -> tuple[Config, ...]:
   """Configs that are worth timing; every one is tested."""
   return Config(), Config(stages=2), Config(workspace=1 << 27)
-
-
-# ---- Attention ----
-
-
-def _cudnn_attention(q, k, v, scale) -> Any:
-  """cuDNN's causal attention: out and the natural log sum exp in float32.
-
-  jax.nn.dot_product_attention returns the log sum exp in q's dtype, whose 8
-  bits put an error of a few per cent on the probabilities that the KL makes
-  from it: hence the private function under it.
-
-  cuDNN's gradients want an even number of tokens: no query sees the one that
-  fills up.
-  """
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  tokens = q.shape[1]
-  q, k, v = (
-    jnp.pad(x, ((0, 0), (0, tokens % 2), (0, 0), (0, 0))) for x in (q, k, v)
-  )
-  both: Any = cudnn.dot_product_attention(
-    q, k, v, scale=scale, mask_type=cudnn.MaskType.CAUSAL, return_residual=True
-  )
-  out, lse = both
-  return out[:, :tokens], lse[..., :tokens]
-
-
-def _zero_bad(x):
-  """x with zeros where it is not finite, and the vectors that held one."""
-  finite = jnp.isfinite(x)
-  return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
-
-
-def _seeing(bad: Bool[Array, "B S K"], num_heads: int) -> Bool[Array, "B T H"]:
-  """Queries that see a bad key: the first one and all after it."""
-  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
-  first = jnp.min(jnp.where(bad, slot, schedule.NEVER), axis=1, keepdims=True)
-  return jnp.repeat(slot >= first, num_heads // bad.shape[-1], axis=-1)
-
-
-def _seen(bad: Bool[Array, "B T H"], num_kv_heads: int) -> Bool[Array, "B S K"]:
-  """Keys that a bad query sees: the last one and all before it."""
-  bad = jnp.any(bad.reshape(*bad.shape[:2], num_kv_heads, -1), axis=-1)
-  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
-  return slot <= jnp.max(jnp.where(bad, slot, -1), axis=1, keepdims=True)
-
-
-def _poison(x, bad):
-  return jnp.where(bad[..., None], jnp.nan, x)
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
-def _attention(q, k, v, scale) -> Any:
-  return _attention_forward(q, k, v, scale)[0]
-
-
-def _attention_forward(q, k, v, scale):
-  (q, bad_q), (k, bad_k), (v, bad_v) = (_zero_bad(x) for x in (q, k, v))
-  num_heads = q.shape[2]
-  attend = functools.partial(_cudnn_attention, scale=scale)
-  (out, lse), pull = jax.vjp(attend, q, k, v)
-  bad_scores = bad_q | _seeing(bad_k, num_heads)
-  bad_out = bad_scores | _seeing(bad_v, num_heads)
-  lse = jnp.where(jnp.moveaxis(bad_scores, 1, 2), jnp.nan, lse)
-  return (_poison(out, bad_out), lse), (pull, bad_scores, bad_out)
-
-
-def _attention_backward(scale, residuals, cotangents):
-  del scale
-  pull, bad_scores, bad_out = residuals
-  dout, dlse = cotangents  # lse is a constant to its users
-  dout, bad_dout = _zero_bad(dout)
-  dq, dk, dv = pull((dout, jnp.zeros_like(dlse)))
-  bad_ds, bad_p = bad_out | bad_dout, bad_scores | bad_dout
-  num_kv_heads = dk.shape[2]
-  return (
-    _poison(dq, bad_ds),
-    _poison(dk, _seen(bad_ds, num_kv_heads)),
-    _poison(dv, _seen(bad_p, num_kv_heads)),
-  )
-
-
-_attention.defvjp(_attention_forward, _attention_backward)
-
-
-def attention(
-  q: Float[Array, "B T H D"],
-  k: Float[Array, "B T K D"],
-  v: Float[Array, "B T K D"],
-  *,
-  scale: float | None = None,
-) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
-  """Dense causal attention by cuDNN.
-
-  Args:
-    q: queries; bf16 or f16.
-    k: keys, as many as queries.
-    v: values.
-    scale: of the scores; D^-0.5 without one.
-
-  Returns:
-    out in q's dtype and lse (natural log, float32), which carries no gradient.
-
-  Raises:
-    NotImplementedError: the call is legal but beyond `mosaic`'s limits, or
-      there are more keys than queries.
-  """
-  d = q.shape[-1]
-  mosaic.check_supported(q, k, v, dtype=q.dtype, head_dim=d)
-  if q.shape[1] != k.shape[1]:
-    raise NotImplementedError(
-      "mosaic_gpu attention of the warm-up phase supports as many keys as"
-      f" queries, got {k.shape[1]} keys and {q.shape[1]} queries"
-    )
-  result: Any = _attention(q, k, v, d**-0.5 if scale is None else float(scale))
-  return result[0], lax.stop_gradient(result[1])
-
-
-# ---- KL ----
 
 
 @dataclasses.dataclass(frozen=True)
@@ -663,7 +542,7 @@ def kl(
   rows = 1
   if num_chunks == 1:
     fits = config.workspace // (num_kv_heads * chunk * keys)
-    rows = schedule.largest_divisor(b, fits)
+    rows = mosaic.largest_divisor(b, fits)
 
   def pad(x, axis, size):
     widths = [(0, 0)] * x.ndim
@@ -675,7 +554,7 @@ def kl(
   index_q, bad_q = _zero_bad(index_q)
   index_k, bad_k = _zero_bad(index_k)
   slot = jnp.arange(s_len, dtype=jnp.int32)
-  first_bad = jnp.min(jnp.where(bad_k, slot, schedule.NEVER), axis=1)
+  first_bad = jnp.min(jnp.where(bad_k, slot, mosaic.NEVER), axis=1)
   poisoned = bad_q | (limits > first_bad[:, None])[..., None]
   poisoned = pad(jnp.moveaxis(poisoned, 1, 2), 2, queries)
 

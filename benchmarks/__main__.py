@@ -1,6 +1,6 @@
 """Measures the kernels on a Hopper GPU and writes results/<device>.json.
 
-  python -m pallas_kernels.bench --tokens 32k 128k --ops prefill select
+  python -m benchmarks --tokens 32k 128k --ops prefill select
 
 Each op is first checked against `msa_jax.reference`; on a failed check no
 number is printed. Shapes run from the longest to the shortest: programs of the
@@ -23,8 +23,8 @@ from typing import Any
 
 import jax
 
-from pallas_kernels import cases, mosaic
-from pallas_kernels.bench import decode, forward, measure, results, training
+from benchmarks import cases, decode, forward, measure, results, training
+from pallas_kernels import mosaic
 
 GROUPS = (forward, training, decode)
 OPS = tuple(op for group in GROUPS for op in group.OPS)
@@ -35,7 +35,7 @@ PRECISIONS = ("exact", "fast", "fp8")
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
-    prog="python -m pallas_kernels.bench",
+    prog="python -m benchmarks",
     description=(__doc__ or "").split("\n\n")[0],
     formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
@@ -45,7 +45,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     nargs="+",
     choices=list(CASES),
     default=list(CASES),
-    help="named shapes, see pallas_kernels/cases.py; of those with a batch"
+    help="named shapes, see benchmarks/cases.py; of those with a batch"
     " some are of training, some of decode",
   )
   parser.add_argument(

@@ -19,8 +19,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from pallas_kernels import cases
-from pallas_kernels.cases import Case
+from benchmarks import cases
+from benchmarks.cases import Case
 
 ONCE_SECONDS = 5.0
 

@@ -7,8 +7,8 @@ names. Vision and multi-token-prediction tensors are named and skipped; weights
 have 16 or 32 bits. `M3` is the release's shape and `PAPER_10B` that of the
 paper's model; `count_parameters` counts what such a model has.
 
-python -m msa_jax.m3 show FOLDER
-python -m msa_jax.m3 sample FOLDER --text "The weather"
+python -m msa_jax.checkpoints show FOLDER
+python -m msa_jax.checkpoints sample FOLDER --text "The weather"
 """
 
 from __future__ import annotations
@@ -38,9 +38,14 @@ from jax.sharding import (
   SingleDeviceSharding,
 )
 
-from msa_jax import safetensors
 from msa_jax.attention import Sharding
-from msa_jax.m3_config import config_json, read_config, read_text_fields
+from msa_jax.checkpoints import tensor_files
+from msa_jax.checkpoints.m3_config import (
+  config_json,
+  read_config,
+  read_text_fields,
+)
+from msa_jax.checkpoints.tensor_files import DTYPES
 from msa_jax.model import (
   DecoderLM,
   abstract_model,
@@ -48,7 +53,6 @@ from msa_jax.model import (
   is_index_param,
 )
 from msa_jax.model_config import ModelConfig, MoEConfig
-from msa_jax.safetensors import DTYPES
 
 PAPER_10B = ModelConfig(
   vocab_size=200_000,
@@ -291,14 +295,14 @@ class Checkpoint:
     files: the safetensors files.
   """
 
-  tensors: dict[str, safetensors.Tensor]
+  tensors: dict[str, tensor_files.Tensor]
   prefix: str
   skipped: list[str]
   files: list[pathlib.Path]
 
   @classmethod
   def read(cls, folder: pathlib.Path) -> Checkpoint:
-    named, files = safetensors.read_headers(folder)
+    named, files = tensor_files.read_headers(folder)
     inner = any(name.startswith(_PREFIX) for name in named)
     prefix = _PREFIX if inner else ""
     skipped = sorted(name for name in named if _part(name) in _SKIPPED)
@@ -362,7 +366,7 @@ class Checkpoint:
       "of several dtypes in one parameter": mixed,
     }
     lines = [
-      f"{len(found)} tensors {what}: {safetensors.some(found)}"
+      f"{len(found)} tensors {what}: {tensor_files.some(found)}"
       for what, found in problems.items()
       if found
     ]
@@ -616,7 +620,7 @@ def save(
     NotImplementedError: parameters lie on devices of other processes.
   """
   folder = pathlib.Path(folder)
-  safetensors.check_free(folder)
+  tensor_files.check_free(folder)
   config = model.config
   for name, want in (
     ("selection", "index"),
@@ -664,7 +668,7 @@ def save(
       for name, dtype in biases.items():
         tensors[name] = (dtype, tensors[name][1])
 
-  safetensors.write(
+  tensor_files.write(
     folder,
     tensors,
     fetch,
@@ -680,6 +684,6 @@ def _survives(value: np.ndarray, dtype: np.dtype) -> bool:
 
 
 if __name__ == "__main__":
-  from msa_jax.m3_commands import main
+  from msa_jax.checkpoints.commands import main
 
   sys.exit(main())

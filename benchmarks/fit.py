@@ -1,11 +1,11 @@
 """Fits the knobs of `cases.Sharing` to choices captured from a trained model.
 
-  python -m pallas_kernels.bench.fit train/results/evidence/mix/msa/seed0
+  python -m benchmarks.fit train/results/evidence/mix/msa/seed0
 
 The folder's selection.npz holds, for each layer and group, the statistics of
-`cases.sharing`; their means are the targets. Each knob moves one statistic most
-and is bisected for it, in turns: sink for first_block, near for previous_block,
-noise for union8. The walk's drift is the power of four that comes closest to
+`selection_stats.sharing`; their means are the targets. Each knob moves one
+statistic most and is bisected for it, in turns: sink for first_block, near for
+previous_block, noise for union8. The walk's drift is the power of four that comes closest to
 `kept`. All is fitted again at other lengths, to the same targets: the model was
 seen at one length, and that longer ones share as much is an assumption. Writes
 results/fitted_selection.json, which `--selection fitted` of the benchmark
@@ -27,9 +27,9 @@ import jax
 import numpy as np
 
 import msa_jax
-from pallas_kernels import cases
-from pallas_kernels.bench import measure, results
-from pallas_kernels.cases import Case, Sharing
+from benchmarks import cases, measure, results
+from benchmarks.cases import Case, Sharing
+from msa_jax import selection_stats
 
 # (knob, the statistic that grows with it, least and largest value tried)
 KNOBS = (
@@ -54,11 +54,11 @@ def target_of(folder: pathlib.Path) -> tuple[dict, Case]:
   if not path.exists():
     raise ValueError(f"{folder}: no selection.npz; wanted the folder of a run")
   with np.load(path) as file:
-    missing = [name for name in cases.SHARING if name not in file]
+    missing = [name for name in selection_stats.SHARING if name not in file]
     if missing:
       raise ValueError(f"{path} lacks {', '.join(missing)}")
     about = json.loads(str(file["about"]))
-    found = {name: np.asarray(file[name]) for name in cases.SHARING}
+    found = {name: np.asarray(file[name]) for name in selection_stats.SHARING}
     block_size = int(file["block_size"])
   if not all(np.isfinite(values).all() for values in found.values()):
     raise ValueError(
@@ -94,7 +94,7 @@ def statistics_of(case: Case, drift: int) -> Callable[[dict], dict]:
     ids = msa_jax.select_blocks(
       *index, block_size=case.block_size, top_k=case.top_k
     )
-    found = cases.sharing(
+    found = selection_stats.sharing(
       ids, block_size=case.block_size, kv_len=case.kv_tokens
     )
     return {name: value.mean() for name, value in found.items()}
@@ -144,7 +144,7 @@ def fit_drift(
 
 def main(argv: list[str] | None = None) -> int:
   parser = argparse.ArgumentParser(
-    prog="python -m pallas_kernels.bench.fit",
+    prog="python -m benchmarks.fit",
     description=(__doc__ or "").split("\n\n")[0],
   )
   parser.add_argument("folder", type=pathlib.Path, help="folder of an MSA run")
@@ -171,7 +171,7 @@ def main(argv: list[str] | None = None) -> int:
     row["reached"] = {name: round(x, 3) for name, x in reached.items()}
     measure.log(json.dumps(row))
     rows.append(row)
-  words = ["python", "-m", "pallas_kernels.bench.fit", *(argv or sys.argv[1:])]
+  words = ["python", "-m", "benchmarks.fit", *(argv or sys.argv[1:])]
   results.write_json(
     args.out,
     dict(

@@ -15,7 +15,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 
-from train.runs import (
+from train.report.runs import (
   BASELINE,
   BITS,
   Metric,

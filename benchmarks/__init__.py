@@ -1,0 +1,1 @@
+"""Measures the kernels on a Hopper GPU: `python -m benchmarks`."""

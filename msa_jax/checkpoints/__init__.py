@@ -1,0 +1,1 @@
+"""Released checkpoints as models: one module for each family."""

@@ -1,0 +1,156 @@
+"""What attention, MLP and model share: mesh axes, rotary embedding, projections
+and norms."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax.numpy as jnp
+from flax import nnx
+from jax import lax
+from jaxtyping import Array, Float, Int
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Sharding:
+  """Mesh axes that a layer's arrays are split over.
+
+  Give it to annotate parameters and to run attention inside `jax.shard_map`
+  over batch and KV heads; modules built with it need a mesh in context
+  (`jax.set_mesh`) when they are created.
+
+  Attributes:
+    batch: axes of the batch; those that the mesh lacks do not count.
+    heads: axis of the KV heads (and of the MLP's hidden units); None: whole.
+    embed: axis that parameters' embedding dimension is stored over; None:
+      whole.
+    expert: axis of the experts; None: whole. A batch that it divides is split
+      over it too.
+  """
+
+  batch: tuple[str, ...] = ("data", "fsdp")
+  heads: str | None = "tensor"
+  embed: str | None = "fsdp"
+  expert: str | None = "expert"
+
+  def batch_axes(self, mesh: Any, rows: int) -> tuple[str, ...]:
+    """The axes of the mesh that split a batch of rows."""
+    axes = tuple(axis for axis in self.batch if axis in mesh.axis_names)
+    expert = self.expert
+    if expert is None or expert not in mesh.axis_names or expert in axes:
+      return axes
+    split = (*axes, expert)
+    parts = math.prod(mesh.shape[axis] for axis in split)
+    return split if rows % parts == 0 else axes
+
+
+def partial_rope(
+  x: Float[Array, "B T H D"],
+  positions: Int[Array, "*B T"],
+  *,
+  rope_dim: int,
+  theta: float,
+) -> Float[Array, "B T H D"]:
+  """Rotary embedding of the first `rope_dim` dims; the rest passes through.
+
+  Dims i and i + rope_dim / 2 form a pair that turns by position
+  theta^(-2 i / rope_dim). Computed in float32.
+  """
+  half = rope_dim // 2
+  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
+  angle = positions[..., None].astype(jnp.float32) * frequency
+  cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+  rotated = x[..., :rope_dim].astype(jnp.float32)
+  a, b = rotated[..., :half], rotated[..., half:]
+  rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
+  return jnp.concatenate([rotated.astype(x.dtype), x[..., rope_dim:]], axis=-1)
+
+
+def project(
+  dtype,
+  param_dtype,
+  kernel_init: Callable,
+  sharding: Sharding | None,
+  rngs: nnx.Rngs,
+  in_features: int | tuple[int, ...],
+  out_features: int | tuple[int, ...],
+) -> nnx.LinearGeneral:
+  """A projection into heads, or out of them; pairs are (heads, head_dim)."""
+  inward = isinstance(in_features, int)
+  if sharding is not None:
+    heads = out_features if inward else in_features
+    assert isinstance(heads, tuple)
+    split = (sharding.heads, None) if len(heads) == 2 else (None,)
+    names = (sharding.embed, *split) if inward else (*split, sharding.embed)
+    kernel_init = nnx.with_partitioning(kernel_init, names)
+  return nnx.LinearGeneral(
+    in_features,
+    out_features,
+    axis=-1 if inward else (-2, -1),
+    use_bias=False,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    kernel_init=kernel_init,
+    rngs=rngs,
+  )
+
+
+def head_norm(
+  normalize: bool,
+  epsilon: float,
+  zero_centered: bool,
+  dtype,
+  param_dtype,
+  sharding: Sharding | None,
+  rngs: nnx.Rngs,
+  size: int,
+) -> nnx.RMSNorm | None:
+  return (
+    rms_norm(size, epsilon, zero_centered, dtype, param_dtype, sharding, rngs)
+    if normalize
+    else None
+  )
+
+
+class _ZeroCenteredRMSNorm(nnx.RMSNorm):
+  """RMSNorm that scales by 1 + scale, in float32 until the end."""
+
+  def __call__(self, x: Array) -> Array:  # pyright: ignore
+    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    mean = jnp.mean(y * y, axis=-1, keepdims=True)
+    y = y * lax.rsqrt(mean + self.epsilon)
+    assert self.scale is not None
+    return (y * (1 + self.scale[...].astype(y.dtype))).astype(self.dtype)
+
+
+def rms_norm(
+  size: int,
+  epsilon: float,
+  zero_centered: bool,
+  dtype,
+  param_dtype,
+  sharding: Sharding | None,
+  rngs: nnx.Rngs,
+) -> nnx.RMSNorm:
+  """RMSNorm, replicated under a mesh.
+
+  It scales by its parameter, which starts at 1; zero_centered: by 1 + the
+  parameter, which starts at 0.
+  """
+  initializers = nnx.initializers
+  scale_init = (
+    initializers.zeros_init() if zero_centered else initializers.ones_init()
+  )
+  if sharding is not None:
+    scale_init = nnx.with_partitioning(scale_init, (None,))
+  return (_ZeroCenteredRMSNorm if zero_centered else nnx.RMSNorm)(
+    size,
+    epsilon=epsilon,
+    dtype=dtype,
+    param_dtype=param_dtype,
+    scale_init=scale_init,
+    rngs=rngs,
+  )

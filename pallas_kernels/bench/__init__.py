@@ -1,1 +1,0 @@
-"""Measures the kernels on a Hopper GPU: `python -m pallas_kernels.bench`."""

@@ -1,0 +1,1 @@
+"""The report of a comparison: runs read back, tables, figures, one page."""
