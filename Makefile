@@ -5,7 +5,7 @@ VENV := .venv$(addprefix -jax,$(JAX))
 RUN := $(VENV)/bin/python
 READY := $(VENV)/.ready
 
-.PHONY: demo test lint lock clean
+.PHONY: demo test test-slow lint docs lock clean
 
 ## Train the demo comparison (GQA against MSA) and write its report.
 demo: $(READY)
@@ -15,16 +15,24 @@ demo: $(READY)
 test: $(READY)
 	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
+## Run the tests that take too long for CI, and need no GPU either.
+test-slow: $(READY)
+	$(RUN) -m pytest -m 'slow and not gpu'
+
 ## Format check, lint and type check.
 lint: $(READY)
 	$(VENV)/bin/ruff format --check .
 	$(VENV)/bin/ruff check .
 	$(VENV)/bin/pyright
 
+## Build the documentation into site/; a warning is an error.
+docs: $(READY)
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+
 ## Resolve requirements.lock again (needs uv).
 lock:
 	uv pip compile --universal --python-version 3.12 --generate-hashes \
-	  --no-header --no-annotate --extra train --extra dev \
+	  --no-header --no-annotate --extra train --extra dev --extra docs \
 	  --constraint .ci/constraints.txt --upgrade pyproject.toml \
 	  --output-file requirements.lock
 
@@ -34,4 +42,4 @@ $(READY): requirements.lock pyproject.toml
 	@touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) build site *.egg-info
