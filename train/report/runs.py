@@ -223,7 +223,9 @@ def read_runs(folder: Path) -> list[Run]:
       continue
     done = (path / "done.json").exists()
     rows = _read_metrics(path / "metrics.jsonl", done)
-    environment = _read_json(path / "environment.json")
+    # A thinned result holds what a task's runs share once (`thin`).
+    environment = _read_json(path.parents[1] / "environment.json")
+    environment |= _read_json(path / "environment.json")
     task, side = path.parts[-3:-1]
     place, wanted = (task, side, int(seed)), ("task", "side", "seed")
     if tuple(config.get(name) for name in wanted) != place:

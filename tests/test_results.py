@@ -1,0 +1,148 @@
+"""Thinning a comparison for the repository, and the results committed there."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+from test_report import _edit, _make, _read, _summary
+
+from train.report import page, runs, thin
+
+RESULTS = pathlib.Path(__file__).parents[1] / "train" / "results"
+SIDES = {"gqa": [1.0, 1.1], "msa": [1.05, 1.2]}
+ANSWERS = {"gqa": [0.1, 0.15], "msa": [0.2, 0.3]}  # shares answered wrong
+
+
+def files_of(folder):
+  return {
+    path.relative_to(folder): path.read_bytes()
+    for path in folder.rglob("*")
+    if path.is_file()
+  }
+
+
+@pytest.fixture
+def full(tmp_path):
+  """Two tasks of two sides and seeds, with all that a run may write."""
+  folder = _make(tmp_path / "full", {"text": SIDES, "recall": ANSWERS})
+  (folder / "speed.json").write_text("{}")
+  for number, path in enumerate(sorted(folder.glob("*/*/seed*"))):
+    (path / "checkpoints").mkdir()
+    (path / "checkpoints" / "weights").write_text("large")
+    _edit(path / "environment.json", command=f"run {number}")
+    records = [
+      record | {"grad_norm": 1.5, "kl": 1 / 3}
+      for record in _read(path / "metrics.jsonl")
+    ]
+    for record in records:
+      if record["kind"] == "train" and record["step"] == 20:
+        record["peak_bytes"] = 1000 + number
+    text = "".join(json.dumps(record) + "\n" for record in records)
+    (path / "metrics.jsonl").write_text(text)
+    if path.parent.name == "msa":
+      with np.load(path / "selection.npz") as file:
+        arrays = dict(file)
+      arrays["block_indices"] = np.zeros((2, 1, 64, 4), np.int16)
+      for name in ("union8", "first_block", "previous_block", "kept"):
+        arrays[name] = np.full((2, 1), 0.5, np.float32)
+      np.savez_compressed(path / "selection.npz", **arrays)
+  return folder
+
+
+def test_the_report_of_a_thinned_comparison_shows_the_same_numbers(
+  full, tmp_path
+):
+  pytest.importorskip("matplotlib")
+  (full / "speed.json").unlink()
+  thin.thin(full, tmp_path / "small")
+  page.write(full)
+  page.write(tmp_path / "small")
+  assert _summary(tmp_path / "small") == _summary(full)
+  pictures = [
+    sorted(path.name for path in (folder / "report").glob("*.png"))
+    for folder in (full, tmp_path / "small")
+  ]
+  assert pictures[0] == pictures[1]
+
+
+def test_what_a_thinned_run_keeps(full, tmp_path):
+  small = tmp_path / "small"
+  assert thin.main([str(full), str(small)]) == 0
+  assert (small / "speed.json").exists()
+  assert not list(small.rglob("checkpoints"))
+  # What the runs share lies in the task's folder, and is read from there.
+  shared = json.loads((small / "text" / "environment.json").read_text())
+  own = json.loads(
+    (small / "text" / "msa" / "seed1" / "environment.json").read_text()
+  )
+  assert shared["data"] == {"name": "text", "sha256": "00ff"}
+  assert own.keys() == {"command", "parameters"}
+  before, after = (
+    {run.label: run for run in runs.read_runs(folder)}
+    for folder in (full, small)
+  )
+  assert before.keys() == after.keys() and len(before) == 8
+  for label, run in after.items():
+    assert run.environment == before[label].environment
+    assert run.final == before[label].final
+    rows = run.rows["train"]
+    assert len(rows) == len(before[label].rows["train"])
+    assert not any("grad_norm" in row or "kl" in row for row in rows)
+    assert [row["step"] for row in rows if "peak_bytes" in row] == [20]
+    assert all(row["batch_loss"] == [] for row in run.rows["eval"][:-1])
+  for seed in (0, 1):
+    with np.load(small / "text/msa" / f"seed{seed}" / "selection.npz") as file:
+      assert "union8" in file and "block_indices" not in file
+      assert ("counts" in file) == (seed == 0)
+
+
+def test_thinning_again_changes_nothing(full, tmp_path):
+  thin.thin(full, tmp_path / "once")
+  thin.thin(tmp_path / "once", tmp_path / "twice")
+  assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
+
+
+def test_a_runs_own_environment_wins(full, tmp_path):
+  small = tmp_path / "small"
+  thin.thin(full, small)
+  (small / "text" / "msa" / "seed1" / "environment.json").write_text(
+    '{"device": "another"}'
+  )
+  found = {run.label: run.environment for run in runs.read_runs(small)}
+  assert found["text/msa/seed1"]["device"] == "another"
+  assert found["text/msa/seed1"]["commit"] == "abc123"
+  assert found["text/msa/seed0"]["device"] == "cpu"
+
+
+def test_thinning_refuses_what_it_would_spoil(full, tmp_path, capsys):
+  before = files_of(full)
+  assert thin.main([str(full), str(full)]) == 1
+  assert "exists; wanted the name of a new folder" in capsys.readouterr().err
+  assert thin.main([str(tmp_path / "none"), str(tmp_path / "small")]) == 1
+  assert "none holds no runs; wanted" in capsys.readouterr().err
+  broken = full / "text" / "msa" / "seed1" / "metrics.jsonl"
+  broken.write_text("{")
+  with pytest.raises(ValueError):
+    thin.thin(full, tmp_path / "small")
+  broken.write_bytes(before[broken.relative_to(full)])
+  assert files_of(full) == before
+  assert [path.name for path in tmp_path.iterdir()] == ["full"]
+
+
+def test_committed_results_are_thin():
+  """Small as a whole and each run, and read without a complaint."""
+  sizes = {}
+  for path in RESULTS.glob("*/*/*/seed*/config.json"):
+    run = path.parent
+    sizes[run] = sum(file.stat().st_size for file in run.iterdir())
+  assert len(sizes) > 50
+  # Only choices of 16K tokens in 8 layers take more than 100 KB.
+  large = {run for run, size in sizes.items() if size > 100_000}
+  assert {run.parents[2].name for run in large} <= {
+    "lm73m_16k",
+    "lm73m_16k_repeat",
+  }
+  assert max(sizes.values()) < 150_000
+  for folder in {run.parents[2] for run in sizes}:
+    assert all(run.finished for run in runs.read_runs(folder))

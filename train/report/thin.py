@@ -1,0 +1,226 @@
+"""Copies a comparison without what its report does not read.
+
+  python -m train.report.thin runs/NAME train/results/NAME
+  python -m train report train/results/NAME
+
+A committed result should be small, and its report must show the numbers that
+the full run folders gave. For each run this keeps:
+
+* `config.json`, `done.json` and `broken.json` as they are.
+* `environment.json` without the entries that all runs of the task share. Those
+  are written once, to `<task>/environment.json`; `read_runs` puts them back.
+* `metrics.jsonl` with all of its records, but fewer fields. A training record
+  keeps its clock, loss and speed, and the peak memory where that is highest.
+  The last record of every other kind is what tables and gaps are made of, and
+  stays whole. Of the earlier ones, which only draw curves, the single numbers
+  stay, and the lists (losses of each batch, answers by distance) go.
+* `selection.npz` without the chosen blocks of single queries. The first seed of
+  a side, which the report draws, keeps `counts`, rounded to 1/32: the colours
+  of the figure show no more. The statistics of shared choices stay in all.
+
+Checkpoints, event files and the report are left behind.
+"""
+
+import argparse
+import io
+import json
+import math
+import pathlib
+import shutil
+import sys
+import tempfile
+from typing import Any
+
+import numpy as np
+
+_TRAIN_FIELDS = (
+  "kind",
+  "step",
+  "phase",
+  "tokens",
+  "seconds",
+  "loss",
+  "tokens_per_second",
+)
+_COPIED = ("config.json", "done.json", "broken.json")
+_DIGITS = 7  # of numbers that only curves and medians show
+_LAYER_DIGITS = 4
+_COUNT_STEPS = 32
+
+
+def _rounded(value: Any, digits: int = _DIGITS) -> Any:
+  """The value with its floats rounded to significant digits."""
+  if isinstance(value, dict):
+    return {key: _rounded(item, digits) for key, item in value.items()}
+  if isinstance(value, list):
+    return [_rounded(item, digits) for item in value]
+  if isinstance(value, float) and math.isfinite(value):
+    return float(f"{value:.{digits}g}")
+  return value
+
+
+def thin_metrics(records: list[dict]) -> list[dict]:
+  """The records of a metrics.jsonl with what the report reads of each."""
+  last = {record["kind"]: i for i, record in enumerate(records)}
+  peaks = [record.get("peak_bytes") or 0 for record in records]
+  highest = max(peaks, default=0)
+  thinned = []
+  for i, record in enumerate(records):
+    if record["kind"] == "train":
+      kept = {key: record[key] for key in _TRAIN_FIELDS if key in record}
+      kept = _rounded(kept)
+      if highest and i == peaks.index(highest):
+        kept["peak_bytes"] = highest
+    elif i == last[record["kind"]]:
+      kept = record
+    elif record["kind"] == "layers":
+      kept = _rounded(record, _LAYER_DIGITS)
+    else:
+      kept = {
+        key: value
+        for key, value in _rounded(record).items()
+        if not isinstance(value, list)
+      }
+      if "batch_loss" in record:
+        kept["batch_loss"] = []  # an eval record must have the field
+    thinned.append(kept)
+  return thinned
+
+
+def thin_selection(content: bytes, with_counts: bool) -> bytes:
+  """A selection.npz without single queries and, if so wanted, `counts`."""
+  with np.load(io.BytesIO(content)) as file:
+    arrays = {name: file[name] for name in file if name != "block_indices"}
+  counts = arrays.pop("counts", None)
+  if with_counts and counts is not None:
+    steps = np.rint(counts.astype(np.float32) * _COUNT_STEPS)
+    # Multiples of 1/32 up to 1 are exact in float16.
+    arrays["counts"] = (steps / _COUNT_STEPS).astype(np.float16)
+  packed = io.BytesIO()
+  np.savez_compressed(packed, **arrays)
+  return packed.getvalue()
+
+
+def shared_entries(environments: list[dict]) -> dict:
+  """The entries that are the same in all of a task's environments."""
+  if not environments:
+    return {}
+  first, *others = environments
+  return {
+    key: value
+    for key, value in first.items()
+    if all(key in other and other[key] == value for other in others)
+  }
+
+
+def _write_json(path: pathlib.Path, value) -> None:
+  path.write_text(json.dumps(value, separators=(",", ":")) + "\n")
+
+
+def _read_environment(run: pathlib.Path) -> dict:
+  """A run's environment, as `train.report.runs.read_runs` reads it."""
+  value = {}
+  for path in (run.parents[1] / "environment.json", run / "environment.json"):
+    if path.exists():
+      value |= json.loads(path.read_text())
+  return value
+
+
+def _seed(run: pathlib.Path) -> int:
+  return int(run.name.removeprefix("seed"))
+
+
+def _thin_task(task: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies the runs of one task, `<side>/seed<k>` below it."""
+  runs = sorted(
+    (path.parent for path in task.glob("*/seed*/config.json")),
+    key=lambda run: (run.parent.name, _seed(run)),
+  )
+  environments = {run: _read_environment(run) for run in runs}
+  shared = shared_entries([*environments.values()])
+  target.mkdir()
+  _write_json(target / "environment.json", shared)
+  drawn = set()  # the sides whose first saved choices have been met
+  for run in runs:
+    place = target / run.relative_to(task)
+    place.mkdir(parents=True)
+    for name in _COPIED:
+      if (run / name).exists():
+        shutil.copyfile(run / name, place / name)
+    own = {k: v for k, v in environments[run].items() if k not in shared}
+    _write_json(place / "environment.json", own)
+    metrics = run / "metrics.jsonl"
+    if metrics.exists():
+      records = [json.loads(line) for line in metrics.read_text().splitlines()]
+      lines = (
+        json.dumps(record, separators=(",", ":")) + "\n"
+        for record in thin_metrics(records)
+      )
+      (place / "metrics.jsonl").write_text("".join(lines))
+    selection = run / "selection.npz"
+    if selection.exists():
+      first = run.parent.name not in drawn
+      drawn.add(run.parent.name)
+      (place / "selection.npz").write_bytes(
+        thin_selection(selection.read_bytes(), with_counts=first)
+      )
+
+
+def thin(source: pathlib.Path, target: pathlib.Path) -> None:
+  """Copies a comparison's folder to `target`, thinned as the module says.
+
+  The target is made aside and moved into its place whole. Thinning what is
+  thin already changes nothing.
+
+  Args:
+    source: a folder with `<task>/<side>/seed<k>` run folders below it.
+    target: the folder to make.
+
+  Raises:
+    ValueError: the target exists, or the source holds no run.
+  """
+  tasks = sorted(
+    {path.parents[2] for path in source.glob("*/*/seed*/config.json")}
+  )
+  if not tasks:
+    raise ValueError(
+      f"{source} holds no runs; wanted <task>/<side>/seed<k>/config.json below"
+      " it"
+    )
+  if target.exists():
+    raise ValueError(f"{target} exists; wanted the name of a new folder")
+  target.parent.mkdir(parents=True, exist_ok=True)
+  temporary = pathlib.Path(tempfile.mkdtemp(prefix=".thin-", dir=target.parent))
+  try:
+    temporary.chmod(0o755)
+    for path in sorted(source.glob("*.json")):
+      shutil.copyfile(path, temporary / path.name)
+    for task in tasks:
+      _thin_task(task, temporary / task.name)
+    temporary.rename(target)
+  except BaseException:
+    shutil.rmtree(temporary, ignore_errors=True)
+    raise
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m train.report.thin",
+    description=(__doc__ or "").split("\n\n")[0],
+  )
+  parser.add_argument(
+    "source", type=pathlib.Path, help="folder of a comparison"
+  )
+  parser.add_argument("target", type=pathlib.Path, help="folder to make")
+  args = parser.parse_args(argv)
+  try:
+    thin(args.source, args.target)
+  except ValueError as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 1
+  print(args.target)
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
