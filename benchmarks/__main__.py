@@ -2,13 +2,15 @@
 
   python -m benchmarks --tokens 32k 128k --ops prefill select
 
-Each op is first checked against `msa_jax.reference`; on a failed check no
-number is printed. Shapes run from the longest to the shortest: programs of the
-shorter ones compile while dense attention keeps the GPU busy, and every shape
-is stored when it is done. A row replaces the one of the same op, shape,
-selection and score precision; all other rows stay, with the JAX that they were
-measured under. The plot shows speed-up over dense attention, measured in the
-same run, against length.
+Each op is first checked against `msa_jax.reference`; if a check fails, no
+number is printed. Shapes run from the longest to the shortest, because the
+programs of the shorter ones compile while dense attention keeps the GPU busy.
+The file is written after each shape. A new record replaces the one of the same
+op, shape, selection and score precision; all other records stay, with the JAX
+version that they were measured under. The plot shows the speed-up over dense
+attention, measured in the same run, against length.
+
+The other commands of this package are listed in `benchmarks/__init__.py`.
 """
 
 from __future__ import annotations
@@ -23,7 +25,7 @@ from typing import Any
 
 import jax
 
-from benchmarks import cases, decode, forward, measure, results, training
+from benchmarks import cases, decode, forward, measure, records, training
 from pallas_kernels import mosaic
 
 GROUPS = (forward, training, decode)
@@ -46,30 +48,34 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     choices=list(CASES),
     default=list(CASES),
     help="named shapes, see benchmarks/cases.py; of those with a batch"
-    " some are of training, some of decode",
+    " some are for training and some for decode",
   )
   parser.add_argument(
     "--selection",
     nargs="+",
     choices=SELECTIONS,
     default=["random", "trained_like"],
-    help="fitted wants results/fitted_selection.json, which knows the lengths"
-    " that were fitted; decode knows random only",
+    help="kind of index queries and keys; fitted reads"
+    " results/fitted_selection.json and has only the lengths given there;"
+    " decode has random only",
   )
   parser.add_argument(
     "--precision",
     nargs="+",
     choices=PRECISIONS,
     default=list(PRECISIONS),
-    help="of the index scores; training ops know exact only, decode no fast",
+    help="how index scores are ranked; training ops have exact only, decode has"
+    " no fast",
   )
   parser.add_argument(
-    "--no-dense", action="store_true", help="leave dense attention out"
+    "--no-dense", action="store_true", help="do not time dense attention"
   )
   parser.add_argument(
-    "--results", type=pathlib.Path, help="JSON file; results/<device>.json"
+    "--results",
+    type=pathlib.Path,
+    help="JSON file (default: results/<device>.json)",
   )
-  parser.add_argument("--commit", help="commit to note; asked from git")
+  parser.add_argument("--commit", help="commit to note (default: as git says)")
   parser.add_argument(
     "--plot-only", type=pathlib.Path, metavar="JSON",
     help="draw the plot of a results file and stop",
@@ -78,9 +84,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 
 def check_case(case: cases.Case) -> cases.Case:
-  """What a shape's ops are checked on, the same for all of its head shape.
+  """The case on which the ops of a shape are checked.
 
-  More blocks than top_k, ragged, and small enough for the dense reference.
+  It has more blocks than top_k and a last block that is not full, and is small
+  enough for the dense reference. All shapes of the same heads share it.
   """
   return dataclasses.replace(
     case,
@@ -93,18 +100,19 @@ def check_case(case: cases.Case) -> cases.Case:
 def choose(
   args: argparse.Namespace, ops: dict[Any, list[str]]
 ) -> dict[Any, dict[str, cases.Case]]:
-  """The shapes that were asked for, by name, of each group that has any.
+  """The shapes to measure, by name, for each group that has any.
 
   Args:
-    args: the command's.
-    ops: each group's of `args.ops`.
+    args: the arguments of the command.
+    ops: for each group, those of `args.ops` that belong to it.
 
   Raises:
-    ValueError: that is nothing, or `fitted` does not know one of the lengths.
+    ValueError: there is nothing to measure, or a length is outside those that
+      were fitted for `--selection fitted`.
   """
   chosen = {}
   for group in GROUPS:
-    # Read now: a test puts smaller ones in their places.
+    # Looked up in each call, because tests replace the shapes by small ones.
     named = {
       name: case
       for name in args.tokens
@@ -136,6 +144,7 @@ def choose(
 
 
 def lengths_of(group: Any, op: str) -> list[str]:
+  """The names of all shapes that a group measures an op on."""
   return [
     name
     for name, case in group.CASES.items()
@@ -146,21 +155,22 @@ def lengths_of(group: Any, op: str) -> list[str]:
 def main(argv: list[str] | None = None) -> int:
   args = parse(argv)
   if args.plot_only:
-    content = results.read_json(args.plot_only)
-    results.plot(content, args.plot_only.with_suffix(".png"))
+    content = records.read_json(args.plot_only)
+    records.plot(content, args.plot_only.with_suffix(".png"))
     return 0
   mosaic.require_hopper()
-  # What is refused is refused now, not after minutes.
+  # Wrong arguments must fail now, not after minutes of measuring.
   ops = {group: [op for op in group.OPS if op in args.ops] for group in GROUPS}
   chosen = choose(args, ops)
-  path = args.results or results.FOLDER / f"{results.device_slug()}.json"
-  results.read_own(path)
+  path = args.results or records.FOLDER / f"{records.device_slug()}.json"
+  records.read_own(path)
   checked = {
     (group, check_case(case))
     for group, named in chosen.items()
     for case in named.values()
   }
-  # Lowering holds Python's lock: more threads would only delay the checks.
+  # Lowering holds the interpreter's lock, so that more threads would only delay
+  # the checks.
   with concurrent.futures.ThreadPoolExecutor(6) as pool:
     measure.log(f"checking {', '.join(args.ops)}")
     checks = [
@@ -200,24 +210,26 @@ def main(argv: list[str] | None = None) -> int:
     measure.log(f"ceilings {rates}")
     note = dict(
       date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-      commit=args.commit or results.commit_name(),
+      commit=args.commit or records.commit_name(),
     )
     content = {}
     for name, case, group in ordered:
       measure.log(f"{name}: {', '.join(ops[group])}")
-      rows, recalls = group.rows(
+      found, recalls = group.records(
         case,
         programs[name, group],
         ops[group],
         args.selection,
         args.precision,
       )
-      rows = [row | rates | note for row in rows]
-      for row in rows:
-        if "index_tbs" in row:
-          row["copy_fraction"] = round(row["index_tbs"] / row["copy_tbs"], 3)
-      content = results.store(path, rows, recalls)
-  results.plot(content, path.with_suffix(".png"))
+      found = [record | rates | note for record in found]
+      for record in found:
+        if "index_tbs" in record:
+          record["copy_fraction"] = round(
+            record["index_tbs"] / record["copy_tbs"], 3
+          )
+      content = records.store(path, found, recalls)
+  records.plot(content, path.with_suffix(".png"))
   measure.log(f"wrote {path} on {jax.devices()[0].device_kind}")
   return 0
 

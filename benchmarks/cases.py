@@ -1,20 +1,20 @@
 """Named shapes and inputs for tests, benchmarks and notebooks.
 
-Four kinds of index queries and keys, each made for any length on the device
-without an array of T x S:
+There are four kinds of index queries and keys. Each is made on the device for
+any length, without an array of T x S:
 
-  random        independent normal entries: neighbouring queries share next to
-                nothing.
-  trained_like  neighbouring queries share: choices are the own block, block 0
-                and blocks that drift along the sequence. The union of 8
-                neighbouring queries' choices holds 24 to 26 blocks when each
-                chooses 16 (`union8` measures it).
-  fitted        the same generator with knobs (`Sharing`) that give the
-                statistics of choices captured from a trained model. They lie in
-                results/fitted_selection.json, made by
-                `python -m benchmarks.fit`.
-  outliers      random, with a few entries and a few keys of many times the
-                usual size, which is what low precision finds hard.
+  random        independent normal entries: neighbouring queries choose almost
+                no blocks in common.
+  trained_like  neighbouring queries share blocks: a query chooses its own
+                block, block 0 and blocks that drift along the sequence. The
+                union of the choices of 8 neighbouring queries holds 24 to 26
+                blocks when each chooses 16 (`union8` measures it).
+  fitted        the same generator, with knobs (`Sharing`) that give the
+                statistics of choices recorded from a trained model. The knobs
+                are in results/fitted_selection.json, which
+                `python -m benchmarks.fit` makes.
+  outliers      random, but a few entries and a few keys are many times as
+                large, which is hard for low precision.
 """
 
 from __future__ import annotations
@@ -34,8 +34,9 @@ from jaxtyping import Array, Float, PRNGKeyArray
 SELECTIONS = ("random", "trained_like", "outliers")
 FITTED = pathlib.Path(__file__).parent / "results" / "fitted_selection.json"
 
-# Noise of one query against its neighbours that makes union8 24-26, by the
-# number of blocks: the more blocks, the denser the top scores.
+# The noise between neighbouring queries that gives a union8 of 24 to 26, by
+# number of blocks: with more blocks the top scores lie closer together, so less
+# noise changes the choice.
 _NOISE = {
   64: 0.40, 128: 0.23, 256: 0.165, 1024: 0.117, 4096: 0.10, 8192: 0.097
 }  # fmt: skip
@@ -43,28 +44,29 @@ _NOISE = {
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharing:
-  """Knobs of the index inputs whose neighbouring queries share their choices.
+  """Knobs of index inputs whose neighbouring queries share their choices.
 
-  A query's direction walks from one random direction to the next, and keys are
-  random, so the blocks of the highest scores drift along the sequence.
+  The direction of the queries changes slowly from one random direction to the
+  next while keys are random, so the blocks with the highest scores drift along
+  the sequence.
   """
 
   noise: float
-  """Size of a query's own noise: widens the union of neighbours."""
+  """Size of each query's own noise. More of it widens neighbours' union."""
 
   drift: int = 1024
-  """Tokens from one direction of the walk to the next."""
+  """Tokens from one random direction to the next."""
 
   sink: float = 0.5
-  """Pull of block 0."""
+  """How strongly queries are drawn to block 0."""
 
   near: float = 0.0
-  """Pull of the keys less than about a block back."""
+  """How strongly queries are drawn to keys up to about a block back."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Case:
-  """One attention shape; the paper's heads unless said otherwise."""
+  """One attention shape. The defaults are the paper's heads."""
 
   tokens: int
   kv_tokens: int = 0
@@ -101,14 +103,14 @@ SMALL_HEADS = Case(
   block_size=64,
 )
 CASES = PAPER | {"small_heads_32k": SMALL_HEADS}
-BATCHES = {  # rows of a training batch x tokens
+BATCHES = {  # batch x tokens, for training
   "8x4k": Case(tokens=1 << 12, batch=8),
   "16x4k_16_heads": Case(
     tokens=1 << 12, batch=16, num_heads=16, num_kv_heads=2
   ),
   "4x16k_16_heads": Case(tokens=1 << 14, batch=4, num_heads=16, num_kv_heads=2),
 }
-DECODE = {  # batch x cached tokens
+DECODE = {  # batch x cached tokens, for decode
   f"{batch}x{name}": Case(
     tokens=1, kv_tokens=PAPER[name].tokens, batch=batch
   )
@@ -121,7 +123,7 @@ DECODE = {  # batch x cached tokens
 def normal(
   key: PRNGKeyArray, shape: tuple[int, ...], dtype: str = "bfloat16"
 ) -> Float[Array, "..."]:
-  """Normal entries, made in chunks of axis 1 to keep the workspace small."""
+  """Normal entries, made in chunks of axis 1 so that little memory is used."""
   batch, tokens, *rest = shape
   chunk = 1 << 14
   if tokens <= chunk:
@@ -194,11 +196,11 @@ def fitted_sharing(kv_tokens: int) -> Sharing:
   """
   if not FITTED.exists():
     raise ValueError(
-      f"selection 'fitted' wants {FITTED.name} in {FITTED.parent.name}/, made"
-      " from a trained model's choices by python -m benchmarks.fit"
+      f"selection 'fitted' needs {FITTED.name} in {FITTED.parent.name}/, which"
+      " python -m benchmarks.fit makes from the choices of a trained model"
     )
-  rows = json.loads(FITTED.read_text())["knobs"]
-  known = [row["kv_tokens"] for row in rows]
+  fitted = json.loads(FITTED.read_text())["knobs"]
+  known = [entry["kv_tokens"] for entry in fitted]
   if not min(known) <= kv_tokens <= max(known):
     raise ValueError(
       f"selection 'fitted' wants kv_tokens from {min(known)} to {max(known)},"
@@ -208,7 +210,7 @@ def fitted_sharing(kv_tokens: int) -> Sharing:
   lengths = np.log2(known)
 
   def at(name: str) -> float:
-    values = [row[name] for row in rows]
+    values = [entry[name] for entry in fitted]
     return float(np.interp(np.log2(kv_tokens), lengths, values))
 
   return Sharing(
@@ -222,18 +224,18 @@ def fitted_sharing(kv_tokens: int) -> Sharing:
 def sharing_inputs(
   key: PRNGKeyArray, case: Case, knobs: Sharing
 ) -> tuple[Float[Array, "B T K I"], Float[Array, "B S I"]]:
-  """index_q that walks slowly from one direction to the next, and a sink.
+  """Index inputs whose neighbouring queries share choices, as `knobs` say.
 
-  Queries are the last of the keys, so few of them stand for a long sequence.
-  `knobs` may hold traced numbers, but for `drift`; a traced `near` is never
-  taken for 0.
+  The queries stand at the last positions of the keys, so that a few of them can
+  represent a long sequence. All knobs except `drift` may be traced numbers. If
+  `near` is traced, the entries that it scales are written even if it is 0.
   """
   _, k_key, extra = jax.random.split(key, 3)
   batch, q_len, kv_len = case.batch, case.tokens, case.kv_tokens
   num_groups, index_dim, dtype = case.num_kv_heads, case.index_dim, case.dtype
   anchor_key, sink_key, noise_key = jax.random.split(extra, 3)
   index_k = normal(k_key, (batch, kv_len, index_dim), dtype)
-  # Block 0 holds the sink: a direction that every query looks at.
+  # The first key is the sink: every query has a part along its direction.
   sink = jnp.sign(jax.random.normal(sink_key, (index_dim,)))
   index_k = index_k.at[:, 0].set((2 * sink).astype(dtype))
 
@@ -259,20 +261,22 @@ def sharing_inputs(
 
 
 def _waves(tokens: int, block_size: int) -> Float[Array, "T 16"]:
-  """Eight waves of the position whose products peak where positions agree.
+  """Eight waves of the position; their inner product is largest at t = j.
 
   a(t) . a(j) = sum_i cos(2 pi (t - j) / period_i). The shortest period is three
-  blocks, so the peak is about a block wide; no two periods agree elsewhere.
+  blocks, so the peak is about a block wide. The periods have no small common
+  multiple, so that there is no second peak.
   """
   periods = block_size * jnp.array([3, 5, 9, 17, 33, 65, 129, 257], jnp.float32)
-  # A whole number of turns more or less is the same angle: exact at 1M tokens.
+  # Whole turns are left out before the division, so that the angle stays exact
+  # at 1M tokens.
   turns = (jnp.arange(tokens)[:, None] % periods) / periods
   angle = 2 * jnp.pi * turns
   return jnp.concatenate([jnp.cos(angle), jnp.sin(angle)], axis=-1)
 
 
 def _outliers(key, index_q, index_k):
-  """Two channels 20 times, and one key in 1000 up to 100 times as large."""
+  """Makes two channels 20 times, one key in 1000 up to 100 times as large."""
   index_dim, kv_len = index_k.shape[-1], index_k.shape[1]
   channel = jnp.where(jnp.arange(index_dim) < 2, 20.0, 1.0)
   pick, size = jax.random.split(key)

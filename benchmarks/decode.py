@@ -1,13 +1,13 @@
 """Op `decode`: one token a row over a cache, beside dense decoding.
 
-What is timed is a program of several steps, each of which depends on the one
-before, so that launches and the gaps between them count as they do for a model.
-Steps take turns with caches that do not fit the GPU's second-level cache
-together. `index_tbs` is how fast the scan by itself reads index keys (and their
-scales).
+A program of several steps is timed. Each step depends on the one before, so
+that launches and the gaps between them count as they do in a model. The steps
+go round several caches that together do not fit the GPU's second-level cache,
+so that keys come from memory. `index_tbs` is the rate, in TB/s, at which the
+scan kernel alone reads index keys and their scales.
 
-The dense peers are cuDNN and XLA's own fusions, on the same caches in programs
-of the same kind; the faster is named.
+The dense peers are cuDNN and XLA's own fusions, on the same caches and in
+programs of the same kind. A record names the faster one.
 """
 
 from __future__ import annotations
@@ -58,22 +58,27 @@ def attention(case: Case, config: decode.Config | None = None) -> Callable:
 
 
 def index_bytes(case: Case, precision: str) -> int:
-  """Index keys, and scales, that a step reads."""
+  """Bytes of index keys and their scales that a step reads."""
   key = 2 * case.index_dim if precision == "exact" else case.index_dim + 4
   return case.batch * case.kv_tokens * key
 
 
 def num_caches(case: Case) -> int:
+  """So many caches that their index keys do not fit the second-level cache.
+
+  There are MAX_CACHES at most.
+  """
   return min(-(-COLD_BYTES // index_bytes(case, "fp8")), MAX_CACHES)
 
 
 def num_steps(case: Case) -> int:
+  """Steps of a program: each cache is read twice or more."""
   return max(MIN_STEPS, 2 * num_caches(case))
 
 
 @functools.partial(jax.jit, static_argnames=("case", "precision"))
 def cache(key: Array, case: Case, precision: str) -> tuple[Any, ...]:
-  """k, v, index_k and its scales or None."""
+  """k, v, index_k, and the scales of index_k in fp8 (else None)."""
   k_key, v_key, index_key = jax.random.split(key, 3)
   kv = (case.batch, case.kv_tokens, case.num_kv_heads, case.head_dim)
   index_k = cases.normal(index_key, (*kv[:2], case.index_dim), case.dtype)
@@ -98,7 +103,7 @@ def queries(key: Array, case: Case) -> tuple[Array, Array]:
 
 
 def steps(case: Case, config: decode.Config | None = None) -> Callable:
-  """(q, index_q, caches) -> the last output and all choices."""
+  """(q, index_q, caches) -> the last output and the ids of every step."""
   step = attention(case, config)
 
   def run(q, index_q, caches):
@@ -106,7 +111,7 @@ def steps(case: Case, config: decode.Config | None = None) -> Callable:
     chosen = []
     for i in range(num_steps(case)):
       q, ids = step(*arguments(q, index_q, caches[i % len(caches)], lengths))
-      # The next step's index queries wait for this step's output too.
+      # This makes the next step's selection wait for this step's output too.
       q, index_q = lax.optimization_barrier((q, index_q))
       chosen.append(ids)
     return q, chosen
@@ -132,6 +137,8 @@ def dense_peers() -> dict[str, Callable]:
 
 
 def dense_steps(case: Case, attend: Callable) -> Callable:
+  """(q, caches) -> the last output, of as many steps as `steps` has."""
+
   def run(q, caches):
     for i in range(num_steps(case)):
       k, v, *_ = caches[i % len(caches)]
@@ -175,19 +182,19 @@ def add_programs(
         programs.add(f"dense {name}", dense_steps(case, attend), q, caches)
 
 
-def rows(
+def records(
   case: Case,
   programs: measure.Programs,
   ops: list[str],
   selections: list[str],
   precisions: list[str],
 ) -> tuple[list[dict], list[dict]]:
-  """Rows of one shape; no recalls."""
+  """The records of one shape; no recalls."""
   del ops, selections
   found = []
   dense = None
   q, index_q = queries(jax.random.key(0), case)
-  # exact comes first: dense attention is measured on its caches.
+  # "exact" comes first, because dense attention is measured on its caches.
   for precision in PRECISIONS:
     if precision not in precisions or f"steps {precision}" not in programs:
       continue
@@ -206,7 +213,7 @@ def rows(
       if peers:
         name, seconds = measure.faster(peers, once=False)
         dense = name, seconds / count
-    row = measure.row(
+    record = measure.record(
       "decode",
       case,
       call,
@@ -222,20 +229,24 @@ def rows(
     scan = sum(ms for name, ms in kernels["kernels_ms"].items() if SCAN in name)
     rate = index_bytes(case, precision) / scan / 1e9
     measure.log(f"    {kernels}, index keys {rate:.3f} TB/s")
-    row |= kernels | dict(index_tbs=round(rate, 3))
-    found.append(row)
+    record |= kernels | dict(index_tbs=round(rate, 3))
+    found.append(record)
   return found, []
 
 
 def step_bytes(program, q, index_q, cache) -> int:
-  """What one step reads and writes, and the workspace of all of them."""
+  """Bytes that one step reads and writes, and the program's workspace."""
   operands = sum(x.nbytes for x in jax.tree.leaves((q, index_q, cache)))
   workspace = program.memory_analysis().temp_size_in_bytes
   return int(operands + q.nbytes + workspace)
 
 
 def run_dense(programs, name, q, caches):
-  """Compiles at the first call, where `faster` copes with a failure."""
+  """Runs a dense program.
+
+  If it could not be compiled, the error is raised here, inside `faster`, which
+  handles it.
+  """
   return programs[f"dense {name}"](q, caches)
 
 
@@ -243,7 +254,10 @@ def run_dense(programs, name, q, caches):
 
 
 def check_decode(case: Case, precision: str) -> str | None:
-  """What is wrong with a step over ragged rows, or None."""
+  """Checks a step over batch rows of unequal length.
+
+  Says what is wrong, or None.
+  """
   q, index_q = queries(jax.random.key(8), case)
   k, v, index_k, scale = cache(jax.random.key(9), case, precision)
   lengths = jnp.array(
@@ -272,8 +286,8 @@ def check_decode(case: Case, precision: str) -> str | None:
   recall = float(
     selection_stats.recall(ids, choice(index_q, index_k, scale, lengths))
   )
-  # Blocks whose scores are as good as equal may stand for each other; Hopper
-  # sums e4m3 products with about 14 bits.
+  # Blocks of nearly equal scores may be exchanged. For fp8 more of them are
+  # nearly equal, because Hopper sums e4m3 products with about 14 bits.
   floor = dict(exact=0.99, fp8=0.95)[precision]
   if not recall >= floor:
     return f"recall {recall:.5f} against the reference, at least {floor} needed"
@@ -299,7 +313,7 @@ def start_checks(
   ops: list[str],
   precisions: list[str],
 ) -> dict[str, concurrent.futures.Future]:
-  """Checks of the ops on a small case, running."""
+  """Starts the checks of the op on a small case, by name."""
   if "decode" not in ops:
     return {}
   return {

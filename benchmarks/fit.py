@@ -1,15 +1,22 @@
 """Fits the knobs of `cases.Sharing` to choices captured from a trained model.
 
-  python -m benchmarks.fit train/results/evidence/mix/msa/seed0
+  python -m benchmarks.fit train/results/lm73m_16k/mix/msa/seed0
 
-The folder's selection.npz holds, for each layer and group, the statistics of
-`selection_stats.sharing`; their means are the targets. Each knob moves one
-statistic most and is bisected for it, in turns: sink for first_block, near for
-previous_block, noise for union8. The walk's drift is the power of four that comes closest to
-`kept`. All is fitted again at other lengths, to the same targets: the model was
-seen at one length, and that longer ones share as much is an assumption. Writes
-results/fitted_selection.json, which `--selection fitted` of the benchmark
-reads. Seconds a length on a GPU; on a CPU from 32K on many minutes.
+The run folder's selection.npz holds, for each layer and group, the statistics
+of `selection_stats.sharing`. Their means are the targets. Each knob moves one
+statistic more than the others and is bisected for it, one knob after the other
+and several rounds: sink for first_block, near for previous_block, noise for
+union8. The drift of the walk is the power of four that comes closest to the
+target of `kept`.
+
+The knobs are fitted at other lengths too, to the same targets. The model was
+measured at one length, so that neighbours share as much at longer ones is an
+assumption. The command writes results/fitted_selection.json, which
+`python -m benchmarks --selection fitted` reads. It takes seconds for each
+length on a GPU, and many minutes on a CPU for 32K tokens or more.
+
+The committed file was fitted to an earlier run than those in train/results. Its
+"target" holds all statistics that were read from that run.
 """
 
 from __future__ import annotations
@@ -27,7 +34,7 @@ import jax
 import numpy as np
 
 import msa_jax
-from benchmarks import cases, measure, results
+from benchmarks import cases, measure, records
 from benchmarks.cases import Case, Sharing
 from msa_jax import selection_stats
 
@@ -39,16 +46,16 @@ KNOBS = (
 )
 DRIFTS = tuple(1 << n for n in range(6, 20, 2))
 LENGTHS = tuple(1 << n for n in (13, 15, 17, 19, 20))
-# Halvings of the log of a knob's range, in the first round and in the others,
-# which look within a factor of 1.6 of the last round's value.
+# The first round halves the log of a knob's whole range so many times. Each of
+# the later rounds searches within a factor of the value found before.
 HALVINGS, AGAIN, FACTOR = 6, (5, 5), 1.6
 
 
 def target_of(folder: pathlib.Path) -> tuple[dict, Case]:
-  """The statistics of a run's choices, and their shape.
+  """The statistics of a run's choices, and the case to fit inputs for.
 
   Raises:
-    ValueError: there are no statistics.
+    ValueError: the folder holds no statistics.
   """
   path = folder / "selection.npz"
   if not path.exists():
@@ -72,7 +79,7 @@ def target_of(folder: pathlib.Path) -> tuple[dict, Case]:
     }
     for name, values in found.items()
   }
-  # Few queries at the end of the keys stand for all.
+  # A few queries at the end of the keys are taken to represent all of them.
   case = Case(
     tokens=min(6 * block_size, about["context"]),
     kv_tokens=about["context"],
@@ -84,7 +91,7 @@ def target_of(folder: pathlib.Path) -> tuple[dict, Case]:
 
 
 def statistics_of(case: Case, drift: int) -> Callable[[dict], dict]:
-  """Knob values -> the statistics of what `exact` selection chooses."""
+  """(knob values) -> statistics of what exact selection chooses."""
 
   @jax.jit
   def run(knobs):
@@ -109,7 +116,7 @@ def statistics_of(case: Case, drift: int) -> Callable[[dict], dict]:
 def fit(
   target: dict[str, float], case: Case, drift: int
 ) -> tuple[dict[str, float], dict[str, float]]:
-  """Knobs for one walk, and what they reach."""
+  """The knobs for one drift of the walk, and the statistics they reach."""
   found_by = statistics_of(case, drift)
   knobs = {"sink": 0.1, "near": 1.0, "noise": 0.2}
   for halvings in (HALVINGS, *AGAIN):
@@ -128,7 +135,10 @@ def fit(
 def fit_drift(
   target: dict[str, float], case: Case
 ) -> tuple[int, dict[str, float], dict[str, float]]:
-  """The walk that keeps blocks as long as wanted: `kept` grows with drift."""
+  """The drift that reaches `kept` best, its knobs and their statistics.
+
+  `kept` grows with the drift, so the drifts are searched by bisection.
+  """
   fits = {}
   low, high = 0, len(DRIFTS) - 1
   while low <= high:
@@ -150,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
   parser.add_argument("folder", type=pathlib.Path, help="folder of an MSA run")
   parser.add_argument(
     "--lengths", type=int, nargs="*", default=LENGTHS,
-    help="keys, beside the captured length (default: %(default)s)",
+    help="key lengths to fit beside the run's own (default: %(default)s)",
   )  # fmt: skip
   parser.add_argument("--out", type=pathlib.Path, default=cases.FITTED)
   args = parser.parse_args(argv)
@@ -161,25 +171,25 @@ def main(argv: list[str] | None = None) -> int:
     return 1
   means = {name: values["mean"] for name, values in target.items()}
   measure.log(f"wanted {means}")
-  rows = []
+  knobs_by_length = []
   for kv_tokens in sorted({case.kv_tokens, *args.lengths}):
     drift, knobs, reached = fit_drift(
       means, dataclasses.replace(case, kv_tokens=kv_tokens)
     )
-    row: dict[str, Any] = {"kv_tokens": kv_tokens, "drift": drift}
-    row |= {name: round(x, 4) for name, x in knobs.items()}
-    row["reached"] = {name: round(x, 3) for name, x in reached.items()}
-    measure.log(json.dumps(row))
-    rows.append(row)
+    entry: dict[str, Any] = {"kv_tokens": kv_tokens, "drift": drift}
+    entry |= {name: round(x, 4) for name, x in knobs.items()}
+    entry["reached"] = {name: round(x, 3) for name, x in reached.items()}
+    measure.log(json.dumps(entry))
+    knobs_by_length.append(entry)
   words = ["python", "-m", "benchmarks.fit", *(argv or sys.argv[1:])]
-  results.write_json(
+  records.write_json(
     args.out,
     dict(
       command=shlex.join(words),
-      commit=results.commit_name(),
+      commit=records.commit_name(),
       captured_at=case.kv_tokens,
       target=target,
-      knobs=rows,
+      knobs=knobs_by_length,
     ),
   )
   measure.log(f"wrote {args.out}")

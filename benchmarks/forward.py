@@ -1,11 +1,11 @@
 """Ops `select`, `sparse_forward` and `prefill`, beside dense attention.
 
 `select`: index_q, index_k -> block ids. `sparse_forward`: q, k, v and ids ->
-out, lse. `prefill`: the two in a row on all five inputs.
+out, lse. `prefill`: the two one after the other, on all five inputs.
 
 The dense peers are cuDNN and, up to 128K tokens, JAX's own Mosaic GPU attention
-(in f16, the only type it takes); the faster is named. cuDNN is the faster one
-at 128K tokens, so it stands alone beyond.
+(in f16, the only type that it supports). A record names the faster one. At 128K
+tokens that is cuDNN, so only cuDNN is timed at longer ones.
 """
 
 from __future__ import annotations
@@ -28,13 +28,14 @@ from msa_jax.ops import Implementation, ScorePrecision
 
 OPS = ("prefill", "select", "sparse_forward")
 CASES = cases.CASES
-RESTRICTED = ""  # what else an op wants of the options
+RESTRICTED = ""  # for errors: the options that this group needs
 IMPLEMENTATION: Implementation = "mosaic_gpu"
 MOSAIC_DENSE_TOKENS = 1 << 17
 OUTLIER_TOKENS = 1 << 17
 
 
 def select(case: Case, precision: ScorePrecision) -> Callable:
+  """(index_q, index_k) -> ids."""
   return functools.partial(
     msa_jax.select_blocks,
     block_size=case.block_size,
@@ -45,6 +46,7 @@ def select(case: Case, precision: ScorePrecision) -> Callable:
 
 
 def sparse(case: Case) -> Callable:
+  """(q, k, v, ids) -> (out, lse)."""
   return functools.partial(
     msa_jax.sparse_attention,
     block_size=case.block_size,
@@ -70,14 +72,17 @@ def mosaic_attention(q: Array, k: Array, v: Array) -> Any:
 
 
 def recall_of_last(ids: Array, truth: Array) -> Array:
-  """Recall over the last queries: early ones choose every block they see."""
+  """Recall over the last queries only.
+
+  The early ones choose every block that they see, so their recall is 1.
+  """
   return selection_stats.recall(ids[:, :, -4096:], truth[:, :, -4096:])
 
 
 def ops_of(
   case: Case, ops: list[str], selections: list[str], precisions: list[str]
 ) -> list[str]:
-  """The ops that are measured of a shape: all."""
+  """The ops that are measured at this shape: all of them."""
   del case, selections, precisions
   return ops
 
@@ -106,7 +111,7 @@ def add_programs(
       if case.tokens <= MOSAIC_DENSE_TOKENS:
         qkv = (f16["q"], f16["k"], f16["v"])
         programs.add("dense jax mosaic_gpu", mosaic_attention, *qkv)
-  # How low precision copes with outliers.
+  # Outliers show what low precision loses: their recall is measured.
   outliers = "select" in ops and case.tokens <= OUTLIER_TOKENS
   for selection in (*selections, *(["outliers"] if outliers else [])):
     programs.add(
@@ -127,14 +132,14 @@ def add_programs(
   programs.add("recall", recall_of_last, ids, ids)
 
 
-def rows(
+def records(
   case: Case,
   programs: measure.Programs,
   ops: list[str],
   selections: list[str],
   precisions: list[ScorePrecision],
 ) -> tuple[list[dict], list[dict]]:
-  """Rows and recalls of one shape."""
+  """The records and recalls of one shape."""
   dense = None
   qkv: tuple[Array, ...] = ()
   if "attention_inputs" in programs:
@@ -190,7 +195,7 @@ def rows(
           measure.program_bytes(attend) + sum(x.nbytes for x in inputs),
         )
         found.append(
-          measure.row(
+          measure.record(
             "prefill",
             case,
             prefill,
@@ -203,7 +208,7 @@ def rows(
         )
       if "select" in ops:
         found.append(
-          measure.row(
+          measure.record(
             "select",
             case,
             functools.partial(choose, *inputs),
@@ -215,7 +220,7 @@ def rows(
         )
       if "sparse_forward" in ops and precision == precisions[0]:
         found.append(
-          measure.row(
+          measure.record(
             "sparse_forward",
             case,
             functools.partial(programs["sparse"], *qkv, exact),
@@ -231,7 +236,7 @@ def rows(
 
 
 def check_select(case: Case, precision: ScorePrecision) -> str | None:
-  """What is wrong with the choice, or None."""
+  """Checks the selection: says what is wrong, or None."""
   inputs = cases.index_inputs(jax.random.key(7), case, "random")
   got = jax.jit(select(case, precision))(*inputs)
   want = measure.truth(
@@ -245,7 +250,8 @@ def check_select(case: Case, precision: ScorePrecision) -> str | None:
     )
   )(*inputs)
   recall = float(selection_stats.recall(got, want))
-  # Exact: float32 sums in another order may swap a few of 1e5 picks.
+  # Even "exact" sums float32 in another order than the reference, which may
+  # swap a few of 1e5 picks.
   floor = dict(exact=0.9999, fast=0.999, fp8=0.9)[precision]
   if not recall >= floor:
     return f"recall {recall:.5f} against the reference, at least {floor} needed"
@@ -253,27 +259,27 @@ def check_select(case: Case, precision: ScorePrecision) -> str | None:
 
 
 def sparse_cases(case: Case) -> list[Case]:
-  """What `check_sparse` is run on.
+  """The cases on which `check_sparse` runs, one for each way of the kernels.
 
-  Of a few dozen blocks, neighbours that choose top_k at random share enough for
-  a tile to walk them all; those that choose a quarter do not, and most choices
-  go the other way, as edges.
+  Neighbouring queries that choose top_k of a few dozen blocks at random share
+  so many that a row tile walks all of them. If they choose a quarter of that,
+  they share few, and most choices are handled as (query, block) pairs.
   """
   quarter = max(1, case.top_k // 4)
   return [case, dataclasses.replace(case, top_k=quarter)]
 
 
 def random_blocks(case: Case) -> Array:
-  """The exact choice of random index inputs."""
+  """The exact selection of random index inputs."""
   inputs = cases.index_inputs(jax.random.key(9), case, "random")
   return jax.jit(select(case, "exact"))(*inputs)
 
 
 def check_sparse(case: Case) -> str | None:
-  """What is wrong with the attention of given ids, or None.
+  """Checks the attention over given ids: says what is wrong, or None.
 
-  Errors are held against the same attention with probabilities rounded to the
-  working type before their product with v.
+  The bound is twice the error of the reference with probabilities rounded to
+  the working type before their product with v, plus the rounding of the output.
   """
   q, k, v = cases.attention_inputs(jax.random.key(8), case)
   ids = random_blocks(case)
@@ -314,7 +320,7 @@ def start_checks(
   ops: list[str],
   precisions: list[ScorePrecision],
 ) -> dict[str, concurrent.futures.Future]:
-  """Checks of the ops on a small case, running."""
+  """Starts the checks of the ops on a small case, by name."""
   found = {}
   if {"prefill", "select"} & set(ops):
     for precision in precisions:

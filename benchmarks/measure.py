@@ -1,8 +1,8 @@
-"""Timing, the rates of this device, and what an op must compute.
+"""Timing, the rates of this device, and the operations that an op needs.
 
 Times are device times: several calls are queued and awaited together, and the
-median over rounds is kept with its spread (largest minus smallest). The one
-exception are calls of many seconds, which run once.
+median over rounds is kept with its spread (largest minus smallest). Calls of
+many seconds are the exception: they run once.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import numpy as np
 from benchmarks import cases
 from benchmarks.cases import Case
 
-ONCE_SECONDS = 5.0
+ONCE_SECONDS = 5.0  # dense attention that takes longer is timed once
 
 
 def log(text: str) -> None:
@@ -32,7 +32,12 @@ def log(text: str) -> None:
 def measure(
   call: Callable[[], Any], once: bool = False
 ) -> tuple[float, float | None]:
-  """Median seconds of a call and the spread between rounds."""
+  """Median seconds of a call and the spread between rounds.
+
+  Args:
+    call: what to time; returns arrays.
+    once: time a single call; the spread is then None.
+  """
 
   def seconds(count: int = 1) -> float:
     start = time.perf_counter()
@@ -46,7 +51,8 @@ def measure(
     return first, None
   estimate = seconds()
   if estimate > 0.6:
-    # The first call may load code; the median of three leaves it out.
+    # The first call may load code and take longer; the median of three does not
+    # show it.
     times = [first, estimate, seconds()]
   elif estimate > 0.1:
     times = [estimate, seconds(), seconds()]
@@ -85,11 +91,19 @@ def kernels_of(call: Callable[[], Any]) -> list[KernelTime]:
 def kernel_fields(
   call: Callable[[], Any], steps: int = 1, least: float = 0.01
 ) -> dict[str, Any]:
-  """What a row says of the kernels of a step.
+  """The fields of a record that say which kernels ran in a step.
 
-  kernels_ms: time by name, as "other" of those with less than a share `least`
-  of it. idle_ms: time from the first kernel to the end of the last in which
-  none ran. The profiler's times; what `measure` finds may differ.
+  kernels_ms: milliseconds by kernel name. Kernels with less than a share
+  `least` of the sum are counted together as "other".
+  idle_ms: milliseconds between the start of the first kernel and the end of the
+  last one in which no kernel ran.
+
+  These are the profiler's times, which may differ from those of `measure`.
+
+  Args:
+    call: runs `steps` equal steps.
+    steps: the fields describe one of so many.
+    least: see kernels_ms.
   """
   kernels = kernels_of(call)
   by_name: dict[str, float] = {}
@@ -131,26 +145,29 @@ def ceilings() -> dict[str, float]:
 
 
 def truth(function: Callable[..., Any]) -> Callable[..., Any]:
-  """jit for what results are checked against, which runs once: XLA spends no
-  time on finding the fastest way to multiply."""
+  """Compiles a function that gives the values to check against.
+
+  It runs once, so XLA need not search for the fastest matrix products.
+  """
   return jax.jit(function, compiler_options={"xla_gpu_autotune_level": 0})
 
 
-# ---- What an op must compute, in floating-point operations ----
+# ---- Floating-point operations that an op needs ----
 
 
 def visible_tokens(case: Case) -> np.ndarray:
+  """The number of keys that each query sees, float64 [T]."""
   return case.kv_tokens - case.tokens + 1.0 + np.arange(case.tokens)
 
 
 def index_flops(case: Case) -> float:
-  """Index scores of all visible keys."""
-  rows = case.batch * case.num_kv_heads
-  return 2.0 * case.index_dim * rows * visible_tokens(case).sum()
+  """The index scores of all visible keys."""
+  groups = case.batch * case.num_kv_heads
+  return 2.0 * case.index_dim * groups * visible_tokens(case).sum()
 
 
 def attended_pairs(case: Case) -> float:
-  """Pairs of a query and a visible token of its chosen blocks, a group."""
+  """Number of (query, visible token of its chosen blocks), for one KV head."""
   seen = visible_tokens(case)
   own = (seen - 1) % case.block_size + 1
   attended = np.minimum(seen, (case.top_k - 1) * case.block_size + own)
@@ -158,12 +175,12 @@ def attended_pairs(case: Case) -> float:
 
 
 def main_flops(case: Case) -> float:
-  """q k and p v with the tokens of the chosen blocks."""
+  """The products q k and p v over the tokens of the chosen blocks."""
   return 4.0 * case.head_dim * case.num_heads * attended_pairs(case)
 
 
 def dense_flops(case: Case) -> float:
-  """q k and p v with all visible tokens."""
+  """The products q k and p v over all visible tokens."""
   heads = case.batch * case.num_heads
   return 4.0 * case.head_dim * heads * visible_tokens(case).sum()
 
@@ -172,7 +189,7 @@ def dense_flops(case: Case) -> float:
 
 
 class Programs:
-  """Compiled programs of one case, made side by side in the background."""
+  """The programs of one case, which threads of a pool compile."""
 
   def __init__(self, pool: concurrent.futures.Executor):
     self._pool = pool
@@ -227,7 +244,7 @@ def program_bytes(compiled: Any) -> int:
 
 
 def check_rms(name: str, got: jax.Array, want: jax.Array) -> str | None:
-  """What is wrong with a result whose RMS error is 0.5 % or more, or None."""
+  """The words for a failed check if the RMS error is 0.5 % or more, or None."""
   error = got.astype(jnp.float32) - want
   rms = jnp.sqrt(jnp.mean(error**2) / jnp.mean(want**2))
   if not rms < 0.005:
@@ -243,7 +260,7 @@ def faster(
   for name, call in peers.items():
     try:
       seconds[name], _ = measure(call, once)
-    except Exception as error:  # a peer may not take a shape: say so, go on
+    except Exception as error:  # a peer may not support the shape
       log(f"  dense {name} does not run here: {str(error)[:200]}")
     else:
       log(f"  dense {name}: {seconds[name] * 1e3:.3f} ms")
@@ -253,7 +270,7 @@ def faster(
   return best, seconds[best]
 
 
-def row(
+def record(
   op: str,
   case: Case,
   call: Callable[[], Any],
@@ -266,19 +283,29 @@ def row(
   dense: tuple[str, float] | None = None,
   steps: int = 1,
 ) -> dict[str, Any]:
-  """Times an op and describes it as results/<device>.json does.
+  """Times an op and returns its record for results/<device>.json.
 
-  A call may consist of several equal `steps`, of which one is described.
+  Args:
+    op: name of the op.
+    case: its shape.
+    call: runs `steps` equal steps of it.
+    flops: floating-point operations of one step.
+    peak_bytes: memory of one step.
+    selection: kind of the index inputs.
+    union8: distinct blocks that 8 neighbouring queries choose, mean.
+    score_precision: how the index scores are ranked.
+    dense: name and seconds of the dense peer, if there is one.
+    steps: the record describes one of so many.
   """
   seconds, spread = measure(call)
   seconds, spread = seconds / steps, spread and spread / steps
   name, dense_seconds = dense or (None, None)
   speedup = None if dense_seconds is None else dense_seconds / seconds
-  beside = "" if speedup is None else f", {speedup:.2f}x over {name}"
+  versus = "" if speedup is None else f", {speedup:.2f}x over {name}"
   tflops = flops / seconds / 1e12
   log(
     f"  {op} {selection} {score_precision}: {seconds * 1e3:.3f} ms,"
-    f" {tflops:.0f} TFLOP/s{beside}"
+    f" {tflops:.0f} TFLOP/s{versus}"
   )
   return dict(
     op=op,

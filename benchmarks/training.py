@@ -1,12 +1,12 @@
 """Ops `train`, `sparse_backward`, `kl` and `warmup`, beside dense attention.
 
 `train`: selection, attention and KL of all five inputs, and their gradients.
-`sparse_backward`: dq, dk, dv of given ids. `kl`: the KL loss over given ids and
-its gradients. `warmup`: a warm-up step, that is dense attention, the KL over
-all visible tokens and what the Index Branch would choose, with gradients.
+`sparse_backward`: dq, dk, dv for given ids. `kl`: the KL loss over given ids
+and its gradients. `warmup`: a warm-up step, which computes dense attention, the
+KL over all visible tokens, their gradients and the selection (for recall).
 
-The dense peer is cuDNN's forward and backward. `warmup` is no faster than that:
-its speed-up is below 1.
+The dense peer is cuDNN's forward and backward. `warmup` does more work than
+that, so its speed-up is below 1.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ OPS = ("train", "sparse_backward", "kl", "warmup")
 CASES = cases.CASES | cases.BATCHES
 RESTRICTED = ""
 IMPLEMENTATION: Implementation = "mosaic_gpu"
-MAX_TOKENS = 1 << 19  # q, out and their gradients at 1M fill the memory
-WARMUP_TOKENS = 1 << 17  # quadratic
+MAX_TOKENS = 1 << 19  # at 1M, q, out and their gradients fill the memory
+WARMUP_TOKENS = 1 << 17  # its time grows with the square of the length
 
 
 def layer(case: Case, phase: Phase, implementation: Implementation) -> Callable:
@@ -99,7 +99,7 @@ def ops_of(
   case: Case, ops: list[str], selections: list[str], precisions: list[str]
 ) -> list[str]:
   """The ops that are measured at this length."""
-  del selections, precisions  # selection in training is exact
+  del selections, precisions  # training has all selections, and exact scores
   if case.tokens > MAX_TOKENS:
     return []
   return [op for op in ops if op != "warmup" or case.tokens <= WARMUP_TOKENS]
@@ -166,10 +166,11 @@ def add_programs(
 
 
 def flops(op: str, case: Case) -> float:
-  """A backward has five products where a forward has two."""
+  """Operations of an op: attention's backward has 5 products, its forward 2."""
   main, index = measure.main_flops(case), measure.index_flops(case)
   dense = measure.dense_flops(case)
-  # q k once more, and one index head's scores and two gradients for G heads.
+  # The KL computes q k once more. Its index scores and their two gradients are
+  # of one index head for each group of G query heads.
   pairs = measure.attended_pairs(case) * case.num_kv_heads
   kl = main / 2 + 6.0 * case.index_dim * pairs
   return dict(
@@ -180,14 +181,14 @@ def flops(op: str, case: Case) -> float:
   )[op]
 
 
-def rows(
+def records(
   case: Case,
   programs: measure.Programs,
   ops: list[str],
   selections: list[str],
   precisions: list[str],
 ) -> tuple[list[dict], list[dict]]:
-  """Rows of one shape; no recalls."""
+  """The records of one shape; no recalls."""
   ops = ops_of(case, ops, selections, precisions)
   if not ops:
     return [], []
@@ -206,7 +207,7 @@ def rows(
     union8 = float(programs["union8"](ids))
     for op in ops:
       if op == "warmup" and selection != selections[0]:
-        continue  # attends to everything
+        continue  # it attends to all tokens, whatever the selection
       if op in ("train", "warmup"):
         operands = (q, k, v, *inputs, dout)
       elif op == "sparse_backward":
@@ -215,7 +216,7 @@ def rows(
         _, lse = programs["sparse"](q, k, v, ids)
         operands = (q, k, *inputs, ids, lse)
       call = functools.partial(programs[op], *operands)
-      row = measure.row(
+      record = measure.record(
         op,
         case,
         call,
@@ -227,7 +228,7 @@ def rows(
       )
       kernels = measure.kernel_fields(call)
       measure.log(f"    {kernels}")
-      found.append(row | kernels)
+      found.append(record | kernels)
   return found, []
 
 
@@ -235,10 +236,10 @@ def rows(
 
 
 def check_gradients(case: Case, phase: Phase) -> str | None:
-  """What is wrong with the KL and the gradients of a layer, or None.
+  """Checks the KL and gradients of a layer: says what is wrong, or None.
 
-  The reference runs in float32 on the same choice: exact selection of the same
-  inputs, which ties could change, is what `select` checks.
+  The reference runs in float32 and selects for itself, from the same inputs.
+  That both select the same blocks is what the check of `select` is for.
   """
   qkv = cases.attention_inputs(jax.random.key(8), case)
   inputs = cases.index_inputs(jax.random.key(9), case, "random")
@@ -262,13 +263,14 @@ def start_checks(
   ops: list[str],
   precisions: list[str],
 ) -> dict[str, concurrent.futures.Future]:
-  """Checks of the ops on a small case, running."""
+  """Starts the checks of the ops on a small case, by name."""
   del precisions
   found = {}
   if {"train", "sparse_backward", "kl"} & set(ops):
     found["train"] = pool.submit(check_gradients, case, "sparse")
   if "warmup" in ops:
-    # It takes as many keys as queries, and the reference all pairs of them.
+    # Warm-up needs as many queries as keys, and the reference holds arrays of
+    # that size squared.
     tokens = 6 * case.block_size - 5
     case = dataclasses.replace(case, tokens=tokens, kv_tokens=tokens)
     found["warmup"] = pool.submit(check_gradients, case, "warmup")

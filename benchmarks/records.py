@@ -1,4 +1,9 @@
-"""The results file and its plot."""
+"""The file of measurements of a device, `results/<device>.json`, and its plot.
+
+The file holds a list of records under "rows": one for each op, shape, selection
+and score precision. Another list, "recall", holds the recalls of the selections
+that rank by rounded scores.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +21,7 @@ import jax
 from benchmarks import measure
 from benchmarks.cases import Case
 
-FOLDER = pathlib.Path(__file__).parents[1] / "results"
+FOLDER = pathlib.Path(__file__).parent / "results"
 KEY = [
   "op",
   *(field.name for field in dataclasses.fields(Case)),
@@ -29,6 +34,7 @@ PAPER_SPEEDUP = (1 << 20, 14.2)
 
 
 def commit_name() -> str:
+  """The short name of the checked-out commit, or "unknown"."""
   try:
     run = subprocess.run(
       ["git", "rev-parse", "--short", "HEAD"],
@@ -43,18 +49,23 @@ def commit_name() -> str:
 
 
 def merge(old: list[dict], new: list[dict], key: list[str]) -> list[dict]:
-  """Old rows, those of the same key replaced, then new ones."""
+  """The old records, those with a new record's key replaced, then the rest.
 
-  def name(row):
-    return tuple(row.get(field) for field in key)
+  Args:
+    old: the records of the file, in its order, which stays.
+    new: the records to add.
+    key: the fields that name a record.
+  """
 
-  table = {name(row): row for row in old} | {name(row): row for row in new}
-  return list(table.values())
+  def name(record):
+    return tuple(record.get(field) for field in key)
+
+  return list({name(record): record for record in [*old, *new]}.values())
 
 
 @contextlib.contextmanager
 def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
-  """A file to write, which takes the place of `path` unless writing fails."""
+  """Yields a file to write, which replaces `path` unless writing fails."""
   path.parent.mkdir(parents=True, exist_ok=True)
   handle, name = tempfile.mkstemp(dir=path.parent, suffix=".tmp")
   os.close(handle)
@@ -67,20 +78,21 @@ def whole_file(path: pathlib.Path) -> Iterator[pathlib.Path]:
 
 
 def write_json(path: pathlib.Path, content: dict) -> None:
-  """Writes the whole file or none of it."""
+  """Writes a JSON file, whole or not at all."""
   with whole_file(path) as file:
     file.write_text(json.dumps(content, indent=1) + "\n")
 
 
 def read_json(path: pathlib.Path) -> dict:
+  """The content of a JSON file; {} if there is no such file."""
   return json.loads(path.read_text()) if path.exists() else {}
 
 
 def read_own(path: pathlib.Path) -> dict:
-  """What a file holds of this device; {} without the file.
+  """The measurements of this device in a file; {} if there is no such file.
 
   Raises:
-    ValueError: the file is another device's.
+    ValueError: the file holds the measurements of another device.
   """
   old, here = read_json(path), jax.devices()[0].device_kind
   if old and old.get("device") != here:
@@ -91,27 +103,34 @@ def read_own(path: pathlib.Path) -> dict:
   return old
 
 
-def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
+def store(path: pathlib.Path, found: list[dict], recalls: list[dict]) -> dict:
   """Merges what this run measured into a file, and returns its content.
 
-  Each row names the JAX that it was measured under; the content's own `jax`
-  lists them all. Older files have that one only, which holds for their rows.
+  Each record names the JAX version that it was measured under, and the file's
+  own `jax` lists all of them. A file from before there was one for each record
+  has only its own, which then holds for all of its records.
+
+  Args:
+    path: the file.
+    found: records, as `measure.record` makes them.
+    recalls: the recalls of selections that rank by rounded scores.
 
   Raises:
-    ValueError: the file is another device's.
+    ValueError: the file holds the measurements of another device.
   """
   old = read_own(path)
   keys = dict(
     rows=KEY, recall=["tokens", "index_dim", "selection", "score_precision"]
   )
   merged = {}
-  for table, new in dict(rows=rows, recall=recalls).items():
+  for table, new in dict(rows=found, recall=recalls).items():
     before = [
-      row | dict(jax=row.get("jax", old["jax"])) for row in old.get(table, [])
+      record | dict(jax=record.get("jax", old["jax"]))
+      for record in old.get(table, [])
     ]
-    now = [row | dict(jax=jax.__version__) for row in new]
+    now = [record | dict(jax=jax.__version__) for record in new]
     merged[table] = merge(before, now, keys[table])
-  versions = {row["jax"] for table in merged.values() for row in table}
+  versions = {record["jax"] for table in merged.values() for record in table}
   content = dict(
     device=jax.devices()[0].device_kind,
     jax=", ".join(sorted(versions)),
@@ -121,7 +140,7 @@ def store(path: pathlib.Path, rows: list[dict], recalls: list[dict]) -> dict:
   return content
 
 
-STYLES = {  # of choices: what the legend calls them, and their lines
+STYLES = {  # selection -> (its name in the legend, line style)
   "random": ("random", "--"),
   "trained_like": ("trained-like", "-"),
   "fitted": ("fitted to a trained model's", "-."),
@@ -130,29 +149,30 @@ COLOURS = dict(exact="tab:blue", fast="tab:green", fp8="tab:red")
 
 
 def bound_seconds(op: str, case: Case, precision: str) -> float:
-  """What the matrix units need at least."""
+  """The least time that the matrix units need for an op of this shape."""
   index = measure.index_flops(case) / BOUND_TFLOPS[precision]
   factor = dict(prefill=1.0, train=4.0)[op]  # train: 3.5, and q k for the KL
   main = factor * measure.main_flops(case) / BOUND_TFLOPS["exact"]
   return (index + main) / 1e12
 
 
-def plot_op(axes, op: str, rows: list[dict]) -> None:
-  """Speed-up of one op against length, with its bounds."""
+def plot_op(axes, op: str, found: list[dict]) -> None:
+  """Draws the speed-up of one op against length, with its bounds."""
   for selection, (name, style) in STYLES.items():
     for precision, colour in COLOURS.items():
       points = sorted(
-        (row["tokens"], row["speedup"])
-        for row in rows
-        if (row["selection"], row["score_precision"]) == (selection, precision)
+        (record["tokens"], record["speedup"])
+        for record in found
+        if (record["selection"], record["score_precision"])
+        == (selection, precision)
       )
       if points:
         axes.plot(
           *zip(*points, strict=True), style, color=colour, marker="o", ms=4,
           label=f"{name}, {precision}",
         )  # fmt: skip
-  dense = {row["tokens"]: row["dense_ms"] for row in rows}
-  ranked = {row["score_precision"] for row in rows}
+  dense = {record["tokens"]: record["dense_ms"] for record in found}
+  ranked = {record["score_precision"] for record in found}
   for precision in BOUND_TFLOPS:
     if precision in ranked:
       bound = [
@@ -181,11 +201,11 @@ def plot_op(axes, op: str, rows: list[dict]) -> None:
 
 
 def plot(content: dict, path: pathlib.Path) -> None:
-  """Speed-ups of prefill and training against length, at the paper's heads.
+  """Plots speed-ups of prefill and training against length, paper's heads.
 
-  Writes the whole file or none of it.
+  The file is written whole or not at all.
   """
-  from matplotlib.figure import Figure  # without pyplot nothing stays open
+  from matplotlib.figure import Figure  # a figure outside of pyplot is freed
 
   paper = dataclasses.asdict(Case(tokens=0, kv_tokens=-1))
   fixed = [f for f in paper if f not in ("tokens", "kv_tokens")]
@@ -193,22 +213,22 @@ def plot(content: dict, path: pathlib.Path) -> None:
     prefill="Prefill: selection + attention",
     train="Training: forward + backward with KL",
   )
-  rows = {
+  found = {
     op: [
-      row
-      for row in content["rows"]
-      if row["op"] == op
-      and row["speedup"]
-      and row["tokens"] == row["kv_tokens"]
-      and all(row[f] == paper[f] for f in fixed)
+      record
+      for record in content["rows"]
+      if record["op"] == op
+      and record["speedup"]
+      and record["tokens"] == record["kv_tokens"]
+      and all(record[f] == paper[f] for f in fixed)
     ]
     for op in titles
   }
-  drawn = [op for op in titles if rows[op]] or ["prefill"]
+  drawn = [op for op in titles if found[op]] or ["prefill"]
   figure = Figure(figsize=(2 + 5 * len(drawn), 4.5), layout="constrained")
   panels = figure.subplots(1, len(drawn), squeeze=False)
   for axes, op in zip(panels[0], drawn, strict=True):
-    plot_op(axes, op, rows[op])
+    plot_op(axes, op, found[op])
     axes.set_title(titles[op])
   panels[0, 0].set_ylabel("speed-up over dense attention")
   figure.suptitle(content["device"])
@@ -217,4 +237,5 @@ def plot(content: dict, path: pathlib.Path) -> None:
 
 
 def device_slug() -> str:
+  """The device's name as a part of a file name."""
   return "_".join(str(jax.devices()[0].device_kind).lower().split())
