@@ -6,12 +6,12 @@ backward, without KL):
 
     python -m benchmarks.portable --tokens 1024 4096 16384
 
-With --generate, tokens a second of a small model that decodes with so many
-tokens in its cache, MSA beside GQA, by each implementation that can run here:
+With --generate, the speed at which a small model decodes when its cache holds
+that many tokens, MSA beside GQA, for each implementation that can run here:
 
     python -m benchmarks.portable --generate --tokens 4096 32768 --batch 8
 
-Kernels for Hopper GPUs have a benchmark of their own, `benchmarks`.
+`python -m benchmarks` measures the kernels for Hopper GPUs.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import msa_jax
 from msa_jax import cache as cache_lib
 from msa_jax import generate
 
-# The reference holds several T x T arrays a head.
+# The reference holds several T x T arrays for each head.
 _REFERENCE_LIMIT = 4096
 
 
@@ -70,7 +70,7 @@ def _dense_loss(inputs):
 def _measure(
   loss: Callable, inputs: tuple[jax.Array, ...], repeats: int
 ) -> tuple[float, float, int]:
-  """Median and spread of the seconds of one step, and its workspace."""
+  """Median and spread of a step in seconds, and its workspace in bytes."""
   step = jax.jit(jax.grad(loss)).lower(inputs).compile()
   jax.block_until_ready(step(inputs))
   seconds = []
@@ -84,7 +84,7 @@ def _measure(
 
 
 def _filled(cache: cache_lib.Cache, tokens: int) -> cache_lib.Cache:
-  """The cache after `tokens` random tokens."""
+  """The cache as if `tokens` tokens had been read: its entries are random."""
   keys = iter(jax.random.split(jax.random.key(1), 3 * len(cache.layers)))
 
   def fill(x: jax.Array) -> jax.Array:
@@ -205,15 +205,17 @@ def main() -> None:
   add("--num_heads", default=8, help="query heads")
   add("--num_kv_heads", default=2, help="KV heads")
   add("--head_dim", default=64, help="head and index dim")
-  add("--block_size", default=64, help="tokens a block")
-  add("--top_k", default=8, help="blocks kept")
+  add("--block_size", default=64, help="tokens of a block")
+  add("--top_k", default=8, help="blocks that a query keeps")
   add("--repeats", default=5, help="timed steps (calls, with --generate)")
   parser.add_argument(
-    "--generate", action="store_true", help="time decoding; the rest is for it"
+    "--generate",
+    action="store_true",
+    help="time decoding; the options below are for it",
   )
-  add("--batch", default=1, help="rows")
+  add("--batch", default=1, help="sequences")
   add("--num_layers", default=2, help="layers")
-  add("--steps", default=generate.STEPS, help="tokens a call")
+  add("--steps", default=generate.STEPS, help="tokens of a call")
   parser.add_argument("--dtype", help="float32 on a CPU, else bfloat16")
   args = parser.parse_args()
   device = jax.devices()[0]

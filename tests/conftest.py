@@ -32,7 +32,7 @@ import pytest
 # These take longest and go first: short ones are left to even out the workers.
 LONGEST = (
   *("cache", "evidence", "m3", "modules", "resume", "train"),
-  *("kernels_bench", "kernels_decode", "kernels_select", "kernels_sparse"),
+  *("benchmarks", "kernels_decode", "kernels_select", "kernels_sparse"),
 )
 
 
