@@ -27,7 +27,7 @@ lint: $(READY)
 
 ## Build the documentation into site/; a warning is an error.
 docs: $(READY)
-	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(RUN) -m mkdocs build --strict
 
 ## Resolve requirements.lock again (needs uv).
 lock:
