@@ -8,11 +8,10 @@ import sys
 
 import numpy as np
 import pytest
-from test_evidence import TINY
+from test_commands import TINY
 
 from train import __main__ as cli
-from train import config as config_lib
-from train import devices
+from train import configs, devices
 from train.config import MeshConfig
 
 
@@ -46,7 +45,7 @@ def test_meshes():
 
 
 def test_devices_compute_their_own_rows_at_a_time():
-  _, run, _ = config_lib.preset("evidence").runs  # 2 rows
+  _, run, _ = configs.preset("lm73m_16k").runs  # 2 rows
   for mesh, parts in {
     MeshConfig(): 4,
     MeshConfig(data=4): 1,
@@ -59,7 +58,7 @@ def test_devices_compute_their_own_rows_at_a_time():
 
 
 def test_first_steps_have_every_phase():
-  gqa, msa, _ = config_lib.preset("evidence").runs
+  gqa, msa, _ = configs.preset("lm73m_16k").runs
   for steps, warmup in {50: 10, 4: 1, 2: 1}.items():
     first = devices._first_steps(msa, steps)
     phases = [first.phase(step) for step in range(1, steps + 1)]
@@ -94,13 +93,13 @@ def test_the_command_on_two_devices(tmp_path):
   for i in range(40):
     words = rng.choice(["alpha", "beta", "def f(x):\n", "return x\n"], 200)
     (text / f"{i}.txt").write_text(" ".join(words))
-  command = ["devices", "evidence", "--sides", "msa", "--steps", "3"]
+  command = ["devices", "lm73m_16k", "--sides", "msa", "--steps", "3"]
   command += ["--results", str(tmp_path), "--set", *TINY]
   command += ["model.implementation=reference", "recipe.index_warmup_steps=0"]
   command += [f"data.text.path={text}", f"data.text.cache_dir={tmp_path}"]
   shown = run_script(COMMAND, 2, *command)
   *_, path = shown.splitlines()
-  assert pathlib.Path(path) == tmp_path / "evidence_msa_cpu_x2.json"
+  assert pathlib.Path(path) == tmp_path / "lm73m_16k_msa_cpu_x2.json"
   found = json.loads(pathlib.Path(path).read_text())
   assert {"started", "commit", "command", "versions"} <= set(found)
   assert (found["device_count"], found["steps"]) == (2, 3)
@@ -141,16 +140,16 @@ LOWERING = """
 import json
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from pallas_kernels import mosaic
-from train import config, devices
-from train.program import Program
+from train import config, configs, devices
+from train.program import Program, compile_key
 mosaic.require_hopper = lambda: None
 cudnn.check_cudnn_version = lambda: 91000
 cudnn.check_compute_capability = lambda _: True
-comparison = config.preset("evidence")
+comparison = configs.preset("lm73m_16k")
 gqa, msa, _ = config.with_fields(comparison, ["model.num_layers=1"]).runs
 mesh = config.MeshConfig(data=2, fsdp=2, tensor=2)
 for run in (gqa, msa):
-  program = Program(devices._on(run, mesh, 8))
+  program = Program(compile_key(devices._on(run, mesh, 8)))
   generation = devices.Generation(program)
   for phase in (*run.phases(), "generation"):
     with program.context():

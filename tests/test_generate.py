@@ -293,8 +293,8 @@ def place(tmp_path_factory):
 def trained(place):
   """A run whose step 2 ends its warm-up, its untrained model and state."""
   run = tiny_run(place, keep_checkpoints=2)
-  program = program_lib.Program(run)
-  state = program.init()
+  program = program_lib.Program(program_lib.compile_key(run))
+  state = program.init(run.seed)
   flat = program_lib.flatten_state(state)
   save(run, flat, steps=(2, 4))
   return run, program.merge(state.params), flat

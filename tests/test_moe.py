@@ -13,7 +13,7 @@ from helpers import run_on_devices
 from msa_jax import ModelConfig, MoEConfig
 from msa_jax.mlp import MixtureOfExperts, balance, expert_load, gated
 from train import config as config_lib
-from train import data, loop
+from train import data, evaluate, loop
 from train import program as program_lib
 
 SKEW = [0.4, 0.0, 0.0, -0.4]
@@ -195,22 +195,26 @@ def tiny_run(**optimizer):
   )
 
 
-def skewed(program):
+def skewed(program, seed=0):
   """A fresh state whose router sends every token to the first expert."""
-  state = program_lib.Program.init(program)
+  state = program_lib.Program.init(program, seed)
   (name,) = program._choice_biases
   state.params[name] = jnp.asarray(SKEW, jnp.float32)
   return state
 
 
-def steps(program, count, init=program_lib.Program.init):
+def program_of(run):
+  return program_lib.Program(program_lib.compile_key(run))
+
+
+def steps(run, program, count, init=program_lib.Program.init):
   """Parameters after one step, and each step's metrics."""
-  source = data.load(program.config.data)
-  state = init(program)
+  source = data.load(run.data)
+  state = init(program, run.seed)
   params, metrics = None, []
   for step in range(1, count + 1):
     batch = source.train_batch(0, step - 1, batch_size=8, context=64)
-    state, row = program.step(state, batch, step)
+    state, row = program_lib.train_step(program, run, state, batch, step)
     params = jax.device_get(state.params) if params is None else params
     metrics.append(jax.device_get(row))
   return params, metrics
@@ -221,7 +225,7 @@ def trained(mesh):
   run = dataclasses.replace(
     tiny_run(), mesh=config_lib.MeshConfig(**mesh), grad_accumulation=2
   )
-  _, metrics = steps(program_lib.Program(run), 2)
+  _, metrics = steps(run, program_of(run), 2)
   rows = [[m["loss"], m["grad_norm"], *m["load"].ravel()] for m in metrics]
   return np.asarray(rows)
 
@@ -234,37 +238,39 @@ def test_balance_moves_by_load():
 
 
 def test_training_balances_the_load_and_nothing_else(tmp_path):
-  unmoved = program_lib.Program(tiny_run(router_bias_rate=0.0))
-  still, rows = steps(unmoved, 40, skewed)
+  run = tiny_run(router_bias_rate=0.0)
+  unmoved = program_of(run)
+  still, rows = steps(run, unmoved, 40, skewed)
   (bias,) = unmoved._choice_biases
   np.testing.assert_array_equal(still[bias], np.float32(SKEW))
   assert rows[0]["load"].shape == (1, 4)
   assert all(row["load"].sum() == 8 * 64 * 2 for row in rows)
   # Each token goes to the first expert (twice the mean), none to the last.
-  (row,) = unmoved.router_rows(sum(row["load"] for row in rows[24:]))
+  (row,) = evaluate.router_records(
+    unmoved, sum(row["load"] for row in rows[24:])
+  )
   assert row["layer"] == 0 and row["max_load"] > 1.9 and row["min_load"] < 0.1
 
-  program = program_lib.Program(tiny_run(router_bias_rate=0.02))
-  moved, first = steps(program, 1, skewed)
+  run = tiny_run(router_bias_rate=0.02)
+  program = program_of(run)
+  moved, first = steps(run, program, 1, skewed)
   # The first step has the same loss, gradients and updates with and without.
   np.testing.assert_equal(first[0], rows[0])
   # Of a rate of 0 the compiler makes another program, with other last bits.
-  hardly = program_lib.Program(tiny_run(router_bias_rate=1e-30))
-  hardly, _ = steps(hardly, 1, skewed)
+  hardly = tiny_run(router_bias_rate=1e-30)
+  hardly, _ = steps(hardly, program_of(hardly), 1, skewed)
   for name, value in hardly.items():
     assert np.array_equal(value, moved[name]) == (name != bias), name
     np.testing.assert_allclose(value, still[name], atol=1e-6, err_msg=name)
 
   # And the loop logs how the loads become equal.
-  program.init = lambda: skewed(program)
-  loop.run(
-    dataclasses.replace(program.config, folder=str(tmp_path)), program=program
-  )
+  program.init = lambda seed: skewed(program, seed)
+  loop.run(dataclasses.replace(run, folder=str(tmp_path)), program=program)
   lines = (tmp_path / "metrics.jsonl").read_text().splitlines()
   logged = [json.loads(line) for line in lines]
   logged = [row["router"][0] for row in logged if row["kind"] == "train"]
   assert len(logged) == 40
-  assert logged[0] == unmoved.router_rows(rows[0]["load"])[0]
+  assert logged[0] == evaluate.router_records(unmoved, rows[0]["load"])[0]
   assert np.mean([row["max_load"] for row in logged[24:]]) < 1.5
   assert np.mean([row["min_load"] for row in logged[24:]]) > 0.5
 

@@ -13,7 +13,7 @@ import time
 
 import numpy as np
 import pytest
-from test_train import read_rows, tiny_run
+from test_train import program_of, read_records, tiny_run
 
 from train import checkpoint
 from train import config as config_lib
@@ -97,9 +97,9 @@ def kill(process: subprocess.Popen) -> None:
   process.stdout.close()
 
 
-def without_times(rows: list[dict]) -> list[dict]:
+def without_times(records: list[dict]) -> list[dict]:
   times = ("seconds", "tokens_per_second")
-  return [{k: v for k, v in r.items() if k not in times} for r in rows]
+  return [{k: v for k, v in r.items() if k not in times} for r in records]
 
 
 def test_killed_run_ends_with_the_same_bits(place, run, reference):
@@ -109,7 +109,7 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference):
   metrics = folder / "metrics.jsonl"
   rng = random.Random(0)
 
-  def rows() -> int:
+  def records() -> int:
     return metrics.read_bytes().count(b"\n") if metrics.exists() else 0
 
   def writes(step: int):
@@ -121,9 +121,9 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference):
     )
 
   moments = [
-    lambda: rows() >= 1,  # before any checkpoint
+    lambda: records() >= 1,  # before any checkpoint
     writes(4),  # while a checkpoint is written
-    lambda: rows() >= 9,  # about the switch to sparse
+    lambda: records() >= 9,  # about the switch to sparse
     writes(10),
   ]
   for i, moment in enumerate(moments):
@@ -137,13 +137,15 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference):
       with open(metrics, "a") as file:
         file.write('{"kind": "train", "st')
   finish(start(config, place / "cache"))
-  assert without_times(read_rows(folder)) == without_times(read_rows(reference))
-  steps = [r["step"] for r in read_rows(folder) if r["kind"] == "train"]
+  assert without_times(read_records(folder)) == without_times(
+    read_records(reference)
+  )
+  steps = [r["step"] for r in read_records(folder) if r["kind"] == "train"]
   assert steps == list(range(1, NUM_STEPS + 1))
-  seconds = [r["seconds"] for r in read_rows(folder) if r["kind"] == "train"]
+  seconds = [r["seconds"] for r in read_records(folder) if r["kind"] == "train"]
   assert seconds == sorted(seconds)
 
-  program = program_lib.Program(run)
+  program = program_of(run)
   wanted = program_lib.flatten_state(program.abstract_state)
   readers = [
     checkpoint.Checkpoints(f, read_only=True) for f in (folder, reference)
@@ -178,7 +180,7 @@ def test_two_processes_go_on_as_one(place, run, reference):
   finally:
     for process in processes:
       kill(process)
-  before = read_rows(folder)[-1]["step"]
+  before = read_records(folder)[-1]["step"]
   assert before >= 6 and not (folder / "done.json").exists()
   environment = json.loads((folder / "environment.json").read_text())
   assert environment["device_count"] == environment["process_count"] == 2
@@ -189,7 +191,7 @@ def test_two_processes_go_on_as_one(place, run, reference):
   (resumed,) = environment["resumed"]
   assert resumed["step"] >= 6 and resumed["process_count"] == 1
   mine, theirs = (
-    [(row["loss"], row["kl"]) for row in read_rows(f) if row["kind"] == "train"]
+    [(r["loss"], r["kl"]) for r in read_records(f) if r["kind"] == "train"]
     for f in (folder, reference)
   )
   assert len(mine) == NUM_STEPS

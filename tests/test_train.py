@@ -15,7 +15,7 @@ from helpers import run_on_devices
 
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import __main__ as cli
-from train import checkpoint, data, loop, sample
+from train import checkpoint, compare, configs, data, evaluate, loop, sample
 from train import config as config_lib
 from train import program as program_lib
 
@@ -79,7 +79,7 @@ def as_gqa(run: config_lib.RunConfig, **changes) -> config_lib.RunConfig:
   )
 
 
-def read_rows(folder: pathlib.Path) -> list[dict]:
+def read_records(folder: pathlib.Path) -> list[dict]:
   lines = (folder / "metrics.jsonl").read_text().splitlines()
   return [json.loads(line) for line in lines]
 
@@ -119,12 +119,16 @@ def parts_of(batch: data.Batch, count: int) -> tuple[np.ndarray, np.ndarray]:
 
 @pytest.fixture(scope="module")
 def program(place) -> program_lib.Program:
-  return program_lib.Program(tiny_run(place))
+  return program_of(tiny_run(place))
+
+
+def program_of(run: config_lib.RunConfig) -> program_lib.Program:
+  return program_lib.Program(program_lib.compile_key(run))
 
 
 @pytest.fixture(scope="module")
 def params(program) -> program_lib.Params:
-  return program.init().params
+  return program.init(0).params
 
 
 @functools.cache
@@ -160,7 +164,7 @@ def test_kl_reaches_the_backbone_without_the_wall(place, params, source):
   run = dataclasses.replace(
     run, model=dataclasses.replace(run.model, index=index)
   )
-  program = program_lib.Program(run)
+  program = program_of(run)
   without, with_kl = gradients_by_weight(program, params, source, "sparse")
   changed = [n for n in program.groups if np.any(without[n] != with_kl[n])]
   assert any(program.groups[name] == "backbone" for name in changed)
@@ -184,20 +188,24 @@ def test_parts_of_a_batch_add_up(program, params, source):
     )
 
 
-def test_switch_to_sparse_keeps_the_moments(program, source):
-  run = program.config
-  state = program.init()
+def test_switch_to_sparse_keeps_the_moments(place, program, source):
+  run = tiny_run(place)
+  state = program.init(0)
   batches = [
     source.train_batch(0, i, batch_size=4, context=64) for i in range(3)
   ]
   for step in (1, 2):
     assert run.phase(step) == "warmup"
-    state, _ = program.step(state, batches[step - 1], step)
+    state, _ = program_lib.train_step(
+      program, run, state, batches[step - 1], step
+    )
   before = jax.device_get(state)
   assert run.phase(3) == "sparse"
   loss = loss_of(program, "sparse")
   _, grads = loss(before.params, *parts_of(batches[2], 1), 1.0)
-  after = jax.device_get(program.step(state, batches[2], 3)[0])
+  after, _ = jax.device_get(
+    program_lib.train_step(program, run, state, batches[2], 3)
+  )
   for group in ("backbone", "index"):
     mine = program.group(grads, group)
     norm = np.sqrt(sum(float(np.sum(np.square(g))) for g in mine.values()))
@@ -220,6 +228,112 @@ def test_weight_decay_leaves_norms_alone(program, params):
       assert np.any(update) == (not name.endswith("scale")), name
 
 
+# --- Sharing a program --------------------------------------------------------
+
+
+def other_value(value):
+  """A legal value of a config's field other than the given one."""
+  if isinstance(value, ModelConfig):
+    return dataclasses.replace(value, mlp_dim=2 * value.mlp_dim)
+  if isinstance(value, config_lib.MeshConfig):
+    return dataclasses.replace(value, data=-1)
+  return value * 2 if isinstance(value, int) else value / 2
+
+
+# Where a field of the program's config comes from in a run's.
+RUN_FIELDS = {
+  **{name: name for name in ("model", "mesh", "batch_size", "context")},
+  "grad_accumulation": "grad_accumulation",
+  "kl_weight": "recipe.kl_weight",
+  **{
+    name: f"optimizer.{name}"
+    for name in (
+      *("beta1", "beta2", "eps", "weight_decay"),
+      *("clip_norm", "index_clip_norm", "router_bias_rate"),
+    )
+  },
+}
+
+
+def with_field(config, path: str, change):
+  name, _, rest = path.partition(".")
+  old = getattr(config, name)
+  new = with_field(old, rest, change) if rest else change(old)
+  return dataclasses.replace(config, **{name: new})
+
+
+def test_every_field_that_compiles_changes_the_key(place):
+  fields = dataclasses.fields(program_lib.ProgramConfig)
+  assert {field.name for field in fields} == set(RUN_FIELDS)
+  run = tiny_run(place, grad_accumulation=2)
+  key = program_lib.compile_key(run)
+  for name, path in RUN_FIELDS.items():
+    changed = with_field(run, path, other_value)
+    other = program_lib.compile_key(changed)
+    assert other != key, name
+    assert {
+      field.name
+      for field in fields
+      if getattr(other, field.name) != getattr(key, field.name)
+    } == {name}
+
+
+def test_what_does_not_compile_leaves_the_key_alone(place):
+  run = tiny_run(place)
+  optimizer = dataclasses.replace(
+    run.optimizer, learning_rate=1.0, warmup_steps=0, min_lr_ratio=0.5,
+    index_learning_rate_factor=3.0,
+  )  # fmt: skip
+  recipe = config_lib.RecipeConfig(
+    index_warmup_steps=1, init_from="gqa", init_step=2, index_init="main"
+  )
+  other = dataclasses.replace(
+    run, task="other", side="other", data=data.RecallConfig(), seed=7,
+    optimizer=optimizer, recipe=recipe, num_steps=9, eval_every=1, folder="x",
+  )  # fmt: skip
+  assert program_lib.compile_key(run) == program_lib.compile_key(other)
+
+
+def test_runs_that_share_a_program_give_what_each_alone_gives(
+  place, program, source
+):
+  """They take steps in alternation, with other seeds, schedules and phases."""
+  run = tiny_run(place)
+  optimizer = dataclasses.replace(run.optimizer, learning_rate=1e-2)
+  runs = [
+    run,
+    dataclasses.replace(
+      run,
+      seed=3,
+      optimizer=optimizer,
+      recipe=config_lib.RecipeConfig(index_warmup_steps=1),
+      num_steps=8,
+    ),
+  ]
+  states = [program.init(run.seed) for run in runs]
+  shared = [[], []]
+  for step in (1, 2):
+    for i, run in enumerate(runs):
+      batch = source.train_batch(run.seed, step - 1, batch_size=4, context=64)
+      states[i], metrics = program_lib.train_step(
+        program, run, states[i], batch, step
+      )
+      shared[i].append([float(metrics[n]) for n in ("loss", "kl", "grad_norm")])
+  assert shared[0] != shared[1]
+  for run, state, steps in zip(runs, states, shared):
+    own, alone = first_steps(program_of(run), run, source, 2)
+    assert alone == steps
+    for name, value in own.params.items():
+      np.testing.assert_array_equal(value, state.params[name], name)
+
+
+def test_a_run_refuses_another_runs_program(place, program, source):
+  run = tiny_run(place, recipe=config_lib.RecipeConfig(kl_weight=0.5))
+  with pytest.raises(ValueError, match="it differs in kl_weight"):
+    loop.run(run, source, program)
+  assert not pathlib.Path(run.folder).exists()
+
+
 # --- Devices ------------------------------------------------------------------
 
 EIGHT_DEVICES = """
@@ -232,26 +346,29 @@ from train.config import MeshConfig
 jax.config.update("jax_disable_most_optimizations", True)
 run = tiny_run(pathlib.Path(sys.argv[1]))
 mesh = MeshConfig(data=2, fsdp=2, tensor=2)
-program = program_lib.Program(dataclasses.replace(run, mesh=mesh))
-state, rows = first_steps(program, data.load(run.data))
+run = dataclasses.replace(run, mesh=mesh)
+program = program_lib.Program(program_lib.compile_key(run))
+state, steps = first_steps(program, run, data.load(run.data))
 saved = checkpoint.Checkpoints(pathlib.Path(sys.argv[2]))
 saved.save(4, program_lib.flatten_state(state), 1.0)
 saved.close()
 split = [a for a in state.params.values() if not a.is_fully_replicated]
-result = {"devices": jax.device_count(), "split": len(split), "rows": rows}
+result = {"devices": jax.device_count(), "split": len(split), "steps": steps}
 np.savez(sys.argv[3], **program_lib.flatten_state(state))
 print(json.dumps(result))
 """
 
 
-def first_steps(program, source) -> tuple[program_lib.TrainState, list]:
-  """The state after 4 steps, and the numbers of each."""
-  state, rows = program.init(), []
-  for step in range(1, 5):
-    batch = source.train_batch(0, step - 1, batch_size=4, context=64)
-    state, metrics = program.step(state, batch, step)
-    rows.append([float(metrics[n]) for n in ("loss", "kl", "grad_norm")])
-  return state, rows
+def first_steps(
+  program, run, source, count=4
+) -> tuple[program_lib.TrainState, list]:
+  """The state after the first steps of a run, and the metrics of each."""
+  state, steps = program.init(run.seed), []
+  for step in range(1, count + 1):
+    batch = source.train_batch(run.seed, step - 1, batch_size=4, context=64)
+    state, metrics = program_lib.train_step(program, run, state, batch, step)
+    steps.append([float(metrics[n]) for n in ("loss", "kl", "grad_norm")])
+  return state, steps
 
 
 def test_eight_devices_give_the_losses_of_one(place, program, source):
@@ -260,9 +377,10 @@ def test_eight_devices_give_the_losses_of_one(place, program, source):
   printed = run_on_devices(8, EIGHT_DEVICES, place, folder, arrays)
   many = json.loads(printed.splitlines()[-1])
   assert many["devices"] == 8 and many["split"] > 0
-  state, rows = first_steps(program, source)
+  run = tiny_run(place)
+  state, steps = first_steps(program, run, source)
   assert all(a.is_fully_replicated for a in state.params.values())
-  np.testing.assert_allclose(many["rows"], rows, rtol=1e-5)
+  np.testing.assert_allclose(many["steps"], steps, rtol=1e-5)
   # A checkpoint of many devices goes on on one.
   reader = checkpoint.Checkpoints(folder, read_only=True)
   wanted = program_lib.flatten_state(program.abstract_state)
@@ -273,7 +391,7 @@ def test_eight_devices_give_the_losses_of_one(place, program, source):
       np.testing.assert_array_equal(value, saved[name], name)
   back = program_lib.unflatten_state(flat, program.abstract_state)
   batch = source.train_batch(0, 0, batch_size=4, context=64)
-  _, metrics = program.step(back, batch, 4)
+  _, metrics = program_lib.train_step(program, run, back, batch, 4)
   assert np.isfinite(metrics["loss"])
 
 
@@ -310,8 +428,8 @@ def test_compare_fills_the_run_folders(compared):
   assert (compared / "report" / "report.html").exists()
   for side in ("gqa", "msa", "msa_cpt"):
     folder = compared / "text" / side / "seed0"
-    rows = read_rows(folder)
-    trained = [row for row in rows if row["kind"] == "train"]
+    records = read_records(folder)
+    trained = [r for r in records if r["kind"] == "train"]
     first = 2 if side == "msa_cpt" else 1
     assert [row["step"] for row in trained] == list(range(first, 5))
     phases = {
@@ -324,7 +442,7 @@ def test_compare_fills_the_run_folders(compared):
       256 * row["step"] for row in trained
     ]
     assert all((row["kl"] is None) == (side == "gqa") for row in trained)
-    evals = [row for row in rows if row["kind"] == "eval"]
+    evals = [r for r in records if r["kind"] == "eval"]
     assert [row["step"] for row in evals] == [2, 4]
     assert json.loads((folder / "done.json").read_text()) == {
       "step": 4,
@@ -346,7 +464,7 @@ def test_compare_fills_the_run_folders(compared):
           [p["loss"] for p in places], weights=[p["count"] for p in places]
         )
       )
-    dense = [row for row in rows if row["kind"] == "dense_eval"]
+    dense = [r for r in records if r["kind"] == "dense_eval"]
     assert [row["step"] for row in dense] == [4] * (side != "gqa")
     for row in dense:
       # Two blocks of 16 tokens: what comes before their end is read anyway.
@@ -365,7 +483,7 @@ def test_sides_share_the_backbone_and_the_batches(compared):
   losses = {
     side: [
       row["loss"]
-      for row in read_rows(compared / "text" / side / "seed0")
+      for row in read_records(compared / "text" / side / "seed0")
       if row["kind"] == "train"
     ]
     for side in ("gqa", "msa", "msa_cpt")
@@ -402,9 +520,10 @@ def test_cpt_takes_over_backbone_moments_and_step(compared):
     compared / "text" / "msa_cpt" / "seed0" / "config.json",
   )
   assert run.recipe.init_from == str(start)
-  program = program_lib.Program(run)
-  state, fresh = program.start_from_dense(), program.init()
-  saved = program_lib.Program(as_gqa(run))
+  program = program_of(run)
+  state = program.start_from_dense(run.recipe, run.seed)
+  fresh = program.init(run.seed)
+  saved = program_of(as_gqa(run))
   reader = checkpoint.Checkpoints(start, read_only=True)
   wanted = program_lib.flatten_state(saved.abstract_state)
   flat, _ = reader.restore(1, wanted)
@@ -422,9 +541,9 @@ def test_cpt_takes_over_backbone_moments_and_step(compared):
       np.testing.assert_array_equal(state.params[name], fresh.params[name])
   assert state.opt["backbone"][1].count == 1
   assert state.opt["index"][1].count == 0
+  # The recipe is no part of the program: the same one serves another start.
   recipe = dataclasses.replace(run.recipe, index_init="main")
-  run = dataclasses.replace(run, recipe=recipe)
-  other = program_lib.Program(run).start_from_dense()
+  other = program.start_from_dense(recipe, run.seed)
   for name, value in other.params.items():
     changed = not np.array_equal(value, state.params[name])
     assert changed == ("index_" in name), name
@@ -477,50 +596,50 @@ def test_load_model_gives_the_trained_model(compared, source):
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(place, source, monkeypatch):
   run = as_gqa(tiny_run(place), folder=str(place / "nan"))
-  step = program_lib.Program.step
+  train_step = program_lib.train_step
 
-  def poison(self, state, batch, number):
-    if number == 4:
+  def poison(program, run, state, batch, step):
+    if step == 4:
       name = next(iter(state.params))
       params = state.params | {name: state.params[name] * np.nan}
       state = state._replace(params=params)
-    return step(self, state, batch, number)
+    return train_step(program, run, state, batch, step)
 
-  monkeypatch.setattr(program_lib.Program, "step", poison)
+  monkeypatch.setattr(loop, "train_step", poison)
   with pytest.raises(loop.NonFiniteError) as error:
     loop.run(run, source)
   assert str(error.value).startswith("step 4:")
   assert "step 2" in str(error.value)
   folder = pathlib.Path(run.folder)
   assert not (folder / "done.json").exists()
-  assert max(row["step"] for row in read_rows(folder)) == 3
+  assert max(row["step"] for row in read_records(folder)) == 3
   assert json.loads((folder / "broken.json").read_text())["step"] == 4
   monkeypatch.undo()
   assert loop.run(run, source)["step"] == 4
   assert not (folder / "broken.json").exists()
-  steps = [r["step"] for r in read_rows(folder) if r["kind"] == "train"]
+  steps = [r["step"] for r in read_records(folder) if r["kind"] == "train"]
   assert steps == [1, 2, 3, 4]
 
 
 def test_weights_that_fail_densely_finish(place, source, monkeypatch, capsys):
   run = dataclasses.replace(tiny_run(place), folder=str(place / "dense_nan"))
-  evaluate = program_lib.Program.evaluate
+  held_out_metrics = evaluate.held_out_metrics
 
-  def fail_last(self, params, source, phase, **batches):
-    result = evaluate(self, params, source, phase, **batches)
+  def fail_last(program, params, source, phase, **batches):
+    result = held_out_metrics(program, params, source, phase, **batches)
     if phase == "warmup" and finished[-1:] == ["sparse"]:
       result["loss"] = np.nan
     finished.append(phase)
     return result
 
   finished: list[str] = []
-  monkeypatch.setattr(program_lib.Program, "evaluate", fail_last)
+  monkeypatch.setattr(evaluate, "held_out_metrics", fail_last)
   assert loop.run(run, source)["step"] == 4
   assert finished == ["warmup", "sparse", "warmup"]
   assert (
     "with dense attention the held-out loss is nan" in capsys.readouterr().out
   )
-  kinds = {row["kind"] for row in read_rows(pathlib.Path(run.folder))}
+  kinds = {row["kind"] for row in read_records(pathlib.Path(run.folder))}
   assert "eval" in kinds and "dense_eval" not in kinds
 
 
@@ -621,7 +740,7 @@ def test_sides_that_differ_elsewhere_are_refused(place, capsys):
   comparison = config_lib.ComparisonConfig(name="bad", runs=runs)
   out = place / "bad"
   with pytest.raises(ValueError, match="batch_size is 4 in text/gqa"):
-    cli.compare(comparison, out)
+    compare.compare(comparison, out)
   assert not out.exists()
 
 
@@ -645,11 +764,11 @@ def test_schedule():
 # --- Command line -------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", config_lib.presets())
+@pytest.mark.parametrize("name", configs.names())
 def test_presets_are_comparable(name):
   from train.report import runs
 
-  comparison = config_lib.preset(name)
+  comparison = configs.preset(name)
   assert comparison.name == name
   resolved = list(comparison.resolve("runs"))
   assert len(resolved) == len(comparison.runs) * len(comparison.seeds)

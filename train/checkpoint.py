@@ -1,8 +1,9 @@
 """A run's folder: config, metrics and checkpoints that survive a kill.
 
-Three rules make a run that is killed at any moment end with the same bits:
-every file is replaced as a whole, a checkpoint counts only once it is complete,
-and rows of metrics.jsonl after the checkpoint's step are dropped on resume.
+A run that is killed at any moment and started again ends with the same bits.
+Three rules ensure it: every file is replaced as a whole, a checkpoint counts
+only once it is complete, and a resumed run drops the records of metrics.jsonl
+that are newer than its checkpoint.
 """
 
 import datetime
@@ -24,7 +25,7 @@ import jax
 from train import config as config_lib
 
 State = dict[str, jax.Array]
-# Written when a run's numbers are not finite any more.
+# Written when a number of the run becomes NaN or infinite.
 BROKEN = "broken.json"
 
 
@@ -35,9 +36,9 @@ def write_json(path: pathlib.Path, value: Any) -> None:
 
 
 def replace_file(path: pathlib.Path, content: bytes) -> None:
-  """Writes a file such that a kill leaves the old one or the new one.
+  """Writes a file so that a kill leaves either the old or the new content.
 
-  Of several processes that write it at once, the last one's stays.
+  If several processes write it at once, the last one's content stays.
   """
   part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
   try:
@@ -59,7 +60,8 @@ def check_tree(
     ValueError: lists the parameters that are missing, unexpected or of
       another shape.
   """
-  # A parameter's moments have its name and shape: it speaks for them.
+  # Adam's moments have the names and shapes of their parameters, so comparing
+  # the parameters is enough.
   known = {name for name in {**found, **wanted} if name.startswith("params.")}
   names = sorted(known or {**found, **wanted})
   complaints = [f"missing: {name}" for name in names if name not in found]
@@ -92,7 +94,7 @@ class Checkpoints:
     keep_steps: tuple[int, ...] = (),
     read_only: bool = False,
   ):
-    # A second of import time that other commands need not wait for.
+    # Importing orbax takes a second, which other commands should not wait for.
     import orbax.checkpoint as ocp
 
     self._ocp = ocp
@@ -119,7 +121,7 @@ class Checkpoints:
     return self._manager.latest_step()
 
   def save(self, step: int, state: State, seconds: float) -> None:
-    """Copies the state and writes it in the background."""
+    """Copies the state, and writes it in the background."""
     args = self._ocp.args
     self._manager.save(
       step,
@@ -167,10 +169,11 @@ class Checkpoints:
 
 
 class RunFolder:
-  """Everything a run writes; only the first process writes metrics.
+  """The folder of a run. Only the first process writes metrics.
 
-  Opening it refuses a folder that belongs to another config, to other data or
-  to a process that is still running.
+  Raises:
+    ValueError: the folder belongs to another config, to other data, or to a
+      process that is still running.
   """
 
   def __init__(self, config: config_lib.RunConfig, data: dict):
@@ -211,12 +214,12 @@ class RunFolder:
       checkpoints.is_dir() and any(checkpoints.iterdir())
     )
     if saved is not None and not began:
-      # Whatever was tried here left nothing to go on with.
+      # An earlier attempt left no checkpoint from which to continue.
       saved = None
       if self._writes:
         (self.path / "environment.json").unlink(missing_ok=True)
     if saved is not None:
-      # Where runs lie and what they run on may change, nothing else.
+      # Only the places of files and the devices may change.
       ignored = ["folder", "mesh", "data.cache_dir", "data.text.cache_dir"]
       starts = [c["recipe"].get("init_from") for c in (saved, wanted)]
       if all(starts) and len({pathlib.Path(p).parts[-2:] for p in starts}) == 1:
@@ -224,8 +227,8 @@ class RunFolder:
       changed = config_lib.differences(saved, wanted, tuple(ignored))
       if changed:
         raise ValueError(
-          f"{self.path} belongs to a run with another config; go on with that"
-          " one or choose another folder:\n  " + "\n  ".join(changed)
+          f"{self.path} belongs to a run with another config; continue with"
+          " that one or choose another folder:\n  " + "\n  ".join(changed)
         )
     environment = self.path / "environment.json"
     if saved is not None and environment.exists():
@@ -240,23 +243,25 @@ class RunFolder:
       write_json(self.path / "config.json", wanted)
 
   def _open_metrics(self):
-    """Drops a half line and the rows that will be written again."""
+    """Opens metrics.jsonl without the records that will be written again,
+    those after the checkpoint's step, and without an incomplete last line."""
     path = self.path / "metrics.jsonl"
     kept = []
     if path.exists():
       for line in path.read_text().splitlines():
         try:
-          row = json.loads(line)
+          record = json.loads(line)
         except json.JSONDecodeError:
           break
-        if row["step"] > self.start:
+        if record["step"] > self.start:
           break
         kept.append(line + "\n")
     replace_file(path, "".join(kept).encode())
     return open(path, "a")
 
   def write_environment(self, data: dict, parameters: dict) -> None:
-    """Says what the run was made with; a resumed run adds to the list."""
+    """Writes environment.json: device, versions, data and parameters of the
+    run. A resumed run adds its own start to the list "resumed"."""
     if not self._writes:
       return
     path = self.path / "environment.json"
@@ -270,30 +275,31 @@ class RunFolder:
       path, {**now, "resumed": [], "data": data, "parameters": parameters}
     )
 
-  def log(self, row: dict) -> None:
-    """Adds a row to metrics.jsonl."""
-    if row["kind"] == "eval":
-      self._last_eval = row
+  def log(self, record: dict) -> None:
+    """Adds a record to metrics.jsonl, which holds one a line."""
+    if record["kind"] == "eval":
+      self._last_eval = record
     if self._metrics is not None:
-      self._metrics.write(json.dumps(row, allow_nan=False) + "\n")
+      self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
       self._metrics.flush()
 
   def save(self, step: int, state: State, seconds: float) -> None:
-    """Makes a checkpoint; the rows up to it are on disk before it."""
+    """Makes a checkpoint, after the records up to it are on disk."""
     if self._metrics is not None:
       os.fsync(self._metrics.fileno())
     self.checkpoints.save(step, state, seconds)
 
   def last_eval(self) -> dict:
-    """The last eval row, of metrics.jsonl if none was logged since."""
+    """The last "eval" record. It is read from metrics.jsonl if this process
+    has logged none."""
     if self._last_eval is not None:
       return self._last_eval
     lines = (self.path / "metrics.jsonl").read_text().splitlines()
-    rows = (json.loads(line) for line in reversed(lines))
-    return next(row for row in rows if row["kind"] == "eval")
+    records = (json.loads(line) for line in reversed(lines))
+    return next(record for record in records if record["kind"] == "eval")
 
   def read_done(self) -> dict | None:
-    """What finish() wrote; None if the run is not finished."""
+    """The content of done.json; None if the run is not finished."""
     return json.loads(self.done.read_text()) if self.done.exists() else None
 
   def finish(self, value: dict) -> None:
@@ -304,7 +310,8 @@ class RunFolder:
       write_json(self.done, value)
 
   def mark_broken(self, step: int, why: str) -> None:
-    """Notes a breakdown for the report; a new try may still succeed."""
+    """Writes broken.json for the report. Another attempt may still succeed,
+    and then removes the file."""
     if self._writes:
       write_json(self.path / BROKEN, {"step": step, "why": why})
 
@@ -316,7 +323,8 @@ class RunFolder:
 
 
 def provenance() -> dict[str, Any]:
-  """What numbers made now are made with: date, command, device, code."""
+  """Date, command, device and code of this process, to record beside the
+  numbers that it produces."""
   device = jax.devices()[0]
   return {
     "started": datetime.datetime.now(datetime.UTC).isoformat("T", "seconds"),
@@ -345,7 +353,7 @@ def read_config(folder: pathlib.Path) -> dict | None:
 
 
 def versions() -> dict[str, str]:
-  """Versions of what decides a run's numbers."""
+  """Versions of Python and of the packages that a run's numbers depend on."""
   names = ("jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "numpy")
   found = {"python": platform.python_version()}
   for name in ("msa-jax", *names):
@@ -357,9 +365,10 @@ def versions() -> dict[str, str]:
 
 
 def _revision() -> dict[str, Any]:
-  """Commit of the checkout or `git archive` that runs; None without one.
+  """The commit of this code, and whether files were changed since.
 
-  Whether an archive's files were changed since is not known.
+  Both are None outside of a checkout. Of a `git archive` only the commit is
+  known.
   """
   root = pathlib.Path(__file__).parent.parent
 
@@ -390,5 +399,5 @@ def _revision() -> dict[str, Any]:
   }
 
 
-# Of the code that this process has loaded: the checkout may move on meanwhile.
+# Read at import, because the checkout may change while this process runs.
 _REVISION = _revision()

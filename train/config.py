@@ -1,12 +1,11 @@
-"""Configs of runs and comparisons: checked, frozen, saved as JSON."""
+"""Configs of runs and comparisons: frozen dataclasses that check their values
+and are saved as JSON."""
 
 import dataclasses
 import functools
-import importlib
 import json
 import math
 import pathlib
-import pkgutil
 import types
 import typing
 from collections.abc import Iterator, Sequence
@@ -38,17 +37,17 @@ class OptimizerConfig:
   """The schedule's peak."""
 
   min_lr_ratio: float = 0.1
-  """The schedule's last value, as a share of its peak."""
+  """The schedule's last value, as a fraction of its peak."""
 
   warmup_steps: int = 50
-  """Steps of the learning rate's linear rise."""
+  """Steps in which the learning rate rises linearly."""
 
   beta1: float = 0.9
   beta2: float = 0.95
   eps: float = 1e-8
 
   weight_decay: float = 0.1
-  """Decay of matrices; norms and biases have none."""
+  """Decay of matrices; norm scales and biases are not decayed."""
 
   clip_norm: float = 1.0
   """Largest global gradient norm of the backbone."""
@@ -57,13 +56,14 @@ class OptimizerConfig:
   """Learning rate of the Index Branch, as a multiple of the backbone's."""
 
   index_clip_norm: float = 1.0
-  """Largest global gradient norm of the Index Branch. It is clipped apart:
-  its gradient comes from the KL loss and has a scale of its own."""
+  """Largest global gradient norm of the Index Branch. The branch is clipped
+  apart from the backbone because its gradient comes from the KL loss, which
+  has another scale."""
 
   router_bias_rate: float = 1e-3
-  """What a step adds to a MoE router's choice bias of an expert with less
-  than the mean load, and takes from one with more; 0: no balancing. The loss
-  has no term for the router."""
+  """A step adds this to the choice bias of a MoE expert whose load is below the
+  mean, and subtracts it where the load is above; 0: no balancing. The loss has
+  no load-balancing term."""
 
   def __post_init__(self):
     _check_least(
@@ -110,15 +110,15 @@ class RecipeConfig:
   """lambda: the loss is LM + lambda * the sum of the layers' KL."""
 
   index_warmup_steps: int = 0
-  """Steps with dense main attention, before attention goes sparse."""
+  """Steps with dense main attention before the run goes sparse."""
 
   init_from: str | None = None
   """MSA-CPT: the folder of the GQA run to start from. In a comparison, the
   name of another side of the task: its run of the same seed."""
 
   index_init: Literal["random", "main"] = "random"
-  """MSA-CPT: index projections that start fresh, as the paper's, or from the
-  main branch's (see `msa_jax.to_msa`)."""
+  """MSA-CPT: whether index projections start from random values, as in the
+  paper, or as copies of the main branch's (see `msa_jax.to_msa`)."""
 
   init_step: int | None = None
   """The step of init_from's checkpoint. Schedule and batches go on from it."""
@@ -149,21 +149,22 @@ class RecipeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """Devices: data * fsdp * expert * tensor of them. The mesh never changes
-  what is computed, and a run may resume on another."""
+  """A mesh of data * fsdp * expert * tensor devices. The mesh does not change
+  what is computed (but for the order of sums), and a run may resume on
+  another one."""
 
   data: int = 1
-  """Copies of the model, each with its share of the batch; -1: as many as
-  the devices allow."""
+  """Copies of the model, among which the batch is split; -1: as many as there
+  are devices for."""
 
   fsdp: int = 1
-  """Shards of the parameters; the batch is split over them too."""
+  """Shards of the parameters; the batch is split among them too."""
 
   expert: int = 1
-  """Shards of the experts; the batch is split over them too."""
+  """Shards of the experts; the batch is split among them too."""
 
   tensor: int = 1
-  """Shards of the heads and of the MLP."""
+  """Shards of the heads and of the MLPs' hidden units."""
 
   def __post_init__(self):
     _check_least(self, 1, "fsdp", "expert", "tensor")
@@ -190,10 +191,10 @@ class RunConfig:
   """One side of a comparison, for one seed."""
 
   task: str
-  """What is learnt; names a folder."""
+  """Name of what is learnt, such as text; part of the run's folder."""
 
   side: str
-  """Which attention learns it; names a folder."""
+  """Name of the side, such as gqa or msa; part of the run's folder."""
 
   model: ModelConfig
   data: DataConfig
@@ -202,44 +203,45 @@ class RunConfig:
   mesh: MeshConfig = MeshConfig()
 
   seed: int = 0
-  """Initial parameters and order of the batches."""
+  """Decides the initial parameters and the training batches."""
 
   num_steps: int = 500
   batch_size: int = 8
   context: int = 1024
 
   grad_accumulation: int = 1
-  """Parts of a batch computed one after the other."""
+  """Parts into which a batch is split, computed one after the other."""
 
   log_every: int = 10
 
   eval_every: int = 100
-  """Steps between evaluations; the last step always has one."""
+  """Steps between evaluations. The last step is always evaluated."""
 
   eval_batches: int = 8
-  """Held-out batches of batch_size / grad_accumulation rows."""
+  """Held-out batches of each evaluation, with batch_size / grad_accumulation
+  rows each."""
 
   probe_batches: int | None = None
   """Batches of each probe; None: eval_batches."""
 
   final_probe_batches: int | None = None
-  """Batches of each probe after the last step, where few answers would leave
-  the accuracy by distance uncertain; None: probe_batches."""
+  """Batches of each probe after the last step; None: probe_batches. More of
+  them make the final accuracy by distance more certain."""
 
   layers_every: int = 100
-  """Steps between measures of each layer's KL and recalls."""
+  """Steps between records of each layer's KL and recalls."""
 
   checkpoint_every: int = 100
-  """Steps between checkpoints; the last step always has one."""
+  """Steps between checkpoints. The last step always has one."""
 
   keep_checkpoints: int = 2
-  """How many of the latest checkpoints stay."""
+  """How many of the latest checkpoints are kept."""
 
   keep_steps: tuple[int, ...] = ()
-  """Steps whose checkpoint is made and stays, for runs that start there."""
+  """Steps whose checkpoint is made and kept, for runs that start from it."""
 
   folder: str = ""
-  """The run's folder."""
+  """Where the run writes everything."""
 
   def __post_init__(self):
     for name in ("task", "side"):
@@ -306,7 +308,7 @@ class RunConfig:
     return "msa" in self.model.kinds
 
   def phases(self) -> dict[str, int]:
-    """The phases that the run goes through and how many steps each has."""
+    """The phases that the run goes through, and the steps of each."""
     counts: dict[str, int] = {}
     for step in range((self.recipe.init_step or 0) + 1, self.num_steps + 1):
       phase = self.phase(step)
@@ -314,22 +316,30 @@ class RunConfig:
     return counts
 
   def probe_batches_at(self, step: int) -> int:
-    """Batches of each probe in a step's evaluation."""
+    """Batches of each probe in the evaluation after a step."""
     last = step == self.num_steps
     final = self.final_probe_batches if last else None
     return final or self.probe_batches or self.eval_batches
 
   @property
   def dense_at_end(self) -> bool:
-    """Whether the last weights are evaluated with dense attention as well:
-    after a warm-up only, as others never ran it."""
+    """Whether the final weights are evaluated with dense attention as well.
+
+    Only runs with a warm-up are: the others never trained with it.
+    """
     return {"warmup", "sparse"} <= self.phases().keys()
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
-    """What attention does in a step (counted from 1)."""
+    """The phase of a step (counted from 1)."""
     if not self.uses_msa:
       return "dense"
     return "warmup" if step < self.recipe.first_sparse_step else "sparse"
+
+  def learning_rates(self, step: int) -> dict[str, float]:
+    """Learning rate of each parameter group in a step (counted from 1)."""
+    rate = self.optimizer.schedule(step, self.num_steps)
+    factor = self.optimizer.index_learning_rate_factor
+    return {"backbone": rate, "index": rate * factor}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -338,7 +348,8 @@ class ComparisonConfig:
 
   name: str
   runs: tuple[RunConfig, ...]
-  """Every side of every task; seed and folder are set for each run."""
+  """One run for every side of every task. `resolve` makes a copy of it for
+  each seed and sets its folder."""
 
   seeds: tuple[int, ...] = (0,)
 
@@ -368,10 +379,12 @@ class ComparisonConfig:
       )
 
   def tasks(self) -> tuple[str, ...]:
+    """The tasks in the order in which the runs name them."""
     return tuple(dict.fromkeys(run.task for run in self.runs))
 
   def resolve(self, folder: str | pathlib.Path) -> Iterator[RunConfig]:
-    """Every run with its seed and folder, in an order that they can run."""
+    """Every run with its seed and folder. A run that starts from another one
+    comes after it."""
     folder = pathlib.Path(folder)
     for task in self.tasks():
       sides = [run for run in self.runs if run.task == task]
@@ -389,7 +402,7 @@ class ComparisonConfig:
           )
 
 
-# The fields of a run that count steps, but for log_every.
+# The fields of a run that count steps, all but log_every.
 _STEP_FIELDS = (
   "num_steps",
   "eval_every",
@@ -403,7 +416,7 @@ _STEP_FIELDS = (
 
 
 def step_unit(comparison: ComparisonConfig) -> int:
-  """The largest number of steps that all step counts are multiples of."""
+  """The greatest common divisor of all step counts of a comparison."""
   counts = []
   for run in comparison.runs:
     for field in _STEP_FIELDS:
@@ -413,8 +426,11 @@ def step_unit(comparison: ComparisonConfig) -> int:
 
 
 def with_step_unit(comparison: ComparisonConfig, unit: int) -> ComparisonConfig:
-  """The same comparison, longer or shorter: every step count keeps its share,
-  for they stay the same multiples of `step_unit`."""
+  """The same comparison with another `step_unit`.
+
+  Every step count stays the same multiple of the unit, so that the run gets
+  longer or shorter and warm-ups, evaluations and checkpoints keep their share.
+  """
   _check(unit >= 1, f"unit={unit}: wanted at least 1.")
   old = step_unit(comparison)
 
@@ -449,8 +465,11 @@ def with_step_unit(comparison: ComparisonConfig, unit: int) -> ComparisonConfig:
 
 
 def to_dict(config: Any) -> Any:
-  """A config as JSON values; a dataclass that is one of several says which
-  under "type"."""
+  """A config as JSON values.
+
+  Where a field may hold one of several dataclasses, its name is saved under
+  "type".
+  """
   if dataclasses.is_dataclass(config):
     saved = {}
     hints = typing.get_type_hints(type(config))
@@ -469,8 +488,8 @@ def from_dict(cls: type, saved: Any, where: str = "config") -> Any:
   """Makes a config from JSON values.
 
   Raises:
-    ValueError: names every field that is unknown or missing, and any value of
-      a wrong type or out of range.
+    ValueError: a field is unknown or missing, or a value has a wrong type or
+      is out of range; the text names it.
   """
   _check(
     isinstance(saved, dict),
@@ -560,8 +579,8 @@ def _value(hint: Any, value: Any, where: str) -> Any:
 def with_fields(config: Any, fields: Sequence[str]) -> Any:
   """A config with other values in some fields, each "dotted.name=value".
 
-  A value is JSON, or else text as it stands. A comparison's fields are those of
-  its runs, all of them.
+  A value is read as JSON, or taken as text if it is not JSON. In a comparison
+  the fields are set in every run.
 
   Raises:
     ValueError: a field is unknown, or its value is wrong.
@@ -599,7 +618,13 @@ def load(cls: type, path: str | pathlib.Path) -> Any:
 
 
 def differences(saved: dict, wanted: dict, ignore: Sequence[str] = ()) -> list:
-  """Lines that say which fields of two saved configs differ."""
+  """One line of text for every field in which two saved configs differ.
+
+  Args:
+    saved: the config that was found.
+    wanted: the config that was asked for.
+    ignore: dotted names of fields that may differ.
+  """
 
   def flat(config: Any, prefix: str) -> Iterator[tuple[str, Any]]:
     for name, value in config.items():
@@ -616,21 +641,3 @@ def differences(saved: dict, wanted: dict, ignore: Sequence[str] = ()) -> list:
     if old.get(name, "absent") != new.get(name, "absent")
     and not any(name == i or name.startswith(f"{i}.") for i in ignore)
   ]
-
-
-# ---------------------------------------------------------------- presets
-
-
-def presets() -> tuple[str, ...]:
-  """Names of the comparisons in train/configs."""
-  package = importlib.import_module("train.configs")
-  return tuple(sorted(m.name for m in pkgutil.iter_modules(package.__path__)))
-
-
-def preset(name: str) -> ComparisonConfig:
-  """The comparison of a file in train/configs."""
-  _check(
-    name in presets(),
-    f"preset {name!r} is unknown: wanted one of {', '.join(presets())}.",
-  )
-  return importlib.import_module(f"train.configs.{name}").COMPARISON

@@ -1,31 +1,32 @@
-"""Several devices of one host: the losses of one, speed, generation.
+"""Compares several devices of one host with one device.
 
-`devices` takes one run of each side of a preset through three questions, on one
-device and in meshes of all devices:
+`devices` takes one run of each side of a preset and compares, between one
+device and meshes of all devices:
 
-- losses: the first steps from one seed and the same batches, against the losses
-  of one device. Beside them, what one device gives with the rows of each batch
-  in another order: a difference that rounding alone makes.
-- speed: a step of each phase, against one device that steps its share of the
-  rows alone.
-- generation: tokens by greedy choice from one set of trained parameters, and
-  the logits of tokens that are given. Near ties may go either way, and what
-  follows one is another text: tokens differ where logits hardly do.
+- losses: those of the first steps, from one seed and the same batches. Beside
+  them stand the losses of one device with the batch rows in another order,
+  which differ by rounding alone.
+- speed: a step of each phase. The yardstick is one device that does its share
+  of the batch rows alone.
+- generation: tokens of greedy decoding from one set of trained parameters, and
+  the logits of given tokens. Where two logits are nearly equal, rounding
+  decides which token is chosen, and the text that follows is another one:
+  tokens can differ although logits hardly do.
 
-Every device computes as many rows at a time as a part of the preset's batch
-has, so the batch is that times the number of devices; it is taken in parts
-where devices share a row ("tensor") and on one device. Kernels are counted in
-the program: in a mesh they lie inside `jax.shard_map` ("mapped"), each on its
-device's rows and KV heads.
+Every device computes as many batch rows at a time as a part of the preset's
+batch has. The batch is therefore that times the number of devices. It is taken
+in parts on one device, and where several devices share a batch row ("tensor").
+The results file also counts the kernels in the program: in a mesh they must lie
+inside `jax.shard_map` ("mapped"), each on its device's batch rows and KV heads.
 
-On the GPUs of one host, with sizes that fill them and a learning rate at which
-rounding does not grow within the steps, as at the preset's own it does:
+On the GPUs of one host, with sizes that fill them. The learning rate is lower
+than the preset's, at which rounding differences would grow within the steps:
 
-  python -m train devices evidence --set optimizer.learning_rate=1e-4 \\
+  python -m train devices lm73m_16k --set optimizer.learning_rate=1e-4 \\
     data.text.max_bytes=40000000
 
-Anywhere, on two devices that JAX makes of one CPU, where compiling takes
-minutes (losses must agree, speed means nothing):
+Anywhere, on two devices that JAX makes of one CPU (losses must agree, speed
+means nothing; compiling takes minutes):
 
   XLA_FLAGS=--xla_force_host_platform_device_count=2 JAX_PLATFORMS=cpu \\
     python -m train devices smoke --sides gqa --steps 20 --results runs/devices
@@ -39,7 +40,7 @@ import pathlib
 import statistics
 import time
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.extend
@@ -52,19 +53,28 @@ from msa_jax import generate, ops
 from train import data as data_lib
 from train.checkpoint import provenance, write_json
 from train.config import ComparisonConfig, MeshConfig, RunConfig
-from train.program import Params, Program, TrainState, lower, prepare
+from train.program import (
+  Params,
+  Program,
+  TrainState,
+  compile_key,
+  lower,
+  open_and_compile,
+  train_step,
+)
 from train.speed import time_steps
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "devices"
-# Tokens made after each prompt.
+# Tokens generated after each prompt.
 NEW_TOKENS = 64
 
 
 def meshes(model_heads: int, count: int) -> dict[str, MeshConfig]:
-  """One device, and meshes of all of them.
+  """One device, and meshes of all devices.
 
-  Without a common divisor of `count` devices and the KV heads no mesh splits
-  heads; devices beyond it hold other rows.
+  The "tensor" mesh splits the KV heads over as many devices as divide both
+  their number and `count`, and the batch rows over the rest. If only 1 divides
+  both, there is no such mesh.
   """
   found = {
     "one": MeshConfig(),
@@ -78,7 +88,8 @@ def meshes(model_heads: int, count: int) -> dict[str, MeshConfig]:
 
 
 def _first_steps(run: RunConfig, steps: int) -> RunConfig:
-  """The run, with the warm-up's share of its steps in its first ones.
+  """The run with a shorter warm-up, which has the same share of the first
+  `steps` as the run's own has of all steps.
 
   Learning rates stay those of the whole run.
   """
@@ -90,7 +101,7 @@ def _first_steps(run: RunConfig, steps: int) -> RunConfig:
   warmup = run.recipe.index_warmup_steps
   if warmup and steps < 2:
     raise ValueError(
-      f"steps={steps}: wanted at least 2, a warm-up's and a sparse one, of"
+      f"steps={steps}: wanted at least 2, one of the warm-up and one sparse, of"
       f" {run.task}/{run.side}."
     )
   warmup = min(-(-warmup * steps // run.num_steps), steps - 1)
@@ -99,7 +110,8 @@ def _first_steps(run: RunConfig, steps: int) -> RunConfig:
 
 
 def _on(run: RunConfig, mesh: MeshConfig, count: int) -> RunConfig:
-  """The run on a mesh, with the rows of `count` devices, each its own."""
+  """The run on a mesh, with a batch for `count` devices, each of which
+  computes its own batch rows."""
   rows = run.batch_size // run.grad_accumulation
   parts = count // (mesh.data * mesh.fsdp)
   return dataclasses.replace(
@@ -111,8 +123,11 @@ def _on(run: RunConfig, mesh: MeshConfig, count: int) -> RunConfig:
 
 
 def launches(jaxpr: Any, mapped: bool = False) -> dict[str, int]:
-  """How many kernels and cuDNN calls stand in a program: "mapped" inside
-  `jax.shard_map`, "unmapped" outside of it."""
+  """Number of kernels and cuDNN calls in a program.
+
+  Returns:
+    "mapped": those inside of `jax.shard_map`; "unmapped": the others.
+  """
   found = {"mapped": 0, "unmapped": 0}
   for eqn in jaxpr.eqns:
     name = eqn.primitive.name
@@ -132,10 +147,11 @@ def launches(jaxpr: Any, mapped: bool = False) -> dict[str, int]:
 
 
 class Generation:
-  """Greedy continuation of a batch of prompts in a mesh, as one program.
+  """Greedy continuation of a batch of prompts on a mesh, as one program.
 
-  Prompts are half a context long. Logits are of tokens that follow them: as
-  many as one call of `msa_jax.decode_attention` takes.
+  Prompts are half a context long. The program also returns the logits of given
+  tokens after the prompts: as many as one call of `msa_jax.decode_attention`
+  takes.
   """
 
   def __init__(self, program: Program):
@@ -183,7 +199,7 @@ class Generation:
       )
 
   def compile(self) -> dict[str, int]:
-    """Compiles it; returns its `launches`."""
+    """Compiles the program; returns its `launches`."""
     with self.program.context():
       traced, lowered = lower(self.trace)
     self._compiled = lowered.compile()
@@ -214,40 +230,55 @@ class Generation:
 # --------------------------------------------------------------- measuring
 
 
+class _Placed(NamedTuple):
+  """A run on a mesh, and the program that trains it."""
+
+  run: RunConfig
+  program: Program
+
+
 @dataclasses.dataclass
 class _Side:
-  """What is compiled for a side: the meshes' programs, and one device's of its
-  share of the rows."""
+  """The programs of a side.
 
-  programs: dict[str, Program]
-  alone: Program
+  Attributes:
+    placed: by the name of their mesh.
+    alone: one device with its share of the batch rows.
+    generations: by the name of their mesh.
+  """
+
+  placed: dict[str, _Placed]
+  alone: _Placed
   generations: dict[str, Generation]
 
 
 def _side(run: RunConfig, steps: int, count: int) -> _Side:
   run = _first_steps(run, steps)
-  programs = {
-    name: Program(_on(run, mesh, count))
-    for name, mesh in meshes(run.model.num_kv_heads, count).items()
-  }
-  alone = Program(_on(run, MeshConfig(), 1))
-  generations = {name: Generation(made) for name, made in programs.items()}
-  return _Side(programs, alone, generations)
+
+  def place(mesh: MeshConfig, count: int) -> _Placed:
+    placed = _on(run, mesh, count)
+    return _Placed(placed, Program(compile_key(placed)))
+
+  every = meshes(run.model.num_kv_heads, count)
+  placed = {name: place(mesh, count) for name, mesh in every.items()}
+  generations = {name: Generation(x.program) for name, x in placed.items()}
+  return _Side(placed, place(MeshConfig(), 1), generations)
 
 
 def _train(
-  program: Program, batches: Sequence[data_lib.Batch]
+  placed: _Placed, batches: Sequence[data_lib.Batch]
 ) -> tuple[TrainState, dict[str, list[float]]]:
-  """The state after a step for each batch, and the losses of the steps."""
-  state, rows = program.init(), []
+  """The state after one step for each batch, and the losses of the steps."""
+  run, program = placed
+  state, steps = program.init(run.seed), []
   for step, batch in enumerate(batches, 1):
-    state, metrics = program.step(state, batch, step)
-    rows.append(metrics)
-  rows = jax.device_get(rows)
-  if not all(row["finite"] for row in rows):
-    raise FloatingPointError(f"{program.config.side}: a loss is not finite.")
+    state, metrics = train_step(program, run, state, batch, step)
+    steps.append(metrics)
+  steps = jax.device_get(steps)
+  if not all(metrics["finite"] for metrics in steps):
+    raise FloatingPointError(f"{run.side}: a loss is not finite.")
   names = ("loss", "kl") if program.has_index else ("loss",)
-  return state, {name: [float(row[name]) for row in rows] for name in names}
+  return state, {n: [float(metrics[n]) for metrics in steps] for n in names}
 
 
 def _difference(found: Sequence[float], wanted: Sequence[float]) -> float:
@@ -265,13 +296,14 @@ def _compared(
   } | found
 
 
-def _speed_rows(
-  program: Program, state: TrainState, batch: data_lib.Batch
+def _speed_records(
+  placed: _Placed, state: TrainState, batch: data_lib.Batch
 ) -> Iterator[dict[str, Any]]:
-  run = program.config
+  run, program = placed
   for phase in run.phases():
-    # Timing uses up what it is given.
-    times = time_steps(program, phase, batch, jax.tree.map(jnp.copy, state))
+    # Timed steps reuse the buffers of their state, so they get a copy.
+    copied = jax.tree.map(jnp.copy, state)
+    times = time_steps(program, run, phase, batch, copied)
     median = statistics.median(times)
     yield {
       "phase": phase,
@@ -290,9 +322,9 @@ def _measure(
   steps: int,
   generation_kernels: dict[str, dict[str, int]],
 ) -> dict[str, list[dict[str, Any]]]:
-  """The rows of a side: losses, speed and generation."""
-  one = side.programs["one"]
-  run = one.config
+  """The records of a side: losses, speed and generation."""
+  one = side.placed["one"]
+  run = one.run
   attention = run.model.gqa_implementation
   if run.uses_msa:
     attention = run.model.implementation
@@ -309,35 +341,35 @@ def _measure(
     "generation": [],
   }
 
-  def add(kind: str, mesh: str, row: dict[str, Any]) -> None:
-    row = {**about, "mesh": mesh, **row}
-    result[kind].append(row)
-    shown = {k: v for k, v in row.items() if not isinstance(v, list)}
+  def add(kind: str, mesh: str, record: dict[str, Any]) -> None:
+    record = {**about, "mesh": mesh, **record}
+    result[kind].append(record)
+    shown = {k: v for k, v in record.items() if not isinstance(v, list)}
     print(json.dumps(shown), flush=True)
 
   state, wanted = _train(one, batches)
   params = jax.device_get(state.params)
   add("losses", "one", _compared(wanted, wanted))
   own = source.train_batch(
-    run.seed, 0, batch_size=side.alone.config.batch_size, context=run.context
+    run.seed, 0, batch_size=side.alone.run.batch_size, context=run.context
   )
   base = {}
-  for row in _speed_rows(side.alone, state, own):
-    base[row["phase"]] = row["tokens_per_second"]
-    add("speed", "one", {**row, "efficiency": 1.0})
+  for record in _speed_records(side.alone, state, own):
+    base[record["phase"]] = record["tokens_per_second"]
+    add("speed", "one", {**record, "efficiency": 1.0})
   del state
   state, found = _train(one, turned)
   del state
   add("losses", "one, rows in another order", _compared(found, wanted))
-  for name, program in side.programs.items():
+  for name, placed in side.placed.items():
     if name == "one":
       continue
-    state, found = _train(program, batches)
+    state, found = _train(placed, batches)
     add("losses", name, _compared(found, wanted))
-    for row in _speed_rows(program, state, batches[0]):
-      ideal = program.mesh.size * base[row["phase"]]
-      efficiency = round(row["tokens_per_second"] / ideal, 4)
-      add("speed", name, {**row, "efficiency": efficiency})
+    for record in _speed_records(placed, state, batches[0]):
+      ideal = placed.program.mesh.size * base[record["phase"]]
+      efficiency = round(record["tokens_per_second"] / ideal, 4)
+      add("speed", name, {**record, "efficiency": efficiency})
     del state
 
   prompts = source.train_batch(run.seed, steps, **shape).tokens
@@ -346,7 +378,7 @@ def _measure(
   _, logits = generation(params, prompts, tokens)
   for name, generation in side.generations.items():
     found, other = generation(params, prompts, tokens)
-    row = {
+    record = {
       "rows": len(prompts),
       "prompt_tokens": math.prod(generation.shape[1:]),
       "new_tokens": NEW_TOKENS,
@@ -355,7 +387,7 @@ def _measure(
       "logit_deviation": float(np.std(logits)),
       "kernels": generation_kernels[name],
     }
-    add("generation", name, row)
+    add("generation", name, record)
   return result
 
 
@@ -366,19 +398,19 @@ def devices(
   sides: Sequence[str] | None = None,
   results: pathlib.Path = RESULTS,
 ) -> pathlib.Path:
-  """Measures the sides of the first task, seed 0, and prints a table.
+  """Measures the sides of the first task with seed 0, and prints a table.
 
   Args:
-    comparison: sides that start from another side are left out.
+    comparison: its sides that start from another side are left out.
     steps: training steps whose losses are compared.
-    sides: the only ones to measure; None: all.
+    sides: the only sides to measure; None: all.
     results: folder of the results file.
 
   Returns:
     The path of the results file.
 
   Raises:
-    ValueError: there is one device only, a side is unknown, or a run does not
+    ValueError: there is only one device, a side is unknown, or a run does not
       fit the meshes.
   """
   count = jax.device_count()
@@ -400,17 +432,17 @@ def devices(
   start = time.monotonic()
   made = {name: _side(run, steps, count) for name, run in runs.items()}
   calls = [
-    (program, phase)
+    (placed.program, phase, "step")
     for side in made.values()
-    for program in (*side.programs.values(), side.alone)
-    for phase in program.config.phases()
+    for placed in (*side.placed.values(), side.alone)
+    for phase in placed.run.phases()
   ]
   kernels: dict[str, dict[str, Any]] = {name: {} for name in made}
   with concurrent.futures.ThreadPoolExecutor() as pool:
     for name, side in made.items():
       for mesh, generation in side.generations.items():
         kernels[name][mesh] = pool.submit(generation.compile)
-    source = prepare(next(iter(runs.values())).data, calls, ("step",))
+    source = open_and_compile(next(iter(runs.values())).data, calls)
   print(f"data and programs after {time.monotonic() - start:.0f} s", flush=True)
   result: dict[str, Any] = {
     **provenance(),
@@ -423,8 +455,8 @@ def devices(
   }
   for name, side in made.items():
     counts = {mesh: task.result() for mesh, task in kernels[name].items()}
-    for kind, rows in _measure(side, source, steps, counts).items():
-      result[kind] += rows
+    for kind, records in _measure(side, source, steps, counts).items():
+      result[kind] += records
   print(_table(result), flush=True)
   kind = "_".join(result["device"].lower().split())
   results.mkdir(parents=True, exist_ok=True)
@@ -435,21 +467,22 @@ def devices(
 
 def _table(result: dict[str, Any]) -> str:
   lines = [f"{result['device_count']} x {result['device']}"]
-  for row in result["losses"]:
-    kl = row.get("kl_difference")
+  for record in result["losses"]:
+    kl = record.get("kl_difference")
     lines.append(
-      f"losses     {row['side']:8} {row['mesh']:26}"
-      f" {row['loss_difference']:.1e}" + (f", KL {kl:.1e}" if kl else "")
+      f"losses     {record['side']:8} {record['mesh']:26}"
+      f" {record['loss_difference']:.1e}" + (f", KL {kl:.1e}" if kl else "")
     )
-  for row in result["speed"]:
+  for record in result["speed"]:
     lines.append(
-      f"speed      {row['side']:8} {row['mesh']:26} {row['phase']:7}"
-      f" {row['tokens_per_second']:10.0f} tokens/s {row['efficiency']:.1%}"
+      f"speed      {record['side']:8} {record['mesh']:26} {record['phase']:7}"
+      f" {record['tokens_per_second']:10.0f} tokens/s"
+      f" {record['efficiency']:.1%}"
     )
-  for row in result["generation"]:
+  for record in result["generation"]:
     lines.append(
-      f"generation {row['side']:8} {row['mesh']:26}"
-      f" {row['equal_tokens']:.1%} of tokens equal, logits differ by"
-      f" {row['logit_difference']:.1e} of {row['logit_deviation']:.1e}"
+      f"generation {record['side']:8} {record['mesh']:26}"
+      f" {record['equal_tokens']:.1%} of tokens equal, logits differ by"
+      f" {record['logit_difference']:.1e} of {record['logit_deviation']:.1e}"
     )
   return "\n".join(lines)

@@ -1,17 +1,211 @@
-"""Numbers that runs report, from NumPy arrays: bits per byte, answers by
-distance, loss by position, facts in chosen blocks."""
+"""Turns a model's outputs into the metrics that a run reports.
 
+`held_out_metrics` and `layer_metrics` run a program's compiled functions on
+held-out batches. The functions below them work on NumPy arrays alone.
+"""
+
+import functools
 import math
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
+import jax
 import numpy as np
 
 from msa_jax.model_config import IndexConfig
 from train import data as data_lib
+from train.program import Params, Program
+
+
+class LayerMetrics(NamedTuple):
+  """What the layers of a model do on held-out batches, as NumPy arrays.
+
+  Attributes:
+    kl: [L], the KL loss of each layer.
+    selection: chosen blocks and recalls of each layer.
+    facts_found: [L], the share of the asked facts that lie in blocks which the
+      layer chose (see `facts_found`); None if the data ask for no facts.
+  """
+
+  kl: np.ndarray
+  selection: Any
+  facts_found: np.ndarray | None
+
+
+def held_out_metrics(
+  program: Program,
+  params: Params,
+  source: data_lib.Source,
+  phase: str,
+  *,
+  batches: int,
+  probe_batches: int,
+  by_choice: bool = False,
+) -> dict[str, Any]:
+  """Loss and answers on the held-out batches, and answers to the probes.
+
+  Args:
+    program: of the model.
+    params: its parameters.
+    source: the data.
+    phase: "dense", "warmup" or "sparse".
+    batches: how many held-out batches to evaluate.
+    probe_batches: how many batches of each probe to evaluate.
+    by_choice: also counts the answers by whether each msa layer chose the
+      block of the fact. The data must ask for facts, and the model must have
+      an msa layer.
+
+  Returns:
+    The fields of an "eval" record. Those of a probe begin with its name.
+  """
+  run = functools.partial(_evaluate_batches, program, params, source, phase)
+  get = functools.partial(source.eval_batch, **program.eval_shape)
+  losses, counts, sizes, answers = run(
+    map(get, range(batches)), by_choice=by_choice and not source.probes
+  )
+  batch_losses, targets = losses.sum(1), counts.sum(1)
+  total = float(batch_losses.sum())
+  result = {
+    "loss": total / int(targets.sum()),
+    "bits_per_byte": bits_per_byte(total, sizes),
+    **answers,
+    "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
+    "loss_by_position": loss_by_position(losses.sum(0), counts.sum(0)),
+  }
+  for name in source.probes:
+    get = functools.partial(source.probe_batch, name, **program.eval_shape)
+    *_, answers = run(map(get, range(probe_batches)), by_choice=by_choice)
+    result |= {f"{name}_{key}": value for key, value in answers.items()}
+  return result
+
+
+def _evaluate_batches(
+  program: Program,
+  params: Params,
+  source: data_lib.Source,
+  phase: str,
+  batches: Iterable[data_lib.Batch],
+  by_choice: bool = False,
+) -> tuple[np.ndarray, np.ndarray, list[int | None], dict[str, Any]]:
+  """Evaluates batches.
+
+  Returns:
+    Summed loss and number of targets, both [batch, position]; the bytes of
+    each batch; the answers of all batches together.
+  """
+  losses, counts, sizes, right, distances = [], [], [], [], []
+  far, found = [], []
+
+  def read(batch: data_lib.Batch, loss, correct, chosen=None) -> None:
+    asked = batch.distance >= 0
+    losses.append(np.asarray(loss, np.float64))
+    counts.append(batch.loss_mask.sum(0))
+    sizes.append(count_bytes(source, batch))
+    right.append(np.asarray(correct)[asked])
+    distances.append(batch.distance[asked])
+    if chosen is not None:
+      beyond, held = facts_found(
+        np.asarray(chosen), batch.distance, program.model_config.index
+      )
+      far.append(beyond)
+      found.append(held)
+
+  before = None
+  for batch in batches:
+    tokens, mask = program.put(batch.tokens), program.put(batch.loss_mask)
+    result = program.call("evaluate", phase, params, tokens, mask)
+    if by_choice:
+      result = (*result, program.call("choose", phase, params, tokens))
+    # A batch's results are read while the device computes the next batch.
+    if before is not None:
+      read(*before)
+    before = batch, *result
+  if before is not None:
+    read(*before)
+  answers: dict[str, Any] = {"accuracy": None, "by_distance": None}
+  hits, apart = np.concatenate(right), np.concatenate(distances)
+  if hits.size:
+    answers = {
+      "accuracy": float(hits.mean()),
+      "by_distance": answers_by_distance(hits, apart),
+    }
+  if found:
+    layers = answers_by_choice(hits[np.concatenate(far)], np.concatenate(found))
+    answers["by_choice"] = [
+      {"layer": layer, **layers[layer]} for layer in program.msa_layers
+    ]
+  return np.stack(losses), np.stack(counts), sizes, answers
+
+
+def layer_metrics(
+  program: Program, params: Params, source: data_lib.Source, phase: str
+) -> LayerMetrics:
+  """What the layers do on the first held-out batch.
+
+  Facts are those of the first batch that asks for any: a probe's, if the data
+  have probes.
+  """
+
+  def run(function: str, batch: data_lib.Batch):
+    tokens = program.put(batch.tokens)
+    return jax.device_get(program.call(function, phase, params, tokens))
+
+  batch = source.eval_batch(0, **program.eval_shape)
+  kl, selection = run("layer_metrics", batch)
+  chosen = selection.block_indices
+  if source.probes:
+    batch = source.probe_batch(source.probes[0], 0, **program.eval_shape)
+    chosen = run("choose", batch)
+  _, found = facts_found(chosen, batch.distance, program.model_config.index)
+  return LayerMetrics(kl, selection, found.mean(0) if found.size else None)
+
+
+def layer_records(program: Program, metrics: LayerMetrics) -> list[dict]:
+  """The "layers" of a record: KL and recalls of each msa layer; None for what
+  is not defined."""
+
+  def number(value) -> float | None:
+    return float(value) if math.isfinite(value) else None
+
+  found, selection = metrics.facts_found, metrics.selection
+  return [
+    {
+      "layer": layer,
+      "kl": number(metrics.kl[layer]) if program.has_index else None,
+      "block_recall": number(selection.block_recall[layer]),
+      "score_recall": number(selection.score_recall[layer]),
+      "best_score_recall": number(selection.best_score_recall[layer]),
+      "facts_found": None if found is None else number(found[layer]),
+    }
+    for layer in program.msa_layers
+  ]
+
+
+def router_records(program: Program, load: np.ndarray) -> list[dict]:
+  """The "router" of a record: the largest and smallest load of an expert in
+  each MoE layer, as multiples of the mean load.
+
+  Args:
+    program: of the model.
+    load: [MoE layer, X], tokens that chose each expert.
+  """
+  shares = load / load.mean(axis=-1, keepdims=True)
+  return [
+    {
+      "layer": layer,
+      "max_load": float(share.max()),
+      "min_load": float(share.min()),
+    }
+    for layer, share in zip(program.moe_layers, shares, strict=True)
+  ]
+
+
+# ------------------------------------------------------ NumPy arrays alone
 
 
 def count_bytes(source: data_lib.Source, batch: data_lib.Batch) -> int | None:
-  """Bytes of text that a batch's counted targets stand for; None if not all of
-  them are text."""
+  """Bytes of text that the counted targets of a batch stand for; None if some
+  of the targets are not text."""
   if source.token_bytes is None or (batch.distance >= 0).any():
     return None
   targets = batch.tokens[:, 1:][batch.loss_mask]
@@ -19,18 +213,31 @@ def count_bytes(source: data_lib.Source, batch: data_lib.Batch) -> int | None:
 
 
 def bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
-  """Bits that a byte costs, of a summed loss in nats."""
+  """Bits per byte of text.
+
+  Args:
+    nats: the summed loss of the text.
+    sizes: bytes of each part of the text; None counts as 0.
+
+  Returns:
+    None if there are no bytes.
+  """
   total = sum(size or 0 for size in sizes)
   return nats / math.log(2) / total if total else None
 
 
 def _octaves(tokens: np.ndarray) -> np.ndarray:
-  """The power of two below each number; that of 1 for 0."""
+  """floor(log2(x)) of each number x; 0 for x = 0."""
   return np.log2(np.maximum(tokens, 1)).astype(int)
 
 
 def answers_by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
-  """Accuracy by distance, low <= distance < high, in powers of two."""
+  """Accuracy by distance, in bins low <= distance < high of powers of two.
+
+  Args:
+    right: bool [fact], whether each answer is right.
+    distances: int [fact], tokens back to each fact.
+  """
   bins = _octaves(distances)
   return [
     {
@@ -44,8 +251,8 @@ def answers_by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
 
 
 def loss_by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
-  """Mean loss by how many tokens the query comes after, low <= tokens < high,
-  in powers of two.
+  """Mean loss by the number of tokens before the query, in bins low <= tokens
+  < high of powers of two.
 
   Args:
     losses: float [T], summed over the targets of each query position.
@@ -71,18 +278,21 @@ def loss_by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
 def facts_found(
   block_indices: np.ndarray, distance: np.ndarray, index: IndexConfig
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Which of the facts that are asked for lie in chosen blocks.
+  """Which of the asked facts lie in chosen blocks.
+
+  A fact is far if it lies in none of the asking token's local blocks, which
+  are always chosen (its own block counts as local in any case).
 
   Args:
     block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
-    distance: int32 [B, T], tokens back to the fact; -1: nothing is asked.
+    distance: int32 [B, T], tokens back to the fact; -1 where none is asked.
     index: sizes of the selection.
 
   Returns:
-    bool [fact], for the facts in the order of `distance[distance >= 0]`:
-    whether a fact lies beyond the local blocks (at least the own); bool
-    [far fact, L], for those: whether some group of the asking token chose its
-    block.
+    far: bool [fact], whether each fact is far. Facts are in the order of
+      `distance[distance >= 0]`.
+    found: bool [far fact, L], whether some group of the asking token chose the
+      far fact's block in each layer.
   """
   row, query = np.nonzero(distance >= 0)
   block = (query - distance[row, query]) // index.block_size
@@ -94,14 +304,15 @@ def facts_found(
 
 
 def answers_by_choice(right: np.ndarray, found: np.ndarray) -> list[dict]:
-  """Answers where a layer's chosen blocks held the fact, and where not.
+  """Right answers by whether a layer chose the block of the fact.
 
   Args:
-    right: bool [fact], of facts beyond the local blocks.
-    found: bool [fact, L], as of `facts_found`.
+    right: bool [far fact], whether each answer is right.
+    found: bool [far fact, L], as `facts_found` returns it.
 
   Returns:
-    For each layer: facts found and missed, and how many of each are answered.
+    For each layer the number of facts found and missed, and how many of each
+    are answered right.
   """
   return [
     {
@@ -115,14 +326,15 @@ def answers_by_choice(right: np.ndarray, found: np.ndarray) -> list[dict]:
 
 
 def selection_counts(block_indices: np.ndarray, block_size: int) -> np.ndarray:
-  """Which blocks the queries of a block choose.
+  """How often the queries of a block choose each block.
 
   Args:
     block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
     block_size: tokens in a block.
 
   Returns:
-    float32 [L, K, Nq, Nk]: the share of the queries in block i that chose j.
+    float32 [L, K, N, N]: element [.., i, j] is the share of the queries in
+    block i that chose block j.
   """
   layers, _, heads, length, _ = block_indices.shape
   blocks = -(-length // block_size)
@@ -130,6 +342,6 @@ def selection_counts(block_indices: np.ndarray, block_size: int) -> np.ndarray:
   for i in range(blocks):
     chosen = block_indices[:, :, :, i * block_size : (i + 1) * block_size]
     for j in range(i + 1):
-      # A query chooses a block once, so any() counts it right.
+      # A query chooses a block at most once, so any() counts it once.
       counts[:, :, i, j] = (chosen == j).any(-1).mean((1, 3))
   return counts

@@ -1,6 +1,7 @@
-"""The training loop: one run, from its config to a finished run folder."""
+"""The training loop: takes one run from its config to a finished run folder."""
 
 import contextlib
+import dataclasses
 import io
 import json
 import time
@@ -14,19 +15,26 @@ from train import config as config_lib
 from train import data as data_lib
 from train import evaluate
 from train.checkpoint import RunFolder, replace_file
-from train.program import Program, flatten_state, unflatten_state
+from train.program import (
+  Program,
+  compile_key,
+  flatten_state,
+  functions_called,
+  train_step,
+  unflatten_state,
+)
 from train.progress import Progress
 
-# Queries whose chosen blocks selection.npz holds one by one.
+# selection.npz holds the chosen blocks of this many queries one by one.
 SAVED_QUERIES = 2048
 
 
 class NonFiniteError(FloatingPointError):
-  """The loss, a gradient or the state is not finite any more."""
+  """The loss, a gradient or the state of a run became NaN or infinite."""
 
 
 class _Clock:
-  """Seconds spent training, without those of evaluation and compilation."""
+  """Seconds spent training, without evaluation and compilation."""
 
   def __init__(self, seconds: float):
     self._before = seconds
@@ -53,25 +61,33 @@ def run(
   program: Program | None = None,
   stop_at: float | None = None,
 ) -> dict | None:
-  """Trains a run, or goes on with one that was stopped.
+  """Trains a run, or continues one that was stopped.
 
   Args:
-    config: its `folder` is where everything is written.
-    source: the config's data, where they are loaded already.
-    program: of another seed of the side, where there is one: saves time.
-    stop_at: when to stop with a checkpoint, as time.monotonic() counts; the
-      step or evaluation at work is finished first. None: never.
+    config: the run; everything is written to its `folder`.
+    source: the opened data, if they are open already.
+    program: a program with the run's compile key, such as another seed's, to
+      save compiling it again.
+    stop_at: the time.monotonic() at which to stop with a checkpoint. A step or
+      evaluation that has begun is finished first. None: do not stop.
 
   Returns:
-    What done.json holds; None if it was stopped.
+    The content of done.json; None if the run was stopped.
 
   Raises:
-    ValueError: the config cannot run here, or the folder belongs to another
-      run.
-    NonFiniteError: the training broke down; the last checkpoint is good.
+    ValueError: the config cannot run here, the folder belongs to another run,
+      or the program has another compile key.
+    NonFiniteError: a number became NaN or infinite; the last checkpoint is
+      good.
   """
   if not config.folder:
     raise ValueError("folder='': wanted the run's folder.")
+  key = compile_key(config)
+  if program is not None and program.config != key:
+    raise ValueError(
+      "program: wanted one whose config is compile_key(config); it differs in"
+      f" {_different_fields(program.config, key)}."
+    )
   source = data_lib.load(config.data) if source is None else source
   _check_data(config, source)
   folder = RunFolder(config, source.fingerprint)
@@ -80,10 +96,15 @@ def run(
     if finished is not None:
       print(f"{folder.path}: finished at step {finished['step']} before.")
       return finished
-    program = Program(config) if program is None else program.for_run(config)
+    program = Program(key) if program is None else program
     return _Run(config, source, folder, program).train(stop_at)
   finally:
     folder.close()
+
+
+def _different_fields(a: Any, b: Any) -> str:
+  fields = (field.name for field in dataclasses.fields(a))
+  return ", ".join(n for n in fields if getattr(a, n) != getattr(b, n))
 
 
 def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
@@ -92,7 +113,7 @@ def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
       f"model.vocab_size={config.model.vocab_size}: the data have"
       f" {source.vocab_size} different tokens."
     )
-  # Refuses a context that the training data cannot fill.
+  # Raises if the training data cannot fill the context.
   source.train_batch(config.seed, 0, batch_size=1, context=config.context)
   rows = config.batch_size // config.grad_accumulation
   there = source.num_eval_batches(batch_size=rows, context=config.context)
@@ -113,7 +134,7 @@ class _Pending(NamedTuple):
 
 
 class _Run:
-  """A run at work."""
+  """A run in progress."""
 
   def __init__(
     self,
@@ -136,9 +157,9 @@ class _Run:
       self.state = unflatten_state(flat, self.program.abstract_state)
       self.first = folder.start
     elif config.recipe.init_from is not None:
-      self.state = self.program.start_from_dense()
+      self.state = self.program.start_from_dense(config.recipe, config.seed)
     else:
-      self.state = self.program.init()
+      self.state = self.program.init(config.seed)
     self.clock = _Clock(seconds)
     self.logged = (self.first, seconds)
     folder.write_environment(
@@ -168,7 +189,9 @@ class _Run:
           batch_size=config.batch_size,
           context=config.context,
         )
-        self.state, metrics = self.program.step(self.state, batch, step)
+        self.state, metrics = train_step(
+          self.program, config, self.state, batch, step
+        )
         self._record(pending)
         pending = _Pending(
           step,
@@ -203,7 +226,7 @@ class _Run:
     )
 
   def _record(self, pending: _Pending | None) -> None:
-    """Reads a step's metrics; writes a row if it is due."""
+    """Reads a step's metrics, and logs them if a record is due."""
     if pending is None:
       return
     config, step = self.config, pending.step
@@ -221,7 +244,7 @@ class _Run:
     speed = tokens / max(seconds - last_seconds, 1e-9)
     self.logged = (step, seconds)
     index = self.program.has_index
-    row = {
+    record = {
       **self._stamp("train", step),
       "loss": metrics["loss"],
       "bits_per_byte": evaluate.bits_per_byte(
@@ -235,8 +258,8 @@ class _Run:
       "peak_bytes": self.memory,
     }
     if load is not None:
-      row["router"] = self.program.router_rows(load)
-    self._log(row)
+      record["router"] = evaluate.router_records(self.program, load)
+    self._log(record)
 
   def _stop(self, step: int, why: str) -> NoReturn:
     saved = self.folder.checkpoints.latest()
@@ -257,47 +280,51 @@ class _Run:
       "seconds": self.clock.seconds,
     }
 
-  def _log(self, row: dict) -> None:
-    self.folder.log(row)
-    self.progress.show(row)
+  def _log(self, record: dict) -> None:
+    self.folder.log(record)
+    self.progress.show(record)
 
   def _pause(self, step: int) -> None:
-    """Evaluates, measures and saves, whatever is due after a step."""
+    """Does the evaluation, layer metrics and checkpoint due after a step."""
     config = self.config
     phase, last = config.phase(step), step == config.num_steps
-    params = self.state.params
     if step % config.eval_every == 0 or last:
       result = self._evaluate(step, phase, by_choice=last)
       if not np.isfinite(result["loss"]):
         self._stop(step, f"held-out loss {result['loss']}")
       self._log(self._stamp("eval", step) | result)
     if last and config.dense_at_end:
-      # What the choice of blocks costs: the same weights without one.
+      # The same weights attending to all tokens show what choosing costs.
       result = self._evaluate(step, "warmup")
       if np.isfinite(result["loss"]):
         self._log(self._stamp("dense_eval", step, "warmup") | result)
       else:
-        # Nobody trained them for that: no reason to call the run broken.
+        # The weights were not trained for dense attention, so this does not
+        # mean that the run broke down.
         print(
           f"{self.folder.path}: with dense attention the held-out loss is"
-          f" {result['loss']}: no dense_eval row.",
+          f" {result['loss']}: no dense_eval record.",
           flush=True,
         )
     if self.program.msa_layers and (step % config.layers_every == 0 or last):
-      measured = self.program.measure(params, self.source, phase)
-      row = {"kind": "layers", "step": step, "phase": phase}
-      self._log(row | {"layers": self.program.layer_rows(*measured)})
+      metrics = evaluate.layer_metrics(
+        self.program, self.state.params, self.source, phase
+      )
+      layers = evaluate.layer_records(self.program, metrics)
+      record = {"kind": "layers", "step": step, "phase": phase}
+      self._log(record | {"layers": layers})
     if step % config.checkpoint_every == 0 or step in config.keep_steps or last:
       self._save(step)
 
   def _evaluate(self, step: int, phase: str, by_choice: bool = False) -> dict:
-    return self.program.evaluate(
+    return evaluate.held_out_metrics(
+      self.program,
       self.state.params,
       self.source,
       phase,
       batches=self.config.eval_batches,
       probe_batches=self.config.probe_batches_at(step),
-      by_choice=by_choice,
+      by_choice=by_choice and "choose" in functions_called(self.config),
     )
 
   def _save(self, step: int) -> None:
@@ -316,17 +343,21 @@ class _Run:
   def _save_selection(self) -> None:
     """Writes selection.npz: what the trained model chose on held-out text.
 
-    `counts` as in `evaluate.selection_counts`; for each layer and group the
-    statistics of `selection_stats.sharing`; `block_indices` of the last queries
-    of one row, int16 [L, K, query, P]; `about`: how it was made, as JSON.
+    Its arrays are `counts`, as `evaluate.selection_counts` returns them; the
+    statistics of `selection_stats.sharing` for each layer and group;
+    `block_indices`, int16 [L, K, query, P], the choices of the last queries of
+    one batch row; and `about`, JSON that says how the file was made.
     """
     config = self.config
     layers = np.asarray(self.program.msa_layers)
     block_size = config.model.index.block_size
-    _, selection, _ = self.program.measure(
-      self.state.params, self.source, config.phase(config.num_steps)
+    metrics = evaluate.layer_metrics(
+      self.program,
+      self.state.params,
+      self.source,
+      config.phase(config.num_steps),
     )
-    ids = selection.block_indices[layers]
+    ids = metrics.selection.block_indices[layers]
     statistics = {name: [] for name in selection_stats.SHARING}
     for layer in ids:
       found = selection_stats.sharing(layer, block_size=block_size)

@@ -1,19 +1,22 @@
 """The compiled functions of a run: initial state, training step, evaluation.
 
-Parameters are a flat dict from dotted names to arrays, split in two groups:
+A `Program` is built from a `ProgramConfig`, which holds exactly what the
+compiled functions depend on. Everything else about a run (seed, learning
+rates, phases, data) is passed in with each call, so runs with equal
+`compile_key`s can share a program.
+
+Parameters are a flat dict from dotted names to arrays, split into two groups:
 the Index Branch, which only the KL loss trains, and the backbone. Each group
-has its own clipping, Adam moments and learning rate.
+has its own gradient clipping, Adam moments and learning rate.
 """
 
 import concurrent.futures
 import contextlib
-import copy
 import dataclasses
-import functools
 import math
 import pathlib
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
 import jax
@@ -24,12 +27,11 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Pspec
 
-from msa_jax import mlp
+from msa_jax import convert, mlp
 from msa_jax import model as model_lib
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import config as config_lib
 from train import data as data_lib
-from train import evaluate
 from train.checkpoint import Checkpoints, read_config
 
 _AXES = ("data", "fsdp", "expert", "tensor")
@@ -39,18 +41,74 @@ Params = dict[str, jax.Array]
 
 
 class TrainState(NamedTuple):
-  """What a checkpoint holds; opt has one entry for each parameter group."""
+  """The state that a checkpoint holds.
+
+  Attributes:
+    params: parameters by dotted name.
+    opt: the optimiser state of each parameter group.
+  """
 
   params: Params
   opt: dict[str, Any]
 
 
-class Program:
-  """The functions of a run on a mesh of devices."""
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProgramConfig:
+  """Everything that the compiled functions of a run depend on.
 
-  def __init__(self, config: config_lib.RunConfig, model=None):
+  A program sees nothing of a run but this. Two runs whose program configs are
+  equal therefore compile to the same functions: equality is the compile key.
+  Learning rates are not here because they are operands of the training step.
+  """
+
+  model: ModelConfig
+  mesh: config_lib.MeshConfig
+
+  batch_size: int
+  grad_accumulation: int
+  context: int
+
+  kl_weight: float
+  """lambda: the loss is LM + lambda * the sum of the layers' KL."""
+
+  # AdamW, as in `OptimizerConfig`.
+  beta1: float
+  beta2: float
+  eps: float
+  weight_decay: float
+  clip_norm: float
+  index_clip_norm: float
+
+  router_bias_rate: float
+  """Step of the MoE routers' choice biases, as in `OptimizerConfig`."""
+
+
+def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
+  """The part of a run's config that its compiled functions depend on."""
+  optimizer = run.optimizer
+  return ProgramConfig(
+    model=run.model,
+    mesh=run.mesh,
+    batch_size=run.batch_size,
+    grad_accumulation=run.grad_accumulation,
+    context=run.context,
+    kl_weight=run.recipe.kl_weight,
+    beta1=optimizer.beta1,
+    beta2=optimizer.beta2,
+    eps=optimizer.eps,
+    weight_decay=optimizer.weight_decay,
+    clip_norm=optimizer.clip_norm,
+    index_clip_norm=optimizer.index_clip_norm,
+    router_bias_rate=optimizer.router_bias_rate,
+  )
+
+
+class Program:
+  """The compiled functions of a `ProgramConfig` on a mesh of devices."""
+
+  def __init__(self, config: ProgramConfig):
     self.config = config
-    self.model_config = config.model if model is None else model
+    self.model_config = config.model
     shape = config.mesh.shape(jax.device_count())
     self._check_mesh(shape)
     devices = jax.devices()[: math.prod(shape)]
@@ -81,7 +139,7 @@ class Program:
       for name, path in self._paths.items()
     }
     self.has_index = "index" in self.groups.values()
-    # In the order of the layers.
+    # Sorted by path, which is the order of the layers.
     biases = [path for path in self._paths.values() if "choice_bias" in path]
     self._choice_biases = [_name(path) for path in sorted(biases)]
     self._transforms = self._make_transforms()
@@ -115,8 +173,8 @@ class Program:
       static_argnames="phase",
       out_shardings=self.replicated,
     )
-    self._jit_measure = jax.jit(
-      self._measure,
+    self._jit_layer_metrics = jax.jit(
+      self._layer_metrics,
       static_argnames="phase",
       out_shardings=self.replicated,
     )
@@ -125,18 +183,6 @@ class Program:
       static_argnames="phase",
       out_shardings=self.replicated,
     )
-
-  def for_run(self, config: config_lib.RunConfig) -> "Program":
-    """The same compiled functions, for another run whose `decides` are equal,
-    such as another seed's, or one that starts from another side."""
-    if decides(config) != decides(self.config):
-      raise ValueError(
-        "config: wanted a run of the same model, mesh, batch shape, kl_weight"
-        " and Adam."
-      )
-    program = copy.copy(self)
-    program.config = config
-    return program
 
   def _check_mesh(self, shape: tuple[int, int, int, int]) -> None:
     data, fsdp, expert, tensor = shape
@@ -208,7 +254,7 @@ class Program:
     return {k: v for k, v in tree.items() if self.groups[k] == name}
 
   def _make_transforms(self) -> dict[str, optax.GradientTransformation]:
-    optimizer = self.config.optimizer
+    config = self.config
 
     def decayed(tree: Any) -> dict[str, bool]:
       return {name: _decays(name) for name in tree}
@@ -216,13 +262,13 @@ class Program:
     def adam(clip_norm: float) -> optax.GradientTransformation:
       return optax.chain(
         optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(optimizer.beta1, optimizer.beta2, optimizer.eps),
-        optax.add_decayed_weights(optimizer.weight_decay, mask=decayed),
+        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
+        optax.add_decayed_weights(config.weight_decay, mask=decayed),
       )
 
     return {
-      "backbone": adam(optimizer.clip_norm),
-      "index": adam(optimizer.index_clip_norm),
+      "backbone": adam(config.clip_norm),
+      "index": adam(config.index_clip_norm),
     }
 
   def _state(self, params: Params) -> TrainState:
@@ -232,19 +278,32 @@ class Program:
   def _fresh_state(self, seed: int | jax.Array) -> TrainState:
     return self._state(_flatten_model(self._make_model(seed)))
 
-  def init(self) -> TrainState:
-    """The state that the seed gives."""
+  def init(self, seed: int) -> TrainState:
+    """The initial state that a seed gives."""
     with self.context():
-      return self._jit_init(np.uint32(self.config.seed))
+      return self._jit_init(np.uint32(seed))
 
-  def start_from_dense(self) -> TrainState:
-    """The state that a GQA run's checkpoint gives, with a fresh index branch.
+  def start_from_dense(
+    self, recipe: config_lib.RecipeConfig, seed: int
+  ) -> TrainState:
+    """The state of MSA-CPT's first step, made from a GQA run's checkpoint.
 
-    The backbone keeps its Adam moments and their step.
+    The backbone keeps its parameters, its Adam moments and their step count.
+    The index branch is new, and so are its moments.
+
+    Args:
+      recipe: says which run folder and step to read (init_from, init_step)
+        and how the index projections start (index_init).
+      seed: of the index projections that start fresh.
+
+    Raises:
+      ValueError: there is no such run or checkpoint, or it belongs to another
+        model.
     """
-    recipe = self.config.recipe
     assert recipe.init_from is not None and recipe.init_step is not None
-    dense = Program(self.config, dense_twin(self.model_config))
+    dense = Program(
+      dataclasses.replace(self.config, model=dense_twin(self.model_config))
+    )
     folder = pathlib.Path(recipe.init_from)
     source = read_config(folder)
     if source is None:
@@ -255,7 +314,8 @@ class Program:
     found = read_state(dense, folder, recipe.init_step)
     assert found is not None
     state, _ = found
-    # What the parameters' shapes do not show.
+    # Reading the state has compared the parameters' shapes. Fields such as
+    # rope_theta change the model without changing any shape.
     changed = config_lib.differences(
       source["model"],
       config_lib.to_dict(dense.model_config),
@@ -274,23 +334,25 @@ class Program:
       )
 
     def graft(state: TrainState) -> TrainState:
-      def convert(
+      def to_msa(
         tree: Params, index_init: Literal["main", "random"] = "random"
       ) -> Params:
         model = convert.to_msa(
           dense.merge(tree),
           self.model_config,
-          rngs=nnx.Rngs(jax.random.key(self.config.seed)),
+          rngs=nnx.Rngs(jax.random.key(seed)),
           sharding=self.sharding,
           index_init=index_init,
         )
         return _flatten_model(model)
 
-      fresh = self._state(convert(state.params, recipe.index_init))
+      fresh = self._state(to_msa(state.params, recipe.index_init))
       clip, adam, decay = state.opt["backbone"]
+      # Moments have the parameters' names and shapes, so the same conversion
+      # puts them in place; only the backbone's are kept.
       adam = adam._replace(
-        mu=self.group(convert(adam.mu), "backbone"),
-        nu=self.group(convert(adam.nu), "backbone"),
+        mu=self.group(to_msa(adam.mu), "backbone"),
+        nu=self.group(to_msa(adam.nu), "backbone"),
       )
       return TrainState(
         fresh.params, fresh.opt | {"backbone": (clip, adam, decay)}
@@ -314,16 +376,16 @@ class Program:
 
     Args:
       params: parameters by name.
-      tokens: int32 [part, row, context + 1].
-      weights: float32 [part, row, context], what each target counts; the LM
-        loss is the weighted mean.
+      tokens: int32 [part, batch row, context + 1].
+      weights: float32 [part, batch row, context], how much each target
+        counts; the LM loss is the weighted mean.
       kl_weight: lambda.
       phase: "dense", "warmup" or "sparse".
 
     Returns:
-      ((loss, {"loss": LM loss, "kl": sum of KL}), gradients), the same for
-      any number of parts; with MoE layers also "load", [L, X] choices of each
-      expert in each of them.
+      ((loss, {"loss": LM loss, "kl": sum of KL}), gradients). They do not
+      depend on the number of parts. With MoE layers the dict also has "load",
+      [MoE layer, X]: how many tokens chose each expert.
     """
     count = jnp.maximum(jnp.sum(weights), 1)
     parts = tokens.shape[0]
@@ -371,7 +433,7 @@ class Program:
       state.params,
       tokens,
       weights,
-      self.config.recipe.kl_weight,
+      self.config.kl_weight,
       phase=phase,
     )
     params, opt = dict(state.params), {}
@@ -394,7 +456,7 @@ class Program:
       "grad_norm": norm(self.group(grads, "backbone")),
       "index_grad_norm": norm(self.group(grads, "index")),
     }
-    # The state as well: a checkpoint must never hold what is not finite.
+    # The state is checked too, so that a checkpoint never holds NaN or inf.
     watched = [*metrics.values(), norm(params), norm(opt)]
     metrics["finite"] = jnp.all(jnp.isfinite(jnp.stack(watched)))
     if load is not None:
@@ -403,7 +465,7 @@ class Program:
 
   def _balance(self, params: Params, load: jax.Array) -> None:
     """Moves the routers' choice biases towards equal load."""
-    rate = self.config.optimizer.router_bias_rate
+    rate = self.config.router_bias_rate
     first = 0
     for name in self._choice_biases:
       bias = params[name]
@@ -413,29 +475,37 @@ class Program:
       first += count
 
   def _evaluate(self, params, tokens, loss_mask, *, phase: str):
-    """Loss of each position, summed over rows; which targets are right."""
+    """Loss of each position summed over batch rows, and which targets the
+    model predicts right."""
     out = self._apply(params, tokens, phase=phase)
     losses = _cross_entropy(out.logits, tokens) * loss_mask
     right = jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
     return jnp.sum(losses, axis=0), right
 
-  def _measure(self, params, tokens, *, phase: str):
+  def _layer_metrics(self, params, tokens, *, phase: str):
+    """KL of each layer, and its chosen blocks and recalls."""
     out = self._apply(
       params, tokens, phase=phase, with_kl=self.has_index, with_selection=True
     )
     return out.kl, out.selection
 
   def _choose(self, params, tokens, *, phase: str):
-    # The recalls that this leaves out cost more than all the rest.
-    _, selection = self._measure(params, tokens, phase=phase)
+    """The blocks that each layer chooses. Recalls are not returned, so XLA
+    drops them; they cost more than the rest of the forward pass."""
+    _, selection = self._layer_metrics(params, tokens, phase=phase)
     assert selection is not None
     return selection.block_indices
 
   # --- Calls from the host --------------------------------------------------
 
   def put(self, array: np.ndarray, *, parts: bool = False) -> jax.Array:
-    """Places a batch (in parts, if asked) with its rows over the mesh; each
-    process gives its own rows only."""
+    """Places an array of batch rows on the mesh, split over its devices.
+
+    Args:
+      array: [batch row, ...], the same on every process; a process copies
+        only the rows of its own devices.
+      parts: cuts the rows into the parts of gradient accumulation first.
+    """
     spec = Pspec(("data", "fsdp", "expert"))
     if parts:
       count = self.config.grad_accumulation
@@ -446,8 +516,15 @@ class Program:
     )
 
   def compile(self, phase: str, function: str = "step") -> int | None:
-    """Compiles "step", "evaluate", "measure" or "choose" for a phase; returns
-    the bytes it needs on one device, where the compiler says so."""
+    """Compiles a function for a phase, unless that was done before.
+
+    Args:
+      phase: "dense", "warmup" or "sparse".
+      function: "step", "evaluate", "layer_metrics" or "choose".
+
+    Returns:
+      The bytes it needs on one device; None if the compiler does not say.
+    """
     key = function, phase
     if key not in self._compiled:
       with self.context():
@@ -483,198 +560,70 @@ class Program:
       if function == "evaluate":
         mask = self.put(rows[:, 1:] == 0)
         return self._jit_eval.trace(params, tokens, mask, phase=phase)
-      jitted = {"measure": self._jit_measure, "choose": self._jit_choose}
+      jitted = {
+        "layer_metrics": self._jit_layer_metrics,
+        "choose": self._jit_choose,
+      }
       return jitted[function].trace(params, tokens, phase=phase)
 
-  def _call(self, function: str, phase: str, *operands):
+  def call(self, function: str, phase: str, *operands):
+    """Calls a function of `compile`, compiling it first if need be."""
     self.compile(phase, function)
     with self.context():
       return self._compiled[function, phase](*operands)
 
-  def step(self, state: TrainState, batch: data_lib.Batch, step: int):
-    """One optimiser step (counted from 1); does not wait for its end."""
-    config = self.config
-    optimizer = config.optimizer
-    rate = optimizer.schedule(step, config.num_steps)
-    index_rate = rate * optimizer.index_learning_rate_factor
-    return self._call(
+  def step(
+    self,
+    state: TrainState,
+    tokens: np.ndarray,
+    weights: np.ndarray,
+    rates: Mapping[str, float],
+    *,
+    phase: str,
+  ) -> tuple[TrainState, dict[str, jax.Array]]:
+    """One optimiser step; returns before the device has finished it.
+
+    Args:
+      state: its buffers are reused, so it cannot be read afterwards.
+      tokens: int32 [batch row, context + 1].
+      weights: float32 [batch row, context], how much each target counts.
+      rates: learning rate of each parameter group.
+      phase: "dense", "warmup" or "sparse".
+
+    Returns:
+      The new state, and the step's metrics as scalars on the device.
+    """
+    return self.call(
       "step",
-      config.phase(step),
+      phase,
       state,
-      self.put(batch.tokens, parts=True),
-      self.put(data_lib.loss_weights(config.data, batch), parts=True),
-      {"backbone": np.float32(rate), "index": np.float32(index_rate)},
+      self.put(tokens, parts=True),
+      self.put(weights, parts=True),
+      {group: np.float32(rates[group]) for group in _GROUPS},
     )
 
   @property
   def eval_shape(self) -> dict[str, int]:
-    """Size of a held-out batch: that of one part of a training batch."""
+    """Size of a held-out batch, which is that of one part of a training
+    batch."""
     rows = self.config.batch_size // self.config.grad_accumulation
     return {"batch_size": rows, "context": self.config.context}
 
-  def evaluate(
-    self,
-    params: Params,
-    source: data_lib.Source,
-    phase: str,
-    *,
-    batches: int,
-    probe_batches: int,
-    by_choice: bool = False,
-  ) -> dict:
-    """Loss, also by position, and answers on the held-out batches, and answers
-    to the probes; by_choice: those that `data.asks_for_facts` is about also by
-    what each msa layer chose."""
-    by_choice = by_choice and "choose" in self.functions
-    run = functools.partial(self._evaluate_batches, params, source, phase)
-    get = functools.partial(source.eval_batch, **self.eval_shape)
-    losses, counts, sizes, answers = run(
-      batches, get, by_choice=by_choice and not source.probes
-    )
-    batch_losses, targets = losses.sum(1), counts.sum(1)
-    total = float(batch_losses.sum())
-    result = {
-      "loss": total / int(targets.sum()),
-      "bits_per_byte": evaluate.bits_per_byte(total, sizes),
-      **answers,
-      "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
-      "loss_by_position": evaluate.loss_by_position(
-        losses.sum(0), counts.sum(0)
-      ),
-    }
-    for name in source.probes:
-      get = functools.partial(source.probe_batch, name, **self.eval_shape)
-      *_, answers = run(probe_batches, get, by_choice=by_choice)
-      result |= {f"{name}_{key}": value for key, value in answers.items()}
-    return result
-
-  def _evaluate_batches(
-    self, params, source, phase: str, number: int, get, by_choice: bool = False
-  ):
-    """Loss and targets [batch, position], bytes of each batch, and the answers
-    of all."""
-    losses, counts, sizes, right, distances = [], [], [], [], []
-    far, found = [], []
-
-    def read(batch: data_lib.Batch, loss, correct, chosen=None) -> None:
-      asked = batch.distance >= 0
-      losses.append(np.asarray(loss, np.float64))
-      counts.append(batch.loss_mask.sum(0))
-      sizes.append(evaluate.count_bytes(source, batch))
-      right.append(np.asarray(correct)[asked])
-      distances.append(batch.distance[asked])
-      if chosen is not None:
-        beyond, held = evaluate.facts_found(
-          np.asarray(chosen), batch.distance, self.model_config.index
-        )
-        far.append(beyond)
-        found.append(held)
-
-    before = None
-    for index in range(number):
-      batch = get(index)
-      tokens, mask = self.put(batch.tokens), self.put(batch.loss_mask)
-      result = self._call("evaluate", phase, params, tokens, mask)
-      if by_choice:
-        result = (*result, self._call("choose", phase, params, tokens))
-      # A batch's answers are read while the next one is computed.
-      if before is not None:
-        read(*before)
-      before = batch, *result
-    if before is not None:
-      read(*before)
-    answers: dict[str, Any] = {"accuracy": None, "by_distance": None}
-    hits, apart = np.concatenate(right), np.concatenate(distances)
-    if hits.size:
-      answers = {
-        "accuracy": float(hits.mean()),
-        "by_distance": evaluate.answers_by_distance(hits, apart),
-      }
-    if found:
-      rows = evaluate.answers_by_choice(
-        hits[np.concatenate(far)], np.concatenate(found)
-      )
-      answers["by_choice"] = [
-        {"layer": layer, **rows[layer]} for layer in self.msa_layers
-      ]
-    return np.stack(losses), np.stack(counts), sizes, answers
-
-  def measure(self, params: Params, source: data_lib.Source, phase: str):
-    """What the msa layers do on held-out batches, as NumPy.
-
-    Returns:
-      (KL by layer and selection of the first batch, the share of
-      `evaluate.facts_found` by layer of the first batch that asks for facts;
-      None if the data ask for none).
-    """
-
-    def run(function: str, batch: data_lib.Batch):
-      tokens = self.put(batch.tokens)
-      return jax.device_get(self._call(function, phase, params, tokens))
-
-    batch = source.eval_batch(0, **self.eval_shape)
-    kl, selection = run("measure", batch)
-    asked = selection.block_indices
-    if source.probes:
-      batch = source.probe_batch(source.probes[0], 0, **self.eval_shape)
-      asked = run("choose", batch)
-    _, found = evaluate.facts_found(
-      asked, batch.distance, self.model_config.index
-    )
-    return kl, selection, found.mean(0) if found.size else None
-
-  @property
-  def functions(self) -> tuple[str, ...]:
-    """Names of the functions that a run calls."""
-    names = ("step", "evaluate")
-    if self.msa_layers:
-      names += ("measure",)
-    if self.msa_layers and data_lib.asks_for_facts(self.config.data):
-      names += ("choose",)
-    return names
-
   @property
   def msa_layers(self) -> list[int]:
+    """Numbers of the layers with sparse attention."""
     kinds = enumerate(self.model_config.kinds)
     return [layer for layer, kind in kinds if kind == "msa"]
 
   @property
   def moe_layers(self) -> list[int]:
+    """Numbers of the layers with a mixture of experts."""
     kinds = enumerate(self.model_config.mlps)
     return [layer for layer, kind in kinds if kind == "moe"]
 
-  def router_rows(self, load: np.ndarray) -> list[dict]:
-    """Largest and smallest load of an expert, as multiples of the mean."""
-    shares = load / load.mean(axis=-1, keepdims=True)
-    return [
-      {
-        "layer": layer,
-        "max_load": float(share.max()),
-        "min_load": float(share.min()),
-      }
-      for layer, share in zip(self.moe_layers, shares, strict=True)
-    ]
-
-  def layer_rows(self, kl, selection, found) -> list[dict]:
-    """KL and recalls of the msa layers; None for what is not defined."""
-
-    def number(value) -> float | None:
-      return float(value) if math.isfinite(value) else None
-
-    return [
-      {
-        "layer": layer,
-        "kl": number(kl[layer]) if self.has_index else None,
-        "block_recall": number(selection.block_recall[layer]),
-        "score_recall": number(selection.score_recall[layer]),
-        "best_score_recall": number(selection.best_score_recall[layer]),
-        "facts_found": None if found is None else number(found[layer]),
-      }
-      for layer in self.msa_layers
-    ]
-
   def count_parameters(self) -> dict[str, int]:
-    """How many parameters: all, token embedding and output, Index Branch."""
+    """Numbers of parameters: "total", "embedding" (token embedding and output
+    projection) and "index" (the Index Branch)."""
     sizes = {n: math.prod(shape.shape) for n, shape in self.shapes.items()}
     return {
       "total": sum(sizes.values()),
@@ -687,27 +636,34 @@ class Program:
     }
 
 
-def decides(config: config_lib.RunConfig) -> tuple:
-  """What the compiled functions of a run depend on. Learning rates are
-  operands, the schedule is the host's."""
-  adam = config.optimizer
-  return (
-    config.model,
-    config.mesh,
-    config.batch_size,
-    config.grad_accumulation,
-    config.context,
-    config.recipe.kl_weight,
-    (adam.beta1, adam.beta2, adam.eps, adam.weight_decay),
-    (adam.clip_norm, adam.index_clip_norm, adam.router_bias_rate),
+def train_step(
+  program: Program,
+  run: config_lib.RunConfig,
+  state: TrainState,
+  batch: data_lib.Batch,
+  step: int,
+) -> tuple[TrainState, dict[str, jax.Array]]:
+  """`Program.step` with the loss weights, learning rates and phase that a run
+  has in a step (counted from 1)."""
+  return program.step(
+    state,
+    batch.tokens,
+    data_lib.loss_weights(run.data, batch),
+    run.learning_rates(step),
+    phase=run.phase(step),
   )
 
 
-class Ready(NamedTuple):
-  """What the runs of a task need: opened data, and programs by `decides`."""
+class CompiledTask(NamedTuple):
+  """What the runs of a task share.
+
+  Attributes:
+    source: the opened data.
+    programs: compiled programs by compile key.
+  """
 
   source: data_lib.Source
-  programs: dict[tuple, Program]
+  programs: dict[ProgramConfig, Program]
 
 
 def lower(
@@ -715,50 +671,63 @@ def lower(
 ) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
   """Traces and lowers, one program at a time.
 
-  Both are Python's work, which threads only slow down. In turn, the first
-  programs already compile, in threads of XLA's, while the others are lowered.
+  Tracing and lowering run Python code, which several threads only slow down.
+  With one thread in here at a time, the first programs already compile in
+  XLA's own threads while the others are still being lowered.
   """
   with _LOWERING:
     traced = trace()
     return traced, traced.lower()
 
 
-def make_ready(runs: Sequence[config_lib.RunConfig]) -> Ready:
-  """Opens the data of a task's runs and compiles all that they call."""
-  programs: dict[tuple, Program] = {}
+def functions_called(run: config_lib.RunConfig) -> tuple[str, ...]:
+  """Names of the program's functions that a run calls."""
+  names = ("step", "evaluate")
+  if run.uses_msa:
+    names += ("layer_metrics",)
+  if run.uses_msa and data_lib.asks_for_facts(run.data):
+    names += ("choose",)
+  return names
+
+
+def compile_task(runs: Sequence[config_lib.RunConfig]) -> CompiledTask:
+  """Opens the data of a task's runs and compiles all functions they call."""
+  programs: dict[ProgramConfig, Program] = {}
   calls = []
   for run in runs:
-    key = decides(run)
-    programs[key] = programs.get(key) or Program(run)
-    calls += [(programs[key], phase) for phase in run.phases()]
-  return Ready(prepare(runs[0].data, calls), programs)
+    key = compile_key(run)
+    if key not in programs:
+      programs[key] = Program(key)
+    calls += [
+      (programs[key], phase, function)
+      for phase in run.phases()
+      for function in functions_called(run)
+    ]
+  return CompiledTask(open_and_compile(runs[0].data, calls), programs)
 
 
-def prepare(
-  data: data_lib.DataConfig,
-  calls: Iterable[tuple["Program", str]],
-  functions: tuple[str, ...] | None = None,
+def open_and_compile(
+  data: data_lib.DataConfig, calls: Iterable[tuple[Program, str, str]]
 ) -> data_lib.Source:
-  """Opens data, and meanwhile compiles programs for phases, side by side.
+  """Opens data and compiles functions of programs at the same time.
 
-  Both take tens of seconds that need no GPU, of a GPU's time.
+  Each takes tens of seconds in which a GPU would be idle.
 
   Args:
     data: what to open.
-    calls: (program, phase) pairs; runs of several sides may share a program.
-    functions: which to compile; None: all that a run calls.
+    calls: (program, phase, function) triples; those that occur twice are
+      compiled once.
 
   Returns:
-    The data.
+    The opened data.
   """
-  # Several processes must compile in one order.
+  # All processes of a run must compile in the same order, hence one thread.
   workers = 12 if jax.process_count() == 1 else 1
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
     source = pool.submit(data_lib.load, data)
     tasks = [
       pool.submit(program.compile, phase, function)
-      for program, phase in dict.fromkeys(calls)
-      for function in functions or program.functions
+      for program, phase, function in dict.fromkeys(calls)
     ]
     for task in tasks:
       task.result()

@@ -1,5 +1,5 @@
-"""What a run shows while it works: a bar in a terminal, lines elsewhere, and
-TensorBoard files where tensorboardX is installed."""
+"""Shows the progress of a run: a bar in a terminal or lines of text elsewhere,
+and TensorBoard files if tensorboardX is installed."""
 
 import importlib.util
 import pathlib
@@ -15,7 +15,7 @@ _LAYER_NUMBERS = ("kl", "block_recall", "score_recall", "best_score_recall")
 
 
 class Progress:
-  """Shows the rows of metrics.jsonl; the first process only."""
+  """Shows the records of metrics.jsonl. Only the first process shows any."""
 
   def __init__(self, label: str, num_steps: int, folder: pathlib.Path):
     self._label = label
@@ -35,13 +35,13 @@ class Progress:
       self._writer.close()
 
   def start(self, step: int, parameters: dict[str, int]) -> None:
-    """Opens the displays at the step that the run goes on from."""
+    """Opens the displays at the step from which the run continues."""
     if not self._active:
       return
     if importlib.util.find_spec("tensorboardX") is not None:
       import tensorboardX
 
-      # Points after this step are of a run that was stopped.
+      # Points after this step come from an attempt that was stopped.
       self._writer = tensorboardX.SummaryWriter(
         str(self._folder / "tensorboard"), purge_step=step + 1
       )
@@ -71,53 +71,54 @@ class Progress:
     else:
       print(text, flush=True)
 
-  def show(self, row: dict) -> None:
-    """Shows a row."""
+  def show(self, record: dict) -> None:
+    """Shows a record of metrics.jsonl."""
     if not self._active:
       return
+    kind, step = record["kind"], record["step"]
     if self._writer is not None:
-      for name, value in _scalars(row):
-        self._writer.add_scalar(f"{row['kind']}/{name}", value, row["step"])
-    note = _note(row)
-    if self._bar is None or row["kind"] in _EVALUATIONS:
-      step = f"step {row['step']}/{self._num_steps}"
-      self._print(f"{self._label}  {step}  {row['phase']}  {note}")
-    if self._bar is not None and row["kind"] == "train":
-      self._bar.update(self._task, completed=row["step"], note=note)
+      for name, value in _scalars(record):
+        self._writer.add_scalar(f"{kind}/{name}", value, step)
+    note = _note(record)
+    if self._bar is None or kind in _EVALUATIONS:
+      place = f"step {step}/{self._num_steps}"
+      self._print(f"{self._label}  {place}  {record['phase']}  {note}")
+    if self._bar is not None and kind == "train":
+      self._bar.update(self._task, completed=step, note=note)
 
 
-def _scalars(row: dict):
-  for layer in row.get("layers", ()):
+def _scalars(record: dict):
+  for layer in record.get("layers", ()):
     for name in _LAYER_NUMBERS:
       if layer[name] is not None:
         yield f"{name}/layer{layer['layer']}", layer[name]
-  for layer in row.get("router", ()):
+  for layer in record.get("router", ()):
     for name in ("max_load", "min_load"):
       yield f"{name}/layer{layer['layer']}", layer[name]
-  for name, value in row.items():
+  for name, value in record.items():
     number = isinstance(value, (int, float)) and name != "step"
     if number:
       yield name, value
 
 
-def _note(row: dict) -> str:
-  if row["kind"] == "layers":
+def _note(record: dict) -> str:
+  if record["kind"] == "layers":
     means = []
     for name in _LAYER_NUMBERS:
-      values = [r[name] for r in row["layers"] if r[name] is not None]
+      values = [x[name] for x in record["layers"] if x[name] is not None]
       if values:
         means.append(f"{name} {sum(values) / len(values):.3f}")
     return "layers: " + "  ".join(means)
-  words = [f"loss {row['loss']:.4f}"]
-  if row["bits_per_byte"] is not None:
-    words.append(f"bits/byte {row['bits_per_byte']:.4f}")
-  if row["kind"] in _EVALUATIONS:
-    words.insert(0, _EVALUATIONS[row["kind"]])
-    for name, value in row.items():
+  words = [f"loss {record['loss']:.4f}"]
+  if record["bits_per_byte"] is not None:
+    words.append(f"bits/byte {record['bits_per_byte']:.4f}")
+  if record["kind"] in _EVALUATIONS:
+    words.insert(0, _EVALUATIONS[record["kind"]])
+    for name, value in record.items():
       if name.endswith("accuracy") and value is not None:
         task = name.removesuffix("accuracy").replace("_", " ")
         words.append(f"{task}right {100 * value:.1f} %")
     return "  ".join(words)
-  if row["kl"] is not None:
-    words.append(f"kl {row['kl']:.4f}")
-  return "  ".join([*words, f"{row['tokens_per_second']:,.0f} tokens/s"])
+  if record["kl"] is not None:
+    words.append(f"kl {record['kl']:.4f}")
+  return "  ".join([*words, f"{record['tokens_per_second']:,.0f} tokens/s"])

@@ -17,9 +17,9 @@ from msa_jax.model import DecoderLM
 from train import config as config_lib
 from train import corpus
 from train.data import MixConfig, TextConfig
-from train.program import Program, read_state
+from train.program import Program, compile_key, read_state
 
-# New tokens, where no number is asked for and the context allows them.
+# How many new tokens there are by default, if the context has room for them.
 _NEW_TOKENS = 256
 
 
@@ -30,8 +30,8 @@ def load_config(
 
   Args:
     folder: the run's folder.
-    implementation: of attention; None: those that the run names, "auto": any
-      that take a call, on any device.
+    implementation: of attention; None: those that the run names; "auto": the
+      first that works on this device.
 
   Raises:
     ValueError: there is no such run or implementation.
@@ -64,10 +64,10 @@ def load_model(
     The model, and the checkpoint's step.
 
   Raises:
-    ValueError: there is no such run or checkpoint, or the checkpoint is not of
-      the config's model.
+    ValueError: there is no such run or checkpoint, or the checkpoint belongs to
+      another model than the config's.
   """
-  program = Program(load_config(folder, implementation))
+  program = Program(compile_key(load_config(folder, implementation)))
   found = read_state(program, folder, step)
   if found is None:
     raise ValueError(f"{folder}: the run has no checkpoint.")
@@ -76,7 +76,7 @@ def load_model(
 
 
 class _Plain:
-  """Stands in for a tokenizer where tokens are no text."""
+  """Stands in for a tokenizer where token ids do not stand for text."""
 
   end_of_text = None
 
@@ -99,17 +99,19 @@ def run(
 
   Args:
     folder: the run's folder.
-    prompts: texts, a row each; without any, and without tokens, one row begins
-      a document.
-    tokens: instead of texts, the ids of one row.
+    prompts: texts, each in a batch row of its own. Without prompts and tokens,
+      one batch row begins a new document.
+    tokens: instead of texts, the token ids of one batch row.
     step: of the checkpoint; None: the latest.
     implementation: as for `load_config`.
-    max_new_tokens: of each row; None: 256, or what the context leaves.
-    sampling: how to draw.
-    seed: of the draws.
+    max_new_tokens: for each batch row; None: 256, or fewer where the context
+      ends.
+    sampling: how to sample.
+    seed: of the samples.
 
   Yields:
-    New text of each row as it comes. Rows end with the end of their document.
+    The new text of each batch row, as it is generated. A batch row ends with
+    the end of its document.
 
   Raises:
     ValueError: an argument is wrong or does not fit the run.
@@ -120,7 +122,7 @@ def run(
   if isinstance(data, TextConfig | MixConfig):
     environment = json.loads((folder / "environment.json").read_text())
     fingerprint = environment["data"]
-    if isinstance(data, MixConfig):  # ids of facts follow the text's
+    if isinstance(data, MixConfig):  # the ids of facts follow the text's
       data, fingerprint = data.text, fingerprint["text"]
     tokenizer = corpus.open_tokenizer(data, fingerprint)
   elif prompts or not tokens:
@@ -165,7 +167,7 @@ def run(
     for i, new in enumerate(part):
       done[i] = np.concatenate([done[i], new[new != stop]])
       text = tokenizer.decode(done[i])
-      # The rest of a character may still come.
+      # The last bytes may be the beginning of a character.
       ready = len(text.rstrip("\ufffd"))
       texts.append(text[shown[i] : ready])
       shown[i] = max(ready, shown[i])

@@ -1,10 +1,10 @@
-"""Step times on the device at hand: the cost of each side, and what fits a
-budget.
+"""Step times on this device: the cost of each side, and how many steps fit a
+budget of time.
 
-`speed` times each side's step at several lengths of context, beside its peak
-memory and the share of the device's matrix rate that it makes use of (MFU).
-`plan` times the steps, evaluations and checkpoints of a comparison and makes it
-as long as a number of minutes allows.
+`speed` times each side's training step at several context lengths, and gives
+its peak memory and its model FLOPs utilisation (MFU: the share of the device's
+matrix rate that it uses). `plan` times the steps, evaluations and checkpoints
+of a comparison and makes it as long as a number of minutes allows.
 """
 
 import dataclasses
@@ -22,37 +22,39 @@ import numpy as np
 
 from msa_jax.model_config import ModelConfig
 from train import data as data_lib
+from train import evaluate
 from train.checkpoint import Checkpoints, provenance, write_json
 from train.config import ComparisonConfig, RunConfig, to_dict, with_step_unit
 from train.program import (
+  CompiledTask,
   Program,
-  Ready,
   TrainState,
-  decides,
+  compile_key,
+  compile_task,
   flatten_state,
-  make_ready,
-  prepare,
+  open_and_compile,
   read_state,
+  train_step,
 )
 
-# Dense bf16 rate of the matrix units by the vendor's data sheet, FLOP/s.
+# Dense bf16 rate of the matrix units in FLOP/s, from the vendor's data sheet.
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
-# A plan keeps this share of the budget for what it does not measure: loading
-# programs and data, and how step times vary.
+# A plan keeps this share of the budget for what it does not measure: the time
+# to load programs and data, and the variation of step times.
 SPARE = 0.08
 
 
 def flops_per_step(
   model: ModelConfig, phase: str, batch_size: int, context: int
 ) -> float:
-  """Floating-point operations that a training step cannot do without.
+  """Floating-point operations that a training step needs at least.
 
-  Products of activations with weights and of activations with each other, a
-  backward pass counted twice its forward: what is recomputed does not count,
-  nor do norms, rotations and softmax. In a MoE layer a token passes the router,
-  its own experts and the shared one. Attention counts the visible tokens that
-  the phase attends to; an msa layer adds the index scores of all visible tokens
-  and the KL's gradients over the attended ones.
+  Counted are products of activations with weights and with each other, the
+  backward pass as twice the forward pass. Recomputation, norms, rotations and
+  softmax are not counted. In a MoE layer a token passes the router, its chosen
+  experts and the shared one. Attention counts the visible tokens that the phase
+  attends to; an msa layer adds the index scores of all visible tokens and the
+  KL's gradients over the attended ones.
 
   Raises:
     NotImplementedError: the index value head, an ablation, is not counted.
@@ -87,14 +89,18 @@ def flops_per_step(
 
 
 def peak_flops() -> float | None:
-  """The device's matrix rate; None where it is not known."""
+  """The device's matrix rate in FLOP/s; None if it is not known."""
   kind = jax.devices()[0].device_kind
   found = [rate for name, rate in PEAK_FLOPS.items() if name in kind]
   return found[0] if found else None
 
 
 def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
-  """Times of calls after the first, until they take `least` seconds."""
+  """Seconds of each call after the first one.
+
+  Calls are repeated until they have taken `least` seconds together, or were
+  `most` in number.
+  """
   jax.block_until_ready(call())
   times: list[float] = []
   while not times or (sum(times) < least and len(times) < most):
@@ -106,31 +112,36 @@ def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
 
 def time_steps(
   program: Program,
+  run: RunConfig,
   phase: str,
   batch: data_lib.Batch,
   state: TrainState,
 ) -> list[float]:
-  """Seconds of single training steps of a phase; uses up the state."""
-  run = program.config
+  """Seconds of each of several training steps of a phase.
+
+  The state is donated to the steps and cannot be read afterwards.
+  """
   first = (run.recipe.init_step or 0) + 1
   steps = range(first, run.num_steps + 1)
   step = next(s for s in steps if run.phase(s) == phase)
 
   def call():
     nonlocal state
-    state, metrics = program.step(state, batch, step)
+    state, metrics = train_step(program, run, state, batch, step)
     return metrics
 
   return _seconds(call, 1.0, 20)
 
 
-def _trained_state(program: Program) -> tuple[TrainState, int]:
-  """The state of the run's last checkpoint and its step, or a fresh one."""
-  found = read_state(program, pathlib.Path(program.config.folder))
-  return (program.init(), 0) if found is None else found
+def _trained_state(program: Program, run: RunConfig) -> tuple[TrainState, int]:
+  """The state of the run's last checkpoint and its step. A run without a
+  checkpoint gives its initial state and 0."""
+  found = read_state(program, pathlib.Path(run.folder))
+  return (program.init(run.seed), 0) if found is None else found
 
 
 def _at_length(run: RunConfig, context: int, tokens: int) -> RunConfig:
+  """The run with another context, and as many batch rows as hold `tokens`."""
   rows = max(1, tokens // context)
   parts = math.gcd(run.grad_accumulation, rows)
   return dataclasses.replace(
@@ -145,11 +156,13 @@ def speed(
 ) -> pathlib.Path:
   """Times a step of each side and phase at each length.
 
-  Every step has as many tokens, those of a training batch or of the longest
-  context. Sides that start from another side have its phases and are left out.
-  Parameters are those of the folder's runs of the first task and seed, where
-  they left a checkpoint: what an untrained index chooses is shared less by
-  neighbours, and slower.
+  All steps have equally many tokens: those of a training batch, or of the
+  longest context if that is more. Sides that start from another side are left
+  out, because they have no phase of their own.
+
+  Parameters come from the last checkpoints of the folder's runs, first task and
+  first seed, where there are any. This matters for MSA: neighbouring queries
+  share fewer blocks under an untrained index, which makes its steps slower.
 
   Returns:
     The path of speed.json.
@@ -161,33 +174,31 @@ def speed(
     if run.recipe.init_from is None and (run.task, run.seed) == (task, seed)
   ]
   tokens = max(*lengths, *(run.batch_size * run.context for run in sides))
-  programs = {
-    (run.side, length): Program(_at_length(run, length, tokens))
-    for run in sides
-    for length in lengths
-  }
-  source = prepare(
+  timed = [
+    _at_length(run, length, tokens) for run in sides for length in lengths
+  ]
+  programs = [Program(compile_key(run)) for run in timed]
+  source = open_and_compile(
     sides[0].data,
     (
-      (program, phase)
-      for program in programs.values()
-      for phase in program.config.phases()
+      (program, phase, "step")
+      for run, program in zip(timed, programs)
+      for phase in run.phases()
     ),
-    ("step",),
   )
-  rows = []
+  records = []
   rate = peak_flops()
-  for (side, length), program in programs.items():
-    run = program.config
+  for run, program in zip(timed, programs):
+    length = run.context
     shape = (run.batch_size, length)
     batch = source.train_batch(0, 0, batch_size=shape[0], context=length)
     for phase in run.phases():
-      state, trained = _trained_state(program)
-      times = time_steps(program, phase, batch, state)
+      state, trained = _trained_state(program, run)
+      times = time_steps(program, run, phase, batch, state)
       median = statistics.median(times)
       flops = flops_per_step(run.model, phase, *shape)
-      row = {
-        "side": side,
+      record = {
+        "side": run.side,
         "phase": phase,
         "context": length,
         "batch_size": run.batch_size,
@@ -199,27 +210,27 @@ def speed(
         "mfu": rate and round(flops / median / rate / program.mesh.size, 4),
         "peak_bytes": program.compile(phase),
       }
-      rows.append(row)
-      print(json.dumps(row), flush=True)
+      records.append(record)
+      print(json.dumps(record), flush=True)
   folder.mkdir(parents=True, exist_ok=True)
   write_json(
     folder / "speed.json",
-    {**provenance(), "peak_tflops": rate and rate / 1e12, "rows": rows},
+    {**provenance(), "peak_tflops": rate and rate / 1e12, "rows": records},
   )
   return folder / "speed.json"
 
 
 def plan(
   comparison: ComparisonConfig, folder: pathlib.Path, minutes: float
-) -> tuple[ComparisonConfig, dict[str, Ready]]:
+) -> tuple[ComparisonConfig, dict[str, CompiledTask]]:
   """Makes a comparison as long as a budget allows, from measured times.
 
   Writes comparison.json, which `compare --config` trains, and plan.json with
-  what was measured. Step counts keep their shares of a run. Text is tokenized
-  here if it was not yet, outside the budget.
+  the measured times. Step counts keep their shares of a run. The time to
+  tokenize text is not part of the budget: it is done here, if need be.
 
   Returns:
-    The comparison, and what its tasks' runs need, for `compare`.
+    The comparison, and its compiled tasks by name, for `compare`.
 
   Raises:
     ValueError: the folder has runs already, or not one unit of steps fits.
@@ -228,15 +239,16 @@ def plan(
   if started:
     raise ValueError(f"{folder} has runs already, such as {started[0].parent}.")
   times: dict[tuple[str, ModelConfig], dict[str, Any]] = {}
-  ready: dict[str, Ready] = {}
+  compiled: dict[str, CompiledTask] = {}
   for task in comparison.tasks():
     start = time.monotonic()
-    ready[task] = make_ready([r for r in comparison.runs if r.task == task])
+    made = compile_task([r for r in comparison.runs if r.task == task])
+    compiled[task] = made
     seconds = time.monotonic() - start
     print(f"{task}: data and programs after {seconds:.0f} s", flush=True)
     for model, run in _longest_runs(comparison, task).items():
-      program = ready[task].programs[decides(run)].for_run(run)
-      found = _measure_program(program, ready[task].source)
+      program = made.programs[compile_key(run)]
+      found = _measure_run(program, run, made.source)
       times[task, model] = found
       print(json.dumps({"side": run.side, **found}), flush=True)
   seeds = len(comparison.seeds)
@@ -256,7 +268,7 @@ def plan(
       f" {all_seconds(1) / 60:.1f} minutes and {SPARE:.0%} to spare."
     )
   planned = with_step_unit(comparison, unit)
-  rows = [
+  records = [
     {
       "task": run.task,
       "side": run.side,
@@ -267,75 +279,77 @@ def plan(
     }
     for run in planned.runs
   ]
-  for row in rows:
-    print(json.dumps(row), flush=True)
+  for record in records:
+    print(json.dumps(record), flush=True)
   found = round(all_seconds(unit) / 60, 2)
   print(f"{found} of {minutes} minutes, {seeds} seed(s)", flush=True)
   folder.mkdir(parents=True, exist_ok=True)
   write_json(folder / "comparison.json", to_dict(planned))
   write_json(
     folder / "plan.json",
-    {**provenance(), "minutes": minutes, "planned": found, "runs": rows},
+    {**provenance(), "minutes": minutes, "planned": found, "runs": records},
   )
-  return planned, ready
+  return planned, compiled
 
 
 def _longest_runs(
   comparison: ComparisonConfig, task: str
 ) -> dict[ModelConfig, RunConfig]:
-  """Of each model of a task the run that has the most phases: one that starts
-  from another side has no more than the one that does not."""
+  """For each model of a task, a run that has all phases which runs of that
+  model have. It is the one with the most: a run that starts from another side
+  has no phase which the run from scratch lacks."""
   runs = [run for run in comparison.runs if run.task == task]
   return {
     run.model: run for run in sorted(runs, key=lambda run: len(run.phases()))
   }
 
 
-def _measure_program(
-  program: Program, source: data_lib.Source
+def _measure_run(
+  program: Program, run: RunConfig, source: data_lib.Source
 ) -> dict[str, Any]:
-  """Seconds of a step, a held-out batch and a measure of the layers in each
+  """Seconds of a step, of a held-out batch and of the layer metrics in each
   phase, and of a checkpoint."""
-  run = program.config
   batch = source.train_batch(
     0, 0, batch_size=run.batch_size, context=run.context
   )
-  params = program.init().params
+  params = program.init(run.seed).params
   times: dict[str, Any] = {"step": {}, "evaluate": {}, "measure": {}}
   times["step_bytes"] = {p: program.compile(p) for p in run.phases()}
   for phase in run.phases():
     times["step"][phase] = statistics.median(
-      time_steps(program, phase, batch, program.init())
+      time_steps(program, run, phase, batch, program.init(run.seed))
     )
 
-    def evaluate(phase=phase):
-      return program.evaluate(params, source, phase, batches=1, probe_batches=1)
+    def held_out(phase=phase):
+      return evaluate.held_out_metrics(
+        program, params, source, phase, batches=1, probe_batches=1
+      )
 
-    def measure(phase=phase):
-      return program.measure(params, source, phase)
+    def layers(phase=phase):
+      return evaluate.layer_metrics(program, params, source, phase)
 
     forwards = 1 + len(source.probes)
-    seconds = statistics.median(_seconds(evaluate, 1.0, 3))
+    seconds = statistics.median(_seconds(held_out, 1.0, 3))
     times["evaluate"][phase] = seconds / forwards
     if program.msa_layers:
-      seconds = statistics.median(_seconds(measure, 1.0, 3))
+      seconds = statistics.median(_seconds(layers, 1.0, 3))
       times["measure"][phase] = seconds
   times["probes"] = len(source.probes)
-  times["checkpoint"] = _checkpoint_seconds(program)
+  times["checkpoint"] = _checkpoint_seconds(program, run.seed)
   return times
 
 
-def _checkpoint_seconds(program: Program) -> float:
+def _checkpoint_seconds(program: Program, seed: int) -> float:
   with tempfile.TemporaryDirectory(prefix="msa-plan-") as folder:
     checkpoints = Checkpoints(pathlib.Path(folder))
     start = time.perf_counter()
-    checkpoints.save(1, flatten_state(program.init()), 0.0)
+    checkpoints.save(1, flatten_state(program.init(seed)), 0.0)
     checkpoints.close()
     return time.perf_counter() - start
 
 
 def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
-  """What a run takes, given the seconds of each thing that it does."""
+  """Seconds that a run takes, given those of each thing that it does."""
   first = (run.recipe.init_step or 0) + 1
   total = 0.0
   for step in range(first, run.num_steps + 1):
@@ -348,7 +362,8 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
         seconds += times["evaluate"]["warmup"]
       total += (run.eval_batches + probed) * seconds
       if last and times["measure"] and data_lib.asks_for_facts(run.data):
-        # What was chosen comes from another forward pass, of about that time.
+        # The chosen blocks come from a second forward pass over the batches
+        # that ask for facts, which takes about as long as the first.
         total += (probed or run.eval_batches) * times["evaluate"][phase]
     if times["measure"] and (last or step % run.layers_every == 0):
       total += times["measure"][phase]

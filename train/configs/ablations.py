@@ -1,7 +1,7 @@
-"""The paper's ablations, each one a side that differs in one field.
+"""The paper's ablations: each side changes one thing about the method.
 
-All attend to the same number of keys (block_size * top_k). `msa` is the
-method; the other sides change what their name says.
+`msa` is the method, and the other sides change what their name says. All sides
+attend to the same number of keys (block_size * top_k).
 """
 
 import dataclasses
@@ -37,7 +37,8 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
     f"block_{index.block_size // 2}": (blocks(index.block_size // 2), recipe),
     f"block_{index.block_size * 2}": (blocks(index.block_size * 2), recipe),
     "index_value_head": (value_head, recipe),
-    # The index learns from the LM loss alone, through its value head.
+    # Without the KL loss the index learns from the LM loss alone, which reaches
+    # it through its value head.
     "lm_trained_index": (
       value_head,
       dataclasses.replace(recipe, kl_weight=0.0),
@@ -46,10 +47,21 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
   return (
     gqa,
     *(
-      demo.msa(gqa, index, recipe, side=name)
+      _side(gqa, index, recipe, name)
       for name, (index, recipe) in changed.items()
     ),
   )
+
+
+def _side(
+  gqa: RunConfig, index: IndexConfig, recipe: RecipeConfig, name: str
+) -> RunConfig:
+  run = demo.msa(gqa, index, recipe, side=name)
+  if index.detach_teacher:
+    return run
+  # Only the reference lets the KL's gradient reach the teacher.
+  model = dataclasses.replace(run.model, implementation="reference")
+  return dataclasses.replace(run, model=model)
 
 
 COMPARISON = ComparisonConfig(

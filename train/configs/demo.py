@@ -1,10 +1,12 @@
 """GQA against MSA in minutes on two CPU cores.
 
-Real text: a byte-level model of Python source, with 1,024 bytes of context of
-which MSA attends to 256. Recall: facts lie up to the whole context of 256
-tokens away, of which MSA attends to 64, most of them outside a query's own
-block of 16. One seed: it shows that MSA trains and how close it comes, not
-which side is better; `parity` is for that.
+There are two tasks. `text` is a byte-level model of Python source with a
+context of 1,024 bytes, of which an MSA query attends to 256. `recall` asks for
+facts up to the whole context of 256 tokens away, of which an MSA query attends
+to 64; most facts lie outside its own block of 16.
+
+With one seed the comparison shows that MSA trains and how close it comes, not
+which side is better. `parity` is for that.
 """
 
 import dataclasses
@@ -81,7 +83,7 @@ RECALL_INDEX = IndexConfig(index_dim=16, block_size=16, top_k=4)
 def msa(
   gqa: RunConfig, index: IndexConfig, recipe: RecipeConfig, side: str = "msa"
 ) -> RunConfig:
-  """The MSA side of a GQA run: the same but for attention and recipe."""
+  """The MSA side of a GQA run, which differs in attention and recipe only."""
   model = dataclasses.replace(gqa.model, layer_kinds=("msa",), index=index)
   return dataclasses.replace(gqa, side=side, model=model, recipe=recipe)
 

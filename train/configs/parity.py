@@ -1,8 +1,8 @@
-"""The comparison to trust: three seeds, longer runs, three sides.
+"""The models and data of `demo`, with three seeds, longer runs and three sides.
 
-`msa` is MSA-PT: from scratch, warm-up first. `msa_cpt` is MSA-CPT: it starts
-from the GQA run's checkpoint half-way. Models and data are those of `demo`. On
-a GPU it takes minutes, on two CPU cores half an hour and more.
+`msa` is MSA-PT, which trains from scratch and begins with a warm-up. `msa_cpt`
+is MSA-CPT, which starts from the GQA run's checkpoint at half of the steps. It
+takes minutes on a GPU, and half an hour or more on two CPU cores.
 """
 
 import dataclasses

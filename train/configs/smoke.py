@@ -1,4 +1,4 @@
-"""The smallest comparison: does everything run? It shows nothing else."""
+"""The smallest comparison. It shows that everything runs, and nothing else."""
 
 import dataclasses
 

@@ -1,7 +1,7 @@
-"""The commands behind the evidence presets, tiny, on the CPU.
+"""The presets with the kernels, and the commands that run them, on the CPU.
 
-The presets name the kernels. Here every run asks for the portable operations
-with --set, as their docstring says.
+The runs are tiny, and ask for the portable implementation with --set as the
+presets' docstring says.
 """
 
 import dataclasses
@@ -21,9 +21,9 @@ from msa_jax import selection_stats
 from msa_jax.model_config import IndexConfig, MoEConfig
 from train import __main__ as cli
 from train import config as config_lib
-from train import data, evaluate, program, speed
+from train import configs, data, evaluate, program, speed
 
-PRESETS = ("evidence", "evidence_seeds", "evidence_ablations")
+PRESETS = ("lm73m_16k", "lm13m_4k", "lm13m_4k_ablations")
 TINY = (
   *("model.implementation=xla", "model.gqa_implementation=xla"),
   *("model.dtype=float32", "model.vocab_size=384", "model.num_layers=1"),
@@ -41,7 +41,7 @@ TINY = (
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> pathlib.Path:
-  place = tmp_path_factory.mktemp("evidence")
+  place = tmp_path_factory.mktemp("commands")
   text = place / "text"
   text.mkdir()
   rng = np.random.default_rng(0)
@@ -59,10 +59,14 @@ def tiny(place) -> list[str]:
 
 @pytest.fixture(scope="module")
 def config(tiny) -> data.MixConfig:
-  comparison = config_lib.preset("evidence")
+  comparison = configs.preset("lm73m_16k")
   mix = config_lib.with_fields(comparison, tiny).runs[0].data
   assert isinstance(mix, data.MixConfig)
   return mix
+
+
+def program_of(run: config_lib.RunConfig) -> program.Program:
+  return program.Program(program.compile_key(run))
 
 
 def without_extras(patch: pytest.MonkeyPatch) -> None:
@@ -216,7 +220,7 @@ def test_installed_packages_are_a_corpus(tmp_path, monkeypatch):
 
 
 def test_fields_are_set_with_their_types():
-  comparison = config_lib.preset("evidence")
+  comparison = configs.preset("lm73m_16k")
   fields = ["context=256", "model.dtype=float32", "data.text.path=there"]
   fields.append("data.text.installed=false")
   for run in config_lib.with_fields(comparison, fields).runs:
@@ -234,7 +238,7 @@ def test_fields_are_set_with_their_types():
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_longer_comparison_keeps_its_shares(name):
-  comparison = config_lib.preset(name)
+  comparison = configs.preset(name)
   longer = config_lib.with_step_unit(comparison, 7)
   for old, new in zip(comparison.runs, longer.runs):
     ratio = fractions.Fraction(new.num_steps, old.num_steps)
@@ -249,16 +253,16 @@ def test_a_longer_comparison_keeps_its_shares(name):
 
 
 def test_the_presets_are_what_they_say():
-  evidence = config_lib.preset("evidence")
-  gqa, msa, cpt = evidence.runs
-  for run in evidence.runs:
+  large = configs.preset("lm73m_16k")
+  gqa, msa, cpt = large.runs
+  for run in large.runs:
     model = run.model
     assert model.implementation == "mosaic_gpu" and run.context >= 1 << 14
     assert model.num_kv_heads >= 2 and model.head_dim == 128
   assert gqa.model.gqa_implementation == "cudnn"
   assert msa.model.index.block_size * msa.model.index.top_k == 2048
   assert cpt.recipe.init_step == 0.85 * gqa.num_steps
-  sizes = program.Program(
+  sizes = program_of(
     dataclasses.replace(
       gqa, model=dataclasses.replace(gqa.model, gqa_implementation="xla")
     )
@@ -268,14 +272,14 @@ def test_the_presets_are_what_they_say():
   recall = data.load(gqa.data.recall)
   text_ids = gqa.data.text.vocab_size
   assert text_ids + recall.vocab_size <= gqa.model.vocab_size
-  ablations = {r.side: r for r in config_lib.preset("evidence_ablations").runs}
+  ablations = {r.side: r for r in configs.preset("lm13m_4k_ablations").runs}
   for side, run in ablations.items():
     index = run.model.index
     assert side == "gqa" or index.block_size * index.top_k == 512
     xla = run.model.implementation == "xla"
     assert xla == (side == "block_32")
   # Runs of the one can be copied to the other.
-  seeds = {r.side: r for r in config_lib.preset("evidence_seeds").runs}
+  seeds = {r.side: r for r in configs.preset("lm13m_4k").runs}
   assert [ablations[side] for side in ("gqa", "msa")] == [
     seeds[side] for side in ("gqa", "msa")
   ]
@@ -284,15 +288,15 @@ def test_the_presets_are_what_they_say():
 @pytest.mark.parametrize(
   ("preset", "side", "phase"),
   [
-    ("evidence", "gqa", "dense"),
-    ("evidence", "msa", "warmup"),
-    ("evidence", "msa", "sparse"),
-    ("evidence_ablations", "fixed_window", "warmup"),
+    ("lm73m_16k", "gqa", "dense"),
+    ("lm73m_16k", "msa", "warmup"),
+    ("lm73m_16k", "msa", "sparse"),
+    ("lm13m_4k_ablations", "fixed_window", "warmup"),
   ],
 )
 def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
-  runs = {run.side: run for run in config_lib.preset(preset).runs}
-  made = program.Program(runs[side])
+  runs = {run.side: run for run in configs.preset(preset).runs}
+  made = program_of(runs[side])
   batch = (1, runs[side].batch_size, runs[side].context)
   state = jax.tree.map(
     lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), made.abstract_state
@@ -336,16 +340,17 @@ def compared(place, tiny, compiled_once) -> pathlib.Path:
   file = str(out / "comparison.json")
   with pytest.MonkeyPatch.context() as patch:
     without_extras(patch)
-    patch.setattr(speed, "_measure_program", measured)
+    patch.setattr(speed, "_measure_run", measured)
     options = ["--out", str(out), "--no-report", "--sides", "gqa", "msa_cpt"]
-    plan = ["compare", "evidence", "--plan", "2.6", "--minutes", "0"]
+    plan = ["compare", "lm73m_16k", "--plan", "2.6", "--minutes", "0"]
     assert cli.main([*plan, *options, "--set", *tiny]) == cli.STOPPED
     assert cli.main(["compare", "--config", file, *options]) == 0
   return out
 
 
-def measured(made: program.Program, source: data.Source) -> dict:
-  """Seconds of each thing that a run does, in the place of `plan`'s own."""
+def measured(made: program.Program, run, source: data.Source) -> dict:
+  """Seconds of each thing that a run does, instead of those that `plan`
+  measures."""
   phases = dict.fromkeys(("dense", "warmup", "sparse"), 1.0)
   return {
     "step": phases,
@@ -356,25 +361,26 @@ def measured(made: program.Program, source: data.Source) -> dict:
   }
 
 
-def rows_of(folder: pathlib.Path, kind: str) -> list[dict]:
+def records_of(folder: pathlib.Path, kind: str) -> list[dict]:
   lines = (folder / "metrics.jsonl").read_text().splitlines()
-  return [row for row in map(json.loads, lines) if row["kind"] == kind]
+  records = map(json.loads, lines)
+  return [record for record in records if record["kind"] == kind]
 
 
 @pytest.mark.parametrize("mix", [True, False])
 def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
   """Of the probes of a mix, of the held-out batches of recall alone."""
-  comparison = config_lib.with_fields(config_lib.preset("evidence"), tiny)
+  comparison = config_lib.with_fields(configs.preset("lm73m_16k"), tiny)
   (run,) = (run for run in comparison.runs if run.side == "msa")
   kinds = ("gqa", "msa", "msa")
   model = dataclasses.replace(run.model, num_layers=3, layer_kinds=kinds)
   asked = run.data if mix else run.data.recall
   run = dataclasses.replace(run, model=model, data=asked)
-  made = program.Program(run)
+  made = program_of(run)
   source = data.load(run.data)
-  params = made.init().params
-  result = made.evaluate(
-    params, source, "sparse", batches=2, probe_batches=2, by_choice=True
+  params = made.init(run.seed).params
+  result = evaluate.held_out_metrics(
+    made, params, source, "sparse", batches=2, probe_batches=2, by_choice=True
   )
   assert ("by_choice" in result) == (not mix)
   for probe in source.probes or ("",):
@@ -386,8 +392,8 @@ def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
         else source.eval_batch(number, **made.eval_shape)
       )
       tokens, mask = made.put(batch.tokens), made.put(batch.loss_mask)
-      _, right = made._call("evaluate", "sparse", params, tokens, mask)
-      ids = np.asarray(made._call("choose", "sparse", params, tokens))
+      _, right = made.call("evaluate", "sparse", params, tokens, mask)
+      ids = np.asarray(made.call("choose", "sparse", params, tokens))
       for row, query in zip(*np.nonzero(batch.distance >= 0)):
         block = (query - batch.distance[row, query]) // 8
         if block < query // 8:
@@ -419,7 +425,7 @@ def test_plan_makes_the_longest_comparison_that_fits(compared):
   seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 3 * 2.0
   assert sides["gqa"]["minutes"] == pytest.approx(seconds / 60, abs=0.01)
   # MSA-CPT: 6 steps, 2 evaluations and one more, dense, the choices of the last
-  # probes, 2 measures of the layers, a checkpoint.
+  # probes, layer metrics twice, a checkpoint.
   evaluations = 2 * 3 + 2 * (2 + 2 * 3) + 2 * 3
   seconds = 6 + 0.1 * evaluations + 2 * 0.5 + 2.0
   assert sides["msa_cpt"]["minutes"] == pytest.approx(seconds / 60, abs=0.006)
@@ -437,7 +443,7 @@ def test_a_stopped_comparison_goes_on(compared):
   assert not (compared / "mix" / "msa").exists()
   for side, first in {"gqa": 1, "msa_cpt": 35}.items():
     folder = compared / "mix" / side / "seed0"
-    steps = [row["step"] for row in rows_of(folder, "train")]
+    steps = [row["step"] for row in records_of(folder, "train")]
     assert steps == list(range(first, 41))
     assert (folder / "done.json").exists()
     resumed = json.loads((folder / "environment.json").read_text())["resumed"]
@@ -447,7 +453,7 @@ def test_a_stopped_comparison_goes_on(compared):
 def test_runs_hold_what_the_report_needs(compared):
   for side in ("gqa", "msa_cpt"):
     folder = compared / "mix" / side / "seed0"
-    first, *_, final = rows_of(folder, "eval")
+    first, *_, final = records_of(folder, "eval")
     # The points of a curve are of the same text.
     assert len(first["batch_loss"]) == len(final["batch_loss"]) == 2
     assert final["bits_per_byte"] > 0 and final["accuracy"] is None
@@ -458,8 +464,8 @@ def test_runs_hold_what_the_report_needs(compared):
       assert asked > 1.2 * sum(row["count"] for row in earlier)
       assert 0 <= final[f"{probe}_accuracy"] <= 1
     # The loss of a mix is no loss of text.
-    assert rows_of(folder, "train")[-1]["bits_per_byte"] is None
-    dense = rows_of(folder, "dense_eval")
+    assert records_of(folder, "train")[-1]["bits_per_byte"] is None
+    dense = records_of(folder, "dense_eval")
     assert len(dense) == (side != "gqa")
     for row in dense:
       assert row["needle_by_distance"] and row["recall_by_distance"]
@@ -479,7 +485,7 @@ def test_runs_hold_what_the_report_needs(compared):
         ]
         (row,) = final[f"{probe}_by_choice"]
         assert row["found"] + row["missed"] >= sum(far) > 0
-      for layer in rows_of(folder, "layers")[-1]["layers"]:
+      for layer in records_of(folder, "layers")[-1]["layers"]:
         assert 0 <= layer["facts_found"] <= 1
         # But for rounding.
         best = layer["best_score_recall"] * (1 + 1e-6)
@@ -532,10 +538,10 @@ def test_commands_refuse(compared, capsys):
   file = str(compared / "comparison.json")
   for command, words in {
     f"plan --config {file} --out {compared} --minutes 1": "has runs already",
-    "compare evidence --sides mla": "sides=['mla']: the comparison has gqa",
-    "compare evidence --minutes 1 --distributed": "--minutes: wanted one",
-    "compare evidence --plan 1 --distributed": "--plan: wanted one",
-    "speed evidence --set context": "wanted FIELD=VALUE",
+    "compare lm73m_16k --sides mla": "sides=['mla']: the comparison has gqa",
+    "compare lm73m_16k --minutes 1 --distributed": "--minutes: wanted one",
+    "compare lm73m_16k --plan 1 --distributed": "--plan: wanted one",
+    "speed lm73m_16k --set context": "wanted FIELD=VALUE",
   }.items():
     assert cli.main(command.split()) == 1
     assert words in capsys.readouterr().err
@@ -546,7 +552,7 @@ def test_commands_refuse(compared, capsys):
 
 def test_flops_of_a_step():
   """Against sums over positions."""
-  _, msa, _ = config_lib.preset("evidence_seeds").runs
+  _, msa, _ = configs.preset("lm13m_4k").runs
   context, model = 600, msa.model
   index = dataclasses.replace(model.index, block_size=16, top_k=3)
   model = dataclasses.replace(model, index=index, num_layers=1)
@@ -668,7 +674,7 @@ def test_fitted_knobs_share_as_wanted(tmp_path, monkeypatch):
   monkeypatch.setattr(fit, "AGAIN", (4,))
   out = tmp_path / "fitted.json"
   monkeypatch.setattr(cases, "FITTED", out)
-  with pytest.raises(ValueError, match=r"bench\.fit"):
+  with pytest.raises(ValueError, match=r"benchmarks\.fit"):
     cases.index_inputs(jax.random.key(0), case, "fitted")
   assert fit.main([str(tmp_path), "--lengths", "--out", str(out)]) == 0
   (row,) = json.loads(out.read_text())["knobs"]
