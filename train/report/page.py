@@ -6,6 +6,7 @@ any time, also while runs are going on.
 
 import base64
 import contextlib
+import dataclasses
 import datetime
 import fcntl
 import html
@@ -41,7 +42,6 @@ from train.report.runs import (
   Probe,
   Run,
   chance_of,
-  check_comparable,
   check_runs,
   flatten,
   gaps_by_distance,
@@ -57,8 +57,6 @@ from train.report.runs import (
   speeds,
   token_budget,
 )
-
-__all__ = ["check_comparable", "write"]
 
 
 def verdict(
@@ -421,267 +419,395 @@ def _line_widths(tasks: Sequence[dict[str, list[Run]]]) -> str:
   return "One seed a side." + wider * any(BASELINE in m for m in tasks)
 
 
-def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
-  """The page and the summary; saves the figures in `out`."""
-  body: list[str] = []
-  summary: dict[str, Any] = {"tasks": {}}
+@dataclasses.dataclass
+class _Page:
+  """A page in the making.
 
-  def paragraphs(words: Iterable[str], kind: str) -> None:
-    words = list(words)
-    if words:
-      inner = "".join(f"<p>{html.escape(w)}</p>" for w in words)
-      body.append(f'<div class="{kind}">{inner}</div>')
+  Attributes:
+    out: folder that the pictures are saved in.
+    colors: of the sides.
+    body: parts of the HTML.
+    summary: content of summary.json.
+  """
 
-  def add(figure: Figure | None, name: str, caption: str) -> None:
+  out: Path
+  colors: dict[str, str]
+  body: list[str] = dataclasses.field(default_factory=list)
+  summary: dict[str, Any] = dataclasses.field(
+    default_factory=lambda: {"tasks": {}}
+  )
+
+  def add(self, *parts: str) -> None:
+    """Adds HTML."""
+    self.body.extend(parts)
+
+  def add_box(self, paragraphs: Iterable[str], kind: str) -> None:
+    """Adds paragraphs of text in a coloured box: "warn" or "say"."""
+    inner = "".join(f"<p>{html.escape(text)}</p>" for text in paragraphs)
+    if inner:
+      self.add(f'<div class="{kind}">{inner}</div>')
+
+  def add_small(self, text: str) -> None:
+    """Adds a paragraph of HTML in small type."""
+    self.add(f'<p class="small">{text}</p>')
+
+  def add_figure(self, figure: Figure | None, name: str, caption: str) -> None:
+    """Saves a figure as name.png and adds it, if there is one."""
     if figure is None:
       return
-    figure.savefig(out / f"{name}.png")
-    data = base64.b64encode((out / f"{name}.png").read_bytes()).decode()
+    path = self.out / f"{name}.png"
+    figure.savefig(path)
+    data = base64.b64encode(path.read_bytes()).decode()
     caption = html.escape(caption)
-    width = round(96 * figure.get_figwidth())  # the same type size in all
-    body.append(
+    # Pixels by inches give text the same size in all figures.
+    width = round(96 * figure.get_figwidth())
+    self.add(
       f'<figure><img width="{width}" alt="{caption}" '
       f'src="data:image/png;base64,{data}">'
       f"<figcaption>{caption}</figcaption></figure>"
     )
 
-  def section(task: str, key: str, title: str, rows: tables.Rows, text: str):
-    """A table with a title and a small text, kept in the summary too."""
-    if rows:
-      body.append(f"<h3>{title}</h3>")
-      body.append(_rows(rows))
-      body.append(f'<p class="small">{text}</p>')
-      summary["tasks"][task][key] = rows
 
+@dataclasses.dataclass
+class _Task:
+  """What the sections of a task show.
+
+  Attributes:
+    name: of the task.
+    sides: runs by side.
+    different: config fields in which each side differs from the first one.
+    has_results: whether any run was evaluated.
+    metrics: by which the task is judged.
+    probes: kinds of retrieval that were evaluated.
+    pairs: (baseline, side) runs of each side other than the baseline.
+    summary: the task's part of summary.json.
+  """
+
+  name: str
+  sides: dict[str, list[Run]]
+  different: dict[str, dict[str, tuple[Any, Any]]]
+  summary: dict[str, Any]
+
+  def __post_init__(self):
+    finals = [r.final for runs in self.sides.values() for r in runs if r.final]
+    self.has_results = bool(finals)
+    self.metrics = metrics_of(finals)
+    self.probes = probes_of(finals)
+    self.pairs = paired_runs(self.sides)
+
+
+def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
+  """The page and the summary; saves the figures in `out`."""
+  page = _Page(out, colors)
   title = f"{folder.resolve().name}: MSA against GQA"
-  body.append(f"<h1>{html.escape(title)}</h1>")
-  body.append(
+  _add_head(page, title, folder, tasks)
+  for name, sides in tasks.items():
+    summary = page.summary["tasks"][name] = {}
+    task = _Task(name, sides, different[name], summary)
+    for section in (
+      _add_gaps,
+      _add_results,
+      _add_choice_tables,
+      _add_curves,
+      _add_positions,
+      _add_distances,
+      _add_layer_figures,
+      _add_layer_tables,
+      _add_differences,
+    ):
+      section(page, task)
+  _add_speed(page, folder)
+  _add_environment(page, tasks)
+  page.add(_WORDS)
+  made = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
+  page.add_small(f"Report written {made}.")
+  body = "".join(page.body)
+  return _PAGE.format(title=html.escape(title), body=body), page.summary
+
+
+def _add_head(page: _Page, title: str, folder: Path, tasks) -> None:
+  """Title, warnings and overview."""
+  page.add(
+    f"<h1>{html.escape(title)}</h1>",
     "<p>Language models that differ in their attention only, trained on the "
-    "same batches from the same seeds.</p>"
+    "same batches from the same seeds.</p>",
   )
-  summary["warnings"] = find_warnings(tasks, folder)
-  paragraphs(summary["warnings"], "warn")
-  add(
-    overview_figure(tasks, colors),
+  page.summary["warnings"] = find_warnings(tasks, folder)
+  page.add_box(page.summary["warnings"], "warn")
+  page.add_figure(
+    overview_figure(tasks, page.colors),
     "overview",
     f"Overview. {_line_widths([*tasks.values()])}",
   )
-  for task, sides in tasks.items():
-    finals = [r.final for rs in sides.values() for r in rs if r.final]
-    body.append(f"<h2>Task: {html.escape(task)}</h2>")
-    setting = _setting([r for members in sides.values() for r in members])
-    body.append(f"<p>{html.escape(setting)}</p>")
-    metrics = metrics_of(finals)
-    against = paired_runs(sides)
-    gaps: dict[str, list[dict]] = {}
-    words = []
-    for side, pairs in against.items():
-      gaps[side] = [paired_gap(pairs, m) for m in metrics]
-      words += [
-        verdict(side_name(side), side_name(BASELINE), m, found, i > 0)
-        for i, (m, found) in enumerate(zip(metrics, gaps[side]))
-      ]
-    probes = probes_of(finals)
-    for probe in probes:
-      words += _recall_words(sides, probe)
-    paragraphs(words, "say")
-    table = tables.performance_rows(sides, metrics)
-    body.append("<h3>Results, speed and size</h3>")
-    body.append(_rows(table))
-    body.append(
-      '<p class="small">± is the standard deviation over seeds. Tokens/s is '
-      "the median over log intervals of each phase, without the first, which "
-      "holds the compilation. " + html.escape(" ".join(_notes(sides))) + "</p>"
+
+
+def _add_gaps(page: _Page, task: _Task) -> None:
+  """The setting, and in words what each side's gap shows."""
+  page.add(f"<h2>Task: {html.escape(task.name)}</h2>")
+  setting = _setting([r for runs in task.sides.values() for r in runs])
+  page.add(f"<p>{html.escape(setting)}</p>")
+  gaps: dict[str, list[dict]] = {}
+  words = []
+  for side, pairs in task.pairs.items():
+    gaps[side] = [paired_gap(pairs, metric) for metric in task.metrics]
+    words += [
+      verdict(side_name(side), side_name(BASELINE), metric, found, i > 0)
+      for i, (metric, found) in enumerate(zip(task.metrics, gaps[side]))
+    ]
+  for probe in task.probes:
+    words += _recall_words(task.sides, probe)
+  page.add_box(words, "say")
+  task.summary |= {"verdicts": words, "gaps": gaps}
+
+
+def _add_results(page: _Page, task: _Task) -> None:
+  """Results, speed and size of each side."""
+  table = tables.performance_rows(task.sides, task.metrics)
+  page.add("<h3>Results, speed and size</h3>", _rows(table))
+  page.add_small(
+    "± is the standard deviation over seeds. Tokens/s is the median over log "
+    "intervals of each phase, without the first, which holds the compilation. "
+    + html.escape(" ".join(_notes(task.sides)))
+  )
+  task.summary |= {
+    "table": table,
+    "differences": {
+      side: {field: list(values) for field, values in fields.items()}
+      for side, fields in task.different.items()
+    },
+    "final": {
+      side: {run.seed: run.final for run in runs if run.finished}
+      for side, runs in task.sides.items()
+    },
+  }
+
+
+def _add_table(
+  page: _Page,
+  task: _Task,
+  key: str,
+  title: str,
+  rows: tables.Rows,
+  text: str,
+) -> None:
+  """A table with a title and a small text, which the summary holds too."""
+  if rows:
+    page.add(f"<h3>{title}</h3>", _rows(rows))
+    page.add_small(text)
+    task.summary[key] = rows
+
+
+def _add_choice_tables(page: _Page, task: _Task) -> None:
+  """What choosing blocks costs, and the ablations."""
+  _add_table(
+    page,
+    task,
+    "dense",
+    "What choosing blocks costs after training",
+    tables.dense_rows(task.sides, task.metrics),
+    "The last weights as they were trained, and with dense attention, for "
+    "which they were not trained. What the first lacks alone, the choice may "
+    "miss; what both lack is not of the choice.",
+  )
+  _add_table(
+    page,
+    task,
+    "by_choice",
+    "Answers by what each layer chose",
+    tables.choice_rows(task.sides, task.probes),
+    "Of facts beyond the local block, after training: how many lie in a "
+    "block that some group of the layer chose for the asking token, and how "
+    "many are answered where it did and where it did not. Where a layer's "
+    "misses cost answers, facts may be looked up there; those it misses may "
+    "also be the farther ones.",
+  )
+  _add_table(
+    page,
+    task,
+    "ablations",
+    "Ablations",
+    tables.ablation_rows(task.sides, task.metrics),
+    "Gaps are paired by seed, with a 95 % t-interval where there is more "
+    "than one; the paper's are at another scale.",
+  )
+
+
+def _add_curves(page: _Page, task: _Task) -> None:
+  """Each metric during training, and its gap."""
+  page.add("<h3>Figures</h3>")
+  spread, band = _line_widths([task.sides]), ""
+  if any(len(pairs) > 1 for pairs in task.pairs.values()):
+    band = " The band is the Student-t 95 % interval of the mean at each step."
+  about = task.name, task.sides, page.colors
+  for metric in task.metrics if task.has_results else ():
+    name = f"{task.name}_{metric.key}"
+    cut = " The vertical axis is cut to what comes after the first quarter."
+    more = spread if metric.higher_is_better else spread + cut
+    page.add_figure(
+      curves(*about, metric, "step"),
+      f"{name}_steps",
+      f"{metric.title} on the same held-out tokens. {more}",
     )
-    summary["tasks"][task] = {
-      "verdicts": words,
-      "gaps": gaps,
-      "table": table,
-      "differences": {
-        s: {f: list(v) for f, v in d.items()}
-        for s, d in different[task].items()
-      },
-      "final": {
-        s: {r.seed: r.final for r in rs if r.finished}
-        for s, rs in sides.items()
-      },
+    page.add_figure(
+      curves(*about, metric, "seconds"),
+      f"{name}_time",
+      "The same against wall time on this device, that of the run a side "
+      f"started from included. {more}",
+    )
+    page.add_figure(
+      gap_figure(*about, metric),
+      f"{name}_gap",
+      "Side minus baseline, paired by seed on the same held-out tokens." + band,
+    )
+
+
+def _add_positions(page: _Page, task: _Task) -> None:
+  """Loss by the number of tokens before the query."""
+  places = gaps_by_position(task.pairs)
+  page.add_figure(
+    position_figure(task.name, task.sides, page.colors, places),
+    f"{task.name}_position",
+    "Loss on held-out text by how many tokens of the context come before, "
+    "mean over the seeds that all sides measured, thin lines single ones. "
+    "A query with fewer before it than “tokens read” reads them all: a gap "
+    "there is not of the choice. Dashed: the same weights with dense "
+    "attention. Places with less than 1 % of the targets are left out.",
+  )
+  if places:
+    task.summary["loss_by_position"] = places
+
+
+def _add_distances(page: _Page, task: _Task) -> None:
+  """Right answers of each probe by distance."""
+  for probe in task.probes:
+    page.add_figure(
+      distance_figure(task.name, task.sides, page.colors, probe),
+      f"{task.name}_{probe.prefix}distance",
+      "Distance is how many tokens the fact lies before its question. Beyond "
+      "the mark “local block” a fact is never in the blocks that are always "
+      "read; “tokens read” is how many one query reads in a sparse layer.",
+    )
+    distances = {
+      side: gaps_by_distance(pairs, probe) for side, pairs in task.pairs.items()
     }
-    section(
-      task,
-      "dense",
-      "What choosing blocks costs after training",
-      tables.dense_rows(sides, metrics),
-      "The last weights as they were trained, and with dense attention, for "
-      "which they were not trained. What the first lacks alone, the choice may "
-      "miss; what both lack is not of the choice.",
-    )
-    section(
-      task,
-      "by_choice",
-      "Answers by what each layer chose",
-      tables.choice_rows(sides, probes),
-      "Of facts beyond the local block, after training: how many lie in a "
-      "block that some group of the layer chose for the asking token, and how "
-      "many are answered where it did and where it did not. Where a layer's "
-      "misses cost answers, facts may be looked up there; those it misses may "
-      "also be the farther ones.",
-    )
-    section(
-      task,
-      "ablations",
-      "Ablations",
-      tables.ablation_rows(sides, metrics),
-      "Gaps are paired by seed, with a 95 % t-interval where there is more "
-      "than one; the paper's are at another scale.",
-    )
-    spread, band = _line_widths([sides]), ""
-    if any(len(pairs) > 1 for pairs in against.values()):
-      band = (
-        " The band is the Student-t 95 % interval of the mean at each step."
+    if rows := tables.distance_rows(distances):
+      page.add(_rows(rows))
+      page.add_small(
+        "± is the standard error of a difference between two sets of answers; "
+        "the sides are asked for the same facts, so the true one is smaller."
       )
-    body.append("<h3>Figures</h3>")
-    for metric in metrics if finals else []:
-      name = f"{task}_{metric.key}"
-      cut = " The vertical axis is cut to what comes after the first quarter."
-      more = spread if metric.higher_is_better else spread + cut
-      add(
-        curves(task, sides, colors, metric, "step"),
-        f"{name}_steps",
-        f"{metric.title} on the same held-out tokens. {more}",
-      )
-      add(
-        curves(task, sides, colors, metric, "seconds"),
-        f"{name}_time",
-        "The same against wall time on this device, that of the run a side "
-        f"started from included. {more}",
-      )
-      add(
-        gap_figure(task, sides, colors, metric),
-        f"{name}_gap",
-        "Side minus baseline, paired by seed on the same held-out tokens."
-        + band,
-      )
-    places = gaps_by_position(against)
-    add(
-      position_figure(task, sides, colors, places),
-      f"{task}_position",
-      "Loss on held-out text by how many tokens of the context come before, "
-      "mean over the seeds that all sides measured, thin lines single ones. "
-      "A query with fewer before it than “tokens read” reads them all: a gap "
-      "there is not of the choice. Dashed: the same weights with dense "
-      "attention. Places with less than 1 % of the targets are left out.",
+    task.summary[f"{probe.prefix}by_distance"] = distances
+
+
+def _add_layer_figures(page: _Page, task: _Task) -> None:
+  """Recalls of each layer, and the blocks that it chooses."""
+  for side, runs in task.sides.items():
+    page.add_figure(
+      layers_figure(task.name, side, runs),
+      f"{task.name}_{side}_layers",
+      "Index branch of each layer during training, mean over seeds. Grey: "
+      "warm-up, where the KL is over all visible tokens; after it, over "
+      "the chosen blocks, so the KL's two parts are different quantities.",
     )
-    if places:
-      summary["tasks"][task]["loss_by_position"] = places
-    for probe in probes:
-      add(
-        distance_figure(task, sides, colors, probe),
-        f"{task}_{probe.prefix}distance",
-        "Distance is how many tokens the fact lies before its question. Beyond "
-        "the mark “local block” a fact is never in the blocks that are always "
-        "read; “tokens read” is how many one query reads in a sparse layer.",
-      )
-      distances = {
-        side: gaps_by_distance(pairs, probe) for side, pairs in against.items()
-      }
-      if rows := tables.distance_rows(distances):
-        body.append(_rows(rows))
-        body.append(
-          '<p class="small">± is the standard error of a difference between '
-          "two sets of answers; the sides are asked for the same facts, so the "
-          "true one is smaller.</p>"
-        )
-      summary["tasks"][task][f"{probe.prefix}by_distance"] = distances
-    for side, runs in sides.items():
-      add(
-        layers_figure(task, side, runs),
-        f"{task}_{side}_layers",
-        "Index branch of each layer during training, mean over seeds. Grey: "
-        "warm-up, where the KL is over all visible tokens; after it, over "
-        "the chosen blocks, so the KL's two parts are different quantities.",
-      )
-      add(
-        selection_figure(task, side, runs),
-        f"{task}_{side}_blocks",
-        "Colour: the share of a query block's queries that chose a key block, "
-        "on a held-out batch after training. Grey: blocks in the future.",
-      )
-    found = tables.layer_rows(sides)
-    text = "On a held-out batch after training, mean over finished seeds."
-    if found and "best score recall" in found[0]:
-      text += (
-        " Best: what the blocks with the most attention hold, as many as the "
-        "index picks; no choice holds more. Far below 1 it tells of "
-        "attention too spread out for so few blocks, or of heads that want "
-        "different ones and share a choice. An index that must pick a "
-        "query's own block can fall slightly short of it."
-      )
-    section(
-      task,
-      "layers",
-      "How much of attention the chosen blocks hold",
-      found,
-      text,
+    page.add_figure(
+      selection_figure(task.name, side, runs),
+      f"{task.name}_{side}_blocks",
+      "Colour: the share of a query block's queries that chose a key block, "
+      "on a held-out batch after training. Grey: blocks in the future.",
     )
-    section(
-      task,
-      "sharing",
-      "How much neighbouring queries share",
-      tables.sharing_rows(sides),
-      "Of held-out text after training, queries that see more than twice the "
-      "blocks they choose. union8: distinct blocks that 8 neighbours choose; "
-      "first, previous: share of the queries that choose block 0, the block "
-      "before their own; kept: share of a query's blocks that the query four "
-      "blocks later chooses.",
+
+
+def _add_layer_tables(page: _Page, task: _Task) -> None:
+  """Recalls of each layer after training, and how much neighbours share."""
+  found = tables.layer_rows(task.sides)
+  text = "On a held-out batch after training, mean over finished seeds."
+  if found and "best score recall" in found[0]:
+    text += (
+      " Best: what the blocks with the most attention hold, as many as the "
+      "index picks; no choice holds more. Far below 1 it tells of "
+      "attention too spread out for so few blocks, or of heads that want "
+      "different ones and share a choice. An index that must pick a "
+      "query's own block can fall slightly short of it."
     )
-    fields = sorted({f for d in different[task].values() for f in d})
-    body.append("<h3>What the sides' configs differ in</h3>")
-    body.append(
-      _table(
-        ["field", *map(side_name, sides)],
-        [
-          [
-            f,
-            *(
-              json.dumps(
-                different[task][s][f][1]
-                if f in different[task][s]
-                else next(d[f][0] for d in different[task].values() if f in d)
-              )
-              for s in sides
-            ),
-          ]
-          for f in fields
-        ],
-      )
-      + '<p class="small">All other fields are equal; runs that differ in '
-      "anything but attention are refused.</p>"
-    )
-    config = json.dumps(next(iter(sides.values()))[0].config, indent=2)
-    body.append(
-      f"<details><summary>Config of {html.escape(side_name(next(iter(sides))))}"
-      f"</summary><pre>{html.escape(config)}</pre></details>"
-    )
-  speed = folder / "speed.json"
-  if speed.exists():
-    summary["speed"] = json.loads(speed.read_text())
-    body.append("<h2>Speed of a training step</h2>")
-    body.append(_rows(tables.speed_rows(summary["speed"]["rows"])))
-    add(
-      speed_figure(summary["speed"]["rows"], colors),
-      "speed",
-      "Steps of equally many tokens at each context, of the models after "
-      "training where trained steps are given: how much neighbours share their "
-      "choices moves MSA's times. MFU counts what each side cannot do without, "
-      "so MSA's is of fewer operations. Memory is what the compiler plans. "
-      "{device}, {started}, {command}".format(**summary["speed"]),
-    )
-  body.append("<h2>How it was run</h2>")
+  _add_table(
+    page,
+    task,
+    "layers",
+    "How much of attention the chosen blocks hold",
+    found,
+    text,
+  )
+  _add_table(
+    page,
+    task,
+    "sharing",
+    "How much neighbouring queries share",
+    tables.sharing_rows(task.sides),
+    "Of held-out text after training, queries that see more than twice the "
+    "blocks they choose. union8: distinct blocks that 8 neighbours choose; "
+    "first, previous: share of the queries that choose block 0, the block "
+    "before their own; kept: share of a query's blocks that the query four "
+    "blocks later chooses.",
+  )
+
+
+def _add_differences(page: _Page, task: _Task) -> None:
+  """The config fields in which the sides differ, and the whole first config."""
+  different = task.different
+
+  def value(field: str, side: str) -> Any:
+    if field in different[side]:
+      return different[side][field][1]
+    # A side that does not differ in a field has the first side's value.
+    return next(d[field][0] for d in different.values() if field in d)
+
+  fields = sorted({field for own in different.values() for field in own})
+  page.add(
+    "<h3>What the sides' configs differ in</h3>",
+    _table(
+      ["field", *map(side_name, task.sides)],
+      [
+        [field, *(json.dumps(value(field, side)) for side in task.sides)]
+        for field in fields
+      ],
+    ),
+  )
+  page.add_small(
+    "All other fields are equal; runs that differ in anything but attention "
+    "are refused."
+  )
+  first = next(iter(task.sides))
+  config = json.dumps(task.sides[first][0].config, indent=2)
+  page.add(
+    f"<details><summary>Config of {html.escape(side_name(first))}"
+    f"</summary><pre>{html.escape(config)}</pre></details>"
+  )
+
+
+def _add_speed(page: _Page, folder: Path) -> None:
+  """Step times by context, if speed.json is there."""
+  path = folder / "speed.json"
+  if not path.exists():
+    return
+  speed = page.summary["speed"] = json.loads(path.read_text())
+  page.add(
+    "<h2>Speed of a training step</h2>",
+    _rows(tables.speed_rows(speed["rows"])),
+  )
+  page.add_figure(
+    speed_figure(speed["rows"], page.colors),
+    "speed",
+    "Steps of equally many tokens at each context, of the models after "
+    "training where trained steps are given: how much neighbours share their "
+    "choices moves MSA's times. MFU counts what each side cannot do without, "
+    "so MSA's is of fewer operations. Memory is what the compiler plans. "
+    "{device}, {started}, {command}".format(**speed),
+  )
+
+
+def _add_environment(page: _Page, tasks: dict[str, dict[str, list[Run]]]):
+  """Devices, versions, commands and data of the runs."""
   runs = [r for sides in tasks.values() for rs in sides.values() for r in rs]
-  summary["environment"] = dict(_environment(runs))
-  table = _table(["what", "value"], summary["environment"].items())
-  body.append(f'<div class="env">{table}</div>')
-  body.append(_WORDS)
-  made = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
-  body.append(f'<p class="small">Report written {made}.</p>')
-  return _PAGE.format(title=html.escape(title), body="".join(body)), summary
+  environment = page.summary["environment"] = dict(_environment(runs))
+  table = _table(["what", "value"], environment.items())
+  page.add("<h2>How it was run</h2>", f'<div class="env">{table}</div>')
