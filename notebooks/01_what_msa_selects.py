@@ -1,21 +1,22 @@
 # %% [markdown]
 # # What MSA selects
 #
-# In ordinary (*dense*) attention every token weighs all tokens before it. In
-# MiniMax Sparse Attention (MSA) it reads a few *blocks* of them only, and a small
-# *Index Branch*, with a query and a key of its own, chooses which:
+# In ordinary (*dense*) attention every token attends to all tokens before it.
+# In MiniMax Sparse Attention (MSA) it attends to a few *blocks* of them. A
+# small *Index Branch*, with queries and keys of its own, chooses the blocks:
 #
 # 1. **score** every earlier token: index query · index key;
-# 2. **block max**: a block is as good as its best token;
-# 3. **top-k**: the best blocks are kept, the query's own always among them;
+# 2. **block max**: the score of a block is the largest score of its tokens;
+# 3. **top-k**: the best blocks are kept, and the query's own block always is;
 # 4. **attention** as usual, over the tokens of the chosen blocks.
 #
-# Choosing is no smooth operation, so the Index Branch learns from a loss of its
-# own: the **KL divergence** between attention's distribution over tokens and the
-# one that its scores give.
+# Top-k has no gradient, so the Index Branch has its own loss: the **KL
+# divergence** between attention's distribution over tokens and the distribution
+# that the index scores give.
 #
-# This notebook trains a model of one layer, about a minute on two CPU cores, and
-# looks at all of these: first at heat maps, then at a single query.
+# This notebook trains a model of one layer, which takes about a minute on two
+# CPU cores, and looks at each of these steps: first in heat maps, then for a
+# single query.
 
 # %%
 import dataclasses
@@ -26,8 +27,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import msa_jax
-from msa_jax.attention import partial_rope
-from train import config, data, program
+from msa_jax.layers import partial_rope
+from train import config, configs, data, evaluate, program
 from train.report.figures import COLORS, STYLE
 
 plt.rcParams.update(STYLE)
@@ -36,28 +37,29 @@ GREY = "#bbbbbb"
 
 # %%
 STEPS = 240  # of training
-WARMUP = 100  # the first of them, with dense attention
-EVAL_BATCHES = 8  # held-out batches of 16 rows
+WARMUP = 100  # the first steps, with dense attention
+EVAL_BATCHES = 8  # held-out batches of 16 sequences
 
 # %% [markdown]
 # ## A model small enough to look into
 #
-# The task is *associative recall*. Among filler tokens, a sequence of 256 states
-# facts such as "key 3 has value 5", each in one token. Later it names each key
-# once, and the model must answer with the value. A fact lies anywhere from 1 to
-# 254 tokens back, so far ones are answered only if attention reaches them.
+# The task is *associative recall*. A sequence of 256 tokens consists of filler
+# tokens and of facts such as "key 3 has value 5", each in one token. Later the
+# sequence names each key once, and the model must answer with its value. A fact
+# is from 1 to 254 tokens back, so far facts are answered only if attention
+# reaches them.
 #
 # The sequence has 16 blocks of 16 tokens. A query reads 4 of them: its own and
-# three that the Index Branch picks. Four query heads form two *groups*, and each
-# group has its own choice.
+# three that the Index Branch chooses. The four query heads form two *groups*,
+# and each group chooses for itself.
 #
-# Training begins with a *warm-up*: attention is dense while the Index Branch
-# learns beside it. Then attention goes sparse.
+# Training begins with a *warm-up*: attention is dense, and the Index Branch
+# learns to follow it. Then attention becomes sparse.
 
 # %%
 preset = next(
   run
-  for run in config.preset("demo").runs
+  for run in configs.preset("demo").runs
   if (run.task, run.side) == ("recall", "msa")
 )
 run = dataclasses.replace(
@@ -73,8 +75,8 @@ run = dataclasses.replace(
   num_steps=STEPS,
 )
 source = data.load(run.data)
-trainer = program.Program(run)
-state = trainer.init()
+trainer = program.Program(program.compile_key(run))
+state = trainer.init(run.seed)
 index = run.model.index
 block_size, top_k = index.block_size, index.top_k
 num_blocks = run.context // block_size
@@ -83,13 +85,17 @@ measured, curves = {}, []
 for step in range(1, STEPS + 1):
   if step in (1, WARMUP + 1):
     name = "untrained" if step == 1 else "after the warm-up"
-    measured[name] = trainer.measure(state.params, source, "sparse")
+    measured[name] = evaluate.layer_metrics(
+      trainer, state.params, source, "sparse"
+    )
   batch = source.train_batch(
     run.seed, step - 1, batch_size=run.batch_size, context=run.context
   )
-  state, metrics = trainer.step(state, batch, step)
+  state, metrics = program.train_step(trainer, run, state, batch, step)
   curves.append([metrics["loss"], metrics["kl"]])
-measured["after training"] = trainer.measure(state.params, source, "sparse")
+measured["after training"] = evaluate.layer_metrics(
+  trainer, state.params, source, "sparse"
+)
 loss, kl = np.array(jax.device_get(curves)).T
 
 # %%
@@ -116,18 +122,19 @@ plt.show()
 # %% [markdown]
 # ## Same weights, dense and sparse
 #
-# The trained model answers the same held-out questions twice: sparsely, as it
-# was trained, and with its attention made dense. What sparse attention loses
-# against dense, it loses by choosing the wrong blocks. Within the own block
-# (left of the first mark) nothing has to be chosen.
+# The trained model answers the same held-out questions twice: with sparse
+# attention, as it was trained, and with dense attention. Where sparse attention
+# answers fewer, the wrong blocks were chosen. A fact in the query's own block
+# (left of the first mark) does not depend on the choice.
 
 # %%
 figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
 for phase, label, colour in (
-  ("warmup", "dense attention", GREY), ("sparse", "MSA: 4 of 16 blocks", ORANGE),
+  ("warmup", "dense attention", GREY),
+  ("sparse", "MSA: 4 of 16 blocks", ORANGE),
 ):
-  result = trainer.evaluate(
-    state.params, source, phase, batches=EVAL_BATCHES, probe_batches=1
+  result = evaluate.held_out_metrics(
+    trainer, state.params, source, phase, batches=EVAL_BATCHES, probe_batches=0
   )
   bins = result["by_distance"]
   axes.plot(
@@ -137,7 +144,7 @@ for phase, label, colour in (
     label=f"{label}: {100 * result['accuracy']:.0f} % in all",
   )
 axes.axhline(100 / 8, color="#555555", ls="--", lw=1, label="chance")
-for name, x in (("own block", block_size), ("as many as read", 4 * block_size)):
+for name, x in (("own block", block_size), ("tokens read", 4 * block_size)):
   axes.axvline(x, color="#999999", lw=1, ls=":")
   axes.annotate(
     name, (x, 1.01), xycoords=("data", "axes fraction"), ha="center",
@@ -155,23 +162,22 @@ plt.show()
 # %% [markdown]
 # ## A sequence, and the query that we will follow
 #
-# A held-out sequence, laid out with one block a row. The followed query names a
-# key whose fact is far away, beyond its own block.
+# This is a held-out sequence, drawn with one block on each line. The query that
+# we follow names a key whose fact is far back, outside its own block.
 
 # %%
 model = trainer.merge(state.params)
 batch = source.eval_batch(0, **trainer.eval_shape)
-row = 0
-tokens, distance = batch.tokens[row : row + 1, :-1], batch.distance[row]
+tokens, distance = batch.tokens[:1, :-1], batch.distance[0]
 output = jax.jit(
   lambda model, tokens: model(tokens, with_kl=True, with_selection=True)
 )(model, tokens)
 answers = np.asarray(output.logits[0].argmax(-1))
 asked = np.flatnonzero(distance >= 0)
 facts = asked - distance[asked]
-right = answers[asked] == batch.tokens[row, 1:][asked]
+right = answers[asked] == batch.tokens[0, 1:][asked]
 
-# Among the questions whose fact is far, one late in the sequence.
+# The last question whose fact is far back, of those answered right if any is.
 far = facts // block_size < asked // block_size - 2
 t = int(asked[np.lexsort((asked, right, far))[-1]])
 fact = int(t - distance[t])
@@ -183,12 +189,12 @@ axes.pcolormesh(
   grid.reshape(num_blocks, block_size), edgecolors="white", lw=1.2,
   cmap=plt.matplotlib.colors.ListedColormap(["#eeeeee", BLUE, ORANGE]),
 )
-place = {
+center = {
   name: (token % block_size + 0.5, token // block_size + 0.5)
   for name, token in (("fact", fact), ("query", t))
 }
 axes.annotate(
-  "", place["fact"], place["query"],
+  "", center["fact"], center["query"],
   arrowprops=dict(arrowstyle="->", lw=2, color="black", shrinkA=6, shrinkB=6),
 )
 axes.invert_yaxis()
@@ -205,16 +211,17 @@ plt.show()
 print(
   f"followed: the question at token {t} (block {t // block_size}); its fact is"
   f" {distance[t]} tokens back,\nat token {fact} (block {fact // block_size})."
-  f" {right.sum()} of {right.size} questions of this sequence are answered right."
+  f" {right.sum()} of {right.size} questions of this sequence are answered"
+  " right."
 )
 
 # %% [markdown]
-# ## What dense attention wants, and what is selected
+# ## What dense attention reads, and what is selected
 #
-# First the inputs of attention, from the layer's own parts: queries, keys and
-# values, and the Index Branch's queries (one for each group) and keys (one for
-# all). `msa_jax.select_blocks` is the selection, steps 1 to 3 above; the last
-# line checks that the model chose the same.
+# First we compute the inputs of attention with the layer's own modules:
+# queries, keys and values, and the Index Branch's queries (one for each group)
+# and keys (one for all groups). `msa_jax.select_blocks` is the selection, steps
+# 1 to 3 above. The last line checks that the model chose the same blocks.
 
 # %%
 layer = model.layers[0]
@@ -243,21 +250,22 @@ chosen = msa_jax.select_blocks(
 assert (chosen == output.selection.block_indices[0]).all()
 
 # %% [markdown]
-# Each row of a map is one question of the sequence, each column one of the 16
-# blocks; a ring marks the block of the question's fact.
+# Each line of a map is one question of the sequence, and each column is one of
+# the 16 blocks. A ring marks the block of the question's fact.
 #
-# * **Left**: dense attention's weight on each block (mean of the group's heads).
-#   This is what *should* be read.
-# * **Middle**: the Index Branch's score of each block, the maximum over the
-#   block's tokens. Dots: the 4 chosen blocks.
-# * **Right**: choices against wishes, which are the 4 blocks with most of dense
-#   attention's weight. Green: wanted and chosen. Orange: wanted, not chosen.
-#   Dark grey: chosen, though others have more weight (the own block always is).
+# * **Left**: dense attention's weight on each block (mean of the group's
+#   heads). The blocks with most weight are those that *should* be read.
+# * **Middle**: the Index Branch's score of each block, which is the maximum
+#   over the block's tokens. Dots mark the 4 chosen blocks.
+# * **Right**: the 4 chosen blocks against the 4 blocks with most of dense
+#   attention's weight ("wanted"). Green: wanted and chosen. Orange: wanted, not
+#   chosen. Dark grey: chosen, though others have more weight (the own block is
+#   always chosen).
 #
-# What matters is that a ring is green in one of the groups: they divide the keys
-# among them, and each looks for its own. The rest of a question's attention is
-# spread thinly, and which thin block is "wanted" is a toss-up: most of the
-# orange.
+# What matters is that each ring is green in one of the groups, because the
+# groups look up different keys. The rest of a question's attention is spread
+# over many blocks of little weight. Which of those are among the 4 "wanted"
+# ones is nearly random, and most of the orange cells are such blocks.
 
 # %%
 num_groups = run.model.num_kv_heads
@@ -282,7 +290,7 @@ np.put_along_axis(is_wanted, order[..., :top_k], True, axis=-1)
 is_wanted &= visible
 
 hidden = ~visible[asked]
-rows = np.arange(len(asked)) + 0.5
+lines = np.arange(len(asked)) + 0.5
 dark = plt.get_cmap("viridis").with_extremes(bad="white")
 agree = plt.matplotlib.colors.ListedColormap(
   ["#eeeeee", "#999999", ORANGE, GREEN]
@@ -310,14 +318,14 @@ for g, (left, middle, end) in enumerate(panels):
   )
   for axes, colour in ((left, "white"), (end, "black")):
     axes.plot(
-      facts // block_size + 0.5, rows, "o", ms=11, mfc="none", mec=colour,
+      facts // block_size + 0.5, lines, "o", ms=11, mfc="none", mec=colour,
       mew=1.8,
     )
   left.set_ylabel(f"group {g}: question at token")
   for axes in (left, middle, end):
     axes.grid(False)
     axes.set_xticks(np.arange(0, num_blocks, 3) + 0.5, range(0, num_blocks, 3))
-    axes.set_yticks(rows, asked)
+    axes.set_yticks(lines, asked)
 for axes, title in zip(
   panels[0],
   (
@@ -334,22 +342,23 @@ plt.show()
 # %% [markdown]
 # ## One query, step by step
 #
-# Now the followed question alone, with one group. Everything below is NumPy on a
-# single row; the library must agree.
+# Now only the question that we follow, in one group. All of it is computed here
+# in NumPy for this one query, and compared with what the library gives.
 #
-# 1. **Index scores** of all tokens before it. Facts stand out from filler. The
-#    wanted one need not be the highest: it has to bring its block among the best.
-# 2. **Block max**: bars. The highest three are kept, and the own block (hatched)
-#    without asking.
-# 3. **Attention.** Sparse attention is dense attention's softmax over fewer
-#    tokens: weights outside the chosen blocks are gone, those inside grow, in
-#    each head by one common factor.
-# 4. **KL.** The *teacher* is the attention of step 3, the *student* the softmax
-#    of the index scores over the same tokens. Where the teacher is high and the
-#    student low, training pulls the score up.
+# 1. **Index scores** of all tokens before the query. Facts have higher scores
+#    than filler. The fact asked for need not have the highest score; it is
+#    enough that its block is among the best.
+# 2. **Block max**, drawn as bars. The three highest are kept, and the own block
+#    (hatched) whatever its score is.
+# 3. **Attention.** Sparse attention is the same softmax over fewer tokens:
+#    weights outside the chosen blocks become 0, and those inside grow, in each
+#    head by one common factor.
+# 4. **KL.** The *teacher* is the attention of step 3. The *student* is the
+#    softmax of the index scores over the same tokens. Where the teacher is high
+#    and the student is low, training raises the score.
 
 # %%
-# The group that looks at the fact more.
+# The group with more attention on the fact.
 g = int(dense[:, t, fact].argmax())
 own = t // block_size
 others = np.argsort(-block_max[g, t, :own], kind="stable")[: top_k - 1]
@@ -361,7 +370,9 @@ teacher = sparse.mean(axis=0)
 student = np.where(inside, index_scores[g, t] * index.index_dim**-0.5, -np.inf)
 student = np.asarray(jax.nn.softmax(student))
 terms = np.where(
-  teacher > 0, teacher * np.log(np.maximum(teacher, 1e-30) / student.clip(1e-30)), 0
+  teacher > 0,
+  teacher * np.log(np.maximum(teacher, 1e-30) / student.clip(1e-30)),
+  0,
 )
 
 assert picked.tolist() == [i for i in np.asarray(chosen)[0, g, t] if i >= 0]
@@ -391,7 +402,9 @@ for axes in panels:
   axes.grid(False)
   axes.axvline(fact, color="black", ls=":", lw=1, zorder=1)
 panels[0].bar(x, index_scores[g, t, x], 1, color=ORANGE)
-panels[0].set_title(f"1. Index scores of the {t + 1} visible tokens", loc="left")
+panels[0].set_title(
+  f"1. Index scores of the {t + 1} visible tokens", loc="left"
+)
 panels[0].annotate(
   "the fact", (fact, 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0),
   textcoords="offset points", va="top",
@@ -434,39 +447,41 @@ plt.show()
 # %% [markdown]
 # ## Is this query typical?
 #
-# Four numbers say how well the Index Branch follows attention, over a batch of
-# held-out sequences, at three moments of training:
+# Four metrics say how well the Index Branch follows attention. They are means
+# over a batch of held-out sequences, at three times of training:
 #
-# * **block recall**: of the 4 blocks that attention wants most, the share that
-#   was chosen. Rows that want everything equally count as much as the others.
+# * **block recall**: of the 4 blocks with most of attention's weight, the share
+#   that was chosen. Queries with nearly equal weights everywhere count as much
+#   as the others.
 # * **score recall**: the share of attention's weight on the chosen blocks.
-# * **facts found**: of the facts beyond the own block, the share whose block was
-#   chosen by some group. It decides about right answers.
+# * **facts found**: of the facts outside the own block, the share whose block
+#   was chosen by some group. Right answers depend on it.
 # * **KL**: over the tokens of the chosen blocks.
 #
-# An Index Branch that chose at random would still have a recall: 4 blocks of 16
-# and fewer, of which one is right anyway.
+# An Index Branch that chose at random would not have a recall of 0, because it
+# chooses 4 of at most 16 blocks, and always the own block.
 
 # %%
 print(f"{'':20}{'block recall':>13}{'score recall':>13}{'facts found':>12}"
       f"{'KL, nats':>10}")  # fmt: skip
 for name, (layer_kl, selection, found) in measured.items():
   print(
-    f"{name:20}{selection.block_recall[0]:13.2f}{selection.score_recall[0]:13.2f}"
-    f"{found[0]:12.2f}{layer_kl[0]:10.3f}"
+    f"{name:20}{selection.block_recall[0]:13.2f}"
+    f"{selection.score_recall[0]:13.2f}{found[0]:12.2f}{layer_kl[0]:10.3f}"
   )
 
 # %% [markdown]
 # ## What to take away
 #
-# * The Index Branch need not reproduce attention. It must put the block that
-#   matters among the best few, and a block needs one good token for that.
-# * Its scores are dot products of one small head a group, without softmax and
-#   values: that is what makes reading *all* tokens cheap, and the expensive heads
-#   read a fixed number.
-# * Its loss trains the index projections only, so it takes nothing from what
-#   attention learns. But what it misses, attention does not see: the gap between
-#   the two curves above is made of that.
+# * The Index Branch need not reproduce attention. It must rank the block that
+#   matters among the best few, and one token with a high score is enough for
+#   that.
+# * Its scores are dot products of one small head for each group, without
+#   softmax and values. That makes scoring *all* tokens cheap, while the
+#   expensive heads read a fixed number of tokens.
+# * Its loss trains the index projections only, so that it does not change what
+#   attention learns. But attention cannot read what the Index Branch misses,
+#   which explains the gap between the two curves above.
 #
 # `02_the_kernels` shows how a GPU does this at a million tokens, and
-# `03_gqa_against_msa` what it costs in quality and saves in time.
+# `03_gqa_against_msa` shows what it costs in quality and saves in time.

@@ -1,29 +1,30 @@
 # %% [markdown]
 # # The kernels: what bounds them, and what each design gains
 #
-# In MiniMax Sparse Attention (MSA) a query reads not all earlier keys but 16
-# blocks of 128 of them. Two steps replace dense attention:
+# In MiniMax Sparse Attention (MSA) a query does not read all earlier keys, but
+# 16 blocks of 128 keys. Two steps replace dense attention:
 #
-# 1. **Selection.** A small *index* head scores every earlier key; a block's
-#    score is the largest of its keys; the best 16 blocks are kept. This is still
-#    quadratic in the length, but with 4 index heads and no softmax.
+# 1. **Selection.** A small *index* head scores every earlier key. The score of
+#    a block is the largest score of its keys, and the best 16 blocks are kept.
+#    The time is still quadratic in the length, but with 4 index heads and no
+#    softmax.
 # 2. **Attention.** Exact softmax attention over the chosen blocks only. The 16
-#    query heads of a *group* share one key/value head, and one choice.
+#    query heads of a *group* share one key/value head and one choice of blocks.
 #
 # Both are Pallas kernels for NVIDIA Hopper GPUs, in `pallas_kernels/`. This
-# notebook draws the times that `python -m benchmarks` measured, beside
-# the limits of the chip, shows the ideas that the kernels are built on, and at
-# its end runs two of them. It needs no GPU.
+# notebook draws the times that `python -m benchmarks` measured beside the
+# limits of the chip, explains the ideas of the kernels, and runs two of them at
+# its end. It needs no GPU.
 
 # %%
 import os
 
-# Kernels that are interpreted on a CPU block one thread for each of theirs.
+# Interpret mode blocks one CPU thread for each warpgroup of a kernel, so that it
+# needs more threads than there are cores.
 os.environ.setdefault("NPROC", "16")
 
 import dataclasses
 import json
-import pathlib
 import textwrap
 import time
 
@@ -33,65 +34,71 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 import msa_jax
-import benchmarks.cases
+from benchmarks import cases, measure, records
 from msa_jax import selection_stats
-from benchmarks import cases
-from pallas_kernels import (kv_block_plan, mosaic, select_blocks, tile_plan)
-from pallas_kernels import (sparse_attention, sparse_attention_fwd)
-from benchmarks import measure
-from benchmarks.results import BOUND_TFLOPS
+from pallas_kernels import (
+  mosaic,
+  select_blocks,
+  sparse_attention,
+  sparse_attention_fwd,
+  tile_plan,
+)
 from train.report.figures import COLORS, STYLE
 
 plt.rcParams.update(STYLE)
 BLUE, ORANGE, GREEN, PINK, *_ = COLORS
-FOLDER = pathlib.Path(benchmarks.cases.__file__).parent / "results"
 
 # %%
 RESULTS = "nvidia_h100_80gb_hbm3.json"  # the measurements to draw
-KEY_TOKENS = 1 << 15  # keys that the drawn choices are made among
+KEY_TOKENS = 1 << 15  # keys among which the drawn choices are made
 RUN_TOKENS = 512  # queries of the kernels that run in this notebook
 
 # %%
-results = json.loads((FOLDER / RESULTS).read_text())
+results = json.loads((records.FOLDER / RESULTS).read_text())
 fields = {field.name for field in dataclasses.fields(cases.Case)}
-rows = [
-  row
-  for row in results["rows"]
-  # The paper's heads: 64 query heads, 4 key/value heads, of 128.
-  if cases.Case(**{k: row[k] for k in fields}) in cases.PAPER.values()
+measured = [
+  record
+  for record in results["rows"]
+  # The paper's heads: 64 query heads and 4 key/value heads of 128.
+  if cases.Case(**{k: record[k] for k in fields}) in cases.PAPER.values()
 ]
 
 
 def find(op, selection, precision="exact"):
-  """Rows of an operation by number of tokens."""
+  """The records of an op by number of tokens."""
   wanted = (op, selection, precision)
   found = [
-    row
-    for row in rows
-    if (row["op"], row["selection"], row["score_precision"]) == wanted
+    record
+    for record in measured
+    if (record["op"], record["selection"], record["score_precision"]) == wanted
   ]
-  return {row["tokens"]: row for row in sorted(found, key=lambda r: r["tokens"])}
+  return {
+    record["tokens"]: record
+    for record in sorted(found, key=lambda record: record["tokens"])
+  }
 
 
 def length(tokens):
   return f"{tokens >> 10}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
 
 
-matmul = np.mean([row["matmul_tflops"] for row in rows])
-copy = np.mean([row["copy_tbs"] for row in rows])
+matmul = np.mean([record["matmul_tflops"] for record in measured])
+copy = np.mean([record["copy_tbs"] for record in measured])
 print(f"{results['device']}, jax {results['jax']}")
-print(f"measured in the same runs: a matrix product of 8192 {matmul:.0f} TFLOP/s,")
+print("measured in the same runs:")
+print(f"a matrix product of 8192 {matmul:.0f} TFLOP/s,", end=" ")
 print(f"a copy {copy:.2f} TB/s (read and written)")
 
 # %% [markdown]
 # ## Where the time goes
 #
-# Bars: time for each token of a prompt (milliseconds for 1,000 tokens). Dense
-# attention grows with the length. MSA's attention step does not: each query
-# reads the same 2,048 keys. Selection grows, with a 32nd of dense's operations.
-# *Random* choices are the worst case, where neighbouring queries share next to
-# nothing; *trained-like* ones share as those of trained models do: own block,
-# first block, and blocks that drift slowly.
+# The bars are the time for 1,024 tokens of a prompt. For dense attention it
+# grows with the length. For MSA's attention step it does not, because each
+# query reads 2,048 keys at any length. For selection it grows, but selection
+# has a 32nd of the operations of dense attention. *Random* choices are the
+# worst case: neighbouring queries choose almost no blocks in common.
+# *Trained-like* choices share blocks as those of trained models do: the own
+# block, the first block, and blocks that change slowly from query to query.
 
 # %%
 figure, panels = plt.subplots(
@@ -135,27 +142,28 @@ plt.show()
 # %% [markdown]
 # ## The roofline
 #
-# A kernel can be bound by the matrix units (flat roof) or by memory (slope):
-# what it may reach depends on how many operations it does for each byte that it
-# moves. Points are measured.
+# A kernel is bound by the matrix units (the flat roof) or by memory (the
+# slope). Which one depends on the number of operations for each byte that it
+# moves. The points are measured.
 #
-# * **Selection** loads a key once for 256 queries: it sits under the flat roof,
-#   and only a cheaper operand (fp8, with a roof of its own) raises it.
-# * **Attention has two designs.** *Edges* moves a query's 16 heads in (4 KB),
-#   its partial result out (4 KB) and back in for the final sum (4 KB), for each
-#   of its 16 blocks, 1 million operations a time: about 85 operations a byte,
-#   under the slope of the card's memory. *Tiles* loads a block (64 KB of keys
-#   and values) once for 8 neighbouring queries: no partial results. It moves as
-#   many bytes, but they come from the L2 cache, so its point may lie above the
-#   slope of the main memory.
+# * **Selection** loads a key once for 256 queries, so the matrix units bound
+#   it. Only smaller operands (fp8, which has its own roof) make it faster.
+# * **Attention has two kernels.** The *pair* kernel works on (query, block)
+#   pairs. For each pair it reads the query's 16 heads (4 KB), writes their
+#   partial result (4 KB), and the final sum reads that again (4 KB). With 1
+#   million operations for each pair, this is about 85 operations a byte, so the
+#   memory bounds it. The *tile* kernel loads a block (64 KB of keys and values)
+#   once for 8 neighbouring queries and has no partial results. It moves as many
+#   bytes, but they come from the L2 cache, so its point may lie above the slope
+#   of the main memory.
 
 # %%
-# Bytes that each design asks of memory for every operation it does.
+# Operations for each byte that the two kernels move.
 paper = cases.Case(tokens=1 << 17)
 group = paper.num_heads // paper.num_kv_heads
-row_bytes = group * paper.head_dim * 2  # a query's heads of one group
-edge_flops = 4 * group * paper.block_size * paper.head_dim
-edge_intensity = edge_flops / (3 * row_bytes)
+query_bytes = group * paper.head_dim * 2  # a query's heads of one group
+pair_flops = 4 * group * paper.block_size * paper.head_dim
+pair_intensity = pair_flops / (3 * query_bytes)
 block_bytes = 2 * paper.block_size * paper.head_dim * 2  # keys and values
 
 figure, axes = plt.subplots(figsize=(9, 5), layout="constrained")
@@ -163,29 +171,32 @@ x = np.geomspace(20, 4000, 200)
 axes.plot(x, np.minimum(copy * x, matmul), color="black", lw=2)
 axes.annotate(f"memory: {copy:.2f} TB/s", (40, 106))
 axes.annotate(f"bf16 matrix product: {matmul:.0f} TFLOP/s", (700, 615))
-fp8 = BOUND_TFLOPS["fp8"]
+fp8 = records.BOUND_TFLOPS["fp8"]
 axes.plot(x, np.where(copy * x > matmul, np.minimum(copy * x, fp8), np.nan),
           color=PINK, lw=1.5, ls="--")
 axes.annotate(f"best fp8 rate seen: {fp8:.0f} TFLOP/s", (700, 1350), color=PINK)
-for precision, colour, bytes_per_entry in (("exact", ORANGE, 2), ("fp8", PINK, 1)):
-  row = find("select", "trained_like", precision)[1 << 17]
+for precision, colour, bytes_per_entry in (
+  ("exact", ORANGE, 2),
+  ("fp8", PINK, 1),
+):
+  record = find("select", "trained_like", precision)[1 << 17]
   # One key tile against 256 queries: 2 operations for each entry and query.
   axes.plot(
-    2 * 256 / bytes_per_entry, row["tflops"], "s", ms=10, color=colour,
+    2 * 256 / bytes_per_entry, record["tflops"], "s", ms=10, color=colour,
     label=f"selection, {'bf16' if precision == 'exact' else 'fp8'}",
   )
 for selection, colour, name in (
-  ("random", BLUE, "random choices (edges)"),
+  ("random", BLUE, "random choices (pairs)"),
   ("trained_like", GREEN, "trained-like choices (tiles)"),
 ):
-  row = find("sparse_forward", selection)[1 << 17]
+  record = find("sparse_forward", selection)[1 << 17]
   if selection == "random":
-    intensity = edge_intensity
+    intensity = pair_intensity
   else:
-    chosen = 8 * paper.top_k * edge_flops
-    intensity = chosen / (row["union8"] * block_bytes)
+    chosen = 8 * paper.top_k * pair_flops
+    intensity = chosen / (record["union8"] * block_bytes)
   axes.plot(
-    intensity, row["tflops"], "o", ms=10, color=colour,
+    intensity, record["tflops"], "o", ms=10, color=colour,
     label=f"attention, {name}",
   )
 dense = find("prefill", "random")[1 << 17]
@@ -208,16 +219,17 @@ axes.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# ## Selection: hide the sorting under the matrix units
+# ## Selection: sort while the matrix units work
 #
-# Nothing of size tokens x tokens is ever written: scores die in registers after
-# their block's maximum is taken. The running list of the 16 best blocks is what
-# costs. Kept where the scores arise, it makes the matrix units wait. Given to a
-# *warpgroup* (128 threads) of its own, which works while the others multiply, it
-# costs next to nothing. The table is read from the tuning log.
+# No array of size tokens x tokens is ever written: a score stays in registers
+# until the maximum of its block is taken. The costly part is the running list
+# of the 16 best blocks. If the threads that compute the scores also keep this
+# list, the matrix units wait for them. If another *warpgroup* (128 threads)
+# keeps it while they multiply, it costs almost no time. The times are read from
+# the tuning log.
 
 # %%
-log = (FOLDER / "LOG.md").read_text()
+log = (records.FOLDER / "LOG.md").read_text()
 section = log.split("## Block selection")[1].split("\n## ")[0]
 table = [
   [cell.strip() for cell in line.strip("|").split("|")]
@@ -237,23 +249,24 @@ for i, (name, figures, _) in enumerate(table):
   )
 axes.axvline(float(table[0][1].split()[0]), color="#555555", ls=":", lw=1.5)
 axes.set_yticks(
-  range(len(table)), [textwrap.fill(row[0], 52) for row in table], fontsize=9
+  range(len(table)), [textwrap.fill(line[0], 52) for line in table], fontsize=9
 )
 axes.invert_yaxis()
 axes.grid(False)
 axes.set_xlabel("milliseconds at 128K tokens")
 axes.set_title(
-  "Selection: grey computes scores only (the floor), green is what is used"
+  "Selection: grey computes scores only (lower bound), green is in use"
 )
 plt.show()
 
 # %% [markdown]
 # ## Attention: how much do neighbours share?
 #
-# Below are real choices of 8 neighbouring queries among 256 blocks (one group,
-# 16 blocks each), made as in the benchmark. Columns are the blocks that at least
-# one of the 8 chose. Above, nearly every choice is alone. Below, the 8 queries
-# want the same few blocks, so one load of a block serves several of them.
+# These are choices of 8 neighbouring queries among 256 blocks (one group, 16
+# blocks each), made as in the benchmark. A column is a block that at least one
+# of the 8 queries chose. In the upper picture nearly every block was chosen by
+# one query only. In the lower one the 8 queries chose the same few blocks, so
+# that loading a block once serves several queries.
 
 # %%
 case = cases.Case(tokens=64, kv_tokens=KEY_TOKENS, dtype="float32")
@@ -279,29 +292,33 @@ for axes, selection in zip(panels, ("random", "trained_like")):
   axes.set_ylabel("query of the tile")
   axes.set_title(
     f"{selection.replace('_', '-')}: {chosen.sum()} choices name {len(union)}"
-    f" different blocks (mean of all tiles {float(selection_stats.union8(ids)):.0f})"
+    f" different blocks (mean of all tiles"
+    f" {float(selection_stats.union8(ids)):.0f})"
   )
 panels[1].set_xlabel(
-  "blocks that one of the 8 chose;  blue: wanted by several,  orange: by one"
+  "blocks that one of the 8 chose;  blue: chosen by several,  orange: by one"
 )
 plt.show()
 
 # %% [markdown]
 # ## Two kernels, and the choice between them
 #
-# `kv_block_plan.py` looks at every tile of 8 queries, on the GPU, before attention
-# starts:
+# Before attention starts, `tile_plan.py` decides on the GPU, for every tile of
+# 8 queries, which kernel handles which of its choices:
 #
-# * **tiles** (the query stays, blocks pass by): cost = blocks in the union. A
-#   block is multiplied with queries that did not choose it, too.
-# * **edges** (the block stays, queries are gathered): cost = choices, always
-#   8 x 16 = 128, whatever they share.
+# * **Tile kernel**: one CTA keeps the 8 queries and loads blocks one after the
+#   other. Its cost is the number of blocks in the union. Each block is
+#   multiplied with all 8 queries, also with those that did not choose it.
+# * **Pair kernel**: one CTA keeps a block and gathers the queries that chose
+#   it. Its cost is the number of choices, which is always 8 x 16 = 128, however
+#   many blocks are shared.
 #
-# A block that enough of the 8 want is walked by the tile, the rest become edges,
-# unless walking everything costs about the same. Each point is one measured
-# length. Trained-like choices stay near a union of 25 at every length, and run
-# faster. Random ones drift right with the length, and stay on the edges' bound:
-# 12 KB for a choice through the memory.
+# A block that enough of the 8 queries chose goes to the tile kernel. The other
+# choices become pairs, unless the tile kernel could handle all of them at about
+# the same cost. Each point is one measured length. Trained-like choices have a
+# union of about 25 at every length and are faster. The union of random ones
+# grows with the length, and their speed stays at the bound of the pair kernel:
+# 12 KB of memory traffic for each choice.
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")
@@ -310,16 +327,16 @@ for selection, colour, marker in (
 ):
   found = find("sparse_forward", selection)
   axes.plot(
-    [row["union8"] for row in found.values()],
-    [row["tflops"] for row in found.values()],
+    [record["union8"] for record in found.values()],
+    [record["tflops"] for record in found.values()],
     marker, ms=9, color=colour,
     label=f"measured, {selection.replace('_', '-')}",
   )
   if selection == "random":
-    for tokens, row in found.items():
+    for tokens, record in found.items():
       above = tokens == max(found)
       axes.annotate(
-        length(tokens), (row["union8"], row["tflops"]),
+        length(tokens), (record["union8"], record["tflops"]),
         xytext=(0, 9 if above else -18), textcoords="offset points",
         ha="center", fontsize=10,
       )
@@ -330,31 +347,32 @@ axes.annotate(
 union = np.linspace(16, 128, 100)
 axes.plot(
   union, matmul * paper.top_k / union, color="#555555", ls="-", lw=1.3,
-  label="tiles: matrix rate, all 8 queries x the union",
+  label="tile kernel: matrix rate, all 8 queries x the union",
 )
 axes.axhline(
-  copy * edge_intensity, color="#555555", ls="--", lw=1.3,
-  label=f"edges: {3 * row_bytes >> 10} KB a choice at the copy rate",
+  copy * pair_intensity, color="#555555", ls="--", lw=1.3,
+  label=f"pair kernel: {3 * query_bytes >> 10} KB a choice at the copy rate",
 )
 axes.set(
   ylim=(0, 500), xlim=(14, 130),
   xlabel="different blocks that 8 neighbouring queries choose (16 each)",
   ylabel="useful TFLOP/s",
-  title="Attention over chosen blocks: measured, and what bounds each design",
+  title="Attention over chosen blocks: measured, and the bound of each kernel",
 )
 axes.legend(loc="upper right")
 plt.show()
 
 # %% [markdown]
-# ## The work list
+# ## The tasks of the pair kernel
 #
-# Edges need the choices the other way round: not *query → blocks* but *block →
-# queries*. A sort does it. Each block's queries are then cut into *tasks* of
-# limited size for the GPU's 132 processors, so that a block which everybody
-# wants is not one processor's work while the others wait. The plan below is what `kv_block_plan.py` makes of
-# random choices, with block 2 made popular, and tasks of at most 32 queries
-# (256 in practice). A query's own block is always done by its tile, which alone
-# knows that later keys must stay hidden.
+# The pair kernel needs the choices in the other direction: not *query → blocks*
+# but *block → queries*. A sort gives that. The queries of each block are then
+# cut into *tasks* of limited size for the GPU's 132 processors, so that a block
+# which many queries chose is not left to one processor while the others wait.
+# Below is the plan that `tile_plan.py` makes of random choices, in which block
+# 2 was made popular, with tasks of at most 32 queries (256 in practice). A
+# query's own block always goes to the tile kernel, because only that one masks
+# keys after the query.
 
 # %%
 rng = np.random.default_rng(0)
@@ -375,14 +393,15 @@ tiles = tile_plan.plan_tiles(
   jnp.asarray(ids)[None], jnp.asarray(positions)[None],
   jnp.full((1, 2, num_blocks), mosaic.NEVER), geometry,
 )
-edges = tile_plan.plan_edges(tiles.choices[None], tiles.is_edge[None], geometry)
-tasks = np.asarray(edges.tasks)[: int(edges.chunks[0, 1])]
-order = np.asarray(edges.order)
+pairs = tile_plan.plan_pairs(tiles.choices[None], tiles.is_pair[None], geometry)
+tasks = np.asarray(pairs.tasks)[: int(pairs.chunks[0, 1])]
+order = np.asarray(pairs.order)
 
 figure, panels = plt.subplots(
   1, 2, figsize=(11, 4.6), layout="constrained", width_ratios=(1, 1.5)
 )
-colours = plt.get_cmap("turbo", num_blocks)  # no grey, which is the own block's
+# A colour map without grey, which marks the own block.
+colours = plt.get_cmap("turbo", num_blocks)
 for query, chosen in enumerate(ids):
   panels[0].scatter(
     [query] * top_k, chosen, s=9, marker="s",
@@ -390,7 +409,7 @@ for query, chosen in enumerate(ids):
   )
 panels[0].set(
   xlabel="query", ylabel="block that it chose",
-  title="Choices (grey: own block, done by tiles)",
+  title="Choices (grey: own block, for the tile kernel)",
 )
 panels[0].invert_yaxis()
 for task, (block, first, count, _) in enumerate(tasks):
@@ -406,7 +425,7 @@ panels[1].grid(axis="x", lw=0.4)
 panels[1].set(
   xlabel="task, in the order of work (above: its block)",
   ylabel="queries gathered by the task", ylim=(-3, num_queries + 12),
-  title=f"The list: {len(tasks)} tasks; popular block 2 gets several",
+  title=f"The plan: {len(tasks)} tasks; popular block 2 gets several",
 )
 plt.show()
 for block in (2, 3):
@@ -416,10 +435,11 @@ for block in (2, 3):
 # %% [markdown]
 # ## Run them yourself
 #
-# The same kernels run on a CPU in Pallas's interpret mode, which imitates the
-# GPU's threads, barriers and asynchronous copies: slow (the time below says
-# nothing about speed), but the same program. On a Hopper GPU this cell runs them
-# for real. Beside them stands the *reference*: plain JAX with dense masks.
+# On a CPU the same kernels run in Pallas's interpret mode, which imitates the
+# GPU's threads, barriers and asynchronous copies. That is slow, so the time
+# below is no measure of speed. On a Hopper GPU this cell runs the compiled
+# kernels. Their results are compared with the *reference*, which is plain JAX
+# with dense masks.
 
 # %%
 try:
@@ -428,10 +448,10 @@ try:
 except NotImplementedError as error:
   print(f"interpreted: {error}\n")
   interpret = True
-  # One program at a time and fewer threads suit the interpreter.
+  # The interpreter is faster with one CTA at a time and fewer threads.
   config = dataclasses.replace(
     sparse_attention_fwd.heuristic_config(),
-    num_ctas=1, edge_warpgroups=2, query_stages=2,
+    num_ctas=1, pair_warpgroups=2, query_stages=2,
   )
 
 case = cases.Case(
@@ -451,7 +471,7 @@ wanted = msa_jax.select_blocks(
   index_q, index_k, top_k=case.top_k, implementation="reference", **sizes
 )
 same = np.mean(np.all(np.asarray(chosen == wanted), axis=-1))
-print(f"selection: {100 * same:.1f} % of the rows equal the reference's")
+print(f"selection: {100 * same:.1f} % of the choices equal the reference's")
 
 out, lse = sparse_attention.sparse_attention(
   q, k, v, chosen, scale=case.head_dim**-0.5, kv_lengths=None, config=config,
@@ -470,11 +490,12 @@ print(
 print(f"{time.perf_counter() - start:.0f} s")
 
 # %% [markdown]
-# The error must look like rounding to bfloat16 and nothing more. Left, outputs
-# lie on the diagonal. Right, the dashed line is what rounding the output alone
-# may add. Large entries stay near it; small ones are sums of larger terms that
-# cancel, and keep the rounding error of those (probabilities are rounded before
-# their product with the values, as in any fast attention).
+# The error should be that of rounding to bfloat16 and nothing more. On the
+# left, outputs lie on the diagonal. On the right, the dashed line is the error
+# that rounding the output may add. Large entries stay near it. Small entries
+# are sums of larger terms that cancel, and have the rounding error of those
+# terms: probabilities are rounded before their product with the values, as in
+# other fast attention kernels.
 
 # %%
 figure, panels = plt.subplots(1, 2, figsize=(10, 4), layout="constrained")
@@ -508,8 +529,8 @@ plt.show()
 # %% [markdown]
 # ## Where to go on
 #
-# * `benchmarks/results/LOG.md`: every version that was tried, and what it
-#   gave, for the backward, KL and warm-up kernels too.
-# * `python -m benchmarks` on a Hopper GPU measures again; this notebook
-#   then draws your numbers (set `RESULTS`).
-# * `03_gqa_against_msa` puts speed beside quality.
+# * `benchmarks/results/LOG.md` lists every version that was tried and its
+#   times, also for the backward, KL and warm-up kernels.
+# * `python -m benchmarks` on a Hopper GPU measures again. To draw your numbers,
+#   set `RESULTS` to your file.
+# * `03_gqa_against_msa` shows speed beside quality.

@@ -7,7 +7,7 @@ from matplotlib import pyplot as plt
 
 from notebooks import build
 
-# Values for the parameters of each notebook's second code cell: small sizes.
+# Small values for the parameters in the second code cell of each notebook.
 SMALL = {
   "01_what_msa_selects": dict(STEPS=6, WARMUP=3, EVAL_BATCHES=1),
   "02_the_kernels": dict(KEY_TOKENS=1 << 13, RUN_TOKENS=128),
@@ -32,11 +32,13 @@ def test_a_notebook_holds_its_sources_cells_and_their_outputs(source):
       assert cell["execution_count"], "not executed"
       kinds = {output["output_type"] for output in cell["outputs"]}
       assert "error" not in kinds
+  # Each execution adds as much to the history of the repository.
+  assert source.with_suffix(".ipynb").stat().st_size < 1_500_000
 
 
 @each_notebook
 def test_a_notebook_runs(source, monkeypatch):
-  """At small size it draws as many pictures as the one on disk holds."""
+  """With small parameters it draws as many pictures as it holds on disk."""
   drawn = []
 
   def display(figure):
@@ -59,7 +61,7 @@ def test_a_notebook_runs(source, monkeypatch):
       if number == 1:
         assert parameters.keys() <= names.keys()
         names.update(parameters)
-  assert not plt.get_fignums(), "a figure that is not shown"
+  assert not plt.get_fignums(), "a figure was not shown"
   outputs = [
     o for cell in read_notebook(source) for o in cell.get("outputs", ())
   ]

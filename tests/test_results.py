@@ -86,11 +86,11 @@ def test_what_a_thinned_run_keeps(full, tmp_path):
   for label, run in after.items():
     assert run.environment == before[label].environment
     assert run.final == before[label].final
-    rows = run.rows["train"]
-    assert len(rows) == len(before[label].rows["train"])
-    assert not any("grad_norm" in row or "kl" in row for row in rows)
-    assert [row["step"] for row in rows if "peak_bytes" in row] == [20]
-    assert all(row["batch_loss"] == [] for row in run.rows["eval"][:-1])
+    trained = run.records["train"]
+    assert len(trained) == len(before[label].records["train"])
+    assert not any("grad_norm" in x or "kl" in x for x in trained)
+    assert [x["step"] for x in trained if "peak_bytes" in x] == [20]
+    assert all(x["batch_loss"] == [] for x in run.records["eval"][:-1])
   for seed in (0, 1):
     with np.load(small / "text/msa" / f"seed{seed}" / "selection.npz") as file:
       assert "union8" in file and "block_indices" not in file
