@@ -8,9 +8,8 @@ import threading
 import numpy as np
 import pytest
 
-from train import configs, progress
-from train.report import figures, runs, tables
-from train.report import page as report
+from train import configs, progress, report
+from train.report import figures, page, runs, tables
 
 _BITS = 1 / math.log(2)
 
@@ -40,9 +39,9 @@ def _config(task, side, seed):
   }
 
 
-def _rows(task, side, final_loss):
+def _records(task, side, final_loss):
   """Metrics that end at final_loss (nats); accuracy is 1 - loss."""
-  rows = []
+  records = []
   for step in range(10, 50, 10):
     phase = "dense"
     if side != "gqa":
@@ -52,7 +51,7 @@ def _rows(task, side, final_loss):
     loss = final_loss + (40 - step) / 20
     bits = loss * _BITS if task == "text" else None
     speed = 1.0 if step in (10, 30) else 1000.0 + step
-    rows.append(
+    records.append(
       {
         "kind": "train",
         **clock,
@@ -67,20 +66,20 @@ def _rows(task, side, final_loss):
         {"layer": i, "kl": 0.1, "block_recall": 0.5, "score_recall": math.nan}
         for i in range(2)
       ]
-      rows.append(
+      records.append(
         {"kind": "layers", "step": step, "phase": phase, "layers": layers}
       )
-    row = {"kind": "eval", **clock, "loss": loss, "bits_per_byte": bits}
-    row |= {"accuracy": None, "by_distance": None}
-    row["batch_loss"] = [loss - 0.01, loss + 0.01]
+    record = {"kind": "eval", **clock, "loss": loss, "bits_per_byte": bits}
+    record |= {"accuracy": None, "by_distance": None}
+    record["batch_loss"] = [loss - 0.01, loss + 0.01]
     if task == "recall":
-      row["accuracy"] = 1 - final_loss
-      row["by_distance"] = [
+      record["accuracy"] = 1 - final_loss
+      record["by_distance"] = [
         {"low": 2, "high": 7, "accuracy": 1.0, "count": 50},
         {"low": 8, "high": 63, "accuracy": 1 - final_loss, "count": 100},
       ]
-    rows.append(row)
-  return rows
+    records.append(record)
+  return records
 
 
 def _make(folder, losses, index_params=24):
@@ -101,7 +100,7 @@ def _make(folder, losses, index_params=24):
           "parameters": {"total": 1000 + index, "index": index},
         }
         (run / "environment.json").write_text(json.dumps(environment))
-        _write(run / "metrics.jsonl", _rows(task, side, loss))
+        _write(run / "metrics.jsonl", _records(task, side, loss))
         (run / "done.json").write_text(json.dumps({"step": 40, "final": {}}))
         if side != "gqa":
           np.savez(
@@ -117,8 +116,8 @@ def _read(path):
   return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def _write(path, rows):
-  path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+def _write(path, records):
+  path.write_text("".join(json.dumps(x) + "\n" for x in records))
 
 
 def _edit(path, **fields):
@@ -217,7 +216,7 @@ def test_report_names_what_differs_and_what_msa_adds(pair):
 
 def test_speed_leaves_compilation_out(pair):
   rows = _summary(pair.parent.parent)["tasks"]["text"]["table"]
-  # The rows at steps 10 and 30, first of their phases, hold 1 token/s.
+  # The records at steps 10 and 30, first of their phases, say 1 token/s.
   assert rows[1]["tokens/s"] == "warm-up 1,020, sparse 1,040"
 
 
@@ -276,7 +275,7 @@ def test_other_device_or_commit_is_warned_of(tmp_path):
   _edit(path, device="H100", commit="def456")
   folders = runs.read_runs(tmp_path)
   tasks = {"text": runs.group_by_side(folders)}
-  warnings = "\n".join(report.find_warnings(tasks, tmp_path))
+  warnings = "\n".join(page.find_warnings(tasks, tmp_path))
   assert "device differs" in warnings and "cannot be compared" in warnings
   assert "commit differs" in warnings
 
@@ -313,11 +312,11 @@ def test_check_comparable_gives_the_differences():
   other["model"]["index"]["top_k"] = 4
   found = dict(
     (field, values)
-    for field, *values in report.check_comparable([first, first, other])
+    for field, *values in runs.check_comparable([first, first, other])
   )
   assert found["model.index.top_k"] == [2, 4]
   assert found["model.layer_kinds"] == [["gqa"], ["msa"]]
-  assert report.check_comparable([first]) == []
+  assert runs.check_comparable([first]) == []
 
 
 @pytest.mark.parametrize(
@@ -344,7 +343,7 @@ def test_check_comparable_refuses_all_but_attention(path, value):
   place[name] = value
   wanted = f"{'.'.join(path)} is {before} in config 0 and {value!r} in config 1"
   with pytest.raises(ValueError, match=re.escape(wanted)):
-    report.check_comparable([first, other])
+    runs.check_comparable([first, other])
 
 
 def test_refusal_leaves_the_old_report(tmp_path):
@@ -381,7 +380,7 @@ def test_parameters_outside_the_index_branch_are_warned_of(tmp_path):
   path = tmp_path / "text" / "msa" / "seed0" / "environment.json"
   _edit(path, parameters={"total": 1100, "index": 24})
   tasks = {"text": runs.group_by_side(runs.read_runs(tmp_path))}
-  (warning,) = report.find_warnings(tasks, tmp_path)
+  (warning,) = page.find_warnings(tasks, tmp_path)
   assert "outside the index branch: 1,000, 1,076" in warning
 
 
@@ -389,7 +388,7 @@ def test_reports_of_one_folder_wait_for_each_other(tmp_path):
   """As those of processes do that share a comparison's seeds."""
   folder = _make(tmp_path / "run", {"text": {"gqa": [1.0], "msa": [1.0]}})
   paths = []
-  with report._alone(folder):
+  with page._alone(folder):
     unfinished = folder / ".report-another"
     unfinished.mkdir()
     second = threading.Thread(target=lambda: paths.append(report.write(folder)))
@@ -451,7 +450,7 @@ def test_retrieval_is_compared_at_each_distance(tmp_path):
 
 
 def test_what_the_choice_costs_is_told_apart(tmp_path):
-  # GQA's last seed is of a time when places were not measured.
+  # GQA's last seed was made before losses by position were recorded.
   losses = {"text": {"gqa": [1.0, 1.2, 5.0], "msa": [1.1, 1.4, 5.0]}}
   folder = _make(tmp_path / "run", losses)
 
@@ -559,7 +558,7 @@ def test_seeds_of_unlike_speed_are_warned_of(tmp_path, times):
       row["tokens_per_second"] *= times
   _write(path, rows)
   tasks = {"text": runs.group_by_side(runs.read_runs(tmp_path))}
-  warnings = report.find_warnings(tasks, tmp_path)
+  warnings = page.find_warnings(tasks, tmp_path)
   said = "text/msa: tokens/s of its seeds differ by up to 1.4x"
   assert [said in w for w in warnings] == [True] * (times > 1.3)
 
@@ -611,12 +610,12 @@ def test_wall_time_of_a_late_start_holds_the_time_before_it(tmp_path):
   figure = figures.curves("text", sides, colors, runs.BITS, "seconds")
   lines = {str(x.get_label()): x.get_xdata() for x in figure.axes[0].lines}
   assert list(lines["GQA (1 seed)"]) == [1.0, 2.0, 3.0, 4.0]
-  # GQA's last row up to step 25 says 2 seconds.
+  # GQA's last record up to step 25 says 2 seconds.
   assert list(lines["MSA (1 seed)"]) == [3.0, 4.0, 5.0, 6.0]
 
 
 def _measure_recalls(run, recalls):
-  """Rewrites a run's layer rows with these fields of its two layers."""
+  """Sets fields of the two layers in all of a run's layer records."""
   rows = _read(run / "metrics.jsonl")
   for row in rows:
     for layer, fields in zip(row.get("layers", ()), recalls):

@@ -1,6 +1,7 @@
-"""The report's pictures, drawn from runs read back. Notebooks may use them.
+"""The figures of a report, which notebooks draw too.
 
-`sides` maps a side's name to its runs in one task, `colors` to its colour.
+`sides` maps a side's name to its runs of one task, and `colors` maps it to its
+colour.
 """
 
 import itertools
@@ -29,8 +30,8 @@ from train.report.runs import (
   token_budget,
 )
 
-# Okabe and Ito's palette, told apart by colour-blind readers; no yellow,
-# which is too faint on white.
+# Okabe and Ito's palette, whose colours colour-blind readers can tell apart,
+# without its yellow, which is too faint on white. More colours follow it.
 COLORS = [
   "#0072B2",
   "#D55E00",
@@ -62,7 +63,7 @@ STYLE: dict[Any, Any] = {
 
 
 def side_colors(sides: Iterable[str]) -> dict[str, str]:
-  """A color for each side, the first for the baseline."""
+  """A colour for each side. The baseline has the first."""
   others = itertools.cycle(COLORS[1:])
   return {
     side: COLORS[0] if side == BASELINE else next(others) for side in sides
@@ -84,7 +85,7 @@ def _figure(width=9.0, height=4.4, columns=1, rows=1, **kwargs):
 
 
 def _legend(figure: Figure, *panels) -> None:
-  """One legend below the axes, each label once."""
+  """Adds one legend below the axes, with each label once."""
   found = {}
   for axes in panels:
     for handle, label in zip(*axes.get_legend_handles_labels()):
@@ -109,22 +110,23 @@ def _label(name: str, finished: list) -> str:
 
 
 def _width(side: str) -> float:
-  # The baseline lies below the others: wider, it shows where they agree.
+  # The baseline is drawn first, and wider, so that it stays visible where
+  # other lines lie on it.
   return 3.4 if side == BASELINE else 1.8
 
 
 def _mean_curve(runs: list[Run], get: Callable[[dict], Any], kind="eval"):
-  """Rows of a kind averaged over runs, at the steps that all of them have."""
+  """Records of a kind averaged over runs, at the steps that all runs have."""
   by_step: dict[int, list] = {}
   for run in runs:
-    for row in run.rows[kind]:
-      by_step.setdefault(row["step"], []).append(get(row))
+    for record in run.records[kind]:
+      by_step.setdefault(record["step"], []).append(get(record))
   steps = [s for s, values in by_step.items() if len(values) == len(runs)]
   return steps, np.array([np.mean(by_step[s], axis=0) for s in steps])
 
 
 def _late_limits(axes, curves: Iterable[tuple[Sequence, Sequence]]) -> None:
-  """Cuts the y axis to what is seen after the first quarter of training."""
+  """Limits the y axis to the values after the first quarter of training."""
   late = []
   for x, y in curves:
     x, y = np.asarray(x), np.asarray(y, float)
@@ -140,33 +142,36 @@ def _draw_chance(axes, sides) -> None:
 
 
 def _seconds_before(run: Run, sides: dict[str, list[Run]]) -> float:
-  """Seconds that the run which this one started from had trained by then."""
+  """Seconds of training before the run's own: those of the run from whose
+  checkpoint it started, up to that checkpoint."""
   start, step = run.get("recipe.init_from"), run.get("recipe.init_step")
   if not start or step is None:
     return 0.0
   place = pathlib.PurePath(start).parts[-2:]
   for other in sides.get(place[0], ()) if len(place) == 2 else ():
     if f"seed{other.seed}" == place[1]:
-      rows = sorted(
-        (row["step"], row["seconds"])
+      times = sorted(
+        (record["step"], record["seconds"])
         for kind in ("train", "eval")
-        for row in other.rows[kind]
+        for record in other.records[kind]
       )
-      return max((s for at, s in rows if at <= step), default=0.0)
+      return max((s for at, s in times if at <= step), default=0.0)
   return 0.0
 
 
 def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
-  """Metric against "step" or "seconds": a thin line a seed, thick the mean."""
+  """Draws a metric against "step" or "seconds". Thin lines are single seeds,
+  thick lines the mean."""
   drawn = []
   for side, runs in sides.items():
-    runs = [r for r in runs if r.rows["eval"]]
+    runs = [r for r in runs if r.records["eval"]]
     done = [r for r in runs if r.finished]
     all_x: dict[int, list[float]] = {}
     for run in runs:
       before = _seconds_before(run, sides) if clock == "seconds" else 0.0
-      x = [(row[clock] + before) / unit for row in run.rows["eval"]]
-      y = [row[metric.key] * metric.scale for row in run.rows["eval"]]
+      evals = run.records["eval"]
+      x = [(record[clock] + before) / unit for record in evals]
+      y = [record[metric.key] * metric.scale for record in evals]
       drawn.append((x, y))
       all_x[run.seed] = x
       axes.plot(
@@ -187,7 +192,7 @@ def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
         mean[:shared],
         color=colors[side],
         lw=_width(side),
-        marker="o" if shared < 3 else None,  # a line would hardly show
+        marker="o" if shared < 3 else None,  # so short a line hardly shows
         ms=5,
         label=label,
       )
@@ -255,10 +260,10 @@ def gap_figure(task, sides, colors, metric: Metric) -> Figure | None:
   for side, pairs in paired_runs(sides).items():
     curves: dict[int, list[float]] = {}
     for a, b in pairs:
-      base = {r["step"]: r[metric.key] for r in a.rows["eval"]}
+      base = {r["step"]: r[metric.key] for r in a.records["eval"]}
       points = [
         (r["step"], (r[metric.key] - base[r["step"]]) * metric.scale)
-        for r in b.rows["eval"]
+        for r in b.records["eval"]
         if r["step"] in base
       ]
       if not points:
@@ -302,10 +307,10 @@ def _number(value: float | None) -> float:
 def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
   """KL and recalls of every MSA layer during training, mean over runs.
 
-  Dotted, where the runs measured it: the best score recall.
+  Dotted lines are the best possible score recall, if the runs measured it.
   """
   runs = [r for r in runs if r.finished] or runs[:1]
-  runs = [r for r in runs if r.rows["layers"]]
+  runs = [r for r in runs if r.records["layers"]]
   if not runs:
     return None
   titles = {
@@ -313,17 +318,17 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
     "block_recall": "Block recall",
     "score_recall": "Score recall",
   }
-  first = runs[0].rows["layers"][0]["layers"][0]
+  first = runs[0].records["layers"][0]["layers"][0]
   if first.get("facts_found") is not None:
     titles["facts_found"] = "Asked facts in chosen blocks"
-  # The last one has no panel of its own. Older runs did not measure it.
+  # The last key is drawn in the panel of the score recall. Older runs lack it.
   keys = [*titles, "best_score_recall"]
   steps, values = _mean_curve(
     runs,
     lambda r: [[_number(x.get(k)) for k in keys] for x in r["layers"]],
     "layers",
   )
-  ids = [x["layer"] for x in runs[0].rows["layers"][0]["layers"]]
+  ids = [x["layer"] for x in runs[0].records["layers"][0]["layers"]]
   figure, axes = _figure(11 + 3 * (len(titles) - 3), 4.2, columns=len(titles))
   shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ids)))
   for column, title in enumerate(titles.values()):
@@ -352,10 +357,10 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
         color=shades[i],
         lw=1.4,
         ls=":",
-        marker="_",  # a line of one point would not show
+        marker="_",  # a line with a single point does not show
         ms=5,
       )
-    # One entry in the legend for all layers.
+    # The legend has one entry for the dotted lines of all layers.
     axes[0, 0].plot(
       [], [], color="#555555", ls=":", marker="_", label="best possible"
     )
@@ -367,7 +372,8 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
 
 
 def selection_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
-  """Share of the queries of a block that chose each key block."""
+  """The share of the queries of a block that chose each key block, in a side's
+  first run that saved its choices."""
   saved = (r for r in runs if (r.folder / "selection.npz").exists())
   run = next(saved, None)
   if run is None:
@@ -438,7 +444,8 @@ def _draw_distance(axes, sides, colors, probe: Probe) -> None:
 
 
 def _token_axis(axes, sides) -> None:
-  """A log axis of tokens, with what a sparse query reads marked on it."""
+  """Makes the x axis a log axis of tokens, and marks on it the tokens of the
+  local blocks, those that a sparse query attends to, and the context."""
   axes.set_xscale("log", base=2)
   axes.xaxis.set_major_formatter(FuncFormatter(_short_tokens))
   axes.xaxis.set_minor_locator(NullLocator())
@@ -462,9 +469,9 @@ def _token_axis(axes, sides) -> None:
     )
 
 
-def _middle(row: dict) -> float:
-  """Where a bin of tokens stands on a log axis."""
-  return math.sqrt(max(row["low"], 1) * max(row["high"], 1))
+def _middle(place: dict) -> float:
+  """The middle of a bin of tokens on a log axis."""
+  return math.sqrt(max(place["low"], 1) * max(place["high"], 1))
 
 
 def _short_tokens(count: float, _: object = None) -> str:
@@ -472,7 +479,7 @@ def _short_tokens(count: float, _: object = None) -> str:
 
 
 def distance_figure(task, sides, colors, probe: Probe) -> Figure | None:
-  """Answers right after training, by distance."""
+  """Right answers after training, by distance."""
   figure, ((axes,),) = _figure()
   _draw_distance(axes, sides, colors, probe)
   name = f"{probe.name}, " if probe.name else ""
@@ -486,43 +493,46 @@ def distance_figure(task, sides, colors, probe: Probe) -> Figure | None:
 def position_figure(
   task, sides, colors, gaps: dict[str, list[dict]]
 ) -> Figure | None:
-  """Held-out loss by place in the context, and each side's gap there: a thin
-  line a seed, thick the mean.
+  """Held-out loss by the number of tokens before, and each side's gap. Thin
+  lines are single seeds, thick lines the mean.
 
   Args:
-    gaps: of each side, as `train.runs.gaps_by_position` has them.
+    task: its name.
+    sides: runs by side.
+    colors: colour by side.
+    gaps: bins of each side, as `runs.gaps_by_position` returns them.
   """
   if not gaps:
     return None
   figure, axes = _figure(10, 4.2, columns=2)
-  for number, (side, rows) in enumerate(gaps.items()):
-    # The first few places hold too few targets to tell a gap.
-    least = 0.01 * sum(row["count"] for row in rows)
-    rows = [row for row in rows if row["count"] >= least]
-    x = [_middle(row) for row in rows]
+  for number, (side, bins) in enumerate(gaps.items()):
+    # The first bins hold too few targets for their gap to mean anything.
+    least = 0.01 * sum(place["count"] for place in bins)
+    bins = [place for place in bins if place["count"] >= least]
+    x = [_middle(place) for place in bins]
     style = {"color": colors[side], "marker": "o", "ms": 4}
     if not number:
       axes[0, 0].plot(
         x,
-        [row["baseline"] for row in rows],
+        [place["baseline"] for place in bins],
         color=colors[BASELINE],
         lw=_width(BASELINE),
         label=side_name(BASELINE),
       )
-    losses = [row["baseline"] + row["difference"] for row in rows]
-    seeds = [row["by_seed"] for row in rows]
+    losses = [place["baseline"] + place["difference"] for place in bins]
+    seeds = [place["by_seed"] for place in bins]
     label = f"{side_name(side)} ({_seeds(len(seeds[0]))})"
     axes[0, 0].plot(x, losses, label=label, **style)
-    axes[0, 1].plot(x, [row["difference"] for row in rows], **style)
+    axes[0, 1].plot(x, [place["difference"] for place in bins], **style)
     if len(seeds[0]) > 1:
       axes[0, 1].plot(x, seeds, color=colors[side], lw=0.9, alpha=0.6)
-    dense = [row["dense_difference"] for row in rows]
+    dense = [place["dense_difference"] for place in bins]
     if None not in dense:
-      label = f"{side_name(side)}, its weights read densely"
+      label = f"{side_name(side)}, its weights with dense attention"
       axes[0, 0].plot([], [], ls="--", label=label, **style)
       axes[0, 1].plot(x, dense, ls="--", **style)
   axes[0, 1].axhline(0, color=colors[BASELINE], lw=_width(BASELINE))
-  titles = "held-out loss by place", f"the same minus {side_name(BASELINE)}"
+  titles = "held-out loss by position", f"the same minus {side_name(BASELINE)}"
   for axis, title in zip(axes[0], titles):
     _token_axis(axis, sides)
     axis.set_title(f"{task}: {title}", pad=18)
@@ -532,20 +542,25 @@ def position_figure(
   return figure
 
 
-def speed_figure(rows: list[dict], colors) -> Figure:
-  """Step time and memory against context, a line a side and phase."""
+def speed_figure(records: list[dict], colors) -> Figure:
+  """Step time, MFU and memory against context, a line for each side and phase.
+
+  Args:
+    records: as under "rows" in speed.json.
+    colors: colour by side.
+  """
   lines: dict[tuple[str, str], list[dict]] = {}
-  for row in rows:
-    lines.setdefault((row["side"], row["phase"]), []).append(row)
+  for record in records:
+    lines.setdefault((record["side"], record["phase"]), []).append(record)
   panels = (
     ("step_ms", 1.0, "Step (ms)"),
     ("mfu", 100.0, "MFU (%)"),
     ("peak_bytes", 2.0**-30, "Peak memory (GiB)"),
   )
-  panels = [p for p in panels if any(r[p[0]] is not None for r in rows)]
+  panels = [p for p in panels if any(r[p[0]] is not None for r in records)]
   figure, axes = _figure(1 + 3.4 * len(panels), 4.4, columns=len(panels))
   for (side, phase), members in lines.items():
-    members = sorted(members, key=lambda row: row["context"])
+    members = sorted(members, key=lambda record: record["context"])
     for (key, scale, title), axis in zip(panels, axes[0]):
       points = [(r["context"], r[key]) for r in members if r[key] is not None]
       if points:
@@ -562,7 +577,7 @@ def speed_figure(rows: list[dict], colors) -> Figure:
       axis.set_title(title)
   for axis in axes[0]:
     axis.set_xscale("log", base=2)
-    ticks = sorted({row["context"] for row in rows})
+    ticks = sorted({record["context"] for record in records})
     axis.set_xticks(ticks, [_short_tokens(t) for t in ticks])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_xlabel("Context (tokens)")
@@ -574,7 +589,8 @@ def speed_figure(rows: list[dict], colors) -> Figure:
 def overview_figure(
   tasks: dict[str, dict[str, list[Run]]], colors
 ) -> Figure | None:
-  """Curves of the first text task beside recall by distance, for a README."""
+  """Two panels for a README: the loss of the first task that has one, and right
+  answers by distance of the first task that has any."""
   panels = []
   for task, sides in tasks.items():
     finals = [r.final for rs in sides.values() for r in rs if r.final]
@@ -602,7 +618,8 @@ def overview_figure(
       axis.set_xlabel("Training steps")
       title = f"{task}: {metric.title.lower()}"
     axis.set_title(title, pad=18)
-    for line in axis.lines:  # the numbers of seeds may differ by task
+    # The labels drop their numbers of seeds, which may differ by task.
+    for line in axis.lines:
       line.set_label(line.get_label().split(" (")[0])
   _legend(figure, *reversed(axes[0]))
   return figure

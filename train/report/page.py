@@ -1,7 +1,8 @@
-"""Report of a comparison: one HTML file, its PNGs and a summary.json.
+"""Writes the report of a comparison: one HTML file, its PNGs, a summary.json.
 
-Everything is read from the run folders, so a report can be written again at
-any time, also while runs are going on.
+Everything is read from the run folders, so a report can be written at any time,
+also while runs are in progress. Each section of the page is a function `_add_*`
+below, in the order of the page.
 """
 
 import base64
@@ -62,7 +63,15 @@ from train.report.runs import (
 def verdict(
   name: str, base: str, metric: Metric, found: dict, short: bool = False
 ) -> str:
-  """What a gap shows and what it does not, in words; short: its size only."""
+  """A sentence that says what a gap shows and what it does not show.
+
+  Args:
+    name: of the side.
+    base: name of the baseline.
+    metric: of the gap.
+    found: the gap, as `paired_gap` returns it.
+    short: gives the size of the gap only.
+  """
   number, mean = len(found["seeds"]), found["mean"]
   what = f"{metric.title}, {name} − {base}: "
   if not number:
@@ -160,6 +169,8 @@ fact.</dd></dl>
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+  """HTML of a table."""
+
   def line(cells, tag):
     inner = (f"<{tag}>{html.escape(str(c))}</{tag}>" for c in cells)
     return "<tr>" + "".join(inner) + "</tr>"
@@ -169,11 +180,13 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 
 
 def _rows(rows: tables.Rows) -> str:
+  """HTML of the rows of a table, with their column names as header."""
   return _table(list(rows[0]), [list(row.values()) for row in rows])
 
 
 def _recall_words(sides: dict[str, list[Run]], probe: Probe) -> Iterable[str]:
-  """Is each side ahead of chance where the local block cannot help."""
+  """Says whether each side answers better than chance where the fact lies
+  beyond the blocks that are always read."""
   reach, parts = token_budget(sides), []
   chance = chance_of(next(iter(sides.values()))[0])
   for side, runs in sides.items():
@@ -183,7 +196,7 @@ def _recall_words(sides: dict[str, list[Run]], probe: Probe) -> Iterable[str]:
       ahead = accuracy > chance + 3 * math.sqrt(chance * (1 - chance) / count)
       parts.append(
         f"{side_name(side)} answers {100 * accuracy:.1f} % of {count:,} "
-        + ("(ahead of chance)" if ahead else "(not told from chance)")
+        + ("(ahead of chance)" if ahead else "(no better than chance)")
       )
   if parts and reach and chance:
     yield (
@@ -195,7 +208,7 @@ def _recall_words(sides: dict[str, list[Run]], probe: Probe) -> Iterable[str]:
 
 
 def _setting(runs: list[Run]) -> str:
-  """Size of the model and of the training, the same for every side."""
+  """The size of the model and of the training, which all sides share."""
   index = {
     tuple(run.get(f"model.index.{k}") for k in ("top_k", "block_size"))
     for run in runs
@@ -216,7 +229,7 @@ def _setting(runs: list[Run]) -> str:
 
 
 def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
-  """What is not equal between the sides by design."""
+  """Sentences about what differs between the sides by design."""
   size = {
     side: runs[0].environment.get("parameters") for side, runs in sides.items()
   }
@@ -235,19 +248,20 @@ def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
     if start := runs[0].get("recipe.init_from"):
       place = Path(start)
       yield (
-        f"{name} goes on from step {runs[0].get('recipe.init_step')} of "
+        f"{name} continues from step {runs[0].get('recipe.init_step')} of "
         f"{place.parent.name}/{place.name}, each seed from its own; its wall "
         "time counts its own steps only."
       )
 
 
-# Seeds timed alike differ by less; one that had the device alone and one that
-# shared it by more. Seeds that all shared it are not found out.
+# Seeds whose speeds differ by more than this factor did not have the device
+# under the same conditions: one of them shared it, say. That all of them shared
+# it cannot be seen from their speeds.
 _ALIKE = 1.3
 
 
 def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
-  """What a reader must know before trusting the page."""
+  """What a reader must know before trusting the numbers of the page."""
   words = []
   every = [r for sides in tasks.values() for rs in sides.values() for r in rs]
   for task, side, seed in planned_runs(folder, every):
@@ -269,7 +283,7 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
       if unlike > _ALIKE:
         words.append(
           f"{task}/{side}: tokens/s of its seeds differ by up to"
-          f" {unlike:.1f}x: the device was not theirs alone, or not the same."
+          f" {unlike:.1f}x, so they shared a device or ran on different ones."
           " Their wall times and tokens/s are no measure of speed."
         )
   for run in every:
@@ -279,7 +293,7 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
         f" ({run.broken['why']}): it is in no mean and no gap."
       )
     elif not run.finished:
-      at = run.rows["train"][-1]["step"] if run.rows["train"] else 0
+      at = run.records["train"][-1]["step"] if run.records["train"] else 0
       words.append(
         f"{run.label} is not finished (at step {at}): its curve is dotted, "
         "and it is in no mean and no gap."
@@ -305,7 +319,7 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
 
 
 def _environment(runs: list[Run]) -> Iterable[tuple[str, str]]:
-  """Where and how the runs were made; a value is given once."""
+  """Names and values of where and how the runs were made, each value once."""
   for key in (
     "device",
     "device_count",
@@ -340,8 +354,9 @@ def _environment(runs: list[Run]) -> Iterable[tuple[str, str]]:
 def write(comparison_folder: Path) -> Path:
   """Writes report/report.html, its PNGs and summary.json.
 
-  The folder is made aside and moved into place whole. Missing and unfinished
-  runs are named in the page and left out of means and gaps.
+  The report is written to a temporary folder, which then replaces the old one.
+  The page names missing and unfinished runs, and leaves them out of means and
+  gaps.
 
   Args:
     comparison_folder: holds <task>/<side>/seed<k>/ run folders.
@@ -365,7 +380,7 @@ def write(comparison_folder: Path) -> Path:
 
   final = folder / "report"
   with _alone(folder):
-    for stale in folder.glob(".report-*"):  # of a killed process
+    for stale in folder.glob(".report-*"):  # left by a killed process
       shutil.rmtree(stale, ignore_errors=True)
     temporary = Path(tempfile.mkdtemp(prefix=".report-", dir=folder))
     try:
@@ -399,7 +414,7 @@ def _alone(folder: Path):
 
 
 def _finite(value: Any) -> Any:
-  """JSON has no NaN: null instead."""
+  """The value with None for NaN and infinity, which JSON cannot hold."""
   if isinstance(value, dict):
     return {k: _finite(v) for k, v in value.items()}
   if isinstance(value, list | tuple):
@@ -410,11 +425,11 @@ def _finite(value: Any) -> Any:
 
 
 def _line_widths(tasks: Sequence[dict[str, list[Run]]]) -> str:
-  """What thin and thick lines are in figures of these tasks' sides."""
+  """Says what thin and thick lines mean in figures of these tasks."""
   sides = [runs for members in tasks for runs in members.values()]
   if any(len(runs) > 1 for runs in sides):
     return "Thin lines are single seeds, thick lines the mean."
-  # `figures` draws the baseline so.
+  # `figures` draws the baseline wider.
   wider = f" {side_name(BASELINE)} is wider, to show below the others."
   return "One seed a side." + wider * any(BASELINE in m for m in tasks)
 
@@ -605,9 +620,10 @@ def _add_choice_tables(page: _Page, task: _Task) -> None:
     "dense",
     "What choosing blocks costs after training",
     tables.dense_rows(task.sides, task.metrics),
-    "The last weights as they were trained, and with dense attention, for "
-    "which they were not trained. What the first lacks alone, the choice may "
-    "miss; what both lack is not of the choice.",
+    "The final weights with sparse attention, as they were trained, and with "
+    "dense attention (“read densely”), for which they were not trained. Where "
+    "only the first is worse than GQA, the choice of blocks may be the reason; "
+    "where both are worse, it is not.",
   )
   _add_table(
     page,
@@ -615,11 +631,11 @@ def _add_choice_tables(page: _Page, task: _Task) -> None:
     "by_choice",
     "Answers by what each layer chose",
     tables.choice_rows(task.sides, task.probes),
-    "Of facts beyond the local block, after training: how many lie in a "
-    "block that some group of the layer chose for the asking token, and how "
-    "many are answered where it did and where it did not. Where a layer's "
-    "misses cost answers, facts may be looked up there; those it misses may "
-    "also be the farther ones.",
+    "Facts beyond the local block, after training: how many lie in a block "
+    "that some group of the layer chose for the asking token, and how many of "
+    "those and of the others are answered right. If the others are answered "
+    "worse, the model may look facts up in this layer. Another reason may be "
+    "that they are farther away.",
   )
   _add_table(
     page,
@@ -627,8 +643,8 @@ def _add_choice_tables(page: _Page, task: _Task) -> None:
     "ablations",
     "Ablations",
     tables.ablation_rows(task.sides, task.metrics),
-    "Gaps are paired by seed, with a 95 % t-interval where there is more "
-    "than one; the paper's are at another scale.",
+    "Gaps are paired by seed, with a 95 % t-interval if there is more than "
+    "one. The paper's findings are from much larger models.",
   )
 
 
@@ -641,7 +657,7 @@ def _add_curves(page: _Page, task: _Task) -> None:
   about = task.name, task.sides, page.colors
   for metric in task.metrics if task.has_results else ():
     name = f"{task.name}_{metric.key}"
-    cut = " The vertical axis is cut to what comes after the first quarter."
+    cut = " The vertical axis shows the values after the first quarter."
     more = spread if metric.higher_is_better else spread + cut
     page.add_figure(
       curves(*about, metric, "step"),
@@ -651,8 +667,8 @@ def _add_curves(page: _Page, task: _Task) -> None:
     page.add_figure(
       curves(*about, metric, "seconds"),
       f"{name}_time",
-      "The same against wall time on this device, that of the run a side "
-      f"started from included. {more}",
+      "The same against wall time on this device, including that of the run "
+      f"from which a side started. {more}",
     )
     page.add_figure(
       gap_figure(*about, metric),
@@ -668,10 +684,11 @@ def _add_positions(page: _Page, task: _Task) -> None:
     position_figure(task.name, task.sides, page.colors, places),
     f"{task.name}_position",
     "Loss on held-out text by how many tokens of the context come before, "
-    "mean over the seeds that all sides measured, thin lines single ones. "
-    "A query with fewer before it than “tokens read” reads them all: a gap "
-    "there is not of the choice. Dashed: the same weights with dense "
-    "attention. Places with less than 1 % of the targets are left out.",
+    "mean over the seeds that all sides measured; thin lines are single seeds. "
+    "A query with fewer tokens before it than “tokens read” reads them all, so "
+    "a gap there does not come from the choice of blocks. Dashed: the same "
+    "weights with dense attention. Bins with less than 1 % of the targets are "
+    "left out.",
   )
   if places:
     task.summary["loss_by_position"] = places
@@ -683,9 +700,9 @@ def _add_distances(page: _Page, task: _Task) -> None:
     page.add_figure(
       distance_figure(task.name, task.sides, page.colors, probe),
       f"{task.name}_{probe.prefix}distance",
-      "Distance is how many tokens the fact lies before its question. Beyond "
-      "the mark “local block” a fact is never in the blocks that are always "
-      "read; “tokens read” is how many one query reads in a sparse layer.",
+      "Distance is the number of tokens from the question back to the fact. "
+      "Beyond the mark “local block” a fact is never in the blocks that are "
+      "always read; “tokens read” is how many a query reads in a sparse layer.",
     )
     distances = {
       side: gaps_by_distance(pairs, probe) for side, pairs in task.pairs.items()
@@ -693,8 +710,9 @@ def _add_distances(page: _Page, task: _Task) -> None:
     if rows := tables.distance_rows(distances):
       page.add(_rows(rows))
       page.add_small(
-        "± is the standard error of a difference between two sets of answers; "
-        "the sides are asked for the same facts, so the true one is smaller."
+        "± is the standard error of a difference between answers to different "
+        "facts. The sides are asked for the same facts, so the true error is "
+        "smaller."
       )
     task.summary[f"{probe.prefix}by_distance"] = distances
 
@@ -705,9 +723,9 @@ def _add_layer_figures(page: _Page, task: _Task) -> None:
     page.add_figure(
       layers_figure(task.name, side, runs),
       f"{task.name}_{side}_layers",
-      "Index branch of each layer during training, mean over seeds. Grey: "
-      "warm-up, where the KL is over all visible tokens; after it, over "
-      "the chosen blocks, so the KL's two parts are different quantities.",
+      "Index branch of each layer during training, mean over seeds. In the "
+      "warm-up (grey) the KL is over all visible tokens, later over the chosen "
+      "blocks, so the two parts of its curve are different quantities.",
     )
     page.add_figure(
       selection_figure(task.name, side, runs),
@@ -723,11 +741,11 @@ def _add_layer_tables(page: _Page, task: _Task) -> None:
   text = "On a held-out batch after training, mean over finished seeds."
   if found and "best score recall" in found[0]:
     text += (
-      " Best: what the blocks with the most attention hold, as many as the "
-      "index picks; no choice holds more. Far below 1 it tells of "
-      "attention too spread out for so few blocks, or of heads that want "
-      "different ones and share a choice. An index that must pick a "
-      "query's own block can fall slightly short of it."
+      " The best score recall is that of the blocks with the most attention, "
+      "as many as the index chooses; no choice holds more. If it is far below "
+      "1, attention is too spread out for so few blocks, or the heads of a "
+      "group, which share a choice, attend to different blocks. An index that "
+      "must choose a query's own block can fall slightly short of the best."
     )
   _add_table(
     page,
@@ -743,11 +761,11 @@ def _add_layer_tables(page: _Page, task: _Task) -> None:
     "sharing",
     "How much neighbouring queries share",
     tables.sharing_rows(task.sides),
-    "Of held-out text after training, queries that see more than twice the "
-    "blocks they choose. union8: distinct blocks that 8 neighbours choose; "
-    "first, previous: share of the queries that choose block 0, the block "
-    "before their own; kept: share of a query's blocks that the query four "
-    "blocks later chooses.",
+    "On held-out text after training, over queries that see more than twice "
+    "as many blocks as they choose. union8: distinct blocks that 8 neighbours "
+    "choose. first block, previous block: share of the queries that choose "
+    "block 0, and the block before their own. kept: share of a query's blocks "
+    "that the query four blocks later chooses too.",
   )
 
 
@@ -797,10 +815,11 @@ def _add_speed(page: _Page, folder: Path) -> None:
   page.add_figure(
     speed_figure(speed["rows"], page.colors),
     "speed",
-    "Steps of equally many tokens at each context, of the models after "
-    "training where trained steps are given: how much neighbours share their "
-    "choices moves MSA's times. MFU counts what each side cannot do without, "
-    "so MSA's is of fewer operations. Memory is what the compiler plans. "
+    "All steps have equally many tokens. Weights are trained ones where the "
+    "table gives trained steps; MSA's times depend on how much the choices of "
+    "neighbouring queries have in common. MFU counts the operations that each "
+    "side needs at least, which are fewer for MSA. Memory is what the compiler "
+    "plans. "
     "{device}, {started}, {command}".format(**speed),
   )
 

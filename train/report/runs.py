@@ -1,11 +1,15 @@
-"""Run folders read back: may they be compared, and what is the gap.
+"""Reads run folders back, checks that they may be compared, and computes gaps.
 
-A comparison's sides are held against the one named ``gqa``, seed by seed on
-the same held-out tokens. Runs that differ in more than attention are refused.
+Every side of a comparison is compared with the side named ``gqa``, seed by seed
+and on the same held-out tokens. Runs that differ in more than attention are
+refused.
+
+A record is one line of a run's metrics.jsonl.
 """
 
 import dataclasses
 import json
+import math
 import re
 import statistics
 from collections.abc import Iterable, Sequence
@@ -16,18 +20,18 @@ import numpy as np
 from scipy import stats
 
 BASELINE = "gqa"
-# What the two sides of a comparison may differ in: attention and its recipe,
-# and what is kept of a run and where.
+# The config fields in which two sides may differ: attention and its recipe.
 _ATTENTION = re.compile(
   r"model\.(layer_kinds|implementation|gqa_implementation|index(\..+)?)"
   r"|recipe(\..+)?|optimizer\.index_.+"
 )
+# Fields that name a run, its folder and the checkpoints it keeps.
 _PLACE = re.compile(r"side|folder|keep_steps")
 
 
 @dataclasses.dataclass(frozen=True)
 class Metric:
-  """A number of an eval row, and how to show it (value times scale)."""
+  """A number of an "eval" record, and how to show it (value times scale)."""
 
   key: str
   title: str
@@ -50,7 +54,8 @@ NATS = Metric("loss", "Held-out loss", "nats per token")
 
 @dataclasses.dataclass(frozen=True)
 class Probe:
-  """A kind of retrieval; prefix is that of its fields in an eval row."""
+  """A kind of retrieval. The names of its fields in an "eval" record begin with
+  its prefix."""
 
   prefix: str
 
@@ -74,7 +79,14 @@ class Probe:
 
 @dataclasses.dataclass
 class Run:
-  """One run folder, read whole."""
+  """The content of one run folder.
+
+  Attributes:
+    records: of metrics.jsonl by kind; `_NEEDED` lists the kinds.
+    finished: whether the run has finished.
+    broken: the step at which a number became NaN or infinite, and why; empty
+      if none did.
+  """
 
   folder: Path
   task: str
@@ -82,9 +94,9 @@ class Run:
   seed: int
   config: dict
   environment: dict
-  rows: dict[str, list[dict]]  # by kind, as in `_NEEDED`
+  records: dict[str, list[dict]]
   finished: bool
-  broken: dict  # step and why, where its numbers stopped being finite
+  broken: dict
 
   @property
   def label(self) -> str:
@@ -92,35 +104,42 @@ class Run:
 
   @property
   def final(self) -> dict:
-    return self.rows["eval"][-1] if self.rows["eval"] else {}
+    """The last "eval" record; empty if there is none."""
+    return self.records["eval"][-1] if self.records["eval"] else {}
 
   @property
   def final_dense(self) -> dict:
-    """Of a run that went sparse: its last weights with dense attention."""
-    return self.rows["dense_eval"][-1] if self.rows["dense_eval"] else {}
+    """The final weights evaluated with dense attention: the last "dense_eval"
+    record; empty if there is none."""
+    return self.records["dense_eval"][-1] if self.records["dense_eval"] else {}
 
   def get(self, path: str, default: Any = None) -> Any:
     """A config value by its dotted path."""
     return flatten(self.config).get(path, default)
 
   def speed(self) -> dict[str, float]:
-    """Median tokens a second of each phase, without its first row, which
-    holds the compilation."""
+    """Median tokens per second of each phase.
+
+    The first record of a phase is left out because its time includes what
+    compiling and warming up cost.
+    """
     phases: dict[str, list[float]] = {}
-    for row in self.rows["train"]:
-      if row["tokens_per_second"] is not None:
-        phases.setdefault(row["phase"], []).append(row["tokens_per_second"])
+    for record in self.records["train"]:
+      speed = record["tokens_per_second"]
+      if speed is not None:
+        phases.setdefault(record["phase"], []).append(speed)
     return {k: statistics.median(v[1:]) for k, v in phases.items() if v[1:]}
 
   def warmup(self) -> tuple[int, int] | None:
-    """Steps done before the warm-up and at its end."""
+    """The numbers of steps done before the warm-up and at its end; None for a
+    run without one."""
     length = self.get("recipe.index_warmup_steps")
     start = self.get("recipe.init_step") or 0
     return (start, start + length) if length else None
 
 
 def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
-  """Nested dicts as one, with dotted keys."""
+  """Nested dicts as one dict with dotted keys."""
   flat = {}
   for key, value in config.items():
     if isinstance(value, dict) and value:
@@ -137,11 +156,11 @@ def check_comparable(
 
   Args:
     configs: nested dicts, as in a run's config.json.
-    names: what to call them in the error's text.
+    names: the configs' names in the error's text.
 
   Returns:
-    (field, value of the first, value of the other) for every difference, all
-    of them in attention. A field that one side lacks has the value "absent".
+    (field, value of the first, value of the other) for every difference. A
+    field that one side lacks has the value "absent".
 
   Raises:
     ValueError: the configs differ in anything but attention; the text names
@@ -181,29 +200,31 @@ _NEEDED = {
 
 
 def _read_metrics(path: Path, finished: bool) -> dict[str, list[dict]]:
-  rows: dict[str, list[dict]] = {kind: [] for kind in _NEEDED}
+  records: dict[str, list[dict]] = {kind: [] for kind in _NEEDED}
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   for number, line in enumerate(lines, start=1):
-    # A run that is going on, or was killed, may have half a last line.
+    # The last line of a run in progress, or killed, may be incomplete.
     if not finished and number == len(lines) and not line.endswith("\n"):
       break
     try:
-      row = json.loads(line)
-      kind = row["kind"]
-      missing = [key for key in _NEEDED[kind] if key not in row]
+      record = json.loads(line)
+      kind = record["kind"]
+      missing = [key for key in _NEEDED[kind] if key not in record]
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
-        f"{path}, line {number}: not a metrics row ({error!r}): {line[:80]!r}"
+        f"{path}, line {number}: not a metrics record ({error!r}):"
+        f" {line[:80]!r}"
       ) from error
     if missing:
-      raise ValueError(f"{path}, line {number}: {kind} row lacks {missing}")
-    if rows[kind] and row["step"] <= rows[kind][-1]["step"]:
+      raise ValueError(f"{path}, line {number}: {kind} record lacks {missing}")
+    before = records[kind][-1]["step"] if records[kind] else -math.inf
+    if record["step"] <= before:
       raise ValueError(
-        f"{path}, line {number}: {kind} step {row['step']} follows step "
-        f"{rows[kind][-1]['step']}; steps must grow"
+        f"{path}, line {number}: {kind} step {record['step']} follows step "
+        f"{before}; steps must grow"
       )
-    rows[kind].append(row)
-  return rows
+    records[kind].append(record)
+  return records
 
 
 def _read_json(path: Path) -> dict:
@@ -214,7 +235,13 @@ def _read_json(path: Path) -> dict:
 
 
 def read_runs(folder: Path) -> list[Run]:
-  """Reads every run of a comparison: the baseline first, then as planned."""
+  """Reads every run of a comparison.
+
+  The baseline's runs come first; the others are in the order of the comparison.
+
+  Raises:
+    ValueError: the folder holds no runs, or a file is broken.
+  """
   runs = []
   for path in sorted(folder.glob("*/*/seed*")):
     seed = path.name.removeprefix("seed")
@@ -222,8 +249,9 @@ def read_runs(folder: Path) -> list[Run]:
     if not seed.isdigit() or not config:
       continue
     done = (path / "done.json").exists()
-    rows = _read_metrics(path / "metrics.jsonl", done)
-    # A thinned result holds what a task's runs share once (`thin`).
+    records = _read_metrics(path / "metrics.jsonl", done)
+    # In a thinned result the entries that all runs of a task share stand once,
+    # in the task's folder (see `thin`).
     environment = _read_json(path.parents[1] / "environment.json")
     environment |= _read_json(path / "environment.json")
     task, side = path.parts[-3:-1]
@@ -233,10 +261,10 @@ def read_runs(folder: Path) -> list[Run]:
         f"{path} must hold the run that its name says, its config.json is of "
         f"{[config.get(name) for name in wanted]}"
       )
-    finished = done and bool(rows["eval"])
+    finished = done and bool(records["eval"])
     broken = _read_json(path / "broken.json")
     about = (task, side, int(seed), config, environment)
-    runs.append(Run(path, *about, rows, finished, broken))
+    runs.append(Run(path, *about, records, finished, broken))
   if not runs:
     raise ValueError(
       f"comparison_folder {folder} holds no runs; wanted "
@@ -250,6 +278,7 @@ def read_runs(folder: Path) -> list[Run]:
 
 
 def group_by_side(runs: Iterable[Run]) -> dict[str, list[Run]]:
+  """The runs by side, in the order in which sides occur."""
   sides: dict[str, list[Run]] = {}
   for run in runs:
     sides.setdefault(run.side, []).append(run)
@@ -259,7 +288,7 @@ def group_by_side(runs: Iterable[Run]) -> dict[str, list[Run]]:
 def planned_runs(
   folder: Path, runs: Iterable[Run]
 ) -> list[tuple[str, str, int]]:
-  """(task, side, seed) of every run that the comparison should have."""
+  """(task, side, seed) of every run that the comparison plans or has."""
   runs = list(runs)
   saved = _read_json(folder / "comparison.json")
   sides = [(r["task"], r["side"]) for r in saved.get("runs", [])]
@@ -269,7 +298,7 @@ def planned_runs(
 
 
 def _without_seed(run: Run) -> dict:
-  """The run's config without what differs between the runs of a side."""
+  """The run's config without the fields in which the seeds of a side differ."""
   config = {**run.config, "seed": "any"}
   start = Path((config.get("recipe") or {}).get("init_from") or "")
   if start.name == f"seed{run.seed}":
@@ -278,15 +307,20 @@ def _without_seed(run: Run) -> dict:
 
 
 def check_runs(runs: list[Run]) -> dict[str, dict[str, tuple[Any, Any]]]:
-  """Refuses the runs of one task if they are not comparable.
+  """Checks that the runs of one task may be compared.
 
-  Returns for each side the attention fields it sets otherwise than the first
-  side does: (the first's value, its own).
+  Returns:
+    For each side the fields in which it differs from the first side, with
+    (the first side's value, its own value).
+
+  Raises:
+    ValueError: the configs differ in more than attention, the seeds of a side
+      differ in their config, or the data differ.
   """
   first = runs[0]
   different: dict[str, dict[str, tuple[Any, Any]]] = {}
   for run in runs:
-    # The sides are paired by seed later.
+    # Seeds may differ here, because sides are paired by seed later.
     pair = [_without_seed(first), _without_seed(run)]
     fields = {
       field: (a, b)
@@ -313,7 +347,7 @@ def check_runs(runs: list[Run]) -> dict[str, dict[str, tuple[Any, Any]]]:
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
-  """Student-t 95 % interval of the mean; None below two values."""
+  """Student-t 95 % interval of the mean; None for fewer than two values."""
   if len(values) < 2:
     return None
   half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
@@ -324,8 +358,11 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
 def paired_runs(
   sides: dict[str, list[Run]],
 ) -> dict[str, list[tuple[Run, Run]]]:
-  """Of each other side, (baseline, side) runs of the seeds that both have
-  finished; nothing without a baseline."""
+  """Pairs of runs (baseline, side) for each side other than the baseline.
+
+  There is a pair for every seed that both sides have finished. Without a
+  baseline there are no pairs.
+  """
   if BASELINE not in sides:
     return {}
   base = {r.seed: r for r in sides[BASELINE] if r.finished}
@@ -337,7 +374,7 @@ def paired_runs(
 
 
 def speeds(runs: list[Run]) -> dict[str, list[float]]:
-  """`Run.speed` of all runs, by phase."""
+  """`Run.speed` of each run, by phase."""
   phases: dict[str, list[float]] = {}
   for run in runs:
     for phase, speed in run.speed().items():
@@ -348,8 +385,12 @@ def speeds(runs: list[Run]) -> dict[str, list[float]]:
 def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
   """Side minus baseline after training, paired by seed.
 
-  Percent is relative to the baseline of the same seed, and is left out for
-  metrics that are a percentage themselves.
+  Percentages are relative to the baseline of the same seed. Only bits per byte
+  have them.
+
+  Raises:
+    ValueError: the runs of a pair were evaluated on different numbers of
+      batches or at different steps.
   """
   for a, b in pairs:
     lengths = [len(r.final["batch_loss"]) for r in (a, b)]
@@ -361,7 +402,7 @@ def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
       )
   base = [a.final[metric.key] for a, _ in pairs]
   values = [b.final[metric.key] - x for (_, b), x in zip(pairs, base)]
-  # A share of a loss that nears 0 says nothing.
+  # The loss of answers can come close to 0, where a percentage means nothing.
   relative = metric.key == "bits_per_byte"
   percents = [100 * v / x for v, x in zip(values, base) if relative]
   return {
@@ -385,8 +426,9 @@ def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
 def _batch_interval(
   pairs: list[tuple[Run, Run]],
 ) -> tuple[float, float] | None:
-  """95 % interval of one pair's gap over held-out batches, in percent of the
-  baseline's loss; None for more pairs, whose interval is over seeds."""
+  """95 % interval of a gap over held-out batches, in percent of the baseline's
+  loss. It is given for a single pair only; with more, the interval is over
+  seeds."""
   if len(pairs) != 1:
     return None
   ((base, run),) = pairs
@@ -401,20 +443,22 @@ def _batch_interval(
 def gaps_by_distance(
   pairs: list[tuple[Run, Run]], probe: Probe
 ) -> list[dict[str, Any]]:
-  """Answers right of baseline and side in each octave of distance, over seeds.
+  """Shares of right answers of baseline and side, in each octave of distance
+  and over all seeds.
 
-  "error" is the standard error of the difference as if the two had been asked
-  for different facts. They are asked for the same, so it is an upper bound.
+  "error" is the standard error of the difference of two shares that come from
+  different facts. The sides are asked for the same facts, so the true error is
+  smaller.
   """
-  rows: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
+  bins: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
   for pair in pairs:
     for a, b in zip(*(run.final[probe.by_distance] for run in pair)):
       place = (a["low"], a["high"])
-      rows.setdefault(place, []).append(
+      bins.setdefault(place, []).append(
         (a["accuracy"], b["accuracy"], a["count"])
       )
   found = []
-  for (low, high), values in rows.items():
+  for (low, high), values in bins.items():
     count = sum(n for *_, n in values)
     base, side = (sum(v[i] * v[2] for v in values) / count for i in (0, 1))
     spread = base * (1 - base) + side * (1 - side)
@@ -435,15 +479,19 @@ def gaps_by_distance(
 def gaps_by_position(
   against: dict[str, list[tuple[Run, Run]]],
 ) -> dict[str, list[dict[str, Any]]]:
-  """Loss of the baseline after training by how many tokens come before, and
-  each side's difference, as trained and with dense attention.
+  """Loss after training by the number of tokens before the query.
 
-  Means over the seeds that all sides have measured, so that one baseline serves
-  them; sides that never measured are left out. "by_seed": the difference in
-  each seed; "dense_difference": None where a seed was not read densely.
+  All numbers are means over the same seeds, those that every side has measured.
+  Sides that measured in no seed are left out.
 
   Args:
-    against: as `paired_runs` gives them.
+    against: pairs of runs, as `paired_runs` returns them.
+
+  Returns:
+    For each side a list of bins low <= tokens < high. "baseline" is the
+    baseline's loss, "difference" the side's loss minus that, "by_seed" the same
+    for each seed, and "dense_difference" the same for the side's weights with
+    dense attention (None if a seed was not evaluated with it).
   """
   key = "loss_by_position"
   measured = {
@@ -465,16 +513,22 @@ def gaps_by_position(
 
 
 def _places(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
-  """The rows of a side: (baseline, side, side read densely) by seed."""
+  """The bins of a side.
+
+  Args:
+    finals: for each seed the final records of the baseline, of the side, and of
+      the side with dense attention.
+    key: of the bins in a record.
+  """
 
   def losses(i: int) -> np.ndarray:
-    """[seed, place]"""
-    return np.array([[x["loss"] for x in row[i][key]] for row in finals])
+    """[seed, bin]"""
+    return np.array([[x["loss"] for x in seed[i][key]] for seed in finals])
 
   base = losses(0)
   apart = losses(1) - base
   dense: Any = [None] * base.shape[1]
-  if all(key in row for *_, row in finals):
+  if all(key in record for *_, record in finals):
     dense = (losses(2) - base).mean(0).tolist()
   return [
     {
@@ -495,19 +549,21 @@ def _places(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
 def recall_beyond(
   runs: list[Run], local: int, probe: Probe
 ) -> tuple[float, int] | None:
-  """Share of right answers at distances beyond `local`, and their number."""
+  """Share of right answers at distances of `local` and more, and the number of
+  answers; None if there are none."""
   bins = [
-    (row["accuracy"], row["count"])
+    (found["accuracy"], found["count"])
     for run in runs
     if run.finished
-    for row in run.final.get(probe.by_distance) or []
-    if row["low"] >= local and row["count"]
+    for found in run.final.get(probe.by_distance) or []
+    if found["low"] >= local and found["count"]
   ]
   count = sum(n for _, n in bins)
   return (sum(a * n for a, n in bins) / count, count) if count else None
 
 
 def chance_of(run: Run) -> float | None:
+  """Accuracy of guessing a fact's value; None for text."""
   data = run.environment.get("data") or {}
   if data.get("chance") is not None:
     return data["chance"]
@@ -516,7 +572,8 @@ def chance_of(run: Run) -> float | None:
 
 
 def token_budget(sides: dict[str, list[Run]]) -> tuple[int, int] | None:
-  """(tokens always local, tokens a query may read) of the first sparse side."""
+  """(tokens of the local blocks, tokens that a query attends to) of the first
+  sparse side; None without one."""
   for side, runs in sides.items():
     index = [
       runs[0].get(f"model.index.{k}")
@@ -528,7 +585,7 @@ def token_budget(sides: dict[str, list[Run]]) -> tuple[int, int] | None:
 
 
 def probes_of(finals: Iterable[dict]) -> list[Probe]:
-  """The kinds of retrieval that eval rows tell of."""
+  """The kinds of retrieval that "eval" records report."""
   names = {
     key.removesuffix("by_distance"): None
     for final in finals
@@ -539,7 +596,7 @@ def probes_of(finals: Iterable[dict]) -> list[Probe]:
 
 
 def metrics_of(finals: list[dict]) -> list[Metric]:
-  """What a task is judged by, the most telling first."""
+  """The metrics by which a task is judged, the most important first."""
   answers = [probe.accuracy for probe in probes_of(finals)]
   if any(f.get("bits_per_byte") is not None for f in finals):
     return [BITS, *answers]

@@ -1,6 +1,7 @@
-"""The report's tables: rows of named cells, from runs read back.
+"""The tables of a report.
 
-`sides` maps a side's name to its runs in one task.
+A table is a list of table rows, each a dict from column names to text. `sides`
+maps a side's name to its runs of one task.
 """
 
 import math
@@ -25,6 +26,7 @@ def bytes_text(value: float | None) -> str:
 
 
 def spread(values: Sequence[float], digits: int) -> str:
+  """Mean ± standard deviation."""
   if not values:
     return "–"
   text = f"{statistics.fmean(values):.{digits}f}"
@@ -38,7 +40,7 @@ def _column(metric: Metric) -> str:
 
 
 def _spread_of(finals: Sequence[dict], metric: Metric) -> str:
-  """Of a metric over eval rows."""
+  """`spread` of a metric over "eval" records."""
   values = [final[metric.key] * metric.scale for final in finals]
   return spread(values, metric.digits)
 
@@ -46,15 +48,15 @@ def _spread_of(finals: Sequence[dict], metric: Metric) -> str:
 def performance_rows(
   sides: dict[str, list[Run]], metrics: list[Metric]
 ) -> Rows:
-  """One row a side for the table of results, speed, memory and size."""
+  """Results, speed, memory and size: one table row for each side."""
   rows = []
   for side, runs in sides.items():
     done = [r for r in runs if r.finished]
     peaks = [
-      row["peak_bytes"]
+      record["peak_bytes"]
       for r in runs
-      for row in r.rows["train"]
-      if row.get("peak_bytes")
+      for record in r.records["train"]
+      if record.get("peak_bytes")
     ]
     size = runs[0].environment.get("parameters") or {}
     index = size.get("index", 0)
@@ -81,8 +83,10 @@ def performance_rows(
 
 
 def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
-  """What choosing blocks costs after training: each side's last weights as
-  trained and with dense attention, means over the seeds that have both."""
+  """Metrics of each side's final weights, with sparse and with dense attention.
+
+  They are means over the seeds that were evaluated both ways.
+  """
   rows = []
   for side, runs in sides.items():
     pairs = [
@@ -100,8 +104,8 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
 
 
 def choice_rows(sides: dict[str, list[Run]], probes: Sequence[Probe]) -> Rows:
-  """Answers where a layer's chosen blocks held the fact and where not, of the
-  finished runs that counted them."""
+  """Right answers by whether a layer chose the block of the fact, summed over
+  the finished runs that counted them."""
   rows = []
   for side, runs in sides.items():
     for probe in probes:
@@ -133,34 +137,43 @@ def _share(part: int, whole: int) -> str:
   return f"{100 * part / whole:.1f} % of {whole:,}" if whole else "–"
 
 
-def speed_rows(rows: list[dict]) -> Rows:
-  """speed.json's rows, the baseline's time over each one's beside them."""
-  base = {r["context"]: r["step_ms"] for r in rows if r["side"] == BASELINE}
+def speed_rows(records: list[dict]) -> Rows:
+  """The records of speed.json, with the speed-up over the baseline.
+
+  Args:
+    records: as under "rows" in speed.json.
+  """
+  base = {r["context"]: r["step_ms"] for r in records if r["side"] == BASELINE}
   shown = []
-  for row in sorted(rows, key=lambda row: row["context"]):
-    dense = base.get(row["context"])
+  for record in sorted(records, key=lambda record: record["context"]):
+    dense = base.get(record["context"])
     shown.append(
       {
-        "context": f"{row['context']:,}",
-        "rows": str(row["batch_size"]),
-        "trained steps": f"{row['trained_steps']:,}",
-        "side": side_name(row["side"]),
-        "phase": row["phase"].replace("warmup", "warm-up"),
-        "step, ms": f"{row['step_ms']:,.1f}",
+        "context": f"{record['context']:,}",
+        "rows": str(record["batch_size"]),
+        "trained steps": f"{record['trained_steps']:,}",
+        "side": side_name(record["side"]),
+        "phase": record["phase"].replace("warmup", "warm-up"),
+        "step, ms": f"{record['step_ms']:,.1f}",
         "against " + side_name(BASELINE): (
-          f"{dense / row['step_ms']:.2f}x" if dense else "–"
+          f"{dense / record['step_ms']:.2f}x" if dense else "–"
         ),
-        "tokens/s": f"{row['tokens_per_second']:,.0f}",
-        "MFU": "–" if row["mfu"] is None else f"{100 * row['mfu']:.1f} %",
-        "peak memory": bytes_text(row["peak_bytes"]),
+        "tokens/s": f"{record['tokens_per_second']:,.0f}",
+        "MFU": "–" if record["mfu"] is None else f"{100 * record['mfu']:.1f} %",
+        "peak memory": bytes_text(record["peak_bytes"]),
       }
     )
   return shown
 
 
 def distance_rows(found: dict[str, list[dict]]) -> Rows:
-  """Answers right by octave of distance, and each side's difference."""
-  found = {side: rows for side, rows in found.items() if rows}
+  """Right answers of the baseline by octave of distance, and each side's
+  difference from them.
+
+  Args:
+    found: for each side the bins of `runs.gaps_by_distance`.
+  """
+  found = {side: bins for side, bins in found.items() if bins}
   shown = []
   for bins in zip(*found.values(), strict=True):
     first = bins[0]
@@ -177,8 +190,8 @@ def distance_rows(found: dict[str, list[dict]]) -> Rows:
   return shown
 
 
-# What a side of an ablation changes, and what the paper saw. The paper gives no
-# number for most.
+# What each ablation changes, and what the paper reports of it. For most the
+# paper gives no number.
 _ABLATIONS = {
   "no_warmup": ("sparse from the first step", "worse"),
   "input_not_detached": (
@@ -208,14 +221,15 @@ METHOD = "msa"
 
 
 def ablation(side: str) -> tuple[str, str] | None:
-  """What an ablation's side changes and what the paper saw; None for others."""
+  """What an ablation changes, and what the paper reports of it; None for a side
+  that is no ablation."""
   if size := re.fullmatch(r"block_(\d+)", side):
     return f"blocks of {size[1]}, as many keys", "equal"
   return _ABLATIONS.get(side)
 
 
 def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
-  """Each ablation beside the paper's finding: its gap to the method."""
+  """Each ablation's gap to the method, beside the paper's finding."""
   method = {METHOD: sides.get(METHOD, [])}
   rows = []
   for side, runs in sides.items():
@@ -234,12 +248,12 @@ def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
       [
         statistics.fmean(found)
         for r in runs
-        if r.finished and r.rows["layers"] and (found := _last(r, key))
+        if r.finished and r.records["layers"] and (found := _last(r, key))
       ]
       for key in ("score_recall", "best_score_recall")
     )
     row["score recall"] = spread(shares, 3)
-    # Means of other seeds could not stand side by side.
+    # The two means can be compared only if they are over the same seeds.
     same = len(best) == len(shares)
     row["best score recall"] = spread(best if same else [], 3)
     broken = [r for r in runs if r.broken and not r.finished]
@@ -251,8 +265,8 @@ def ablation_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
 
 
 def _last(run: Run, key: str) -> list[float]:
-  """A number of each layer after training, where there is one."""
-  values = (x.get(key) for x in run.rows["layers"][-1]["layers"])
+  """A number of each layer after training, without layers that lack it."""
+  values = (x.get(key) for x in run.records["layers"][-1]["layers"])
   return [x for x in values if x is not None and math.isfinite(x)]
 
 
@@ -274,21 +288,21 @@ def _short_gap(found: dict, metric: Metric) -> str:
 def layer_rows(sides: dict[str, list[Run]]) -> Rows:
   """Recalls of each MSA layer after training, mean over finished runs.
 
-  Score recall stands beside the best that as many blocks could have, in the
-  sides that measured it.
+  Beside the score recall stands the highest one that a choice of as many blocks
+  could have, for runs that measured it.
   """
   rows = []
   for side, runs in sides.items():
     last = [
-      r.rows["layers"][-1]["layers"]
+      r.records["layers"][-1]["layers"]
       for r in runs
-      if r.finished and r.rows["layers"]
+      if r.finished and r.records["layers"]
     ]
     if not last:
       continue
 
     def means(key: str, last=last) -> np.ndarray:
-      """Of each layer, then of all; NaN where a run lacks it."""
+      """The mean of each layer, then of all layers; NaN if a run lacks it."""
       values = [[x.get(key) for x in layers] for layers in last]
       layers = np.array(values, float).mean(0)
       return np.array([*layers, layers.mean()])
@@ -309,7 +323,7 @@ def layer_rows(sides: dict[str, list[Run]]) -> Rows:
 
 
 def _without_empty(rows: Rows, names: Sequence[str]) -> Rows:
-  """The rows without those of the named columns that tell nothing."""
+  """The table rows without those of the named columns that are empty."""
   empty = {n for n in names if all(row[n] == "–" for row in rows)}
   return [{k: v for k, v in row.items() if k not in empty} for row in rows]
 
@@ -318,7 +332,8 @@ _SHARING = ("union8", "first_block", "previous_block", "kept")
 
 
 def sharing_rows(sides: dict[str, list[Run]]) -> Rows:
-  """How much neighbouring queries share, layer by layer, of saved choices."""
+  """How much the choices of neighbouring queries have in common, for each layer
+  of a side's first run that saved its choices."""
   rows = []
   for side, runs in sides.items():
     saved = (r for r in runs if (r.folder / "selection.npz").exists())
