@@ -1,7 +1,8 @@
 """One step of decoding on a Hopper GPU: choose blocks of a cache, then attend.
 
 For each batch row b, the T queries are its newest tokens, at positions
-kv_lengths[b] - T + t. For query t and group g (arXiv 2606.13392):
+kv_lengths[b] - T + t. For query t and group g (arXiv 2606.13392, Index Branch
+and Main Branch):
 
   s(j) = index_q[t, g] . index_k[j]       float32, visible keys j only
   block score = max of s over the block's visible keys
@@ -9,41 +10,52 @@ kv_lengths[b] - T + t. For query t and group g (arXiv 2606.13392):
            then the blocks of highest score; ties go to the lower id
   out = softmax(scale q.k) v over the visible tokens of the chosen blocks
 
-With fp8 index keys, one float32 scale a key, index_q is rounded to e4m3 in the
-kernel: s(j) = index_k_scale[j] (e4m3(index_q / qs) . index_k[j]) qs, where
-qs = max |index_q| / 448 of that query and group.
+With fp8 index keys, which have one float32 scale a key, the kernel rounds
+index_q to e4m3: s(j) = index_k_scale[j] (e4m3(index_q / qs) . index_k[j]) qs,
+where qs = max |index_q| / 448 of that query and group.
 
-Two launches:
+Two launches. Below, a *query* is one (token, group) of a batch row: it has one
+index query and G heads.
 
-* **scan** reads the index keys once for all T x K rows. Their tiles are
-  numbered row after row of the batch, and each CTA gets an equal, contiguous
-  share of them, so ragged batches balance. Warpgroup roles:
-    copy    fills a ring of key tiles by TMA; all shared memory is in flight.
-    score   (two) wgmma of the index queries, padded to 64 rows, with a tile.
-            Queries are the M side: the maximum over a block's keys is then
-            taken inside a warp. The tensor cores have time for the padding.
-    choose  keeps each row's best blocks in registers, one row a thread, and
-            leaves them as a sorted list for every share.
-* **attend** has a CTA for each (batch row, token, group) and split. All splits
-  merge the same lists (32 lanes hold up to five lists each, one each if a row
-  has no more; the best head is popped until P blocks are found), then each
-  attends to its part of the blocks: one warpgroup merges lists and copies, the
-  other one computes. The splits of a row wait for each other's partial results,
-  and each warpgroup merges some of the heads, in a fixed order.
+* **scan** reads the index keys once for all T x K queries of a batch row. The
+  tiles of 128 keys are numbered through all batch rows, and each CTA owns an
+  equal, contiguous share of them, so batches of unequal lengths balance.
+  Warpgroup roles:
+    copy    fills a ring of key tiles by TMA; the ring takes all SMEM.
+    score   (two) wgmma of the index queries, padded to 64 MMA rows, with a
+            tile of keys. The queries are the M side, because then the maximum
+            over a block's keys stays inside a warp. The tensor cores have time
+            to spare for the padding.
+    choose  keeps each query's best blocks in registers, one query a thread, and
+            writes them as one sorted list for each share and batch row.
+* **attend** has a CTA for each query and *split*: a split is a part of the
+  query's chosen blocks. Each CTA merges the same lists (32 lanes hold up to
+  five lists each, or one each if there are no more; the best first entry is
+  popped until P blocks are found) and attends to its own blocks. One warpgroup
+  merges lists and copies K and V, the other one computes. The splits of a query
+  wait for each other's partial results, and then each warpgroup merges some of
+  the heads, in a fixed order.
 
-The wait inside attend needs the splits of a row on the GPU at the same time.
-They are there, as anything split has no more CTAs than multiprocessors; where
-`Config.splits` asks for more, a third launch merges instead.
+Waiting inside attend requires that all splits of a query run at the same time.
+They do: a query is split only while there are no more CTAs than SMs. If
+`Config.splits` asks for more, a third launch (**merge**) merges instead.
 
 Bound: reading the index keys (256 bytes a token in bf16, 132 in fp8), then
-2 P block_size D elements of K and V a group, both from memory. Shared memory at
-I = D = 128: scan 32 KiB of queries (48 with fp8 keys) and the rest tiles,
-attend 16 KiB of queries, K and V blocks of 64 KiB, 16 or 32 KiB of results.
+2 P block_size D elements of K and V for each query, both from memory.
 
-Slots from kv_lengths[b] on do not exist: what they hold, NaN included, changes
-nothing. A visible NaN or infinity in q, k or v makes its query's rows NaN; a
-block whose index scores hold NaN is not chosen unless forced. Capacities that
-are no multiple of 8 are padded by a copy on every call. There is no gradient.
+SMEM at I = D = 128: scan 32 KiB of queries (48 with fp8 keys) and tiles in all
+the rest; attend 16 KiB of queries, K and V blocks of 64 KiB, 16 or 32 KiB of
+results.
+
+Slots of the cache from kv_lengths[b] on do not exist: whatever they hold, NaN
+included, changes nothing. A visible NaN or infinity in q, k or v makes the
+output of its query NaN. A block whose index scores hold NaN is not chosen
+unless it is forced. A capacity that is no multiple of 8 is padded by a copy in
+every call.
+
+Not supported: gradients; what `mosaic.check_supported` and
+`mosaic.check_decode_supported` refuse; so many index queries that scan does not
+fit SMEM.
 """
 
 from __future__ import annotations
@@ -66,19 +78,19 @@ from pallas_kernels import mosaic
 from pallas_kernels.select_blocks import sort_network
 
 ACC = plgpu.WGMMAAccumulatorRef
-ROWS = 64  # of a wgmma tile
-FLOOR = -1e30  # below any score; keeps (-inf) - (-inf) out of the softmax
+ROWS = 64  # MMA rows of a wgmma tile
+FLOOR = -1e30  # below any score; avoids (-inf) - (-inf) in the softmax
 LOWEST = float(jnp.finfo(jnp.float32).min)
 NO_KEY = -(1 << 31)
 NO_BLOCK = (1 << 31) - 1
 FP8 = jnp.float8_e4m3fn
 FP8_MAX = 448.0
-MERGE_SLOTS = 16  # longest list of which a lane holds five in registers
+MERGE_SLOTS = 16  # longest lists of which a lane can hold five in registers
 STEP_KEYS = 128  # index keys of a tile
-SCORERS = 2  # warpgroups that score, which take turns
+SCORERS = 2  # score warpgroups, which alternate between tiles
 LANES = 32  # of a warp
-LENGTHS_AT_ONCE = 32  # of batch rows, read side by side
-MERGE_ROUNDS = 5  # blocks found before the lists in registers are cut shorter
+LENGTHS_AT_ONCE = 32  # batch rows whose lengths are read at once
+MERGE_ROUNDS = 5  # blocks to find before the lists in registers are shortened
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,11 +98,12 @@ class Config:
   """Tile sizes and shares; the result changes by rounding only.
 
   Attributes:
-    stages: tiles in flight, an even number; 0 takes what shared memory holds.
-    unit: tokens of an attention step, 64 or block_size; 0 lets the number of
-      rows decide.
-    splits: most CTAs that share a row's blocks; 0 fills the GPU.
-    num_ctas: of scan; 0 takes the number of multiprocessors.
+    stages: key tiles in flight, an even number; 0 takes as many as SMEM holds.
+    unit: tokens of an attention step, 64 or block_size; 0 derives it from the
+      number of queries.
+    splits: upper bound on the CTAs that share a query's blocks; 0 fills the
+      GPU.
+    num_ctas: CTAs of scan; 0 takes the number of SMs.
   """
 
   stages: int = 0
@@ -104,12 +117,12 @@ class Config:
 
 
 def heuristic_config() -> Config:
-  """The configuration used when none is given."""
+  """The config used when none is given."""
   return Config()
 
 
 def candidate_configs() -> tuple[Config, ...]:
-  """Configurations worth timing, for tests and tuning."""
+  """Configs that are worth timing; every one of them is tested."""
   return (
     Config(),
     Config(stages=4),
@@ -119,8 +132,8 @@ def candidate_configs() -> tuple[Config, ...]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-  """Static sizes of one call."""
+class KernelParams:
+  """Static parameters of one call."""
 
   batch: int
   tokens: int
@@ -131,7 +144,7 @@ class Shape:
   capacity: int
   block_size: int
   top_k: int
-  local_blocks: int  # forced ones, at most what P and the capacity allow
+  local_blocks: int  # forced blocks, at most what P and the capacity allow
   scale_log2: float
   dtype: jnp.dtype
   index_dtype: jnp.dtype  # of index_q
@@ -145,23 +158,23 @@ class Shape:
 
   @property
   def slots(self) -> int:
-    """Blocks that are chosen by score."""
+    """Choice slots that are filled by score: length of a list."""
     return min(self.top_k, self.num_blocks) - self.local_blocks
 
   @property
-  def rows(self) -> int:
-    """Index queries of a batch row."""
+  def queries(self) -> int:
+    """Queries of a batch row: T x K."""
     return self.tokens * self.num_kv_heads
 
   @property
-  def list_rows(self) -> int:
-    """`rows`, rounded up to what the choosing registers are laid out for."""
-    return max(8, 1 << (self.rows - 1).bit_length())
+  def list_queries(self) -> int:
+    """`queries`, rounded up to a size that the choose registers can have."""
+    return max(8, 1 << (self.queries - 1).bit_length())
 
   @property
-  def tile_rows(self) -> int:
-    """`rows`, padded for wgmma."""
-    return max(ROWS, self.list_rows)
+  def padded_queries(self) -> int:
+    """`queries`, padded to MMA rows."""
+    return max(ROWS, self.list_queries)
 
   @property
   def fp8(self) -> bool:
@@ -173,52 +186,52 @@ class Shape:
 
   @property
   def window(self) -> int:
-    """Lists that are merged at once: as many as one batch row can have."""
+    """Lists that are merged at once: as many as one batch row may have."""
     width = LANES if self.slots <= MERGE_SLOTS else 128
     return pl.cdiv(self.scan_ctas, width) * width
 
   @property
   def num_lists(self) -> int:
-    """Lists of all shares, and a window's worth of space behind them."""
+    """Lists of all shares, plus one window, which reads may reach beyond."""
     return self.scan_ctas + self.batch - 1 + self.window
 
   @property
   def heads(self) -> int:
-    """Rows of q and out that are copied at once: a swizzle tile has 8."""
+    """Heads of q and out that are copied at once: a swizzle tile has 8 rows."""
     return max(8, self.group_size)
 
   @property
-  def attend_rows(self) -> int:
-    return self.batch * self.rows
+  def all_queries(self) -> int:
+    return self.batch * self.queries
 
   @property
   def unit(self) -> int:
     """Tokens of an attention step."""
     if self.config.unit:
       return min(self.config.unit, self.block_size)
-    # Half blocks where there are too few blocks for the multiprocessors.
-    few = 2 * self.attend_rows * self.top_k <= mosaic.num_sms()
+    # Half blocks if there are too few whole ones for all SMs.
+    few = 2 * self.all_queries * self.top_k <= mosaic.num_sms()
     return 64 if few else self.block_size
 
   @property
   def units(self) -> int:
-    """Attention steps of a row."""
+    """Attention steps of a query."""
     return self.top_k * (self.block_size // self.unit)
 
   @property
-  def share(self) -> int:
+  def split_units(self) -> int:
     """Attention steps of a split."""
-    most = self.config.splits or mosaic.num_sms() // self.attend_rows
+    most = self.config.splits or mosaic.num_sms() // self.all_queries
     return pl.cdiv(self.units, min(max(most, 1), self.units))
 
   @property
   def splits(self) -> int:
-    return pl.cdiv(self.units, self.share)
+    return pl.cdiv(self.units, self.split_units)
 
   @property
   def separate_merge(self) -> bool:
     """Whether a kernel of its own merges the splits."""
-    fits = self.attend_rows * self.splits <= mosaic.num_sms()
+    fits = self.all_queries * self.splits <= mosaic.num_sms()
     return self.splits > 1 and (self.interpret or not fits)
 
 
@@ -226,10 +239,10 @@ class Shape:
 
 
 def _lanes(width: int) -> Any:
-  """A layout of vectors of any multiple of `width` elements.
+  """Register layout of vectors of a multiple of `width` elements.
 
-  Up to 32: each warp holds the whole vector, one element a lane. 64 and more:
-  one element a thread of two or four warps.
+  Up to a width of 32, each warp holds the whole vector, one element a lane.
+  From 64 on, two or four warps hold one element a thread.
   """
   warps = max(1, min(width, 128) // 32)
   lanes = min(width, 32)
@@ -256,28 +269,31 @@ def _over_columns(x, width: int):
   return lax.broadcast_in_dim(x, (x.shape[0], width), [0])
 
 
-# ---- Which CTA scans what ----
+# ---- Which CTA scans which tiles ----
 
 
-def _tiles_of(length, s: Shape):
-  """Tiles that hold a block which some query of the batch row may choose."""
+def _tiles_of(length, s: KernelParams):
+  """Number of tiles with blocks that a query of the batch row may choose."""
   length = jnp.clip(length, 0, s.capacity)
-  # Of the last query; the own block of an empty row is -1.
+  # The last query's own block; -1 in an empty batch row.
   own = lax.div(length + s.block_size - 1, s.block_size) - 1
   limit = jnp.clip(own + 1 - s.local_blocks, 0, s.num_blocks)
   return lax.div(limit * s.block_size + STEP_KEYS - 1, STEP_KEYS)
 
 
-def _fold_rows(lengths_gmem, s: Shape, update: Callable, carry: Any) -> Any:
-  """update(b, tiles of b, carry) over the batch."""
+def _fold_rows(
+  lengths_gmem, s: KernelParams, update: Callable, carry: Any
+) -> Any:
+  """Folds update(b, tiles of b, carry) over the batch rows b."""
   chunk = min(s.batch, LENGTHS_AT_ONCE)
 
   def run(i, carry):
-    rows = [i * chunk + j for j in range(chunk)]
+    batch_rows = [i * chunk + j for j in range(chunk)]
     tiles = [
-      _tiles_of(lengths_gmem[jnp.minimum(b, s.batch - 1)], s) for b in rows
+      _tiles_of(lengths_gmem[jnp.minimum(b, s.batch - 1)], s)
+      for b in batch_rows
     ]
-    for b, count in zip(rows, tiles, strict=True):
+    for b, count in zip(batch_rows, tiles, strict=True):
       carry = update(b, jnp.where(b < s.batch, count, 0), carry)
     return carry
 
@@ -287,16 +303,26 @@ def _fold_rows(lengths_gmem, s: Shape, update: Callable, carry: Any) -> Any:
   return lax.fori_loop(0, chunks, run, carry)
 
 
-def _total_tiles(lengths_gmem, s: Shape):
+def _total_tiles(lengths_gmem, s: KernelParams):
   return _fold_rows(
     lengths_gmem, s, lambda _, tiles, total: total + tiles, jnp.int32(0)
   )
 
 
-def _each_segment(lengths_gmem, cta, s: Shape, body: Callable) -> Any:
-  """Runs body(b, first tile of b, tiles, steps before) over a CTA's share.
+def _each_segment(lengths_gmem, cta, s: KernelParams, body: Callable) -> Any:
+  """Runs body for each batch row that a CTA's share of the tiles touches.
 
-  Returns the number of all steps. Roles that call this agree on the steps.
+  All warpgroup roles call this and so agree on the numbering of steps.
+
+  Args:
+    lengths_gmem: kv_lengths.
+    cta: index of the CTA.
+    s: static parameters.
+    body: called with the batch row, the first tile of it in the share, the
+      number of tiles, and the number of steps (tiles) before it.
+
+  Returns:
+    The number of steps of the share.
   """
   total = _total_tiles(lengths_gmem, s)
   share, extra = lax.div(total, s.scan_ctas), lax.rem(total, s.scan_ctas)
@@ -330,27 +356,27 @@ def _each_segment(lengths_gmem, cta, s: Shape, body: Callable) -> Any:
   return steps
 
 
-def _lists_of(lengths_gmem, b, s: Shape):
+def _lists_of(lengths_gmem, b, s: KernelParams):
   """First list and number of lists that hold a batch row's best blocks.
 
-  CTA c leaves batch row b's list at c + b: going through the shares, every next
-  list has a higher c or a higher b.
+  CTA c writes its list of batch row b to index c + b. These indices differ,
+  because from one list to the next either c or b grows.
   """
   total = _total_tiles(lengths_gmem, s)
   share, extra = lax.div(total, s.scan_ctas), lax.rem(total, s.scan_ctas)
 
-  def find(row, tiles, carry):
+  def find(one, tiles, carry):
     before, mine = carry
     return (
-      before + jnp.where(row < b, tiles, 0),
-      jnp.where(row == b, tiles, mine),
+      before + jnp.where(one < b, tiles, 0),
+      jnp.where(one == b, tiles, mine),
     )
 
   before, tiles = _fold_rows(
     lengths_gmem, s, find, (jnp.int32(0), jnp.int32(0))
   )
 
-  def owner(tile):
+  def cta_of(tile):
     large = extra * (share + 1)
     return jnp.where(
       tile < large,
@@ -358,15 +384,15 @@ def _lists_of(lengths_gmem, b, s: Shape):
       extra + lax.div(tile - large, jnp.maximum(share, 1)),
     )
 
-  first = owner(before)
-  count = owner(before + tiles - 1) - first + 1
+  first = cta_of(before)
+  count = cta_of(before + tiles - 1) - first + 1
   return first + b, jnp.where(tiles > 0, count, 0)
 
 
 # ---- Scores and lists ----
 
 
-def _scan_scratch(s: Shape) -> dict[str, Any]:
+def _scan_scratch(s: KernelParams) -> dict[str, Any]:
   """Shared memory and barriers of scan."""
   size = jnp.dtype(s.key_dtype).itemsize
   swizzle = min(s.index_dim * size, 128)
@@ -375,10 +401,10 @@ def _scan_scratch(s: Shape) -> dict[str, Any]:
     plgpu.SwizzleTransform(swizzle),  # pyright: ignore
   )
   blocks = STEP_KEYS // s.block_size
-  q_shape = (SCORERS, s.tile_rows, s.index_dim)
+  q_shape = (SCORERS, s.padded_queries, s.index_dim)
   stage_bytes = STEP_KEYS * s.index_dim * size
-  stage_bytes += blocks * s.tile_rows * 4
-  # Barriers, and the alignment of all buffers to 1 KiB.
+  stage_bytes += blocks * s.padded_queries * 4
+  # The last term is for barriers and the alignment of buffers to 1 KiB.
   fixed = math.prod(q_shape) * jnp.dtype(s.index_dtype).itemsize + 1536
   if s.fp8:
     stage_bytes += STEP_KEYS * 4
@@ -388,7 +414,7 @@ def _scan_scratch(s: Shape) -> dict[str, Any]:
   if stages < SCORERS:
     raise NotImplementedError(
       "mosaic_gpu decode_attention does not fit shared memory with"
-      f" {s.rows} index queries a row"
+      f" {s.queries} index queries a batch row"
     )
   scratch = dict(
     q_smem=plgpu.SMEM(q_shape, s.index_dtype, transforms=mosaic.OPERAND),
@@ -397,7 +423,7 @@ def _scan_scratch(s: Shape) -> dict[str, Any]:
       s.key_dtype,
       transforms=transforms,
     ),
-    max_smem=plgpu.SMEM((stages, blocks, s.tile_rows), jnp.float32),
+    max_smem=plgpu.SMEM((stages, blocks, s.padded_queries), jnp.float32),
     q_ready=plgpu.Barrier(num_barriers=SCORERS),
     k_ready=plgpu.Barrier(num_arrivals=1 + s.fp8, num_barriers=stages),
     max_ready=plgpu.Barrier(num_barriers=stages),
@@ -411,11 +437,17 @@ def _scan_scratch(s: Shape) -> dict[str, Any]:
   return scratch
 
 
-def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
-  """Fills the lists: score codes and block ids, [rows, slots, lists] each.
+def _scan(
+  index_q, index_k, index_k_scale, lengths, outputs, s: KernelParams
+) -> None:
+  """Writes the lists: score codes and block ids, [queries, slots, lists] each.
 
-  `outputs`: Refs of the codes, the ids and the counters that attend's splits
-  wait on, which are set to 0.
+  Args:
+    index_q, index_k, index_k_scale: index queries, keys and scales.
+    lengths: kv_lengths.
+    outputs: Refs of the codes, of the ids, and of the counters that the splits
+      of attend wait on, which are set to 0.
+    s: static parameters.
   """
   bs, blocks = s.block_size, STEP_KEYS // s.block_size
   layout = plgpu.Layout.WGMMA
@@ -442,12 +474,15 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
       plgpu.set_max_registers(152, action="increase")
 
       def load_queries(b):
-        """Index queries as a wgmma operand, and each row's fp8 scale."""
-        # No warp of this group reads the queries of the batch row before.
+        """Index queries as a wgmma operand, and each one's fp8 scale."""
+        # This also waits until all warps of this warpgroup have read the
+        # queries of the batch row before.
         plgpu.commit_smem()
-        start = cta * 0  # rows beyond the last one are filled with zeros
+        # TMA fills rows beyond the last with zeros, but Pallas allows such a
+        # copy only from a start that is not static.
+        start = cta * 0
         plgpu.copy_gmem_to_smem(
-          q_gmem.at[b, pl.ds(start, s.tile_rows)],
+          q_gmem.at[b, pl.ds(start, s.padded_queries)],
           q_smem.at[wg],
           q_ready.at[wg],
         )
@@ -455,7 +490,7 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
         if not s.fp8:
           return q_smem, []
         scales = []
-        for m in range(s.tile_rows // ROWS):
+        for m in range(s.padded_queries // ROWS):
           rows = pl.ds(m * ROWS, ROWS)
           x = plgpu.load(q_smem.at[wg, rows], layout=layout)
           x = x.astype(jnp.float32)
@@ -471,14 +506,14 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
         operand, scales = load_queries(b)
         position = first_position(b)
 
-        # The groups take turns, across batch rows.
+        # The score warpgroups alternate between tiles, across batch rows.
         mine = lax.rem(wg + SCORERS - lax.rem(steps, SCORERS), SCORERS)
 
         def tile(j, carry):
           i = mine + j * SCORERS
           slot = lax.rem(steps + i, stages)
           plgpu.barrier_wait(k_ready.at[slot])
-          for m in range(s.tile_rows // ROWS):
+          for m in range(s.padded_queries // ROWS):
             rows = pl.ds(m * ROWS, ROWS)
 
             def product(acc, rows=rows):
@@ -494,16 +529,17 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
               )
               x = x * lax.broadcast_in_dim(key_scale, x.shape, [1])
             if s.local_blocks == 0:
-              # Blocks that are not wholly visible compete.
+              # Without forced blocks, partly visible blocks compete and need
+              # the causal mask.
               key = (
                 plgpu.broadcasted_iota(jnp.int32, x.shape, 1, layout=layout)
                 + (first_tile + i) * STEP_KEYS
               )
-              row = (
+              query = (
                 plgpu.broadcasted_iota(jnp.int32, x.shape, 0, layout=layout)
                 + m * ROWS
               )
-              last = position + lax.div(row, s.num_kv_heads)
+              last = position + lax.div(query, s.num_kv_heads)
               x = jnp.where(key <= last, x, -jnp.inf)
             for n in range(blocks):
               best = x[:, n * bs : (n + 1) * bs].max(axis=1)
@@ -521,8 +557,8 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
     @pl.when(wg == SCORERS)
     def _choose():
       plgpu.set_max_registers(136, action="increase")
-      lanes = _lanes(s.list_rows)
-      shape = (s.list_rows,)
+      lanes = _lanes(s.list_queries)
+      shape = (s.list_queries,)
 
       @pl.when(cta == 0)
       def _():
@@ -530,8 +566,8 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
           counters_gmem[pl.ds(i * 128, 128)] = jnp.zeros((128,), jnp.int32)
 
       def segment(b, first_tile, count, steps):
-        row = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=lanes)
-        position = first_position(b) + lax.div(row, s.num_kv_heads)
+        query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=lanes)
+        position = first_position(b) + lax.div(query, s.num_kv_heads)
         own = jnp.where(position < 0, -1, lax.div(position, bs))
         limit = own + 1 - s.local_blocks
 
@@ -540,15 +576,15 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
           plgpu.barrier_wait(max_ready.at[slot])
           maxima = [
             plgpu.load(
-              max_smem.at[slot, n, pl.ds(0, s.list_rows)], layout=lanes
+              max_smem.at[slot, n, pl.ds(0, s.list_queries)], layout=lanes
             )
             for n in range(blocks)
           ]
           plgpu.barrier_arrive(free.at[slot])
           for n, m in enumerate(maxima):
             block = (first_tile + i) * blocks + n
-            # A visible block that scores -inf goes before no block, and -0
-            # equals 0. NaN compares false everywhere and is not inserted.
+            # A visible block that scores -inf must rank before no block, and
+            # -0 must equal 0. NaN compares false and is never inserted.
             m = jnp.where(m == 0.0, 0.0, jnp.maximum(m, LOWEST))
             m = jnp.where(block < limit, m, jnp.nan)
             best = _insert(best, m, block)
@@ -619,9 +655,9 @@ def _scan(index_q, index_k, index_k_scale, lengths, outputs, s: Shape) -> None:
 
 
 def _insert(best, value, block):
-  """Puts a candidate into lists sorted by falling value.
+  """Inserts a candidate into lists that are sorted by descending value.
 
-  It goes behind its equals, which came earlier and so have lower ids.
+  It goes behind equal values, which came earlier and so have lower ids.
   """
   values, ids = best
   above = [value > v for v in values]
@@ -642,14 +678,21 @@ def _insert(best, value, block):
 
 
 def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
-  """Writes the ids of the best blocks of many sorted lists, then NO_BLOCK.
+  """Merges sorted lists: writes the ids of the best blocks, then NO_BLOCK.
 
-  codes[j] and ids[j] hold the j-th best of every list. The list whose head is
-  best (and of equal ones, has the lowest id) gives it up and moves up.
+  codes[j] and ids[j] hold the j-th entry of every list. In each round, the list
+  with the best first entry (the lowest id among equal ones) loses it.
+
+  Args:
+    codes: score codes, one vector over the lists for each entry.
+    ids: block ids, likewise.
+    chosen_smem: the ids go here,
+    offset: from this index on.
   """
   taken, slots = 0, len(codes)
   while taken < slots:
-    # What cannot be chosen any more is not moved: parts of a few rounds.
+    # Entries too far down to be chosen are dropped every few rounds, which
+    # leaves less to move.
     rounds = min(MERGE_ROUNDS, slots - taken)
 
     def pop(i, heads, taken=taken):
@@ -673,8 +716,8 @@ def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
     taken += rounds
 
 
-class _Row(NamedTuple):
-  """A query and group: batch row, token, group, and the token's position."""
+class _Location(NamedTuple):
+  """Batch row, token and group of a query, and the token's position."""
 
   b: Any
   token: Any
@@ -682,14 +725,16 @@ class _Row(NamedTuple):
   position: Any
 
 
-def _locate(row, lengths_gmem, s: Shape) -> _Row:
-  b, r = lax.div(row, s.rows), lax.rem(row, s.rows)
+def _locate(query, lengths_gmem, s: KernelParams) -> _Location:
+  b, r = lax.div(query, s.queries), lax.rem(query, s.queries)
   token = lax.div(r, s.num_kv_heads)
   length = jnp.clip(lengths_gmem[b], 0, s.capacity)
-  return _Row(b, token, lax.rem(r, s.num_kv_heads), length - s.tokens + token)
+  return _Location(
+    b, token, lax.rem(r, s.num_kv_heads), length - s.tokens + token
+  )
 
 
-def _attend_scratch(s: Shape) -> dict[str, Any]:
+def _attend_scratch(s: KernelParams) -> dict[str, Any]:
   """Shared memory and barriers of attend."""
   d, size = s.head_dim, jnp.dtype(s.dtype).itemsize
   split = s.splits > 1
@@ -701,7 +746,7 @@ def _attend_scratch(s: Shape) -> dict[str, Any]:
     )
   fixed = ROWS * d * (size + (4 if split else size)) + 4096
   stages = (mosaic.SMEM_LIMIT - fixed) // (2 * s.unit * d * size)
-  stages = min(stages, s.share)
+  stages = min(stages, s.split_units)
   kv = (stages, s.unit, d)
   scratch = dict(
     q_smem=plgpu.SMEM((ROWS, d), s.dtype, transforms=mosaic.OPERAND),
@@ -725,19 +770,21 @@ def _attend_scratch(s: Shape) -> dict[str, Any]:
   return scratch
 
 
-def _merge_splits(row, first, step, lengths_gmem, refs, s: Shape) -> None:
-  """Merges heads `first`, `first + step`, ... of a row from its splits."""
+def _merge_splits(
+  query, first, step, lengths_gmem, refs, s: KernelParams
+) -> None:
+  """Merges heads `first`, `first + step`, ... of a query from its splits."""
   part_gmem, stats_gmem, out_gmem = refs
-  where = _locate(row, lengths_gmem, s)
+  loc = _locate(query, lengths_gmem, s)
   lanes = _lanes(LANES)
 
   def read(h):
     """m, l and partial results of a head's splits."""
     return (
-      [stats_gmem[row, n, 0, h] for n in range(s.splits)],
-      [stats_gmem[row, n, 1, h] for n in range(s.splits)],
+      [stats_gmem[query, n, 0, h] for n in range(s.splits)],
+      [stats_gmem[query, n, 1, h] for n in range(s.splits)],
       [
-        plgpu.load(part_gmem.at[row, n, h], layout=lanes, optimized=False)
+        plgpu.load(part_gmem.at[query, n, h], layout=lanes, optimized=False)
         for n in range(s.splits)
       ],
     )
@@ -748,10 +795,10 @@ def _merge_splits(row, first, step, lengths_gmem, refs, s: Shape) -> None:
     total = sum(a * b for a, b in zip(weights, l, strict=True))
     out = sum(a * b for a, b in zip(weights, parts, strict=True))
     mosaic.store(
-      out_gmem.at[where.b, where.token, where.group, h], _finish(out, total, s)
+      out_gmem.at[loc.b, loc.token, loc.group, h], _finish(out, total, s)
     )
 
-  # What every caller has to do is read at once.
+  # The heads that every caller has are read at once, to hide latency.
   heads = [first + i * step for i in range(s.group_size // step)]
   for h, values in [(h, read(h)) for h in heads]:
     write(h, *values)
@@ -763,18 +810,18 @@ def _merge_splits(row, first, step, lengths_gmem, refs, s: Shape) -> None:
       write(last, *read(last))
 
 
-def _finish(acc, total, s: Shape):
-  """The output of rows whose weights sum to `total` (0: nothing was seen)."""
+def _finish(acc, total, s: KernelParams):
+  """The output of heads whose weights sum to `total` (0: no visible key)."""
   factor = jnp.where(total == 0, 0.0, 1.0 / total)
   out = acc * (_over_columns(factor, s.head_dim) if acc.ndim == 2 else factor)
-  # A value that is not finite shows in its column only; it is the row's.
+  # A non-finite value shows in its own column only; spread it over the head.
   bad = (out * 0.0).sum(axis=-1)
   out += _over_columns(bad, s.head_dim) if acc.ndim == 2 else bad
   return out.astype(s.dtype)
 
 
 def _signal(counter) -> None:
-  """Adds 1 to a counter, after all that this warpgroup wrote."""
+  """Adds 1 to a counter after all earlier writes of this warpgroup."""
 
   @plgpu.inline_mgpu(arg_types=(plgpu.RefType(),))
   def signal(*args):
@@ -798,11 +845,16 @@ def _wait_for(counter, value: int) -> None:
   wait(counter)
 
 
-def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
+def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
   """Chooses from the lists, attends, and merges the splits.
 
-  `outputs`: Refs of out, block_indices, counters, partial results and their
-  (m, l).
+  Args:
+    q, k, v: operands of attention.
+    lengths: kv_lengths.
+    codes, ids: lists that `_scan` wrote; None if every block is forced.
+    outputs: Refs of out and block_indices and, if there are splits, of
+      counters, partial results and their (m, l).
+    s: static parameters.
   """
   d, unit, splits = s.head_dim, s.unit, s.splits
   layout = plgpu.Layout.WGMMA
@@ -821,19 +873,19 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
     k_ready, v_ready = smem["k_ready"], smem["v_ready"]
     k_free, v_free = smem["k_free"], smem["v_free"]
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    row, split = lax.div(cta, splits), lax.rem(cta, splits)
-    where = _locate(row, lengths_gmem, s)
-    zero = cta * 0  # a start that is not static may reach beyond the end
+    query, split = lax.div(cta, splits), lax.rem(cta, splits)
+    loc = _locate(query, lengths_gmem, s)
+    zero = cta * 0  # only a start that is not static may reach beyond the end
     heads = pl.ds(zero, s.heads)
 
     def my_units():
-      """How many of the row's units are this split's."""
+      """How many attention steps this split has."""
       known = ids_smem[s.top_k] * per_block
-      return jnp.clip(known - split * s.share, 0, s.share)
+      return jnp.clip(known - split * s.split_units, 0, s.split_units)
 
     def unit_start(i):
-      """First token and block of the split's i-th unit."""
-      index = split * s.share + i
+      """First token of the split's i-th attention step."""
+      index = split * s.split_units + i
       block = ids_smem[lax.div(index, per_block)]
       offset = lax.rem(index, per_block) * unit
       return block * s.block_size + offset
@@ -858,8 +910,8 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
         key = start + plgpu.broadcasted_iota(
           jnp.int32, x.shape, 1, layout=layout
         )
-        # An infinite score becomes NaN, which the mask may still hide.
-        x = jnp.where(key <= where.position, x + x * 0.0, -jnp.inf)
+        # An infinite score becomes NaN, which the mask may still remove.
+        x = jnp.where(key <= loc.position, x + x * 0.0, -jnp.inf)
         m_new = jnp.maximum(m_i, x.max(axis=1) * s.scale_log2)
         alpha = jnp.exp2(m_i - m_new)
         p = jnp.exp2(x * s.scale_log2 - _over_columns(m_new, unit))
@@ -868,9 +920,9 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
         p = p.astype(s.dtype)
         plgpu.barrier_wait(v_ready.at[slot])
 
-        @pl.when(start + unit - 1 > where.position)
+        @pl.when(start + unit - 1 > loc.position)
         def _():
-          # Zero times what an unused slot holds need not be zero.
+          # An unused slot may hold NaN, and zero times NaN is NaN.
           for n in range(unit // ROWS):
             at = pl.ds(n * ROWS, ROWS)
             value = plgpu.load(v_smem.at[slot, at], layout=layout)
@@ -880,7 +932,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
               + plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=layout)
             )
             v_smem[slot, at] = jnp.where(
-              token <= where.position, value, jnp.zeros_like(value)
+              token <= loc.position, value, jnp.zeros_like(value)
             )
           plgpu.commit_smem()
 
@@ -916,7 +968,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
           o_smem.at[pl.ds(0, s.heads)],
-          out_gmem.at[where.b, where.token, where.group, heads],
+          out_gmem.at[loc.b, loc.token, loc.group, heads],
         )
         plgpu.wait_smem_to_gmem(0)
         return
@@ -924,29 +976,27 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
       o_smem[...] = acc
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(
-        o_smem.at[pl.ds(0, s.heads)], part_gmem.at[row, split]
+        o_smem.at[pl.ds(0, s.heads)], part_gmem.at[query, split]
       )
-      stats_gmem[row, split, 0] = m_i
-      stats_gmem[row, split, 1] = l_i
+      stats_gmem[query, split, 0] = m_i
+      stats_gmem[query, split, 1] = l_i
       plgpu.wait_smem_to_gmem(0)
       if not s.separate_merge:
-        _signal(counters_gmem.at[row])
+        _signal(counters_gmem.at[query])
 
     @pl.when(wg == 1)
     def _choose_and_copy():
       plgpu.copy_gmem_to_smem(
-        q_gmem.at[where.b, where.token, where.group, heads],
+        q_gmem.at[loc.b, loc.token, loc.group, heads],
         q_smem.at[pl.ds(0, s.heads)],
         smem["q_ready"],
       )
-      own = jnp.where(
-        where.position < 0, -1, lax.div(where.position, s.block_size)
-      )
+      own = jnp.where(loc.position < 0, -1, lax.div(loc.position, s.block_size))
       for j in range(s.local_blocks):
         ids_smem[j] = jnp.where(own >= j, own - j, NO_BLOCK)
       if s.slots:
-        first, count = _lists_of(lengths_gmem, where.b, s)
-        r = where.token * s.num_kv_heads + where.group
+        first, count = _lists_of(lengths_gmem, loc.b, s)
+        r = loc.token * s.num_kv_heads + loc.group
 
         def merge(width):
           lanes = _lanes(LANES if s.slots <= MERGE_SLOTS else min(width, 128))
@@ -973,7 +1023,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
         else:
           pl.when(count <= LANES)(lambda: merge(LANES))
           pl.when(count > LANES)(lambda: merge(s.window))
-      # Every thread reads what it wrote itself.
+      # No barrier is needed: every thread reads what it wrote itself.
       chosen = [ids_smem[j] for j in range(s.local_blocks + s.slots)]
       for i, j in sort_network(len(chosen)):
         low, high = chosen[i], chosen[j]
@@ -997,7 +1047,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
             plgpu.barrier_wait(free.at[slot])
 
           plgpu.copy_gmem_to_smem(
-            gmem.at[where.b, tokens, where.group], to.at[slot], ready.at[slot]
+            gmem.at[loc.b, tokens, loc.group], to.at[slot], ready.at[slot]
           )
         return carry
 
@@ -1008,7 +1058,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
       def _():
         for j in range(s.top_k):
           block = chosen[j] if j < len(chosen) else NO_BLOCK
-          chosen_gmem[where.b, where.group, where.token, j] = jnp.where(
+          chosen_gmem[loc.b, loc.group, loc.token, j] = jnp.where(
             block == NO_BLOCK, -1, block
           )
 
@@ -1025,16 +1075,16 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
 
       @pl.when(first < s.group_size)
       def _():
-        _wait_for(counters_gmem.at[row], splits)
+        _wait_for(counters_gmem.at[query], splits)
         _merge_splits(
-          row, first, step, lengths_gmem,
+          query, first, step, lengths_gmem,
           (part_gmem, stats_gmem, out_gmem), s,
         )  # fmt: skip
 
   mosaic.launch(
     body, q, k, v, lengths, *((codes, ids) if s.slots else ()), *outputs,
     name="decode_attend",
-    num_ctas=s.attend_rows * splits,
+    num_ctas=s.all_queries * splits,
     num_warpgroups=2,
     scratch=scratch,
     interpret=s.interpret,
@@ -1042,21 +1092,21 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: Shape) -> None:
   )  # fmt: skip
 
 
-def _merge(lengths, part, stats, out, s: Shape) -> None:
-  """Merges the splits of every row and head, in a kernel of its own."""
+def _merge(lengths, part, stats, out, s: KernelParams) -> None:
+  """Merges the splits of every query and head, in a kernel of its own."""
 
   def body(lengths_gmem, part_gmem, stats_gmem, out_gmem):
     cta = lax.axis_index("cta")
-    row, head = lax.div(cta, s.group_size), lax.rem(cta, s.group_size)
+    query, head = lax.div(cta, s.group_size), lax.rem(cta, s.group_size)
     _merge_splits(
-      row, head, s.group_size, lengths_gmem,
+      query, head, s.group_size, lengths_gmem,
       (part_gmem, stats_gmem, out_gmem), s,
     )  # fmt: skip
 
   mosaic.launch(
     body, lengths, part, stats, out,
     name="decode_merge",
-    num_ctas=s.attend_rows * s.group_size,
+    num_ctas=s.all_queries * s.group_size,
     num_warpgroups=1,
     scratch=(),
     interpret=s.interpret,
@@ -1065,7 +1115,7 @@ def _merge(lengths, part, stats, out, s: Shape) -> None:
 
 
 @functools.partial(jax.jit, static_argnames=("s",))
-def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: Shape):
+def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
   b, t, kv, g = s.batch, s.tokens, s.num_kv_heads, s.group_size
   pad = -s.capacity % 8
   if pad:
@@ -1075,17 +1125,17 @@ def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: Shape):
     )
     if s.fp8:
       index_k_scale = jnp.pad(index_k_scale, ((0, 0), (0, pad)))
-  index_q = index_q.reshape(b, s.rows, s.index_dim)
-  if s.rows > 8 and s.rows % 8:  # a swizzle tile has 8 rows
-    index_q = jnp.pad(index_q, ((0, 0), (0, -s.rows % 8), (0, 0)))
+  index_q = index_q.reshape(b, s.queries, s.index_dim)
+  if s.queries > 8 and s.queries % 8:  # a swizzle tile has 8 MMA rows
+    index_q = jnp.pad(index_q, ((0, 0), (0, -s.queries % 8), (0, 0)))
 
   def new(shape, dtype):
     return jax.new_ref(lax.empty(shape, dtype))
 
-  counters = new((pl.cdiv(s.attend_rows, 128) * 128,), jnp.int32)
+  counters = new((pl.cdiv(s.all_queries, 128) * 128,), jnp.int32)
   codes = ids = None
   if s.slots:
-    lists = (s.list_rows, s.slots, s.num_lists)
+    lists = (s.list_queries, s.slots, s.num_lists)
     codes, ids = new(lists, jnp.int32), new(lists, jnp.int32)
     _scan(index_q, index_k, index_k_scale, lengths, (codes, ids, counters), s)
   elif s.splits > 1:
@@ -1094,8 +1144,8 @@ def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: Shape):
   chosen = new((b, kv, t, s.top_k), jnp.int32)
   outputs = [out, chosen]
   if s.splits > 1:
-    part = new((s.attend_rows, s.splits, s.heads, s.head_dim), jnp.float32)
-    stats = new((s.attend_rows, s.splits, 2, ROWS), jnp.float32)
+    part = new((s.all_queries, s.splits, s.heads, s.head_dim), jnp.float32)
+    stats = new((s.all_queries, s.splits, 2, ROWS), jnp.float32)
     outputs += [counters, part, stats]
   _attend(
     q.reshape(b, t, kv, g, s.head_dim), k, v, lengths, codes, ids, outputs, s
@@ -1130,17 +1180,18 @@ def decode_attention(
     index_q: one index query a group; bf16 or f16.
     index_k: cached index keys in index_q's dtype or float8_e4m3fn.
     kv_lengths: tokens in each batch row; slots from there on do not exist.
-    index_k_scale: float32 scale of each index key, exactly when they are fp8.
+    index_k_scale: float32 scale of each index key; given exactly if they are
+      fp8.
     block_size: tokens of a block.
     top_k: P, blocks kept for each query and group.
     num_local_blocks: newest blocks, own one included, that are always kept.
-    scale: of the scores; D^-0.5 without one. A positive number.
-    config: tile sizes; `heuristic_config` without one.
+    scale: of the scores, a positive number; D^-0.5 if None.
+    config: tile sizes; `heuristic_config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Returns:
-    out in q's dtype, 0 for a query that stands before its row's first token,
-    and block_indices: ascending block ids, then -1.
+    out in q's dtype, 0 for a query that stands before the first token of its
+    batch row, and block_indices: ascending block ids, then -1.
 
   Raises:
     NotImplementedError: the call is legal but beyond `mosaic`'s limits, the
@@ -1184,7 +1235,7 @@ def decode_attention(
   if not q.size or not k.size:
     ids = jnp.full((b, num_kv_heads, t, top_k), -1, jnp.int32)
     return jnp.zeros_like(q), ids
-  shape = Shape(
+  params = KernelParams(
     batch=b,
     tokens=t,
     num_kv_heads=num_kv_heads,
@@ -1203,10 +1254,10 @@ def decode_attention(
     interpret=interpret,
   )
 
-  # Under vmap the kernels run once for each entry.
+  # Under vmap the kernels run once for each entry of the mapped axis.
   @jax.custom_batching.sequential_vmap
   def run(*args):
-    return _decode(*args, s=shape)
+    return _decode(*args, s=params)
 
   if index_k_scale is None:
     index_k_scale = jnp.zeros((), jnp.float32)

@@ -1,10 +1,17 @@
-"""Dense causal attention on Hopper: cuDNN's, forward and backward.
+"""Dense causal attention on Hopper by cuDNN, forward and backward.
 
-The float32 log sum exp is the one that cuDNN's forward keeps for its backward.
-Non-finite operands are zeroed before it and the rows that see one are made NaN
-after it: cuDNN's masked zeros times NaN would reach rows that see none. Its
-backward repeats its bits only if XLA is told to want that
-(`--xla_gpu_exclude_nondeterministic_ops`).
+The warm-up phase attends with it. For query t and head h, over keys j <= t:
+out = softmax_j(scale q.k) v and lse = log sum_j exp(scale q.k). There is no
+Pallas kernel here: cuDNN owns the tiles and shared memory.
+
+The float32 lse is the one that cuDNN's forward keeps for its backward.
+cuDNN multiplies masked entries by zero, so a NaN would reach queries that do
+not see it. Therefore non-finite operands are zeroed before the call, and the
+queries that see one are set to NaN after it. cuDNN's backward repeats its bits
+only under `--xla_gpu_exclude_nondeterministic_ops`.
+
+Not supported: another number of keys than of queries, kv_lengths, a gradient of
+lse, and what `mosaic.check_supported` refuses.
 """
 
 from __future__ import annotations
@@ -24,11 +31,12 @@ def _cudnn_attention(q, k, v, scale) -> Any:
   """cuDNN's causal attention: out and the natural log sum exp in float32.
 
   jax.nn.dot_product_attention returns the log sum exp in q's dtype, whose 8
-  bits put an error of a few per cent on the probabilities that the KL makes
-  from it: hence the private function under it.
+  bits put an error of a few per cent on the probabilities that the KL computes
+  from it. This calls the private function beneath it instead, which returns
+  float32.
 
-  cuDNN's gradients want an even number of tokens: no query sees the one that
-  fills up.
+  cuDNN's gradients need an even number of tokens, so an odd number is padded by
+  one token, which no query sees.
   """
   from jax._src.cudnn import fused_attention_stablehlo as cudnn
 
@@ -43,21 +51,15 @@ def _cudnn_attention(q, k, v, scale) -> Any:
   return out[:, :tokens], lse[..., :tokens]
 
 
-def _zero_bad(x):
-  """x with zeros where it is not finite, and the vectors that held one."""
-  finite = jnp.isfinite(x)
-  return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
-
-
 def _seeing(bad: Bool[Array, "B S K"], num_heads: int) -> Bool[Array, "B T H"]:
-  """Queries that see a bad key: the first one and all after it."""
+  """Which queries see a bad key: those from the first bad one on."""
   slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
   first = jnp.min(jnp.where(bad, slot, mosaic.NEVER), axis=1, keepdims=True)
   return jnp.repeat(slot >= first, num_heads // bad.shape[-1], axis=-1)
 
 
 def _seen(bad: Bool[Array, "B T H"], num_kv_heads: int) -> Bool[Array, "B S K"]:
-  """Keys that a bad query sees: the last one and all before it."""
+  """Which keys a bad query sees: those up to the last bad one."""
   bad = jnp.any(bad.reshape(*bad.shape[:2], num_kv_heads, -1), axis=-1)
   slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
   return slot <= jnp.max(jnp.where(bad, slot, -1), axis=1, keepdims=True)
@@ -73,7 +75,9 @@ def _attention(q, k, v, scale) -> Any:
 
 
 def _attention_forward(q, k, v, scale):
-  (q, bad_q), (k, bad_k), (v, bad_v) = (_zero_bad(x) for x in (q, k, v))
+  (q, bad_q), (k, bad_k), (v, bad_v) = (
+    mosaic.zero_non_finite(x) for x in (q, k, v)
+  )
   num_heads = q.shape[2]
   attend = functools.partial(_cudnn_attention, scale=scale)
   (out, lse), pull = jax.vjp(attend, q, k, v)
@@ -86,8 +90,8 @@ def _attention_forward(q, k, v, scale):
 def _attention_backward(scale, residuals, cotangents):
   del scale
   pull, bad_scores, bad_out = residuals
-  dout, dlse = cotangents  # lse is a constant to its users
-  dout, bad_dout = _zero_bad(dout)
+  dout, dlse = cotangents  # lse carries no gradient
+  dout, bad_dout = mosaic.zero_non_finite(dout)
   dq, dk, dv = pull((dout, jnp.zeros_like(dlse)))
   bad_ds, bad_p = bad_out | bad_dout, bad_scores | bad_dout
   num_kv_heads = dk.shape[2]
@@ -114,7 +118,7 @@ def attention(
     q: queries; bf16 or f16.
     k: keys, as many as queries.
     v: values.
-    scale: of the scores; D^-0.5 without one.
+    scale: of the scores; D^-0.5 if None.
 
   Returns:
     out in q's dtype and lse (natural log, float32), which carries no gradient.

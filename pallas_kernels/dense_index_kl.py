@@ -1,44 +1,48 @@
-"""The warm-up phase on Hopper: dense attention and the KL over all tokens.
+"""KL loss of the Index Branch over all tokens, on Hopper (warm-up phase).
 
-**attention**: cuDNN's, forward and backward, with the float32 log sum exp that
-its forward keeps for its backward. Non-finite operands are zeroed before it and
-the rows that see one are made NaN after it: cuDNN's masked zeros times NaN
-would reach rows that see none. Its backward repeats its bits only if XLA is
-told to want that (`--xla_gpu_exclude_nondeterministic_ops`).
-
-**kl**: with p_j = mean over the group's heads of exp(scale q.k_j - lse) and
-r_j = exp(index_scale index_q.index_k_j - index_lse), over visible tokens j:
+With the teacher p_j = mean over the group's heads of exp(scale q.k_j - lse) and
+the student r_j = exp(index_scale index_q.index_k_j - index_lse), over visible
+tokens j (KL loss; arXiv 2606.13392):
 
   value = sum_j p_j (log p_j - log r_j)     g_j = r_j - p_j
   dindex_q = index_scale sum_j g_j index_k_j
   dindex_k_j = index_scale sum over queries and groups of g_j index_q
 
-divided by the rows that count. Two kernels and two products, no gathers:
+all divided by the number of queries that count, times the number of groups. Two
+kernels, which gather nothing, and two matrix products by XLA:
 
-* **index_lse**: a CTA owns 128 queries of a group, 64 a warpgroup, and walks
-  their visible index keys with an online maximum.
-* **pairs**: a CTA owns 256 queries x 256 keys of a group, a warpgroup 128 of
-  the keys, 64 queries at a time. A tile of scores is 64 queries of *one* head,
-  and the heads take turns: so their mean is a sum in registers, in float32, of
-  any number of heads, and falls into the layout of the index scores. K and
-  index_k stay in SMEM; a third warpgroup copies q, one head at a time. g goes
-  to memory, all groups of as many batch rows as a workspace of 2^29 elements
-  has room for, or of a longer row a chunk of queries: dindex_q and dindex_k are
-  products with it. Units that nobody sees are not visited: the workspace holds
-  zeros there.
+* **index_lse**: a CTA owns 128 queries of a group, 64 for each of two compute
+  warpgroups. These walk the visible index keys with an online maximum; a third
+  warpgroup copies.
+* **units**: a CTA owns a *unit* of 256 queries x 256 keys of a group. Two
+  compute warpgroups own 128 of the keys each and go through the unit in *tiles*
+  of 64 queries. A tile of scores belongs to one head; the heads follow one
+  after another, so their mean is a float32 sum in registers for any number of
+  heads, in the register layout of the index scores. K and index_k stay in SMEM,
+  while a third warpgroup copies q, one head at a time. g is written to memory:
+  that of all groups of several batch rows, as many as a workspace of 2^29
+  elements has room for, or of a chunk of the queries of a longer row. dindex_q
+  and dindex_k are products with it. Units in which no query sees a key are
+  skipped, and the workspace holds zeros there.
 
-Nothing crosses CTAs but the sum of their values: all order is fixed.
+Only the sum of the values crosses CTAs, so all sums have a fixed order.
 
-Bound: the scores of all heads, half the products of a dense forward, and an
-exponential each; one part in 16 more for the index scores. At H 64, D = I = 128
-and 32K tokens 9.3 TFLOP, 12 ms at 800 TFLOP/s, and 10 ms of the exponential
-units, which overlap as far as the two warpgroups take turns. q comes from L2,
-256 FLOP a byte. g is written once and read twice, zeros included: 21 GB, 8 ms.
-SMEM at D = I = 128: K and index_k 64 KB each, q 16 a stage, index_q 16, g 32.
+Bound: the scores of all heads, which are half the products of a dense forward,
+with an exponential each, and one part in 16 more for the index scores. At H 64,
+D = I = 128 and 32K tokens this is 9.3 TFLOP, 12 ms at 800 TFLOP/s, and 10 ms of
+the exponential units; both overlap as far as the two compute warpgroups
+alternate. q comes from L2, with 256 FLOP a byte. g is written once and read
+twice, zeros included: 21 GB, 8 ms.
 
-NaN: one in a query or in the lse reaches g of what the query sees and nothing
-else; index keys that are not finite are zeroed, and rows that see one are made
-NaN through index_lse. Keys that a row does not see are masked after the sum.
+SMEM at D = I = 128: K and index_k 64 KB each, q 16 KB a stage, index_q 16 KB, g
+32 KB.
+
+NaN: one in a query or in the lse reaches g of the keys that the query sees and
+nothing else. Index keys that are not finite are zeroed, and queries that see
+one are made NaN through index_lse. Keys that a query does not see are masked
+after the sum over heads.
+
+Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
 from __future__ import annotations
@@ -57,10 +61,10 @@ from pallas_kernels import mosaic
 from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
-ROWS = 64  # queries of a score tile
-KEYS = 128  # of a warpgroup
+ROWS = 64  # queries of a tile of scores: its MMA rows
+KEYS = 128  # keys of a compute warpgroup
 UNIT = 256  # queries and keys of a unit
-# Of g in memory: float16 loses what is below 2^-24, and g is at most 1.
+# Factor of g in memory: g is at most 1, and float16 loses what is below 2^-24.
 G_SCALE = 2.0**15
 
 
@@ -70,7 +74,8 @@ class Config:
 
   Attributes:
     stages: tiles of q in flight.
-    workspace: most elements of g, if they are 256 queries' at least.
+    workspace: upper bound on the elements of g, which holds at least those of
+      256 queries.
     num_ctas: CTAs of the persistent grids.
   """
 
@@ -80,18 +85,18 @@ class Config:
 
 
 def heuristic_config() -> Config:
-  """The config used without one."""
+  """The config used when none is given."""
   return Config()
 
 
 def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one is tested."""
+  """Configs that are worth timing; every one of them is tested."""
   return Config(), Config(stages=2), Config(workspace=1 << 27)
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-  """Static sizes of one call, after padding."""
+class KernelParams:
+  """Static parameters of one call, after padding."""
 
   group_size: int
   num_kv_heads: int
@@ -109,7 +114,7 @@ class Shape:
 
 
 def _span(start, size: int):
-  """A slice that starts at a multiple of its size, as TMA copies must know."""
+  """A slice that starts at a multiple of its size, which TMA has to be told."""
   return pl.ds(pl.multiple_of(start, size), size)
 
 
@@ -136,14 +141,20 @@ def _key_of_column():
   )
 
 
-def _index_lse(out, spans, limits, iq, ik, *, shape: Shape):
-  """log2 sum exp2 of every query's index scores; anything where it sees none.
+def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
+  """log2 sum exp2 of every query's index scores; undefined if it sees none.
 
-  `spans`: each batch row's slots of the first query and after the last key.
+  Args:
+    out: Ref, float32 [B, K, queries].
+    spans: int32 [B, 2]: position of each batch row's first query, and number of
+      its keys.
+    limits: int32 [B, queries]: how many keys each query sees.
+    iq, ik: index queries and keys, padded.
+    params: static parameters.
   """
-  s, config, stages = shape, shape.config, shape.config.stages
+  s, config, stages = params, params.config, params.config.stages
   batch, _, q_len = out.shape
-  rows = batch * s.num_kv_heads
+  groups = batch * s.num_kv_heads
   tiles = q_len // (2 * ROWS)
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
@@ -152,27 +163,27 @@ def _index_lse(out, spans, limits, iq, ik, *, shape: Shape):
     iq_ready, iq_free, ik_ready, ik_free,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    mine = (tiles * rows - cta + config.num_ctas - 1) // config.num_ctas
+    my_items = (tiles * groups - cta + config.num_ctas - 1) // config.num_ctas
 
     def locate(i):
-      """Batch row, group, first query and number of key blocks of a tile."""
+      """Batch row, group, first query and number of key tiles of a tile."""
       index = cta + i * config.num_ctas
-      # The last queries see most and start first.
-      first = (tiles - 1 - index // rows) * 2 * ROWS
-      row = lax.rem(index, rows) // s.num_kv_heads
+      # The last queries see most keys; their tiles start first.
+      first = (tiles - 1 - index // groups) * 2 * ROWS
+      batch_row = lax.rem(index, groups) // s.num_kv_heads
       seen = jnp.minimum(
-        spans_gmem[row, 0] + first + 2 * ROWS, spans_gmem[row, 1]
+        spans_gmem[batch_row, 0] + first + 2 * ROWS, spans_gmem[batch_row, 1]
       )
-      blocks = jnp.maximum(seen + KEYS - 1, 0) // KEYS
-      return row, lax.rem(index, s.num_kv_heads), first, blocks
+      key_tiles = jnp.maximum(seen + KEYS - 1, 0) // KEYS
+      return batch_row, lax.rem(index, s.num_kv_heads), first, key_tiles
 
     @pl.when(wg < 2)
     def _compute():
       def tile(i, step):
-        row, group, first, blocks = locate(i)
+        batch_row, group, first, key_tiles = locate(i)
         queries = _span(first + wg * ROWS, ROWS)
         limit = plgpu.load(
-          limits_gmem.at[row, queries], layout=row_layout, optimized=False
+          limits_gmem.at[batch_row, queries], layout=row_layout, optimized=False
         )
         plgpu.barrier_wait(iq_ready)
 
@@ -190,18 +201,18 @@ def _index_lse(out, spans, limits, iq, ik, *, shape: Shape):
           return m_new, l_i * jnp.exp2(m_i - m_new) + p.sum(axis=1)
 
         m_i, l_i = lax.fori_loop(
-          0, blocks, block, (_row_vector(FLOOR), _row_vector(0.0))
+          0, key_tiles, block, (_row_vector(FLOOR), _row_vector(0.0))
         )
         plgpu.barrier_arrive(iq_free)
-        out_gmem[row, group, queries] = m_i + jnp.log2(l_i)
-        return step + blocks
+        out_gmem[batch_row, group, queries] = m_i + jnp.log2(l_i)
+        return step + key_tiles
 
-      lax.fori_loop(0, mine, tile, jnp.int32(0))
+      lax.fori_loop(0, my_items, tile, jnp.int32(0))
 
     @pl.when(wg == 2)
     def _copy():
       def tile(i, step):
-        row, group, first, blocks = locate(i)
+        batch_row, group, first, key_tiles = locate(i)
 
         @pl.when(i > 0)
         def _():
@@ -210,7 +221,7 @@ def _index_lse(out, spans, limits, iq, ik, *, shape: Shape):
         for h in range(2):
           plgpu.copy_gmem_to_smem(
             iq_gmem.at[
-              row,
+              batch_row,
               _span(first + h * ROWS, ROWS),
               _span(group * s.index_dim, s.index_dim),
             ],
@@ -226,24 +237,24 @@ def _index_lse(out, spans, limits, iq, ik, *, shape: Shape):
             plgpu.barrier_wait(ik_free.at[slot])
 
           plgpu.copy_gmem_to_smem(
-            ik_gmem.at[row, _span(j * KEYS, KEYS)],
+            ik_gmem.at[batch_row, _span(j * KEYS, KEYS)],
             ik_smem.at[slot],
             ik_ready.at[slot],
           )
           return step + 1
 
-        return lax.fori_loop(0, blocks, block, step)
+        return lax.fori_loop(0, key_tiles, block, step)
 
-      step = lax.fori_loop(0, mine, tile, jnp.int32(0))
+      step = lax.fori_loop(0, my_items, tile, jnp.int32(0))
       mosaic.drain(ik_free, step)
 
-      @pl.when(mine > 0)
+      @pl.when(my_items > 0)
       def _():
         plgpu.barrier_wait(iq_free)
 
   mosaic.launch(
     body, spans, limits, iq, ik, out,
-    name="warmup_index_lse",
+    name="dense_kl_index_lse",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
@@ -258,32 +269,53 @@ def _index_lse(out, spans, limits, iq, ik, *, shape: Shape):
   )  # fmt: skip
 
 
-def _pairs(
-  values, g, where, units, limits, index_lse, lse, iq, q, k, ik, *, shape: Shape
+def _units(
+  values,
+  g,
+  chunk_desc,
+  units,
+  limits,
+  index_lse,
+  lse,
+  iq,
+  q,
+  k,
+  ik,
+  *,
+  params: KernelParams,
 ):
-  """Values of a chunk's pairs, and g if gradients are wanted.
+  """Computes the values of a chunk's units, and g if gradients are wanted.
 
-  `where`: first batch row, first query and number of units, of all rows, which
-  each KV head repeats. `units`: batch row in the launch, and place of the
-  queries in the chunk and of the keys, counted in units.
+  Args:
+    values: Ref, float32 [num_ctas, 2, ROWS]: parts of the sum of the values.
+    g: Ref, [batch rows * K, chunk, keys]: (r - p) * G_SCALE.
+    chunk_desc: chunk descriptor, int32 [3]: first batch row, first query, and
+      number of units of all batch rows, which is the same for each KV head.
+    units: int32 [units, 3]: batch row in the launch, and the unit's indices
+      along the chunk's queries and along the keys.
+    limits: int32 [B, queries]: how many keys each query sees.
+    index_lse: base-2 log sum exp of the index scores.
+    lse: base-2 log sum exp of the scores.
+    iq, q, k, ik: operands, padded, with heads and channels on one axis.
+    params: static parameters.
   """
-  s, config, stages = shape, shape.config, shape.config.stages
+  s, config, stages = params, params.config, params.config.stages
   tiles = UNIT // ROWS
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    where_gmem, units_gmem, limits_gmem, ilse_gmem, lse_gmem, iq_gmem, q_gmem,
+    chunk_gmem, units_gmem, limits_gmem, ilse_gmem, lse_gmem, iq_gmem, q_gmem,
     k_gmem, ik_gmem, values_gmem, g_gmem,
     q_smem, lse_smem, k_smem, ik_smem, iq_smem, g_smem,
     q_ready, q_free, k_ready, k_free, ik_ready, ik_free, iq_ready, iq_free,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    origin, per_head = where_gmem[1], where_gmem[2]
+    origin, per_head = chunk_gmem[1], chunk_gmem[2]
     total = per_head * s.num_kv_heads
-    mine = (total - cta + config.num_ctas - 1) // config.num_ctas
+    my_items = (total - cta + config.num_ctas - 1) // config.num_ctas
 
     def locate(i):
-      """Row in the launch, group, first query in the chunk and first key."""
+      """Batch row in the launch, group, first query in the chunk, first key."""
       index = cta + i * config.num_ctas
       unit = lax.rem(index, per_head)
       return (
@@ -299,19 +331,20 @@ def _pairs(
 
       def unit(i, carry):
         launch_row, group, first_query, first_key = locate(i)
-        row = where_gmem[0] + launch_row
+        batch_row = chunk_gmem[0] + launch_row
         my_key = first_key + wg * KEYS
         plgpu.barrier_wait(k_ready)
 
         def tile(j, carry):
           step, value = carry
           queries = _span(origin + first_query + j * ROWS, ROWS)
-          # Used after the heads only: by then they have come.
+          # These loads are used only after the loop over heads, which hides
+          # their latency.
           limit, ilse = (
             plgpu.load(x, layout=row_layout, optimized=False)
             for x in (
-              limits_gmem.at[row, queries],
-              ilse_gmem.at[row, group, queries],
+              limits_gmem.at[batch_row, queries],
+              ilse_gmem.at[batch_row, group, queries],
             )
           )
 
@@ -352,7 +385,7 @@ def _pairs(
           visible = _key_of_column() < _along_keys(limit - my_key)
           p = jnp.where(visible, mean * (1.0 / s.group_size), 0.0)
           log_r = scores * (s.index_scale * mosaic.LOG2E) - _along_keys(ilse)
-          # 0 log 0 = 0; a NaN of p or r stays.
+          # 0 log 0 = 0, while a NaN of p or r is kept.
           log_p = jnp.log2(jnp.where(p > 0.0, p, 1.0))
           term = jnp.where(visible, p * (log_p - log_r), 0.0)
           value += term.sum(axis=1)
@@ -373,7 +406,9 @@ def _pairs(
 
         return lax.fori_loop(0, tiles, tile, carry)
 
-      _, value = lax.fori_loop(0, mine, unit, (jnp.int32(0), _row_vector(0.0)))
+      _, value = lax.fori_loop(
+        0, my_items, unit, (jnp.int32(0), _row_vector(0.0))
+      )
       values_gmem[cta, wg] = value
       plgpu.wait_smem_to_gmem(0)
 
@@ -383,7 +418,7 @@ def _pairs(
 
       def unit(i, carry):
         launch_row, group, first_query, first_key = locate(i)
-        row = where_gmem[0] + launch_row
+        batch_row = chunk_gmem[0] + launch_row
         keys = [_span(first_key + h * KEYS, KEYS) for h in range(2)]
         columns = _span(group * s.head_dim, s.head_dim)
 
@@ -393,7 +428,7 @@ def _pairs(
 
         for h in range(2):
           plgpu.copy_gmem_to_smem(
-            k_gmem.at[row, keys[h], columns], k_smem.at[h], k_ready
+            k_gmem.at[batch_row, keys[h], columns], k_smem.at[h], k_ready
           )
 
         @pl.when(i > 0)
@@ -402,7 +437,7 @@ def _pairs(
 
         for h in range(2):
           plgpu.copy_gmem_to_smem(
-            ik_gmem.at[row, keys[h]], ik_smem.at[h], ik_ready
+            ik_gmem.at[batch_row, keys[h]], ik_smem.at[h], ik_ready
           )
 
         def tile(j, carry):
@@ -418,12 +453,14 @@ def _pairs(
               plgpu.barrier_wait(q_free.at[slot])
 
             plgpu.copy_gmem_to_smem(
-              q_gmem.at[row, queries, _span(one * s.head_dim, s.head_dim)],
+              q_gmem.at[
+                batch_row, queries, _span(one * s.head_dim, s.head_dim)
+              ],
               q_smem.at[slot],
               q_ready.at[slot],
             )
             plgpu.copy_gmem_to_smem(
-              lse_gmem.at[row, one, queries], lse_smem.at[slot],
+              lse_gmem.at[batch_row, one, queries], lse_smem.at[slot],
               q_ready.at[slot],
             )  # fmt: skip
             return step + 1
@@ -436,24 +473,24 @@ def _pairs(
 
           columns = _span(group * s.index_dim, s.index_dim)
           plgpu.copy_gmem_to_smem(
-            iq_gmem.at[row, queries, columns], iq_smem, iq_ready
+            iq_gmem.at[batch_row, queries, columns], iq_smem, iq_ready
           )
           return step, tile_step + 1
 
         return lax.fori_loop(0, tiles, tile, carry)
 
-      step, _ = lax.fori_loop(0, mine, unit, (jnp.int32(0), jnp.int32(0)))
+      step, _ = lax.fori_loop(0, my_items, unit, (jnp.int32(0), jnp.int32(0)))
       mosaic.drain(q_free, step)
 
-      @pl.when(mine > 0)
+      @pl.when(my_items > 0)
       def _():
         plgpu.barrier_wait(k_free)
         plgpu.barrier_wait(ik_free)
         plgpu.barrier_wait(iq_free)
 
   mosaic.launch(
-    body, where, units, limits, index_lse, lse, iq, q, k, ik, values, g,
-    name="warmup_pairs",
+    body, chunk_desc, units, limits, index_lse, lse, iq, q, k, ik, values, g,
+    name="dense_kl_units",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
@@ -477,30 +514,32 @@ def _pairs(
 
 
 def _visible_units(
-  first: Int[Array, "rows"], end: Int[Array, "rows"], chunk: int, keys: int
+  first: Int[Array, "batch"], end: Int[Array, "batch"], chunk: int, keys: int
 ) -> tuple[Int[Array, "units 3"], Int[Array, ""]]:
-  """Units of a chunk that hold a visible pair, and their number.
+  """Units of a chunk in which some query sees some key, and their number.
 
-  By row, then queries, then keys: the three places of a unit.
+  A unit is given by batch row, index along the queries and index along the
+  keys; units are sorted in this order.
 
   Args:
-    first: slot of the chunk's first query, in each row.
-    end: keys that exist.
-    chunk: queries, a multiple of UNIT.
-    keys: the same for keys.
+    first: position of the chunk's first query, in each batch row.
+    end: number of keys of each batch row.
+    chunk: queries of the chunk, a multiple of UNIT.
+    keys: keys after padding, a multiple of UNIT.
   """
-  of_row = chunk // UNIT
-  last = first[:, None] + UNIT * (1 + jnp.arange(of_row, dtype=jnp.int32))
+  row_units = chunk // UNIT
+  last = first[:, None] + UNIT * (1 + jnp.arange(row_units, dtype=jnp.int32))
   counts = jnp.maximum(jnp.minimum(last, end[:, None]) + UNIT - 1, 0) // UNIT
   counts = counts.reshape(-1)
   ends = jnp.cumsum(counts, dtype=jnp.int32)
   index = jnp.arange(counts.size * (keys // UNIT), dtype=jnp.int32)
-  place = jnp.searchsorted(
+  of_query = jnp.searchsorted(
     ends, index, side="right", method="scan_unrolled"
   ).astype(jnp.int32)
-  place = jnp.minimum(place, counts.size - 1)
-  key = index - (ends - counts)[place]
-  return jnp.stack([place // of_row, place % of_row, key], axis=-1), ends[-1]
+  of_query = jnp.minimum(of_query, counts.size - 1)
+  key = index - (ends - counts)[of_query]
+  units = jnp.stack([of_query // row_units, of_query % row_units, key], axis=-1)
+  return units, ends[-1]
 
 
 @functools.partial(
@@ -524,7 +563,7 @@ def kl(
   config: Config,
   interpret: bool,
 ) -> tuple[Array, Array, Array]:
-  """The loss, dindex_q and dindex_k (float32; empty without gradients)."""
+  """The loss, and dindex_q and dindex_k in float32 (else empty arrays)."""
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
   i_dim = index_q.shape[-1]
@@ -538,11 +577,10 @@ def kl(
   num_chunks = -(-t // most)
   chunk = round_up(-(-t // num_chunks))
   queries = num_chunks * chunk
-  # Batch rows of a launch.
-  rows = 1
+  batch_rows = 1  # batch rows of a launch
   if num_chunks == 1:
     fits = config.workspace // (num_kv_heads * chunk * keys)
-    rows = mosaic.largest_divisor(b, fits)
+    batch_rows = mosaic.largest_divisor(b, fits)
 
   def pad(x, axis, size):
     widths = [(0, 0)] * x.ndim
@@ -551,8 +589,8 @@ def kl(
 
   positions = (kv_lengths - t)[:, None] + jnp.arange(t, dtype=jnp.int32)
   limits = jnp.where(query_mask, jnp.maximum(positions + 1, 0), 0)
-  index_q, bad_q = _zero_bad(index_q)
-  index_k, bad_k = _zero_bad(index_k)
+  index_q, bad_q = mosaic.zero_non_finite(index_q)
+  index_k, bad_k = mosaic.zero_non_finite(index_k)
   slot = jnp.arange(s_len, dtype=jnp.int32)
   first_bad = jnp.min(jnp.where(bad_k, slot, mosaic.NEVER), axis=1)
   poisoned = bad_q | (limits > first_bad[:, None])[..., None]
@@ -564,7 +602,7 @@ def kl(
   iq = pad(index_q, 1, queries).reshape(b, queries, -1)
   k = pad(k, 1, keys).reshape(b, keys, -1)
   ik = pad(index_k, 1, keys)
-  shape = Shape(
+  params = KernelParams(
     group_size=num_heads // num_kv_heads,
     num_kv_heads=num_kv_heads,
     head_dim=d,
@@ -578,56 +616,62 @@ def kl(
   )
   index_lse = jax.new_ref(lax.empty((b, num_kv_heads, queries), jnp.float32))
   spans = jnp.stack([kv_lengths - t, kv_lengths], axis=-1)
-  _index_lse(index_lse, spans, limits, iq, ik, shape=shape)
+  _index_lse(index_lse, spans, limits, iq, ik, params=params)
   index_lse = jnp.where(poisoned, jnp.nan, jax.freeze(index_lse))
 
   def einsum(spec, x, y):
     return jnp.einsum(spec, x, y, preferred_element_type=jnp.float32)
 
   def launch(index, carry):
-    first_row = index * rows
+    first_row = index * batch_rows
 
-    def of_rows(x):
-      return lax.dynamic_slice_in_dim(x, first_row, rows)
+    def launch_part(x):
+      return lax.dynamic_slice_in_dim(x, first_row, batch_rows)
 
     def step(i, carry):
       total, diq, dik, g = carry
-      ends = of_rows(kv_lengths)
+      ends = launch_part(kv_lengths)
       units, num_units = _visible_units(ends - t + i * chunk, ends, chunk, keys)
-      where = jnp.stack([first_row, i * chunk, num_units]).astype(jnp.int32)
+      chunk_desc = jnp.stack([first_row, i * chunk, num_units]).astype(
+        jnp.int32
+      )
       values = jax.new_ref(lax.empty((config.num_ctas, 2, ROWS), jnp.float32))
       g = jax.new_ref(g)
-      _pairs(
-        values, g, where, units, limits, index_lse, lse, iq, q, k, ik,
-        shape=shape,
+      _units(
+        values, g, chunk_desc, units, limits, index_lse, lse, iq, q, k, ik,
+        params=params,
       )  # fmt: skip
       total += jnp.sum(jax.freeze(values))
       g = jax.freeze(g)
       if with_gradients:
-        by_row = g.reshape(rows, num_kv_heads, chunk, keys)
+        by_batch_row = g.reshape(batch_rows, num_kv_heads, chunk, keys)
         diq = lax.dynamic_update_slice(
           diq,
-          einsum("bkts,bsi->btki", by_row, of_rows(ik)),
+          einsum("bkts,bsi->btki", by_batch_row, launch_part(ik)),
           (first_row, i * chunk, 0, 0),
         )
-        of_chunk = lax.dynamic_slice_in_dim(of_rows(iq), i * chunk, chunk, 1)
-        of_chunk = of_chunk.reshape(rows, chunk, num_kv_heads, i_dim)
-        one = of_rows(dik) + einsum("bkts,btki->bsi", by_row, of_chunk)
+        of_chunk = lax.dynamic_slice_in_dim(
+          launch_part(iq), i * chunk, chunk, 1
+        )
+        of_chunk = of_chunk.reshape(batch_rows, chunk, num_kv_heads, i_dim)
+        one = launch_part(dik) + einsum(
+          "bkts,btki->bsi", by_batch_row, of_chunk
+        )
         dik = lax.dynamic_update_slice_in_dim(dik, one, first_row, axis=0)
       return total, diq, dik, g
 
-    # From chunk to chunk a place of g sees no less: what is not visited now
-    # was not before, and holds zero.
+    # A unit that is skipped in one chunk was skipped in all chunks before it,
+    # because later queries see more keys. So g still holds its zeros there.
     sizes = (1, ROWS, KEYS)
     if with_gradients:
-      sizes = (rows * num_kv_heads, chunk, keys)
+      sizes = (batch_rows * num_kv_heads, chunk, keys)
     carry = *carry, jnp.zeros(sizes, q.dtype)
     return lax.fori_loop(0, num_chunks, step, carry)[:3]
 
   sizes = (queries, keys) if with_gradients else (0, 0)
   total, diq, dik = lax.fori_loop(
     0,
-    b // rows,
+    b // batch_rows,
     launch,
     (
       jnp.float32(0),

@@ -1,44 +1,57 @@
 """KL loss of the Index Branch on Hopper, with its gradients.
 
-Over all visible tokens see `warmup`; here is the sparse phase.
+This is the sparse phase; `dense_index_kl` has the loss over all visible tokens,
+and `index_kl_loss` calls it when no blocks are given.
 
-Over the visible tokens J of a query's chosen blocks, with the mean over the
-heads of its group p_j = mean exp(scale q.k_j - lse) and r_j = exp(index_scale
-index_q.index_k_j - index_lse):
+Over the visible tokens J of a query's chosen blocks, with the teacher p_j =
+mean over the heads of the group of exp(scale q.k_j - lse) and the student r_j =
+exp(index_scale index_q.index_k_j - index_lse) (KL loss; arXiv 2606.13392):
 
   value = sum_j p_j (log p_j - log r_j)     g_j = r_j - p_j
   dindex_q = index_scale sum_j g_j index_k_j
   dindex_k_j = index_scale sum over queries and groups of g_j index_q
 
-divided by the rows that count. p, r and g of a pair need both log sum exps, so
-value and gradients come from one pass: the gradient is ready when the loss is.
+all divided by the number of queries that count, times the number of groups.
+Both log sum exps are needed before p, r and g; with them, one pass gives the
+value and the gradients, so the gradients are computed with the loss.
 
-An owner (see `sparse_attention_bwd`) is a block of 128 keys with the queries
-that chose it, its edges, 64 at a time. A launch takes whole batch rows, as many
-as divide the batch and a bound on its edges lets in; of a longer row some
-groups, or one whose chunks of queries take turns:
+Two kernels. A CTA owns a task of `kv_block_plan`: one KV block of 128 keys and
+queries that chose it. The (query, KV block) pairs of a task are processed in
+*pair tiles* of 64 pairs; a pair tile has several *row tiles* of 128 rows of q
+(queries x the heads of their group).
 
-* **index_lse**: scores of 64 edges with the block, a log sum exp each; merged
-  over a query's choices afterwards.
-* **owners**: two warpgroups of 64 keys each. Gathered q, 128 rows at a time,
-  gives p, keys x rows. A query's heads are neighbouring columns, registers of
-  four lanes: their mean is a sum in float32 and an exchange that leaves each of
-  the four with the mean of one query of four. Edges are gathered in the order
-  that makes this the layout of a product with 64 edges. Then the index scores
-  of the 64 edges, r, g, the value; g times index_q adds to dindex_k in
-  registers, and g from both halves times index_k is a partial of dindex_q, in
-  the working dtype, summed over choices afterwards. dindex_k sums up as dK does
-  there, a group at a time. The two take turns at the tensor cores. A third
-  warpgroup copies: each of its warps gathers some of a tile's queries, and what
-  a piece needs last is copied last. All orders are fixed.
+* **index_lse**: one warpgroup computes the index scores of 64 pairs with the
+  block and a log sum exp for each. XLA merges those of a query's choices.
+* **kv_blocks**: two compute warpgroups own 64 keys each. A third one gathers q,
+  one TMA copy a query (`row_tile` in `_copy`), each of its warps some of the
+  queries. For each row tile the compute warpgroups get p as keys x rows. The
+  heads of a query lie in neighbouring columns, that is in the registers of four
+  lanes. Their mean is therefore a sum in float32 and an exchange that leaves
+  each of the four lanes with the mean of one query of four. The pairs are
+  gathered in the order that makes this the register layout of a product with 64
+  pairs. Then come the index scores of the 64 pairs, r, g and the value. g times
+  index_q adds to dindex_k in registers. g of both halves of the keys times
+  index_k is a partial dindex_q, in the working dtype; XLA sums a query's
+  partials. The sums of dindex_k work as those of dK in `sparse_attention_bwd`,
+  for each group on its own. The two compute warpgroups alternate at the tensor
+  cores. All sums have a fixed order.
 
-Bound, for an edge of 16 heads at D = I = 128, cycles of an H100's SM: 4 KB of q
-in, 350 at the rate of its memory; 0.52 MFLOP of scores and 0.1 of the rest,
-150; 2,048 exponentials, 128. What is reached is in results/LOG.md. SMEM: q
-32 KB a stage, K and index_k 32 each, index_q 32, g 16, log sum exps 8.
+A launch takes whole batch rows, as many as divide the batch and as
+`Config.pairs` allows; of a longer row it takes some KV heads, or one KV head
+whose chunks of queries are processed one after another.
 
-NaN: one in a query reaches its own row and what it sees; keys that are not
-finite are zeroed, and rows that see one are made NaN through index_lse.
+Bound, for a pair with 16 heads at D = I = 128, in cycles of an H100's SM: 350
+to read 4 KB of q at the rate of the memory; 150 for 0.52 MFLOP of scores and
+0.1 of the rest; 128 for 2,048 exponentials. benchmarks/results/LOG.md says what
+is reached.
+
+SMEM: q 32 KB a stage, K and index_k 32 KB each, index_q 32 KB, g 16 KB, log sum
+exps 8 KB.
+
+NaN: one in a query reaches its own row and the keys that it sees. Keys that are
+not finite are zeroed, and a query that sees one is made NaN through index_lse.
+
+Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
 from __future__ import annotations
@@ -67,8 +80,8 @@ from pallas_kernels import (
 from pallas_kernels.sparse_attention_bwd import KEYS, sum_extra
 
 ACC = plgpu.WGMMAAccumulatorRef
-ROWS = 128  # of a tile
-EDGES = 64  # of a piece
+ROWS = 128  # rows of q in a row tile
+PAIRS = 64  # pairs in a pair tile
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,47 +89,48 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    stages: tiles of 128 gathered q rows in flight.
-    task: most edges of a task; 0 lets the number of edges decide.
-    chunk: most queries of a chunk; 0 lets the number of edges decide.
-    edges: most edges of a launch, which takes one query's at least.
-    num_ctas: CTAs of the owners' persistent grid; index_lse has three times
-      as many.
+    stages: row tiles of gathered queries in flight.
+    task: upper bound on the pairs of a task; 0 derives it from their number.
+    chunk: upper bound on the queries of a chunk; 0 derives it from `pairs`.
+    pairs: upper bound on the pairs of a launch, which takes at least one
+      query's.
+    num_ctas: CTAs of the persistent grid of kv_blocks; index_lse has three
+      times as many.
   """
 
   stages: int = 3
   task: int = 0
   chunk: int = 0
-  edges: int = 1 << 21
+  pairs: int = 1 << 21
   num_ctas: int = mosaic.NUM_SMS
 
 
 def heuristic_config() -> Config:
-  """The config used without one."""
+  """The config used when none is given."""
   return Config()
 
 
 def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one is tested."""
+  """Configs that are worth timing; every one of them is tested."""
   return (
     Config(),
     Config(stages=2),
     Config(task=128),
     Config(task=1024),
-    Config(edges=1 << 19),
+    Config(pairs=1 << 19),
   )
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-  """Static sizes of one call, after padding."""
+class KernelParams:
+  """Static parameters of one call, after padding."""
 
-  rows: int  # of one query in a tile: its heads, at least 8
+  q_rows: int  # rows of a query in a row tile: its group's heads, at least 8
   head_dim: int
   index_dim: int
   num_kv_heads: int
-  num_groups: int  # that a launch works on
-  num_owners: int  # of a group
+  num_groups: int  # groups (KV heads of batch rows) of a launch
+  num_kv_blocks: int  # KV blocks of a group
   dtype: jnp.dtype
   scale: float
   index_scale: float
@@ -126,21 +140,21 @@ class Shape:
 
   @property
   def queries(self) -> int:
-    """Queries in a tile."""
-    return ROWS // self.rows
+    """Queries in a row tile."""
+    return ROWS // self.q_rows
 
-  def locate(self, owner, first_group):
-    """Batch row, KV head and block of an owner in a launch."""
-    group = first_group + owner // self.num_owners
+  def locate(self, kv_block, first_group):
+    """Batch row, KV head and block in the group of a launch's KV block."""
+    group = first_group + kv_block // self.num_kv_blocks
     return (
       group // self.num_kv_heads,
       lax.rem(group, self.num_kv_heads),
-      lax.rem(owner, self.num_owners),
+      lax.rem(kv_block, self.num_kv_blocks),
     )
 
 
 def _visible(limits, key, layout_axis):
-  """Whether edges, along an axis, see the keys of their owner block."""
+  """Whether pairs, along an axis, see the keys of their KV block."""
 
   def along(x):
     return lax.broadcast_in_dim(x, key.shape, [layout_axis])
@@ -149,32 +163,42 @@ def _visible(limits, key, layout_axis):
   return (key < along(limits & 255)) & ((along(limits) & half) != 0)
 
 
-def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
-  """log2 sum exp2 of each edge's index scores with its block, by piece.
+def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
+  """log2 sum exp2 of each pair's index scores with its KV block.
 
-  `where`: first group (batch row * K + KV head), first query, number of tasks.
+  Args:
+    out: Ref, float32: a value for each pair, in the order of the pair tiles.
+    chunk_desc: chunk descriptor, int32 [3]: first group (batch row * K + KV
+      head), first query, number of tasks.
+    plan: `kv_block_plan.KVBlockPlan`.
+    firsts: each task's first pair tile.
+    limits: for each pair, how many keys of its block the query sees by
+      causality, and 2 bits above 8 that say which halves were chosen.
+    iq: index queries, gathered in the order of the pair tiles.
+    ik: index keys.
+    params: static parameters.
   """
-  s = shape
-  num_ctas = 3 * s.config.num_ctas  # three fit on an SM
+  s = params
+  num_ctas = 3 * s.config.num_ctas  # three CTAs fit on an SM
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    where_gmem, tasks_gmem, turns_gmem, first_gmem, limit_gmem, iq_gmem,
+    chunk_gmem, tasks_gmem, longest_first_gmem, first_gmem, limit_gmem, iq_gmem,
     ik_gmem, out_gmem,
     iq_smem, ik_smem, iq_ready, iq_free, ik_ready, ik_free,
   ):  # fmt: skip
     cta = lax.axis_index("cta")
-    my_tasks = kv_block_plan.num_turns(cta, where_gmem[2], num_ctas)
+    my_tasks = kv_block_plan.num_tasks_of_cta(cta, chunk_gmem[2], num_ctas)
 
     def task(i, step):
-      index = turns_gmem[kv_block_plan.turn(cta, i, num_ctas)]
-      owner, _, count = (tasks_gmem[index, j] for j in range(3))
-      row, _, block = s.locate(owner, where_gmem[0])
+      index = longest_first_gmem[kv_block_plan.nth_task(cta, i, num_ctas)]
+      kv_block, _, count = (tasks_gmem[index, j] for j in range(3))
+      batch_row, _, block = s.locate(kv_block, chunk_gmem[0])
       first = first_gmem[index]
-      pieces = (count + EDGES - 1) // EDGES
+      num_pair_tiles = (count + PAIRS - 1) // PAIRS
 
-      def place(j):
-        return pl.ds(pl.multiple_of((first + j) * EDGES, EDGES), EDGES)
+      def pairs_of(j):
+        return pl.ds(pl.multiple_of((first + j) * PAIRS, PAIRS), PAIRS)
 
       def copy(j):
         slot = lax.rem(step + j, 2)
@@ -184,25 +208,23 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
           plgpu.barrier_wait(iq_free.at[slot])
 
         plgpu.copy_gmem_to_smem(
-          iq_gmem.at[place(j)], iq_smem.at[slot], iq_ready.at[slot]
+          iq_gmem.at[pairs_of(j)], iq_smem.at[slot], iq_ready.at[slot]
         )
 
       @pl.when(i > 0)
       def _():
         plgpu.barrier_wait(ik_free)
 
-      tokens = pl.ds(
-        block * kv_block_plan.OWNER_BLOCK, kv_block_plan.OWNER_BLOCK
-      )
-      plgpu.copy_gmem_to_smem(ik_gmem.at[row, tokens], ik_smem, ik_ready)
-      pl.when(pieces > 0)(lambda: copy(0))
+      tokens = pl.ds(block * kv_block_plan.KV_BLOCK, kv_block_plan.KV_BLOCK)
+      plgpu.copy_gmem_to_smem(ik_gmem.at[batch_row, tokens], ik_smem, ik_ready)
+      pl.when(num_pair_tiles > 0)(lambda: copy(0))
       plgpu.barrier_wait(ik_ready)
 
-      def piece(j, carry):
-        pl.when(j + 1 < pieces)(lambda: copy(j + 1))
+      def pair_tile(j, carry):
+        pl.when(j + 1 < num_pair_tiles)(lambda: copy(j + 1))
         slot = lax.rem(step + j, 2)
         limit = plgpu.load(
-          limit_gmem.at[place(j)], layout=row_layout, optimized=False
+          limit_gmem.at[pairs_of(j)], layout=row_layout, optimized=False
         )
         plgpu.barrier_wait(iq_ready.at[slot])
 
@@ -211,7 +233,7 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
           return acc[...]
 
         scores = pl.run_scoped(
-          product, ACC((EDGES, kv_block_plan.OWNER_BLOCK), jnp.float32)
+          product, ACC((PAIRS, kv_block_plan.KV_BLOCK), jnp.float32)
         )
         plgpu.barrier_arrive(iq_free.at[slot])
         scores = scores * (s.index_scale * mosaic.LOG2E)
@@ -223,12 +245,12 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
         m = scores.max(axis=1)
         total = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
         total = jnp.where(visible, total, 0.0).sum(axis=1)
-        out_gmem[place(j)] = m + jnp.log2(total)
+        out_gmem[pairs_of(j)] = m + jnp.log2(total)
         return carry
 
-      lax.fori_loop(0, pieces, piece, None)
+      lax.fori_loop(0, num_pair_tiles, pair_tile, None)
       plgpu.barrier_arrive(ik_free)
-      return step + pieces
+      return step + num_pair_tiles
 
     step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
     mosaic.drain(iq_free, step)
@@ -243,14 +265,15 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
     )
 
   mosaic.launch(
-    body, where, plan.tasks, plan.turns, firsts, limits, iq, ik, out,
+    body, chunk_desc, plan.tasks, plan.longest_first, firsts, limits, iq, ik,
+    out,
     name="kl_index_lse",
     num_ctas=num_ctas,
     num_warpgroups=1,
     interpret=s.interpret,
     scratch=[
-      operand(2, EDGES),
-      operand(kv_block_plan.OWNER_BLOCK),
+      operand(2, PAIRS),
+      operand(kv_block_plan.KV_BLOCK),
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(num_barriers=2),
       plgpu.Barrier(),
@@ -259,30 +282,33 @@ def _index_lse(out, where, plan, firsts, limits, iq, ik, *, shape):
   )  # fmt: skip
 
 
-def _in_tile_order(x):
-  """By piece: element n of 64 is the n-th edge that tiles gather.
+def _gather_order(x):
+  """Reorders the pairs of each pair tile to the order that row tiles gather.
 
-  Of every four edges that tiles gather, each of the four lanes that share an
-  accumulator row gets the mean of one, and an accumulator's column 8 j + 2 l +
-  {0, 1} lies in lane l. So n = 8 j + 4 i + l stands for edge 8 j + 2 l + i.
+  Of every four pairs that are gathered, each of the four lanes that share an
+  accumulator row gets the mean of one, and column 8 j + 2 l + {0, 1} of an
+  accumulator lies in lane l. So the pair gathered as n = 8 j + 4 i + l belongs
+  to column 8 j + 2 l + i.
   """
   return x.reshape(-1, 4, 2).swapaxes(1, 2).reshape(x.shape)
 
 
-def _sum_heads(p, sums, tile, *, rows, interpret):
-  """Puts the sums over heads of a tile into the columns of its edges.
+def _sum_heads(p, sums, tile, *, q_rows, interpret):
+  """Puts a row tile's sums over heads into the columns of its pairs.
 
   Args:
-    p: float32 [KEYS, ROWS], `rows` heads of each query.
-    sums: float32 [KEYS, EDGES], of which the tile's columns are replaced.
-    tile: which tile of the piece this is.
+    p: float32 [KEYS, ROWS], `q_rows` heads of each query.
+    sums: float32 [KEYS, PAIRS], in which the row tile's columns are replaced.
+    tile: index of the row tile in its pair tile.
+    q_rows: rows of a query.
+    interpret: run on the CPU.
   """
-  queries = ROWS // rows
+  queries = ROWS // q_rows
   if interpret:
-    x = p.reshape(KEYS, queries // 8, 2, 4, rows).sum(-1)
+    x = p.reshape(KEYS, queries // 8, 2, 4, q_rows).sum(-1)
     x = x.swapaxes(2, 3).reshape(KEYS, queries)
     column = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
-    x = jnp.tile(x, (1, EDGES // queries))
+    x = jnp.tile(x, (1, PAIRS // queries))
     return jnp.where(column // queries == tile, x, sums)
 
   layout = plgpu.Layout.WGMMA
@@ -308,7 +334,7 @@ def _sum_heads(p, sums, tile, *, rows, interpret):
     high, low = bit_of_lane(2), bit_of_lane(1)
 
     def exchange(is_second, first, second, distance):
-      """Each half of the lanes keeps one and adds what the other has of it."""
+      """Half of the lanes keeps each value and adds the other half's part."""
       keep = arith.select(is_second, second, first)
       give = arith.select(is_second, first, second)
       return arith.addf(keep, mgpu_utils.shfl_bfly(give, distance))
@@ -317,9 +343,10 @@ def _sum_heads(p, sums, tile, *, rows, interpret):
       at = ir.DenseI64ArrayAttr.get([i])
       return vector.extract(x, dynamic_position=[], static_position=at)
 
-    # A register is two columns, of a row in the first or second eight of 16.
+    # A register holds two columns of one row, which is among the first or the
+    # second 8 of 16 rows.
     parts = p.registers.reshape(ROWS // 8, 2)
-    per_query = rows // 8
+    per_query = q_rows // 8
     new = {}
     for half in range(2):
       totals = []
@@ -336,86 +363,100 @@ def _sum_heads(p, sums, tile, *, rows, interpret):
             exchange(low, exchange(high, a, c, 2), exchange(high, b, d, 2), 1)
           )
         new[j, half] = vector.from_elements(pair, columns)
-    shape = sums.registers.shape
-    old = sums.registers.reshape(EDGES // 8, 2)
+    registers_shape = sums.registers.shape
+    old = sums.registers.reshape(PAIRS // 8, 2)
     out = old.copy()
     each = queries // 8
-    for j in range(EDGES // 8):
+    for j in range(PAIRS // 8):
       here = arith.cmpi(
         arith.CmpIPredicate.eq, tile.registers.item(), constant(j // each)
       )
       for half in range(2):
         out[j, half] = arith.select(here, new[j % each, half], old[j, half])
     return mgpu.FragmentedArray(
-      _registers=out.reshape(shape), _layout=sums.layout, _is_signed=None
+      _registers=out.reshape(registers_shape),
+      _layout=sums.layout,
+      _is_signed=None,
     )
 
   return run(p, sums, tile)
 
 
-def _owners(
-  values, partials, sums, where, plan, firsts, queries, limits, index_lse, iq,
-  lse, q, k, ik, *, shape,
+def _kv_blocks(
+  values, partials, sums, chunk_desc, plan, firsts, queries, limits, index_lse,
+  iq, lse, q, k, ik, *, params,
 ):  # fmt: skip
-  """Values, dindex_q partials and dindex_k of a chunk.
+  """Computes values, dindex_q partials and sums of dindex_k of a chunk.
 
-  `where`: as for `_index_lse`. `queries`: of the chunk, in the order of tiles,
-  as is `lse` [.., ROWS].
+  Args:
+    values: Ref, float32 [num_ctas, 2, KEYS]: parts of the sum of the values.
+    partials: Ref, [pair tiles * PAIRS, I]: dindex_q partials.
+    sums: Ref, float32 [1, slots, KV_BLOCK, I]: sums of dindex_k.
+    chunk_desc, plan, firsts, limits, iq, ik, params: as for `_index_lse`.
+    queries: each pair's query in the chunk, in the order that row tiles gather.
+    index_lse: base-2 log sum exp of each pair's query over all its choices.
+    lse: float32 [row tiles, ROWS]: base-2 log sum exp of the gathered rows,
+      plus the log of the number of heads.
+    q, k: operands, padded, k head-major.
   """
-  s, config = shape, shape.config
-  rows, d, i_dim = s.rows, s.head_dim, s.index_dim
+  s, config = params, params.config
+  q_rows, d, i_dim = s.q_rows, s.head_dim, s.index_dim
   stages = config.stages
-  piece_tiles = EDGES // s.queries
+  row_tiles = PAIRS // s.queries
   column_layout = plgpu.Layout.WGMMA.reduce(0)
 
   def body(
-    where_gmem, tasks_gmem, turns_gmem, first_gmem, query_gmem, limit_gmem,
-    ilse_gmem, iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem, value_gmem,
-    part_gmem, sums_gmem,
+    chunk_gmem, tasks_gmem, longest_first_gmem, first_gmem, query_gmem,
+    limit_gmem, ilse_gmem, iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem,
+    value_gmem, part_gmem, sums_gmem,
     q_smem, lse_smem, k_smem, ik_smem, iq_smem, ilse_smem, limit_smem, g_smem,
     q_ready, q_free, lse_ready, lse_free, kv_ready, kv_free, iq_ready, iq_free,
-    g_ready, g_free, diq_ready, turn,
+    g_ready, g_free, diq_ready, tensor_turn,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = kv_block_plan.num_turns(cta, where_gmem[2], config.num_ctas)
+    my_tasks = kv_block_plan.num_tasks_of_cta(
+      cta, chunk_gmem[2], config.num_ctas
+    )
 
     def read_task(i):
-      """Owner, its number of edges, slot of the sum, first piece."""
-      index = turns_gmem[kv_block_plan.turn(cta, i, config.num_ctas)]
-      owner, count, slot = (tasks_gmem[index, j] for j in (0, 2, 4))
-      return owner, count, slot, first_gmem[index]
+      """KV block, number of pairs, slot of the sum, first pair tile."""
+      index = longest_first_gmem[
+        kv_block_plan.nth_task(cta, i, config.num_ctas)
+      ]
+      kv_block, count, sum_slot = (tasks_gmem[index, j] for j in (0, 2, 4))
+      return kv_block, count, sum_slot, first_gmem[index]
 
     @pl.when(wg < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
       zero = plgpu.layout_cast(
-        jnp.full((KEYS, EDGES), 0.0, jnp.float32), plgpu.Layout.WGMMA
+        jnp.full((KEYS, PAIRS), 0.0, jnp.float32), plgpu.Layout.WGMMA
       )
       key = (
         plgpu.broadcasted_iota(
-          jnp.int32, (KEYS, EDGES), 0, layout=plgpu.Layout.WGMMA
+          jnp.int32, (KEYS, PAIRS), 0, layout=plgpu.Layout.WGMMA
         )
         + wg * KEYS
       )
 
-      def along(x, size=EDGES):
+      def along(x, size=PAIRS):
         return lax.broadcast_in_dim(x, (KEYS, size), [1])
 
       def task(i, carry):
-        tile_step, piece_step, value = carry
-        _, count, slot, first = read_task(i)
-        pieces = (count + EDGES - 1) // EDGES
+        row_step, pair_step, value = carry
+        _, count, sum_slot, first = read_task(i)
+        num_pair_tiles = (count + PAIRS - 1) // PAIRS
         plgpu.barrier_wait(kv_ready)
 
-        def piece(j, carry):
-          tile_step, piece_step, value, dik = carry
-          edges = jnp.minimum(count - j * EDGES, EDGES)
-          num_tiles = (edges + s.queries - 1) // s.queries
-          stage = lax.rem(piece_step, 2)
+        def pair_tile(j, carry):
+          row_step, pair_step, value, dik = carry
+          num_pairs = jnp.minimum(count - j * PAIRS, PAIRS)
+          num_row_tiles = (num_pairs + s.queries - 1) // s.queries
+          stage = lax.rem(pair_step, 2)
           plgpu.barrier_wait(lse_ready.at[stage])
 
-          def tile(t, mean):
-            q_stage = lax.rem(tile_step + t, stages)
+          def row_tile(t, mean):
+            q_stage = lax.rem(row_step + t, stages)
             plgpu.barrier_wait(q_ready.at[q_stage])
 
             def product(acc):
@@ -424,19 +465,20 @@ def _owners(
               )
               return acc[...]
 
-            # One multiplies while the other takes exponentials: left alone,
-            # both get a tile at the same moment and do the same.
-            plgpu.barrier_wait(turn.at[wg])
+            # The warpgroups alternate: one multiplies while the other takes
+            # exponentials. Without this, both get a row tile at the same moment
+            # and then compete for the same unit.
+            plgpu.barrier_wait(tensor_turn.at[wg])
             scores = pl.run_scoped(product, ACC((KEYS, ROWS), jnp.float32))
-            plgpu.barrier_arrive(turn.at[1 - wg])
+            plgpu.barrier_arrive(tensor_turn.at[1 - wg])
             plgpu.barrier_arrive(q_free.at[q_stage])
             lse_rows = plgpu.load(lse_smem.at[stage, t], layout=column_layout)
             p = jnp.exp2(
               scores * (s.scale * mosaic.LOG2E) - along(lse_rows, ROWS)
             )
-            return _sum_heads(p, mean, t, rows=rows, interpret=s.interpret)
+            return _sum_heads(p, mean, t, q_rows=q_rows, interpret=s.interpret)
 
-          mean = lax.fori_loop(0, num_tiles, tile, zero)
+          mean = lax.fori_loop(0, num_row_tiles, row_tile, zero)
           plgpu.barrier_arrive(lse_free.at[stage])
           plgpu.barrier_wait(iq_ready.at[stage])
 
@@ -446,7 +488,7 @@ def _owners(
             )
             return acc[...]
 
-          scores = pl.run_scoped(index_product, ACC((KEYS, EDGES), jnp.float32))
+          scores = pl.run_scoped(index_product, ACC((KEYS, PAIRS), jnp.float32))
           limit = plgpu.load(limit_smem.at[stage], layout=column_layout)
           ilse = plgpu.load(ilse_smem.at[stage], layout=column_layout)
           visible = _visible(limit, key, 1)
@@ -485,18 +527,19 @@ def _owners(
                 )
               return acc[...]
 
-            diq = pl.run_scoped(diq_product, ACC((EDGES, 64), jnp.float32))
-            # The last partial has left its stage: only its issuer knows.
+            diq = pl.run_scoped(diq_product, ACC((PAIRS, 64), jnp.float32))
+            # The stage of the last partial is free again. Only the warpgroup
+            # that issued the copy can wait for it.
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
 
-            @pl.when(piece_step > 0)
+            @pl.when(pair_step > 0)
             def _():
               plgpu.barrier_arrive(iq_free.at[1 - stage])
 
             plgpu.barrier_arrive(g_free)
             plgpu.barrier_wait(g_free)
 
-            # Nobody reads g nor index_q of this piece any more.
+            # Both warpgroups have finished with g and index_q of this tile.
             def write():
               iq_smem.at[stage, :, at][...] = diq.astype(s.dtype)
 
@@ -510,57 +553,57 @@ def _owners(
             @pl.when(wg == 0)
             def _():
               plgpu.barrier_wait(diq_ready)
-              place = pl.multiple_of((first + j) * EDGES, EDGES)
+              first_pair = pl.multiple_of((first + j) * PAIRS, PAIRS)
               plgpu.copy_smem_to_gmem(
-                iq_smem.at[stage], part_gmem.at[pl.ds(place, EDGES)]
+                iq_smem.at[stage], part_gmem.at[pl.ds(first_pair, PAIRS)]
               )
           else:
             plgpu.barrier_arrive(iq_free.at[stage])
-          return tile_step + num_tiles, piece_step + 1, value, dik
+          return row_step + num_row_tiles, pair_step + 1, value, dik
 
         dik = plgpu.layout_cast(
           jnp.full((KEYS, i_dim), 0.0, jnp.float32), plgpu.Layout.WGMMA
         )
-        tile_step, piece_step, value, dik = lax.fori_loop(
-          0, pieces, piece, (tile_step, piece_step, value, dik)
+        row_step, pair_step, value, dik = lax.fori_loop(
+          0, num_pair_tiles, pair_tile, (row_step, pair_step, value, dik)
         )
         plgpu.barrier_arrive(kv_free)
         if s.with_gradients:
-          at = sums_gmem.at[0, slot, pl.ds(wg * KEYS, KEYS)]
+          at = sums_gmem.at[0, sum_slot, pl.ds(wg * KEYS, KEYS)]
 
           def add_so_far(x):
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
             return so_far + x
 
-          is_first = slot < s.num_groups * s.num_owners
+          is_first = sum_slot < s.num_groups * s.num_kv_blocks
           at[...] = lax.cond(is_first, add_so_far, lambda x: x, dik)
-        return tile_step, piece_step, value
+        return row_step, pair_step, value
 
-      pl.when(wg == 1)(lambda: plgpu.barrier_arrive(turn.at[0]))
+      pl.when(wg == 1)(lambda: plgpu.barrier_arrive(tensor_turn.at[0]))
       nothing = plgpu.layout_cast(
         jnp.full((KEYS,), 0.0, jnp.float32), plgpu.Layout.WGMMA.reduce(1)
       )
       start = (jnp.int32(0), jnp.int32(0), nothing)
-      _, piece_step, value = lax.fori_loop(0, my_tasks, task, start)
-      pl.when(wg == 0)(lambda: plgpu.barrier_wait(turn.at[0]))
+      _, pair_step, value = lax.fori_loop(0, my_tasks, task, start)
+      pl.when(wg == 0)(lambda: plgpu.barrier_wait(tensor_turn.at[0]))
       value_gmem[cta, wg] = value
       if s.with_gradients:
         plgpu.wait_smem_to_gmem(0)
 
-        @pl.when(piece_step > 0)
+        @pl.when(pair_step > 0)
         def _():
-          plgpu.barrier_arrive(iq_free.at[lax.rem(piece_step + 1, 2)])
+          plgpu.barrier_arrive(iq_free.at[lax.rem(pair_step + 1, 2)])
 
     @pl.when(wg == 2)
     def _copy():
       plgpu.set_max_registers(40, action="decrease")
 
       def task(i, steps):
-        owner, count, _, first = read_task(i)
-        # Read again for each task: kept, it would take registers.
-        row, kv_head, block = s.locate(owner, where_gmem[0])
-        origin = where_gmem[1]
-        num_tiles = (count + s.queries - 1) // s.queries
+        kv_block, count, _, first = read_task(i)
+        # These are read again for each task to save registers.
+        batch_row, kv_head, block = s.locate(kv_block, chunk_gmem[0])
+        origin = chunk_gmem[1]
+        num_row_tiles = (count + s.queries - 1) // s.queries
 
         def copy_keys():
           @pl.when(i > 0)
@@ -568,84 +611,87 @@ def _owners(
             plgpu.barrier_wait(kv_free)
 
           for h in range(2):
-            tokens = pl.ds(block * kv_block_plan.OWNER_BLOCK + h * KEYS, KEYS)
+            tokens = pl.ds(block * kv_block_plan.KV_BLOCK + h * KEYS, KEYS)
             plgpu.copy_gmem_to_smem(
-              k_gmem.at[row, kv_head, tokens], k_smem.at[h], kv_ready
+              k_gmem.at[batch_row, kv_head, tokens], k_smem.at[h], kv_ready
             )
             plgpu.copy_gmem_to_smem(
-              ik_gmem.at[row, tokens], ik_smem.at[h], kv_ready
+              ik_gmem.at[batch_row, tokens], ik_smem.at[h], kv_ready
             )
 
-        def copy_lse(j, piece_step):
-          stage = lax.rem(piece_step, 2)
+        def copy_lse(j, pair_step):
+          stage = lax.rem(pair_step, 2)
 
-          @pl.when(piece_step >= 2)
+          @pl.when(pair_step >= 2)
           def _():
             plgpu.barrier_wait(lse_free.at[stage])
 
           plgpu.copy_gmem_to_smem(
-            lse_gmem.at[pl.ds((first + j) * piece_tiles, piece_tiles)],
+            lse_gmem.at[pl.ds((first + j) * row_tiles, row_tiles)],
             lse_smem.at[stage],
             lse_ready.at[stage],
           )
 
-        def copy_index(j, piece_step):
-          stage = lax.rem(piece_step, 2)
+        def copy_index(j, pair_step):
+          stage = lax.rem(pair_step, 2)
 
-          @pl.when(piece_step >= 2)
+          @pl.when(pair_step >= 2)
           def _():
             plgpu.barrier_wait(iq_free.at[stage])
 
-          place = pl.multiple_of((first + j) * EDGES, EDGES)
+          first_pair = pl.multiple_of((first + j) * PAIRS, PAIRS)
           for x_gmem, x_smem in (
             (iq_gmem, iq_smem),
             (ilse_gmem, ilse_smem),
             (limit_gmem, limit_smem),
           ):
             plgpu.copy_gmem_to_smem(
-              x_gmem.at[pl.ds(place, EDGES)],
+              x_gmem.at[pl.ds(first_pair, PAIRS)],
               x_smem.at[stage],
               iq_ready.at[stage],
             )
 
-        def tile(t, steps):
-          tile_step, piece_step = steps
-          stage = lax.rem(tile_step, stages)
-          j, place = t // piece_tiles, lax.rem(t, piece_tiles)
-          pl.when(place == 0)(lambda: copy_lse(j, piece_step))
+        def row_tile(t, steps):
+          row_step, pair_step = steps
+          stage = lax.rem(row_step, stages)
+          j, nth = t // row_tiles, lax.rem(t, row_tiles)
+          pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
 
           @plgpu.warp_map
           def _(warp):
             each = s.queries // 4
             mine = [warp * each + a for a in range(each)]
-            at = first * EDGES + t * s.queries
+            at = first * PAIRS + t * s.queries
             query = [query_gmem[at + a] for a in mine]
 
-            @pl.when(tile_step >= stages)
+            @pl.when(row_step >= stages)
             def _():
               plgpu.barrier_wait(q_free.at[stage])
 
             for a, one in zip(mine, query, strict=True):
               plgpu.copy_gmem_to_smem(
-                q_gmem.at[row, origin + one, pl.ds(kv_head * rows, rows)],
-                q_smem.at[stage, pl.ds(a * rows, rows)],
+                q_gmem.at[
+                  batch_row, origin + one, pl.ds(kv_head * q_rows, q_rows)
+                ],
+                q_smem.at[stage, pl.ds(a * q_rows, q_rows)],
                 q_ready.at[stage],
               )
 
-          # Late: the task or the piece before may still be at work.
-          pl.when(t == jnp.minimum(stages, num_tiles) - 1)(copy_keys)
-          ends = (place == piece_tiles - 1) | (t == num_tiles - 1)
-          pl.when(ends)(lambda: copy_index(j, piece_step))
-          return tile_step + 1, piece_step + ends.astype(jnp.int32)
+          # The keys and the index operands are copied last, because the task or
+          # pair tile before may still be using their buffers.
+          pl.when(t == jnp.minimum(stages, num_row_tiles) - 1)(copy_keys)
+          ends = (nth == row_tiles - 1) | (t == num_row_tiles - 1)
+          pl.when(ends)(lambda: copy_index(j, pair_step))
+          return row_step + 1, pair_step + ends.astype(jnp.int32)
 
-        return lax.fori_loop(0, num_tiles, tile, steps)
+        return lax.fori_loop(0, num_row_tiles, row_tile, steps)
 
-      tile_step, piece_step = lax.fori_loop(
+      row_step, pair_step = lax.fori_loop(
         0, my_tasks, task, (jnp.int32(0), jnp.int32(0))
       )
-      mosaic.drain(q_free, tile_step)
-      mosaic.drain(lse_free, piece_step)
-      mosaic.drain(iq_free, piece_step)
+      mosaic.drain(q_free, row_step)
+      mosaic.drain(lse_free, pair_step)
+      mosaic.drain(iq_free, pair_step)
 
       @pl.when(my_tasks > 0)
       def _():
@@ -655,22 +701,22 @@ def _owners(
     return plgpu.SMEM(sizes, s.dtype, transforms=mosaic.OPERAND)
 
   mosaic.launch(
-    body, where, plan.tasks, plan.turns, firsts, queries, limits, index_lse,
-    iq, lse, q, k, ik, values, partials, sums,
-    name="kl_owners",
+    body, chunk_desc, plan.tasks, plan.longest_first, firsts, queries, limits,
+    index_lse, iq, lse, q, k, ik, values, partials, sums,
+    name="kl_kv_blocks",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
     auto_barriers=False,
     scratch=[
       operand(stages, ROWS, d),
-      plgpu.SMEM((2, piece_tiles, ROWS), jnp.float32),
+      plgpu.SMEM((2, row_tiles, ROWS), jnp.float32),
       operand(2, KEYS, d),
       operand(2, KEYS, i_dim),
-      operand(2, EDGES, i_dim),
-      plgpu.SMEM((2, EDGES), jnp.float32),
-      plgpu.SMEM((2, EDGES), jnp.int32),
-      operand(2, KEYS, EDGES),
+      operand(2, PAIRS, i_dim),
+      plgpu.SMEM((2, PAIRS), jnp.float32),
+      plgpu.SMEM((2, PAIRS), jnp.int32),
+      operand(2, KEYS, PAIRS),
       plgpu.Barrier(num_arrivals=s.queries, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_barriers=2),
@@ -704,39 +750,40 @@ def _loss(
   i_dim = index_q.shape[-1]
   group_size = num_heads // num_kv_heads
   top_k = block_indices.shape[-1]
-  num_owners = -(-s_len // kv_block_plan.OWNER_BLOCK)
+  num_kv_blocks = -(-s_len // kv_block_plan.KV_BLOCK)
   counted = jnp.maximum(jnp.sum(query_mask), 1) * num_kv_heads
 
-  k, _ = sparse_attention.block_major(k, num_owners, kv_block_plan.OWNER_BLOCK)
+  k, _ = sparse_attention.block_major(k, num_kv_blocks, kv_block_plan.KV_BLOCK)
   ik, bad = sparse_attention.block_major(
-    index_k[:, :, None], num_owners * kv_block_plan.OWNER_BLOCK // block_size,
+    index_k[:, :, None], num_kv_blocks * kv_block_plan.KV_BLOCK // block_size,
     block_size,
   )  # fmt: skip
   ik, bad = ik[:, 0], bad[:, 0]
   bad_q = ~jnp.all(jnp.isfinite(index_q), axis=-1)
   index_q = jnp.where(jnp.isfinite(index_q), index_q, 0)
-  # Gathered by an element a thread: 32 bits take half as many.
-  index_pairs = lax.bitcast_convert_type(
+  # XLA's gather moves one element a thread: 32-bit elements need half as many.
+  index_words = lax.bitcast_convert_type(
     index_q.reshape(-1, i_dim // 2, 2), jnp.uint32
   )
   q = sparse_attention.pad_heads(q, num_kv_heads)
-  rows = q.shape[2] // num_kv_heads
+  q_rows = q.shape[2] // num_kv_heads
   lse = lse.reshape(b, num_kv_heads, group_size, t).astype(jnp.float32)
   bad_lse = jnp.any(jnp.isnan(lse), axis=2)
-  # Rows that are empty or poisoned: p = 0, the latter's NaN is in index_lse.
+  # An lse of +inf makes p = 0 for empty and poisoned queries; the NaN of the
+  # poisoned ones enters through index_lse.
   lse = jnp.where(jnp.isnan(lse) | (lse == -jnp.inf), jnp.inf, lse)
-  # The mean over heads is a sum of p / G.
+  # Adding log G to lse divides p by G, so a sum over heads gives the mean.
   lse = lse * mosaic.LOG2E + math.log2(group_size)
-  pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
+  pad = ((0, 0), (0, 0), (0, q_rows - group_size), (0, 0))
   lse = jnp.pad(lse, pad, constant_values=jnp.inf)
 
-  split = kv_block_plan.split_owners(
+  split = kv_block_plan.split_launches(
     b,
     t,
     num_kv_heads,
-    num_owners,
+    num_kv_blocks,
     top_k,
-    max_edges=config.edges,
+    max_pairs=config.pairs,
     chunk=config.chunk,
   )
   groups, chunk = split.groups, split.chunk
@@ -751,18 +798,18 @@ def _loss(
         (block_indices, -1), (lse, 0), (bad_lse, False), (bad_q, False),
       )
     )  # fmt: skip
-  edges = groups * chunk * top_k
-  task = kv_block_plan.owner_task(edges, config.task)
-  num_slots = groups * num_owners
-  max_tasks = kv_block_plan.max_owner_tasks(num_slots, edges, task)
-  max_pieces = edges // EDGES + max_tasks + 1
-  shape = Shape(
-    rows=rows,
+  num_pairs = groups * chunk * top_k
+  task = kv_block_plan.task_size(num_pairs, config.task)
+  num_slots = groups * num_kv_blocks
+  max_tasks = kv_block_plan.max_tasks(num_slots, num_pairs, task)
+  max_pair_tiles = num_pairs // PAIRS + max_tasks + 1
+  params = KernelParams(
+    q_rows=q_rows,
     head_dim=d,
     index_dim=i_dim,
     num_kv_heads=num_kv_heads,
     num_groups=groups,
-    num_owners=num_owners,
+    num_kv_blocks=num_kv_blocks,
     dtype=jnp.dtype(q.dtype),
     scale=scale,
     index_scale=index_scale,
@@ -771,16 +818,16 @@ def _loss(
     interpret=interpret,
   )
   if with_gradients:
-    slots, partial_rows = max_tasks, max_pieces * EDGES
+    slots, partial_rows = max_tasks, max_pair_tiles * PAIRS
   else:  # the kernel writes neither
-    slots, partial_rows = 1, EDGES
-  keys = num_owners * kv_block_plan.OWNER_BLOCK
+    slots, partial_rows = 1, PAIRS
+  keys = num_kv_blocks * kv_block_plan.KV_BLOCK
 
   def launch(index, carry):
     total, diq, dik = carry
     first = index * groups
     group = first + jnp.arange(groups, dtype=jnp.int32)
-    row, kv_head = group // num_kv_heads, group % num_kv_heads
+    batch_row, kv_head = group // num_kv_heads, group % num_kv_heads
 
     def step(i, carry):
       total, diq, sums = carry
@@ -790,95 +837,102 @@ def _loss(
         return split.cut(x, first, first_query)
 
       ids = cut(block_indices)
-      first_slots = kv_lengths[row] - t + first_query
-      plan = kv_block_plan.plan_owners(
+      first_positions = kv_lengths[batch_row] - t + first_query
+      plan = kv_block_plan.plan_kv_blocks(
         ids,
-        first_slots,
+        first_positions,
         block_size=block_size,
-        num_blocks=num_owners * kv_block_plan.OWNER_BLOCK // block_size,
+        num_blocks=num_kv_blocks * kv_block_plan.KV_BLOCK // block_size,
         task=task,
       )
-      # A task's pieces start at a place of its own, a multiple of 64: `slot`
-      # counts places of edges in pieces, of which a task's last may lack some.
-      owner, start, count = (plan.tasks[:, j] for j in range(3))
-      firsts = start // EDGES + jnp.arange(max_tasks, dtype=jnp.int32)
-      slot = jnp.arange(max_pieces * EDGES, dtype=jnp.int32)
+      # Each task has pair tiles of its own. A pair slot is a position in one of
+      # them; the last tile of a task may leave some unused.
+      kv_block, start, count = (plan.tasks[:, j] for j in range(3))
+      firsts = start // PAIRS + jnp.arange(max_tasks, dtype=jnp.int32)
+      pair_slot = jnp.arange(max_pair_tiles * PAIRS, dtype=jnp.int32)
       task_of = jnp.searchsorted(
         firsts,
-        jnp.arange(max_pieces, dtype=jnp.int32),
+        jnp.arange(max_pair_tiles, dtype=jnp.int32),
         side="right",
         method="scan_unrolled",
       )
-      task_of = jnp.repeat(task_of.astype(jnp.int32) - 1, EDGES)
-      offset = slot - firsts[task_of] * EDGES
+      task_of = jnp.repeat(task_of.astype(jnp.int32) - 1, PAIRS)
+      offset = pair_slot - firsts[task_of] * PAIRS
       used = (offset < count[task_of]) & (task_of < plan.num_tasks[0])
-      edge = jnp.minimum(start[task_of] + offset, edges - 1)
-      packed = jnp.where(used, plan.order[edge], 0)
-      place = packed >> 2
-      query = place // top_k  # of all groups
+      pair = jnp.minimum(start[task_of] + offset, num_pairs - 1)
+      packed = jnp.where(used, plan.order[pair], 0)
+      choice_slot = packed >> 2
+      query = choice_slot // top_k  # numbered over all groups of the launch
       query_group, query_of_chunk = query // chunk, query % chunk
-      # Where the slot of each choice is; choices without an edge: anywhere.
-      slot_of = jnp.zeros((edges,), jnp.int32)
-      slot_of = slot_of.at[jnp.where(used, place, edges)].set(
-        slot, mode="drop", unique_indices=True
-      )
-      slot_of = slot_of.reshape(groups, chunk, top_k)
-      # Of each edge: keys of its owner block up to it, and 2 bits of halves.
-      first_limit = first_slots[owner // num_owners] + 1
-      first_limit -= owner % num_owners * kv_block_plan.OWNER_BLOCK
+      # The pair slot of each choice; 0 for a choice that is no pair.
+      pair_slot_of = jnp.zeros((num_pairs,), jnp.int32)
+      pair_slot_of = pair_slot_of.at[
+        jnp.where(used, choice_slot, num_pairs)
+      ].set(pair_slot, mode="drop", unique_indices=True)
+      pair_slot_of = pair_slot_of.reshape(groups, chunk, top_k)
+      # For each pair: how many keys of its KV block lie up to the query, and 2
+      # bits that say which halves of the block were chosen.
+      first_limit = first_positions[kv_block // num_kv_blocks] + 1
+      first_limit -= kv_block % num_kv_blocks * kv_block_plan.KV_BLOCK
       limits = first_limit[task_of] + query_of_chunk
-      limits = jnp.clip(limits, 0, kv_block_plan.OWNER_BLOCK) | (
-        (packed & 3) << 8
-      )
+      limits = jnp.clip(limits, 0, kv_block_plan.KV_BLOCK) | ((packed & 3) << 8)
       limits = jnp.where(used, limits, 0)
-      # Of [B, T, K], from that of the group's first query.
-      place_in_iq = (row * t + first_query) * num_kv_heads + kv_head
-      place_in_iq = place_in_iq[query_group] + query_of_chunk * num_kv_heads
-      iq = lax.bitcast_convert_type(index_pairs[place_in_iq], q.dtype)
+      # Index into [B, T, K]: of the group's first query, then of each pair.
+      index_in_iq = (batch_row * t + first_query) * num_kv_heads + kv_head
+      index_in_iq = index_in_iq[query_group] + query_of_chunk * num_kv_heads
+      iq = lax.bitcast_convert_type(index_words[index_in_iq], q.dtype)
       iq = iq.reshape(-1, i_dim)
-      where = jnp.stack([first, first_query, plan.num_tasks[0]])
-      where = where.astype(jnp.int32)
-      index_lse = jax.new_ref(lax.empty((max_pieces * EDGES,), jnp.float32))
-      _index_lse(index_lse, where, plan, firsts, limits, iq, ik, shape=shape)
-      parts = jnp.where(plan.is_edge, jax.freeze(index_lse)[slot_of], -jnp.inf)
+      chunk_desc = jnp.stack([first, first_query, plan.num_tasks[0]])
+      chunk_desc = chunk_desc.astype(jnp.int32)
+      index_lse = jax.new_ref(lax.empty((max_pair_tiles * PAIRS,), jnp.float32))
+      _index_lse(
+        index_lse, chunk_desc, plan, firsts, limits, iq, ik, params=params
+      )
+      parts = jnp.where(
+        plan.is_pair, jax.freeze(index_lse)[pair_slot_of], -jnp.inf
+      )
       m = jnp.max(parts, axis=-1, initial=mosaic.FLOOR)
-      one = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
+      query_lse = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
       known = jnp.clip(ids, 0, bad.shape[1] - 1)
-      where_q = first_slots[:, None, None] + jnp.arange(chunk)[:, None]
-      seen = (ids >= 0) & (ids * block_size <= where_q)
-      first_bad = bad[row[:, None, None], known]
-      poisoned = jnp.any(seen & (first_bad <= where_q), axis=-1)
+      q_position = first_positions[:, None, None] + jnp.arange(chunk)[:, None]
+      seen = (ids >= 0) & (ids * block_size <= q_position)
+      first_bad = bad[batch_row[:, None, None], known]
+      poisoned = jnp.any(seen & (first_bad <= q_position), axis=-1)
       poisoned |= cut(bad_lse)[..., 0] | cut(bad_q)[..., 0]
-      one = jnp.where(poisoned, jnp.nan, one)
+      query_lse = jnp.where(poisoned, jnp.nan, query_lse)
 
       values = jax.new_ref(lax.empty((config.num_ctas, 2, KEYS), jnp.float32))
       partials = jax.new_ref(lax.empty((partial_rows, i_dim), q.dtype))
       sums = jax.new_ref(sums)
-      in_tile_order = _in_tile_order(query)
-      _owners(
-        values, partials, sums, where, plan, firsts,
-        in_tile_order % chunk, limits, one.reshape(-1)[query], iq,
-        cut(lse).reshape(-1, rows)[in_tile_order].reshape(-1, ROWS), q, k, ik,
-        shape=shape,
+      gathered = _gather_order(query)
+      _kv_blocks(
+        values, partials, sums, chunk_desc, plan, firsts,
+        gathered % chunk, limits, query_lse.reshape(-1)[query], iq,
+        cut(lse).reshape(-1, q_rows)[gathered].reshape(-1, ROWS), q, k, ik,
+        params=params,
       )  # fmt: skip
       total += jnp.sum(jax.freeze(values))
       if with_gradients:
-        sum_extra(sums, plan.extra, num_owners=num_slots, interpret=interpret)
-        x = jax.freeze(partials)[slot_of].astype(jnp.float32)
-        x = jnp.sum(jnp.where(plan.is_edge[..., None], x, 0), axis=2)
-        at = (row[0], first_query, kv_head[0], 0)
+        sum_extra(
+          sums, plan.extra, num_kv_blocks=num_slots, interpret=interpret
+        )
+        x = jax.freeze(partials)[pair_slot_of].astype(jnp.float32)
+        x = jnp.sum(jnp.where(plan.is_pair[..., None], x, 0), axis=2)
+        at = (batch_row[0], first_query, kv_head[0], 0)
         diq = lax.dynamic_update_slice(diq, split.token_major(x), at)
       return total, diq, jax.freeze(sums)
 
-    sums = lax.empty((1, slots, kv_block_plan.OWNER_BLOCK, i_dim), jnp.float32)
+    sums = lax.empty((1, slots, kv_block_plan.KV_BLOCK, i_dim), jnp.float32)
     sums = sums.at[:, :num_slots].set(0.0)
     total, diq, sums = lax.fori_loop(
       0, split.num_chunks, step, (total, diq, sums)
     )
     if with_gradients:
-      one = sums[0, :num_slots].reshape(split.rows, split.heads, keys, i_dim)
+      one = sums[0, :num_slots].reshape(
+        split.batch_rows, split.kv_heads, keys, i_dim
+      )
       one = jnp.sum(one, axis=1)
-      at = (row[0], 0, 0)
+      at = (batch_row[0], 0, 0)
       so_far = lax.dynamic_slice(dik, at, one.shape)
       dik = lax.dynamic_update_slice(dik, so_far + one, at)
     return total, diq, dik
@@ -940,8 +994,8 @@ def _run(
 def _kl_forward(*args):
   value, diq, dik = _run(*args, with_gradients=True)
   index_q, index_k = args[:2]
-  # Kept in float32: a loss scale comes in with the cotangent, too late for
-  # what float16 would have lost.
+  # The gradients are kept in float32. A loss scale arrives with the cotangent
+  # only, too late to save what float16 would have lost before.
   return value, (diq, dik, index_q, index_k)
 
 
@@ -990,11 +1044,11 @@ def index_kl_loss(
     lse: natural log sum exp of the scaled scores over the same tokens, as
       `sparse_attention` and `dense_attention.attention` return it.
     block_size: tokens of a block.
-    scale: of the scores; D^-0.5 without one.
-    index_scale: of the index scores; I^-0.5 without one.
+    scale: of the scores; D^-0.5 if None.
+    index_scale: of the index scores; I^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
-    query_mask: queries that count; all without one.
-    config: tile sizes of the phase; a heuristic picks them without one.
+    query_mask: queries that count; all if None.
+    config: tile sizes of the phase; `heuristic_config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Raises:

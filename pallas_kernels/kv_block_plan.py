@@ -1,5 +1,28 @@
-"""block_indices -> what the backward and the KL kernels do, planned on the
-device."""
+"""Plans the kernels that own keys: sparse attention's backward and the KL.
+
+Those kernels go over the chosen blocks the other way round. A CTA owns one *KV
+block* of 128 keys: it keeps the keys' gradients in registers and gathers the
+queries that chose the block. The forward records for each query which blocks it
+chose; a plan here records for each KV block which queries chose it. It sorts
+the **(query, KV block) pairs** by block and cuts each block's list into
+*tasks*, the work of one CTA between two loads of keys.
+
+`sparse_attention_bwd` and `index_kl` use it as follows:
+
+* `split_launches` chooses, from sizes alone, how many groups (KV heads of batch
+  rows) and queries one launch takes, so that its pairs fit the workspace;
+* `plan_kv_blocks` makes a launch's plan from its chosen blocks, on the device;
+* in the kernel, a CTA goes through its tasks with `num_tasks_of_cta` and
+  `nth_task`, longest tasks first.
+
+The first task of a block adds to the block's own sum of gradients. If a block
+has more tasks, each of them writes a sum of its own, and a second kernel adds
+these in a fixed order: no atomics, so repeated runs give equal bits.
+
+All shapes are static (`max_tasks` bounds the number of tasks) and everything
+runs inside jit without a host sync. Ids that name no block, or a block beyond
+the query's own, are dropped before anything is counted.
+"""
 
 from __future__ import annotations
 
@@ -11,191 +34,206 @@ from jaxtyping import Array, Bool, Int, Shaped
 
 from pallas_kernels import mosaic
 
+KV_BLOCK = 128  # keys of a KV block
 
-class OwnerPlan(NamedTuple):
-  """Who computes the gradients of which keys, for one chunk of queries.
 
-  Keys come in owner blocks of `OWNER_BLOCK` tokens, a group's after those of
-  the group before it; groups are KV heads of one batch row or of several.
-  Several chosen blocks of one query inside an owner block are one edge.
+class KVBlockPlan(NamedTuple):
+  """The pairs of one launch and chunk of queries, sorted by KV block.
+
+  KV blocks of `KV_BLOCK` keys are numbered over all groups of the launch, those
+  of one group after those of the group before it. If a query chose several
+  blocks of `block_size` keys inside one KV block, they make one pair.
 
   Attributes:
-    tasks: int32 [max_tasks, 5]: owner block, first edge, number of edges, how
-      many of them (the first ones) are of queries inside the block, and the
-      slot that takes the sum: the block's own for its first task, one after the
-      blocks' slots for the others.
+    tasks: int32 [max_tasks, 5]: KV block, first pair, number of pairs, how many
+      of them (they come first) have their query inside the block and need the
+      causal mask, and the slot of the sum that the task adds to or writes. A
+      block's first task has the block's number as its slot; the other tasks
+      have slots after those of all blocks.
     num_tasks: int32 [1].
-    turns: int32 [max_tasks]: the tasks, from the longest to the shortest.
-    extra: int32 [blocks, 2]: first extra slot of a block and their number.
-    order: int32 [edges]: place in the chunk ((group * queries + query) * P + p)
-      above 2 bits, which say what halves of the owner block were chosen. By
-      block, then query.
-    is_edge: bool [groups, queries, P]: whether this choice is its edge's place.
+    longest_first: int32 [max_tasks]: the tasks, from the longest to the
+      shortest.
+    extra: int32 [blocks, 2]: each block's first slot of the tasks after its
+      first one, and their number.
+    order: int32 [pairs]: each pair's choice slot in the chunk ((group * queries
+      + query) * P + p), shifted left by 2 bits that say which halves of the KV
+      block were chosen. Sorted by block, then query.
+    is_pair: bool [groups, queries, P]: whether this choice stands for its pair;
+      False also for the second choice inside the same KV block.
   """
 
   tasks: Int[Array, "tasks 5"]
   num_tasks: Int[Array, "1"]
-  turns: Int[Array, "tasks"]
+  longest_first: Int[Array, "tasks"]
   extra: Int[Array, "blocks 2"]
-  order: Int[Array, "edges"]
-  is_edge: Bool[Array, "groups queries P"]
+  order: Int[Array, "pairs"]
+  is_pair: Bool[Array, "groups queries P"]
 
 
-OWNER_BLOCK = 128
+def sort_key_fits(num_kv_blocks: int, num_pairs: int) -> bool:
+  """Whether `plan_kv_blocks` can sort so many pairs of so many KV blocks.
 
-
-def owners_fit(num_owners: int, num_edges: int) -> bool:
-  """Whether `plan_owners` can sort so many edges of so many blocks.
-
-  A sort key of 32 bits holds both; of `OwnerPlan.order`, two bits and the sign
-  are taken.
+  A sort key of 32 bits holds the block and the choice slot, and an entry of
+  `KVBlockPlan.order` holds the choice slot beside two bits and the sign.
   """
-  place_bits = (num_edges - 1).bit_length()
-  return place_bits <= 29 and num_owners.bit_length() + place_bits <= 32
+  slot_bits = (num_pairs - 1).bit_length()
+  return slot_bits <= 29 and num_kv_blocks.bit_length() + slot_bits <= 32
 
 
-class OwnerSplit(NamedTuple):
-  """How groups and their queries divide into launches over owner blocks.
+class LaunchSplit(NamedTuple):
+  """How groups and their queries are divided into launches and chunks.
 
-  A group is a KV head of a batch row: row * K + head. A launch takes whole rows
-  or KV heads of one row. So it is a rectangle of every array, and the sum over
-  a row's KV heads is of one launch, or of launches that hold nothing else.
+  A group is a KV head of a batch row: batch row * K + KV head. A launch takes
+  either whole batch rows or some KV heads of one batch row, so it is a
+  rectangle of every array. A gradient that is summed over the KV heads of a
+  batch row (dindex_k) therefore comes from one launch, or from launches that
+  belong to that batch row alone.
 
   Attributes:
-    rows: batch rows of a launch.
-    heads: KV heads of each; all of them if there are several rows.
+    batch_rows: batch rows of a launch.
+    kv_heads: KV heads of each; all of them if there are several batch rows.
     num_chunks: chunks of a launch's queries, each with a plan of its own.
     chunk: queries of a chunk.
   """
 
-  rows: int
-  heads: int
+  batch_rows: int
+  kv_heads: int
   num_chunks: int
   chunk: int
 
   @property
   def groups(self) -> int:
-    return self.rows * self.heads
+    return self.batch_rows * self.kv_heads
 
   def cut(
     self, x: Shaped[Array, "B K T X"], first_group: Any, first_query: Any
   ) -> Shaped[Array, "groups chunk X"]:
-    """The part of a launch and chunk that start there."""
+    """The part of x that belongs to the launch and chunk that start there."""
     x = x.reshape(-1, *x.shape[2:])
     sizes = (self.groups, self.chunk, x.shape[-1])
     return lax.dynamic_slice(x, (first_group, first_query, 0), sizes)
 
   def token_major(
     self, x: Shaped[Array, "groups chunk *X"]
-  ) -> Shaped[Array, "rows chunk heads *X"]:
-    """What a chunk gave, as arrays of all rows and queries have it."""
-    return x.reshape(self.rows, self.heads, *x.shape[1:]).swapaxes(1, 2)
+  ) -> Shaped[Array, "batch_rows chunk kv_heads *X"]:
+    """A chunk's results in the axis order of the arrays that hold all."""
+    x = x.reshape(self.batch_rows, self.kv_heads, *x.shape[1:])
+    return x.swapaxes(1, 2)
 
 
-def split_owners(
-  batch: int, q_len: int, num_kv_heads: int, num_owners: int, top_k: int, *,
-  max_edges: int, chunk: int = 0,
-) -> OwnerSplit:  # fmt: skip
-  """As many groups a launch as fit with all their queries, else one in chunks.
+def split_launches(
+  batch: int, q_len: int, num_kv_heads: int, num_kv_blocks: int, top_k: int, *,
+  max_pairs: int, chunk: int = 0,
+) -> LaunchSplit:  # fmt: skip
+  """The largest launches that fit `max_pairs`.
 
-  Launches are equal: of rows as many as divide the batch, so one of 17.
+  A launch takes as many groups as fit with all their queries. If not even one
+  group fits, it takes one group in several chunks of queries. All launches have
+  the same size: the number of batch rows divides the batch, so of 17 batch rows
+  each launch takes one (or all).
 
   Args:
     batch: B.
     q_len: T.
     num_kv_heads: K.
-    num_owners: owner blocks of a group.
+    num_kv_blocks: KV blocks of a group.
     top_k: P.
-    max_edges: most edges of a launch, which takes one query's at least.
-    chunk: most queries of a chunk; 0 lets the edges decide.
+    max_pairs: upper bound on the pairs of a launch; it takes at least one
+      query's.
+    chunk: upper bound on the queries of a chunk; 0 leaves it to `max_pairs`.
   """
-  most = max(max_edges, top_k)
+  most = max(max_pairs, top_k)
 
   def fits(groups: int, queries: int) -> bool:
-    edges, owners = groups * queries * top_k, groups * num_owners
-    # Every block has a sum, however few the edges: so no more blocks together
-    # than one group may have alone.
-    few = owners <= mosaic.MAX_BLOCKS
-    return edges <= most and few and owners_fit(owners, edges)
+    pairs, kv_blocks = groups * queries * top_k, groups * num_kv_blocks
+    # Each KV block has a sum in memory, however few pairs it has. So a launch
+    # may not have more blocks than a single group may.
+    few = kv_blocks <= mosaic.MAX_BLOCKS
+    return pairs <= most and few and sort_key_fits(kv_blocks, pairs)
 
   candidates = [(1, heads) for heads in mosaic.divisors(num_kv_heads)]
   candidates += [(rows, num_kv_heads) for rows in mosaic.divisors(batch)]
-  rows, heads = max(
+  batch_rows, kv_heads = max(
     (x for x in candidates if fits(x[0] * x[1], q_len)), default=(1, 1)
   )
   num_chunks = -(-q_len // chunk) if chunk else 1
-  while not fits(rows * heads, -(-q_len // num_chunks)):
+  while not fits(batch_rows * kv_heads, -(-q_len // num_chunks)):
     num_chunks += 1
-  return OwnerSplit(rows, heads, num_chunks, -(-q_len // num_chunks))
+  return LaunchSplit(batch_rows, kv_heads, num_chunks, -(-q_len // num_chunks))
 
 
-def owner_task(num_edges: int, task: int) -> int:
-  """Most edges of a task, from a config's `task`: 0 lets the edges decide."""
+def task_size(num_pairs: int, task: int) -> int:
+  """Upper bound on a task's pairs, from a config's `task`.
+
+  A `task` of 0 derives it from the number of pairs.
+  """
   if not task:
-    # About four tasks a CTA, and some short ones to even out the ends.
-    task = min(max(num_edges // (4 * mosaic.NUM_SMS), 128), 2048)
+    # About four tasks for each CTA, some of them short to even out the load.
+    task = min(max(num_pairs // (4 * mosaic.NUM_SMS), 128), 2048)
   return -(-task // 8) * 8
 
 
-def num_turns(cta, num_tasks, num_ctas: int):
-  """How many tasks a CTA of a persistent grid works on."""
+def num_tasks_of_cta(cta, num_tasks, num_ctas: int):
+  """How many tasks a CTA of a persistent grid computes."""
   rounds = lax.div(num_tasks, num_ctas)
-  return rounds + (turn(cta, rounds, num_ctas) < num_tasks).astype(jnp.int32)
+  one_more = nth_task(cta, rounds, num_ctas) < num_tasks
+  return rounds + one_more.astype(jnp.int32)
 
 
-def turn(cta, i, num_ctas: int):
-  """Place in `OwnerPlan.turns` of a CTA's i-th task.
+def nth_task(cta, i, num_ctas: int):
+  """Index into `KVBlockPlan.longest_first` of the i-th task of a CTA.
 
-  Rounds go back and forth: who gets the longest task of one gets the shortest
-  of the next.
+  The direction alternates from round to round: the CTA that gets the longest
+  task of one round gets the shortest of the next, which balances their sums.
   """
   back = lax.rem(i, 2) == 1
   return i * num_ctas + jnp.where(back, num_ctas - 1 - cta, cta)
 
 
-def max_owner_tasks(num_owners: int, num_edges: int, task: int) -> int:
-  return num_owners + num_edges // task
+def max_tasks(num_kv_blocks: int, num_pairs: int, task: int) -> int:
+  """Upper bound on the tasks of a plan."""
+  return num_kv_blocks + num_pairs // task
 
 
-def plan_owners(
+def plan_kv_blocks(
   ids: Int[Array, "groups queries P"],
   starts: Int[Array, "groups"],
   *,
   block_size: int,
   num_blocks: int,
   task: int,
-) -> OwnerPlan:
-  """Sorts the choices of a chunk by owner block and cuts them into tasks.
+) -> KVBlockPlan:
+  """Sorts the choices of a chunk by KV block and cuts them into tasks.
 
   Args:
-    ids: blocks that each group chose, any order, anything outside 0 .. own
-      block is dropped.
-    starts: key slot of each group's first query, the others follow one after
-      the other; queries in negative slots see nothing.
-    block_size: tokens of a block, OWNER_BLOCK or half of it.
+    ids: the blocks that each query of each group chose, in any order; ids
+      outside 0 .. own block are dropped.
+    starts: position of each group's first query among the keys; the other
+      queries follow. A query at a negative position sees nothing.
+    block_size: tokens of a chosen block, KV_BLOCK or half of it.
     num_blocks: N.
-    task: most edges of a task, a multiple of 8.
+    task: upper bound on the pairs of a task, a multiple of 8.
   """
   num_groups, num_queries, top_k = ids.shape
-  num_edges = ids.size
-  each = OWNER_BLOCK // block_size
-  group_owners = -(-num_blocks // each)
-  num_owners = num_groups * group_owners
-  place_bits = (num_edges - 1).bit_length()
-  if not owners_fit(num_owners, num_edges):
+  num_pairs = ids.size
+  each = KV_BLOCK // block_size
+  group_kv_blocks = -(-num_blocks // each)
+  num_kv_blocks = num_groups * group_kv_blocks
+  slot_bits = (num_pairs - 1).bit_length()
+  if not sort_key_fits(num_kv_blocks, num_pairs):
     raise ValueError(
       f"{num_groups * num_queries} queries of {top_k} choices among"
-      f" {num_owners} owner blocks do not fit a sort key of 32 bits"
+      f" {num_kv_blocks} KV blocks do not fit a sort key of 32 bits"
     )
   positions = starts[:, None] + jnp.arange(num_queries, dtype=jnp.int32)
   own = jnp.where(positions < 0, -1, positions // block_size)[..., None]
-  is_edge = (ids >= 0) & (ids <= own) & (ids < num_blocks)
-  owner = jnp.clip(ids, 0, num_blocks - 1) // each
+  is_pair = (ids >= 0) & (ids <= own) & (ids < num_blocks)
+  kv_block = jnp.clip(ids, 0, num_blocks - 1) // each
   group = jnp.arange(num_groups)[:, None]
   halves = jnp.full_like(ids, 3)
   if each == 2:
-    same = owner[..., :, None] == owner[..., None, :]
-    same &= is_edge[..., None, :]
+    same = kv_block[..., :, None] == kv_block[..., None, :]
+    same &= is_pair[..., None, :]
     halves = jnp.stack(
       [
         jnp.any(same & ((ids & 1) == half)[..., None, :], axis=-1)
@@ -205,17 +243,18 @@ def plan_owners(
     )
     halves = halves[..., 0] + 2 * halves[..., 1].astype(jnp.int32)
     earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
-    is_edge &= ~jnp.any(same & earlier, axis=-1)
-  owner += group[..., None] * group_owners
-  place = jnp.arange(num_edges, dtype=jnp.uint32).reshape(ids.shape)
+    is_pair &= ~jnp.any(same & earlier, axis=-1)
+  kv_block += group[..., None] * group_kv_blocks
+  slot = jnp.arange(num_pairs, dtype=jnp.uint32).reshape(ids.shape)
   unused = jnp.uint32(0xFFFFFFFF)
   key = jnp.where(
-    is_edge, (owner.astype(jnp.uint32) << place_bits) | place, unused
+    is_pair, (kv_block.astype(jnp.uint32) << slot_bits) | slot, unused
   )
   key = lax.sort(key.reshape(-1), is_stable=False)
-  lists = jnp.arange(num_owners + 1, dtype=jnp.uint32) << place_bits
-  # The first place of a block's list whose query stands after the block.
-  after = (jnp.arange(group_owners) + 1) * OWNER_BLOCK - starts[:, None]
+  lists = jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32) << slot_bits
+  # The first choice slot of each block's list whose query stands behind the
+  # block's last key and so needs no causal mask.
+  after = (jnp.arange(group_kv_blocks) + 1) * KV_BLOCK - starts[:, None]
   after = group * num_queries + jnp.clip(after, 0, num_queries)
   after = after.reshape(-1).astype(jnp.uint32) * top_k
   bounds, inside = jnp.split(
@@ -224,35 +263,35 @@ def plan_owners(
       jnp.concatenate([lists, lists[:-1] + after]),
       method="scan_unrolled",
     ).astype(jnp.int32),
-    [num_owners + 1],
+    [num_kv_blocks + 1],
   )
-  place = (key & ((1 << place_bits) - 1)).astype(jnp.int32)
-  order = (place << 2) | halves.reshape(-1)[place]
+  slot = (key & ((1 << slot_bits) - 1)).astype(jnp.int32)
+  order = (slot << 2) | halves.reshape(-1)[slot]
 
   counts = bounds[1:] - bounds[:-1]
-  pieces = -(-counts // task)
-  ends = jnp.cumsum(pieces)
-  index = jnp.arange(max_owner_tasks(num_owners, num_edges, task))
+  task_counts = -(-counts // task)
+  ends = jnp.cumsum(task_counts)
+  index = jnp.arange(max_tasks(num_kv_blocks, num_pairs, task))
   block = jnp.searchsorted(ends, index, side="right", method="scan_unrolled")
-  block = jnp.minimum(block.astype(jnp.int32), num_owners - 1)
-  piece = index - (ends - pieces)[block]
-  # As long as may be, and a block's rest: `turns` levels what CTAs get with
-  # tasks of many lengths better than with equal ones.
-  start = jnp.minimum(bounds[block] + piece * task, bounds[block + 1])
+  block = jnp.minimum(block.astype(jnp.int32), num_kv_blocks - 1)
+  nth = index - (ends - task_counts)[block]
+  # Tasks have full length except each block's last one. `longest_first` then
+  # balances CTAs better than it could with tasks of equal lengths.
+  start = jnp.minimum(bounds[block] + nth * task, bounds[block + 1])
   count = jnp.clip(bounds[block + 1] - start, 0, task)
   inside = jnp.clip(inside[block] - start, 0, count)
-  # Those inside need masks, which takes about as long again.
-  turns = jnp.argsort(-(count + inside))
-  more = jnp.maximum(pieces - 1, 0)
-  first_extra = num_owners + jnp.cumsum(more) - more
-  slot = jnp.where(piece == 0, block, first_extra[block] + piece - 1)
-  return OwnerPlan(
-    tasks=jnp.stack([block, start, count, inside, slot], axis=-1).astype(
+  # A pair inside the block needs a mask and takes about twice as long.
+  longest_first = jnp.argsort(-(count + inside))
+  more = jnp.maximum(task_counts - 1, 0)
+  first_extra = num_kv_blocks + jnp.cumsum(more) - more
+  sum_slot = jnp.where(nth == 0, block, first_extra[block] + nth - 1)
+  return KVBlockPlan(
+    tasks=jnp.stack([block, start, count, inside, sum_slot], axis=-1).astype(
       jnp.int32
     ),
     num_tasks=ends[-1:].astype(jnp.int32),
-    turns=turns.astype(jnp.int32),
+    longest_first=longest_first.astype(jnp.int32),
     extra=jnp.stack([first_extra, more], axis=-1).astype(jnp.int32),
     order=order,
-    is_edge=is_edge,
+    is_pair=is_pair,
   )

@@ -1,10 +1,11 @@
 """What the Mosaic GPU kernels support, and the launch they share.
 
-The limits of devices, dtypes and sizes are listed here; `check_supported` names
-them. What else a single operation lacks is said where it is: in `warmup` and
-`msa_jax.mosaic_gpu` (as many keys as queries, no kv_lengths) and in `decode`
-(what index keys may be, and how many index queries fit shared memory). The
-kernels need Hopper (compute capability 9.0): wgmma, TMA and setmaxnreg.
+The limits of devices, dtypes and sizes stand here, and `check_supported` raises
+an error that names them. Limits of a single operation stand in its own module:
+in `dense_attention` and `msa_jax.mosaic_gpu` (as many keys as queries, no
+kv_lengths) and in `decode` (dtype of index keys, and how many index queries fit
+in shared memory). The kernels need Hopper (compute capability 9.0) because they
+use wgmma, TMA and setmaxnreg.
 """
 
 from __future__ import annotations
@@ -29,13 +30,13 @@ MAX_TOP_K = 32  # P
 MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
 MAX_CHOICES = (1 << 31) - 1  # B x K x T x P: offsets of ids are 32 bits
 MAX_DECODE_TOKENS = 16  # T of decoding
-MAX_DECODE_ROWS = 256  # T x K of decoding: all rows of a wgmma step
+MAX_DECODE_ROWS = 256  # T x K of decoding: MMA rows of one wgmma step
 MAX_TMA_ROWS = 1 << 31  # B x C x K of a cache: TMA coordinates are 32 bits
 
 LOG2E = math.log2(math.e)
 LN2 = math.log(2.0)
-FLOOR = -1e30  # below any score; keeps (-inf) - (-inf) out of the softmax
-NEVER = jnp.iinfo(jnp.int32).max  # a slot that no query reaches
+FLOOR = -1e30  # below any score; avoids (-inf) - (-inf) in the softmax
+NEVER = jnp.iinfo(jnp.int32).max  # a position that no query reaches
 NUM_SMS = 132
 SMEM_LIMIT = 232_448  # bytes a CTA may use on Hopper
 
@@ -45,7 +46,7 @@ def divisors(x: int) -> list[int]:
 
 
 def largest_divisor(x: int, most: int) -> int:
-  """Of x, at most `most`; 1 if that is less."""
+  """The largest divisor of x that is at most `most`; 1 if `most` is less."""
   return max([n for n in divisors(x) if n <= most], default=1)
 
 
@@ -63,9 +64,10 @@ def check_supported(
 ) -> None:
   """Raises NotImplementedError for a legal call that no kernel here takes.
 
-  What a kernel does not care about is left out. Under `jax_enable_x64` the
-  loops inside kernels would count in 64 bits, and kernels do not say how their
-  results vary over the axes of a `jax.shard_map` that checks it.
+  A kernel passes only the arguments that matter to it. 64-bit JAX is refused
+  because the loops inside kernels would count in 64 bits. A `jax.shard_map`
+  with check_vma=True is refused because Pallas calls do not declare over which
+  mesh axes their results vary.
 
   Args:
     *operands: every array of the call.
@@ -124,7 +126,7 @@ def check_supported(
 def check_decode_supported(
   *, tokens: int, num_kv_heads: int, cache_rows: int
 ) -> None:
-  """Raises NotImplementedError beyond the limits that only decoding has.
+  """Raises NotImplementedError beyond the limits of decoding alone.
 
   Args:
     tokens: T.
@@ -163,7 +165,7 @@ def current_device() -> Any:
 
 
 def num_sms() -> int:
-  """Multiprocessors of the current device; of an H100 where it is no GPU."""
+  """Number of SMs of the current device; of an H100 if it is not a GPU."""
   return getattr(current_device(), "core_count", None) or NUM_SMS
 
 
@@ -179,7 +181,7 @@ def require_hopper() -> None:
     )
 
 
-# SMEM layout of a 16-bit wgmma operand: 64 columns fill the 128-byte swizzle.
+# SMEM layout of a 16-bit wgmma operand: 64 columns are one 128-byte swizzle.
 OPERAND = (
   plgpu.TilingTransform((8, 64)),  # pyright: ignore[reportAbstractUsage]
   plgpu.SwizzleTransform(128),  # pyright: ignore[reportAbstractUsage]
@@ -187,7 +189,7 @@ OPERAND = (
 
 
 def store(ref: Any, value: jax.Array) -> None:
-  """ref[...] = value for a few values, however they lie over the lanes."""
+  """ref[...] = value for a few values in any register layout."""
   # From jax 0.12 on, a plain store must fill whole sectors of 32 bytes.
   any_store = getattr(plgpu, "store", None)
   if any_store is None:
@@ -196,8 +198,25 @@ def store(ref: Any, value: jax.Array) -> None:
     any_store(ref, value, optimized=False)
 
 
+def zero_non_finite(x: Array) -> tuple[Array, Array]:
+  """Zeroes what is not finite and says which vectors held such an entry.
+
+  Returns:
+    x with zeros, and bool of x's shape without its last axis.
+  """
+  finite = jnp.isfinite(x)
+  return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
+
+
 def drain(free: Any, step: Any) -> None:
-  """Waits until the last `step` uses of a ring of barriers are over."""
+  """Waits until the consumers of a ring of buffers have freed all of them.
+
+  Kernels call this at their end, so that no arrival is left without a wait.
+
+  Args:
+    free: barriers of the ring.
+    step: how many times buffers were filled in all.
+  """
   for slot in range(free.shape[0]):
 
     @pl.when(step > slot)
@@ -218,14 +237,21 @@ def launch(
 ) -> None:
   """Runs `body(*operand_refs, *scratch_refs)` on `num_ctas` CTAs.
 
-  Operands that are Refs (`jax.new_ref`) are written in place: that is how a
-  kernel in a loop fills a part of a large output without a copy. The axes are
-  called "cta" and "wg". A mapping of scratch is passed by keyword.
+  The axes are called "cta" and "wg" (warpgroup).
 
-  Without `auto_barriers` the warps of a warpgroup meet where the body says so
-  (`commit_smem`), and not around every store and copy: the body's barriers must
-  order what one warpgroup writes and reads in shared memory.
-  `reduction_scratch` are the bytes for reductions across warps.
+  Args:
+    body: the kernel.
+    *operands: arrays and Refs (`jax.new_ref`). Refs are written in place, so
+      that a kernel in a loop fills a part of a large output without a copy.
+    name: of the launch, as profilers show it.
+    num_ctas: CTAs of the grid.
+    num_warpgroups: warpgroups of a CTA.
+    scratch: SMEM and barriers; a mapping is passed by keyword.
+    interpret: run on the CPU in Pallas's GPU interpret mode.
+    auto_barriers: False removes the warpgroup barriers that Pallas puts around
+      every SMEM store and copy. Then the body must order what one warpgroup
+      writes to and reads from SMEM, by `commit_smem` and its own barriers.
+    reduction_scratch: bytes of SMEM for reductions across warps.
   """
   mesh = plgpu.Mesh(
     grid=(num_ctas,),

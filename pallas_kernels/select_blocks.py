@@ -10,19 +10,20 @@ For every query t and group g (arXiv 2606.13392, Index Branch):
 Nothing of size T x S or T x N is written: block maxima pass from the tensor
 cores' registers through shared memory into a running top-k in registers.
 
-Rows are (query, group) pairs in memory order of index_q, since all groups share
-one index_k. One CTA owns a tile of rows and walks the key blocks that any of
-them may still compete for, so the longest tiles start first.
+All groups share one index_k, so each (query, group) is one MMA row, in memory
+order of index_q. One CTA owns a tile of MMA rows and walks the key blocks that
+may still be chosen for any of them. The tiles with the most blocks start first.
+Warpgroup roles:
 
-  score warpgroups   wgmma of their rows with 128 keys a step, max over each
+  score warpgroups   wgmma of their MMA rows with 128 keys a step, max over each
                      block, maxima to shared memory. Forced blocks need no
-                     score, so these never see a partly visible block unless
-                     num_local_blocks = 0.
-  choice warpgroup   loads key tiles by TMA, and keeps the best blocks of the
-                     whole tile, one row a thread and register: a wgmma
-                     accumulator repeats a row's maximum in four lanes, so
-                     leaving the list where the maxima arise costs four times
-                     the instructions. At the end it adds the forced blocks and
+                     score, so these warpgroups meet no partly visible block
+                     unless num_local_blocks = 0.
+  choice warpgroup   loads key tiles by TMA and keeps the best blocks of the
+                     whole tile, one MMA row a thread and register. Four lanes
+                     of a wgmma accumulator hold the same row's maximum, so
+                     keeping the list there would take four times the
+                     instructions. At the end it adds the forced blocks and
                      sorts the ids.
 
 Score precisions:
@@ -31,18 +32,19 @@ Score precisions:
   fast   one int32 key a block: the score in an order-preserving code whose low
          bits hold the id. 23 - ceil(log2 N) mantissa bits stay, at least 10;
          more than 8192 blocks are ranked exactly.
-  fp8    as fast, on e4m3 operands. One scale a row of index_q (which cannot
-         change the row's ranking and is dropped) and one for each block of
-         index_k (which multiplies the block's maximum). Scales are powers of
-         two, so a key's rounding does not depend on its neighbours.
+  fp8    as fast, on e4m3 operands. Each row of index_q has one scale, which
+         cannot change the ranking of the row and is dropped. Each block of
+         index_k has one, which multiplies the block's maximum. Scales are
+         powers of two, so a key's rounding does not depend on its neighbours.
 
-A block whose visible scores hold NaN is not chosen unless forced. An infinite
-entry of an operand counts as NaN, as in the reference: where it stands, not its
-sign, decides. Finite operands whose products overflow score an infinity.
+A block whose visible scores hold NaN is not chosen unless it is forced. An
+infinite entry of an operand counts as NaN, as in the reference, whatever its
+sign. Finite operands whose products overflow score an infinity.
 
-Shared memory (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima
-4 KiB. Shapes: see `mosaic`. Choosing has no gradient: index_q and index_k are
-taken under stop_gradient.
+SMEM (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima 4 KiB.
+
+Not supported: what `mosaic.check_supported` refuses. Choosing has no gradient:
+index_q and index_k are taken under stop_gradient.
 """
 
 from __future__ import annotations
@@ -72,9 +74,9 @@ class Config:
   """Tile sizes; they never change the answer.
 
   Attributes:
-    warpgroup_rows: rows that one score warpgroup multiplies with a key tile.
+    warpgroup_rows: MMA rows that a score warpgroup multiplies with a key tile.
     score_warpgroups: score warpgroups of a CTA.
-    step_keys: keys of one wgmma.
+    step_keys: keys of a key tile.
     stages: key tiles in flight.
   """
 
@@ -140,7 +142,7 @@ def smem_bytes(
 def candidate_configs(
   index_dim: int, block_size: int, dtype: jnp.dtype
 ) -> list[Config]:
-  """Configurations worth timing, for tests and tuning."""
+  """Configs that are worth timing; every one of them is tested."""
   configs = [
     Config(warpgroup_rows=rows, step_keys=keys, stages=n)
     for rows, keys, stages in (
@@ -157,13 +159,14 @@ def candidate_configs(
 
 
 def heuristic_config(num_rows: int) -> Config:
-  """The configuration used when none is given.
+  """The config used when none is given.
 
   Args:
-    num_rows: batch x queries x groups.
+    num_rows: MMA rows: batch x queries x groups.
   """
   config = Config()
-  # With two waves of tiles or less, the longest one decides: halve it.
+  # With at most two waves of tiles, the longest tile decides the time, so
+  # smaller tiles are faster.
   if num_rows <= 2 * mosaic.NUM_SMS * config.tile_rows:
     config = dataclasses.replace(config, warpgroup_rows=64)
   return config
@@ -171,7 +174,7 @@ def heuristic_config(num_rows: int) -> Config:
 
 def sort_network(length: int) -> list[tuple[int, int]]:
   """Comparators of Batcher's odd-even merge sort of `length` values."""
-  pairs = []
+  comparators = []
   p = 1
   while p < length:
     k = p
@@ -179,10 +182,10 @@ def sort_network(length: int) -> list[tuple[int, int]]:
       for j in range(k % p, length - k, 2 * k):
         for i in range(min(k, length - j - k)):
           if (i + j) // (2 * p) == (i + j + k) // (2 * p):
-            pairs.append((i + j, i + j + k))
+            comparators.append((i + j, i + j + k))
       k //= 2
     p *= 2
-  return pairs
+  return comparators
 
 
 def _select_kernel(
@@ -198,7 +201,7 @@ def _select_kernel(
   num_groups: int,
   block_size: int,
   num_blocks: int,
-  slots: int,
+  slots: int,  # choice slots that are filled by score
   num_local_blocks: int,
   packed: bool,
 ):
@@ -219,7 +222,7 @@ def _select_kernel(
   batch_size = q_gmem.shape[0]
   num_tiles = q_gmem.shape[1] // tile_rows
 
-  # Later queries see more blocks: the longest tiles start first.
+  # Later queries see more blocks; their tiles start first.
   cta = lax.axis_index("tile")
   batch = lax.rem(cta, batch_size)
   base = (num_tiles - 1 - lax.div(cta, batch_size)) * tile_rows
@@ -229,7 +232,7 @@ def _select_kernel(
     position = first_position + lax.div(row, num_groups)
     return jnp.where(position < 0, -1, lax.div(position, block_size))
 
-  # Row r competes for blocks below own_block(r) + unforced.
+  # Blocks below own_block(r) + unforced compete for the choice of MMA row r.
   unforced = 1 - num_local_blocks
   last_row = jnp.minimum(base + tile_rows, q_len * num_groups) - 1
   limit = jnp.clip(own_block(last_row) + unforced, 0, num_blocks)
@@ -273,7 +276,7 @@ def _select_kernel(
         max_smem[slot, b, pl.ds(wg * rows, rows)] = m
       plgpu.barrier_arrive(max_ready.at[slot])
 
-    # With a forced own block every block that competes is wholly visible.
+    # If the own block is forced, every block that competes is fully visible.
     masked_from = num_steps
     if num_local_blocks == 0:
       masked_from = lax.div(jnp.maximum(own_block(base), 0), step_blocks)
@@ -312,8 +315,9 @@ def _select_kernel(
     row_limit = own + unforced
 
     def insert_pair(best, m, block):
-      # Sorted by falling score. A candidate goes behind its equals, which came
-      # earlier and so have lower ids. NaN compares false everywhere.
+      # The list is sorted by descending score. A candidate goes behind equal
+      # scores, which came earlier and so have lower ids. NaN compares false and
+      # is never inserted.
       values, ids = best
       block = full(block, jnp.int32)
       above = [m > v for v in values]
@@ -346,7 +350,7 @@ def _select_kernel(
       slot = lax.rem(i, stages)
       scales = []
       if k_scale_gmem is not None:
-        # Read before the wait, which hides the latency.
+        # These loads come before the wait, which hides their latency.
         scales = [
           k_scale_gmem[batch, i * step_blocks + b] for b in range(step_blocks)
         ]
@@ -356,7 +360,8 @@ def _select_kernel(
         for b in range(step_blocks)
       ]
 
-      # With the maxima of every score warpgroup here, the key tile is free too.
+      # All score warpgroups have given their maxima, so none reads the key tile
+      # any more.
       @pl.when(i + stages < num_steps)
       def _():
         plgpu.barrier_arrive(max_free.at[slot])
@@ -366,8 +371,8 @@ def _select_kernel(
         m, block = maxima[b], i * step_blocks + b
         if scales:
           m = m * scales[b]
-        # NaN is never inserted; a visible block that scores -inf goes before
-        # no block.
+        # NaN is never inserted. A visible block that scores -inf must rank
+        # before no block.
         m = jnp.maximum(m, _LOWEST)
         m = jnp.where(block < row_limit, m, jnp.nan)
         best = insert(best, m, block)
@@ -415,7 +420,7 @@ def _finite_max(x: Float[Array, "*A"], axes: tuple[int, ...]):
 
 
 def quantise_queries(index_q: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
-  """index_q in e4m3, each row under a scale of its own that is dropped."""
+  """index_q in e4m3; each row has its own scale, which is not returned."""
   scale = _power_of_two_scale(_finite_max(index_q, (-1,)))
   return _to_fp8(index_q.astype(jnp.float32) * scale)
 
@@ -425,10 +430,10 @@ def quantise_keys(
   block_size: int,
   kv_lengths: Int[Array, "B"],
 ) -> tuple[Float[Array, "B S I"], Float[Array, "B N"]]:
-  """index_k in e4m3 and the factor that takes each block's scores back.
+  """index_k in e4m3, and the factor that undoes each block's scale.
 
-  S must be a multiple of block_size. Slots at and beyond kv_lengths hold no
-  key, and have no part in a block's scale.
+  S must be a multiple of block_size. Slots from kv_lengths on hold no key and
+  do not influence a block's scale.
   """
   batch, kv_len, index_dim = index_k.shape
   blocks = index_k.reshape(batch, -1, block_size, index_dim)
@@ -465,16 +470,16 @@ def select_blocks(
     block_size: keys in a block.
     top_k: P, blocks kept for each query and group.
     num_local_blocks: newest blocks, own one included, that are always kept.
-    kv_lengths: keys that exist in each batch entry, S where None.
-    score_precision: "exact", "fast" or "fp8", see the module's text.
-    config: tile sizes; chosen by `heuristic_config` where None.
-    interpret: runs the kernel on the CPU, for tests.
+    kv_lengths: number of keys of each batch row; S if None.
+    score_precision: "exact", "fast" or "fp8", see the module's docstring.
+    config: tile sizes; `heuristic_config` if None.
+    interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Returns:
     Ascending block ids, then -1.
 
   Raises:
-    NotImplementedError: for shapes and dtypes that the kernel does not take.
+    NotImplementedError: the call is legal but beyond `mosaic`'s limits.
   """
   batch, q_len, num_groups, index_dim = index_q.shape
   kv_len = index_k.shape[1]
@@ -496,8 +501,8 @@ def select_blocks(
   else:
     kv_lengths = jnp.clip(kv_lengths.astype(jnp.int32), 0, kv_len)
 
-  # Forced blocks take their places first; there is nothing else to rank where
-  # they fill all of them.
+  # Forced blocks come first. If they fill all choice slots, there is nothing to
+  # rank.
   num_local_blocks = min(num_local_blocks, top_k, num_blocks)
   slots = min(top_k, num_blocks) - num_local_blocks
   if slots == 0:
@@ -507,8 +512,8 @@ def select_blocks(
     )
     return _pad_axis(ids, 3, top_k, -1)
 
-  # Fused with padding or quantising where there is any, else a copy of index_q
-  # and index_k: linear in T beside scores that are quadratic.
+  # XLA fuses this with padding or quantising, if there is any. Otherwise it
+  # costs a copy of index_q and index_k, linear in T beside quadratic scores.
   index_q, index_k = (
     jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (index_q, index_k)
   )
@@ -560,7 +565,8 @@ def select_blocks(
     grid_names=("tile",),
     num_threads=config.score_warpgroups + 1,
     thread_name="wg",
-    # No thread reads shared memory that it writes.
+    # No warpgroup reads shared memory that it wrote, so none needs barriers of
+    # its own.
     compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     interpret=plgpu.InterpretGPUParams() if interpret else False,
     kernel_name=f"msa_select_{score_precision}",

@@ -1,16 +1,20 @@
 """Block-sparse attention on Hopper (MSA's Main Branch), with gradients.
 
 For query t, group g and head h of g, over the visible tokens J of the chosen
-blocks: out = softmax_J(scale q.k) v and lse = log sum_J exp(scale q.k). This
-module lays out what the kernels of `sparse_attention_fwd` and
-`sparse_attention_bwd` read.
+blocks: out = softmax_J(scale q.k) v and lse = log sum_J exp(scale q.k)
+(arXiv 2606.13392). This module prepares the operands of the kernels in
+`sparse_attention_fwd` and `sparse_attention_bwd`, which say what a CTA owns and
+where queries are gathered, and gives them a custom gradient.
 
-K and V are copied once, head-major, padded to whole blocks and with non-finite
-entries zeroed, because a zero probability times NaN is NaN: a query that sees
-such an entry is made NaN at the end instead, and no other is touched.
+K and V are copied once: head-major, padded to whole blocks, and with non-finite
+entries zeroed, because a zero probability times NaN is NaN. A query that sees
+such an entry is set to NaN at the end, and no other query is touched.
 
-Groups of fewer than 8 heads are padded to 8 rows (a TMA copy moves 8-row
-tiles): right, but the padding costs as much as heads would.
+Groups of fewer than 8 heads are padded to 8, because a TMA copy moves tiles of
+8 rows. The result is exact, but each padding head costs as much as a real one.
+
+Not supported: what `mosaic.check_supported` refuses; a gradient of lse;
+gradients of gradients.
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ from pallas_kernels import (
 
 
 def pad_heads(x: Array, num_kv_heads: int) -> Array:
-  """[B,T,H,D] with at least 8 heads a group, the new ones 0."""
+  """Pads [B,T,H,D] with zero heads to at least 8 heads a group."""
   b, t, num_heads, d = x.shape
   group_size = num_heads // num_kv_heads
   if group_size >= 8:
@@ -43,7 +47,12 @@ def pad_heads(x: Array, num_kv_heads: int) -> Array:
 
 
 def block_major(x: Array, num_blocks: int, block_size: int):
-  """[B,S,K,D] -> finite [B,K,N*block_size,D], each block's first bad slot."""
+  """Head-major copy of keys or values in whole blocks, and where NaN was.
+
+  Returns:
+    x as [B,K,N*block_size,D], zeroed where it is not finite, and int32 [B,K,N]:
+    the position of each block's first non-finite token, or `mosaic.NEVER`.
+  """
   b, s_len, num_kv_heads, _ = x.shape
   pad = num_blocks * block_size - s_len
   x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
@@ -90,14 +99,14 @@ def _backward(
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
   group_size = num_heads // num_kv_heads
-  num_owners = -(-s_len // kv_block_plan.OWNER_BLOCK)
+  num_kv_blocks = -(-s_len // kv_block_plan.KV_BLOCK)
   k, v = (
-    block_major(x, num_owners, kv_block_plan.OWNER_BLOCK)[0] for x in (k, v)
+    block_major(x, num_kv_blocks, kv_block_plan.KV_BLOCK)[0] for x in (k, v)
   )
   q, out, dout = (pad_heads(x, num_kv_heads) for x in (q, out, dout))
-  rows = q.shape[2] // num_kv_heads
+  q_rows = q.shape[2] // num_kv_heads
   lse = lse.reshape(b, num_kv_heads, group_size, t)
-  pad = ((0, 0), (0, 0), (0, rows - group_size), (0, 0))
+  pad = ((0, 0), (0, 0), (0, q_rows - group_size), (0, 0))
   lse = jnp.pad(lse, pad, constant_values=jnp.inf).reshape(b, -1, t)
   dq, dk, dv = sparse_attention_bwd.backward(
     q, k, v, out, lse, dout, block_indices,
@@ -108,7 +117,7 @@ def _backward(
     interpret=interpret,
   )  # fmt: skip
   dk, dv = (x[:, :, :s_len].swapaxes(1, 2) for x in (dk, dv))
-  dq = dq.reshape(b, t, num_kv_heads, rows, d)[..., :group_size, :]
+  dq = dq.reshape(b, t, num_kv_heads, q_rows, d)[..., :group_size, :]
   return dq.reshape(b, t, num_heads, d), dk, dv
 
 
@@ -117,7 +126,7 @@ def _sparse_attention(
   q, k, v, block_indices, kv_lengths, block_size, scale, config,
   backward_config, interpret,
 ):  # fmt: skip
-  # Under vmap the kernels run once for each entry.
+  # Under vmap the kernels run once for each entry of the mapped axis.
   @jax.custom_batching.sequential_vmap
   def run(*args):
     return _forward(
@@ -146,7 +155,7 @@ def _vjp_backward(
       interpret=interpret,
     )  # fmt: skip
 
-  dout, _ = cotangents  # lse is a constant to its users
+  dout, _ = cotangents  # lse carries no gradient
   grads = run(q, k, v, out, lse, dout, block_indices, kv_lengths)
   return *grads, None, None
 
@@ -176,10 +185,10 @@ def sparse_attention(
     block_indices: block ids without duplicates; -1 fills up. Ids that name no
       block, or one beyond the query's own, contribute nothing.
     block_size: tokens of a block.
-    scale: of the scores; D^-0.5 without one. A positive number.
+    scale: of the scores, a positive number; D^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
-    config: tile sizes; a heuristic picks them without one.
-    backward_config: the same for the gradients.
+    config: tile sizes; `heuristic_config` if None.
+    backward_config: tile sizes of the backward kernels, likewise.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Returns:

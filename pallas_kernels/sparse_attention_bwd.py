@@ -1,45 +1,61 @@
 """Gradients of block-sparse attention on Hopper.
 
 With p = exp(scale q.k - lse), dp = dout.v, delta = out.dout and
-ds = p (dp - delta), over the visible tokens of the chosen blocks:
+ds = p (dp - delta), over the visible tokens of the chosen blocks (Main Branch;
+arXiv 2606.13392):
 
   dv = p^T dout    dk = scale ds^T q    dq = scale ds k
 
-**owners** (KV-outer). A CTA owns a task: K and V of one owner block of 128 keys
-stay in SMEM and its dK and dV in registers, 64 keys a warpgroup, while the
-queries that chose the block are gathered beside it, 64 rows (queries x the
-group's heads) at a time, one TMA copy a query. Scores are computed as k q^T, so
-that p and ds leave the softmax as the register operands of dV and dK; only ds
-passes through SMEM, for dQ, which needs both halves of the keys. A third
-warpgroup makes dQ from both halves' ds, gathers queries and stores dQ, each of
-its warps some of them: one partial an edge, in q's dtype, summed afterwards. So
-those with keys never wait for each other. The next piece's scores are computed
-beside dK, and dV while ds is handed over. No atomics: a block's first task adds
-to the block's float32 sum, the others of a hot block write sums of their own,
-which **sum_extra** adds in order. All order is fixed.
+**kv_blocks**, the main kernel. A CTA owns a task of `kv_block_plan`: one KV
+block of 128 keys and queries that chose it. K and V of the block stay in SMEM,
+its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
+(queries x the heads of their group), one TMA copy a query (`gather` in
+`_copy`). Warpgroup roles:
 
-Registers are what is short: dK and dV take 128 of a thread's 216. Pieces with
-masks (a query's own block, a list's last piece, blocks of 64) have a loop of
-their own, so that the other one knows nothing of masks.
+* two compute warpgroups own 64 of the keys each. They compute the scores as
+  k q^T, so that p and ds come out of the softmax in the register layout of the
+  left operands of dV and dK. Only ds passes through SMEM, because dQ needs both
+  halves of the keys. The scores of the next row tile are computed while dK is,
+  and dV while ds is handed over.
+* the third warpgroup gathers queries, multiplies dQ from both halves' ds and
+  stores it, each of its warps for some of the queries: one partial dQ for each
+  (query, KV block) pair, in q's dtype. XLA sums a query's partials afterwards.
+  Because this warpgroup makes dQ, the two compute warpgroups never wait for
+  each other.
 
-Blocks of 64 keys share an owner block in pairs: a query that chose one of them
-is masked in the other, which is right, and costs up to twice the products.
+There are no atomics: a block's first task adds to the block's float32 sum of dK
+and dV, the other tasks of a hot block write sums of their own, and a second
+kernel, **sum_extra**, adds those in order. So all sums have a fixed order.
 
-A launch takes all KV heads of as many batch rows as divide the batch and as
-a workspace of 2^31 elements (4 GB) has room for (`kv_block_plan.split_owners`
-has two more limits), so that many short rows fill the GPU as one long one does; of
-a longer row, some KV heads, or one whose chunks of queries take turns.
+Registers are the scarce resource: dK and dV take 128 of the 216 of a thread.
+Row tiles that need masks (with queries inside the KV block, the last tile of a
+list, or any tile if blocks have 64 keys) have a loop of their own, so that the
+loop over the full tiles spends no registers on masks.
 
-Bound, for an edge of 16 heads at D 128: 2.6 MFLOP, and 4 + 4 KB of q and dout
-in, 4 KB of dQ out and 4 KB in again: memory, at less than 160 FLOP a byte; or
-shared memory, which a piece keeps as busy as the tensor cores. What is reached
-is in results/LOG.md. SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage,
-ds 32, dQ 32.
+Two blocks of 64 keys share a KV block: a query that chose only one of them is
+masked in the other half. The result is exact and costs up to twice the
+products.
 
-NaN: a query that sees a NaN has an lse or delta of NaN and hands it to its dq
-and to dk and dv of the keys that it sees, as the formula does. Masked pairs are
-replaced after the exponential, and in pieces that have some, q and dout are
-zeroed where not finite, so that no NaN passes through them.
+A launch takes all KV heads of several batch rows, so that many short rows fill
+the GPU as one long one does: as many rows as divide the batch and as a
+workspace of 2^31 elements (4 GB) has room for (`kv_block_plan.split_launches`
+has two more limits). Of a longer row it takes some KV heads, or one KV head
+whose chunks of queries are processed one after another.
+
+Bound, for a pair with 16 heads at D 128: 2.6 MFLOP for 4 + 4 KB of q and dout
+read, 4 KB of dQ written and 4 KB read again. Either memory binds (less than 160
+FLOP a byte), or shared memory, which a row tile keeps as busy as the tensor
+cores. benchmarks/results/LOG.md says what is reached.
+
+SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32 KB, dQ 32 KB.
+
+NaN: a query that sees a NaN has an lse or delta of NaN and passes it to its dq
+and to dk and dv of the keys that it sees, as the formula does. Masked entries
+are replaced after the exponential, and in row tiles that have masks q and dout
+are zeroed where they are not finite, so that no NaN leaks through a product
+with zero.
+
+Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
 from __future__ import annotations
@@ -55,9 +71,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from pallas_kernels import kv_block_plan, mosaic
 
 ACC = plgpu.WGMMAAccumulatorRef
-ROWS = 64  # of a piece
-KEYS = 64  # of a warpgroup
-REGISTERS = (216, 72)  # a thread: of those with keys, of the third
+ROWS = 64  # MMA rows of a row tile
+KEYS = 64  # keys of a compute warpgroup
+REGISTERS = (216, 72)  # of a thread: compute warpgroups, third warpgroup
 MAX_WORKSPACE = 1 << 31  # elements of the dQ partials
 
 
@@ -66,49 +82,50 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    stages: gathered pieces in flight.
-    task: most edges of a task; 0 lets the number of edges decide.
-    chunk: most queries of a chunk; 0 lets the workspace decide.
-    edges: most edges of a launch, which takes one query's at least; 0 lets the
-      workspace decide.
+    stages: row tiles of gathered queries in flight.
+    task: upper bound on the pairs of a task; 0 derives it from their number.
+    chunk: upper bound on the queries of a chunk; 0 derives it from the
+      workspace.
+    pairs: upper bound on the pairs of a launch, which takes at least one
+      query's; 0 derives it from the workspace.
     num_ctas: CTAs of the persistent grid.
   """
 
   stages: int = 3
   task: int = 0
   chunk: int = 0
-  edges: int = 0
+  pairs: int = 0
   num_ctas: int = mosaic.NUM_SMS
 
 
 def heuristic_config() -> Config:
-  """The config used without one."""
+  """The config used when none is given."""
   return Config()
 
 
 def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one is tested."""
+  """Configs that are worth timing; every one of them is tested."""
   return (
     Config(),
     Config(stages=2),
     Config(task=128),
     Config(task=2048),
-    Config(edges=1 << 19),
+    Config(pairs=1 << 19),
   )
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-  """Static sizes of one call, after padding."""
+class KernelParams:
+  """Static parameters of one call, after padding."""
 
-  rows: int  # of one query in a piece: its heads, at least 8
+  q_rows: int  # MMA rows of a query: its group's heads, at least 8
   head_dim: int
   block_size: int
   top_k: int
   num_kv_heads: int
-  num_groups: int  # that a launch works on
-  num_owners: int  # of a group
-  chunk: int
+  num_groups: int  # groups (KV heads of batch rows) of a launch
+  num_kv_blocks: int  # KV blocks of a group
+  chunk: int  # queries of a chunk
   dtype: jnp.dtype
   scale: float
   config: Config
@@ -116,69 +133,87 @@ class Shape:
 
   @property
   def half(self) -> int:
-    """Queries in 64 rows."""
-    return ROWS // self.rows
+    """Queries in a row tile of 64 MMA rows."""
+    return ROWS // self.q_rows
 
 
-def _zeros(shape):
+def _zeros(params):
   return plgpu.layout_cast(
-    jnp.full(shape, 0.0, jnp.float32), plgpu.Layout.WGMMA
+    jnp.full(params, 0.0, jnp.float32), plgpu.Layout.WGMMA
   )
 
 
-def _owners(
-  partials, sums, where, starts, plan, q, dout, k, v, lse, delta, *, shape
+def _kv_blocks(
+  partials, sums, chunk_desc, starts, plan, q, dout, k, v, lse, delta, *, params
 ):
-  """Fills the dQ partials of a chunk and adds its dK and dV.
+  """Computes the dQ partials of a chunk and adds to the sums of dK and dV.
 
-  `where`: first group (batch row * K + KV head), first query, number of tasks.
-  `starts`: key slot of that query, for each group of the launch.
+  Args:
+    partials: Ref of dQ partials, [groups * chunk, P, q_rows, D].
+    sums: Ref, float32 [2, slots, KV_BLOCK, D]: sums of dK and of dV.
+    chunk_desc: chunk descriptor, int32 [3]: first group (batch row * K + KV
+      head), first query, number of tasks.
+    starts: position of the chunk's first query among the keys, for each group
+      of the launch.
+    plan: `kv_block_plan.KVBlockPlan`.
+    q, dout, k, v: operands as `backward` takes them.
+    lse, delta: float32, one value for each MMA row in the order of the pairs.
+    params: static parameters.
   """
-  s, config = shape, shape.config
-  half, rows, d, stages = s.half, s.rows, s.head_dim, config.stages
+  s, config = params, params.config
+  half, q_rows, d, stages = s.half, s.q_rows, s.head_dim, config.stages
   row_layout = plgpu.Layout.WGMMA.reduce(0)
 
   def body(
-    where_gmem, starts_gmem, tasks_gmem, turns_gmem, order_gmem, q_gmem,
+    chunk_gmem, starts_gmem, tasks_gmem, longest_first_gmem, order_gmem, q_gmem,
     do_gmem, k_gmem, v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
     q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem,
     q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = kv_block_plan.num_turns(cta, where_gmem[2], config.num_ctas)
+    my_tasks = kv_block_plan.num_tasks_of_cta(
+      cta, chunk_gmem[2], config.num_ctas
+    )
 
     def read_task(i):
-      """Group in the launch, its block, and the rest of the task's row."""
-      index = turns_gmem[kv_block_plan.turn(cta, i, config.num_ctas)]
-      owner, *rest = (tasks_gmem[index, j] for j in range(5))
-      return owner // s.num_owners, lax.rem(owner, s.num_owners), *rest
+      """Group in the launch, its KV block, and the rest of the task's entry."""
+      index = longest_first_gmem[
+        kv_block_plan.nth_task(cta, i, config.num_ctas)
+      ]
+      kv_block, *rest = (tasks_gmem[index, j] for j in range(5))
+      return (
+        kv_block // s.num_kv_blocks,
+        lax.rem(kv_block, s.num_kv_blocks),
+        *rest,
+      )
 
-    def query_of(edge):
-      """Query in the launch: those of a group after those of the one before."""
-      return (edge >> 2) // s.top_k
+    def query_of(pair):
+      """Query in the launch, numbered over the queries of all its groups."""
+      return (pair >> 2) // s.top_k
 
-    def order_of(count, inside):
-      """How many pieces are masked, and the place of the i-th piece worked on.
+    def tile_order(count, inside):
+      """Number of row tiles, number of masked ones, and the i-th tile to do.
 
-      Queries inside the block come first, a last one may hold repeats. Masked
-      pieces lead, so that the loop over the others knows nothing of masks.
+      Queries inside the block come first in the list; the last tile may be
+      filled up with repeats of a query. Both need masks, so they are done
+      first, and the loop over the other tiles contains no code for masks.
       """
-      pieces = (count + half - 1) // half
+      num_tiles = (count + half - 1) // half
       full = count // half
-      led = (inside + half - 1) // half
-      masked = pieces if s.block_size < kv_block_plan.OWNER_BLOCK else (
-        jnp.minimum(led, full) + pieces - full
+      inside_tiles = (inside + half - 1) // half
+      num_masked = num_tiles if s.block_size < kv_block_plan.KV_BLOCK else (
+        jnp.minimum(inside_tiles, full) + num_tiles - full
       )  # fmt: skip
 
-      def place(i):
-        behind = (i >= led) & (pieces > full)
-        return jnp.where(behind, jnp.where(i == led, full, i - 1), i)
+      def nth_tile(i):
+        behind = (i >= inside_tiles) & (num_tiles > full)
+        return jnp.where(behind, jnp.where(i == inside_tiles, full, i - 1), i)
 
-      return pieces, masked, place
+      return num_tiles, num_masked, nth_tile
 
-    def read_edges(start, count, piece):
+    def read_pairs(start, count, tile):
       return tuple(
-        order_gmem[start + jnp.minimum(piece * half + a, count - 1)]
+        order_gmem[start + jnp.minimum(tile * half + a, count - 1)]
         for a in range(half)
       )
 
@@ -187,22 +222,23 @@ def _owners(
       plgpu.set_max_registers(REGISTERS[0], action="increase")
 
       def task(i, done):
-        group, block, start, count, inside, slot = read_task(i)
-        pieces, masked, place_of = order_of(count, inside)
-        # From a query in the launch to its place after the block's first key.
+        group, block, start, count, inside, sum_slot = read_task(i)
+        num_tiles, num_masked, nth_tile = tile_order(count, inside)
+        # Added to a query in the launch, this gives its distance from the
+        # block's first key.
         after_key = (
-          starts_gmem[group]
-          - group * s.chunk
-          - block * kv_block_plan.OWNER_BLOCK
+          starts_gmem[group] - group * s.chunk - block * kv_block_plan.KV_BLOCK
         )
         plgpu.barrier_wait(kv_ready)
 
-        def along(x):
+        def over_keys(x):
           return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
 
         def key_major(x_smem, y_smem, stage, j, acc):
-          """Starts the product of this warpgroup's keys and a piece's rows."""
-          # An address that does not change would be kept, and spilled.
+          """Starts the product of this warpgroup's keys and a row tile."""
+          # The compiler would keep an address that does not change in registers
+          # and spill it. This zero, which it cannot know, makes it compute the
+          # address again.
           zero = jnp.minimum(j, 0)
           plgpu.wgmma(
             acc, x_smem.at[wg + zero], y_smem.at[stage].transpose((1, 0))
@@ -224,8 +260,8 @@ def _owners(
             at[...] = x.astype(s.dtype)
 
         def mask(scores, j):
-          first = place_of(j) * half
-          edges = read_edges(start, count, place_of(j))
+          first = nth_tile(j) * half
+          pairs = read_pairs(start, count, nth_tile(j))
           key = (
             plgpu.broadcasted_iota(
               jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
@@ -234,28 +270,30 @@ def _owners(
           )
           query_of_row = (
             plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
-            // rows
+            // q_rows
           )
           limit = jnp.full((ROWS,), -1, jnp.int32)
           limit = plgpu.layout_cast(limit, row_layout)
           for a in range(half):
             seen = jnp.minimum(
-              after_key + query_of(edges[a]), kv_block_plan.OWNER_BLOCK - 1
+              after_key + query_of(pairs[a]), kv_block_plan.KV_BLOCK - 1
             )
-            live = (first + a < count) & (((edges[a] >> wg) & 1) == 1)
+            live = (first + a < count) & (((pairs[a] >> wg) & 1) == 1)
             seen = jnp.where(live, seen, -1)
             limit = jnp.where(query_of_row == a, seen, limit)
-          return jnp.where(key <= along(limit), scores, -jnp.inf)
+          return jnp.where(key <= over_keys(limit), scores, -jnp.inf)
 
         def probabilities(scores, stage):
           lse_rows = plgpu.load(lse_smem.at[stage], layout=row_layout)
-          return jnp.exp2(scores * (s.scale * mosaic.LOG2E) - along(lse_rows))
+          return jnp.exp2(
+            scores * (s.scale * mosaic.LOG2E) - over_keys(lse_rows)
+          )
 
         def ds_of(p, dp, stage):
           delta_rows = plgpu.load(delta_smem.at[stage], layout=row_layout)
-          return p * (dp - along(delta_rows))
+          return p * (dp - over_keys(delta_rows))
 
-        def give_ds(ds, step):
+        def send_ds(ds, step):
           slot = lax.rem(step, 2)
 
           @pl.when(step >= 2)
@@ -267,19 +305,22 @@ def _owners(
           plgpu.barrier_arrive(ds_ready.at[slot])
 
         def stage_after(j):
-          """Where the next piece is, when it is there; if none is, anything."""
+          """Waits for the next row tile and returns its stage.
+
+          Without a next tile this returns some stage and does not wait.
+          """
           after = lax.rem(done + j + 1, stages)
 
-          @pl.when(j + 1 < pieces)
+          @pl.when(j + 1 < num_tiles)
           def _():
             plgpu.barrier_wait(q_ready.at[after])
 
           return after
 
         def add_products(dk, dv, p, ds, step, j=None):
-          """dk and dv with a piece's terms, and ds to the third warpgroup.
+          """Adds a row tile's terms to dk and dv, and sends ds to dQ.
 
-          With j, p of the piece after j too.
+          If j is given, this also computes and returns p of the tile after j.
           """
           stage = lax.rem(step, stages)
           if s.interpret:
@@ -294,7 +335,7 @@ def _owners(
             probs[0][wg] = p
             plgpu.commit_smem()
             dv = dv + product(probs[0].at[wg], do_smem.at[stage])
-            give_ds(ds, step)
+            send_ds(ds, step)
             ds_at = ds_smem.at[lax.rem(step, 2), wg]
             dk = dk + product(ds_at, q_smem.at[stage])
             if j is None:
@@ -307,14 +348,16 @@ def _owners(
             dk_acc[...] = dk
             dv_acc[...] = dv
             plgpu.wgmma(dv_acc, p, do_smem.at[stage])
-            give_ds(ds, step)
+            send_ds(ds, step)
             if j is not None:
-              # Else these scores' registers would be needed from here on.
+              # Without this wait, the registers of the next scores would be
+              # occupied from here on.
               plgpu.wgmma_wait(0)
               after = stage_after(j)
               key_major(k_smem, q_smem, after, j + 1, acc)
-              # This stage, computed again for the reason in key_major; from
-              # j, j + 1 and j + 2, as equal zeros would be one, and kept.
+              # The address of this stage is computed again, for the reason in
+              # key_major. The zeros come from j, j + 1 and j + 2, because the
+              # compiler would merge equal ones and keep the result.
               stage_again = lax.rem(step + jnp.minimum(j + 2, 0), stages)
             else:
               stage_again = stage
@@ -330,7 +373,7 @@ def _owners(
             scoped.append(ACC((KEYS, ROWS), jnp.float32))
           return pl.run_scoped(run, *scoped)
 
-        def masked_piece(j, carry):
+        def masked_tile(j, carry):
           dk, dv = carry
           step = done + j
           stage = lax.rem(step, stages)
@@ -351,7 +394,7 @@ def _owners(
           plgpu.barrier_arrive(q_free.at[stage])
           return carry
 
-        def whole_piece(j, carry):
+        def full_tile(j, carry):
           dk, dv, p = carry
           step = done + j
           stage = lax.rem(step, stages)
@@ -364,30 +407,33 @@ def _owners(
           return carry
 
         zero = _zeros((KEYS, d))
-        dk, dv = lax.fori_loop(0, masked, masked_piece, (zero, zero))
-        if s.block_size == kv_block_plan.OWNER_BLOCK:
-          stage = lax.rem(done + masked, stages)
+        dk, dv = lax.fori_loop(0, num_masked, masked_tile, (zero, zero))
+        if s.block_size == kv_block_plan.KV_BLOCK:
+          stage = lax.rem(done + num_masked, stages)
 
-          @pl.when(masked < pieces)
+          @pl.when(num_masked < num_tiles)
           def _():
             plgpu.barrier_wait(q_ready.at[stage])
 
-          # Without such a piece these scores are of anything, and not used.
-          scores = key_major_product(k_smem, q_smem, stage, masked)
+          # Without a full tile the stage holds old data, and these scores are
+          # not used.
+          scores = key_major_product(k_smem, q_smem, stage, num_masked)
           p = probabilities(scores, stage)
-          dk, dv, _ = lax.fori_loop(masked, pieces, whole_piece, (dk, dv, p))
+          dk, dv, _ = lax.fori_loop(
+            num_masked, num_tiles, full_tile, (dk, dv, p)
+          )
 
         plgpu.barrier_arrive(kv_free)
-        is_first = slot < s.num_groups * s.num_owners
+        is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
-          at = sums_gmem.at[kind, slot, pl.ds(wg * KEYS, KEYS)]
+          at = sums_gmem.at[kind, sum_slot, pl.ds(wg * KEYS, KEYS)]
 
           def add(at=at, x=x):
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
             return so_far + x
 
           at[...] = lax.cond(is_first, add, lambda x=x: x)
-        return done + pieces
+        return done + num_tiles
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       mosaic.drain(ds_free, done)
@@ -398,31 +444,31 @@ def _owners(
 
       def task(i, done):
         group, block, start, count, inside, _ = read_task(i)
-        pieces, _, place_of = order_of(count, inside)
-        # Read again for each task: kept, it would take registers.
-        row = (where_gmem[0] + group) // s.num_kv_heads
-        kv_head = lax.rem(where_gmem[0] + group, s.num_kv_heads)
-        heads = pl.ds(kv_head * rows, rows)
-        # From a query in the launch to the query in its row.
-        origin = where_gmem[1] - group * s.chunk
+        num_tiles, _, nth_tile = tile_order(count, inside)
+        # These are read again for each task to save registers.
+        batch_row = (chunk_gmem[0] + group) // s.num_kv_heads
+        kv_head = lax.rem(chunk_gmem[0] + group, s.num_kv_heads)
+        heads = pl.ds(kv_head * q_rows, q_rows)
+        # Added to a query in the launch, this gives the query in its batch row.
+        origin = chunk_gmem[1] - group * s.chunk
 
         @pl.when(i > 0)
         def _():
           plgpu.barrier_wait(kv_free)
 
         for h in range(2):
-          tokens = pl.ds(block * kv_block_plan.OWNER_BLOCK + h * KEYS, KEYS)
+          tokens = pl.ds(block * kv_block_plan.KV_BLOCK + h * KEYS, KEYS)
           for x_gmem, x_smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
             plgpu.copy_gmem_to_smem(
-              x_gmem.at[row, kv_head, tokens], x_smem.at[h], kv_ready
+              x_gmem.at[batch_row, kv_head, tokens], x_smem.at[h], kv_ready
             )
-        # kv_ready is waited for through ds_ready.
+        # No wait for kv_ready is needed here: ds_ready implies it.
 
-        def give_dq(j, step):
+        def store_dq(j, step):
           slot = lax.rem(step, 2)
-          first = place_of(j) * half
-          edges = read_edges(start, count, place_of(j))
-          # Two pieces ago dQ left from here.
+          first = nth_tile(j) * half
+          pairs = read_pairs(start, count, nth_tile(j))
+          # The dQ of two row tiles ago was stored from the same slot.
           plgpu.wait_smem_to_gmem(1, wait_read_only=True)
           plgpu.barrier_wait(ds_ready.at[slot])
           for column in range(0, d, 64):
@@ -448,10 +494,12 @@ def _owners(
 
               @pl.when((warp == a % 4) & (first + a < count))
               def _(a=a):
-                place = edges[a] >> 2
+                choice_slot = pairs[a] >> 2
                 plgpu.copy_smem_to_gmem(
-                  dq_smem.at[slot, pl.ds(a * rows, rows)],
-                  part_gmem.at[place // s.top_k, lax.rem(place, s.top_k)],
+                  dq_smem.at[slot, pl.ds(a * q_rows, q_rows)],
+                  part_gmem.at[
+                    choice_slot // s.top_k, lax.rem(choice_slot, s.top_k)
+                  ],
                   commit_group=False,
                 )
 
@@ -459,14 +507,14 @@ def _owners(
 
         def gather(j, step):
           stage = lax.rem(step, stages)
-          place = place_of(j)
-          edges = read_edges(start, count, place)
+          tile = nth_tile(j)
+          pairs = read_pairs(start, count, tile)
 
           @pl.when(step >= stages)
           def _():
             plgpu.barrier_wait(q_free.at[stage])
 
-          at = pl.ds((start + place * half) * rows, ROWS)
+          at = pl.ds((start + tile * half) * q_rows, ROWS)
 
           @plgpu.warp_map
           def _(warp):
@@ -474,11 +522,11 @@ def _owners(
 
               @pl.when(warp == a % 4)
               def _(a=a):
-                query = origin + query_of(edges[a])
+                query = origin + query_of(pairs[a])
                 for x_gmem, x_smem in ((q_gmem, q_smem), (do_gmem, do_smem)):
                   plgpu.copy_gmem_to_smem(
-                    x_gmem.at[row, query, heads],
-                    x_smem.at[stage, pl.ds(a * rows, rows)],
+                    x_gmem.at[batch_row, query, heads],
+                    x_smem.at[stage, pl.ds(a * q_rows, q_rows)],
                     q_ready.at[stage],
                   )
 
@@ -492,15 +540,15 @@ def _owners(
                   x_gmem.at[at], x_smem.at[stage], q_ready.at[stage]
                 )
 
-        @pl.loop(0, pieces + stages)
+        @pl.loop(0, num_tiles + stages)
         def _(j):
-          pl.when(j < pieces)(lambda: gather(j, done + j))
+          pl.when(j < num_tiles)(lambda: gather(j, done + j))
 
           @pl.when(j >= stages)
           def _():
-            give_dq(j - stages, done + j - stages)
+            store_dq(j - stages, done + j - stages)
 
-        return done + pieces
+        return done + num_tiles
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       mosaic.drain(q_free, done)
@@ -518,9 +566,9 @@ def _owners(
     plgpu.SMEM((2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND)
   ] * s.interpret
   mosaic.launch(
-    body, where, starts, plan.tasks, plan.turns, plan.order, q, dout, k, v, lse,
-    delta, partials, sums,
-    name="sparse_owners",
+    body, chunk_desc, starts, plan.tasks, plan.longest_first, plan.order, q,
+    dout, k, v, lse, delta, partials, sums,
+    name="sparse_kv_blocks",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
@@ -546,23 +594,28 @@ def _owners(
   )  # fmt: skip
 
 
-def sum_extra(sums, extra, *, num_owners, interpret):
-  """Adds the extra sums of hot blocks to the blocks' own, in order.
+def sum_extra(sums, extra, *, num_kv_blocks, interpret):
+  """Adds the extra sums of hot KV blocks to the blocks' own sums, in order.
+
+  A CTA owns 32 keys of one KV block, and each of its warpgroups one kind of sum
+  (dK or dV; `index_kl` has dindex_k only).
 
   Args:
-    sums: Ref, float32 [kinds, slots, OWNER_BLOCK, D].
-    extra: `OwnerPlan.extra`.
+    sums: Ref, float32 [kinds, slots, KV_BLOCK, D].
+    extra: `KVBlockPlan.extra`.
+    num_kv_blocks: KV blocks of all groups of the launch.
+    interpret: run on the CPU.
   """
   kinds, _, _, d = sums.shape
-  piece = 32  # keys of a CTA's tile
-  tiles = kv_block_plan.OWNER_BLOCK // piece
-  layout = plgpu.Layout.WG_STRIDED((piece, d), vec_size=4)
+  tile_keys = 32  # keys of a CTA
+  tiles = kv_block_plan.KV_BLOCK // tile_keys
+  layout = plgpu.Layout.WG_STRIDED((tile_keys, d), vec_size=4)
 
   def body(extra_gmem, sums_gmem):
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     block, tile = cta // tiles, lax.rem(cta, tiles)
     first, count = extra_gmem[block, 0], extra_gmem[block, 1]
-    at = pl.ds(tile * piece, piece)
+    at = pl.ds(tile * tile_keys, tile_keys)
 
     def read(slot):
       return plgpu.load(
@@ -576,7 +629,7 @@ def sum_extra(sums, extra, *, num_owners, interpret):
 
     @pl.when(count > 0)
     def _():
-      fours = count // 4  # read at once
+      fours = count // 4  # four sums are read at once to hide latency
       total = lax.fori_loop(
         0, fours, lambda i, x: add(i, x, each=4), read(block)
       )
@@ -588,7 +641,7 @@ def sum_extra(sums, extra, *, num_owners, interpret):
   mosaic.launch(
     body, extra, sums,
     name="sparse_sum_extra",
-    num_ctas=num_owners * tiles,
+    num_ctas=num_kv_blocks * tiles,
     num_warpgroups=kinds,
     interpret=interpret,
     scratch=[],
@@ -599,45 +652,49 @@ def backward(
   q, k, v, out, lse, dout, block_indices, kv_lengths, *, block_size, scale,
   config, interpret,
 ):  # fmt: skip
-  """dq, dk, dv; k and v head-major, finite and padded to owner blocks.
+  """dq, dk and dv of padded operands.
 
   Args:
-    q, out, dout: [B, T, K * rows, D], a group's heads padded to `rows`.
-    k, v: [B, K, S', D], S' a multiple of `kv_block_plan.OWNER_BLOCK`.
-    lse: float32 [B, K * rows, T], +inf for padding heads.
+    q, out, dout: [B, T, K * q_rows, D], a group's heads padded to `q_rows`.
+    k, v: [B, K, S', D], finite, S' a multiple of `kv_block_plan.KV_BLOCK`.
+    lse: float32 [B, K * q_rows, T], +inf for padding heads.
     block_indices: [B, K, T, P].
     kv_lengths: [B], at most S.
+    block_size: tokens of a block.
+    scale: of the scores.
+    config: tile sizes.
+    interpret: run on the CPU.
 
   Returns:
     dq like q, dk and dv like k and v.
   """
-  b, t, all_rows, d = q.shape
+  b, t, all_heads, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
-  rows = all_rows // num_kv_heads
+  q_rows = all_heads // num_kv_heads
   top_k = block_indices.shape[-1]
-  num_owners = s_len // kv_block_plan.OWNER_BLOCK
+  num_kv_blocks = s_len // kv_block_plan.KV_BLOCK
 
-  max_edges = MAX_WORKSPACE // (rows * d)
-  split = kv_block_plan.split_owners(
+  max_pairs = MAX_WORKSPACE // (q_rows * d)
+  split = kv_block_plan.split_launches(
     b,
     t,
     num_kv_heads,
-    num_owners,
+    num_kv_blocks,
     top_k,
-    max_edges=min(config.edges or max_edges, max_edges),
+    max_pairs=min(config.pairs or max_pairs, max_pairs),
     chunk=config.chunk,
   )
   groups, chunk = split.groups, split.chunk
-  edges = groups * chunk * top_k
-  task = kv_block_plan.owner_task(edges, config.task)
-  shape = Shape(
-    rows=rows,
+  num_pairs = groups * chunk * top_k
+  task = kv_block_plan.task_size(num_pairs, config.task)
+  params = KernelParams(
+    q_rows=q_rows,
     head_dim=d,
     block_size=block_size,
     top_k=top_k,
     num_kv_heads=num_kv_heads,
     num_groups=groups,
-    num_owners=num_owners,
+    num_kv_blocks=num_kv_blocks,
     chunk=chunk,
     dtype=jnp.dtype(q.dtype),
     scale=scale,
@@ -646,24 +703,24 @@ def backward(
   )
   pad = split.num_chunks * chunk - t
   delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-  delta = delta.reshape(b, t, num_kv_heads, rows).swapaxes(1, 2)
-  lse = lse.reshape(b, num_kv_heads, rows, t).swapaxes(2, 3) * mosaic.LOG2E
+  delta = delta.reshape(b, t, num_kv_heads, q_rows).swapaxes(1, 2)
+  lse = lse.reshape(b, num_kv_heads, q_rows, t).swapaxes(2, 3) * mosaic.LOG2E
   if pad:
     block_indices, delta, lse = (
       jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=value)
       for x, value in ((block_indices, -1), (delta, 0), (lse, 0))
     )
   starts = jnp.repeat(kv_lengths - t, num_kv_heads)
-  num_slots = groups * num_owners
-  max_tasks = kv_block_plan.max_owner_tasks(num_slots, edges, task)
+  num_slots = groups * num_kv_blocks
+  max_tasks = kv_block_plan.max_tasks(num_slots, num_pairs, task)
 
   def launch(index, carry):
     dq, dk, dv = carry
     first = index * groups
-    sums = lax.empty((2, max_tasks, kv_block_plan.OWNER_BLOCK, d), jnp.float32)
-    own = jnp.zeros((2, num_slots, kv_block_plan.OWNER_BLOCK, d), jnp.float32)
+    sums = lax.empty((2, max_tasks, kv_block_plan.KV_BLOCK, d), jnp.float32)
+    own = jnp.zeros((2, num_slots, kv_block_plan.KV_BLOCK, d), jnp.float32)
     sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
-    partials = lax.empty((groups * chunk, top_k, rows, d), q.dtype)
+    partials = lax.empty((groups * chunk, top_k, q_rows, d), q.dtype)
 
     def step(i, carry):
       dq, sums, partials = carry
@@ -672,40 +729,43 @@ def backward(
       def cut(x):
         return split.cut(x, first, first_query)
 
-      first_slots = lax.dynamic_slice_in_dim(starts, first, groups)
-      first_slots += first_query
-      plan = kv_block_plan.plan_owners(
+      first_positions = lax.dynamic_slice_in_dim(starts, first, groups)
+      first_positions += first_query
+      plan = kv_block_plan.plan_kv_blocks(
         cut(block_indices),
-        first_slots,
+        first_positions,
         block_size=block_size,
         num_blocks=-(-s_len // block_size),
         task=task,
       )
       query = (plan.order >> 2) // top_k
 
-      def by_edge(x):
-        x = x.reshape(-1, rows)[query].reshape(-1)
+      def by_pair(x):
+        x = x.reshape(-1, q_rows)[query].reshape(-1)
         return jnp.pad(x, (0, ROWS))
 
-      where = jnp.stack([first, first_query, plan.num_tasks[0]])
-      one_delta = cut(delta)
-      # Through lse, a dout that is not finite reaches dv of what it sees only.
-      one_lse = jnp.where(jnp.isfinite(one_delta), cut(lse), jnp.nan)
+      chunk_desc = jnp.stack([first, first_query, plan.num_tasks[0]])
+      chunk_delta = cut(delta)
+      # A dout that is not finite goes into lse and so reaches dv of exactly the
+      # keys that its query sees.
+      chunk_lse = jnp.where(jnp.isfinite(chunk_delta), cut(lse), jnp.nan)
       sums_ref, partials_ref = jax.new_ref(sums), jax.new_ref(partials)
-      _owners(
-        partials_ref, sums_ref, where.astype(jnp.int32), first_slots, plan, q,
-        dout, k, v, by_edge(one_lse), by_edge(one_delta),
-        shape=shape,
+      _kv_blocks(
+        partials_ref, sums_ref, chunk_desc.astype(jnp.int32), first_positions,
+        plan, q, dout, k, v, by_pair(chunk_lse), by_pair(chunk_delta),
+        params=params,
       )  # fmt: skip
-      sum_extra(sums_ref, plan.extra, num_owners=num_slots, interpret=interpret)
+      sum_extra(
+        sums_ref, plan.extra, num_kv_blocks=num_slots, interpret=interpret
+      )
       partials = jax.freeze(partials_ref)
-      # Places without an edge hold anything.
-      one = partials.reshape(groups, chunk, top_k, rows, d)
+      # Slots of choices that are no pair were not written.
+      one = partials.reshape(groups, chunk, top_k, q_rows, d)
       one = split.token_major(one).astype(jnp.float32)
-      is_edge = split.token_major(plan.is_edge)[..., None, None]
-      one = jnp.sum(jnp.where(is_edge, one, 0), axis=3).astype(q.dtype)
-      row, kv_head = first // num_kv_heads, first % num_kv_heads
-      at = (row, first_query, kv_head, 0, 0)
+      is_pair = split.token_major(plan.is_pair)[..., None, None]
+      one = jnp.sum(jnp.where(is_pair, one, 0), axis=3).astype(q.dtype)
+      batch_row, kv_head = first // num_kv_heads, first % num_kv_heads
+      at = (batch_row, first_query, kv_head, 0, 0)
       dq = lax.dynamic_update_slice(dq, one, at)
       return dq, jax.freeze(sums_ref), partials
 
@@ -718,6 +778,6 @@ def backward(
 
   all_groups = b * num_kv_heads
   dk, dv = (lax.empty((all_groups, s_len, d), q.dtype) for _ in range(2))
-  dq = lax.empty((b, t + pad, num_kv_heads, rows, d), q.dtype)
+  dq = lax.empty((b, t + pad, num_kv_heads, q_rows, d), q.dtype)
   dq, dk, dv = lax.fori_loop(0, all_groups // groups, launch, (dq, dk, dv))
   return dq[:, :t].reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)

@@ -1,29 +1,38 @@
-"""Block-sparse attention on Hopper, forward: two kernels and who does what.
+"""Forward pass of block-sparse attention on Hopper: two kernels.
 
 For query t, group g and head h of g, over the visible tokens J of the chosen
-blocks: out = softmax_J(scale q.k) v and lse = log sum_J exp(scale q.k). One
-wgmma tile packs 64 rows = queries x the group's heads, so that a chosen block
-is read once for all of them. `schedule` decides on the device which of two
-kernels does a choice:
+blocks (Main Branch; arXiv 2606.13392):
 
-* **edges** (KV-outer). A CTA owns a task: K and V of one block stay in SMEM,
-  and the queries that chose it are gathered beside it, one TMA copy a query.
-  Each query leaves a normalised partial output, in q's dtype, and a base-2 lse.
-  Three warpgroups compute, 64 rows at a time, and one copies.
-  Bound: 4 + 4 KB moved for an edge (16 heads, D 128), and 4 more to merge it.
-* **tiles** (Q-outer). A CTA owns a tile of neighbouring queries, 64 rows for
-  each of two warpgroups: they walk the tile's shared blocks with an online
-  softmax, each skipping those that its half did not choose, then merge the
-  partials of the tile's edges, and write out and lse. A third one copies.
-  Bound: reading shared blocks from L2 (64 KB for 8 queries) and wgmma where
-  neighbours agree, else reading the partials.
+  out = softmax_J(scale q.k) v      lse = log sum_J exp(scale q.k)
 
-Where no tile has an edge, one launch of the second kernel is everything.
-Otherwise chunks of one group's queries take turns in a workspace of partials
-of at most 2^30 elements. XLA has the host read which of the two it is, and
-waits for that. SMEM at D 128 and block 128: edges 96 KB of queries,
-64 KB of K and V, 48 KB of partials; tiles 32 KB of queries, 128 KB of K and V,
-64 KB of partials (or 192 KB of K and V when nothing is merged).
+One wgmma tile has 64 MMA rows: some queries times all heads of their group, so
+that a chosen block is read once for all of these heads. `tile_plan` decides on
+the device which of the two kernels computes which choice:
+
+* **pairs** (the key block stays, queries are gathered). A CTA owns a task: K
+  and V of one block stay in SMEM, while the queries that chose the block are
+  gathered, one TMA copy a query (`gather` in `_copy`). Each (query, block) pair
+  leaves a normalised partial output in q's dtype and a base-2 lse. Two or three
+  warpgroups each compute row tiles of 64 MMA rows, and one warpgroup copies.
+  Bound: 4 + 4 KB moved for each pair (16 heads, D 128), and 4 more to merge it.
+* **tiles** (the queries stay, key blocks stream by). A CTA owns a tile of
+  neighbouring queries, and each of its two compute warpgroups owns 64 MMA rows
+  of it. They walk the tile's shared blocks with an online softmax, each
+  skipping the blocks that none of its own queries chose, then merge the partial
+  outputs of the tile's pairs, and write out and lse. A third warpgroup copies.
+  Bound: where neighbours agree, reading shared blocks from L2 (64 KB for 8
+  queries) and wgmma; otherwise reading the partial outputs.
+
+If no tile has a pair, one launch of the tile kernel computes everything.
+Otherwise the chunks of one group's queries are processed one after another in a
+workspace of at most 2^30 elements of partial outputs. XLA lets the host read
+which of the two cases it is and waits for that.
+
+SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
+partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial
+outputs (192 KB of K and V when nothing is merged).
+
+Not supported: what `mosaic.check_supported` refuses; a gradient of lse.
 """
 
 from __future__ import annotations
@@ -43,9 +52,9 @@ from pallas_kernels import mosaic, tile_plan
 from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
-ROWS = 64  # of a wgmma tile
+ROWS = 64  # MMA rows of a wgmma tile
 MAX_WORKSPACE = 1 << 30  # elements of the partial outputs
-MAX_PLANNED = 1 << 25  # choices whose edges are sorted at once
+MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,22 +62,25 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    edge_warpgroups: warpgroups that compute (edges), 2 or 3.
-    query_stages: gathered 64-row query tiles in flight for each (edges).
-    kv_stages: blocks in flight (tiles that merge).
-    walk_stages: blocks in flight (tiles when there is no edge at all).
-    merge_stages: partials in flight (tiles).
-    task: most edges that share one load of a block.
-    span: queries that are kept in L2 while their edges are gathered; 0 lets
-      the number of blocks decide.
-    chunk: most queries of a chunk; 0 lets the workspace decide.
-    shared_cost: a block is walked by a half tile if this many of its queries
-      (of 16 heads) chose it. 0 walks everything.
-    slack: how much dearer walking everything may be than the mixed way.
+    pair_warpgroups: compute warpgroups of the pair kernel, 2 or 3.
+    query_stages: row tiles of gathered queries in flight for each of these
+      warpgroups (pair kernel).
+    kv_stages: key blocks in flight (tile kernel, when it merges pairs).
+    walk_stages: key blocks in flight (tile kernel, when there are no pairs).
+    merge_stages: partial outputs in flight (tile kernel).
+    task: upper bound on the pairs that share one load of a block.
+    span: queries that are kept in L2 while their pairs are gathered; 0 derives
+      it from the number of blocks.
+    chunk: upper bound on the queries of a chunk; 0 derives it from the
+      workspace.
+    shared_cost: half a tile walks a block as a shared one if this many of its
+      queries (of 16 heads) chose it. With 0, all blocks are shared.
+    slack: factor by which sharing all blocks may cost more than the mixture of
+      shared blocks and pairs and still be preferred.
     num_ctas: CTAs of the persistent grids.
   """
 
-  edge_warpgroups: int = 3
+  pair_warpgroups: int = 3
   query_stages: int = 2
   kv_stages: int = 2
   walk_stages: int = 3
@@ -82,12 +94,12 @@ class Config:
 
 
 @dataclasses.dataclass(frozen=True)
-class Shape:
-  """Static sizes of one call, after padding."""
+class KernelParams:
+  """Static parameters of one call, after padding."""
 
   q_len: int
   num_kv_heads: int
-  rows: int  # of one query in a tile: its heads, at least 8
+  q_rows: int  # MMA rows of a query: its group's heads, at least 8
   head_dim: int
   block_size: int
   dtype: jnp.dtype
@@ -98,8 +110,8 @@ class Shape:
 
   @property
   def half(self) -> int:
-    """Queries in 64 rows."""
-    return ROWS // self.rows
+    """Queries in 64 MMA rows, which is half a tile."""
+    return ROWS // self.q_rows
 
   def operand(self, *leading: int) -> plgpu.SMEM:
     return plgpu.SMEM(
@@ -107,7 +119,7 @@ class Shape:
     )
 
   def probs_scratch(self, warpgroups: int) -> list:
-    """Interpret mode takes no wgmma operand from registers."""
+    """SMEM for probabilities: interpreted wgmma takes no register operand."""
     if not self.interpret:
       return []
     return [
@@ -120,16 +132,16 @@ class Shape:
 
 
 def heuristic_config() -> Config:
-  """The config used without one."""
+  """The config used when none is given."""
   return Config()
 
 
 def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one is tested."""
+  """Configs that are worth timing; every one of them is tested."""
   return (
     Config(),
     Config(task=128),
-    Config(edge_warpgroups=2, query_stages=3),
+    Config(pair_warpgroups=2, query_stages=3),
     Config(shared_cost=0.0),
     Config(shared_cost=1e9, slack=0.0),
   )
@@ -143,10 +155,10 @@ def _qk(q_smem, k_smem, block_size: int) -> Any:
   return pl.run_scoped(product, ACC((ROWS, block_size), jnp.float32))
 
 
-def _pv(p, v_smem, shape: Shape, p_smem, acc=None) -> Any:
+def _pv(p, v_smem, params: KernelParams, p_smem, acc=None) -> Any:
   """p v, added to `acc` if given."""
-  p = p.astype(shape.dtype)
-  if shape.interpret:
+  p = p.astype(params.dtype)
+  if params.interpret:
     p_smem[...] = p
     plgpu.commit_smem()
     p = p_smem
@@ -154,14 +166,14 @@ def _pv(p, v_smem, shape: Shape, p_smem, acc=None) -> Any:
   def product(ref):
     plgpu.wgmma(ref, p, v_smem)
 
-  if acc is not None and not shape.interpret:
+  if acc is not None and not params.interpret:
     return pl.run_state(product)(ACC.init(acc))
 
   def fresh(ref):
     product(ref)
     return ref[...]
 
-  out = pl.run_scoped(fresh, ACC((ROWS, shape.head_dim), jnp.float32))
+  out = pl.run_scoped(fresh, ACC((ROWS, params.head_dim), jnp.float32))
   return out if acc is None else acc + out
 
 
@@ -169,28 +181,33 @@ def _over_columns(x, width: int):
   return lax.broadcast_in_dim(x, (ROWS, width), [0])
 
 
-def _edges(partials, where, plan, q, k, v, *, shape: Shape):
-  """Fills the partials of a chunk's edges.
+def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
+  """Computes the partial outputs of a chunk's (query, block) pairs.
 
-  `where`: first tile, batch row, group, first query, first task and number of
-  tasks of the chunk.
+  Args:
+    partials: Refs of the partial outputs and their lse.
+    chunk_desc: chunk descriptor, int32 [6]: first tile, batch row, KV head,
+      first query, first task and number of tasks of the chunk.
+    plan: `tile_plan.PairPlan`.
+    q, k, v: operands as `forward` takes them.
+    params: static parameters.
   """
-  s, g, config = shape, shape.geometry, shape.config
-  half, rows, workers = s.half, s.rows, config.edge_warpgroups
+  s, g, config = params, params.geometry, params.config
+  half, q_rows, workers = s.half, s.q_rows, config.pair_warpgroups
   stages = config.query_stages * workers
   registers, copy_registers = {2: (232, 40), 3: (160, 32)}[workers]
 
   def body(
-    where_gmem, tasks_gmem, order_gmem, q_gmem, k_gmem, v_gmem,
+    chunk_gmem, tasks_gmem, order_gmem, q_gmem, k_gmem, v_gmem,
     part_gmem, lse_gmem,
     q_smem, k_smem, v_smem, o_smem, l_smem,
     q_ready, q_free, k_ready, v_ready, k_free, v_free, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tasks = (where_gmem[5] - cta + config.num_ctas - 1) // config.num_ctas
+    my_tasks = (chunk_gmem[5] - cta + config.num_ctas - 1) // config.num_ctas
 
     def read_task(i):
-      index = where_gmem[4] + cta + i * config.num_ctas
+      index = chunk_gmem[4] + cta + i * config.num_ctas
       return (tasks_gmem[index, j] for j in range(3))
 
     @pl.when(wg < workers)
@@ -199,17 +216,17 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
 
       def task(i, step):
         _, start, count = read_task(i)
-        pieces = (count + half - 1) // half
-        # The warpgroups take every `workers`-th piece, across tasks.
+        num_row_tiles = (count + half - 1) // half
+        # A warpgroup takes every `workers`-th row tile, counted across tasks.
         mine = lax.rem(wg + workers - lax.rem(step, workers), workers)
         plgpu.barrier_wait(k_ready)
         plgpu.barrier_wait(v_ready)
 
         def gather(j, carry):
-          piece = mine + j * workers
-          slot = lax.rem(step + piece, stages)
-          first = piece * half
-          edge = [
+          row_tile = mine + j * workers
+          slot = lax.rem(step + row_tile, stages)
+          first = row_tile * half
+          choice_slot = [
             order_gmem[start + jnp.minimum(first + a, count - 1)]
             for a in range(half)
           ]
@@ -229,8 +246,9 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
 
             @pl.when(first + a < count)
             def _store(a=a):
-              query, choice = edge[a] // g.top_k, lax.rem(edge[a], g.top_k)
-              at = pl.ds(a * rows, rows)
+              query = choice_slot[a] // g.top_k
+              choice = lax.rem(choice_slot[a], g.top_k)
+              at = pl.ds(a * q_rows, q_rows)
               plgpu.copy_smem_to_gmem(
                 o_smem.at[wg, at],
                 part_gmem.at[query, choice],
@@ -241,7 +259,7 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
                 lse_gmem.at[
                   query // g.tile,
                   choice,
-                  pl.ds(lax.rem(query, g.tile) * rows, rows),
+                  pl.ds(lax.rem(query, g.tile) * q_rows, q_rows),
                 ],
                 commit_group=False,
               )
@@ -249,10 +267,12 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
           plgpu.commit_smem_to_gmem_group()
           return carry
 
-        lax.fori_loop(0, (pieces - mine + workers - 1) // workers, gather, None)
+        lax.fori_loop(
+          0, (num_row_tiles - mine + workers - 1) // workers, gather, None
+        )
         plgpu.barrier_arrive(k_free)
         plgpu.barrier_arrive(v_free)
-        return step + pieces
+        return step + num_row_tiles
 
       lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       plgpu.wait_smem_to_gmem(0)
@@ -260,7 +280,7 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
     @pl.when(wg == workers)
     def _copy():
       plgpu.set_max_registers(copy_registers, action="decrease")
-      row, group, origin = where_gmem[1], where_gmem[2], where_gmem[3]
+      batch_row, kv_head, origin = chunk_gmem[1], chunk_gmem[2], chunk_gmem[3]
 
       def task(i, step):
         block, start, count = read_task(i)
@@ -270,13 +290,17 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
         def _():
           plgpu.barrier_wait(k_free)
 
-        plgpu.copy_gmem_to_smem(k_gmem.at[row, group, tokens], k_smem, k_ready)
+        plgpu.copy_gmem_to_smem(
+          k_gmem.at[batch_row, kv_head, tokens], k_smem, k_ready
+        )
 
         @pl.when(i > 0)
         def _():
           plgpu.barrier_wait(v_free)
 
-        plgpu.copy_gmem_to_smem(v_gmem.at[row, group, tokens], v_smem, v_ready)
+        plgpu.copy_gmem_to_smem(
+          v_gmem.at[batch_row, kv_head, tokens], v_smem, v_ready
+        )
 
         def gather(j, step):
           slot = lax.rem(step, stages)
@@ -291,8 +315,10 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
 
           for a in range(half):
             plgpu.copy_gmem_to_smem(
-              q_gmem.at[row, origin + query[a], pl.ds(group * rows, rows)],
-              q_smem.at[slot, pl.ds(a * rows, rows)],
+              q_gmem.at[
+                batch_row, origin + query[a], pl.ds(kv_head * q_rows, q_rows)
+              ],
+              q_smem.at[slot, pl.ds(a * q_rows, q_rows)],
               q_ready.at[slot],
             )
           return step + 1
@@ -308,8 +334,8 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
         plgpu.barrier_wait(v_free)
 
   mosaic.launch(
-    body, where, plan.tasks, plan.order, q, k, v, *partials,
-    name="sparse_edges",
+    body, chunk_desc, plan.tasks, plan.order, q, k, v, *partials,
+    name="sparse_pairs",
     num_ctas=config.num_ctas,
     num_warpgroups=workers + 1,
     interpret=s.interpret,
@@ -331,23 +357,34 @@ def _edges(partials, where, plan, q, k, v, *, shape: Shape):
 
 
 def _tiles(
-  out, lse, partials, where, starts, plan, merges, q, k, v, *,
-  num_tiles: int, shape: Shape,
+  out, lse, partials, chunk_desc, starts, plan, merges, q, k, v, *,
+  num_tiles: int, params: KernelParams,
 ):  # fmt: skip
   """Walks the tiles' shared blocks, merges partials, writes out and lse.
 
-  Without partials and merges (`None`: no edge anywhere) SMEM holds more blocks.
+  Args:
+    out, lse: Refs of the results.
+    partials: what `_pairs` computed; None if there are no pairs anywhere, and
+      then SMEM has room for more blocks.
+    chunk_desc: chunk descriptor as in `_pairs`, of which this reads the first
+      tile only.
+    starts: position of each batch row's first query among its keys.
+    plan: `tile_plan.TilePlan`.
+    merges: `tile_plan.plan_merges`; None like `partials`.
+    q, k, v: operands as `forward` takes them.
+    num_tiles: tiles of this launch.
+    params: static parameters.
   """
-  s, g, config = shape, shape.geometry, shape.config
-  half, rows = s.half, s.rows
-  tiles_of_row = plan.info.shape[0] // (q.shape[0] * s.num_kv_heads)
+  s, g, config = params, params.geometry, params.config
+  half, q_rows = s.half, s.q_rows
+  tiles_of_group = plan.info.shape[0] // (q.shape[0] * s.num_kv_heads)
   merging = partials is not None
   kv_stages = config.kv_stages if merging else config.walk_stages
   merge_stages = config.merge_stages
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    where_gmem, starts_gmem, info_gmem, shared_gmem, q_gmem, k_gmem, v_gmem,
+    chunk_gmem, starts_gmem, info_gmem, shared_gmem, q_gmem, k_gmem, v_gmem,
     *rest,
   ):  # fmt: skip
     if merging:
@@ -359,46 +396,49 @@ def _tiles(
     probs = rest
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tiles = (num_tiles - cta + config.num_ctas - 1) // config.num_ctas
-    first_tile = where_gmem[0]
+    first_tile = chunk_gmem[0]
 
     def locate(i):
       index = first_tile + cta + i * config.num_ctas
-      row_group = index // tiles_of_row
+      group_index = index // tiles_of_group
       return (
         index,
-        row_group // s.num_kv_heads,
-        lax.rem(row_group, s.num_kv_heads),
-        lax.rem(index, tiles_of_row) * g.tile,
+        group_index // s.num_kv_heads,
+        lax.rem(group_index, s.num_kv_heads),
+        lax.rem(index, tiles_of_group) * g.tile,
       )
 
     @pl.when(wg < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
       query_of_row = (
-        plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout) // rows
+        plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
+        // q_rows
         + wg * half
       )
 
       def chosen_by(bits):
         return ((bits >> query_of_row) & 1) == 1
 
-      def full(value, shape, layout):
-        return plgpu.layout_cast(jnp.full(shape, value, jnp.float32), layout)
+      def full(value, sizes, layout):
+        return plgpu.layout_cast(jnp.full(sizes, value, jnp.float32), layout)
 
       def tile(i, steps):
         kv_step, merge_step = steps
-        index, row, group, tile_query = locate(i)
-        heads = pl.ds(group * rows, rows)
+        index, batch_row, kv_head, tile_query = locate(i)
+        heads = pl.ds(kv_head * q_rows, q_rows)
         first_query = tile_query + wg * half
         for a in range(half):
           plgpu.copy_gmem_to_smem(
-            q_gmem.at[row, jnp.minimum(first_query + a, s.q_len - 1), heads],
-            q_smem.at[wg, pl.ds(a * rows, rows)],
+            q_gmem.at[
+              batch_row, jnp.minimum(first_query + a, s.q_len - 1), heads
+            ],
+            q_smem.at[wg, pl.ds(a * q_rows, q_rows)],
             q_ready.at[wg],
           )
         num_full, num_shared = info_gmem[index, 0], info_gmem[index, 1]
         poisoned, seeing = info_gmem[index, 2], info_gmem[index, 3]
-        position = starts_gmem[row] + tile_query
+        position = starts_gmem[batch_row] + tile_query
         plgpu.barrier_wait(q_ready.at[wg])
 
         def block(j, carry, own: bool):
@@ -425,7 +465,8 @@ def _tiles(
             )
             m_new = jnp.maximum(m_i, m_block)
             alpha = jnp.exp2(m_i - m_new)
-            # exp2(x - inf) = 0 drops the block for rows that did not choose it.
+            # exp2(x - inf) = 0 drops the block for queries that did not choose
+            # it.
             shift = jnp.where(chosen, m_new, jnp.inf)
             p = jnp.exp2(
               scores * s.scale_log2 - _over_columns(shift, s.block_size)
@@ -464,7 +505,7 @@ def _tiles(
               o_smem.at[slot, wg], layout=plgpu.Layout.WGMMA
             ).astype(jnp.float32)
             plgpu.barrier_arrive(o_free.at[slot])
-            # Rows without this edge hold what was in SMEM before, maybe NaN.
+            # Queries without this pair find old SMEM contents, maybe NaN.
             o = jnp.where(
               _over_columns(chosen, s.head_dim),
               o * _over_columns(weight, s.head_dim),
@@ -498,10 +539,12 @@ def _tiles(
         factor = jnp.where(bad_key | bad_value, jnp.nan, 1.0 / l_i)
         acc = acc * _over_columns(factor, s.head_dim)
         acc = jnp.where(_over_columns(sees, s.head_dim), acc, 0.0)
-        # Only infinite scores can leave a seeing row without any weight.
+        # Only infinite scores can leave a query that sees keys without weight.
         log_l = jnp.where(bad_key | (l_i == 0.0), jnp.nan, jnp.log2(l_i))
         lse_rows = jnp.where(sees, (m_i + log_l) * mosaic.LN2, -jnp.inf)
-        lse_gmem[row, group, pl.ds(first_query * rows, ROWS)] = lse_rows
+        lse_gmem[batch_row, kv_head, pl.ds(first_query * q_rows, ROWS)] = (
+          lse_rows
+        )
         q_smem[wg] = acc.astype(s.dtype)
         plgpu.commit_smem()
         for a in range(half):
@@ -509,8 +552,8 @@ def _tiles(
           @pl.when(first_query + a < s.q_len)
           def _store(a=a):
             plgpu.copy_smem_to_gmem(
-              q_smem.at[wg, pl.ds(a * rows, rows)],
-              out_gmem.at[row, first_query + a, heads],
+              q_smem.at[wg, pl.ds(a * q_rows, q_rows)],
+              out_gmem.at[batch_row, first_query + a, heads],
               commit_group=False,
             )
 
@@ -527,7 +570,7 @@ def _tiles(
 
       def tile(i, steps):
         kv_step, merge_step = steps
-        index, row, group, _ = locate(i)
+        index, batch_row, kv_head, _ = locate(i)
         num_shared = info_gmem[index, 1]
 
         def block(j, carry):
@@ -543,7 +586,9 @@ def _tiles(
             plgpu.barrier_wait(k_free.at[slot])
 
           plgpu.copy_gmem_to_smem(
-            k_gmem.at[row, group, tokens], k_smem.at[slot], k_ready.at[slot]
+            k_gmem.at[batch_row, kv_head, tokens],
+            k_smem.at[slot],
+            k_ready.at[slot],
           )
 
           @pl.when(step >= kv_stages)
@@ -551,7 +596,9 @@ def _tiles(
             plgpu.barrier_wait(v_free.at[slot])
 
           plgpu.copy_gmem_to_smem(
-            v_gmem.at[row, group, tokens], v_smem.at[slot], v_ready.at[slot]
+            v_gmem.at[batch_row, kv_head, tokens],
+            v_smem.at[slot],
+            v_ready.at[slot],
           )
           return carry
 
@@ -579,7 +626,9 @@ def _tiles(
               def _load(a=a):
                 plgpu.copy_gmem_to_smem(
                   part_gmem.at[(index - first_tile) * g.tile + a, choice],
-                  o_smem.at[slot, a // half, pl.ds((a % half) * rows, rows)],
+                  o_smem.at[
+                    slot, a // half, pl.ds((a % half) * q_rows, q_rows)
+                  ],
                   o_ready.at[slot],
                 )
 
@@ -608,7 +657,7 @@ def _tiles(
     plgpu.Barrier(num_arrivals=2, num_barriers=merge_stages),
   ]
   mosaic.launch(
-    body, where, starts, plan.info, plan.shared, q, k, v,
+    body, chunk_desc, starts, plan.info, plan.shared, q, k, v,
     *((merges, *partials) if merging else ()), out, lse,
     name="sparse_tiles_merge" if merging else "sparse_tiles",
     num_ctas=config.num_ctas,
@@ -630,26 +679,37 @@ def _tiles(
 
 
 def geometry(
-  q_len: int, kv_len: int, rows: int, head_dim: int, block_size: int,
+  q_len: int, kv_len: int, q_rows: int, head_dim: int, block_size: int,
   top_k: int, config: Config,
 ) -> tile_plan.Geometry:  # fmt: skip
-  tile = 2 * ROWS // rows
+  """Sizes of tiles, spans and chunks for one call.
+
+  Args:
+    q_len: T.
+    kv_len: S.
+    q_rows: MMA rows of a query.
+    head_dim: D.
+    block_size: tokens of a block.
+    top_k: P.
+    config: tile sizes.
+  """
+  tile = 2 * ROWS // q_rows
 
   def round_up(x):
     return -(-x // tile) * tile
 
-  most = MAX_WORKSPACE // (top_k * rows * head_dim)
+  most = MAX_WORKSPACE // (top_k * q_rows * head_dim)
   if config.chunk:
     most = min(most, config.chunk)
   most = max(most // tile * tile, tile)
   chunk = round_up(-(-q_len // (-(-q_len // most))))
   num_blocks = -(-kv_len // block_size)
-  # A block should meet 64 queries of a span, and a span's queries of one group
-  # (4 KB each at G 16, D 128) should fit the L2 beside what streams through.
+  # A block should be chosen by about 64 queries of a span, and a span's queries
+  # of one group (4 KB each at G 16, D 128) should fit L2 beside streamed data.
   span = config.span
   if not span:
     wanted = 64 * num_blocks // top_k
-    fits = (32 << 20) // (rows * head_dim * 2)
+    fits = (32 << 20) // (q_rows * head_dim * 2)
     span = max(wanted, fits // 2) if wanted <= fits else chunk
   return tile_plan.Geometry(
     num_blocks=num_blocks,
@@ -659,8 +719,8 @@ def geometry(
     tile=tile,
     span=min(round_up(span), chunk),
     task=config.task,
-    # The cost of an edge is its bytes, that of a block its wgmma rows.
-    shared_cost=config.shared_cost * 16 / rows,
+    # A pair costs its bytes, a shared block its MMA rows.
+    shared_cost=config.shared_cost * 16 / q_rows,
     slack=config.slack,
   )
 
@@ -678,31 +738,31 @@ def forward(
   config: Config,
   interpret: bool,
 ) -> tuple[Float[Array, "B T K*R D"], Float[Array, "B K T R"]]:
-  """out and the natural lse, of padded operands.
+  """out and the natural lse of padded operands.
 
   Args:
     q: queries with R heads a group, 8 or more.
     k: finite keys, head-major, whole blocks.
     v: the same of values.
-    first_bad: the first slot of each block whose key (0) or value (1) is not
-      finite, `mosaic.NEVER` without one.
+    first_bad: position of the first non-finite key (0) and value (1) of each
+      block, `mosaic.NEVER` if all are finite.
     block_indices: chosen blocks, in any order.
-    kv_lengths: keys there are, of which the queries are the last.
+    kv_lengths: number of keys; the queries are the last of them.
     block_size: tokens of a block.
     scale: of the scores.
     config: tile sizes.
     interpret: run on the CPU.
   """
-  b, t, num_rows, d = q.shape
+  b, t, all_heads, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
   top_k = block_indices.shape[-1]
-  rows = num_rows // num_kv_heads
-  g = geometry(t, s_len, rows, d, block_size, top_k, config)
+  q_rows = all_heads // num_kv_heads
+  g = geometry(t, s_len, q_rows, d, block_size, top_k, config)
   num_chunks = -(-t // g.chunk)
-  shape = Shape(
+  params = KernelParams(
     q_len=t,
     num_kv_heads=num_kv_heads,
-    rows=rows,
+    q_rows=q_rows,
     head_dim=d,
     block_size=block_size,
     dtype=jnp.dtype(q.dtype),
@@ -733,27 +793,27 @@ def forward(
 
   def results():
     return (
-      new((b, t, num_kv_heads * rows, d), q.dtype),
-      new((b, num_kv_heads, num_chunks * g.chunk * rows), jnp.float32),
+      new((b, t, num_kv_heads * q_rows, d), q.dtype),
+      new((b, num_kv_heads, num_chunks * g.chunk * q_rows), jnp.float32),
     )
 
   def walk_all():
     out, lse = results()
     _tiles(
       out, lse, None, jnp.zeros((1,), jnp.int32), starts, tiles, None, q, k, v,
-      num_tiles=num_tiles, shape=shape,
+      num_tiles=num_tiles, params=params,
     )  # fmt: skip
     return jax.freeze(out), jax.freeze(lse)
 
   def mixed():
     out, lse = results()
     partials = (
-      new((g.chunk, top_k, rows, d), q.dtype),
+      new((g.chunk, top_k, q_rows, d), q.dtype),
       new((chunk_tiles, top_k, 2 * ROWS), jnp.float32),
     )
     merges = tile_plan.plan_merges(tiles, g)
     total = num_tiles // chunk_tiles
-    # As many chunks as the sort's workspace allows are planned at once.
+    # One sort plans as many chunks as its workspace allows.
     planned = mosaic.largest_divisor(total, MAX_PLANNED // (g.chunk * top_k))
 
     def plan(i, carry):
@@ -761,25 +821,25 @@ def forward(
         x = x.reshape(total, chunk_tiles, g.tile * top_k)
         return lax.dynamic_slice_in_dim(x, i * planned, planned)
 
-      edges = tile_plan.plan_edges(cut(tiles.choices), cut(tiles.is_edge), g)
+      pairs = tile_plan.plan_pairs(cut(tiles.choices), cut(tiles.is_pair), g)
 
       def chunk(j, carry):
         index = i * planned + j
-        row_group = index // num_chunks
-        where = jnp.stack(
+        group_index = index // num_chunks
+        chunk_desc = jnp.stack(
           [
             index * chunk_tiles,
-            row_group // num_kv_heads,
-            row_group % num_kv_heads,
+            group_index // num_kv_heads,
+            group_index % num_kv_heads,
             index % num_chunks * g.chunk,
-            edges.chunks[j, 0],
-            edges.chunks[j, 1],
+            pairs.chunks[j, 0],
+            pairs.chunks[j, 1],
           ]
         ).astype(jnp.int32)
-        _edges(partials, where, edges, q, k, v, shape=shape)
+        _pairs(partials, chunk_desc, pairs, q, k, v, params=params)
         _tiles(
-          out, lse, partials, where, starts, tiles, merges, q, k, v,
-          num_tiles=chunk_tiles, shape=shape,
+          out, lse, partials, chunk_desc, starts, tiles, merges, q, k, v,
+          num_tiles=chunk_tiles, params=params,
         )  # fmt: skip
         return carry
 
@@ -788,5 +848,5 @@ def forward(
     lax.fori_loop(0, total // planned, plan, None)
     return jax.freeze(out), jax.freeze(lse)
 
-  out, lse = lax.cond(jnp.any(tiles.is_edge), mixed, walk_all)
-  return out, lse.reshape(b, num_kv_heads, -1, rows)[:, :, :t]
+  out, lse = lax.cond(jnp.any(tiles.is_pair), mixed, walk_all)
+  return out, lse.reshape(b, num_kv_heads, -1, q_rows)[:, :, :t]

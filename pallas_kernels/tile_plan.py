@@ -1,19 +1,28 @@
-"""block_indices -> what the attention kernels do, planned on the device.
+"""Plans the forward kernels of sparse attention from the chosen blocks.
 
-Neighbouring queries of one batch row and group form a *tile*. A block chosen by
-enough queries of a tile is **shared**: the tile walks it once for all of them.
-Every other choice is an **edge** (query, block): edges are sorted by block, and
-a block's queries are gathered beside it. The rule compares the two costs, so a
-tile may have only shared blocks, only edges beside its own block, or both.
-Edges are worked off a *chunk* of queries at a time, which bounds the memory
-that their partial results take.
+A *group* here is one KV head of one batch row (batch x KV heads of them, one
+after another), and a *tile* is a run of neighbouring queries of a group, the
+unit that one CTA of the tile kernel computes. Every chosen block of a tile is
+handled in one of two ways:
 
-Everything here has static shapes and runs inside jit without a host sync.
-Choices beyond the query's own block, and ids that name no block, are dropped
-before anything is counted, so that no id reaches an address unchecked. A
-query's own block is always shared: only tiles know causal limits, edges lie
-wholly in the past. The order of ids within a row does not matter; duplicates
-would count twice.
+* **shared**: enough queries of the tile chose the block, so the tile kernel
+  loads it once and multiplies it with all of them;
+* **(query, block) pairs**: few queries chose it. The pairs of all tiles are
+  sorted by block, so that the pair kernel loads a block once and gathers the
+  queries that chose it.
+
+`plan_tiles` compares the costs of the two ways. A tile may end up with shared
+blocks only, or with pairs for everything but its own blocks, or with both.
+Pairs are processed one *chunk* of queries at a time, which bounds the memory
+for their partial outputs.
+
+A query's own block is always shared, because only the tile kernel applies the
+causal mask: a pair's block lies wholly before its query.
+
+All shapes are static and everything runs inside jit without a host sync.
+Choices beyond the query's own block and ids that name no block are dropped
+before anything is counted, so an invalid id never becomes an address. The order
+of the ids of a query does not matter; a duplicate would be counted twice.
 """
 
 from __future__ import annotations
@@ -27,8 +36,8 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import mosaic
 
-SHARED_ID_SHIFT = 16  # of a shared entry: block id above, query bits below
-PLACE_BITS = 9  # of a choice: block id above, place in its tile below
+SHARED_ID_SHIFT = 16  # a shared entry: block id above, query bits below
+SLOT_BITS = 9  # a choice: block id above, choice slot in its tile below
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,12 +50,14 @@ class Geometry:
     top_k: P.
     chunk: queries of a chunk, a multiple of `tile`.
     tile: queries of a tile.
-    span: queries whose edges are sorted together. Less than `chunk` keeps the
-      gathered queries of a span in L2.
-    task: most edges of a task; hot blocks are split into several tasks.
-    shared_cost: cost of a shared block for half a tile, in edges.
-    slack: a tile walks all its blocks if that costs at most this factor of the
-      mixed way, which needs the sort and a second kernel.
+    span: queries whose pairs are sorted together. A span shorter than `chunk`
+      keeps the queries that it gathers in L2.
+    task: upper bound on the pairs of a task. A block that many queries chose is
+      split into several tasks.
+    shared_cost: cost of a shared block for half a tile, measured in pairs.
+    slack: all blocks of a tile become shared if that costs at most `slack`
+      times the mixture of shared blocks and pairs, because pairs also need the
+      sort and a second kernel.
   """
 
   num_blocks: int
@@ -61,7 +72,7 @@ class Geometry:
 
   @property
   def max_shared(self) -> int:
-    """Longest list of shared blocks: own blocks (2 at most) and the rest."""
+    """Length of the list of shared blocks: at most 2 own ones and the rest."""
     fewest = max(1, int(self.shared_cost))
     return min(self.tile * self.top_k // fewest + 2, self.tile * self.top_k)
 
@@ -72,100 +83,109 @@ class Geometry:
   @property
   def max_tasks(self) -> int:
     segments = self.num_spans * self.num_blocks
-    edges = self.chunk * self.top_k
-    return min(edges, segments + edges // self.task)
+    pairs = self.chunk * self.top_k
+    return min(pairs, segments + pairs // self.task)
 
 
 class TilePlan(NamedTuple):
-  """What each tile does; tiles of all rows (batch x groups) one after another.
+  """What the CTA of each tile does; the tiles of all groups in one list.
+
+  "Query bits" are a bit mask over the queries of a tile.
 
   Attributes:
-    info: int32 [tiles, 4]: shared blocks before every own block, shared blocks,
-      query bits of rows poisoned by a key (low half) and by a value (high
-      half), query bits of rows that see anything.
-    shared: int32 [tiles, max_shared], ascending block id and query bits.
-    choices: int32 [tiles, tile * P], ascending: block id and place in the tile
-      (query * P + p) of every choice that counts, then `mosaic.NEVER`.
-    is_edge: bool [tiles, tile * P], which of `choices` are edges.
+    info: int32 [tiles, 4]: the number of shared blocks that end before every
+      query's own block, the number of all shared blocks, query bits of the
+      queries poisoned by a non-finite key (low half) or value (high half), and
+      query bits of the queries that see anything.
+    shared: int32 [tiles, max_shared]: block id and the query bits of those that
+      chose it, ascending.
+    choices: int32 [tiles, tile * P], ascending: block id and choice slot
+      (query * P + p) of every valid choice, then `mosaic.NEVER`.
+    is_pair: bool [tiles, tile * P]: which of `choices` are pairs.
   """
 
   info: Int[Array, "tiles 4"]
   shared: Int[Array, "tiles entries"]
-  choices: Int[Array, "tiles places"]
-  is_edge: Bool[Array, "tiles places"]
+  choices: Int[Array, "tiles slots"]
+  is_pair: Bool[Array, "tiles slots"]
 
 
-class EdgePlan(NamedTuple):
-  """The edges of some chunks, by chunk, span and block.
+class PairPlan(NamedTuple):
+  """The (query, block) pairs of some chunks, sorted by chunk, span and block.
+
+  A task is a run of pairs that share their block: the work of one CTA of the
+  pair kernel between two loads of K and V.
 
   Attributes:
-    chunks: int32 [chunks, 2]: first task and number of tasks.
-    tasks: int32 [max_tasks, 4]: block, first edge, number of edges, 0.
-    order: int32 [edges]: place in the chunk (query * P + p).
+    chunks: int32 [chunks, 2]: first task and number of tasks of each chunk.
+    tasks: int32 [max_tasks, 4]: block, first pair, number of pairs, 0.
+    order: int32 [pairs]: choice slot in the chunk (query * P + p) of each pair.
   """
 
   chunks: Int[Array, "chunks 2"]
   tasks: Int[Array, "tasks 4"]
-  order: Int[Array, "edges"]
+  order: Int[Array, "pairs"]
 
 
-def _bits(flags: Bool[Array, "*A tile"]) -> Int[Array, "*A"]:
+def _bit_mask(flags: Bool[Array, "*A tile"]) -> Int[Array, "*A"]:
   shifts = jnp.arange(flags.shape[-1], dtype=jnp.int32)
   return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
 
 
 def plan_tiles(
-  ids: Int[Array, "rows queries P"],
-  positions: Int[Array, "rows queries"],
-  first_bad: Int[Array, "rows 2 N"],
+  ids: Int[Array, "groups queries P"],
+  positions: Int[Array, "groups queries"],
+  first_bad: Int[Array, "groups 2 N"],
   geometry: Geometry,
 ) -> TilePlan:
-  """Splits all choices into shared blocks and edges.
+  """Splits all choices into shared blocks of tiles and (query, block) pairs.
 
   Args:
-    ids: chosen blocks, any order, anything outside 0 .. own block is dropped.
-    positions: the queries' key slots; negative for queries that see nothing.
-    first_bad: the first slot of each block whose key (0) or value (1) is not
-      finite, `mosaic.NEVER` without one.
-    geometry: static sizes; `queries` is a multiple of its tile.
+    ids: chosen blocks in any order; ids outside 0 .. own block are dropped.
+    positions: position of each query among the keys; negative for a query that
+      sees nothing.
+    first_bad: position of the first non-finite key (0) and value (1) of each
+      block, `mosaic.NEVER` if all are finite.
+    geometry: static sizes; `queries` is a multiple of `geometry.tile`.
   """
   g = geometry
-  num_rows, num_queries, _ = ids.shape
-  num_tiles = num_rows * num_queries // g.tile
-  places = g.tile * g.top_k
+  num_groups, num_queries, _ = ids.shape
+  num_tiles = num_groups * num_queries // g.tile
+  slots = g.tile * g.top_k
   own = jnp.where(positions < 0, -1, positions // g.block_size)
   valid = (ids >= 0) & (ids <= own[..., None]) & (ids < g.num_blocks)
-  row = jnp.arange(num_rows)[:, None, None]
+  group = jnp.arange(num_groups)[:, None, None]
   known = jnp.clip(ids, 0, g.num_blocks - 1)
   bad_key, bad_value = (
     jnp.any(
-      valid & (first_bad[row, kind, known] <= positions[..., None]), axis=-1
+      valid & (first_bad[group, kind, known] <= positions[..., None]), axis=-1
     )
     for kind in range(2)
   )
 
-  # Sorted, equal blocks of a tile's queries lie side by side.
-  place = jnp.arange(places, dtype=jnp.int32)
+  # Sorting puts choices of the same block by different queries side by side.
+  slot = jnp.arange(slots, dtype=jnp.int32)
   choices = jnp.where(
-    valid.reshape(num_tiles, places),
-    (known.reshape(num_tiles, places) << PLACE_BITS) | place,
+    valid.reshape(num_tiles, slots),
+    (known.reshape(num_tiles, slots) << SLOT_BITS) | slot,
     mosaic.NEVER,
   )
   choices = lax.sort(choices, dimension=1, is_stable=False)
   valid = choices != mosaic.NEVER
-  block = choices >> PLACE_BITS
-  bit = 1 << ((choices & ((1 << PLACE_BITS) - 1)) // g.top_k)
+  block = choices >> SLOT_BITS
+  bit = 1 << ((choices & ((1 << SLOT_BITS) - 1)) // g.top_k)
   bit = jnp.where(valid, bit, 0)
   reach = g.tile - 1
   pad = ((0, 0), (reach, reach))
   near_block = jnp.pad(block, pad, constant_values=-1)
   near_bit = jnp.pad(bit, pad)
+  # Query bits of all that chose the same block: at most `tile` neighbours.
   wanted = bit
   for shift in range(2 * g.tile - 1):
-    window = slice(shift, shift + places)
+    window = slice(shift, shift + slots)
     same = near_block[:, window] == block
     wanted |= jnp.where(same, near_bit[:, window], 0)
-  first = valid & (near_block[:, reach - 1 : reach - 1 + places] != block)
+  first = valid & (near_block[:, reach - 1 : reach - 1 + slots] != block)
   half = g.tile // 2
   halves = ((wanted & ((1 << half) - 1)) != 0).astype(jnp.int32)
   halves += (wanted >> half) != 0
@@ -173,7 +193,8 @@ def plan_tiles(
 
   oldest_own = own.reshape(num_tiles, g.tile)[:, :1]
   popular = (block >= oldest_own) | (count >= g.shared_cost * halves)
-  # Costs in half-tile blocks, of walking all and of the mixed way.
+  # Costs of sharing all blocks and of the mixture with pairs, in units of one
+  # block shared by half a tile.
   walk = jnp.where(first, halves, 0)
   walk_cost = jnp.sum(walk, axis=-1)
   mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1) + jnp.sum(
@@ -191,7 +212,7 @@ def plan_tiles(
   entry = lax.sort(entry, dimension=1, is_stable=False)[:, : g.max_shared]
 
   def by_tile(x):
-    return _bits(x.reshape(num_tiles, g.tile))
+    return _bit_mask(x.reshape(num_tiles, g.tile))
 
   info = jnp.stack(
     [
@@ -206,65 +227,75 @@ def plan_tiles(
 
 
 def plan_merges(tiles: TilePlan, geometry: Geometry) -> Int[Array, "tiles P"]:
-  """Query bits, for each p, of the queries whose p-th choice is an edge."""
+  """For each p, query bits of the queries whose p-th choice is a pair.
+
+  The tile kernel merges the partial outputs of these pairs.
+  """
   g = geometry
-  place = tiles.choices & ((1 << PLACE_BITS) - 1)
-  bit = jnp.where(tiles.is_edge, 1 << (place // g.top_k), 0)
-  here = (place % g.top_k)[:, None, :] == jnp.arange(g.top_k)[:, None]
+  slot = tiles.choices & ((1 << SLOT_BITS) - 1)
+  bit = jnp.where(tiles.is_pair, 1 << (slot // g.top_k), 0)
+  here = (slot % g.top_k)[:, None, :] == jnp.arange(g.top_k)[:, None]
   return jnp.sum(jnp.where(here, bit[:, None], 0), axis=-1, dtype=jnp.int32)
 
 
-def plan_edges(
-  choices: Int[Array, "chunks tiles places"],
-  is_edge: Bool[Array, "chunks tiles places"],
+def plan_pairs(
+  choices: Int[Array, "chunks tiles slots"],
+  is_pair: Bool[Array, "chunks tiles slots"],
   geometry: Geometry,
-) -> EdgePlan:
-  """Sorts the edges of some chunks and cuts them into tasks."""
+) -> PairPlan:
+  """Sorts the pairs of some chunks by block and cuts them into tasks.
+
+  Args:
+    choices: `TilePlan.choices` of the chunks' tiles.
+    is_pair: `TilePlan.is_pair` of the same tiles.
+    geometry: static sizes.
+  """
   g = geometry
-  num_chunks, chunk_tiles, places = choices.shape
+  num_chunks, chunk_tiles, slots = choices.shape
   num_segments = num_chunks * g.num_spans * g.num_blocks
   tile = jnp.arange(chunk_tiles, dtype=jnp.int32)[:, None]
   span = tile * g.tile // g.span
   span += jnp.arange(num_chunks, dtype=jnp.int32)[:, None, None] * g.num_spans
   segment = jnp.where(
-    is_edge, span * g.num_blocks + (choices >> PLACE_BITS), num_segments
+    is_pair, span * g.num_blocks + (choices >> SLOT_BITS), num_segments
   )
-  place = tile * places + (choices & ((1 << PLACE_BITS) - 1))
+  slot = tile * slots + (choices & ((1 << SLOT_BITS) - 1))
   segment, order = lax.sort(
     (
       segment.reshape(-1).astype(jnp.uint32),
-      place.reshape(-1).astype(jnp.uint32),
+      slot.reshape(-1).astype(jnp.uint32),
     ),
     num_keys=1,
     is_stable=False,
   )
-  # Unrolled: one fused launch instead of a loop of small ones.
+  # The unrolled search is one fused launch; the default is a loop of launches.
   bounds = jnp.searchsorted(
     segment,
     jnp.arange(num_segments + 1, dtype=jnp.uint32),
     method="scan_unrolled",
   ).astype(jnp.int32)
   counts = bounds[1:] - bounds[:-1]
-  pieces = -(-counts // g.task)
-  ends = jnp.cumsum(pieces)
-  # The last segment of each chunk closes its tasks.
+  task_counts = -(-counts // g.task)
+  ends = jnp.cumsum(task_counts)
+  # A chunk's tasks end with those of its last segment.
   chunk_end = ends.reshape(num_chunks, -1)[:, -1]
   chunk_first = jnp.pad(chunk_end[:-1], (1, 0))
   task = jnp.arange(num_chunks * g.max_tasks, dtype=jnp.int32)
-  owner = jnp.searchsorted(
+  segment_of = jnp.searchsorted(
     ends, task, side="right", method="scan_unrolled"
   ).astype(jnp.int32)
-  owner = jnp.minimum(owner, num_segments - 1)
-  # Pieces of one block are equal up to a tile's worth of edges.
-  size = -(-counts // jnp.maximum(pieces, 1))
-  size = (-(-size // g.tile) * g.tile)[owner]
-  start = bounds[owner] + (task - (ends - pieces)[owner]) * size
-  start = jnp.minimum(start, bounds[owner + 1])
-  count = jnp.minimum(size, bounds[owner + 1] - start)
-  return EdgePlan(
+  segment_of = jnp.minimum(segment_of, num_segments - 1)
+  # The tasks of one block have equal sizes, up to a tile's number of pairs.
+  size = -(-counts // jnp.maximum(task_counts, 1))
+  size = (-(-size // g.tile) * g.tile)[segment_of]
+  start = bounds[segment_of]
+  start += (task - (ends - task_counts)[segment_of]) * size
+  start = jnp.minimum(start, bounds[segment_of + 1])
+  count = jnp.minimum(size, bounds[segment_of + 1] - start)
+  return PairPlan(
     chunks=jnp.stack([chunk_first, chunk_end - chunk_first], axis=-1),
     tasks=jnp.stack(
-      [owner % g.num_blocks, start, count, jnp.zeros_like(count)], axis=-1
+      [segment_of % g.num_blocks, start, count, jnp.zeros_like(count)], axis=-1
     ),
     order=order.astype(jnp.int32),
   )

@@ -106,7 +106,7 @@ def interpreted(case, q, k, v, dout, blocks, **config):
 @pytest.mark.parametrize(
   "starts", [(300,), (300, 300, 300), (240, 240, -20, -20, -200, 0)], ids=str
 )
-def test_every_choice_has_one_owner(kind, block_size, starts):
+def test_every_choice_is_in_one_pair(kind, block_size, starts):
   rng = np.random.default_rng(0)
   queries, top_k, num_blocks, task = 160, 4, 7, 16
   groups = len(starts)
@@ -120,36 +120,36 @@ def test_every_choice_has_one_owner(kind, block_size, starts):
     ids[:, 1::3] -= 1 << 30
   elif kind == "empty":
     ids[:] = -1
-  plan = kv_block_plan.plan_owners(
+  plan = kv_block_plan.plan_kv_blocks(
     jnp.asarray(ids, jnp.int32), jnp.asarray(starts, jnp.int32),
     block_size=block_size, num_blocks=num_blocks, task=task,
   )  # fmt: skip
-  tasks, (num_tasks,), turns, extra, order, is_edge = (
+  tasks, (num_tasks,), longest_first, extra, order, is_pair = (
     np.asarray(x) for x in plan
   )
-  num_owners = -(-num_blocks // (128 // block_size))
-  found, slots = [], {}
-  for owner, start, count, inside, slot in tasks[:num_tasks]:
-    assert 0 <= count <= task and 0 <= owner < groups * num_owners
-    slots.setdefault(owner, []).append(slot)
-    group, block = divmod(owner, num_owners)
-    places = order[start : start + count] >> 2
-    assert np.all(np.diff(places) > 0)
-    at = positions[group, places // top_k - group * queries]
+  num_kv_blocks = -(-num_blocks // (128 // block_size))
+  found, sum_slots = [], {}
+  for kv_block, start, count, inside, sum_slot in tasks[:num_tasks]:
+    assert 0 <= count <= task and 0 <= kv_block < groups * num_kv_blocks
+    sum_slots.setdefault(kv_block, []).append(sum_slot)
+    group, block = divmod(kv_block, num_kv_blocks)
+    slots = order[start : start + count] >> 2
+    assert np.all(np.diff(slots) > 0)
+    at = positions[group, slots // top_k - group * queries]
     assert inside == np.sum(at < (block + 1) * 128)
-    for place, halves in zip(places, order[start : start + count] & 3):
-      query, p = divmod(place - group * queries * top_k, top_k)
-      assert is_edge[group, query, p]
+    for slot, halves in zip(slots, order[start : start + count] & 3):
+      query, p = divmod(slot - group * queries * top_k, top_k)
+      assert is_pair[group, query, p]
       for half in range(2):
         if block_size == 64 and halves >> half & 1:
           found.append((group, query, block * 2 + half))
       if block_size == 128:
         found.append((group, query, block))
   # The first task of a block has the block's slot, the rest those of `extra`.
-  for owner, mine in slots.items():
-    first, more = extra[owner]
-    assert mine == [owner, *range(first, first + more)]
-  assert sum(extra[:, 1]) == num_tasks - len(slots)
+  for kv_block, mine in sum_slots.items():
+    first, more = extra[kv_block]
+    assert mine == [kv_block, *range(first, first + more)]
+  assert sum(extra[:, 1]) == num_tasks - len(sum_slots)
   wanted = [
     (group, t, i)
     for group in range(groups)
@@ -158,18 +158,18 @@ def test_every_choice_has_one_owner(kind, block_size, starts):
     if 0 <= i <= own[group, t] and i < num_blocks
   ]
   assert sorted(found) == sorted(wanted)
-  assert is_edge.sum() == sum(task[2] for task in tasks[:num_tasks])
-  # All tasks have a turn, the longest first.
-  assert sorted(turns[:num_tasks]) == list(range(num_tasks))
-  assert np.all(np.diff(tasks[turns][:, 2:4].sum(axis=1)) <= 0)
+  assert is_pair.sum() == sum(task[2] for task in tasks[:num_tasks])
+  # The order holds all tasks, the longest first.
+  assert sorted(longest_first[:num_tasks]) == list(range(num_tasks))
+  assert np.all(np.diff(tasks[longest_first][:, 2:4].sum(axis=1)) <= 0)
 
 
 @pytest.mark.parametrize("num_tasks", [0, 1, 4, 5, 11, 12, 13])
-def test_every_turn_is_taken_once(num_tasks):
+def test_every_task_goes_to_one_cta(num_tasks):
   taken = [
-    int(kv_block_plan.turn(cta, i, 4))
+    int(kv_block_plan.nth_task(cta, i, 4))
     for cta in range(4)
-    for i in range(kv_block_plan.num_turns(cta, jnp.int32(num_tasks), 4))
+    for i in range(kv_block_plan.num_tasks_of_cta(cta, jnp.int32(num_tasks), 4))
   ]
   assert sorted(taken) == list(range(num_tasks))
 
@@ -178,7 +178,10 @@ def test_a_chunk_too_long_for_the_sort_is_refused():
   with pytest.raises(ValueError, match="sort key of 32 bits"):
     jax.eval_shape(
       functools.partial(
-        kv_block_plan.plan_owners, block_size=128, num_blocks=1 << 15, task=128
+        kv_block_plan.plan_kv_blocks,
+        block_size=128,
+        num_blocks=1 << 15,
+        task=128,
       ),
       jax.ShapeDtypeStruct((1, 1 << 15, 16), jnp.int32),
       jax.ShapeDtypeStruct((1,), jnp.int32),
@@ -188,7 +191,7 @@ def test_a_chunk_too_long_for_the_sort_is_refused():
 @pytest.mark.parametrize(
   "sizes, split",
   [
-    # 2^21 edges fit: 65,536 tokens, however they divide into rows ...
+    # 2^21 pairs fit: 65,536 tokens, however they divide into rows ...
     ((16, 4096, 2), (16, 2, 1, 4096)),
     ((4, 16384, 2), (4, 2, 1, 16384)),
     ((1, 65536, 2), (1, 2, 1, 65536)),
@@ -202,8 +205,8 @@ def test_a_chunk_too_long_for_the_sort_is_refused():
 )
 def test_launches_take_rows_heads_or_chunks(sizes, split):
   batch, q_len, num_kv_heads = sizes
-  got = kv_block_plan.split_owners(
-    batch, q_len, num_kv_heads, q_len // 128, 16, max_edges=1 << 21
+  got = kv_block_plan.split_launches(
+    batch, q_len, num_kv_heads, q_len // 128, 16, max_pairs=1 << 21
   )
   assert got == split
 
@@ -213,21 +216,21 @@ def test_launches_cover_everything_and_fit():
   for _ in range(300):
     batch, heads, top_k = (int(x) for x in rng.integers(1, 17, 3))
     q_len = int(rng.integers(1, 5000))
-    owners = int(rng.choice([q_len // 128 + 1, 300, 1 << 13, 1 << 15]))
-    max_edges = 1 << int(rng.integers(0, 20))
+    kv_blocks = int(rng.choice([q_len // 128 + 1, 300, 1 << 13, 1 << 15]))
+    max_pairs = 1 << int(rng.integers(0, 20))
     most = int(rng.choice([0, 100]))
-    split = kv_block_plan.split_owners(
-      batch, q_len, heads, owners, top_k, max_edges=max_edges, chunk=most
+    split = kv_block_plan.split_launches(
+      batch, q_len, heads, kv_blocks, top_k, max_pairs=max_pairs, chunk=most
     )
     # Launches are rectangles that cover all rows and heads once.
-    assert batch % split.rows == 0 and heads % split.heads == 0
-    assert split.rows == 1 or split.heads == heads
+    assert batch % split.batch_rows == 0 and heads % split.kv_heads == 0
+    assert split.batch_rows == 1 or split.kv_heads == heads
     assert q_len <= split.num_chunks * split.chunk
     assert 1 <= split.chunk <= (most or q_len)
-    edges = split.groups * split.chunk * top_k
-    assert edges <= max(max_edges, top_k)
-    assert split.groups * owners <= 1 << 15
-    assert kv_block_plan.owners_fit(split.groups * owners, edges)
+    pairs = split.groups * split.chunk * top_k
+    assert pairs <= max(max_pairs, top_k)
+    assert split.groups * kv_blocks <= 1 << 15
+    assert kv_block_plan.sort_key_fits(split.groups * kv_blocks, pairs)
 
 
 # ------------------------------------------------------------ interpret mode
@@ -247,7 +250,7 @@ INTERPRETED = {
   "rows": (Case(
     batch=4, q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
     block_size=128, top_k=2, kv_lengths=(140, 5, 0, 133),
-  ), dict(edges=72, chunk=5)),
+  ), dict(pairs=72, chunk=5)),
 }  # fmt: skip
 
 
@@ -267,8 +270,8 @@ def test_interpreted_launches_do_not_change_a_bit():
   row = case.q_len * case.top_k * case.num_kv_heads
   # All rows at once, two, one, and one group.
   want, *others = (
-    interpreted(case, q, k, v, dout, blocks, edges=edges, task=16)
-    for edges in (0, 2 * row, row, row // 2)
+    interpreted(case, q, k, v, dout, blocks, pairs=pairs, task=16)
+    for pairs in (0, 2 * row, row, row // 2)
   )
   check(case, q, k, v, dout, blocks, want)
   for got in others:
@@ -332,7 +335,7 @@ def test_lowers_for_cuda(name):
     lowering_platforms=("cuda",)
   )
   text = lowered.as_text()
-  assert "sparse_owners" in text and "sparse_sum_extra" in text
+  assert "sparse_kv_blocks" in text and "sparse_sum_extra" in text
   kept = [
     x.shape
     for x in jax.tree.leaves(
@@ -411,19 +414,19 @@ def test_gpu_launches_of_rows_and_groups(hopper):
   row = case.q_len * case.top_k * case.num_kv_heads
   # All rows at once, two, one, and one group.
   want, *others = (
-    run_twice(case, *args, bwd.Config(edges=edges, task=128))
-    for edges in (0, 2 * row, row, row // 2)
+    run_twice(case, *args, bwd.Config(pairs=pairs, task=128))
+    for pairs in (0, 2 * row, row, row // 2)
   )
   # A block's sums do not depend on who else is in the launch.
   for got in others:
     for a, b in zip(got[1:], want[1:]):
       assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-  run_twice(case, *args, bwd.Config(edges=2 * row, chunk=77, num_ctas=7))
+  run_twice(case, *args, bwd.Config(pairs=2 * row, chunk=77, num_ctas=7))
 
 
 @pytest.mark.gpu
 def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
-  # As many edges as a launch takes.
+  # As many pairs as a launch takes.
   case = Case(
     batch=16, q_len=4096, kv_len=4096, num_heads=16, num_kv_heads=2,
     head_dim=128, block_size=128, top_k=16,

@@ -228,8 +228,8 @@ def test_several_rows_in_the_share_of_a_cta(monkeypatch):
 
 def test_more_lists_than_lanes():
   case = Case(lengths=(4480, 300), capacity=4480, num_heads=1, num_kv_heads=1)
-  shape = shape_of(case, decode.Config(num_ctas=36))
-  _, count = decode._lists_of(jnp.array(case.lengths), 0, shape)
+  params = params_of(case, decode.Config(num_ctas=36))
+  _, count = decode._lists_of(jnp.array(case.lengths), 0, params)
   assert count > decode.LANES
   run_and_check(case, config=decode.Config(num_ctas=36, splits=1))
 
@@ -290,24 +290,24 @@ def test_lists_of_a_row_are_where_the_shares_leave_them(lengths, num_ctas):
   bounds = np.cumsum([0, *(share + (np.arange(num_ctas) < extra))])
   before = np.cumsum([0, *tiles])
   case = Case(lengths=lengths, capacity=1024)
-  shape = shape_of(case, decode.Config(num_ctas=num_ctas))
+  params = params_of(case, decode.Config(num_ctas=num_ctas))
   firsts, counts = jax.jit(
-    jax.vmap(lambda b: decode._lists_of(jnp.array(lengths), b, shape))
+    jax.vmap(lambda b: decode._lists_of(jnp.array(lengths), b, params))
   )(jnp.arange(len(lengths)))
   for b, (first, count) in enumerate(zip(firsts, counts)):
-    owners = [
+    ctas = [
       c
       for c in range(num_ctas)
       if max(bounds[c], before[b]) < min(bounds[c + 1], before[b + 1])
     ]
-    assert count == len(owners)
-    if owners:
-      assert first == owners[0] + b
-      assert first + shape.window <= shape.num_lists
+    assert count == len(ctas)
+    if ctas:
+      assert first == ctas[0] + b
+      assert first + params.window <= params.num_lists
 
 
-def shape_of(case, config):
-  return decode.Shape(
+def params_of(case, config):
+  return decode.KernelParams(
     batch=case.batch,
     tokens=case.tokens,
     num_kv_heads=case.num_kv_heads,

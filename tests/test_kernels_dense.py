@@ -160,7 +160,9 @@ def launches(jaxpr, found=None):
     name = eqn.primitive.name
     if name == "mpmd_map":
       name = str(eqn.params["name"])
-    if name.startswith(("dot_product_attention", "kl_", "sparse_", "warmup_")):
+    if name.startswith(
+      ("dot_product_attention", "kl_", "sparse_", "dense_kl_")
+    ):
       found[name] = found.get(name, 0) + 1
       continue
     for inner in jax.extend.core.jaxprs_in_params(eqn.params):
@@ -171,17 +173,17 @@ def launches(jaxpr, found=None):
 WARMUP = {
   "dot_product_attention_fwd_wrapper": 1,
   "dot_product_attention_bwd_wrapper": 1,
-  "warmup_index_lse": 1,
-  "warmup_pairs": 1,
+  "dense_kl_index_lse": 1,
+  "dense_kl_units": 1,
 }
 SPARSE = {
-  "sparse_edges": 1,
+  "sparse_pairs": 1,
   "sparse_tiles": 1,
   "sparse_tiles_merge": 1,
-  "sparse_owners": 1,
+  "sparse_kv_blocks": 1,
   "sparse_sum_extra": 2,  # of dk and dv, of dindex_k
   "kl_index_lse": 1,
-  "kl_owners": 1,
+  "kl_kv_blocks": 1,
 }
 
 
@@ -265,7 +267,7 @@ def test_layers_under_remat_scan_and_vmap_lower(pretend_hopper, phase):
   want = WARMUP if phase == "warmup" else SPARSE
   found = launches(traced.jaxpr.jaxpr)
   assert set(found) == set(want)
-  name = "warmup_pairs" if phase == "warmup" else "kl_owners"
+  name = "dense_kl_units" if phase == "warmup" else "kl_kv_blocks"
   assert found[name] <= 2
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
   assert name in text

@@ -167,7 +167,7 @@ def test_interpreted_launches_of_rows_and_groups(share):
   mask = jnp.arange(case.batch * case.q_len).reshape(case.batch, -1) % 5 != 3
   # Two rows a launch, in chunks; one row; one group.
   config = dataclasses.replace(
-    INTERPRETED, edges=case.q_len * case.top_k * share, chunk=5 * (share == 4)
+    INTERPRETED, pairs=case.q_len * case.top_k * share, chunk=5 * (share == 4)
   )
   args = (case, q, k, index_q, index_k, blocks)
   got = run(*args, mask, config=config, interpret=True)
@@ -273,7 +273,7 @@ def test_interpreted_over_all_tokens_keeps_nan_out(poisoned):
 )
 def test_units_are_those_with_a_visible_pair(first, end):
   first, end = np.int32(first), np.int32(end)
-  units, count = warmup._visible_units(first, end, 1024, 1536)
+  units, count = dense_index_kl._visible_units(first, end, 1024, 1536)
   query = first[:, None, None] + np.arange(1024)[:, None]
   key = np.arange(1536)
   visible = (key <= query) & (key < end[:, None, None])
@@ -287,7 +287,7 @@ def test_units_are_those_with_a_visible_pair(first, end):
 @pytest.mark.parametrize("name", LOWERED)
 def test_lowers_for_cuda(name):
   texts = lowered(LOWERED[name], dense=False)
-  assert all("kl_owners" in x and "kl_index_lse" in x for x in texts)
+  assert all("kl_kv_blocks" in x and "kl_index_lse" in x for x in texts)
 
 
 @pytest.mark.parametrize(
@@ -295,7 +295,7 @@ def test_lowers_for_cuda(name):
 )
 def test_lowers_for_cuda_over_all_tokens(name):
   texts = lowered((cases.CASES | LOWERED)[name], dense=True)
-  assert all("warmup_pairs" in x and "warmup_index_lse" in x for x in texts)
+  assert all("dense_kl_units" in x and "dense_kl_index_lse" in x for x in texts)
 
 
 def lowered(case, dense):
@@ -346,7 +346,7 @@ def test_only_the_index_branch_gets_a_gradient():
 
   jaxpr = jax.make_jaxpr(jax.grad(loss, (0, 1, 2)))(q, k, lse)
   # Nothing to compute: the zeros are constants.
-  assert "kl_owners" not in str(jaxpr.eqns[-1])
+  assert "kl_kv_blocks" not in str(jaxpr.eqns[-1])
 
 
 # ------------------------------------------------------------------- Hopper
@@ -437,19 +437,19 @@ def test_gpu_launches_of_rows_and_groups(hopper):
   row = case.q_len * case.top_k * case.num_kv_heads
   # All rows at once, two, one, and one group.
   want, *others = (
-    run_twice(case, args, index_kl.Config(edges=edges, task=128))
-    for edges in (1 << 21, 2 * row, row, row // 2)
+    run_twice(case, args, index_kl.Config(pairs=pairs, task=128))
+    for pairs in (1 << 21, 2 * row, row, row // 2)
   )
   # A block's sums do not depend on who else is in the launch.
   for _, (_, dik) in others:
     assert np.asarray(dik).tobytes() == np.asarray(want[1][1]).tobytes()
-  config = index_kl.Config(edges=2 * row, chunk=77, task=72, num_ctas=7)
+  config = index_kl.Config(pairs=2 * row, chunk=77, task=72, num_ctas=7)
   run_twice(case, args, config)
 
 
 @pytest.mark.gpu
 def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
-  # As many edges as a launch takes.
+  # As many pairs as a launch takes.
   case = Case(
     batch=16, q_len=4096, kv_len=4096, num_heads=16, num_kv_heads=2,
     head_dim=128, index_dim=128, block_size=128, top_k=16,

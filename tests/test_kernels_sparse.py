@@ -19,16 +19,16 @@ from pallas_kernels import mosaic, select_blocks, tile_plan
 from pallas_kernels import sparse_attention as sparse
 from pallas_kernels import sparse_attention_fwd as fwd
 
-EDGES = fwd.Config(shared_cost=1e9, slack=0.0)  # all but own blocks
-WALK = fwd.Config(shared_cost=0.0)  # no edges
+PAIRS = fwd.Config(shared_cost=1e9, slack=0.0)  # pairs but for own blocks
+WALK = fwd.Config(shared_cost=0.0)  # shared blocks only
 PATTERNS = list(patterns(Case()))
 
 
 def interpreted(config):
-  # The CPU backend starves kernels of more than a few warpgroups on machines
-  # with few cores: one CTA, and two of the edges' warpgroups.
+  # On machines with few cores the CPU backend cannot run more than a few
+  # warpgroups at once: one CTA, and two compute warpgroups.
   return dataclasses.replace(
-    config, num_ctas=1, edge_warpgroups=2, query_stages=2
+    config, num_ctas=1, pair_warpgroups=2, query_stages=2
   )
 
 
@@ -95,9 +95,9 @@ def decode_shared(plan, geometry):
   return found
 
 
-def decode_edges(edges, choices, geometry, merges):
+def decode_pairs(pairs, choices, geometry, merges):
   """{(tile, query in tile, block)} of the tasks, checked against the rest."""
-  chunks, tasks, order = (np.asarray(x) for x in edges)
+  chunks, tasks, order = (np.asarray(x) for x in pairs)
   chunk_tiles = geometry.chunk // geometry.tile
   found, merged = [], np.zeros_like(merges)
   for chunk, (first, count) in enumerate(chunks):
@@ -105,8 +105,8 @@ def decode_edges(edges, choices, geometry, merges):
     for block, start, length, _ in tasks[first : first + count]:
       assert 0 <= block < geometry.num_blocks
       assert 0 <= length <= geometry.task
-      for place in order[start : start + length]:
-        query, p = divmod(place, geometry.top_k)
+      for slot in order[start : start + length]:
+        query, p = divmod(slot, geometry.top_k)
         tile = chunk * chunk_tiles + query // geometry.tile
         found.append((tile, query % geometry.tile, block))
         assert merged[tile, p] >> (query % geometry.tile) & 1 == 0
@@ -122,15 +122,16 @@ def decode_edges(edges, choices, geometry, merges):
 @pytest.mark.parametrize("tile", [8, 16])
 def test_every_choice_is_done_once(kind, shared_cost, tile):
   rng = np.random.default_rng(0)
-  rows, queries, top_k, num_blocks, block_size = 2, 64, 4, 12, 16
+  groups, queries, top_k, num_blocks, block_size = 2, 64, 4, 12, 16
   geometry = tile_plan.Geometry(
     num_blocks=num_blocks, block_size=block_size, top_k=top_k, chunk=32,
     tile=tile, span=16, task=16, shared_cost=shared_cost, slack=0.0,
   )  # fmt: skip
-  # The first row's positions begin before slot 0, the second's inside a block.
+  # The first group's positions begin before the first key, the second's inside
+  # a block.
   positions = np.stack([np.arange(-20, 44), np.arange(115, 179)])
   own = np.where(positions < 0, -1, positions // block_size)
-  ids = np.argsort(rng.random((rows, queries, num_blocks)))[..., :top_k]
+  ids = np.argsort(rng.random((groups, queries, num_blocks)))[..., :top_k]
   if kind == "share":
     ids = np.repeat(ids[:, :: tile // 2], tile // 2, axis=1)
   elif kind == "hot":
@@ -140,32 +141,32 @@ def test_every_choice_is_done_once(kind, shared_cost, tile):
     ids[:, 1::3] -= 1 << 30
   elif kind == "empty":
     ids[:] = -1
-  first_bad = np.full((rows, 2, num_blocks), mosaic.NEVER, np.int32)
+  first_bad = np.full((groups, 2, num_blocks), mosaic.NEVER, np.int32)
   plan = tile_plan.plan_tiles(
     jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
     jnp.asarray(first_bad), geometry,
   )  # fmt: skip
   sizes = (-1, geometry.chunk // tile, tile * top_k)
-  edges = tile_plan.plan_edges(
-    plan.choices.reshape(sizes), plan.is_edge.reshape(sizes), geometry
+  pairs = tile_plan.plan_pairs(
+    plan.choices.reshape(sizes), plan.is_pair.reshape(sizes), geometry
   )
   shared = decode_shared(plan, geometry)
-  alone = decode_edges(
-    edges, plan.choices, geometry,
+  alone = decode_pairs(
+    pairs, plan.choices, geometry,
     np.asarray(tile_plan.plan_merges(plan, geometry)),
   )  # fmt: skip
   valid = (ids >= 0) & (ids <= own[..., None])
   wanted = sorted(
-    (row * (queries // tile) + t // tile, t % tile, ids[row, t, p])
-    for row, t, p in zip(*np.nonzero(valid))
+    (group * (queries // tile) + t // tile, t % tile, ids[group, t, p])
+    for group, t, p in zip(*np.nonzero(valid))
   )
   assert sorted(shared + alone) == wanted
-  # Only tiles know causal limits.
+  # Only the tile kernel applies the causal mask.
   for index, query, block in alone:
-    row, t = divmod(index * tile + query, queries)
-    assert block < own[row, t]
+    group, t = divmod(index * tile + query, queries)
+    assert block < own[group, t]
   sees = np.asarray(plan.info)[:, 3, None] >> np.arange(tile) & 1
-  np.testing.assert_array_equal(sees.reshape(rows, queries), valid.any(-1))
+  np.testing.assert_array_equal(sees.reshape(groups, queries), valid.any(-1))
   if shared_cost == 0.0:
     assert not alone
   if kind == "random" and shared_cost == 1e9:
@@ -184,13 +185,13 @@ def test_walks_everything_only_while_the_list_holds_it():
   )  # fmt: skip
   assert geometry.max_shared == 10
   assert np.asarray(plan.info)[0, 1] == 0
-  assert np.asarray(plan.is_edge).sum() == 32
+  assert np.asarray(plan.is_pair).sum() == 32
 
 
 # ------------------------------------------------------------ interpret mode
 
 
-def test_interpreted_edges():
+def test_interpreted_pairs():
   case = Case(
     batch=2, q_len=11, kv_len=250, num_heads=16, num_kv_heads=1, head_dim=64,
     block_size=64, top_k=3,
@@ -200,7 +201,7 @@ def test_interpreted_edges():
   blocks[1, :, :6] = [-1, 0, 2]
   blocks[1, :, 6:] = -1
   blocks = jnp.asarray(blocks)
-  out, lse = call(case, q, k, v, blocks, interpreted(EDGES), interpret=True)
+  out, lse = call(case, q, k, v, blocks, interpreted(PAIRS), interpret=True)
   check(case, q, k, v, blocks, out, lse)
 
 
@@ -518,7 +519,7 @@ def test_gpu_configs(hopper, config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [EDGES, WALK], ids=["edges", "walk"])
+@pytest.mark.parametrize("config", [PAIRS, WALK], ids=["pairs", "walk"])
 def test_gpu_small_chunks_and_tasks(hopper, config):
   case, dtype = GPU_CASES["ragged_batch"]
   config = dataclasses.replace(config, chunk=64, span=32, task=16, num_ctas=7)
@@ -527,7 +528,7 @@ def test_gpu_small_chunks_and_tasks(hopper, config):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", [EDGES, WALK], ids=["edges", "walk"])
+@pytest.mark.parametrize("config", [PAIRS, WALK], ids=["pairs", "walk"])
 def test_gpu_keeps_nan_where_it_is_seen(hopper, config):
   case = Case(
     q_len=200, kv_len=1024, num_heads=32, num_kv_heads=2, head_dim=128,
@@ -632,6 +633,6 @@ def test_gpu_random_choices_cost_no_more_than_the_plain_way(hopper, tokens):
       times.append((time.perf_counter() - start) / 3e-3)
     return np.median(times)
 
-  default, plain = milliseconds(None), milliseconds(EDGES)
+  default, plain = milliseconds(None), milliseconds(PAIRS)
   print(f"{tokens}: default {default:.3f} ms, plain {plain:.3f} ms")
   assert default < 1.1 * plain
