@@ -15,8 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-import msa_jax
-from benchmarks import cases, fit
 from msa_jax import selection_stats
 from msa_jax.model_config import IndexConfig, MoEConfig
 from train import __main__ as cli
@@ -57,14 +55,6 @@ def tiny(place) -> list[str]:
   return [*TINY, *(f"data.text.{n}={path}" for n, path in paths.items())]
 
 
-@pytest.fixture(scope="module")
-def config(tiny) -> data.MixConfig:
-  comparison = configs.preset("lm73m_16k")
-  mix = config_lib.with_fields(comparison, tiny).runs[0].data
-  assert isinstance(mix, data.MixConfig)
-  return mix
-
-
 def program_of(run: config_lib.RunConfig) -> program.Program:
   return program.Program(program.compile_key(run))
 
@@ -75,145 +65,6 @@ def without_extras(patch: pytest.MonkeyPatch) -> None:
     for known in [m for m in sys.modules if m.split(".")[0] == name]:
       patch.delitem(sys.modules, known)
     patch.setitem(sys.modules, name, None)
-
-
-# ------------------------------------------------------------------ data
-
-
-def check_answers(config: data.MixConfig, batch: data.Batch) -> np.ndarray:
-  """Every answer is its fact's value; returns where facts and queries lie."""
-  recall, first = config.recall, config.text.vocab_size
-  keys = first + 1 + recall.num_fillers
-  values, facts = keys + recall.num_keys, keys + recall.num_keys
-  facts += recall.num_values
-  planted = np.zeros(batch.tokens.shape, bool)
-  for i, t in np.argwhere(batch.distance >= 0):
-    row = batch.tokens[i]
-    fact = t - batch.distance[i, t]
-    key, value = row[t] - keys, row[t + 1] - values
-    assert 0 <= key < recall.num_keys and 0 <= value < recall.num_values
-    assert row[fact] - facts == key * recall.num_values + value
-    planted[i, [fact, t, t + 1]] = True
-  return planted
-
-
-def test_needles_lie_in_the_text_and_only_answers_are_asked(config):
-  source = data.load(config)
-  shape = dict(batch_size=4, context=128)
-  text = data.load(config.text)
-  seen = {True: 0, False: 0}
-  for step in range(6):
-    batch = source.train_batch(1, step, **shape)
-    planted = check_answers(config, batch)
-    words = text.train_batch(1, step, **shape).tokens
-    for i in range(4):
-      alone = batch.tokens[i, 0] >= config.text.vocab_size
-      seen[alone] += 1
-      row, mask = batch.tokens[i], batch.loss_mask[i]
-      answers = batch.distance[i] >= 0
-      assert answers.sum() >= (3 if alone else 2)
-      if alone:  # fillers are no text
-        assert (row >= config.text.vocab_size).all()
-        np.testing.assert_array_equal(mask, answers)
-      else:
-        np.testing.assert_array_equal(row[~planted[i]], words[i][~planted[i]])
-        # Neither the fact nor the query can be foretold.
-        np.testing.assert_array_equal(mask, ~planted[i, 1:] | answers)
-  assert min(seen.values()) >= 2
-  again = data.load(config).train_batch(1, 5, **shape)
-  assert all(np.array_equal(a, b) for a, b in zip(batch, again))
-
-
-def test_held_out_text_is_clean_and_probes_ask_for_facts(config):
-  source = data.load(config)
-  shape = dict(batch_size=2, context=128)
-  held_out = source.eval_batch(1, **shape)
-  assert (held_out.tokens < config.text.vocab_size).all()
-  assert (held_out.distance == -1).all()
-  assert source.token_bytes is not None
-  assert evaluate.count_bytes(source, held_out) > 0
-  windows = source.num_eval_batches(**shape)
-  for name in source.probes:
-    # The needles' text comes round again, with other needles.
-    first, later = (source.probe_batch(name, i, **shape) for i in (0, windows))
-    check_answers(config, first)
-    np.testing.assert_array_equal(first.loss_mask, first.distance >= 0)
-    assert not np.array_equal(first.distance, later.distance)
-    assert evaluate.count_bytes(source, first) is None
-  with pytest.raises(ValueError, match="name='copy': wanted one of"):
-    source.probe_batch("copy", 0, **shape)
-  assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
-
-
-def test_facts_are_asked_more_than_once_in_training_alone(config):
-  shape = dict(batch_size=8, context=256)
-
-  def batches(asks):
-    source = data.load(dataclasses.replace(config, asks=asks))
-    train = source.train_batch(0, 0, **shape)
-    check_answers(config, train)
-    return train, source.probe_batch("recall", 0, **shape)
-
-  (once, probe), (often, same) = batches(1), batches(4)
-  assert all((a == b).all() for a, b in zip(probe, same))
-  asked, more = ((b.distance >= 0).sum(1) for b in (once, often))
-  assert (more > 2 * asked).all() and (more <= 4 * 8).all()
-  for row, distance in zip(often.tokens, often.distance):
-    (queries,) = np.nonzero(distance >= 0)
-    facts = queries - distance[queries]
-    # One fact a key, wherever it is asked for from.
-    assert len(set(zip(row[queries], facts))) == len(set(row[queries]))
-
-
-def test_answers_weigh_their_share_of_the_loss(config):
-  batch = data.load(config).train_batch(1, 3, batch_size=4, context=128)
-  weights = data.loss_weights(config, batch)
-  answers = batch.distance >= 0
-  share = weights[answers].sum() / weights.sum()
-  assert share == pytest.approx(config.answer_share)
-  assert set(weights[~answers].tolist()) == {0.0, 1.0}
-  assert (weights[~batch.loss_mask] == 0).all()
-  alone = batch._replace(loss_mask=answers)
-  np.testing.assert_array_equal(data.loss_weights(config, alone), answers)
-  plain = data.loss_weights(config.text, batch)
-  np.testing.assert_array_equal(plain, batch.loss_mask)
-
-
-@pytest.mark.parametrize(
-  ("changes", "text"),
-  [
-    ({"recall_share": 0.0}, "recall_share=0.0"),
-    ({"answer_share": 1.0}, "answer_share=1.0"),
-    ({"num_needles": 9}, "num_needles=9: wanted 1 to recall.num_keys = 8"),
-  ],
-)
-def test_mix_config_refuses(config, changes, text):
-  with pytest.raises(ValueError, match=text):
-    dataclasses.replace(config, **changes)
-
-
-def test_installed_packages_are_a_corpus(tmp_path, monkeypatch):
-  package = tmp_path / "site" / "thing"
-  about = tmp_path / "site" / "thing-1.2.dist-info"
-  package.mkdir(parents=True)
-  about.mkdir()
-  (about / "METADATA").write_text(
-    "Metadata-Version: 2.1\nName: thing\nVersion: 1.2\n"
-  )
-  (package / "notes.txt").write_text("no Python")
-  for i in range(4):
-    (package / f"m{i}.py").write_text(f"x = {i}\n" * 50)
-  from train import corpus
-
-  paths = {"purelib": str(tmp_path / "site"), "stdlib": "/nowhere"}
-  monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: paths)
-  config = data.TextConfig(installed=True, cache_dir=str(tmp_path / "cache"))
-  found = data.load(config).fingerprint
-  assert found["name"] == "installed packages"
-  assert found["packages"] == ["thing==1.2"]
-  assert found["files"] == 4
-  with pytest.raises(ValueError, match="installed=True with path='x'"):
-    data.TextConfig(installed=True, path="x")
 
 
 # ---------------------------------------------------------------- config
@@ -622,73 +473,3 @@ def test_facts_found_counts_far_facts_in_chosen_blocks():
   distance[distance > 2] = -1
   far, found = evaluate.facts_found(blocks, distance, index)
   assert not far.any() and found.shape == (0, 2)
-
-
-def test_sharing_against_loops():
-  rng = np.random.default_rng(0)
-  block, top_k, length = 4, 2, 80
-  ids = np.full((1, 1, length, top_k), -1)
-  for t in range(length):
-    number = min(t // block + 1, top_k)
-    picks = rng.choice(t // block + 1, number, replace=False)
-    ids[0, 0, t, :number] = np.sort(picks)
-  found = selection_stats.sharing(jnp.asarray(ids), block_size=block)
-  rows = [set(row.tolist()) - {-1} for row in ids[0, 0]]
-  chosen = [t for t in range(length) if t // block >= 2 * top_k]
-  wanted = {
-    "first_block": np.mean([0 in rows[t] for t in chosen]),
-    "previous_block": np.mean([t // block - 1 in rows[t] for t in chosen]),
-    "kept": np.mean(
-      [len(rows[t] & rows[t + 16]) / 2 for t in chosen if t + 16 < length]
-    ),
-    "union8": np.mean(
-      [len(set.union(*rows[t : t + 8])) for t in range(16, length, 8)]
-    ),
-  }
-  for name, value in wanted.items():
-    np.testing.assert_allclose(found[name], [value], rtol=1e-6, err_msg=name)
-  # The last queries alone give the same, where they are all that choose.
-  last = selection_stats.sharing(
-    jnp.asarray(ids[:, :, 16:]), block_size=block, kv_len=length
-  )
-  for name, value in wanted.items():
-    np.testing.assert_allclose(last[name], [value], rtol=1e-6)
-
-
-def test_fitted_knobs_share_as_wanted(tmp_path, monkeypatch):
-  """Of choices that the generator itself made."""
-  case = cases.Case(
-    tokens=256, num_kv_heads=4, index_dim=128, block_size=8, top_k=4
-  )
-  knobs = cases.Sharing(noise=0.3, drift=256, sink=0.12, near=3.0)
-  ids = msa_jax.select_blocks(
-    *cases.sharing_inputs(jax.random.key(5), case, knobs),
-    block_size=8,
-    top_k=4,
-  )
-  found = selection_stats.sharing(ids, block_size=8)
-  arrays = {name: np.asarray(value)[None] for name, value in found.items()}
-  about = json.dumps(dict(context=256, top_k=4))
-  np.savez(tmp_path / "selection.npz", block_size=8, about=about, **arrays)
-  monkeypatch.setattr(fit, "DRIFTS", (256,))
-  monkeypatch.setattr(fit, "AGAIN", (4,))
-  out = tmp_path / "fitted.json"
-  monkeypatch.setattr(cases, "FITTED", out)
-  with pytest.raises(ValueError, match=r"benchmarks\.fit"):
-    cases.index_inputs(jax.random.key(0), case, "fitted")
-  assert fit.main([str(tmp_path), "--lengths", "--out", str(out)]) == 0
-  (row,) = json.loads(out.read_text())["knobs"]
-  for _, statistic, *_ in fit.KNOBS:
-    wanted = float(arrays[statistic].mean())
-    # A knob's last interval is 4 % wide, and one moves the others' statistics.
-    assert row["reached"][statistic] == pytest.approx(wanted, rel=0.15)
-  index_q, index_k = cases.index_inputs(jax.random.key(0), case, "fitted")
-  assert index_q.shape == (1, 256, 4, 128) and index_k.shape == (1, 256, 128)
-
-
-def test_fit_refuses(tmp_path, capsys):
-  assert fit.main([str(tmp_path)]) == 1
-  assert "no selection.npz" in capsys.readouterr().err
-  np.savez(tmp_path / "selection.npz", counts=np.zeros(3))
-  assert fit.main([str(tmp_path)]) == 1
-  assert "lacks union8" in capsys.readouterr().err

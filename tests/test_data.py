@@ -1,5 +1,6 @@
 """Corpora, tokenizers, batches and the recall task."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -9,7 +10,7 @@ import warnings
 import numpy as np
 import pytest
 
-from train import corpus, data
+from train import corpus, data, evaluate
 
 TEXTS = [
   f"def f_{i}(x):\n  return x + {i}  # naïve – ünïcode 猫🐈 {'ab' * (i % 7)}\n"
@@ -234,6 +235,28 @@ def test_files_that_are_not_text_are_left_out_with_a_warning(folder):
   with pytest.warns(UserWarning, match="2 of 42 files are not UTF-8 text"):
     source = data.load(config_of(folder))
   assert source.fingerprint["left_out"]["not_utf8"] == 2
+
+
+def test_installed_packages_are_a_corpus(tmp_path, monkeypatch):
+  package = tmp_path / "site" / "thing"
+  about = tmp_path / "site" / "thing-1.2.dist-info"
+  package.mkdir(parents=True)
+  about.mkdir()
+  (about / "METADATA").write_text(
+    "Metadata-Version: 2.1\nName: thing\nVersion: 1.2\n"
+  )
+  (package / "notes.txt").write_text("no Python")
+  for i in range(4):
+    (package / f"m{i}.py").write_text(f"x = {i}\n" * 50)
+  paths = {"purelib": str(tmp_path / "site"), "stdlib": "/nowhere"}
+  monkeypatch.setattr(corpus.sysconfig, "get_paths", lambda: paths)
+  config = data.TextConfig(installed=True, cache_dir=str(tmp_path / "cache"))
+  found = data.load(config).fingerprint
+  assert found["name"] == "installed packages"
+  assert found["packages"] == ["thing==1.2"]
+  assert found["files"] == 4
+  with pytest.raises(ValueError, match="installed=True with path='x'"):
+    data.TextConfig(installed=True, path="x")
 
 
 # --- The cache ---------------------------------------------------------------
@@ -550,3 +573,141 @@ def test_recall_wants_room_for_one_fact():
   source.train_batch(0, 0, batch_size=1, context=4)
   with pytest.raises(ValueError, match="context=3 has no room"):
     source.train_batch(0, 0, batch_size=1, context=3)
+
+
+# --- Mix ---------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def mix(tmp_path_factory) -> data.MixConfig:
+  place = tmp_path_factory.mktemp("mix")
+  text = place / "text"
+  text.mkdir()
+  rng = np.random.default_rng(0)
+  words = ["alpha", "beta", "gamma", "def f(x):\n", "return x\n"]
+  for i in range(40):
+    (text / f"{i}.txt").write_text(" ".join(rng.choice(words, 200)))
+  return data.MixConfig(
+    text=data.TextConfig(
+      path=str(text),
+      cache_dir=str(place / "cache"),
+      tokenizer="bpe",
+      vocab_size=320,
+    ),
+    recall=data.RecallConfig(num_keys=8, num_values=4, num_facts=8),
+    num_needles=6,
+    asks=4,
+    answer_share=0.4,
+  )
+
+
+def check_answers(config: data.MixConfig, batch: data.Batch) -> np.ndarray:
+  """Every answer is its fact's value; returns where facts and queries lie."""
+  recall, first = config.recall, config.text.vocab_size
+  keys = first + 1 + recall.num_fillers
+  values, facts = keys + recall.num_keys, keys + recall.num_keys
+  facts += recall.num_values
+  planted = np.zeros(batch.tokens.shape, bool)
+  for i, t in np.argwhere(batch.distance >= 0):
+    row = batch.tokens[i]
+    fact = t - batch.distance[i, t]
+    key, value = row[t] - keys, row[t + 1] - values
+    assert 0 <= key < recall.num_keys and 0 <= value < recall.num_values
+    assert row[fact] - facts == key * recall.num_values + value
+    planted[i, [fact, t, t + 1]] = True
+  return planted
+
+
+def test_needles_lie_in_the_text_and_only_answers_are_asked(mix):
+  source = data.load(mix)
+  shape = dict(batch_size=4, context=128)
+  text = data.load(mix.text)
+  seen = {True: 0, False: 0}
+  for step in range(6):
+    batch = source.train_batch(1, step, **shape)
+    planted = check_answers(mix, batch)
+    words = text.train_batch(1, step, **shape).tokens
+    for i in range(4):
+      alone = batch.tokens[i, 0] >= mix.text.vocab_size
+      seen[alone] += 1
+      row, mask = batch.tokens[i], batch.loss_mask[i]
+      answers = batch.distance[i] >= 0
+      assert answers.sum() >= (3 if alone else 2)
+      if alone:  # fillers are no text
+        assert (row >= mix.text.vocab_size).all()
+        np.testing.assert_array_equal(mask, answers)
+      else:
+        np.testing.assert_array_equal(row[~planted[i]], words[i][~planted[i]])
+        # Neither the fact nor the query can be foretold.
+        np.testing.assert_array_equal(mask, ~planted[i, 1:] | answers)
+  assert min(seen.values()) >= 2
+  again = data.load(mix).train_batch(1, 5, **shape)
+  assert all(np.array_equal(a, b) for a, b in zip(batch, again))
+
+
+def test_held_out_text_is_clean_and_probes_ask_for_facts(mix):
+  source = data.load(mix)
+  shape = dict(batch_size=2, context=128)
+  held_out = source.eval_batch(1, **shape)
+  assert (held_out.tokens < mix.text.vocab_size).all()
+  assert (held_out.distance == -1).all()
+  assert source.token_bytes is not None
+  assert evaluate.count_bytes(source, held_out) > 0
+  windows = source.num_eval_batches(**shape)
+  for name in source.probes:
+    # The needles' text comes round again, with other needles.
+    first, later = (source.probe_batch(name, i, **shape) for i in (0, windows))
+    check_answers(mix, first)
+    np.testing.assert_array_equal(first.loss_mask, first.distance >= 0)
+    assert not np.array_equal(first.distance, later.distance)
+    assert evaluate.count_bytes(source, first) is None
+  with pytest.raises(ValueError, match="name='copy': wanted one of"):
+    source.probe_batch("copy", 0, **shape)
+  assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
+
+
+def test_facts_are_asked_more_than_once_in_training_alone(mix):
+  shape = dict(batch_size=8, context=256)
+
+  def batches(asks):
+    source = data.load(dataclasses.replace(mix, asks=asks))
+    train = source.train_batch(0, 0, **shape)
+    check_answers(mix, train)
+    return train, source.probe_batch("recall", 0, **shape)
+
+  (once, probe), (often, same) = batches(1), batches(4)
+  assert all((a == b).all() for a, b in zip(probe, same))
+  asked, more = ((b.distance >= 0).sum(1) for b in (once, often))
+  assert (more > 2 * asked).all() and (more <= 4 * 8).all()
+  for row, distance in zip(often.tokens, often.distance):
+    (queries,) = np.nonzero(distance >= 0)
+    facts = queries - distance[queries]
+    # One fact a key, wherever it is asked for from.
+    assert len(set(zip(row[queries], facts))) == len(set(row[queries]))
+
+
+def test_answers_weigh_their_share_of_the_loss(mix):
+  batch = data.load(mix).train_batch(1, 3, batch_size=4, context=128)
+  weights = data.loss_weights(mix, batch)
+  answers = batch.distance >= 0
+  share = weights[answers].sum() / weights.sum()
+  assert share == pytest.approx(mix.answer_share)
+  assert set(weights[~answers].tolist()) == {0.0, 1.0}
+  assert (weights[~batch.loss_mask] == 0).all()
+  alone = batch._replace(loss_mask=answers)
+  np.testing.assert_array_equal(data.loss_weights(mix, alone), answers)
+  plain = data.loss_weights(mix.text, batch)
+  np.testing.assert_array_equal(plain, batch.loss_mask)
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"recall_share": 0.0}, "recall_share=0.0"),
+    ({"answer_share": 1.0}, "answer_share=1.0"),
+    ({"num_needles": 9}, "num_needles=9: wanted 1 to recall.num_keys = 8"),
+  ],
+)
+def test_mix_config_refuses(mix, changes, text):
+  with pytest.raises(ValueError, match=text):
+    dataclasses.replace(mix, **changes)

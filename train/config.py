@@ -121,7 +121,8 @@ class RecipeConfig:
   paper, or as copies of the main branch's (see `msa_jax.to_msa`)."""
 
   init_step: int | None = None
-  """The step of init_from's checkpoint. Schedule and batches go on from it."""
+  """The step of init_from's checkpoint, from which the schedule and the batches
+  continue."""
 
   def __post_init__(self):
     _check_least(self, 0, "kl_weight", "index_warmup_steps")

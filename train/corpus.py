@@ -1,10 +1,10 @@
-"""Text files -> token streams, kept in a content-addressed cache.
+"""Turns text files into token streams, which are kept in a cache.
 
 A document is a text file, a jsonl line or a parquet row. Documents are split
-into training and held-out ones, tokenized once, and joined into one stream
-per split with an end-of-text token after each. The cache's key holds every
-file's name and content and every setting that matters, so text that changed
-never meets old tokens.
+into training and held-out ones, tokenized once, and joined into one stream for
+each split, with an end-of-text token after each document. The cache's key is a
+hash of every file's name and content and of every setting that the tokens
+depend on. Text that has changed therefore gets new tokens.
 """
 
 import dataclasses
@@ -25,11 +25,13 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32, UInt
 
-# Part of every cache key: raise it when the token stream's making changes.
+# Part of every cache key. Raise it when this module makes other token streams
+# of the same text.
 _CACHE_VERSION = 2
-# A BPE tokenizer is trained on no more than this: merges hardly change beyond.
+# A BPE tokenizer is trained on at most this many characters, because its merges
+# hardly change with more.
 _BPE_BYTES = 1 << 26
-# UTF-8 never holds this byte, so the byte tokenizer can end texts with it.
+# This byte never occurs in UTF-8, so the byte tokenizer can end texts with it.
 _BYTE_END_OF_TEXT = 0xFF
 _SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
 
@@ -44,28 +46,29 @@ class TextConfig:
   Python's standard library."""
 
   installed: bool = False
-  """With path=None: the Python source of the packages that are installed
-  beside the running Python, instead of its standard library."""
+  """With path=None: whether the text is the Python source of the packages that
+  are installed for the running Python, instead of its standard library."""
 
   tokenizer: Literal["byte", "bpe"] = "byte"
   """byte: 256 ids; bpe: byte-level BPE trained on the training split."""
 
   vocab_size: int = 4096
-  """Ids of the bpe tokenizer, the 256 bytes and end-of-text among them."""
+  """Number of ids of the bpe tokenizer, including the 256 bytes and
+  end-of-text."""
 
   held_out: float = 0.05
-  """Share of the documents held out, chosen by a hash of their names. Of a
-  single document, the last part is held out."""
+  """Share of the documents that is held out, chosen by a hash of their names.
+  If there is only one document, its last part is held out."""
 
   max_bytes: int | None = None
-  """Keep at most this much text: documents in an order fixed by a hash of
-  their names, the last one cut."""
+  """Keep at most this much text: documents are taken in the order of a hash of
+  their names, and the last one is cut."""
 
   text_field: str = "text"
   """The field of jsonl lines or parquet rows that holds the text."""
 
   cache_dir: str = "runs/.cache"
-  """Where tokens and tokenizers are kept; safe to delete."""
+  """Where tokens and tokenizers are kept. The folder can be deleted."""
 
   def __post_init__(self):
     if self.tokenizer not in ("byte", "bpe"):
@@ -105,7 +108,7 @@ class Corpus(NamedTuple):
     train: the training documents' tokens.
     held_out: the held-out documents' tokens.
     token_bytes: bytes of text that each id stands for; 0 for end-of-text.
-    fingerprint: what the text and its tokens are, fit for JSON.
+    fingerprint: JSON values that identify the text and its tokens.
   """
 
   train: UInt[np.ndarray, "N"]
@@ -189,8 +192,8 @@ def open_tokenizer(
     fingerprint: of the `Corpus` that the run was trained on.
 
   Raises:
-    ValueError: a bpe tokenizer is neither in the cache, nor can it be made
-      again from the same text.
+    ValueError: a bpe tokenizer is not in the cache, and cannot be made again
+      because the text has changed.
   """
   if config.tokenizer == "byte":
     return _ByteTokenizer()
@@ -208,7 +211,7 @@ def open_tokenizer(
 
 
 def _installed_packages() -> list[str]:
-  """name==version of each: what the text can be had from again."""
+  """name==version of each package, from which the text can be made again."""
   place = sysconfig.get_paths()["purelib"]
   found = importlib.metadata.distributions(path=[place])
   return sorted({f"{p.metadata['Name']}=={p.version}" for p in found})
@@ -223,14 +226,16 @@ def _token_dtype(vocab_size: int) -> type[np.unsignedinteger]:
 
 
 def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
-  """(name, path) of each file, sorted by name, the path relative to the root.
+  """(name, path) of each file, sorted by name. The name is the path relative
+  to the root.
 
-  Of the standard library: Python files, without installed packages and
-  without the build's own record, which differs from machine to machine.
+  Of the standard library these are the Python files. Installed packages are
+  left out, and so is the record of how Python was built, which differs from
+  machine to machine.
   """
   place = "purelib" if config.installed else "stdlib"
   root = pathlib.Path(config.path or sysconfig.get_paths()[place])
-  # Unlike Path.is_file, these take what cannot be looked at for absent.
+  # Unlike Path.is_file, these return False for what may not be accessed.
   if os.path.isfile(root):
     return [(root.name, root)]
   if not os.path.isdir(root):
@@ -291,7 +296,8 @@ def _read(path: pathlib.Path) -> bytes:
 def _documents(
   name: str, path: pathlib.Path, text_field: str
 ) -> Iterator[tuple[str, str | None]]:
-  """(name, text) of each document of a file; None: the file is not text."""
+  """(name, text) of each document in a file; text is None if the file is not
+  text."""
 
   def check(text: Any, where: str, fields: list[str]) -> str:
     if not isinstance(text, str):
@@ -350,17 +356,18 @@ def _documents(
       text = _read(path).decode()
     except UnicodeDecodeError:
       text = None
-    # Text has no NUL; many binary formats have, and are UTF-8 by chance.
+    # Binary formats can be valid UTF-8 by chance, but they often contain NUL,
+    # which text does not.
     yield name, None if text is None or "\0" in text else text
 
 
 def _split(
   files: list[tuple[str, pathlib.Path]], config: TextConfig
 ) -> tuple[dict[str, list[tuple[str, str]]], dict[str, int]]:
-  """The documents of both splits, and how many were left out and why.
+  """The documents of both splits, and how many were left out for which reason.
 
-  A text that came before is dropped, so that no held-out document was
-  trained on.
+  Of equal texts only the first is kept, so that no held-out document is also a
+  training document.
   """
   documents: list[tuple[str, str]] = []
   left_out = {"not_utf8": 0, "empty": 0, "duplicate": 0}
@@ -434,15 +441,17 @@ class _ByteTokenizer:
     return (np.frombuffer(text.encode(), np.uint8) for text in texts)
 
   def decode(self, ids: np.ndarray) -> str:
-    """Text of ids; U+FFFD for what is no text."""
-    # Byte 255 is in no text, as are ids beyond it.
+    """The text of ids, with U+FFFD for ids that are not text."""
+    # Byte 255 is not text, and neither are the ids above it.
     return bytes(np.minimum(ids, 255).tolist()).decode(errors="replace")
 
 
 class _BPETokenizer:
-  """Byte-level BPE. The last id is end-of-text and not in the vocabulary of
-  the `tokenizers` object, so that no text can spell it. It is trained on every
-  n-th text, with the least n that keeps to `_BPE_BYTES`.
+  """Byte-level BPE.
+
+  The last id is end-of-text. It is not in the vocabulary of the `tokenizers`
+  object, so no text is encoded to it. The tokenizer is trained on every n-th
+  text, with the smallest n that stays within `_BPE_BYTES`.
   """
 
   def __init__(self, saved: str, vocab_size: int):
@@ -452,8 +461,8 @@ class _BPETokenizer:
     self.model = tokenizers.Tokenizer.from_str(saved)
     self.vocab_size = vocab_size
     self.end_of_text = vocab_size - 1
-    # One character of a token's name stands for one byte. Ids that a small
-    # corpus leaves unused have no name, and never occur.
+    # Each character of a token's name stands for one byte. A small corpus may
+    # leave ids unused; they have no name and never occur.
     self.token_bytes = np.zeros(vocab_size)
     for token, index in self.model.get_vocab().items():
       self.token_bytes[index] = len(token)
@@ -479,7 +488,7 @@ class _BPETokenizer:
     return (np.array(e.ids) for e in self.model.encode_batch_fast(texts))
 
   def decode(self, ids: np.ndarray) -> str:
-    """Text of ids; U+FFFD for what is no text."""
+    """The text of ids, with U+FFFD for ids that are not text."""
     parts, start = [], 0
     known = np.isin(ids, list(self.model.get_vocab().values()))
     for stop in [*np.flatnonzero(~known), len(ids)]:
@@ -493,7 +502,7 @@ def _write_cache(
   files: list[tuple[str, pathlib.Path]],
   config: TextConfig,
 ):
-  """Writes tokens, tokenizer and facts about both: all of them or nothing."""
+  """Writes tokens, tokenizer and their metadata. A failure leaves no files."""
   splits, left_out = _split(files, config)
   if config.tokenizer == "byte":
     tokenizer = _ByteTokenizer()
@@ -542,7 +551,7 @@ def _write_cache(
     try:
       os.replace(temporary, folder)
     except OSError:
-      # Another process was first; its files are the same.
+      # Another process has made the folder meanwhile, with the same content.
       if not (folder / "meta.json").exists():
         raise
   finally:

@@ -1,20 +1,20 @@
 """Training data: batches that are a pure function of (seed, step).
 
-Three kinds of source, one interface:
+There are three kinds of data behind one interface, `Source`:
 
-- `TextConfig`: real text, one token stream per split (see `train.corpus`).
-  Training windows start anywhere in the stream, uniformly; held-out windows
-  lie side by side and never overlap.
+- `TextConfig`: real text, one token stream for each split (see `train.corpus`).
+  Training windows start anywhere in the stream with equal probability. Held-out
+  windows lie side by side and never overlap.
 - `RecallConfig`: associative recall. Facts (key -> value) lie scattered over
-  the context, a later query names a key, and only the value that answers it
-  counts. The distance back to the fact is log-uniform, so that accuracy can
+  the context, a later query names a key, and only the value that answers it is
+  a target. The distance back to the fact is log-uniform, so that accuracy can
   be drawn against distance.
-- `MixConfig`: both for one model. Text rows have facts planted in them
-  (needles), some rows are recall alone. Held-out text is clean, and needles and
-  recall are asked apart, as probes.
+- `MixConfig`: both for one model. Some batch rows are recall alone, and the
+  others are text with facts planted in it (needles). Held-out text has no
+  needles. Two probes evaluate needles and recall.
 
-Nothing here keeps a position: resuming a run needs its step only, and two
-models that are compared see the same tokens.
+A source keeps no position. A run therefore needs only its step to resume, and
+two models that are compared see the same tokens.
 """
 
 import abc
@@ -36,9 +36,9 @@ class Batch(NamedTuple):
 
   Attributes:
     tokens: token ids.
-    loss_mask: the targets that count.
-    distance: at a target that answers a recall query, how many tokens lie
-      between the query's token and the fact it asks for; -1 elsewhere.
+    loss_mask: the targets that count in the loss.
+    distance: where the target answers a query, the number of tokens from the
+      query back to the fact that it asks for; -1 elsewhere.
   """
 
   tokens: Int32[np.ndarray, "B T+1"]
@@ -48,27 +48,30 @@ class Batch(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class RecallConfig:
-  """Associative recall over a chosen distance.
+  """Associative recall over distances up to a chosen one.
 
-  After a start token, the context is cut into cells of two tokens. A fact
-  fills one cell, its query a later one (the key, then the value that the
-  model must predict), the rest is filler. Each key is stated and asked once
-  a sequence, so nothing but the fact itself can answer. Values are drawn
-  independently: without the fact in sight, accuracy is 1 / num_values.
+  After a start token the context is divided into cells of two tokens. A fact
+  fills one cell. Its query fills a later one, with the key and then the value,
+  which the model must predict. All other tokens are fillers. A sequence states
+  and asks for each key once, so that only the fact itself can give the answer.
+  Values are drawn independently: a model that does not see the fact has an
+  accuracy of 1 / num_values.
   """
 
   num_keys: int = 32
   num_values: int = 8
   num_fillers: int = 1
-  """Different filler tokens. More of them make the task slower to learn."""
+  """Number of different filler tokens. The task takes longer to learn with more
+  of them."""
 
   num_facts: int = 32
-  """Facts tried a sequence; those that find no two free cells are dropped."""
+  """Facts drawn for a sequence. Those whose cells are already taken are
+  dropped."""
 
   tokens_per_fact: Literal[1, 2] = 1
-  """1: one token stands for the pair (key, value), and one attention layer
-  can answer. 2: the key, then the value, which takes two layers (an
-  induction circuit) and far longer to learn."""
+  """1: a fact is one token, which stands for the pair (key, value); one
+  attention layer can answer. 2: a fact is the key and then the value; answering
+  takes two layers (an induction circuit) and far longer to learn."""
 
   max_distance: int | None = None
   """The longest distance in tokens; None: the whole context."""
@@ -99,30 +102,33 @@ class RecallConfig:
 class MixConfig:
   """Real text and retrieval for one model.
 
-  A row is a window of text in which `num_needles` facts and their queries
-  overwrite a few tokens, or, for a share of the rows, associative recall among
-  fillers. Both ask for the same facts, whose ids follow the text's. A language
-  model of this size and training does not retrieve over 16K tokens by itself:
-  facts are trained as part of the mix, so that what is measured is whether
-  attention can reach them, and not whether the model understands the question.
+  A share of the batch rows is associative recall among fillers. The others are
+  windows of text in which `num_needles` facts and their queries overwrite a few
+  tokens. Both kinds use the same facts, whose ids follow those of the text.
+
+  Small language models do not learn from text alone to retrieve over 16K
+  tokens. Facts are therefore part of the training data, so that the answers
+  show whether attention reaches the facts, and not whether the model
+  understands the question.
   """
 
   text: TextConfig
   recall: RecallConfig
 
   recall_share: float = 0.25
-  """Share of the training rows that are recall alone."""
+  """Share of the training batch rows that are recall alone."""
 
   num_needles: int = 32
-  """Facts tried in a row of text; no more than recall.num_keys."""
+  """Facts drawn for a batch row of text; at most recall.num_keys."""
 
   asks: int = 1
-  """How often a training row asks for a fact, each time from elsewhere. Probes
-  ask once: later queries could be answered from the ones before."""
+  """How often a training batch row asks for each fact, every time from another
+  position. Probes ask once, because a later query can be answered from an
+  earlier one."""
 
   answer_share: float = 0.2
-  """What the answers weigh in the loss of a batch, all together, however few
-  they are among its targets."""
+  """The weight of all answers of a batch together, as a share of the loss,
+  whatever their number."""
 
   def __post_init__(self):
     for name in ("recall_share", "answer_share"):
@@ -144,10 +150,11 @@ DataConfig = TextConfig | RecallConfig | MixConfig
 def loss_weights(
   config: DataConfig, batch: Batch
 ) -> Float32[np.ndarray, "B T"]:
-  """What each target weighs in the loss, which is a weighted mean.
+  """The weight of each target in the loss, which is a weighted mean.
 
-  All that count weigh the same, but in a mix, where the answers weigh
-  `answer_share` of the batch together (if it has other targets too).
+  All targets in the loss mask have the same weight, except in a mix: there the
+  answers have `answer_share` of the weight together, if the batch has other
+  targets too.
   """
   weights = batch.loss_mask.astype(np.float32)
   if isinstance(config, MixConfig):
@@ -161,12 +168,14 @@ def loss_weights(
 
 
 def probes_of(config: DataConfig) -> tuple[str, ...]:
-  """Names of the retrieval tasks that are asked beside held-out batches."""
+  """Names of the probes: retrieval tasks that are evaluated beside the held-out
+  batches."""
   return ("needle", "recall") if isinstance(config, MixConfig) else ()
 
 
 def asks_for_facts(config: DataConfig) -> bool:
-  """Whether probes, or without any the held-out batches, ask for facts."""
+  """Whether the probes ask for facts, or the held-out batches if there are no
+  probes."""
   return not isinstance(config, TextConfig)
 
 
@@ -176,11 +185,10 @@ class Source(abc.ABC):
   Attributes:
     vocab_size: ids are below this.
     token_bytes: how many bytes of text each id stands for (0 for
-      end-of-text); None where bits per byte mean nothing.
-    fingerprint: what the data are, fit for JSON: equal for equal data.
-    chance: accuracy without seeing the answer's fact; None for text.
-    probes: names of the retrieval tasks that are asked beside the held-out
-      batches.
+      end-of-text); None if the data are not text.
+    fingerprint: JSON values that are equal for equal data.
+    chance: accuracy of a model that does not see the facts; None for text.
+    probes: names of the probes (see `probes_of`).
   """
 
   vocab_size: int
@@ -206,20 +214,22 @@ class Source(abc.ABC):
   def probe_batch(
     self, name: str, index: int, *, batch_size: int, context: int
   ) -> Batch:
-    """A batch of a probe: the same for every seed and every model. Answers are
-    its only targets, and there are any number of batches."""
+    """A batch of a probe, the same for every seed and every model.
+
+    Its only targets are answers. There is no limit to the number of batches.
+    """
     raise ValueError(f"name={name!r}: wanted one of {self.probes}.")
 
   @abc.abstractmethod
   def num_eval_batches(self, *, batch_size: int, context: int) -> int | None:
-    """How many batches the held-out data give; None: any number."""
+    """The number of held-out batches; None: there is no limit."""
 
 
 def load(config: DataConfig) -> Source:
   """Opens the data that a config names.
 
-  Text is read and hashed at each call, but tokenized only if no earlier call
-  with the same text and settings left its tokens in `cache_dir`.
+  Text is read and hashed at each call. It is tokenized only if `cache_dir` does
+  not hold the tokens of the same text and settings.
 
   Raises:
     ValueError: the path holds no text, cannot be read, or is not what its
@@ -284,8 +294,9 @@ class _TextSource(Source):
         f" batch_size={batch_size}. Wanted fewer eval batches, a shorter"
         " context, or a larger held_out."
       )
-    # A stride near the golden section spreads any number of first windows
-    # evenly; with no divisor in common it meets each window once.
+    # A stride near the golden section spreads the first windows evenly, however
+    # many are used. It visits each window once because it has no divisor in
+    # common with their number.
     stride = max(1, round(num_windows * 0.618))
     while np.gcd(stride, num_windows) != 1:
       stride += 1
@@ -314,20 +325,29 @@ def _windows(stream: np.ndarray, starts: np.ndarray, context: int) -> Batch:
 
 
 class _Facts(NamedTuple):
-  """Facts to plant in rows of cells of two tokens: arrays [row, fact]."""
+  """Facts to plant in batch rows, which consist of cells of two tokens.
+
+  Attributes:
+    fact_cell: [batch row, fact], the cell of each fact.
+    query_cell: [batch row, fact, ask], the cells of its queries.
+    keys: [batch row, fact].
+    values: [batch row, fact].
+    offset: [batch row, fact], which of the two tokens of its cell a fact of one
+      token takes.
+  """
 
   fact_cell: np.ndarray
-  query_cell: np.ndarray  # [row, fact, ask]
+  query_cell: np.ndarray
   keys: np.ndarray
   values: np.ndarray
-  offset: np.ndarray  # which of its cell's two tokens a one-token fact takes
+  offset: np.ndarray
 
 
 class _RecallSource(Source):
-  """Fresh sequences for every (seed, step).
+  """New sequences for every (seed, step).
 
-  Ids: 0 starts a sequence, then the fillers, the keys, the values and, if a
-  fact is one token, the num_keys * num_values facts.
+  Id 0 starts a sequence. Then follow the ids of the fillers, the keys, the
+  values and, if a fact is one token, the num_keys * num_values facts.
   """
 
   token_bytes = None
@@ -347,7 +367,7 @@ class _RecallSource(Source):
       **dataclasses.asdict(config),
       "vocab_size": self.vocab_size,
       "chance": self.chance,
-      # Of a sample, so that a changed generator shows.
+      # The hash of a sample, so that another generator gives another one.
       "sha256": hashlib.sha256(sample.tokens.tobytes()).hexdigest(),
     }
 
@@ -369,7 +389,7 @@ class _RecallSource(Source):
     context: int,
     asks: int = 1,
   ) -> Batch:
-    """Sequences drawn from a stream of random numbers, each fact asked for
+    """A batch drawn from a stream of random numbers, which asks for each fact
     `asks` times."""
     rng = np.random.default_rng(stream)
     num_facts = self._config.num_facts
@@ -389,7 +409,7 @@ class _RecallSource(Source):
     context: int,
     asks: int = 1,
   ) -> _Facts:
-    """Where facts and their queries lie, and what they say."""
+    """Draws facts, and the cells of the facts and their queries."""
     config = self._config
     num_cells = context // 2
     longest = min(config.max_distance or context, context) // 2
@@ -400,7 +420,8 @@ class _RecallSource(Source):
         " least 4."
       )
     shape = (batch_size, num_facts)
-    # Log-uniform over 1 .. longest cells: each octave gets the same share.
+    # Distances are log-uniform over 1 .. longest cells, so that each octave has
+    # the same share of them.
     apart = np.exp(rng.uniform(0.0, np.log(longest + 1), shape)).astype(int)
     apart = np.clip(apart, 1, longest)
     fact_cell = (rng.random(shape) * (num_cells - apart)).astype(int)
@@ -409,7 +430,8 @@ class _RecallSource(Source):
     )[:, :num_facts]
     values = rng.integers(config.num_values, size=shape)
     offset = rng.integers(2, size=shape)
-    # Later asks: log-uniform over what room the fact leaves.
+    # The distances of further queries are log-uniform over the cells that
+    # follow the fact.
     room = np.minimum(longest, num_cells - 1 - fact_cell)[..., None]
     more = rng.uniform(0.0, np.log(room + 1), (*shape, asks - 1))
     more = np.clip(np.exp(more).astype(int), 1, room)
@@ -420,13 +442,15 @@ class _RecallSource(Source):
   def plant(
     self, tokens: Int32[np.ndarray, "B T+1"], facts: _Facts, first_id: int
   ) -> Int32[np.ndarray, "B T"]:
-    """Overwrites tokens with the facts that find two free cells, and with the
-    later queries of these that find one.
+    """Overwrites tokens with facts and their queries.
+
+    A fact is planted if its cell and that of its first query are free. Further
+    queries of a planted fact are planted if their cell is free.
 
     Args:
       tokens: changed in place.
-      facts: what to plant, in order.
-      first_id: added to every id written.
+      facts: planted in their order.
+      first_id: added to every id that is written.
 
     Returns:
       The batch's `distance`.
@@ -467,7 +491,7 @@ class _RecallSource(Source):
 
 
 class _MixSource(Source):
-  """Text with needles, and recall, over ids that follow the text's."""
+  """Text with needles, and recall. The ids of facts follow those of text."""
 
   def __init__(self, config: MixConfig):
     self._config = config
@@ -511,7 +535,8 @@ class _MixSource(Source):
       return self._moved(self._recall.eval_batch(index, **shape))
     if name != "needle":
       return super().probe_batch(name, index, **shape)
-    # The text may come round again: the needles in it are others then.
+    # The index may exceed the number of windows. Their text then occurs again,
+    # with other needles.
     windows = self._text.num_eval_batches(**shape)
     rng = np.random.default_rng((_MIX_STREAM, _EVAL_STREAM, index))
     text = self._text.eval_batch(index % max(windows, 1), **shape)
@@ -526,7 +551,7 @@ class _MixSource(Source):
     num_facts = self._config.num_needles
     facts = self._recall.draw(rng, num_facts, batch_size, context, asks)
     distance = self._recall.plant(tokens, facts, self._text.vocab_size)
-    # Nothing can foretell where a fact or a query lies.
+    # Where facts and queries lie cannot be predicted, so they are no targets.
     planted = tokens[:, 1:] >= self._text.vocab_size
     return Batch(tokens, ~planted | (distance >= 0), distance)
 
