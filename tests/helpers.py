@@ -106,7 +106,7 @@ CASES = {
   "lengths": Case(batch=3, q_len=9, kv_len=21, kv_lengths=(21, 13, 4)),
 }
 
-# What the kernels over given blocks are tried with on a GPU.
+# Cases of the kernels that take chosen blocks, on a GPU.
 HOPPER_CASES = {
   "paper_heads": (Case(
     q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
@@ -138,8 +138,8 @@ HOPPER_CASES = {
   ), "float16"),
 }  # fmt: skip
 
-# What kernels over owner blocks are lowered at: the shapes of the paper, small
-# heads, and rows of a training step, of which a few launches take all.
+# Shapes at which the kernels that own KV blocks are lowered: the paper's, small
+# heads, and batches of a training step, whose rows share a few launches.
 LOWERED = {
   name: (cases.CASES | cases.BATCHES)[name]
   for name in ("8k", "128k", "1m", "small_heads_32k", "8x4k", "16x4k_16_heads")

@@ -6,75 +6,20 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_contract
 import pytest
 from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
+from op_contract import (
+  GradientContract,
+  assert_same_bits,
+  attention_inputs,
+  check_attention_gradients,
+)
 
 from msa_jax import reference
 from pallas_kernels import kv_block_plan
 from pallas_kernels import sparse_attention as sparse
 from pallas_kernels import sparse_attention_bwd as bwd
-
-NAMES = ("dq", "dk", "dv")
-
-
-@functools.partial(jax.jit, static_argnames=("case", "dtype"))
-def formula(case, q, k, v, dout, blocks, dtype=None):
-  """dq, dk, dv in float32; `dtype` rounds what a kernel has to round: the
-  operands of products (probabilities and ds) and out, from which delta comes.
-  """
-  rounded = (
-    (lambda x: x.astype(dtype).astype(x.dtype)) if dtype else lambda x: x
-  )
-  q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
-  positions = reference.query_positions(
-    case.q_len, case.kv_len, case.batch, case.lengths
-  )
-  visible = reference.chosen_tokens(
-    blocks, positions, case.kv_len, case.block_size
-  )
-  scale = case.head_dim**-0.5
-  group = case.num_heads // case.num_kv_heads
-  sizes = (case.batch, case.q_len, case.num_kv_heads, group, case.head_dim)
-  p = reference.head_scores(q, k, visible, scale)
-  p = reference.softmax(p, reference.masked_logsumexp(p))
-  q, dout = q.reshape(sizes), dout.reshape(sizes)
-  einsum = functools.partial(jnp.einsum, precision="highest")
-  out = rounded(einsum("bkgts,bskd->btkgd", rounded(p), v))
-  dp = einsum("btkgd,bskd->bkgts", dout, v)
-  delta = jnp.moveaxis(jnp.sum(out * dout, axis=-1), 1, -1)
-  ds = rounded(p * (dp - delta[..., None]))
-  dq = scale * einsum("bkgts,bskd->btkgd", ds, k)
-  dk = scale * einsum("bkgts,btkgd->bskd", ds, q)
-  dv = einsum("bkgts,btkgd->bskd", rounded(p), dout)
-  dq = dq.reshape(case.batch, case.q_len, case.num_heads, case.head_dim)
-  # Queries that see anything, by head, and keys that anything sees.
-  sees = jnp.repeat(jnp.moveaxis(visible.any(-1), 1, 2), group, axis=-1)
-  seen = jnp.moveaxis(visible.any(-2), 1, 2)
-  return (dq, dk, dv), (sees, seen, seen)
-
-
-def check(case, q, k, v, dout, blocks, grads):
-  dtype = q.dtype
-  truth, used = formula(case, q, k, v, dout, blocks)
-  yardstick, _ = formula(case, q, k, v, dout, blocks, dtype)
-  for name, got, true, near, use in zip(NAMES, grads, truth, yardstick, used):
-    assert got.dtype == dtype, name
-    got, true, near = (np.asarray(x, np.float32) for x in (got, true, near))
-    assert got.shape == true.shape, name
-    assert np.all(np.isfinite(got)), name
-    # Nothing flows where nothing was chosen.
-    np.testing.assert_array_equal(got[~np.asarray(use)], 0.0, err_msg=name)
-    error = np.abs(got - true)
-    # The floor is one ulp of the working dtype: partials of dq are rounded
-    # once and their sum once, half an ulp each.
-    floor = float(jnp.finfo(dtype).eps) * np.abs(true).max()
-    assert error.max() <= 2 * np.abs(near - true).max() + floor, name
-    assert np.linalg.norm(error) <= 0.005 * np.linalg.norm(true), name
-
-
-def inputs(case, dtype):
-  q, k, v, *_ = case.inputs(dtype=dtype)
-  return q, k, v, jax.random.normal(jax.random.key(9), q.shape, dtype)
 
 
 def lengths(case):
@@ -235,75 +180,34 @@ def test_launches_cover_everything_and_fit():
 
 # ------------------------------------------------------------ interpret mode
 
-INTERPRETED = {
-  # Ragged batch, T < S, a row shorter than T, pairs of blocks of 64, G 8.
-  "block_64": (Case(
-    batch=2, q_len=11, kv_len=250, num_heads=8, num_kv_heads=1, head_dim=64,
-    block_size=64, top_k=3, kv_lengths=(250, 7),
-  ), dict()),
-  # Two groups, hot blocks split, two chunks.
-  "split": (Case(
-    q_len=20, kv_len=270, num_heads=32, num_kv_heads=2, head_dim=128,
-    block_size=128, top_k=2,
-  ), dict(task=8, chunk=12)),
-  # Rows of all lengths, two a launch, two chunks.
-  "rows": (Case(
-    batch=4, q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
-    block_size=128, top_k=2, kv_lengths=(140, 5, 0, 133),
-  ), dict(pairs=72, chunk=5)),
-}  # fmt: skip
+CONFIGS = {
+  "block_64": dict(),
+  "group_16": dict(task=8, chunk=12),  # hot blocks split, two chunks
+  "rows": dict(pairs=72, chunk=5),  # two batch rows a launch, two chunks
+  "nan": dict(),
+}
 
 
-@pytest.mark.parametrize("name", INTERPRETED)
-def test_interpreted(name):
-  case, config = INTERPRETED[name]
-  q, k, v, dout = inputs(case, jnp.bfloat16)
-  blocks = random_blocks(case)
-  grads = interpreted(case, q, k, v, dout, blocks, **config)
-  check(case, q, k, v, dout, blocks, grads)
+class TestInterpreted(GradientContract):
+  repeats = False  # the interpreter takes ten seconds a call
+
+  def run(self, name, case, q, k, v, dout, blocks):
+    return interpreted(case, q, k, v, dout, blocks, **CONFIGS[name])
 
 
 def test_interpreted_launches_do_not_change_a_bit():
-  case = INTERPRETED["rows"][0]
-  q, k, v, dout = inputs(case, jnp.bfloat16)
-  blocks = random_blocks(case)
+  # A batch row that sees all its queries and one that is shorter than T.
+  scenario = op_contract.ATTENTION["rows"]
+  case = dataclasses.replace(scenario.case, batch=2, kv_lengths=(140, 5))
+  args = (case, *dataclasses.replace(scenario, case=case).build())
   row = case.q_len * case.top_k * case.num_kv_heads
-  # All rows at once, two, one, and one group.
+  # Both batch rows at once, one, and one group.
   want, *others = (
-    interpreted(case, q, k, v, dout, blocks, pairs=pairs, task=16)
-    for pairs in (0, 2 * row, row, row // 2)
+    interpreted(*args, pairs=pairs, task=16) for pairs in (0, row, row // 2)
   )
-  check(case, q, k, v, dout, blocks, want)
+  check_attention_gradients(*args, want)
   for got in others:
-    for a, b in zip(got, want):
-      assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-
-
-def test_interpreted_pads_heads_and_keeps_nan_where_it_is_seen():
-  case = Case(
-    q_len=9, kv_len=384, num_heads=2, num_kv_heads=1, head_dim=64,
-    block_size=128, top_k=2,
-  )  # fmt: skip
-  q, k, v, dout = inputs(case, jnp.float16)
-  blocks = np.tile(np.int32([0, 2]), (1, 1, 9, 1))
-  blocks[:, :, 4:, 0] = -1  # only queries 0 to 3 choose block 0
-  blocks = jnp.asarray(np.sort(blocks))
-  k = k.at[:, 128:256].set(jnp.nan)  # chosen by none
-  v = v.at[:, 128:256].set(jnp.nan)
-  clean = interpreted(case, q, k, v, dout, blocks)
-  check(case, q, k.at[:, 128:256].set(0), v.at[:, 128:256].set(0), dout, blocks,
-        clean)  # fmt: skip
-  q = q.at[0, 2, 1].set(jnp.nan)
-  dq, dk, dv = interpreted(case, q, k, v, dout, blocks)
-  bad = np.isnan(np.asarray(dq)).any((0, 3))
-  np.testing.assert_array_equal(np.argwhere(bad), [[2, 1]])
-  seen = np.zeros(384, bool)
-  seen[:128] = seen[256 : 375 + 2 + 1] = True  # query 2 stands at 377
-  for x in (dk, dv):
-    np.testing.assert_array_equal(
-      np.isnan(np.asarray(x))[0, :, 0].all(-1), seen
-    )
-    np.testing.assert_array_equal(np.asarray(x)[0, 128:256], 0.0)
+    assert_same_bits(got, want)
 
 
 # ------------------------------------------------------------------ lowering
@@ -373,20 +277,17 @@ def compiled(case, config):
 
 
 def run_twice(case, q, k, v, dout, blocks, config=None):
-  function = compiled(case, config)
-  args = (q, k, v, dout, blocks)
-  first, second = function(*args), function(*args)
-  for a, b in zip(first, second):
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-  check(case, q, k, v, dout, blocks, first)
-  return first
+  check = functools.partial(check_attention_gradients, case)
+  return op_contract.run_twice(
+    compiled(case, config), check, q, k, v, dout, blocks
+  )
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_patterns(hopper, name):
   case, dtype = HOPPER_CASES[name]
-  args = inputs(case, dtype)
+  args = attention_inputs(case, dtype)
   for blocks in patterns(case).values():
     run_twice(case, *args, blocks)
 
@@ -395,7 +296,7 @@ def test_gpu_patterns(hopper, name):
 @pytest.mark.parametrize("config", bwd.candidate_configs(), ids=str)
 def test_gpu_configs(hopper, config):
   case, dtype = HOPPER_CASES["paper_heads"]
-  args = inputs(case, dtype)
+  args = attention_inputs(case, dtype)
   for name in ("random", "sharing", "all_on_block_0"):
     run_twice(case, *args, patterns(case)[name], config)
 
@@ -404,13 +305,13 @@ def test_gpu_configs(hopper, config):
 def test_gpu_small_chunks_and_tasks(hopper):
   case, dtype = HOPPER_CASES["ragged_batch"]
   config = bwd.Config(chunk=64, task=16, num_ctas=7)
-  run_twice(case, *inputs(case, dtype), random_blocks(case), config)
+  run_twice(case, *attention_inputs(case, dtype), random_blocks(case), config)
 
 
 @pytest.mark.gpu
 def test_gpu_launches_of_rows_and_groups(hopper):
   case, dtype = HOPPER_CASES["ragged_rows"]
-  args = (*inputs(case, dtype), random_blocks(case))
+  args = (*attention_inputs(case, dtype), random_blocks(case))
   row = case.q_len * case.top_k * case.num_kv_heads
   # All rows at once, two, one, and one group.
   want, *others = (
@@ -431,7 +332,7 @@ def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
     batch=16, q_len=4096, kv_len=4096, num_heads=16, num_kv_heads=2,
     head_dim=128, block_size=128, top_k=16,
   )  # fmt: skip
-  q, k, v, dout = inputs(case, jnp.bfloat16)
+  q, k, v, dout = attention_inputs(case, jnp.bfloat16)
   blocks = random_blocks(case)
   one = dataclasses.replace(case, batch=1)
   config = bwd.Config(task=2048)
@@ -450,7 +351,7 @@ def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
 @pytest.mark.gpu
 def test_gpu_nan_of_unchosen_blocks_reaches_nothing(hopper):
   case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
-  q, k, v, dout = inputs(case, "bfloat16")
+  q, k, v, dout = attention_inputs(case, "bfloat16")
   blocks = np.array(random_blocks(case))
   blocks[blocks == 4] = -1
   blocks = jnp.asarray(blocks)
@@ -466,7 +367,7 @@ def test_gpu_nan_of_unchosen_blocks_reaches_nothing(hopper):
 @pytest.mark.gpu
 def test_gpu_nan_query_poisons_its_row_and_its_blocks_only(hopper):
   case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
-  q, k, v, dout = inputs(case, "bfloat16")
+  q, k, v, dout = attention_inputs(case, "bfloat16")
   blocks = random_blocks(case)
   dq, dk, dv = compiled(case, None)(
     q.at[0, 77, 3].set(jnp.nan), k, v, dout, blocks
@@ -484,9 +385,11 @@ def test_gpu_nan_query_poisons_its_row_and_its_blocks_only(hopper):
 @pytest.mark.gpu
 def test_gpu_under_vmap(hopper):
   case, dtype = HOPPER_CASES["group_4"]
-  args = inputs(case, dtype)
+  args = attention_inputs(case, dtype)
   blocks = random_blocks(case)
   two = [jnp.stack([x, x[:, ::-1]]) for x in args]
   grads = jax.vmap(compiled(case, None), (0, 0, 0, 0, None))(*two, blocks)
   for i in range(2):
-    check(case, *(x[i] for x in two), blocks, [x[i] for x in grads])
+    check_attention_gradients(
+      case, *(x[i] for x in two), blocks, [x[i] for x in grads]
+    )

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from test_kernels_select import EXACT, check_choice
+from op_contract import EXACT, check_choice
 
 from msa_jax import reference
 from pallas_kernels import decode, mosaic

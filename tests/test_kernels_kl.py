@@ -6,11 +6,12 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_contract
 import pytest
 from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
+from op_contract import SPARSE_KL, KLContract, check_kl, kl_and_gradients
 
 from benchmarks import cases
-from msa_jax import reference
 from pallas_kernels import dense_index_kl, index_kl
 
 # On the CPU: one CTA, small tasks; chunks of one unit's queries.
@@ -18,151 +19,37 @@ INTERPRETED = index_kl.Config(stages=2, task=64, num_ctas=1)
 INTERPRETED_DENSE = dense_index_kl.Config(stages=2, workspace=1, num_ctas=1)
 
 
-@functools.partial(jax.jit, static_argnames=("case", "dtype"))
-def formula(case, q, k, index_q, index_k, blocks, mask, dtype=None):
-  """KL, its gradients, and the part of them that comes from r, in float32.
-
-  `dtype` rounds what a kernel has to round: p of each head, and g = r - p.
-  """
-  rounded = (
-    (lambda x: x.astype(dtype).astype(x.dtype)) if dtype else lambda x: x
-  )
-  q, k, index_q, index_k = (
-    x.astype(jnp.float32) for x in (q, k, index_q, index_k)
-  )
-  positions = reference.query_positions(
-    case.q_len, case.kv_len, case.batch, case.lengths
-  )
-  if blocks is None:
-    visible = reference.causal_tokens(positions, case.kv_len)
-  else:
-    visible = reference.chosen_tokens(
-      blocks, positions, case.kv_len, case.block_size
-    )
-  visible &= mask[:, None, :, None]
-  s = reference.head_scores(q, k, visible, case.head_dim**-0.5)
-  p = reference.softmax(s, reference.masked_logsumexp(s))
-  p = jnp.mean(rounded(p), axis=2)
-  u = case.index_dim**-0.5 * reference.index_scores(index_q, index_k)
-  u = jnp.where(visible, u, -jnp.inf)
-  lse = reference.masked_logsumexp(u)
-  r = reference.softmax(u, lse)
-  log_r = jnp.where(
-    visible, u - jnp.where(lse == -jnp.inf, 0, lse)[..., None], 0
-  )
-  log_p = jnp.log(jnp.where(p > 0, p, 1))
-  counted = jnp.maximum(mask.sum(), 1) * case.num_kv_heads
-  value = jnp.sum(p * (log_p - log_r)) / counted
-
-  def gradients(g):
-    g = g * (case.index_dim**-0.5 / counted)
-    einsum = functools.partial(jnp.einsum, precision="highest")
-    return (
-      einsum("bkts,bsi->btki", g, index_k),
-      einsum("bkts,btki->bsi", g, index_q),
-    )
-
-  return value, gradients(rounded(r - p)), gradients(r)
-
-
-def inputs(case, dtype, seed=0):
-  q, k, v, index_q, index_k = case.inputs(seed, dtype=dtype)
-  return q, k, v, index_q, index_k
-
-
-def run(
-  case, q, k, index_q, index_k, blocks, mask=None, config=None, **options
-):
+def run(case, *args, mask=None, config=None, interpret=False):
   """Value and gradients, with the reference's lse."""
-  options |= dict(kv_lengths=case.lengths)
-  attention = dict(scale=case.head_dim**-0.5, kv_lengths=case.lengths)
-  if blocks is None:
-    _, lse = reference.warmup_attention(q, k, k, **attention)
-  else:
-    _, lse = reference.sparse_attention(
-      q, k, k, blocks, block_size=case.block_size, **attention
-    )
-
-  # As with a loss scale: the gradients of a mean are below float16's range.
-  factor = 1024.0 if q.dtype == jnp.float16 else 1.0
-
-  def loss(index_q, index_k):
-    value = index_kl.index_kl_loss(
-      q, k, index_q, index_k, blocks, lse=lse, block_size=case.block_size,
-      query_mask=mask, config=config, **options,
-    )  # fmt: skip
-    return factor * value, value
-
-  grad = jax.grad(loss, (0, 1), has_aux=True)
-  grads, value = grad(index_q, index_k)
-  assert all(x.dtype == q.dtype for x in grads)
-  return value, [x.astype(jnp.float32) / factor for x in grads]
-
-
-def check(case, q, k, index_q, index_k, blocks, got, mask=None):
-  dtype = q.dtype
-  if mask is None:
-    mask = jnp.ones((case.batch, case.q_len), bool)
-  args = (case, q, k, index_q, index_k, blocks, mask)
-  true, grads, scales = formula(*args)
-  near, near_grads, _ = formula(*args, dtype=dtype)
-  value, got_grads = got
-  assert value.dtype == jnp.float32 and value.shape == ()
-  # A sum over all pairs in float32, of terms with p rounded.
-  assert abs(value - true) <= 2 * abs(near - true) + 2e-4 * abs(true)
-  eps = float(jnp.finfo(dtype).eps)
-  for name, x, want, close, scale in zip(
-    ("dindex_q", "dindex_k"), got_grads, grads, near_grads, scales
-  ):
-    x, want, close, scale = (
-      np.asarray(y, np.float32) for y in (x, want, close, scale)
-    )
-    assert np.all(np.isfinite(x)), name
-    np.testing.assert_array_equal(x[scale == 0], 0.0, err_msg=name)
-    error = np.abs(x - want)
-    # The floor is one ulp of the r part: gradients are differences r - p, whose
-    # partials are rounded once and their sum once.
-    floor = eps * np.abs(scale).max()
-    assert error.max() <= 2 * np.abs(close - want).max() + floor, name
-    assert np.linalg.norm(error) <= 0.005 * np.linalg.norm(scale), name
+  loss = functools.partial(
+    index_kl.index_kl_loss, config=config, interpret=interpret
+  )
+  return kl_and_gradients(case, *args, mask, loss=loss)
 
 
 # ------------------------------------------------------------ interpret mode
 
-CASES = {
-  # A ragged batch, T < S, a row shorter than T, pairs of blocks of 64, G 8.
-  "block_64": Case(
-    batch=2, q_len=7, kv_len=250, num_heads=8, num_kv_heads=1, head_dim=64,
-    index_dim=64, block_size=64, top_k=3, kv_lengths=(250, 5),
-  ),
-  # Two groups of 16 heads.
-  "group_16": Case(
-    q_len=6, kv_len=270, num_heads=32, num_kv_heads=2, head_dim=128,
-    index_dim=128, block_size=128, top_k=2,
-  ),
-  # Rows of all lengths.
-  "rows": Case(
-    batch=4, q_len=9, kv_len=140, num_heads=16, num_kv_heads=2, head_dim=64,
-    index_dim=64, block_size=128, top_k=2, kv_lengths=(140, 5, 0, 133),
-  ),
-}  # fmt: skip
 
+class TestInterpreted(KLContract):
+  repeats = False  # the interpreter takes ten seconds a call
 
-@pytest.mark.parametrize("name", CASES)
-def test_interpreted(name):
-  case = CASES[name]
-  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
-  blocks = random_blocks(case)
-  got = run(
-    case, q, k, index_q, index_k, blocks, config=INTERPRETED, interpret=True
-  )
-  check(case, q, k, index_q, index_k, blocks, got)
+  def run(self, name, case, q, k, index_q, index_k, blocks, mask=None):
+    config = INTERPRETED if blocks is not None else INTERPRETED_DENSE
+    if blocks is not None and name == "nan":
+      # Two chunks, and block 0 split over tasks.
+      config = dataclasses.replace(config, task=24, chunk=40)
+    if blocks is None and name == "rows":  # two batch rows a launch
+      config = dataclasses.replace(config, workspace=2 * 2 * 256 * 256)
+    return run(
+      case, q, k, index_q, index_k, blocks, mask=mask, config=config,
+      interpret=True,
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize("share", [4, 2, 1])
 def test_interpreted_launches_of_rows_and_groups(share):
-  case = CASES["rows"]
-  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  case = SPARSE_KL["rows"]
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
   blocks = random_blocks(case)
   mask = jnp.arange(case.batch * case.q_len).reshape(case.batch, -1) % 5 != 3
   # Two rows a launch, in chunks; one row; one group.
@@ -170,97 +57,8 @@ def test_interpreted_launches_of_rows_and_groups(share):
     INTERPRETED, pairs=case.q_len * case.top_k * share, chunk=5 * (share == 4)
   )
   args = (case, q, k, index_q, index_k, blocks)
-  got = run(*args, mask, config=config, interpret=True)
-  check(*args, got, mask)
-
-
-def test_interpreted_masks_splits_and_keeps_nan_out():
-  case = Case(
-    q_len=70, kv_len=384, num_heads=1, num_kv_heads=1, head_dim=64,
-    index_dim=64, block_size=128, top_k=2,
-  )  # fmt: skip
-  q, k, _, index_q, index_k = inputs(case, jnp.float16)
-  blocks = np.tile(np.int32([0, 2]), (1, 1, 70, 1))
-  blocks[:, :, 5] = -1
-  blocks = jnp.asarray(blocks)
-  mask = jnp.arange(70)[None] != 3
-  # Nobody chose block 1, and query 3 does not count.
-  k, index_k = (x.at[:, 128:256].set(jnp.nan) for x in (k, index_k))
-  q, index_q = q.at[0, 3].set(jnp.nan), index_q.at[0, 3].set(jnp.nan)
-  # Two chunks, and block 0 split over tasks.
-  config = dataclasses.replace(INTERPRETED, task=24, chunk=40)
-  got = run(
-    case, q, k, index_q, index_k, blocks, mask, config=config, interpret=True
-  )
-  k, index_k = (x.at[:, 128:256].set(0) for x in (k, index_k))
-  q, index_q = q.at[0, 3].set(0), index_q.at[0, 3].set(0)
-  check(case, q, k, index_q, index_k, blocks, got, mask)
-
-
-DENSE_CASES = {
-  # Ragged, T < S, a row shorter than T, G 16.
-  "batch": (Case(
-    batch=2, q_len=70, kv_len=250, num_heads=16, num_kv_heads=1, head_dim=64,
-    index_dim=128, kv_lengths=(250, 5),
-  ), "bfloat16"),
-  # Rows of all lengths, two a launch.
-  "rows": (Case(
-    batch=4, q_len=70, kv_len=250, num_heads=2, num_kv_heads=2, head_dim=64,
-    index_dim=64, kv_lengths=(250, 5, 0, 100),
-  ), "bfloat16"),
-  # Two chunks, two groups of one head, queries that do not count.
-  "chunks": (Case(
-    q_len=300, kv_len=300, num_heads=2, num_kv_heads=2, head_dim=128,
-    index_dim=64,
-  ), "float16"),
-}  # fmt: skip
-
-
-@pytest.mark.parametrize("name", DENSE_CASES)
-def test_interpreted_over_all_tokens(name):
-  case, dtype = DENSE_CASES[name]
-  q, k, _, index_q, index_k = inputs(case, dtype)
-  mask = None
-  if name == "chunks":
-    mask = jnp.arange(case.q_len)[None] % 5 != 2
-  config = INTERPRETED_DENSE
-  if name == "rows":
-    config = dataclasses.replace(config, workspace=2 * 2 * 256 * 256)
-  args = (q, k, index_q, index_k, None)
-  got = run(case, *args, mask, config, interpret=True)
-  check(case, *args, got, mask)
-
-
-@pytest.mark.parametrize("poisoned", [False, True])
-def test_interpreted_over_all_tokens_keeps_nan_out(poisoned):
-  case = Case(
-    q_len=90, kv_len=140, num_heads=8, num_kv_heads=2, head_dim=64,
-    index_dim=64, kv_lengths=(100,),
-  )  # fmt: skip
-  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
-  mask = jnp.arange(90)[None] != 3
-  # Nobody sees these keys, and query 3 does not count.
-  bad_k, bad_index_k = (x.at[:, 100:].set(jnp.nan) for x in (k, index_k))
-  bad_q, bad_index_q = (x.at[:, 3].set(jnp.nan) for x in (q, index_q))
-  if poisoned:
-    # Query 60 stands at slot 70, key 97 is seen by queries 87 to 89.
-    bad_index_q = bad_index_q.at[0, 60, 1, 0].set(jnp.inf)
-    bad_index_k = bad_index_k.at[0, 97].set(jnp.nan)
-  got = run(
-    case, bad_q, bad_k, bad_index_q, bad_index_k, None, mask,
-    INTERPRETED_DENSE, interpret=True,
-  )  # fmt: skip
-  if not poisoned:
-    check(case, q, k, index_q, index_k, None, got, mask)
-    return
-  value, (diq, dik) = got
-  assert np.isnan(value)
-  where = np.zeros((90, 2), bool)
-  where[60, 1] = where[87:] = True
-  np.testing.assert_array_equal(np.isnan(diq).any((0, 3)), where)
-  np.testing.assert_array_equal(np.isnan(diq).all((0, 3)), where)
-  np.testing.assert_array_equal(np.isnan(dik[0]).all(-1), np.arange(140) < 100)
-  assert np.all(np.asarray(dik[0, 100:]) == 0)
+  got = run(*args, mask=mask, config=config, interpret=True)
+  check_kl(*args, got, mask)
 
 
 @pytest.mark.parametrize(
@@ -335,8 +133,8 @@ def lowered(case, dense):
 
 
 def test_only_the_index_branch_gets_a_gradient():
-  case = CASES["group_16"]
-  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  case = SPARSE_KL["group_16"]
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
   lse = jnp.zeros((1, 32, 6), jnp.float32)
 
   def loss(q, k, lse):
@@ -360,19 +158,15 @@ def compiled(case, config, with_mask=False):
 
 
 def run_twice(case, args, config=None):
-  function = compiled(case, config)
-  first, second = function(*args), function(*args)
-  for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(second)):
-    assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
-  check(case, *args, first)
-  return first
+  check = functools.partial(check_kl, case)
+  return op_contract.run_twice(compiled(case, config), check, *args)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_patterns(hopper, name):
   case, dtype = HOPPER_CASES[name]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   for blocks in patterns(case).values():
     run_twice(case, (q, k, index_q, index_k, blocks))
 
@@ -381,7 +175,7 @@ def test_gpu_patterns(hopper, name):
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_over_all_tokens(hopper, name):
   case, dtype = HOPPER_CASES[name]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   run_twice(case, (q, k, index_q, index_k, None))
 
 
@@ -390,14 +184,14 @@ def test_gpu_over_all_tokens(hopper, name):
 def test_gpu_configs_over_all_tokens(hopper, config):
   for name in ("paper_heads", "ragged_batch"):
     case, dtype = HOPPER_CASES[name]
-    q, k, _, index_q, index_k = inputs(case, dtype)
+    q, k, _, index_q, index_k = case.inputs(dtype=dtype)
     run_twice(case, (q, k, index_q, index_k, None), config)
 
 
 @pytest.mark.gpu
 def test_gpu_launches_of_rows_over_all_tokens(hopper):
   case, dtype = HOPPER_CASES["ragged_rows"]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   row = case.num_kv_heads * 512 * 1280  # in units of 256
   for workspace in (4 * row, 2 * row, row, row // 2):
     config = dense_index_kl.Config(workspace=workspace)
@@ -407,7 +201,7 @@ def test_gpu_launches_of_rows_over_all_tokens(hopper):
 @pytest.mark.gpu
 def test_gpu_small_chunks_over_all_tokens(hopper):
   case, dtype = HOPPER_CASES["ragged_batch"]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   config = dense_index_kl.Config(workspace=1, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, None), config)
 
@@ -416,7 +210,7 @@ def test_gpu_small_chunks_over_all_tokens(hopper):
 @pytest.mark.parametrize("config", index_kl.candidate_configs(), ids=str)
 def test_gpu_configs(hopper, config):
   case, dtype = HOPPER_CASES["paper_heads"]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   for name in ("random", "sharing", "all_on_block_0"):
     run_twice(case, (q, k, index_q, index_k, patterns(case)[name]), config)
 
@@ -424,7 +218,7 @@ def test_gpu_configs(hopper, config):
 @pytest.mark.gpu
 def test_gpu_small_chunks_and_tasks(hopper):
   case, dtype = HOPPER_CASES["ragged_batch"]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   config = index_kl.Config(task=72, chunk=100, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, random_blocks(case)), config)
 
@@ -432,7 +226,7 @@ def test_gpu_small_chunks_and_tasks(hopper):
 @pytest.mark.gpu
 def test_gpu_launches_of_rows_and_groups(hopper):
   case, dtype = HOPPER_CASES["ragged_rows"]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   args = (q, k, index_q, index_k, random_blocks(case))
   row = case.q_len * case.top_k * case.num_kv_heads
   # All rows at once, two, one, and one group.
@@ -454,7 +248,7 @@ def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
     batch=16, q_len=4096, kv_len=4096, num_heads=16, num_kv_heads=2,
     head_dim=128, index_dim=128, block_size=128, top_k=16,
   )  # fmt: skip
-  q, k, _, index_q, index_k = inputs(case, jnp.bfloat16)
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
   blocks = random_blocks(case)
   lse = jax.random.normal(jax.random.key(5), (16, 16, 4096)) + 8
 
@@ -488,7 +282,7 @@ def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
 @pytest.mark.gpu
 def test_gpu_mask_and_nan(hopper):
   case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
-  q, k, _, index_q, index_k = inputs(case, "bfloat16")
+  q, k, _, index_q, index_k = case.inputs(dtype="bfloat16")
   blocks = np.array(random_blocks(case))
   blocks[blocks == 4] = -1
   blocks = jnp.asarray(blocks)
@@ -500,7 +294,7 @@ def test_gpu_mask_and_nan(hopper):
   got = compiled(case, None, True)(
     q_bad, bad[0], index_q_bad, bad[1], blocks, mask
   )
-  check(case, q, k.at[:, 512:640].set(0), index_q,
+  check_kl(case, q, k.at[:, 512:640].set(0), index_q,
         index_k.at[:, 512:640].set(0), blocks, got, mask)  # fmt: skip
   # A counted query that holds NaN: its row, its keys and the value.
   value, (diq, dik) = compiled(case, None)(
@@ -519,7 +313,7 @@ def test_gpu_mask_and_nan_over_all_tokens(hopper):
   case = dataclasses.replace(
     HOPPER_CASES["paper_heads"][0], q_len=600, kv_lengths=(2000,)
   )
-  q, k, _, index_q, index_k = inputs(case, "bfloat16")
+  q, k, _, index_q, index_k = case.inputs(dtype="bfloat16")
   mask = jnp.arange(600)[None] % 7 != 3
   bad_k, bad_index_k = (x.at[:, 2000:].set(jnp.nan) for x in (k, index_k))
   bad_q, bad_index_q = (
@@ -528,7 +322,7 @@ def test_gpu_mask_and_nan_over_all_tokens(hopper):
   got = compiled(case, None, True)(
     bad_q, bad_k, bad_index_q, bad_index_k, None, mask
   )
-  check(case, q, k, index_q, index_k, None, got, mask)
+  check_kl(case, q, k, index_q, index_k, None, got, mask)
   # A counted query that holds NaN, and an index key that the last ones see.
   value, (diq, dik) = compiled(case, None)(
     q.at[0, 77, 3].set(jnp.nan), k, index_q, index_k.at[0, 1990].set(jnp.inf),
@@ -547,10 +341,10 @@ def test_gpu_mask_and_nan_over_all_tokens(hopper):
 @pytest.mark.parametrize("dense", [False, True])
 def test_gpu_under_vmap(hopper, dense):
   case, dtype = HOPPER_CASES["group_4"]
-  q, k, _, index_q, index_k = inputs(case, dtype)
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   blocks = None if dense else random_blocks(case)
   two = [jnp.stack([x, x[:, ::-1]]) for x in (q, k, index_q, index_k)]
   got = jax.vmap(compiled(case, None), (0, 0, 0, 0, None))(*two, blocks)
   for i in range(2):
     one = jax.tree.map(lambda x, i=i: x[i], got)
-    check(case, *(x[i] for x in two), blocks, one)
+    check_kl(case, *(x[i] for x in two), blocks, one)

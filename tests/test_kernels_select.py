@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from op_contract import EXACT, FAST, FP8, check_choice
 
 from benchmarks import cases
 from msa_jax import reference, selection_stats
@@ -20,63 +21,6 @@ def make(seed, b, t, s, k, i, dtype="bfloat16"):
     jax.random.normal(q_key, (b, t, k, i), dtype),
     jax.random.normal(k_key, (b, s, i), dtype),
   )
-
-
-def check_choice(
-  index_q, index_k, ids, *, block_size, top_k, num_local, kv_lengths, margin
-):
-  """What a choice must satisfy, with scores in float64.
-
-  Every visible block that is forced is in; the rest are the best ones, except
-  that blocks whose scores are closer than `margin` times the sum of the
-  products' magnitudes may stand for each other.
-  """
-  q, k = (np.asarray(x, np.float64) for x in (index_q, index_k))
-  ids = np.asarray(ids)
-  b, t, _, _ = q.shape
-  s_len = k.shape[1]
-  n = -(-s_len // block_size)
-  ends = np.full((b,), s_len) if kv_lengths is None else np.asarray(kv_lengths)
-  position = ends[:, None] - t + np.arange(t)
-  own = np.where(position < 0, -1, position // block_size)[:, None, :, None]
-
-  def block_max(q, k):
-    s = np.einsum("btki,bsi->bkts", q, k, optimize=True)
-    seen = np.arange(s_len) <= position[:, None, :, None]
-    s = np.where(seen, s, -np.inf)
-    pad = ((0, 0),) * 3 + ((0, n * block_size - s_len),)
-    s = np.pad(s, pad, constant_values=-np.inf)
-    return s.reshape(*s.shape[:3], n, block_size).max(-1)
-
-  score = block_max(q, k)
-  size = np.nanmax(block_max(abs(np.nan_to_num(q)), abs(np.nan_to_num(k))), -1)
-  block = np.arange(n)
-  visible = block <= own
-  forced = visible & (block > own - num_local)
-  competing = visible & ~forced & ~np.isnan(score)
-
-  assert ids.dtype == np.int32 and ids.shape == (*score.shape[:3], top_k)
-  count = (ids >= 0).sum(-1)
-  room = np.minimum(top_k, forced.sum(-1) + competing.sum(-1))
-  np.testing.assert_array_equal(count, room)
-  filled = np.arange(top_k) < count[..., None]
-  assert (ids[~filled] == -1).all()
-  assert ((np.diff(ids, axis=-1) > 0) | ~filled[..., 1:]).all()
-  chosen = (ids[..., None] == block).any(-2)
-  assert (chosen <= (forced | competing)).all()
-  assert (forced <= chosen).all()
-  with np.errstate(invalid="ignore"):
-    worst = np.where(chosen & competing, score, np.inf).min(-1)
-    refused = np.where(competing & ~chosen, score, -np.inf).max(-1)
-    assert (worst >= refused - margin * np.maximum(size, 0)).all()
-
-
-# float32 sums of 128 products in another order.
-EXACT = 2.0**-20
-# 10 mantissa bits: two keys truncated by up to 2^-10 each.
-FAST = 2.0**-9
-# Hopper sums e4m3 products with about 14 bits; then ranked like fast.
-FP8 = 2.0**-9 + 2.0**-11
 
 
 def run_and_check(
