@@ -1,6 +1,7 @@
 """MiniMax Sparse Attention (arXiv 2606.13392) in JAX and Flax."""
 
 import importlib
+import importlib.metadata
 from typing import Any
 
 from msa_jax.attention import (
@@ -32,6 +33,12 @@ from msa_jax.ops import (
   sparse_attention,
 )
 
+try:
+  __version__ = importlib.metadata.version("msa-jax")
+except importlib.metadata.PackageNotFoundError:
+  # The package is imported from a source tree that is not installed.
+  __version__ = "0+unknown"
+
 __all__ = [
   "Cache",
   "DecodeOutput",
@@ -49,6 +56,7 @@ __all__ = [
   "Selection",
   "SelectionRecall",
   "Sharding",
+  "__version__",
   "check_block_indices",
   "decode_attention",
   "index_kl_loss",
@@ -62,7 +70,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  # Imported when asked for, which keeps `import msa_jax` light.
+  # m3 is imported at its first use, which keeps `import msa_jax` light.
   if name == "m3":
     return importlib.import_module("msa_jax.checkpoints.m3")
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

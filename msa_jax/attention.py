@@ -3,6 +3,9 @@
 Argument names follow `flax.nnx.MultiHeadAttention`. Both layers share every
 projection, norm and rotation of the main branch; `MSAttention` adds the index
 projections (paper arXiv 2606.13392, section 2).
+
+The KL loss trains the index projections alone. `MSAttention` stops its gradient
+at their input; `msa_jax.ops` stops it at q, k and lse.
 """
 
 from __future__ import annotations
@@ -10,7 +13,7 @@ from __future__ import annotations
 import functools
 import typing
 from collections.abc import Callable
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -20,15 +23,20 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from msa_jax import cache as cache_lib
-from msa_jax import ops, reference
-from msa_jax.checks import check_heads, check_index_branch
+from msa_jax import ops
+from msa_jax.checks import check_choice, check_heads, check_rank, require
 from msa_jax.layers import Sharding, head_norm, partial_rope, project
+from msa_jax.model_config import IndexConfig
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
+_INDEX = IndexConfig()
 
 
 class Selection(NamedTuple):
-  """What an MSA layer chose, and how well: see `msa_jax.selection_recall`."""
+  """The blocks that an MSA layer chose, and their recalls.
+
+  `msa_jax.selection_recall` defines the recalls.
+  """
 
   block_indices: Int32[Array, "*L B K T P"]
   block_recall: Float[Array, "*L"]
@@ -41,8 +49,8 @@ class MSALayerOutput(NamedTuple):
 
   Attributes:
     out: the layer's output.
-    kl: KL loss in nats; 0 unless asked for.
-    selection: chosen blocks and recalls; None unless asked for.
+    kl: KL loss in nats; 0 unless `with_kl`.
+    selection: chosen blocks and recalls; None unless `with_selection`.
   """
 
   out: Float[Array, "B T E"]
@@ -56,7 +64,7 @@ class CachedOutput(NamedTuple):
   Attributes:
     out: the layer's output.
     cache: the layer's cache with the tokens in it.
-    block_indices: what an MSA layer chose; None for dense attention.
+    block_indices: blocks that an MSA layer chose; None for dense attention.
   """
 
   out: Float[Array, "B T E"]
@@ -83,7 +91,7 @@ class GQAttention(nnx.Module):
     kernel_init: initialiser of the projections.
     implementation: of `jax.nn.dot_product_attention`: "xla", "cudnn" or None,
       which leaves the choice to JAX.
-    sharding: mesh axes; None: no annotations.
+    sharding: mesh axes of parameters and activations; None adds no annotations.
     rngs: a stream named "params".
 
   Raises:
@@ -131,11 +139,7 @@ class GQAttention(nnx.Module):
     self.rope_theta = rope_theta
     self.implementation = implementation
     self.sharding = sharding
-    if implementation not in self.implementations:
-      raise ValueError(
-        f"implementation must be one of {self.implementations}, got"
-        f" {implementation!r}"
-      )
+    check_choice("implementation", implementation, self.implementations)
 
     linear = functools.partial(
       project, dtype, param_dtype, kernel_init, sharding, rngs
@@ -163,7 +167,7 @@ class GQAttention(nnx.Module):
   def _build(
     self, linear: Callable, norm: Callable, in_features: int, out_features: int
   ) -> None:
-    """Adds what a subclass needs beside the main branch."""
+    """Makes the parameters that a subclass adds to the main branch."""
 
   def _rotate(self, x: Array, positions: Array | None) -> Array:
     if positions is None:
@@ -203,7 +207,7 @@ class GQAttention(nnx.Module):
     )
     axes = self.mesh_axes(x.shape[0])
     if axes is not None:
-      # Mapped by hand, as MSA is, cuDNN needs no rule of how to split its call.
+      # Inside shard_map, GSPMD need not know how to split a cuDNN call.
       tokens: Any = PartitionSpec(axes[0], None, axes[1], None)
       attend = jax.shard_map(
         attend, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False
@@ -225,7 +229,7 @@ class GQAttention(nnx.Module):
     )
 
   def _cached_index_dim(self) -> int | None:
-    """Size of a cached index key; None: there are none."""
+    """Size of a cached index key; None for a layer without index keys."""
     return None
 
   def extend(
@@ -234,12 +238,12 @@ class GQAttention(nnx.Module):
     cache: cache_lib.LayerCache,
     span: cache_lib.Span,
   ) -> CachedOutput:
-    """Caches the next T tokens of each row and attends from them.
+    """Caches the next T tokens of each batch row and attends from them.
 
     Args:
       x: input.
-      cache: what the layer keeps of the tokens before.
-      span: of `msa_jax.Cache.reserve`.
+      cache: the layer's cache of the earlier tokens.
+      span: where the tokens go, from `msa_jax.Cache.reserve`.
 
     Raises:
       ValueError: x has another rank, or the mesh does not divide KV heads.
@@ -254,9 +258,11 @@ class GQAttention(nnx.Module):
     result = extend(q, k, v, None, None, cache, span)
     return result._replace(out=self.out(result.out))
 
-  def mesh_axes(self, rows: int) -> tuple[tuple[str, ...], str | None] | None:
-    """Axes of a batch of rows and of the KV heads in the mesh; None without
-    one.
+  def mesh_axes(self, batch: int) -> tuple[tuple[str, ...], str | None] | None:
+    """The mesh axes that split a batch of this size, and the KV heads.
+
+    Returns:
+      (axes of the batch, axis of the KV heads or None); None without a mesh.
 
     Raises:
       ValueError: the mesh does not divide the KV heads.
@@ -264,7 +270,7 @@ class GQAttention(nnx.Module):
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return None
-    batch = self.sharding.batch_axes(mesh, rows)
+    batch_axes = self.sharding.batch_axes(mesh, batch)
     heads = self.sharding.heads
     heads = heads if heads in mesh.axis_names else None
     split = 1 if heads is None else mesh.shape[heads]
@@ -273,15 +279,16 @@ class GQAttention(nnx.Module):
         f"num_kv_heads must be a multiple of mesh axis {heads!r} = {split},"
         f" got {self.num_kv_heads}"
       )
-    return batch, heads
+    return batch_axes, heads
 
-  def _over_mesh_cached(self, extend: Callable, rows: int) -> Callable:
-    """Runs `extend(q, k, v, index_q, index_k, cache, span)`, which returns a
-    `CachedOutput` of heads, on each device's batch rows and KV heads.
+  def _over_mesh_cached(self, extend: Callable, batch_size: int) -> Callable:
+    """Maps `extend` over each device's batch rows and KV heads.
 
-    A cache is written and read where it lies: nothing moves between devices.
+    `extend(q, k, v, index_q, index_k, cache, span)` returns a `CachedOutput` of
+    heads. Each device writes and reads its own part of the cache, so nothing
+    moves between devices.
     """
-    axes = self.mesh_axes(rows)
+    axes = self.mesh_axes(batch_size)
     if axes is None:
       return extend
     batch, heads = axes
@@ -301,33 +308,24 @@ class GQAttention(nnx.Module):
 class MSAttention(GQAttention):
   """MiniMax Sparse Attention: GQA over blocks that an Index Branch chooses.
 
-  index_q = x Wq_idx (one head a group) and index_k = x Wk_idx (one head) take
-  the norm and rotation of q and k; `msa_jax.msa_attention` does the rest. The
-  KL loss trains the index projections only, and nothing else trains them.
-
-  The last group of arguments are the paper's ablations.
+  index_q = x Wq_idx (one head for each group) and index_k = x Wk_idx (one head)
+  take the norm and rotation of q and k; `msa_jax.msa_attention` does the rest.
+  The KL loss trains the index projections and nothing else, and no other loss
+  trains them, unless `index` switches on one of the paper's ablations.
 
   Args:
-    num_heads, in_features, qkv_features, out_features, num_kv_heads, rope_dim,
-      rope_theta, normalize_qk, norm_eps, zero_centered_norm, dtype,
-      param_dtype, kernel_init, sharding, rngs: as in `GQAttention`. The index
-      heads rotate their first min(rope_dim, index_dim) dims.
-    index_dim: size of an index head, I.
-    block_size: tokens a block.
-    top_k: blocks kept, P.
-    num_local_blocks: blocks forced, counted back from the query's own.
-    score_precision: see `msa_jax.select_blocks`.
+    num_heads: query heads, H.
+    in_features: size of the input's last axis.
+    qkv_features: H D; None: in_features.
+    out_features: size of the output's last axis; None: in_features.
+    num_kv_heads: KV heads, K; None: num_heads.
+    index: options of the Index Branch.
     implementation: of the MSA operation: "reference", "xla", "mosaic_gpu" or
-      None.
-    selection: "index": the Index Branch chooses. "window": block 0 and the last
-      P - 1 blocks, with no Index Branch at all.
-    force_first_block: always choose block 0, inside P.
-    detach_input: stop the KL's gradient at the index projections' input.
-    detach_teacher: stop the KL's gradient at the main branch's probabilities;
-      False computes the KL densely, in O(T^2) memory.
-    value_head: add the Index Branch's own attention output (one value head,
-      over the chosen tokens) to the layer's output, so that the LM loss reaches
-      the index projections.
+      None, see `msa_jax.ops`.
+    **gqa_options: the other options of `GQAttention`: rope_dim, rope_theta,
+      normalize_qk, norm_eps, zero_centered_norm, dtype, param_dtype,
+      kernel_init, sharding and rngs. The index heads rotate their first
+      min(rope_dim, index_dim) dims.
 
   Raises:
     ValueError: an argument is wrong, or does not fit another.
@@ -343,41 +341,14 @@ class MSAttention(GQAttention):
     out_features: int | None = None,
     num_kv_heads: int | None = None,
     *,
-    index_dim: int = 128,
-    block_size: int = 128,
-    top_k: int = 16,
-    num_local_blocks: int = 1,
-    score_precision: ops.ScorePrecision = "exact",
+    index: IndexConfig = _INDEX,
     implementation: ops.Implementation | None = None,
-    selection: Literal["index", "window"] = "index",
-    force_first_block: bool = False,
-    detach_input: bool = True,
-    detach_teacher: bool = True,
-    value_head: bool = False,
     **gqa_options,
   ):
-    check_index_branch(
-      index_dim=index_dim,
-      block_size=block_size,
-      top_k=top_k,
-      num_local_blocks=num_local_blocks,
-      score_precision=score_precision,
-      selection=selection,
-      force_first_block=force_first_block,
-      detach_input=detach_input,
-      detach_teacher=detach_teacher,
-      value_head=value_head,
+    require(
+      isinstance(index, IndexConfig), "index", "a msa_jax.IndexConfig", index
     )
-    self.index_dim = index_dim
-    self.block_size = block_size
-    self.top_k = top_k
-    self.num_local_blocks = num_local_blocks
-    self.score_precision: ops.ScorePrecision = score_precision
-    self.selection = selection
-    self.force_first_block = force_first_block
-    self.detach_input = detach_input
-    self.detach_teacher = detach_teacher
-    self.value_head = value_head
+    self.index = index
     super().__init__(
       num_heads,
       in_features,
@@ -391,27 +362,33 @@ class MSAttention(GQAttention):
   def _build(
     self, linear: Callable, norm: Callable, in_features: int, out_features: int
   ) -> None:
-    if self.selection == "window":
+    if self.index.selection == "window":
       return
-    heads = (self.num_kv_heads, self.index_dim)
+    heads = (self.num_kv_heads, self.index.index_dim)
     self.index_query = linear(in_features, heads)
-    self.index_key = linear(in_features, (self.index_dim,))
-    self.index_query_norm = norm(self.index_dim)
-    self.index_key_norm = norm(self.index_dim)
-    if self.value_head:
-      self.index_value = linear(in_features, (self.index_dim,))
+    self.index_key = linear(in_features, (self.index.index_dim,))
+    self.index_query_norm = norm(self.index.index_dim)
+    self.index_key_norm = norm(self.index.index_dim)
+    if self.index.value_head:
+      self.index_value = linear(in_features, (self.index.index_dim,))
       self.index_out = linear(heads, out_features)
 
-  def _index(
+  def _project_index(
     self, x: Array, positions: Array | None
   ) -> tuple[Array, Array, Array | None]:
-    """index_q [B, T, K, I], index_k [B, S, I] and the value head's values."""
-    if self.selection == "window":
+    """The index projections of x: index_q, index_k and index_v.
+
+    index_q is [B, T, K, I], index_k [B, S, I]; index_v, of the value head, is
+    [B, S, I] or None.
+    """
+    if self.index.selection == "window":
       b, t = x.shape[:2]
-      shape = (b, t, self.num_kv_heads, self.index_dim)
-      unused = jnp.zeros(shape, x.dtype)  # of a size that kernels take
+      shape = (b, t, self.num_kv_heads, self.index.index_dim)
+      # Nothing reads these zeros, but the operations' checks want the shapes.
+      unused = jnp.zeros(shape, x.dtype)
       return unused, unused[:, :, 0], None
-    if self.detach_input:
+    if self.index.detach_input:
+      # The KL gradient stops here: it does not reach the layers below.
       x = lax.stop_gradient(x)
     index_q, index_k = self.index_query(x), self.index_key(x)
     if self.index_query_norm is not None and self.index_key_norm is not None:
@@ -419,7 +396,7 @@ class MSAttention(GQAttention):
       index_k = self.index_key_norm(index_k)
     index_q = self._rotate(index_q, positions)
     index_k = self._rotate(index_k[:, :, None], positions)[:, :, 0]
-    index_v = self.index_value(x) if self.value_head else None
+    index_v = self.index_value(x) if self.index.value_head else None
     return index_q, index_k, index_v
 
   def __call__(
@@ -432,15 +409,16 @@ class MSAttention(GQAttention):
     with_selection: bool = False,
     query_mask: Bool[Array, "B T"] | None = None,
   ) -> MSALayerOutput:
-    """Attends causally over chosen blocks (over everything in the warm-up).
+    """Attends causally to the chosen blocks, or to all tokens in the warm-up.
 
     Args:
       x: input.
       positions: rotary positions; None: 0 to T - 1.
       phase: "sparse" or "warmup".
-      with_kl: whether to compute the KL loss.
-      with_selection: whether to return the chosen blocks and their recalls
-        (costs dense scores).
+      with_kl: whether to compute the KL loss; it is 0 with selection="window",
+        which has no Index Branch to train.
+      with_selection: whether to return the chosen blocks and their recalls,
+        which takes the time of dense attention scores.
       query_mask: queries that count in the KL; None: all.
 
     Raises:
@@ -449,11 +427,13 @@ class MSAttention(GQAttention):
     """
     _check_input(x)
     q, k, v = self._qkv(x, positions)
-    index_q, index_k, index_v = self._index(x.astype(q.dtype), positions)
+    index_q, index_k, index_v = self._project_index(
+      x.astype(q.dtype), positions
+    )
     attend = functools.partial(
       self._attend,
       phase=phase,
-      with_kl=with_kl and self.selection == "index",
+      with_kl=with_kl and self.index.selection == "index",
       with_selection=with_selection,
     )
     args = (q, k, v, index_q, index_k, index_v, query_mask)
@@ -465,13 +445,17 @@ class MSAttention(GQAttention):
     return MSALayerOutput(out, kl, selection)
 
   def _cached_index_dim(self) -> int | None:
-    if self.selection != "index" or self.force_first_block or self.value_head:
+    if (
+      self.index.selection != "index"
+      or self.index.force_first_block
+      or self.index.value_head
+    ):
       raise NotImplementedError(
         "a cache supports MSA with selection='index', force_first_block=False"
-        f" and value_head=False, got {self.selection!r},"
-        f" {self.force_first_block} and {self.value_head}"
+        f" and value_head=False, got {self.index.selection!r},"
+        f" {self.index.force_first_block} and {self.index.value_head}"
       )
-    return self.index_dim
+    return self.index.index_dim
 
   def extend(
     self,
@@ -481,20 +465,22 @@ class MSAttention(GQAttention):
     *,
     phase: ops.Phase = "sparse",
   ) -> CachedOutput:
-    """Caches the next T tokens of each row and attends from them.
+    """Caches the next T tokens of each batch row and attends from them.
 
-    Up to `msa_jax.ops.MAX_DECODE_TOKENS` tokens go through `decode_attention`,
-    more, and all of the warm-up phase, through `msa_attention`.
+    In the sparse phase, up to `msa_jax.ops.MAX_DECODE_TOKENS` tokens go through
+    `decode_attention`. More tokens, and the warm-up phase, go through
+    `msa_attention`.
 
     Args:
       x: input.
-      cache: what the layer keeps of the tokens before. With index keys in e4m3
-        blocks are scored as with score_precision="fp8". Else they are scored
-        exactly, but as with "fast" where that is the layer's and the tokens go
-        through `msa_attention`.
-      span: of `msa_jax.Cache.reserve`.
-      phase: "sparse", or "warmup" for dense attention, which mosaic_gpu has no
-        kernel for: it needs implementation="xla", "reference" or None.
+      cache: the layer's cache of the earlier tokens. If it holds e4m3 index
+        keys, blocks are scored as with score_precision="fp8". Otherwise they
+        are scored exactly, except that `msa_attention` ranks as "fast" does in
+        a layer with score_precision="fast".
+      span: where the tokens go, from `msa_jax.Cache.reserve`.
+      phase: "sparse", or "warmup" for dense attention. mosaic_gpu has no kernel
+        for dense attention over a cache, so "warmup" needs
+        implementation="xla", "reference" or None.
 
     Raises:
       ValueError: an argument is wrong, or the mesh does not divide KV heads.
@@ -509,7 +495,7 @@ class MSAttention(GQAttention):
         " needs a model with implementation='xla', 'reference' or None"
       )
     q, k, v = self._qkv(x, span.positions)
-    index_q, index_k, _ = self._index(x.astype(q.dtype), span.positions)
+    index_q, index_k, _ = self._project_index(x.astype(q.dtype), span.positions)
     extend = functools.partial(self._extend, phase=phase)
     result = self._over_mesh_cached(extend, x.shape[0])(
       q, k, v, index_q, index_k, cache, span
@@ -528,14 +514,14 @@ class MSAttention(GQAttention):
     *,
     phase: ops.Phase,
   ) -> CachedOutput:
-    """One device's batch rows and KV heads."""
+    """`extend` for one device's batch rows and KV heads."""
     cache = cache.write(span.slots, k, v, index_k)
     cached_index_k: Any = cache.index_k
     options: dict[str, Any] = dict(
       kv_lengths=span.lengths,
-      block_size=self.block_size,
-      top_k=self.top_k,
-      num_local_blocks=self.num_local_blocks,
+      block_size=self.index.block_size,
+      top_k=self.index.top_k,
+      num_local_blocks=self.index.num_local_blocks,
       implementation=self.implementation,
     )
     if phase == "sparse" and q.shape[1] <= ops.MAX_DECODE_TOKENS:
@@ -550,7 +536,7 @@ class MSAttention(GQAttention):
       )
     else:
       keys: Any = cache.index_keys()
-      precision = self.score_precision
+      precision = self.index.score_precision
       if cache.index_k_scale is not None:
         precision = "fp8"
       elif precision == "fp8":
@@ -581,11 +567,18 @@ class MSAttention(GQAttention):
     with_kl: bool,
     with_selection: bool,
   ):
-    """One device's batch rows and KV heads: (out, index_out, kl, selection)."""
+    """`__call__` for one device's batch rows and KV heads.
+
+    Returns:
+      (out, index_out, kl, selection), with out and index_out in heads.
+    """
     options: dict[str, Any] = dict(
-      block_size=self.block_size, implementation=self.implementation
+      block_size=self.index.block_size, implementation=self.implementation
     )
-    plain = self.selection == "index" and not self.force_first_block
+    # The ablations choose blocks by themselves and pass them to the operations.
+    plain = self.index.selection == "index" and not self.index.force_first_block
+    fused_kl = plain and self.index.detach_teacher
+    kl = jnp.zeros((), jnp.promote_types(q.dtype, jnp.float32))
     if plain:
       result = ops.msa_attention(
         q,
@@ -593,19 +586,17 @@ class MSAttention(GQAttention):
         v,
         index_q,
         index_k,
-        top_k=self.top_k,
-        num_local_blocks=self.num_local_blocks,
+        top_k=self.index.top_k,
+        num_local_blocks=self.index.num_local_blocks,
         phase=phase,
-        with_kl=with_kl and self.detach_teacher,
+        with_kl=with_kl and fused_kl,
         query_mask=query_mask,
-        score_precision=self.score_precision,
+        score_precision=self.index.score_precision,
         **options,
       )
-      out, kl = result.out, result.kl
-      block_indices = result.block_indices
+      out, kl, block_indices, _ = result
     else:
       block_indices = self._forced_blocks(index_q, index_k)
-      kl = jnp.zeros((), reference.compute_dtype(q))
       if phase == "warmup":
         out = ops.msa_attention(
           q,
@@ -618,30 +609,16 @@ class MSAttention(GQAttention):
         ).out
       else:
         out = ops.sparse_attention(q, k, v, block_indices, **options)
-      if with_kl and self.detach_teacher:
-        kl = ops.index_kl_loss(
-          q,
-          k,
-          index_q,
-          index_k,
-          None if phase == "warmup" else block_indices,
-          query_mask=query_mask,
-          **options,
-        )
-    if with_kl and not self.detach_teacher:
-      kl = reference.index_kl_loss(
+    if with_kl and not fused_kl:
+      kl = ops.index_kl_loss(
         q,
         k,
         index_q,
         index_k,
         None if phase == "warmup" else block_indices,
-        block_size=self.block_size,
-        scale=q.shape[-1] ** -0.5,
-        index_scale=index_q.shape[-1] ** -0.5,
-        lse=None,
-        kv_lengths=None,
         query_mask=query_mask,
-        detach_teacher=False,
+        detach_teacher=self.index.detach_teacher,
+        **options,
       )
 
     index_out = None
@@ -652,7 +629,7 @@ class MSAttention(GQAttention):
     selection = None
     if with_selection:
       recalls = ops.selection_recall(
-        q, k, block_indices, block_size=self.block_size
+        q, k, block_indices, block_size=self.index.block_size
       )
       selection = Selection(block_indices, *recalls)
     return out, index_out, kl, selection
@@ -665,7 +642,7 @@ class MSAttention(GQAttention):
     block_indices: Array,
     phase: ops.Phase,
   ) -> Any:
-    """Attention of the index heads themselves over the attended tokens."""
+    """The value head's output: attention with index_q, index_k and index_v."""
     shape = (*index_k.shape[:2], index_q.shape[2], index_k.shape[-1])
     k = jnp.broadcast_to(index_k[:, :, None], shape)
     v = jnp.broadcast_to(index_v[:, :, None], shape)
@@ -684,48 +661,53 @@ class MSAttention(GQAttention):
       k,
       v,
       block_indices,
-      block_size=self.block_size,
+      block_size=self.index.block_size,
       implementation=self.implementation,
     )
 
   def _forced_blocks(
     self, index_q: Array, index_k: Array
   ) -> Int32[Array, "B K T P"]:
-    """The ablations' choices: a fixed window, or block 0 always inside P."""
+    """The blocks that the ablations choose.
+
+    selection="window" takes block 0 and the last P - 1 blocks;
+    force_first_block puts block 0 into the choice of the Index Branch.
+    """
     b, t, num_kv_heads, _ = index_q.shape
-    if self.selection == "window":
-      own = jnp.arange(t) // self.block_size
-      ids = own[:, None] - jnp.arange(self.top_k - 1)
-      ids = jnp.where(ids > 0, ids, t)  # t: sorts last, then becomes -1
+    if self.index.selection == "window":
+      own = jnp.arange(t) // self.index.block_size
+      ids = own[:, None] - jnp.arange(self.index.top_k - 1)
+      # t stands for "no block": it sorts behind all ids and becomes -1 below.
+      ids = jnp.where(ids > 0, ids, t)
       ids = jnp.concatenate([jnp.zeros((t, 1), ids.dtype), ids], axis=-1)
       ids = jnp.sort(ids, axis=-1)
       ids = jnp.where(ids == t, -1, ids).astype(jnp.int32)
-      return jnp.broadcast_to(ids, (b, num_kv_heads, t, self.top_k))
+      return jnp.broadcast_to(ids, (b, num_kv_heads, t, self.index.top_k))
     select = functools.partial(
       ops.select_blocks,
       index_q,
       index_k,
-      block_size=self.block_size,
-      num_local_blocks=self.num_local_blocks,
-      score_precision=self.score_precision,
+      block_size=self.index.block_size,
+      num_local_blocks=self.index.num_local_blocks,
+      score_precision=self.index.score_precision,
       implementation=self.implementation,
     )
-    chosen = select(top_k=self.top_k)
-    # Where block 0 did not make it, it takes the place of the lowest choice.
-    rest = select(top_k=self.top_k - 1)
+    chosen = select(top_k=self.index.top_k)
+    # Where block 0 is not among the best P, it replaces the worst of them.
+    rest = select(top_k=self.index.top_k - 1)
     rest = jnp.pad(rest, ((0, 0),) * 3 + ((1, 0),))
     return jnp.where(chosen[..., :1] == 0, chosen, rest)
 
   def _over_mesh(
-    self, attend: Callable, rows: int, with_selection: bool
+    self, attend: Callable, batch_size: int, with_selection: bool
   ) -> Callable:
-    """Runs `attend` on each device's batch rows and KV heads.
+    """Maps `attend` over each device's batch rows and KV heads.
 
-    GSPMD cannot split a Pallas call, and splits a sort badly: the operation is
-    mapped by hand. The KL is a mean, so the devices' means are weighed by the
-    rows that each one counted.
+    GSPMD cannot split a Pallas call and splits a sort badly, hence shard_map.
+    The KL is a mean, so the devices' means are weighed by the number of
+    (query, group) pairs that each one counted.
     """
-    mesh_axes = self.mesh_axes(rows)
+    mesh_axes = self.mesh_axes(batch_size)
     if mesh_axes is None:
       return attend
     batch, heads = mesh_axes
@@ -736,10 +718,9 @@ class MSAttention(GQAttention):
         q, k, v, index_q, index_k, index_v, query_mask
       )
       if axes:
-        shape = (q.shape[0], k.shape[2], q.shape[1])
-        rows = reference.counted_rows(shape, query_mask).astype(kl.dtype)
-        total = jnp.maximum(lax.psum(rows, axes), 1)
-        kl = lax.psum(kl * rows, axes) / total
+        count = ops.count_kl_rows(q, k, query_mask).astype(kl.dtype)
+        total = jnp.maximum(lax.psum(count, axes), 1)
+        kl = lax.psum(kl * count, axes) / total
         if selection is not None:
           recalls = lax.pmean(selection[1:], axes)
           selection = Selection(selection.block_indices, *recalls)
@@ -764,7 +745,7 @@ class MSAttention(GQAttention):
     )
 
 
-# cuDNN reads keys and values in tiles, the last of them past a row's end.
+# Keys that cuDNN reads at once: its last tile can reach past a batch row's end.
 _CUDNN_TILE = 256
 
 
@@ -779,19 +760,22 @@ def _extend_dense(
   *,
   implementation: Any,
 ) -> CachedOutput:
-  """Dense attention of one device's batch rows and KV heads.
+  """`GQAttention.extend` for one device's batch rows and KV heads.
 
-  A weight of zero times NaN is NaN, so what unused slots hold is kept out of
-  the values: by a mask, or, as cuDNN reads each row in tiles up to the one that
-  its length ends in, by zeros in the unused part of that tile, which cost next
-  to nothing. Whatever unused slots held before, cuDNN is given the same bits.
+  Unused slots may hold NaN, and a weight of zero times NaN is NaN, so the
+  values of unused slots must be zero. XLA gets a masked copy of the values.
+  cuDNN reads each batch row up to the end of the tile that its length lies in;
+  it gets the cache itself, with zeros written into the unused part of that
+  tile, which costs next to nothing. So cuDNN reads the same bits whatever the
+  unused slots held before.
   """
   cache = cache.write(span.slots, k, v)
   q_len, capacity = q.shape[1], cache.k.shape[1]
   slot = jnp.arange(capacity)
   if implementation == "cudnn":
     tail = span.lengths[:, None] + jnp.arange(_CUDNN_TILE)
-    # Rows that may see nothing can hold something: they stay as they are.
+    # A length of 0 may mark a batch row that has overflowed: its cache still
+    # holds tokens and must not be changed.
     unused = (tail < capacity) & (span.lengths[:, None] > 0)
     zeros = jnp.zeros((*tail.shape, *k.shape[2:]), k.dtype)
     cache = cache.write(jnp.where(unused, tail, capacity + tail), zeros, zeros)
@@ -799,7 +783,7 @@ def _extend_dense(
   else:
     used = (slot < span.lengths[:, None])[..., None, None]
     values = jnp.where(used, cache.v, 0)
-  # A single query sees all keys of its row.
+  # A single query sees all keys of its batch row, so it needs no mask.
   visible = (slot <= span.positions[..., None])[:, None]
   out = _dot_product_attention(
     q,
@@ -809,13 +793,13 @@ def _extend_dense(
     key_value_seq_lengths=jnp.maximum(span.lengths, 1),
     implementation=implementation,
   )
-  # Padding, and rows that may see nothing.
+  # Padding, and the tokens of batch rows that have overflowed, get zeros.
   out = jnp.where((span.positions >= 0)[..., None, None], out, 0)
   return CachedOutput(out, cache, None)
 
 
 def _dot_product_attention(q: Array, k: Array, v: Array, **options) -> Array:
-  """`jax.nn.dot_product_attention`, which says so where cuDNN is missing."""
+  """`jax.nn.dot_product_attention`, with NotImplementedError without cuDNN."""
   try:
     return jax.nn.dot_product_attention(q, k, v, **options)
   except RuntimeError as error:
@@ -826,5 +810,4 @@ def _dot_product_attention(q: Array, k: Array, v: Array, **options) -> Array:
 
 
 def _check_input(x: Array) -> None:
-  if x.ndim != 3:
-    raise ValueError(f"x must have rank 3, [B, T, E], got shape {x.shape}")
+  check_rank("x", x, "B T E")

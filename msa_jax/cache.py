@@ -1,21 +1,21 @@
 """Keys, values and index keys of the tokens that a model has read.
 
-A `Cache` is a pytree of static shapes. Every row has room for C tokens and
-holds its first lengths[b] of them from slot 0 on: slot j is position j, so
-blocks lie where they lie in a full pass, and a row's length does not depend on
-its neighbours'. Slots beyond the length are unused; nothing reads what they
-hold.
+A `Cache` is a pytree of static shapes. Every batch row has room for C tokens,
+and batch row b holds lengths[b] of them in its first slots. Slot j holds the
+token at position j, so blocks lie where they lie in a full pass, and the
+lengths of batch rows are independent. The slots beyond a length are unused, and
+nothing reads what they hold.
 
     cache, span = cache.reserve(T, counts)      # once for all layers
     layer = layer.write(span.slots, k, v, index_k)
     cache = cache.trim(lengths)                 # drops tokens at the end
 
-Tokens of several rows come in one array [B, T], padded on the left: of row b,
-the last counts[b] are real. Padding is never stored. In a jitted function that
+New tokens come in one array [B, T], padded on the left: of batch row b, the
+last counts[b] are real. Padding is never stored. In a jitted function that
 donates the cache, writing happens in place.
 
-Rows may be split over devices by batch, keys and values also by KV head
-(`partition`); a row's index keys serve all heads and stay whole.
+Batch rows may be split over devices, and keys and values also by KV head
+(`partition`). Index keys serve all heads, so heads do not split them.
 """
 
 from __future__ import annotations
@@ -27,21 +27,29 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
-from msa_jax import reference
+from msa_jax import ops
+from msa_jax.checks import (
+  check_array,
+  check_integer,
+  check_integers,
+  check_sizes,
+  require,
+  wrong,
+)
 
 FP8 = jnp.float8_e4m3fn
 
 
 class LayerCache(NamedTuple):
-  """What one layer keeps of each token.
+  """One layer's keys, values and index keys.
 
   Attributes:
     k: keys, after norm and rotation.
     v: values.
     index_k: index keys, after norm and rotation, in the dtype of k or as e4m3
       codes; None in dense layers.
-    index_k_scale: float32, with codes: an index key is codes * scale, with
-      scale = max |index_k| / 448 (1 for a key of zeros).
+    index_k_scale: float32 scales of e4m3 codes: an index key is codes * scale,
+      see `msa_jax.ops.quantise_index_keys`. None unless index_k holds codes.
   """
 
   k: Float[Array, "B C K D"]
@@ -56,44 +64,45 @@ class LayerCache(NamedTuple):
     v: Float[Array, "B T K D"],
     index_k: Float[Array, "B T I"] | None = None,
   ) -> LayerCache:
-    """Puts tokens into slots; those beyond the capacity are left out.
+    """Puts tokens into slots; a slot at or beyond the capacity drops its token.
 
     Args:
-      slots: of `Cache.reserve`.
+      slots: where the tokens go, from `Cache.reserve`.
       k: keys.
       v: values.
-      index_k: index keys, not quantised; exactly if the layer has some.
+      index_k: index keys before quantisation; None in dense layers.
 
     Raises:
       ValueError: an array has another shape or dtype than the cache.
     """
     if (index_k is None) != (self.index_k is None):
-      here, there = (
+      got, want = (
         "None" if x is None else "an array" for x in (index_k, self.index_k)
       )
-      raise ValueError(f"index_k must be {there} as in the cache, got {here}")
+      raise wrong("index_k", f"{want} as in the cache", got)
     new: dict[str, Any] = dict(k=k, v=v)
     if index_k is not None:
       new["index_k"] = index_k
     for name, x in new.items():
       held = getattr(self, name)
       want = (*slots.shape, *held.shape[2:])
-      # Codes are made here, of keys in the dtype of k.
+      # index_k comes in the dtype of k; it is quantised below.
       dtype = self.k.dtype if name == "index_k" else held.dtype
       if x.shape != want or x.dtype != dtype:
-        raise ValueError(
-          f"{name} must be {dtype} of shape {want} to go into the cache, got"
-          f" {x.dtype} of shape {x.shape}"
+        raise wrong(
+          name,
+          f"{dtype} of shape {want} to go into the cache",
+          f"{x.dtype} of shape {x.shape}",
         )
     if self.index_k_scale is not None:
-      codes, scale = reference.fp8_codes(new["index_k"])
+      codes, scale = ops.quantise_index_keys(new["index_k"])
       new.update(index_k=codes, index_k_scale=scale)
     return self._replace(
       **{name: _put(getattr(self, name), slots, x) for name, x in new.items()}
     )
 
   def index_keys(self) -> Float[Array, "B C I"] | None:
-    """The index keys in the dtype of k, whether they are kept as codes."""
+    """The index keys in the dtype of k, decoded if the cache holds codes."""
     if self.index_k is None or self.index_k_scale is None:
       return self.index_k
     scale = self.index_k_scale[..., None]
@@ -112,12 +121,12 @@ def _put(
 
 
 class Span(NamedTuple):
-  """Where the next T tokens of each row go.
+  """Where the next T tokens of each batch row go.
 
   Attributes:
-    slots: a token's slot; C or more for one that is not stored.
-    lengths: keys that the tokens may see; the tokens are the last T of them. 0
-      for rows that have overflowed: they see nothing.
+    slots: the slot of each token; C or more for a token that is not stored.
+    lengths: keys that exist in each batch row, the new tokens among them as the
+      last T. 0 for a batch row that has overflowed, which so sees nothing.
   """
 
   slots: Int32[Array, "B T"]
@@ -125,20 +134,20 @@ class Span(NamedTuple):
 
   @property
   def positions(self) -> Int32[Array, "B T"]:
-    """Positions of the tokens; of padding, any."""
+    """Positions of the tokens; those of padding have no meaning."""
     q_len = self.slots.shape[1]
     return self.lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)
 
 
 class Cache(NamedTuple):
-  """What a model keeps of B rows of tokens.
+  """The caches of all layers for B batch rows.
 
   Attributes:
-    layers: one entry a layer.
-    lengths: tokens that each row holds.
-    overflowed: rows that were given more tokens than they had room for. Such a
-      row took none of them, and takes no more until it is trimmed: what it
-      holds is always the beginning of what it was given.
+    layers: one cache for each layer.
+    lengths: tokens that each batch row holds.
+    overflowed: batch rows that were given more tokens than they had room for.
+      Such a row stored none of them and stores no others until it is trimmed,
+      so a cache always holds the beginning of what it was given.
   """
 
   layers: tuple[LayerCache, ...]
@@ -147,17 +156,17 @@ class Cache(NamedTuple):
 
   @property
   def capacity(self) -> int:
-    """Tokens that a row has room for, C."""
+    """Tokens that each batch row has room for, C."""
     return self.layers[0].k.shape[1]
 
   def reserve(
     self, num_tokens: int, counts: Int[Array, "B"] | None = None
   ) -> tuple[Cache, Span]:
-    """Makes room at each row's end, to be filled by `LayerCache.write`.
+    """Makes room at each batch row's end, for `LayerCache.write` to fill.
 
     Args:
       num_tokens: T.
-      counts: real tokens of each row, the last counts[b] of T; None: all T.
+      counts: real tokens of each batch row, the last counts[b] of T; None: all.
 
     Returns:
       The cache with its new lengths, and where the tokens go.
@@ -166,20 +175,23 @@ class Cache(NamedTuple):
       ValueError: T exceeds the capacity, or counts has another shape or dtype.
     """
     capacity = self.capacity
-    if not 1 <= num_tokens <= capacity:
-      raise ValueError(
-        f"num_tokens must be from 1 to the cache's capacity = {capacity}, got"
-        f" {num_tokens}"
-      )
+    num_tokens = check_integer("num_tokens", num_tokens)
+    require(
+      num_tokens <= capacity,
+      "num_tokens",
+      f"from 1 to the cache's capacity = {capacity}",
+      num_tokens,
+    )
     if counts is None:
       counts = jnp.full_like(self.lengths, num_tokens)
-    self._check_rows("counts", counts)
+    self._check_batch("counts", counts)
     counts = jnp.clip(counts.astype(jnp.int32), 0, num_tokens)
     fits = ~self.overflowed & (counts <= capacity - self.lengths)
     lengths = jnp.where(fits, self.lengths + counts, self.lengths)
     token = jnp.arange(num_tokens, dtype=jnp.int32)
     real = fits[:, None] & (token >= num_tokens - counts[:, None])
-    # Slots are distinct, also those that do not exist.
+    # All slots are distinct, also those beyond the capacity: `write` promises
+    # unique indices to the scatter.
     slots = jnp.where(
       real, lengths[:, None] - num_tokens + token, capacity + token
     )
@@ -188,28 +200,24 @@ class Cache(NamedTuple):
     return self._replace(lengths=lengths, overflowed=overflowed), span
 
   def trim(self, lengths: Int[Array, "B"]) -> Cache:
-    """Keeps the first lengths[b] tokens of each row and drops the rest.
+    """Keeps the first lengths[b] tokens of each batch row and drops the rest.
 
-    A row that holds fewer keeps what it has. A row that has overflowed takes
-    tokens again if it holds all that it is trimmed to.
+    A batch row that holds fewer keeps all of them. One that has overflowed
+    takes tokens again if it holds at least lengths[b] tokens.
 
     Raises:
       ValueError: lengths has another shape or dtype.
     """
-    self._check_rows("lengths", lengths)
+    self._check_batch("lengths", lengths)
     lengths = jnp.maximum(lengths.astype(jnp.int32), 0)
     return self._replace(
       lengths=jnp.minimum(self.lengths, lengths),
       overflowed=self.overflowed & (lengths > self.lengths),
     )
 
-  def _check_rows(self, name: str, x: Array) -> None:
-    want = self.lengths.shape
-    if x.shape != want or not jnp.issubdtype(x.dtype, jnp.integer):
-      raise ValueError(
-        f"{name} must be integers of shape [B] = {want}, got {x.dtype} of shape"
-        f" {x.shape}"
-      )
+  def _check_batch(self, name: str, x: Array) -> None:
+    check_array(name, x, self.lengths.shape, "[B]")
+    check_integers(name, x)
 
 
 def empty_layer(
@@ -222,30 +230,29 @@ def empty_layer(
   index_dim: int | None = None,
   index_dtype: Any = None,
 ) -> LayerCache:
-  """A layer's cache that holds nothing.
+  """A layer's cache that holds no tokens.
 
   Args:
-    batch: rows, B.
-    capacity: tokens a row has room for, C.
+    batch: batch rows, B.
+    capacity: tokens that each batch row has room for, C.
     num_kv_heads: KV heads, K.
     head_dim: size of a head, D.
-    dtype: of keys and values.
+    dtype: dtype of keys and values.
     index_dim: size of an index key, I; None in a dense layer.
-    index_dtype: of the index keys: dtype, which None means too, or
-      float8_e4m3fn. A dense layer has no use for it.
+    index_dtype: dtype of the index keys: `dtype` or float8_e4m3fn; None means
+      `dtype`. A dense layer ignores it.
 
   Raises:
     ValueError: a size is below 1, or index_dtype is neither.
   """
-  for name, size in dict(batch=batch, capacity=capacity).items():
-    if not isinstance(size, int) or isinstance(size, bool) or size < 1:
-      raise ValueError(f"{name} must be an integer of at least 1, got {size!r}")
+  check_sizes(batch=batch, capacity=capacity)
   dtype = jnp.dtype(dtype)
   index_dtype = dtype if index_dtype is None else jnp.dtype(index_dtype)
   if index_dtype not in (dtype, FP8):
-    raise ValueError(
-      f"index_dtype must be {dtype}, the cache's dtype, or float8_e4m3fn, got"
-      f" {index_dtype}"
+    raise wrong(
+      "index_dtype",
+      f"{dtype}, the cache's dtype, or float8_e4m3fn",
+      str(index_dtype),
     )
   shape = (batch, capacity, num_kv_heads, head_dim)
   k, v = jnp.zeros(shape, dtype), jnp.zeros(shape, dtype)
@@ -257,7 +264,7 @@ def empty_layer(
 
 
 def empty(layers: tuple[LayerCache, ...]) -> Cache:
-  """A cache of empty layers."""
+  """A cache of layers that hold no tokens."""
   batch = layers[0].k.shape[0]
   return Cache(layers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.bool_))
 
@@ -267,8 +274,8 @@ def partition(cache: Cache, batch: tuple[str, ...], heads: str | None) -> Cache:
 
   Args:
     cache: the cache, or its shapes.
-    batch: axes of the rows.
-    heads: axis of the KV heads; None: whole.
+    batch: mesh axes that split the batch rows.
+    heads: mesh axis that splits the KV heads; None leaves them whole.
   """
   whole: Any = layer_partition(batch, heads)
   layers = tuple(

@@ -1,29 +1,119 @@
-"""Checks of sizes and options, which the layers and their configs share."""
+"""Checks of arguments that ops, layers, configs, caches and generation share.
+
+There is one rule for integers: Python and NumPy integers count as integers, a
+bool does not. There is one wording: "NAME must be WANT, got GOT". This module
+imports nothing else of the package, so that every other module can use it.
+"""
 
 from __future__ import annotations
 
-from typing import Any, get_args
+import math
+import typing
+from collections.abc import Sequence
+from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array
 
-from msa_jax import ops
+# --- the wording -------------------------------------------------------------
+
+
+def wrong(name: str, want: str, got: str) -> ValueError:
+  """The error that says which argument is wrong, what is wanted, what came."""
+  return ValueError(f"{name} must be {want}, got {got}")
 
 
 def require(condition: bool | np.bool_, name: str, want: str, got: Any) -> None:
-  """Raises ValueError that names an argument, what came and what is wanted."""
+  """Raises `wrong` with the repr of what came, unless the condition holds."""
   if not condition:
-    raise ValueError(f"{name} must be {want}, got {got!r}")
+    raise wrong(name, want, repr(got))
+
+
+# --- integers, numbers and choices -------------------------------------------
+
+
+def is_integer(value: Any) -> bool:
+  """Whether a value is a Python or NumPy integer; a bool is none."""
+  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+
+
+def check_integer(name: str, value: Any, least: int = 1) -> int:
+  """Returns the value as a Python int.
+
+  A NumPy integer would otherwise give its own width to what is computed from
+  it.
+
+  Raises:
+    ValueError: the value is no integer of at least `least`.
+  """
+  want = f"an integer of at least {least}"
+  require(is_integer(value) and value >= least, name, want, value)
+  return int(value)
 
 
 def check_sizes(least: int = 1, /, **sizes: Any) -> None:
   """Raises ValueError unless each argument is an integer of at least that."""
   for name, value in sizes.items():
-    require(
-      isinstance(value, (int, np.integer)) and value >= least,
-      name,
-      f"an integer of at least {least}",
-      value,
-    )
+    check_integer(name, value, least)
+
+
+def check_choice(name: str, value: Any, choices: Any) -> None:
+  """Raises ValueError unless the value is one of the choices.
+
+  Args:
+    name: of the argument.
+    value: what came.
+    choices: a `Literal` type, or a sequence of values.
+  """
+  allowed = typing.get_args(choices) or tuple(choices)
+  want = f"one of {', '.join(map(repr, allowed))}"
+  require(value in allowed, name, want, value)
+
+
+def check_positive(**values: float) -> None:
+  """Raises ValueError unless each number is above 0 and finite."""
+  for name, value in values.items():
+    require(0 < value < math.inf, name, "above 0 and finite", value)
+
+
+def check_scale(name: str, value: Any, x: Array) -> float:
+  """The factor of attention scores; None stands for x's last size^-0.5.
+
+  Raises:
+    ValueError: the value is no finite Python number (a traced one is none).
+  """
+  if value is None:
+    return x.shape[-1] ** -0.5
+  try:
+    number = float(value)
+  except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
+    raise wrong(name, "a Python number or None", repr(value)) from None
+  require(math.isfinite(number), name, "finite", number)
+  return number
+
+
+# --- options of layers -------------------------------------------------------
+
+
+def check_blocks(
+  block_size: Any, top_k: Any, num_local_blocks: Any
+) -> tuple[int, int, int]:
+  """The arguments as Python ints.
+
+  Raises:
+    ValueError: one is no integer, or num_local_blocks is above top_k.
+  """
+  block_size = check_integer("block_size", block_size)
+  top_k = check_integer("top_k", top_k)
+  require(
+    is_integer(num_local_blocks) and 0 <= num_local_blocks <= top_k,
+    "num_local_blocks",
+    f"an integer from 0 to top_k = {top_k}",
+    num_local_blocks,
+  )
+  return block_size, top_k, int(num_local_blocks)
 
 
 def check_heads(
@@ -54,57 +144,211 @@ def check_heads(
   head_dim = qkv_features // num_heads
   rope_dim = head_dim if rope_dim is None else rope_dim
   require(
-    rope_dim % 2 == 0 and 0 <= rope_dim <= head_dim,
+    is_integer(rope_dim) and rope_dim % 2 == 0 and 0 <= rope_dim <= head_dim,
     "rope_dim",
     f"even and from 0 to head_dim = {head_dim}",
     rope_dim,
   )
-  for name, value in (("rope_theta", rope_theta), ("norm_eps", norm_eps)):
-    require(0 < value < float("inf"), name, "above 0 and finite", value)
+  check_positive(rope_theta=rope_theta, norm_eps=norm_eps)
 
 
-def check_index_branch(
-  *,
-  index_dim: int,
-  block_size: int,
-  top_k: int,
-  num_local_blocks: int,
-  score_precision: str,
-  selection: str,
-  force_first_block: bool,
-  detach_input: bool,
-  detach_teacher: bool,
-  value_head: bool,
+# --- arrays ------------------------------------------------------------------
+
+
+def check_array(
+  name: str, x: Array, shape: Sequence[int | None], letters: str
 ) -> None:
-  """Raises ValueError unless the arguments are those of `MSAttention`."""
-  check_sizes(index_dim=index_dim, block_size=block_size, top_k=top_k)
-  require(
-    isinstance(num_local_blocks, (int, np.integer))
-    and 0 <= num_local_blocks <= top_k,
-    "num_local_blocks",
-    f"an integer from 0 to top_k = {top_k}",
-    num_local_blocks,
-  )
-  for name, value, allowed in (
-    ("score_precision", score_precision, get_args(ops.ScorePrecision)),
-    ("selection", selection, ("index", "window")),
+  """Raises ValueError unless x is an array of this shape.
+
+  Args:
+    name: of the argument.
+    x: what came.
+    shape: sizes; None leaves one free.
+    letters: the axes, such as "[B, T]".
+  """
+  if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    raise wrong(name, f"an array of shape {letters}", type(x).__name__)
+  if len(x.shape) != len(shape) or any(
+    want is not None and size != want for size, want in zip(x.shape, shape)
   ):
-    require(value in allowed, name, " or ".join(map(repr, allowed)), value)
-  require(
-    not force_first_block or top_k > max(num_local_blocks, 1),
-    "top_k",
-    "greater than num_local_blocks, and than 1, with force_first_block",
-    top_k,
-  )
-  for name, value, plain in (
-    ("force_first_block", force_first_block, False),
-    ("detach_input", detach_input, True),
-    ("detach_teacher", detach_teacher, True),
-    ("value_head", value_head, False),
-  ):
-    require(
-      selection == "index" or value == plain,
-      name,
-      f"{plain} with selection='window', which has no Index Branch",
-      value,
+    want = ", ".join("any" if size is None else str(size) for size in shape)
+    raise wrong(
+      name, f"an array of shape {letters} = ({want})", str(tuple(x.shape))
     )
+
+
+def check_integers(name: str, x: Array) -> None:
+  """Raises ValueError unless x is an array of integers."""
+  if not jnp.issubdtype(x.dtype, jnp.integer):
+    raise wrong(name, "an array of integers", str(x.dtype))
+
+
+def check_rank(name: str, x: Array, letters: str) -> None:
+  """Raises ValueError unless x is an array with one axis a letter."""
+  axes = letters.split()
+  want = f"[{', '.join(axes)}]"
+  if not hasattr(x, "shape") or not hasattr(x, "dtype"):
+    raise wrong(name, f"an array of shape {want}", type(x).__name__)
+  if len(x.shape) != len(axes):
+    raise wrong(
+      name,
+      f"an array of rank {len(axes)}, {want}",
+      f"shape {tuple(x.shape)}",
+    )
+
+
+def check_floats(**arrays: tuple[Array, str]) -> None:
+  """Checks ranks, sizes and dtypes of the floating-point arrays of one call.
+
+  Args:
+    **arrays: each array with the letters of its axes. All must have the dtype
+      of the first.
+
+  Raises:
+    ValueError: names the first array that is wrong.
+  """
+  first_name, first = "", None
+  for name, (x, letters) in arrays.items():
+    check_rank(name, x, letters)
+    if 0 in x.shape:
+      raise wrong(name, "an array without empty axes", f"shape {x.shape}")
+    if x.dtype not in (jnp.bfloat16, jnp.float16, jnp.float32, jnp.float64):
+      want = "an array of bfloat16, float16, float32 or float64"
+      raise wrong(name, want, str(x.dtype))
+    if first is None:
+      first_name, first = name, x.dtype
+    elif x.dtype != first:
+      want = f"an array of {first}, the dtype of {first_name}"
+      raise wrong(name, want, str(x.dtype))
+
+
+def _check_axis(
+  name: str, x: Array, axis: int, want: int, letter: str, other: str
+) -> None:
+  if x.shape[axis] != want:
+    raise wrong(
+      name,
+      f"an array with {letter} = {want} (as {other}) in axis {axis}",
+      f"{x.shape[axis]} in shape {tuple(x.shape)}",
+    )
+
+
+def check_attention(q: Array, k: Array, v: Array) -> None:
+  """Raises ValueError unless the shapes of q, k and v fit each other."""
+  b, t, h, d = q.shape
+  _, s, num_kv_heads, _ = k.shape
+  _check_axis("k", k, 0, b, "B", "q")
+  _check_axis("v", v, 0, b, "B", "q")
+  _check_axis("v", v, 1, s, "S", "k")
+  _check_axis("v", v, 2, num_kv_heads, "K", "k")
+  _check_axis("k", k, 3, d, "D", "q")
+  _check_axis("v", v, 3, d, "D", "q")
+  if t > s:
+    raise wrong(
+      "q",
+      "an array of at most as many tokens as k (the queries are the last T of"
+      " S)",
+      f"T = {t} and S = {s}",
+    )
+  if h % num_kv_heads:
+    raise wrong(
+      "q", f"an array of a multiple of k's {num_kv_heads} heads", f"H = {h}"
+    )
+
+
+def check_index(
+  index_q: Array,
+  index_k: Array,
+  q: Array | None = None,
+  k: Array | None = None,
+) -> None:
+  """Raises ValueError unless the index operands fit each other, and q and k."""
+  b, t, _, i = index_q.shape
+  if q is not None and k is not None:
+    _check_axis("index_q", index_q, 0, q.shape[0], "B", "q")
+    _check_axis("index_q", index_q, 1, q.shape[1], "T", "q")
+    _check_axis("index_q", index_q, 2, k.shape[2], "K", "k")
+    _check_axis("index_k", index_k, 1, k.shape[1], "S", "k")
+  _check_axis("index_k", index_k, 0, b, "B", "index_q")
+  _check_axis("index_k", index_k, 2, i, "I", "index_q")
+  if t > index_k.shape[1]:
+    raise wrong(
+      "index_q",
+      "an array of at most as many tokens as index_k (the queries are the last"
+      " T of S)",
+      f"T = {t} and S = {index_k.shape[1]}",
+    )
+
+
+def check_decode_index(
+  index_q: Array,
+  index_k: Array,
+  index_k_scale: Array | None,
+  q: Array,
+  k: Array,
+) -> None:
+  """Raises ValueError unless the index operands of decoding fit.
+
+  Index keys may be e4m3 codes; they then need their scales, and only then.
+  """
+  check_array("index_k", index_k, (None,) * 3, "[B, C, I]")
+  codes = index_k.dtype == jnp.float8_e4m3fn
+  if not codes and index_k.dtype != index_q.dtype:
+    raise wrong(
+      "index_k",
+      f"an array of {index_q.dtype}, the dtype of index_q, or of float8_e4m3fn",
+      str(index_k.dtype),
+    )
+  check_index(index_q, index_k, q, k)
+  if not codes:
+    if index_k_scale is not None:
+      raise wrong(
+        "index_k_scale",
+        "None unless index_k is float8_e4m3fn",
+        f"an index_k of {index_k.dtype}",
+      )
+    return
+  if index_k_scale is None:
+    raise wrong(
+      "index_k_scale", "an array with an index_k of float8_e4m3fn", "None"
+    )
+  check_array("index_k_scale", index_k_scale, index_k.shape[:2], "[B, C]")
+  if index_k_scale.dtype != jnp.float32:
+    raise wrong("index_k_scale", "float32", str(index_k_scale.dtype))
+
+
+def check_chosen_blocks(block_indices: Array, q: Array, k: Array) -> None:
+  """Raises ValueError unless block_indices has the shape and dtype of a choice.
+
+  Its entries are not looked at; `msa_jax.check_block_indices` does that.
+  """
+  shape = (q.shape[0], k.shape[2], q.shape[1], None)
+  check_array("block_indices", block_indices, shape, "[B, K, T, P]")
+  if block_indices.dtype != jnp.int32:
+    raise wrong("block_indices", "int32", str(block_indices.dtype))
+  if block_indices.shape[-1] < 1:
+    raise wrong("block_indices", "an array with P of at least 1", "P = 0")
+
+
+def check_kv_lengths(kv_lengths: Array | None, batch: int) -> None:
+  """Raises ValueError unless kv_lengths is None or integers [B]."""
+  if kv_lengths is not None:
+    check_array("kv_lengths", kv_lengths, (batch,), "[B]")
+    check_integers("kv_lengths", kv_lengths)
+
+
+def check_query_mask(query_mask: Array | None, q: Array) -> None:
+  """Raises ValueError unless query_mask is None or booleans [B, T]."""
+  if query_mask is None:
+    return
+  check_array("query_mask", query_mask, q.shape[:2], "[B, T]")
+  if query_mask.dtype != jnp.bool_:
+    raise wrong("query_mask", "an array of bool", str(query_mask.dtype))
+
+
+def check_lse(lse: Array, q: Array) -> None:
+  """Raises ValueError unless lse is floating point [B, H, T]."""
+  shape = (q.shape[0], q.shape[2], q.shape[1])
+  check_array("lse", lse, shape, "[B, H, T]")
+  if not jnp.issubdtype(lse.dtype, jnp.floating):
+    raise wrong("lse", "an array of floating point", str(lse.dtype))

@@ -7,43 +7,54 @@ import itertools
 from collections.abc import Sequence
 from typing import Any, Literal
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from flax import nnx
+from jax import lax
+from jax.core import Tracer
+from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array
 
-from msa_jax.checks import require
+from msa_jax.checks import check_choice, wrong
 from msa_jax.layers import Sharding
 from msa_jax.model import DecoderLM, abstract_model, group_sizes, is_index_param
 from msa_jax.model_config import ModelConfig
 
+IndexInit = Literal["main", "random"]
+
 
 class _Layers:
-  """Parameters of each layer by path, whether layers are stacked or not."""
+  """The parameters of each layer by path, from single or stacked layers.
+
+  `groups` holds the parameters of each entry of `DecoderLM.layers` and the
+  number of layers in it; `positions` says in which group each layer is, and
+  where in it.
+  """
 
   def __init__(self, groups: Sequence[Any], config: ModelConfig):
     self.groups = []
-    self.places = []
+    self.positions = []
     self.stacked = config.scan_layers
     for group, count in zip(groups, group_sizes(config)):
       flat = {
         path: leaf.get_value()
         for path, leaf in nnx.to_flat_state(nnx.state(group, nnx.Param))
       }
-      self.places.extend((len(self.groups), j) for j in range(count))
+      self.positions.extend((len(self.groups), j) for j in range(count))
       self.groups.append((flat, count))
 
   def paths(self, layer: int) -> set[tuple]:
-    return set(self.groups[self.places[layer][0]][0])
+    return set(self.groups[self.positions[layer][0]][0])
 
   def get(self, layer: int, path: tuple) -> Array:
-    group, j = self.places[layer]
+    group, j = self.positions[layer]
     value = self.groups[group][0][path]
     return value[j] if self.stacked else value
 
   def stack(self, first: int, count: int, path: tuple) -> Array | None:
-    """A parameter of neighbouring layers, if they are of one stack here."""
-    group, j = self.places[first]
+    """A parameter of neighbouring layers; None if no one stack holds them."""
+    group, j = self.positions[first]
     flat, size = self.groups[group]
     if not self.stacked or j + count > size:
       return None
@@ -53,22 +64,23 @@ class _Layers:
 def _index_from_main(
   name: tuple[str, str], source: _Layers, layer: int, config: ModelConfig
 ) -> Array | None:
-  """An index projection or norm of a layer, from its main branch.
+  """Makes an index projection or norm of a layer from its main branch.
 
   Args:
-    name: of the parameter in its attention.
-    source: parameters of the model that is without.
+    name: name of the index parameter inside the layer's attention.
+    source: parameters of the model that has no Index Branch.
     layer: number of the layer.
-    config: of the model that the index parameter is for.
+    config: config of the model that gets the index parameter.
 
   Returns:
-    Values of the index dims 0 to n - 1, which dims beyond D do not have; None
-    if the main branch has no such parameter.
+    Values of the first index dims; index dims that have no counterpart in the
+    main branch (where I is larger than D) are missing at the end. None if the
+    main branch has no such parameter.
   """
   head_dim, index_dim = config.head_dim, config.index.index_dim
   rope_dim = head_dim if config.rope_dim is None else config.rope_dim
   half, index_half = rope_dim // 2, min(rope_dim, index_dim // 2 * 2) // 2
-  # Pair i of the index heads turns by theta^(-i / index_half).
+  # Pair i of the index heads has the rotary frequency theta^(-i / index_half).
   pairs = [i * half // index_half for i in range(index_half)]
   plain = min(index_dim - 2 * index_half, head_dim - rope_dim)
   dims = np.array(
@@ -98,43 +110,44 @@ def to_msa(
   *,
   rngs: nnx.Rngs,
   sharding: Sharding | None = None,
-  index_init: Literal["main", "random"] = "main",
+  index_init: IndexInit = "main",
 ) -> DecoderLM:
   """Adds an Index Branch to a trained GQA model (the paper's MSA-CPT).
 
-  Every parameter of `model` is taken over, as the same array where both models
-  hold it alike, and none but the index projections is made. Those of layers
-  that had none start from those of the main branch: a group's index query from
-  the mean of its query heads, the index key from the mean of the key heads,
-  both with the norm weights that these have. Where I is less than D they take
-  the rotary pairs whose frequencies are the index heads' and the first of the
-  other dims; where it is more, the rest starts at random. With one head, I = D,
-  the index ranks by the very attention scores.
+  The new model takes every parameter of `model`; where both hold it in the same
+  form it is the same array, not a copy. Only index projections (and their
+  norms) that `model` lacks are made.
 
-  Before any training, recalls of a GQA model that had learnt associative recall
-  (2 layers, 4/2 heads of 16, I 16, block 16, top 4 of 16; tests/test_m3.py,
-  2026-11-23), means of the layers, from random projections and from these:
-  block recall 0.555 and 0.666, score recall 0.562 and 0.604, KL 0.68 and 0.26
-  nats.
+  With index_init="main" they start from the layer's main branch: each group's
+  index query from the mean of its query heads, the index key from the mean of
+  the key heads, and the norms from the query's and the key's norm. If I < D,
+  the index heads take the rotary pairs of matching frequency and the first of
+  the dims that do not rotate. If I > D, the remaining index dims start at
+  random. With one query head and I = D, the index scores are then the attention
+  scores.
+
+  Measured before any training, on a GQA model that had learnt associative
+  recall (2 layers, 4/2 heads of 16, I = 16, block 16, top 4 of 16;
+  tests/test_m3.py, 2026-11-23), means over the layers:
+
+    index_init  block recall  score recall  KL (nats)
+    "random"    0.555         0.562         0.68
+    "main"      0.666         0.604         0.26
 
   Args:
     model: a model whose layers are GQA where `config`'s are MSA.
-    config: of the new model; must equal `model.config` in everything but
+    config: config of the new model; must equal `model.config` in everything but
       `layer_kinds`, `index`, `implementation`, `gqa_implementation`,
       `scan_layers`, `remat` and `dtype`.
-    rngs: for the index projections.
-    sharding: of the new model.
-    index_init: "main" as above; "random": the index projections start fresh.
+    rngs: random streams for the index projections.
+    sharding: mesh axes of the new model's parameters.
+    index_init: "main", see above, or "random" for freshly initialised index
+      projections.
 
   Raises:
-    ValueError: the configs differ elsewhere, naming the field.
+    ValueError: the configs differ in another field, which the text names.
   """
-  require(
-    index_init in ("main", "random"),
-    "index_init",
-    "'main' or 'random'",
-    index_init,
-  )
+  check_choice("index_init", index_init, IndexInit)
   free = {
     "layer_kinds",
     "index",
@@ -147,16 +160,14 @@ def to_msa(
   for field in dataclasses.fields(ModelConfig):
     old, new = getattr(model.config, field.name), getattr(config, field.name)
     if field.name not in free and old != new:
-      raise ValueError(
-        f"config.{field.name} must be {old!r} as in the model, got {new!r}"
-      )
+      raise wrong(f"config.{field.name}", f"{old!r} as in the model", repr(new))
 
   def build(rngs: nnx.Rngs) -> DecoderLM:
     return DecoderLM(config, rngs=rngs, sharding=sharding)
 
   @nnx.jit
   def fresh_index(rngs: nnx.Rngs) -> dict[tuple, Array]:
-    # What nobody asks for is not computed: the rest of the model.
+    # The whole model is built, but XLA removes all that is not returned here.
     flat = nnx.to_flat_state(nnx.state(build(rngs), nnx.Param))
     return {
       path: leaf.get_value() for path, leaf in flat if is_index_param(path)
@@ -177,9 +188,10 @@ def to_msa(
     for layer in range(first, first + count):
       unknown |= {("layers", group, *p) for p in source.paths(layer) - here}
   if unknown:
-    raise ValueError(
-      "config must describe a model that has all of the model's parameters,"
-      f" these have no place: {sorted(unknown, key=str)}"
+    raise wrong(
+      "config",
+      "the config of a model that has all of `model`'s parameters",
+      f"one without {sorted(unknown, key=str)}",
     )
   fresh = fresh_index(rngs)
 
@@ -215,13 +227,21 @@ def to_msa(
       ]
     )
 
-  # One by one, so that no more than one parameter is there a second time.
+  # One at a time, so that memory never holds two copies of more than one
+  # parameter.
   items = []
   for path, leaf in shapes.items():
     value = find(path).astype(leaf.dtype)
     items.append(
-      (path, value if sharding is None else _split(value, specs[path]))
+      (path, value if sharding is None else _place(value, specs[path]))
     )
   target = nnx.merge(graphdef, nnx.from_flat_state(items))
   target.source = model.source
   return target
+
+
+def _place(x: Array, spec: PartitionSpec) -> Array:
+  """Splits an array over the mesh in context; a no-op if it is already so."""
+  if isinstance(x, Tracer):
+    return lax.with_sharding_constraint(x, spec)
+  return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))

@@ -1,14 +1,14 @@
-"""Tokens from a model: prefill in chunks, then one compiled step a token.
+"""Generates tokens: prefill in chunks, then one compiled step for each token.
 
     for rows in stream(model, prompts, max_new_tokens=100):   # as they come
     rows = generate(model, prompts, max_new_tokens=100)       # all at once
 
-Prompts of one batch may have different lengths. They are padded on the left:
-all end in the last chunk, and padding never enters the cache, so that a row
-gets what its prompt alone would get.
+Prompts of one batch may have different lengths. They are padded on the left, so
+that all end in the last chunk. Padding never enters the cache, so each prompt
+is continued as it would be alone.
 
-Steps are compiled several to a call, and the host reads a call's tokens while
-the next call runs: no token waits for the host.
+Several steps are compiled into one call, and the host reads a call's tokens
+while the next call runs, so the device does not wait for the host.
 """
 
 from __future__ import annotations
@@ -29,11 +29,18 @@ from jaxtyping import Array, Bool, Float, Int32
 from msa_jax import cache as cache_lib
 from msa_jax import model as model_lib
 from msa_jax import ops
+from msa_jax.checks import (
+  check_integer,
+  check_sizes,
+  is_integer,
+  require,
+  wrong,
+)
 
-# Tokens that a prompt is read in at once.
+# Tokens of the prompts that one prefill call reads.
 PREFILL_TOKENS = 1024
-# Steps of a compiled call: a token's share of its launch, against how long a
-# row may run on after its stop token.
+# Steps of one compiled call. More steps share one launch; fewer steps waste
+# less work on batch rows that have already reached their stop token.
 STEPS = 16
 
 
@@ -42,10 +49,10 @@ class Sampling:
   """How the next token is drawn from its logits.
 
   Attributes:
-    temperature: divides the logits; 0 takes the likeliest token.
-    top_k: draw from this many of the likeliest tokens; None: all.
-    top_p: of those, draw from the fewest likeliest ones whose probabilities
-      reach this sum; None: all.
+    temperature: divides the logits; 0 takes the most likely token.
+    top_k: draw from this many of the most likely tokens; None: from all.
+    top_p: draw from the smallest set of the most likely of those tokens whose
+      probabilities sum to at least this; None: from all of them.
   """
 
   temperature: float = 0.0
@@ -53,26 +60,32 @@ class Sampling:
   top_p: float | None = None
 
   def __post_init__(self):
-    if not 0 <= self.temperature < math.inf:
-      raise ValueError(
-        f"temperature must be finite and at least 0, got {self.temperature!r}"
-      )
-    if self.top_k is not None and (
-      not isinstance(self.top_k, int) or self.top_k < 1
-    ):
-      raise ValueError(
-        f"top_k must be an integer of at least 1 or None, got {self.top_k!r}"
-      )
-    if self.top_p is not None and not 0 < self.top_p <= 1:
-      raise ValueError(
-        f"top_p must be above 0 and at most 1, or None, got {self.top_p!r}"
-      )
+    require(
+      0 <= self.temperature < math.inf,
+      "temperature",
+      "finite and at least 0",
+      self.temperature,
+    )
+    require(
+      self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
+      "top_k",
+      "an integer of at least 1 or None",
+      self.top_k,
+    )
+    require(
+      self.top_p is None or 0 < self.top_p <= 1,
+      "top_p",
+      "above 0 and at most 1, or None",
+      self.top_p,
+    )
     for name in ("top_k", "top_p"):
-      if self.temperature == 0 and getattr(self, name) is not None:
-        raise ValueError(
-          f"{name} must be None with temperature=0, which takes the likeliest"
-          f" token, got {getattr(self, name)!r}"
-        )
+      value = getattr(self, name)
+      require(
+        self.temperature > 0 or value is None,
+        name,
+        "None with temperature=0, which takes the most likely token",
+        value,
+      )
 
 
 GREEDY = Sampling()
@@ -81,11 +94,11 @@ GREEDY = Sampling()
 def sample(
   logits: Float[Array, "B V"], keys: Array, sampling: Sampling
 ) -> Int32[Array, "B"]:
-  """Draws a token of each row; -1 where a logit is NaN.
+  """Draws a token for each batch row; -1 where a logit is NaN.
 
   Args:
-    logits: of the next token.
-    keys: a random key for each row.
+    logits: logits of the next token.
+    keys: a random key for each batch row.
     sampling: how to draw.
   """
   bad = jnp.any(jnp.isnan(logits), axis=-1)
@@ -103,20 +116,20 @@ def sample(
         probs = jax.nn.softmax(logits, axis=-1)
         before = jnp.cumsum(probs, axis=-1) - probs
         logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
-      place = jax.vmap(jax.random.categorical)(keys, logits)
-      token = jnp.take_along_axis(ids, place[:, None], axis=-1)[:, 0]
+      rank = jax.vmap(jax.random.categorical)(keys, logits)
+      token = jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0]
   return jnp.where(bad, -1, token.astype(jnp.int32))
 
 
 class DecodeState(NamedTuple):
-  """What goes from one step to the next.
+  """The state that one decoding step hands to the next.
 
   Attributes:
-    cache: holds all tokens but the last one.
-    token: the last token of each row.
-    left: tokens that each row may still get; 0 once it has stopped.
-    keys: a random key for each row; its tokens' keys follow from their
-      positions.
+    cache: the cache of all tokens but the last one.
+    token: the last token of each batch row.
+    left: tokens that each batch row may still get; 0 once it has stopped.
+    keys: a random key for each batch row; each token's key is derived from it
+      and the token's position.
   """
 
   cache: cache_lib.Cache
@@ -126,12 +139,12 @@ class DecodeState(NamedTuple):
 
 
 class NewTokens(NamedTuple):
-  """What a compiled call hands to the host.
+  """The tokens that a compiled call returns to the host.
 
   Attributes:
-    tokens: of each row and step.
-    real: whether the row was still running.
-    left: as in `DecodeState`, after the call.
+    tokens: the token of each batch row and step.
+    real: whether the batch row was still running at that step.
+    left: `DecodeState.left` after the call.
   """
 
   tokens: Int32[Array, "B N"]
@@ -143,7 +156,7 @@ class NewTokens(NamedTuple):
   jax.jit, static_argnames=("graphdef", "phase"), donate_argnames=("cache",)
 )
 def _prefill(graphdef, params, tokens, counts, cache, phase):
-  """The logits after a chunk of prompts, and the cache with it."""
+  """Reads a chunk of the prompts: the next token's logits, and the cache."""
   out = nnx.merge(graphdef, params).extend(
     tokens, cache, counts=counts, phase=phase, last_only=True
   )
@@ -154,7 +167,7 @@ def _prefill(graphdef, params, tokens, counts, cache, phase):
   jax.jit, static_argnames=("sampling",), donate_argnames=("cache",)
 )
 def _start(logits, cache, key, max_new_tokens, sampling, stop_tokens):
-  """The state after the first token."""
+  """Draws the first token, and makes the state after it."""
   rows = jnp.arange(logits.shape[0])
   keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   left = jnp.full(rows.shape, max_new_tokens, jnp.int32)
@@ -169,7 +182,11 @@ def _next(
   sampling: Sampling,
   stop_tokens: Int32[Array, "X"],
 ) -> tuple[DecodeState, Int32[Array, "B"], Bool[Array, "B"]]:
-  """Draws a token for the rows that are running."""
+  """Draws a token for the batch rows that are still running.
+
+  Returns:
+    The new state, the token of each batch row, and which were running.
+  """
   running = state.left > 0
   keys = jax.vmap(jax.random.fold_in)(state.keys, state.cache.lengths)
   token = jnp.where(running, sample(logits, keys, sampling), 0)
@@ -193,15 +210,18 @@ def decode_steps(
   sampling: Sampling = GREEDY,
   phase: ops.Phase = "sparse",
 ) -> tuple[DecodeState, NewTokens]:
-  """Several steps as one program; the state is written in place.
+  """Runs several decoding steps as one program.
+
+  The state is donated, so that its cache is written in place.
 
   Args:
-    graphdef, params: of `flax.nnx.split(model)`.
-    state: of the steps before.
-    stop_tokens: ids that end a row.
-    steps: tokens to make.
+    graphdef: the first part of `flax.nnx.split(model)`.
+    params: the second part.
+    state: the state after the earlier steps.
+    stop_tokens: ids that end a batch row.
+    steps: steps to run; each makes one token.
     sampling: how to draw.
-    phase: of the MSA layers.
+    phase: phase of the MSA layers.
   """
   model = nnx.merge(graphdef, params)
 
@@ -236,56 +256,64 @@ def stream(
 ) -> Iterator[list[Int32[np.ndarray, "N"]]]:
   """Continues prompts, and yields tokens as they come.
 
-  The first token comes alone, the others up to `steps` at once.
+  The first token comes alone, the others in groups of up to `steps`.
 
   Args:
     model: the model. Under a mesh, call this inside `jax.set_mesh`.
-    prompts: tokens of each row, of any lengths.
-    max_new_tokens: tokens to make for each row, at most.
+    prompts: the tokens of each prompt, of any lengths.
+    max_new_tokens: the most tokens to make for each prompt.
     sampling: how to draw.
     key: random key; needed unless sampling is greedy.
-    stop_tokens: ids that end a row. The stop token is the row's last.
-    capacity: tokens a row of the cache has room for; None: as many as are
-      needed. Calls of the same capacity share a compiled step.
-    index_dtype: of cached index keys, see `DecoderLM.init_cache`.
-    phase: of the MSA layers: "sparse", or "warmup" for dense attention (not
-      with implementation="mosaic_gpu", see `DecoderLM.extend`).
-    prefill_tokens: tokens of the prompts read at once.
-    steps: tokens made in one compiled call.
+    stop_tokens: ids that end a batch row. The stop token is its last token.
+    capacity: tokens that each batch row of the cache has room for; None makes
+      room for as many as are needed. Calls of one capacity share a compiled
+      step.
+    index_dtype: dtype of cached index keys, see `DecoderLM.init_cache`.
+    phase: phase of the MSA layers: "sparse", or "warmup" for dense attention
+      (not with implementation="mosaic_gpu", see `DecoderLM.extend`).
+    prefill_tokens: tokens of the prompts that one compiled call reads.
+    steps: tokens that one compiled call makes.
 
   Yields:
-    The new tokens of each row, none for rows that have ended.
+    The new tokens of each batch row; none for one that has ended.
 
   Raises:
     ValueError: an argument is wrong.
-    FloatingPointError: a row's logits are NaN.
+    NotImplementedError: a named implementation does not support the call, or an
+      ablation of the config has no cached form.
+    FloatingPointError: the logits of a batch row are NaN.
   """
   rows = _check_prompts(prompts, model.config.vocab_size)
   longest = max(map(len, rows))
-  for name, value in dict(
+  check_sizes(
     max_new_tokens=max_new_tokens, prefill_tokens=prefill_tokens, steps=steps
-  ).items():
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-      raise ValueError(
-        f"{name} must be an integer of at least 1, got {value!r}"
-      )
-  if sampling.temperature > 0 and key is None:
-    raise ValueError("key must be a random key with temperature > 0, got None")
+  )
+  require(
+    sampling.temperature == 0 or key is not None,
+    "key",
+    "a random key with temperature > 0",
+    key,
+  )
   for token in stop_tokens:
-    if not 0 <= token < model.config.vocab_size:
-      raise ValueError(
-        "stop_tokens must be ids below vocab_size ="
-        f" {model.config.vocab_size}, got {token}"
-      )
-  # The last token of a row is not read back.
+    require(
+      is_integer(token) and 0 <= token < model.config.vocab_size,
+      "stop_tokens",
+      f"ids below vocab_size = {model.config.vocab_size}",
+      token,
+    )
+  # The last token is returned and never read, so it needs no slot.
   needed = longest + max_new_tokens - 1
   if capacity is None:
     unit = max(128, model.config.index.block_size)
     capacity = -(-needed // unit) * unit
-  elif capacity < needed:
-    raise ValueError(
-      f"capacity must be at least {needed}, the longest prompt's {longest}"
-      f" tokens and {max_new_tokens} new ones but the last, got {capacity}"
+  else:
+    capacity = check_integer("capacity", capacity)
+    require(
+      capacity >= needed,
+      "capacity",
+      f"at least {needed}, the longest prompt's {longest} tokens and"
+      f" {max_new_tokens} new ones but the last",
+      capacity,
     )
   return _stream(
     model,
@@ -296,7 +324,7 @@ def stream(
     np.asarray(stop_tokens, np.int32),
     model.init_cache(len(rows), capacity, index_dtype=index_dtype),
     phase,
-    # Chunks of few sizes, so that few are compiled.
+    # A multiple of 16, so that prompts of similar lengths share a compilation.
     min(prefill_tokens, -(-longest // 16) * 16, capacity),
     steps,
   )
@@ -314,7 +342,7 @@ def _stream(
   prefill_tokens,
   steps,
 ):
-  """`stream`, whose checks come before the first token is asked for."""
+  """The generator of `stream`, which checks the arguments when it is called."""
   graphdef, params = nnx.split(model)
   logits = None
   for tokens, counts in prefill_chunks(rows, prefill_tokens):
@@ -323,7 +351,8 @@ def _stream(
     logits, cache, key, max_new_tokens, sampling, stop_tokens
   )
   calls = -(-(max_new_tokens - 1) // steps)
-  # Calls of one size, that leave few steps over.
+  # All calls run the same number of steps, so that one program serves them
+  # all, and the last call runs few steps too many.
   steps = -(-(max_new_tokens - 1) // max(calls, 1))
   for _ in range(calls):
     state, coming = decode_steps(
@@ -335,7 +364,7 @@ def _stream(
       sampling=sampling,
       phase=phase,
     )
-    # The device works on these steps while the host reads the ones before.
+    # The device works on this call while the host reads the previous one.
     new, ended = _fetch(ready)
     yield new
     if ended:
@@ -345,7 +374,7 @@ def _stream(
 
 
 def _fetch(new: NewTokens) -> tuple[list[np.ndarray], bool]:
-  """The tokens of each row on the host, and whether all rows have ended."""
+  """Each batch row's new tokens on the host, and whether all have ended."""
   tokens, real, left = jax.device_get(new)
   bad = np.flatnonzero((tokens < 0).any(axis=1))
   if bad.size:
@@ -358,7 +387,7 @@ def generate(
   prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray,
   **options: Any,
 ) -> list[Int32[np.ndarray, "N"]]:
-  """The new tokens of each row, see `stream` for the options."""
+  """The new tokens of each prompt; `stream` describes the options."""
   parts = zip(*stream(model, prompts, **options))
   return [np.concatenate(row) for row in parts]
 
@@ -369,7 +398,8 @@ def prefill_chunks(
   """Cuts prompts, padded on the left, into chunks for `DecoderLM.extend`.
 
   Yields:
-    Tokens of a chunk, and how many of each row, at its end, are real.
+    The tokens of a chunk, and how many of each batch row are real; the real
+    ones are its last.
   """
   lengths = np.array([len(row) for row in rows])
   total = -(-lengths.max() // size) * size
@@ -386,18 +416,20 @@ def _check_prompts(
 ) -> list[np.ndarray]:
   rows = [np.asarray(row) for row in prompts]
   if not rows:
-    raise ValueError("prompts must hold at least one prompt, got none")
+    raise wrong("prompts", "at least one prompt", "none")
   for i, row in enumerate(rows):
     if (
       row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer)
     ):
-      raise ValueError(
-        f"prompts[{i}] must be one or more token ids, got {row.dtype} of shape"
-        f" {row.shape}"
+      raise wrong(
+        f"prompts[{i}]",
+        "one or more token ids",
+        f"{row.dtype} of shape {row.shape}",
       )
     if row.min() < 0 or row.max() >= vocab_size:
-      raise ValueError(
-        f"prompts[{i}] must hold ids below vocab_size = {vocab_size}, got"
-        f" {row.min()} to {row.max()}"
+      raise wrong(
+        f"prompts[{i}]",
+        f"ids below vocab_size = {vocab_size}",
+        f"{row.min()} to {row.max()}",
       )
   return rows

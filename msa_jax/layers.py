@@ -1,4 +1,4 @@
-"""What attention, MLP and model share: mesh axes, rotary embedding, projections
+"""Shared by attention, MLP and model: sharding, rotary embedding, projections
 and norms."""
 
 from __future__ import annotations
@@ -16,19 +16,18 @@ from jaxtyping import Array, Float, Int
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
-  """Mesh axes that a layer's arrays are split over.
+  """Mesh axes that split a layer's arrays; None leaves a dimension whole.
 
-  Give it to annotate parameters and to run attention inside `jax.shard_map`
-  over batch and KV heads; modules built with it need a mesh in context
-  (`jax.set_mesh`) when they are created.
+  A module that gets one annotates its parameters, and runs attention inside
+  `jax.shard_map` over batch and KV heads. It needs a mesh in context
+  (`jax.set_mesh`) when it is created.
 
   Attributes:
-    batch: axes of the batch; those that the mesh lacks do not count.
-    heads: axis of the KV heads (and of the MLP's hidden units); None: whole.
-    embed: axis that parameters' embedding dimension is stored over; None:
-      whole.
-    expert: axis of the experts; None: whole. A batch that it divides is split
-      over it too.
+    batch: axes that split the batch; axes that the mesh lacks are ignored.
+    heads: axis that splits the KV heads, and the MLP's hidden units.
+    embed: axis that splits the embedding dimension of stored parameters.
+    expert: axis that splits the experts. It also splits a batch whose size it
+      divides.
   """
 
   batch: tuple[str, ...] = ("data", "fsdp")
@@ -36,15 +35,15 @@ class Sharding:
   embed: str | None = "fsdp"
   expert: str | None = "expert"
 
-  def batch_axes(self, mesh: Any, rows: int) -> tuple[str, ...]:
-    """The axes of the mesh that split a batch of rows."""
+  def batch_axes(self, mesh: Any, batch_size: int) -> tuple[str, ...]:
+    """The axes of the mesh that split a batch of this size."""
     axes = tuple(axis for axis in self.batch if axis in mesh.axis_names)
     expert = self.expert
     if expert is None or expert not in mesh.axis_names or expert in axes:
       return axes
     split = (*axes, expert)
     parts = math.prod(mesh.shape[axis] for axis in split)
-    return split if rows % parts == 0 else axes
+    return split if batch_size % parts == 0 else axes
 
 
 def partial_rope(
@@ -54,10 +53,10 @@ def partial_rope(
   rope_dim: int,
   theta: float,
 ) -> Float[Array, "B T H D"]:
-  """Rotary embedding of the first `rope_dim` dims; the rest passes through.
+  """Rotary embedding of the first `rope_dim` dims; the others stay as they are.
 
-  Dims i and i + rope_dim / 2 form a pair that turns by position
-  theta^(-2 i / rope_dim). Computed in float32.
+  Dims i and i + rope_dim / 2 form a pair, which is rotated by the angle
+  position * theta^(-2 i / rope_dim). Computed in float32.
   """
   half = rope_dim // 2
   frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
@@ -78,7 +77,14 @@ def project(
   in_features: int | tuple[int, ...],
   out_features: int | tuple[int, ...],
 ) -> nnx.LinearGeneral:
-  """A projection into heads, or out of them; pairs are (heads, head_dim)."""
+  """A projection into heads or out of heads.
+
+  Args:
+    dtype, param_dtype, kernel_init, sharding, rngs: as in `GQAttention`.
+    in_features: input features; (heads, head_dim) for one out of heads.
+    out_features: output features; (heads, head_dim) for one into heads, or
+      (features,) for one into a single head.
+  """
   inward = isinstance(in_features, int)
   if sharding is not None:
     heads = out_features if inward else in_features
@@ -108,6 +114,7 @@ def head_norm(
   rngs: nnx.Rngs,
   size: int,
 ) -> nnx.RMSNorm | None:
+  """The RMSNorm of a head, see `rms_norm`; None unless `normalize`."""
   return (
     rms_norm(size, epsilon, zero_centered, dtype, param_dtype, sharding, rngs)
     if normalize
@@ -116,7 +123,7 @@ def head_norm(
 
 
 class _ZeroCenteredRMSNorm(nnx.RMSNorm):
-  """RMSNorm that scales by 1 + scale, in float32 until the end."""
+  """RMSNorm that scales by 1 + scale and rounds from float32 only once."""
 
   def __call__(self, x: Array) -> Array:  # pyright: ignore
     y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -135,10 +142,10 @@ def rms_norm(
   sharding: Sharding | None,
   rngs: nnx.Rngs,
 ) -> nnx.RMSNorm:
-  """RMSNorm, replicated under a mesh.
+  """RMSNorm whose parameter every device of a mesh holds whole.
 
-  It scales by its parameter, which starts at 1; zero_centered: by 1 + the
-  parameter, which starts at 0.
+  It multiplies by its parameter, which starts at 1. With zero_centered, it
+  multiplies by 1 + its parameter, which starts at 0.
   """
   initializers = nnx.initializers
   scale_init = (

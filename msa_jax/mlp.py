@@ -1,6 +1,7 @@
 """MLP layers in flax.nnx: SwiGLU, and a mixture of SwiGLU experts.
 
-X is the number of experts, F their hidden units, A the experts a token gets.
+In shapes, X is the number of experts, F their hidden units, and A the number of
+experts that each token goes to.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
+from msa_jax.checks import check_integer, check_sizes, require
 from msa_jax.layers import Sharding
 
 Activation = Literal["swiglu", "swiglu_oai"]
@@ -28,7 +30,7 @@ def gated(
   alpha: float,
   limit: float,
 ) -> Float[Array, "*S F"]:
-  """The gate of a SwiGLU: what goes into the down projection.
+  """The gated product of a SwiGLU, which its down projection takes.
 
   "swiglu": silu(gate) up. "swiglu_oai": with g = min(gate, limit) and
   u = clip(up, -limit, limit), (u + 1) g sigmoid(alpha g).
@@ -47,10 +49,10 @@ class SwiGLU(nnx.Module):
     in_features: size of the input's and the output's last axis, E.
     hidden_features: hidden units, F.
     activation: "swiglu" or "swiglu_oai".
-    alpha, limit: of "swiglu_oai".
+    alpha, limit: constants of "swiglu_oai".
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
-    sharding: mesh axes; None: no annotations.
+    sharding: mesh axes of the parameters; None adds no annotations.
     rngs: a stream named "params".
   """
 
@@ -99,30 +101,34 @@ class SwiGLU(nnx.Module):
 class MixtureOfExperts(nnx.Module):
   """A sigmoid router over SwiGLU experts, and a shared expert beside them.
 
-  With s = sigmoid(x Wr), computed in float32, a token's experts are the A
-  largest of s + choice_bias (ties to the lower expert), their weights s / sum
-  of the chosen s. out = routed_scale * sum of weight * expert(x) + shared(x).
-  The bias steers the choice alone: it has no gradient, and a training that
-  keeps the loads equal moves it by hand (`balance`).
+  With s = sigmoid(x Wr), computed in float32, a token goes to the A experts
+  whose s + choice_bias is largest (ties to the lower expert), with the weights
+  s / sum of the chosen s:
 
-  Tokens are sorted by expert and go through `jax.lax.ragged_dot`; none is
-  dropped. Its speed is XLA's: on a CPU, a dense product for every expert. Under
-  a mesh, experts are split over the axis `sharding.expert` and their hidden
-  units over `sharding.heads`. Tokens that are split over the expert axis too
-  are gathered over it, and their sums scattered.
+    out = routed_scale * sum of weight * expert(x) + shared(x)
+
+  The choice bias changes the choice and not the weights. It has no gradient;
+  training moves it after each step so that all experts get equally many tokens
+  (`balance`).
+
+  Tokens are sorted by expert and multiplied by `jax.lax.ragged_dot`; no token
+  is dropped. On a CPU, XLA computes ragged_dot as a dense product for every
+  expert. Under a mesh, the axis `sharding.expert` splits the experts and
+  `sharding.heads` their hidden units. If the expert axis splits the batch too,
+  tokens are gathered over it, and the sums are scattered back.
 
   Args:
     in_features: size of the input's and the output's last axis, E.
-    num_experts: X.
-    top_k: experts a token gets, A.
+    num_experts: number of experts, X.
+    top_k: experts that each token goes to, A.
     expert_dim: hidden units of an expert, F.
-    shared_dim: hidden units of the shared expert; 0: none.
-    routed_scale: factor of the routed sum.
+    shared_dim: hidden units of the shared expert; 0 makes none.
+    routed_scale: factor of the sum over the chosen experts.
     activation, alpha, limit, dtype, param_dtype, sharding, rngs: as in
-      `SwiGLU`. The choice bias is float32 whatever param_dtype says.
+      `SwiGLU`. The choice bias is float32 whatever param_dtype is.
 
   Raises:
-    ValueError: top_k does not fit num_experts.
+    ValueError: a size is wrong, or top_k exceeds num_experts.
   """
 
   def __init__(
@@ -142,10 +148,14 @@ class MixtureOfExperts(nnx.Module):
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
-    if not 1 <= top_k <= num_experts:
-      raise ValueError(
-        f"top_k must be from 1 to num_experts = {num_experts}, got {top_k}"
-      )
+    check_sizes(num_experts=num_experts, expert_dim=expert_dim)
+    check_integer("shared_dim", shared_dim, 0)
+    require(
+      check_integer("top_k", top_k) <= num_experts,
+      "top_k",
+      f"at most num_experts = {num_experts}",
+      top_k,
+    )
     self.num_experts = num_experts
     self.top_k = top_k
     self.routed_scale = routed_scale
@@ -193,7 +203,7 @@ class MixtureOfExperts(nnx.Module):
   def route(
     self, x: Float[Array, "*S E"]
   ) -> tuple[Float[Array, "*S A"], Int32[Array, "*S A"]]:
-    """Weights and ids of each token's experts, best choice first."""
+    """Weights and ids of each token's experts, in order of s + choice_bias."""
     return self._route(x, self.router[...], self.choice_bias[...])
 
   def _route(self, x: Array, router: Array, bias: Array):
@@ -226,13 +236,13 @@ class MixtureOfExperts(nnx.Module):
       out = out + self.shared(x)
     return out, experts
 
-  def _over_mesh(self, rows: int) -> Callable:
-    """`_local` on each device's tokens and experts."""
+  def _over_mesh(self, batch_size: int) -> Callable:
+    """Maps `_local` over each device's tokens and experts."""
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return self._local
     names = mesh.axis_names
-    batch = self.sharding.batch_axes(mesh, rows)
+    batch = self.sharding.batch_axes(mesh, batch_size)
     expert, heads = (
       axis if axis in names else None
       for axis in (self.sharding.expert, self.sharding.heads)
@@ -272,7 +282,7 @@ class MixtureOfExperts(nnx.Module):
     heads: str | None = None,
     gather: bool = False,
   ) -> tuple[Array, Array]:
-    """One device's share: (out, experts) of its tokens."""
+    """The routed experts for one device's tokens and experts."""
     weights, experts = self._route(x, router, bias)
     work = (x, weights, experts)
     if gather:
@@ -299,9 +309,9 @@ class MixtureOfExperts(nnx.Module):
     up: Float[Array, "X E F"],
     down: Float[Array, "X F E"],
   ) -> Float[Array, "N E"]:
-    """Sum of weight * expert(x) over the experts 0 to X - 1, float32.
+    """Sum of weight * expert(x) over the experts 0 to X - 1, in float32.
 
-    Ids outside that range belong to other devices and add nothing.
+    Expert ids outside that range belong to other devices and add nothing.
     """
     num_experts = gate.shape[0]
     choices = experts.size
@@ -311,8 +321,8 @@ class MixtureOfExperts(nnx.Module):
     sizes = jnp.sum(
       ids[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32
     )
-    # Gathers by a permutation, forward and back: a token's choices are summed
-    # in one order, not by atomics.
+    # Both directions gather by a permutation, so each token's experts are added
+    # in a fixed order. A scatter-add would use atomics, whose order varies.
     rows = jnp.broadcast_to(x[:, None], (*experts.shape, x.shape[-1]))
     rows = _permute(rows.reshape(choices, -1), order)
     dot = functools.partial(
@@ -323,7 +333,7 @@ class MixtureOfExperts(nnx.Module):
     options = (self.activation, self.alpha, self.limit)
     hidden = gated(dot(rows, gate), dot(rows, up), *options)
     out = dot(hidden.astype(x.dtype), down)
-    # Rows of no group are not promised to be zero.
+    # ragged_dot does not promise zeros in the rows behind the last group.
     out = jnp.where((jnp.arange(choices) < jnp.sum(sizes))[:, None], out, 0)
     out = _permute(out, jnp.argsort(order)).reshape(*experts.shape, -1)
     return jnp.sum(out * weights[..., None], axis=1)
@@ -336,7 +346,7 @@ def _permute(x: Array, order: Array) -> Array:
 def expert_load(
   experts: Int32[Array, "*L B T A"], num_experts: int
 ) -> Int32[Array, "*L X"]:
-  """How many choices each expert got."""
+  """How many tokens chose each expert."""
   one_hot = experts[..., None] == jnp.arange(num_experts)
   return jnp.sum(one_hot, axis=(-4, -3, -2), dtype=jnp.int32)
 
@@ -346,8 +356,8 @@ def balance(
 ) -> Float[Array, "*L X"]:
   """The choice bias after a step: +rate below the mean load, -rate above it.
 
-  Balances the experts with no loss term, so that the router's gradient is that
-  of the language model alone.
+  This balances the experts without a loss term, so that the router's gradient
+  comes from the language model's loss alone.
   """
   load = load.astype(choice_bias.dtype)
   mean = jnp.mean(load, axis=-1, keepdims=True)

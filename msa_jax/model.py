@@ -13,8 +13,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
-from jax.core import Tracer
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
 from msa_jax import cache as cache_lib
@@ -25,7 +24,7 @@ from msa_jax.attention import (
   MSAttention,
   Selection,
 )
-from msa_jax.checks import require
+from msa_jax.checks import check_integers, check_rank, require, wrong
 from msa_jax.layers import Sharding, rms_norm
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
 from msa_jax.model_config import LayerKind, MLPKind, ModelConfig
@@ -35,11 +34,12 @@ class LMOutput(NamedTuple):
   """Result of `DecoderLM`.
 
   Attributes:
-    logits: float32.
-    kl: KL loss of each layer in nats; 0 for dense layers, or if not asked for.
-    selection: of each layer, -1 and NaN for dense ones; None if not asked for.
+    logits: next-token logits, float32.
+    kl: KL loss of each layer in nats; 0 for dense layers, and unless `with_kl`.
+    selection: chosen blocks and recalls of each layer, -1 and NaN for dense
+      layers; None unless `with_selection`.
     experts: the experts that each token went to, -1 in layers with a dense MLP;
-      None for a model without MoE layers.
+      None if the model has no MoE layers.
   """
 
   logits: Float[Array, "B T V"]
@@ -59,10 +59,10 @@ class ExtendOutput(NamedTuple):
   """Result of `DecoderLM.extend`.
 
   Attributes:
-    logits: float32, of every token or of the last one.
+    logits: next-token logits, float32; with `last_only`, T is 1.
     cache: the cache with the tokens in it.
-    block_indices: chosen blocks of each layer, -1 for dense ones; None if not
-      asked for.
+    block_indices: chosen blocks of each layer, -1 for dense layers; None unless
+      `with_selection`.
   """
 
   logits: Float[Array, "B T V"]
@@ -108,8 +108,8 @@ class DecoderLayer(nnx.Module):
       sharding,
     )
     self.attention_norm = rms_norm(*norm, rngs)
-    # The MLP comes before the attention here so that a GQA and an MSA model of
-    # one seed start from the same weights but for the Index Branch.
+    # The MLP is made before the attention, so that a GQA and an MSA model of
+    # one seed draw the same random weights for all that both have.
     self.mlp_norm = rms_norm(*norm, rngs)
     mlp_options: dict[str, Any] = dict(
       activation=config.activation,
@@ -130,11 +130,8 @@ class DecoderLayer(nnx.Module):
         implementation=config.gqa_implementation, **options
       )
     else:
-      index_options: dict[str, Any] = dataclasses.asdict(config.index)
       self.attention = MSAttention(
-        implementation=config.implementation,
-        **index_options,
-        **options,
+        index=config.index, implementation=config.implementation, **options
       )
 
   def __call__(
@@ -168,7 +165,7 @@ class DecoderLayer(nnx.Module):
     *,
     phase: ops.Phase,
   ) -> CachedOutput:
-    """The next T tokens of each row, which go into the cache."""
+    """Runs the next T tokens of each batch row and puts them into the cache."""
     h = self.attention_norm(x)
     if isinstance(self.attention, MSAttention):
       result = self.attention.extend(h, cache, span, phase=phase)
@@ -178,7 +175,7 @@ class DecoderLayer(nnx.Module):
     return result._replace(out=x)
 
   def _add_mlp(self, x: Array) -> tuple[Array, Array | None]:
-    """x + mlp(norm(x)), and the experts that were chosen."""
+    """x + mlp(norm(x)), and the experts that each token went to."""
     h = self.mlp_norm(x)
     if isinstance(self.mlp, MixtureOfExperts):
       out, experts = self.mlp(h)
@@ -193,11 +190,12 @@ class DecoderLM(nnx.Module):
     config: sizes and options.
     rngs: a stream named "params". Models of one seed that differ in
       `layer_kinds` alone share the values of all parameters that both have.
-    sharding: mesh axes; needs a mesh in context. None: no annotations.
+    sharding: mesh axes of parameters and activations, which needs a mesh in
+      context. None adds no annotations.
 
   Attributes:
-    source: what `msa_jax.m3` keeps of the checkpoint that the parameters come
-      from, beside them; None if they come from none.
+    source: what else `msa_jax.m3.load` read from the checkpoint, for
+      `msa_jax.m3.save`; None if the parameters come from no checkpoint.
   """
 
   def __init__(
@@ -259,8 +257,8 @@ class DecoderLM(nnx.Module):
       else:
         groups.extend(build(key) for key in keys[first : first + count])
       first += count
-    # One entry a layer, or with scan_layers one stack for each run of layers of
-    # one kind of attention and MLP.
+    # One entry for each layer; with scan_layers, one stack for each run of
+    # neighbouring layers of the same kind of attention and MLP.
     self.layers = nnx.List(groups)
 
   def __call__(
@@ -276,7 +274,7 @@ class DecoderLM(nnx.Module):
 
     Args:
       tokens: token ids.
-      phase: of the MSA layers: "sparse" or "warmup".
+      phase: phase of the MSA layers, "sparse" or "warmup".
       with_kl: whether to compute the KL losses.
       with_selection: whether to return chosen blocks and recalls.
       query_mask: tokens that count in the KL; None: all.
@@ -328,12 +326,13 @@ class DecoderLM(nnx.Module):
     """An empty cache, split over the mesh in context.
 
     Args:
-      batch: rows, B.
-      capacity: tokens that each row has room for, C.
-      index_dtype: of the index keys: the model's dtype, or float8_e4m3fn, which
-        halves what decoding reads and scores blocks as score_precision="fp8"
-        does. None: float8_e4m3fn if that is the config's score_precision. A
-        model without MSA layers keeps none and takes only None.
+      batch: batch rows, B.
+      capacity: tokens that each batch row has room for, C.
+      index_dtype: dtype of the index keys. float8_e4m3fn halves the bytes that
+        decoding reads to choose blocks, and scores blocks as
+        score_precision="fp8" does; the other choice is the model's dtype. None
+        takes float8_e4m3fn if the config has score_precision="fp8", else the
+        model's dtype. It must be None for a model without MSA layers.
 
     Raises:
       ValueError: an argument is wrong.
@@ -382,21 +381,21 @@ class DecoderLM(nnx.Module):
     last_only: bool = False,
     with_selection: bool = False,
   ) -> ExtendOutput:
-    """Reads the next T tokens of each row, which go into the cache.
+    """Reads the next T tokens of each batch row and puts them into the cache.
 
-    Logits equal those of one pass over each row's tokens from the first.
-    Rows that overflow are marked in the cache, see `msa_jax.Cache`; their
-    logits mean nothing, and nor do those of padding. With `scan_layers` each
-    call copies the stacked weights: `to_msa` unstacks them.
+    The logits equal those of one pass over all of a batch row's tokens. The
+    cache marks batch rows that overflow, see `msa_jax.Cache`; their logits have
+    no meaning, and neither have those of padding. With `scan_layers` each call
+    copies the stacked weights; `to_msa` unstacks them once.
 
     Args:
       tokens: token ids.
       cache: of `init_cache` or an earlier call; donate it to write in place.
-      counts: real tokens of each row, the last counts[b] of T: padding is on
-        the left. None: all.
-      phase: of the MSA layers: "sparse" or "warmup", which a config with
-        implementation="mosaic_gpu" cannot compute over a cache: it needs
-        "xla", "reference" or None.
+      counts: real tokens of each batch row, the last counts[b] of T, with
+        padding on the left. None: all.
+      phase: phase of the MSA layers, "sparse" or "warmup". "warmup" needs
+        implementation="xla", "reference" or None, because mosaic_gpu has no
+        dense attention over a cache.
       last_only: whether to return the last token's logits alone.
       with_selection: whether to return chosen blocks.
 
@@ -426,7 +425,7 @@ class DecoderLM(nnx.Module):
     return ExtendOutput(logits, cache, block_indices)
 
   def _each_layer(self) -> Iterator[DecoderLayer]:
-    """The layers one by one, also if they are stacked."""
+    """The layers one by one, unstacked if they are stacked."""
     if not self.config.scan_layers:
       yield from self.layers
       return
@@ -438,11 +437,9 @@ class DecoderLM(nnx.Module):
   def _check_cache(
     self, cache: cache_lib.Cache, tokens_shape: tuple[int, ...]
   ) -> None:
-    """Compares a cache with the one that `init_cache` would make."""
+    """Raises ValueError unless `init_cache` could have made the cache."""
     if not isinstance(cache, cache_lib.Cache):
-      raise ValueError(
-        f"cache must be a msa_jax.Cache, got {type(cache).__name__}"
-      )
+      raise wrong("cache", "a msa_jax.Cache", type(cache).__name__)
     batch, q_len = tokens_shape
     index_dtypes = [
       layer.index_k.dtype for layer in cache.layers if layer.index_k is not None
@@ -458,14 +455,13 @@ class DecoderLM(nnx.Module):
     for name in sorted({*found, *wanted}):
       got, want = found.get(name, "None"), wanted.get(name, "None")
       if got != want:
-        raise ValueError(
-          f"cache{name} must be {want} for {batch} rows of this model, got"
-          f" {got}"
+        raise wrong(
+          f"cache{name}", f"{want} for {batch} batch rows of this model", got
         )
     require(
       q_len <= cache.capacity,
       "tokens",
-      f"at most the cache's capacity = {cache.capacity} a row",
+      f"at most the cache's capacity = {cache.capacity} in each batch row",
       q_len,
     )
 
@@ -521,16 +517,12 @@ class DecoderLM(nnx.Module):
 
 
 def _check_tokens(tokens: Array) -> None:
-  if tokens.ndim != 2:
-    raise ValueError(
-      f"tokens must have rank 2, [B, T], got shape {tokens.shape}"
-    )
-  if not jnp.issubdtype(tokens.dtype, jnp.integer):
-    raise ValueError(f"tokens must be integers, got {tokens.dtype}")
+  check_rank("tokens", tokens, "B T")
+  check_integers("tokens", tokens)
 
 
 def _describe(tree: Any) -> dict[str, str]:
-  """Dtype and shape of each array by its place."""
+  """Dtype and shape of each array of a tree, by its key path."""
   return {
     jax.tree_util.keystr(path): f"{x.dtype} of shape {tuple(x.shape)}"
     for path, x in jax.tree_util.tree_leaves_with_path(tree)
@@ -550,7 +542,7 @@ def _build_layer(
 
 
 def _runs(config: ModelConfig) -> list[tuple[tuple[LayerKind, MLPKind], int]]:
-  """Lengths of the runs of layers of one kind of attention and MLP."""
+  """Runs of neighbouring layers of one kind: (attention, MLP) and length."""
   kinds = zip(config.kinds, config.mlps)
   return [(kind, len(list(run))) for kind, run in itertools.groupby(kinds)]
 
@@ -587,10 +579,3 @@ def abstract_model(
     {path: leaf for path, leaf in nnx.to_flat_state(state)},
     {path: leaf.get_value() for path, leaf in specs},
   )
-
-
-def _split(x: Array, spec: PartitionSpec) -> Array:
-  """An array split over the mesh in context; the same one if it is so."""
-  if isinstance(x, Tracer):
-    return lax.with_sharding_constraint(x, spec)
-  return jax.device_put(x, NamedSharding(jax.sharding.get_mesh(), spec))

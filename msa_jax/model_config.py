@@ -1,4 +1,8 @@
-"""Configs of a decoder model: sizes and options, checked when they are made."""
+"""Configs of layers and models: sizes and options, checked when they are made.
+
+`IndexConfig` holds the options of `MSAttention`, `MoEConfig` those of
+`MixtureOfExperts`, and `ModelConfig` those of `DecoderLM`.
+"""
 
 from __future__ import annotations
 
@@ -7,8 +11,10 @@ from typing import Literal, get_args
 
 from msa_jax import ops
 from msa_jax.checks import (
+  check_blocks,
+  check_choice,
   check_heads,
-  check_index_branch,
+  check_positive,
   check_sizes,
   require,
 )
@@ -16,13 +22,38 @@ from msa_jax.mlp import Activation
 
 LayerKind = Literal["gqa", "msa"]
 MLPKind = Literal["dense", "moe"]
+SelectionRule = Literal["index", "window"]
+GQAKernel = Literal["xla", "cudnn"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class IndexConfig:
-  """The Index Branch of MSA layers; see `MSAttention` for each field.
+  """Options of the Index Branch of `MSAttention`.
 
-  The first line is the method, the rest are the paper's ablations.
+  The first five fields are the method, the others the paper's ablations of it
+  (paper arXiv 2606.13392).
+
+  Attributes:
+    index_dim: size of an index head, I.
+    block_size: tokens of a block of keys.
+    top_k: blocks that each query and group keeps, P.
+    num_local_blocks: blocks that are always kept, counted back from the query's
+      own block and inside `top_k`; 0 forces none.
+    score_precision: see `msa_jax.select_blocks`.
+    selection: "index" lets the Index Branch choose. "window" keeps block 0 and
+      the last P - 1 blocks; the layer then has no Index Branch.
+    force_first_block: always keep block 0, inside `top_k`.
+    detach_input: stop the KL's gradient at the input of the index projections,
+      so that it does not reach the layers below.
+    detach_teacher: stop the KL's gradient at the main branch's probabilities.
+      False computes the KL densely, in O(T^2) memory, and needs a layer with
+      implementation "reference" or None.
+    value_head: add the Index Branch's own attention output (one value head,
+      over the chosen tokens) to the layer's output, so that the LM loss reaches
+      the index projections.
+
+  Raises:
+    ValueError: a field is wrong, or does not fit another.
   """
 
   index_dim: int = 128
@@ -30,19 +61,41 @@ class IndexConfig:
   top_k: int = 16
   num_local_blocks: int = 1
   score_precision: ops.ScorePrecision = "exact"
-  selection: Literal["index", "window"] = "index"
+  selection: SelectionRule = "index"
   force_first_block: bool = False
   detach_input: bool = True
   detach_teacher: bool = True
   value_head: bool = False
 
   def __post_init__(self):
-    check_index_branch(**dataclasses.asdict(self))
+    check_sizes(index_dim=self.index_dim)
+    check_blocks(self.block_size, self.top_k, self.num_local_blocks)
+    check_choice("score_precision", self.score_precision, ops.ScorePrecision)
+    check_choice("selection", self.selection, SelectionRule)
+    require(
+      not self.force_first_block or self.top_k > max(self.num_local_blocks, 1),
+      "top_k",
+      "greater than num_local_blocks, and than 1, with force_first_block",
+      self.top_k,
+    )
+    for name, plain in (
+      ("force_first_block", False),
+      ("detach_input", True),
+      ("detach_teacher", True),
+      ("value_head", False),
+    ):
+      value = getattr(self, name)
+      require(
+        self.selection == "index" or value == plain,
+        name,
+        f"{plain} with selection='window', which has no Index Branch",
+        value,
+      )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MoEConfig:
-  """The mixture of experts of MoE layers; see `MixtureOfExperts`."""
+  """Options of `MixtureOfExperts`, which describes each field."""
 
   num_experts: int = 64
   top_k: int = 4
@@ -63,12 +116,7 @@ class MoEConfig:
       f"at most num_experts = {self.num_experts}",
       self.top_k,
     )
-    require(
-      0 < self.routed_scale < float("inf"),
-      "routed_scale",
-      "above 0 and finite",
-      self.routed_scale,
-    )
+    check_positive(routed_scale=self.routed_scale)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -97,8 +145,8 @@ class ModelConfig:
     zero_centered_norm: every RMSNorm scales by 1 + w, with w around 0.
     tie_embeddings: use the embedding as output projection.
     remat: recompute each layer in the backward pass.
-    scan_layers: stack equal neighbouring layers and scan over them; compiles
-      faster.
+    scan_layers: stack neighbouring layers of one kind and scan over them, which
+      compiles faster.
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
     implementation: of the MSA operation, see `msa_jax.ops`.
@@ -130,7 +178,7 @@ class ModelConfig:
   dtype: str = "float32"
   param_dtype: str = "float32"
   implementation: ops.Implementation | None = None
-  gqa_implementation: Literal["xla", "cudnn"] = "xla"
+  gqa_implementation: GQAKernel = "xla"
 
   def __post_init__(self):
     check_sizes(
@@ -159,35 +207,16 @@ class ModelConfig:
         f" {' or '.join(map(repr, allowed))}",
         given,
       )
-    require(
-      self.activation in get_args(Activation),
-      "activation",
-      f"one of {get_args(Activation)}",
-      self.activation,
+    check_choice("activation", self.activation, Activation)
+    check_positive(
+      swiglu_alpha=self.swiglu_alpha, swiglu_limit=self.swiglu_limit
     )
-    for name in ("swiglu_alpha", "swiglu_limit"):
-      value = getattr(self, name)
-      require(0 < value < float("inf"), name, "above 0 and finite", value)
     for name in ("dtype", "param_dtype"):
       allowed = ("float32", "bfloat16", "float16", "float64")
-      require(
-        getattr(self, name) in allowed,
-        name,
-        f"one of {allowed}",
-        getattr(self, name),
-      )
-    require(
-      self.implementation in (None, *get_args(ops.Implementation)),
-      "implementation",
-      f"one of {get_args(ops.Implementation)} or None",
-      self.implementation,
-    )
-    require(
-      self.gqa_implementation in ("xla", "cudnn"),
-      "gqa_implementation",
-      "'xla' or 'cudnn'",
-      self.gqa_implementation,
-    )
+      check_choice(name, getattr(self, name), allowed)
+    allowed = (*get_args(ops.Implementation), None)
+    check_choice("implementation", self.implementation, allowed)
+    check_choice("gqa_implementation", self.gqa_implementation, GQAKernel)
 
   @property
   def kinds(self) -> tuple[LayerKind, ...]:

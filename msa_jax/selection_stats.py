@@ -1,5 +1,5 @@
-"""Statistics of chosen blocks: how much neighbouring queries share, and how
-much two selections agree."""
+"""Statistics of chosen blocks: overlap between neighbouring queries, and
+agreement of two selections."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from jaxtyping import Array, Float, Int
 def union8(block_indices: Int[Array, "B K T P"]) -> Float[Array, ""]:
   """Mean number of distinct blocks that 8 neighbouring queries choose.
 
-  Of more than 64K queries, every n-th eight is counted.
+  Of more than 64K queries, only every n-th group of eight is counted.
   """
   q_len = block_indices.shape[-2]
   return jnp.mean(_unions(block_indices, max(1, q_len >> 16)))
 
 
 def _unions(block_indices, every: int = 1) -> Array:
-  """Distinct blocks of every n-th eight of queries: [..., eight]."""
+  """Distinct blocks of every n-th group of 8 queries: [..., groups]."""
   *lead, q_len, top_k = block_indices.shape
   eights = block_indices[..., : q_len // 8 * 8, :]
   eights = eights.reshape(*lead, q_len // 8, 8 * top_k)
@@ -42,12 +42,12 @@ def sharing(
   block_size: int = 128,
   kv_len: int | None = None,
 ) -> dict[str, Float[Array, "K"]]:
-  """How much neighbouring queries share, for each group.
+  """How much the choices of neighbouring queries overlap, for each group.
 
-  Means over the queries that see more than twice P blocks, so that there is a
-  choice (NaN if there are none):
+  Each value is a mean over the queries that see more than twice P blocks,
+  because the others have little to choose from (NaN if there are none):
 
-    union8          distinct blocks that 8 neighbours choose
+    union8          distinct blocks that 8 neighbouring queries choose
     first_block     share of the queries that choose block 0
     previous_block  share that choose the block before their own
     kept            share of a query's blocks that the query four blocks later
@@ -55,8 +55,9 @@ def sharing(
 
   Args:
     block_indices: the choices.
-    block_size: tokens a block.
-    kv_len: keys, of which the queries are the last; None: as many as queries.
+    block_size: tokens of a block.
+    kv_len: number of keys, whose last tokens are the queries; None: as many as
+      queries.
   """
   _, _, q_len, top_k = block_indices.shape
   kv_len = q_len if kv_len is None else kv_len
@@ -86,7 +87,7 @@ def sharing(
 def recall(
   block_indices: Int[Array, "B K T P"], truth: Int[Array, "B K T P"]
 ) -> Float[Array, ""]:
-  """Share of the blocks in `truth` that `block_indices` holds too."""
+  """Share of the blocks in `truth` that `block_indices` chooses too."""
   same = block_indices[..., None] == truth[..., None, :]
   found = jnp.sum(jnp.any(same, axis=-2) & (truth >= 0))
   return found / jnp.sum(truth >= 0)

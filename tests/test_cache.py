@@ -225,32 +225,40 @@ def wrong_decodes():
 
   long = jnp.zeros((4, 17, 4, 8)), jnp.zeros((4, 17, 2, 8))
   return {
-    "q must have 1 to 16 tokens, got T = 17": lambda: call(
-      long[0], index_q=long[1]
+    "tokens (msa_attention with kv_lengths takes more), got T = 17": lambda: (
+      call(long[0], index_q=long[1])
     ),
-    "q must have at most as many tokens as k": lambda: msa_jax.decode_attention(
-      q, k[:, :3], v[:, :3], index_q, index_k[:, :3], kv_lengths=lengths
+    "q must be an array of at most as many tokens as k": lambda: (
+      msa_jax.decode_attention(
+        q, k[:, :3], v[:, :3], index_q, index_k[:, :3], kv_lengths=lengths
+      )
     ),
-    "index_k_scale must be given": lambda: call(index_k=codes),
+    "index_k_scale must be an array with an index_k of float8": lambda: call(
+      index_k=codes
+    ),
     "index_k_scale must be None unless": lambda: call(index_k_scale=scale),
-    "index_k_scale must have shape [B, C] = (4, 37), got (4, 36)": lambda: call(
-      index_k=codes, index_k_scale=scale[:, 1:]
+    "index_k_scale must be an array of shape [B, C] = (4, 37), got (4, 36)": (
+      lambda: call(index_k=codes, index_k_scale=scale[:, 1:])
     ),
     "index_k_scale must be float32, got bfloat16": lambda: call(
       index_k=codes, index_k_scale=scale.astype(jnp.bfloat16)
     ),
-    "index_k must have the dtype of index_q, float32, or float8_e4m3fn": (
+    "index_k must be an array of float32, the dtype of index_q, or of float8": (
       lambda: call(index_k=index_k.astype(jnp.bfloat16))
     ),
-    "index_k must have S = 37": lambda: call(index_k=index_k[:, 1:]),
-    "index_q must have K = 2": lambda: call(index_q=index_q[:, :, :1]),
-    "index_q must have the dtype of q": lambda: call(
+    "index_k must be an array with S = 37": lambda: call(
+      index_k=index_k[:, 1:]
+    ),
+    "index_q must be an array with K = 2": lambda: call(
+      index_q=index_q[:, :, :1]
+    ),
+    "index_q must be an array of float32, the dtype of q": lambda: call(
       index_q=index_q.astype(jnp.bfloat16)
     ),
     "kv_lengths must be an array of shape [B], got None": lambda: call(
       kv_lengths=None
     ),
-    "kv_lengths must have shape [B] = (4), got (3,)": lambda: call(
+    "kv_lengths must be an array of shape [B] = (4), got (3,)": lambda: call(
       kv_lengths=lengths[1:]
     ),
     "top_k must be an integer of at least 1": lambda: call(top_k=0),
@@ -411,17 +419,20 @@ def test_wrong_writes():
     "num_tokens must be from 1 to the cache's capacity = 11, got 12": lambda: (
       cache.reserve(12)
     ),
-    "counts must be integers of shape [B] = (3,)": lambda: cache.reserve(
-      2, jnp.zeros(2, jnp.int32)
+    "counts must be an array of shape [B] = (3), got (2,)": lambda: (
+      cache.reserve(2, jnp.zeros(2, jnp.int32))
     ),
-    "lengths must be integers of shape [B] = (3,), got float32": lambda: (
-      cache.trim(jnp.zeros(3))
+    "lengths must be an array of integers, got float32": lambda: cache.trim(
+      jnp.zeros(3)
     ),
     "index_dtype must be float32, the cache's dtype, or float8": lambda: fresh(
       index_dtype=jnp.float16
     ),
     "capacity must be an integer of at least 1, got 0": lambda: fresh(
       capacity=0
+    ),
+    "num_tokens must be an integer of at least 1, got True": lambda: (
+      cache.reserve(True)
     ),
   }.items():
     with pytest.raises(ValueError) as error:
@@ -669,16 +680,18 @@ def test_a_cache_that_does_not_fit():
 
   half = lambda x: x.astype(jnp.bfloat16)  # noqa: E731
   for text, call in {
-    "cache.layers[1].k must be float32 of shape (3, 16, 2, 8) for 3 rows of"
-    " this model, got bfloat16": lambda: model.extend(tokens, edit("k", half)),
+    "cache.layers[1].k must be float32 of shape (3, 16, 2, 8) for 3 batch"
+    " rows of this model, got bfloat16": lambda: model.extend(
+      tokens, edit("k", half)
+    ),
     "cache.layers[1].v must be float32 of shape (3, 16, 2, 8)": lambda: (
       model.extend(tokens, edit("v", lambda x: x[:, :9]))
     ),
     "cache.layers[1].index_k must be float32": lambda: model.extend(
       tokens, edit("index_k", half)
     ),
-    "cache.layers[1].index_k must be float32 of shape (3, 16, 8) for 3 rows of"
-    " this model, got None": lambda: model.extend(
+    "cache.layers[1].index_k must be float32 of shape (3, 16, 8) for 3 batch"
+    " rows of this model, got None": lambda: model.extend(
       tokens, edit("index_k", lambda x: None)
     ),
     "cache.layers[0].k must be float32 of shape (2, 16, 2, 8) for 2": lambda: (
@@ -687,13 +700,13 @@ def test_a_cache_that_does_not_fit():
     "cache.layers[2].index_k must be None": lambda: build(
       layer_kinds=("gqa", "msa", "gqa")
     ).extend(tokens, cache),
-    "tokens must be at most the cache's capacity = 16 a row, got 17": lambda: (
+    "tokens must be at most the cache's capacity = 16 in each": lambda: (
       model.extend(TOKENS[:, :17], cache)
     ),
     "cache must be a msa_jax.Cache, got NoneType": lambda: model.extend(
       tokens, None
     ),
-    "tokens must have rank 2": lambda: model.extend(tokens[0], cache),
+    "tokens must be an array of rank 2": lambda: model.extend(tokens[0], cache),
     "index_dtype must be float32": lambda: model.init_cache(
       3, 16, index_dtype="bfloat16"
     ),

@@ -29,33 +29,47 @@ def half(x):
 
 
 WRONG = {
-  "q must have rank 4.*(24, 4, 8)": lambda: sparse(Q[0], K, V, BLOCKS),
-  "index_k must have rank 3": lambda: select(INDEX_Q, INDEX_K[:, :, None]),
-  "k must have B = 1": lambda: sparse(Q, jnp.tile(K, (2, 1, 1, 1)), V, BLOCKS),
-  "v must have S = 24": lambda: sparse(Q, K, V[:, :9], BLOCKS),
-  "v must have K = 2": lambda: sparse(Q, K, V[:, :, :1], BLOCKS),
-  "k must have D = 8": lambda: sparse(Q, K[..., :4], V, BLOCKS),
-  "v must have D = 8": lambda: sparse(Q, K, V[..., :4], BLOCKS),
-  "q must have a multiple of k's 2 heads": lambda: sparse(
+  "q must be an array of rank 4, [B, T, H, D], got shape (24, 4, 8)": lambda: (
+    sparse(Q[0], K, V, BLOCKS)
+  ),
+  "index_k must be an array of rank 3": lambda: select(
+    INDEX_Q, INDEX_K[:, :, None]
+  ),
+  "k must be an array with B = 1 (as q) in axis 0, got 2": lambda: sparse(
+    Q, jnp.tile(K, (2, 1, 1, 1)), V, BLOCKS
+  ),
+  "v must be an array with S = 24": lambda: sparse(Q, K, V[:, :9], BLOCKS),
+  "v must be an array with K = 2": lambda: sparse(Q, K, V[:, :, :1], BLOCKS),
+  "k must be an array with D = 8": lambda: sparse(Q, K[..., :4], V, BLOCKS),
+  "v must be an array with D = 8": lambda: sparse(Q, K, V[..., :4], BLOCKS),
+  "q must be an array of a multiple of k's 2 heads, got H = 3": lambda: sparse(
     Q[:, :, :3], K, V, BLOCKS
   ),
-  "index_q must have K = 2": lambda: msa(Q, K, V, INDEX_Q[:, :, :1], INDEX_K),
-  "index_q must have T = 24": lambda: msa(Q, K, V, INDEX_Q[:, 1:], INDEX_K),
-  "index_k must have I = 8": lambda: select(INDEX_Q, INDEX_K[..., :4]),
-  "index_k must have S = 24": lambda: kl_loss(
+  "index_q must be an array with K = 2": lambda: msa(
+    Q, K, V, INDEX_Q[:, :, :1], INDEX_K
+  ),
+  "index_q must be an array with T = 24": lambda: msa(
+    Q, K, V, INDEX_Q[:, 1:], INDEX_K
+  ),
+  "index_k must be an array with I = 8": lambda: select(
+    INDEX_Q, INDEX_K[..., :4]
+  ),
+  "index_k must be an array with S = 24": lambda: kl_loss(
     Q[:, 4:], K, INDEX_Q[:, 4:], INDEX_K[:, :22], None
   ),
-  "k must have the dtype of q": lambda: sparse(Q, half(K), V, BLOCKS),
-  "index_k must have the dtype of index_q": lambda: select(
+  "k must be an array of float32, the dtype of q, got bfloat16": lambda: sparse(
+    Q, half(K), V, BLOCKS
+  ),
+  "index_k must be an array of float32, the dtype of index_q": lambda: select(
     INDEX_Q, half(INDEX_K)
   ),
-  "q must have at most as many tokens as k": lambda: sparse(
+  "q must be an array of at most as many tokens as k": lambda: sparse(
     Q, K[:, :9], V[:, :9], BLOCKS
   ),
-  "index_q must have at most as many tokens": lambda: select(
+  "index_q must be an array of at most as many tokens": lambda: select(
     INDEX_Q, INDEX_K[:, :9]
   ),
-  "block_indices must have shape [B, K, T, P] = (1, 2, 24, any)": lambda: (
+  "block_indices must be an array of shape [B, K, T, P] = (1, 2": lambda: (
     sparse(Q, K, V, BLOCKS[:, :1])
   ),
   "block_indices must be int32": lambda: sparse(
@@ -79,28 +93,53 @@ WRONG = {
   "num_local_blocks must be an integer from 0 to top_k = 3, got 4": lambda: (
     select(INDEX_Q, INDEX_K, num_local_blocks=4)
   ),
-  "kv_lengths must have shape [B] = (1), got (2,)": lambda: select(
+  "kv_lengths must be an array of shape [B] = (1), got (2,)": lambda: select(
     INDEX_Q, INDEX_K, kv_lengths=jnp.zeros(2, jnp.int32)
   ),
-  "kv_lengths must be integers": lambda: select(
+  "kv_lengths must be an array of integers, got float32": lambda: select(
     INDEX_Q, INDEX_K, kv_lengths=jnp.zeros(1)
   ),
-  "q must be bfloat16, float16, float32 or float64, got int32": lambda: sparse(
+  "q must be an array of bfloat16, float16, float32 or float64": lambda: sparse(
     Q.astype(jnp.int32), K, V, BLOCKS
   ),
   "q must be an array of shape": lambda: sparse([[1.0]], K, V, BLOCKS),
-  "q must have no empty axis": lambda: sparse(Q[:, :0], K, V, BLOCKS),
-  "query_mask must have shape": lambda: msa(
+  "q must be an array without empty axes, got shape (1, 0, 4, 8)": lambda: (
+    sparse(Q[:, :0], K, V, BLOCKS)
+  ),
+  "query_mask must be an array of shape": lambda: msa(
     *INPUTS, query_mask=jnp.ones((1, 3), bool)
   ),
-  "query_mask must be bool": lambda: msa(*INPUTS, query_mask=jnp.ones((1, 24))),
-  "lse must have shape": lambda: kl_loss(
+  "query_mask must be an array of bool": lambda: msa(
+    *INPUTS, query_mask=jnp.ones((1, 24))
+  ),
+  "lse must be an array of shape": lambda: kl_loss(
     Q, K, INDEX_Q, INDEX_K, None, lse=jnp.zeros((1, 24, 4))
   ),
   "scale must be a Python number or None": lambda: sparse(
     Q, K, V, BLOCKS, scale="big"
   ),
   "index_scale must be finite": lambda: msa(*INPUTS, index_scale=np.inf),
+  "lse must be an array of floating point, got int32": lambda: kl_loss(
+    Q, K, INDEX_Q, INDEX_K, None, lse=jnp.zeros((1, 4, 24), jnp.int32)
+  ),
+  "lse must be None with detach_teacher=False": lambda: kl_loss(
+    Q,
+    K,
+    INDEX_Q,
+    INDEX_K,
+    None,
+    lse=jnp.zeros((1, 4, 24)),
+    detach_teacher=False,
+  ),
+  "block_indices must be an array with P of at least 1": lambda: sparse(
+    Q, K, V, BLOCKS[..., :0]
+  ),
+  "top_k must be an integer of at least 1, got True": lambda: select(
+    INDEX_Q, INDEX_K, top_k=True
+  ),
+  "block_size must be an integer of at least 1, got 4.0": lambda: sparse(
+    Q, K, V, BLOCKS, block_size=4.0
+  ),
 }
 
 
@@ -122,9 +161,12 @@ def test_wrong_calls(text):
       r"block_indices\[1, 0, 2, 1\] must be -1 or a block id below 4",
     ),
     ([-2, -1, -1], r"\[1, 0, 2, 0\] must be -1 or a block id below 4, got -2"),
-    ([1, -1, 2], r"\[1, 0, 2, 2\] must not follow a -1, got 2"),
+    ([1, -1, 2], r"\[1, 0, 2, 2\] must be -1 after a -1, got 2"),
     ([0, 2, 2], r"\[1, 0, 2, 2\] must be larger than the id before it, got 2"),
-    ([2, 1, -1], r"\[1, 0, 2, 1\] must be larger .* in the row \[2, 1, -1\]"),
+    (
+      [2, 1, -1],
+      r"\[1, 0, 2, 1\] must be larger .* in the choice \[2, 1, -1\]",
+    ),
   ],
 )
 def test_check_block_indices_names_the_first_bad_entry(row, text):
@@ -140,6 +182,20 @@ def test_check_block_indices_names_the_first_bad_entry(row, text):
     check(jnp.asarray(ids))
 
 
+def test_numpy_integers_are_integers():
+  """They choose as Python integers do, and may stand in a config."""
+  want = select(INDEX_Q, INDEX_K)
+  got = select(
+    INDEX_Q,
+    INDEX_K,
+    block_size=np.int64(4),
+    top_k=np.int32(3),
+    num_local_blocks=np.int16(1),
+  )
+  np.testing.assert_array_equal(got, want)
+  msa_jax.IndexConfig(block_size=np.int64(64), num_local_blocks=np.int64(2))
+
+
 def test_check_block_indices_needs_values():
   ids = jnp.zeros((1, 1, 1, 1), jnp.int32)
   with pytest.raises(ValueError, match="outside jit"):
@@ -150,6 +206,28 @@ def test_errors_come_before_tracing_anything():
   """A wrong call fails on shapes alone, also under jit."""
   with pytest.raises(ValueError, match="top_k"):
     jax.eval_shape(lambda *x: msa(*x, top_k=-1), *INPUTS)
+
+
+@pytest.mark.parametrize("implementation", ["xla", "mosaic_gpu"])
+@pytest.mark.parametrize("blocks", [None, BLOCKS], ids=["warmup", "sparse"])
+def test_an_attached_teacher_needs_the_reference(blocks, implementation):
+  args = (Q, K, INDEX_Q, INDEX_K, blocks)
+  text = "detach_teacher=False needs implementation='reference' or None"
+  with pytest.raises(NotImplementedError, match=text):
+    kl_loss(*args, detach_teacher=False, implementation=implementation)
+
+  def loss(q, k, **options):
+    return kl_loss(q, k, *args[2:], **options)
+
+  free = functools.partial(loss, detach_teacher=False)
+  want = functools.partial(free, implementation="reference")
+  gradients = jax.grad(free, (0, 1))(Q, K)
+  chex.assert_trees_all_equal(gradients, jax.grad(want, (0, 1))(Q, K))
+  assert all(np.any(gradient) for gradient in gradients)
+  # Attached or not, the loss is the same; detached, q and k get no gradient.
+  np.testing.assert_allclose(free(Q, K), loss(Q, K), rtol=1e-5)
+  for gradient in jax.grad(loss, (0, 1))(Q, K):
+    assert not np.any(gradient)
 
 
 def test_a_named_implementation_never_falls_back(no_gpu):
@@ -187,6 +265,8 @@ CONFIG = dict(
     (dict(num_layers=0), "num_layers must be an integer of at least 1, got 0"),
     (dict(dtype="int8"), "dtype must be one of"),
     (dict(implementation="cuda"), "implementation must be one of"),
+    (dict(gqa_implementation="triton"), "gqa_implementation must be one of"),
+    (dict(num_layers=True), "num_layers must be an integer .* got True"),
   ],
 )
 def test_wrong_model_configs(change, text):
@@ -204,7 +284,10 @@ def test_wrong_model_configs(change, text):
       dict(num_local_blocks=9, top_k=4),
       "num_local_blocks must be an integer from 0 to top_k = 4, got 9",
     ),
-    (dict(selection="all"), "selection must be 'index' or 'window'"),
+    (
+      dict(selection="all"),
+      "selection must be one of 'index', 'window', got 'all'",
+    ),
     (dict(selection="window", value_head=True), "value_head must be False"),
     (
       dict(selection="window", force_first_block=True),
@@ -216,18 +299,28 @@ def test_wrong_model_configs(change, text):
       "detach_teacher must be True",
     ),
     (dict(force_first_block=True, top_k=1), "top_k must be greater than"),
+    (dict(top_k=True), "top_k must be an integer of at least 1, got True"),
+    (
+      dict(num_local_blocks=True),
+      "num_local_blocks must be an integer from 0 to top_k = 16, got True",
+    ),
     (
       dict(score_precision="bf16"),
-      "score_precision must be 'exact' or 'fast' or 'fp8', got 'bf16'",
+      "score_precision must be one of 'exact', 'fast', 'fp8', got 'bf16'",
     ),
   ],
 )
 def test_wrong_index_branches(change, text):
-  """The config and the layer refuse the same."""
   with pytest.raises(ValueError, match=text):
     msa_jax.IndexConfig(**change)
+
+
+def test_layers_take_index_options_from_the_config_alone():
+  with pytest.raises(TypeError, match="block_size"):
+    msa_jax.MSAttention(4, 32, block_size=8, rngs=nnx.Rngs(0))
+  text = "index must be a msa_jax.IndexConfig, got {'block_size': 8}"
   with pytest.raises(ValueError, match=text):
-    msa_jax.MSAttention(4, 32, rngs=nnx.Rngs(0), **change)
+    msa_jax.MSAttention(4, 32, index=dict(block_size=8), rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -254,12 +347,16 @@ def test_wrong_heads(change, text):
 
 def test_wrong_modules():
   rngs = nnx.Rngs(0)
+  with pytest.raises(ValueError, match="implementation must be one of 'xla',"):
+    msa_jax.GQAttention(4, 32, implementation="mosaic_gpu", rngs=rngs)
+  with pytest.raises(ValueError, match="x must be an array of rank 3"):
+    msa_jax.GQAttention(4, 32, rngs=rngs)(jnp.zeros((4, 32)))
   with pytest.raises(ValueError, match="qkv_features must be a multiple"):
     msa_jax.GQAttention(4, 30, num_kv_heads=2, rngs=rngs)
   model = msa_jax.DecoderLM(msa_jax.ModelConfig(**CONFIG), rngs=rngs)
-  with pytest.raises(ValueError, match="tokens must have rank 2"):
+  with pytest.raises(ValueError, match="tokens must be an array of rank 2"):
     model(jnp.zeros((4,), jnp.int32))
-  with pytest.raises(ValueError, match="tokens must be integers"):
+  with pytest.raises(ValueError, match="tokens must be an array of integers"):
     model(jnp.zeros((1, 4)))
   other = msa_jax.ModelConfig(**CONFIG | dict(mlp_dim=8, layer_kinds=("msa",)))
   with pytest.raises(ValueError, match=r"config.mlp_dim must be 16"):

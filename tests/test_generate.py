@@ -237,13 +237,13 @@ WRONG = {
     temperature=1.0, top_p=0.0
   ),
   "top_p must be None with temperature=0": lambda: Sampling(top_p=0.5),
-  "prompts must hold at least one": lambda: stream(
+  "prompts must be at least one prompt, got none": lambda: stream(
     model(), [], max_new_tokens=1
   ),
   "prompts[1] must be one or more token ids": lambda: stream(
     model(), [[1], []], max_new_tokens=1
   ),
-  "prompts[0] must hold ids below vocab_size = 64, got 3 to 64": lambda: stream(
+  "prompts[0] must be ids below vocab_size = 64, got 3 to 64": lambda: stream(
     model(), [[64, 3]], max_new_tokens=1
   ),
   "max_new_tokens must be an integer of at least 1, got 0": lambda: stream(
@@ -257,6 +257,12 @@ WRONG = {
   ),
   "stop_tokens must be ids below vocab_size = 64, got 99": lambda: stream(
     model(), [[1]], max_new_tokens=1, stop_tokens=(99,)
+  ),
+  "stop_tokens must be ids below vocab_size = 64, got 1.5": lambda: stream(
+    model(), [[1]], max_new_tokens=1, stop_tokens=(1.5,)
+  ),
+  "capacity must be an integer of at least 1, got 64.0": lambda: stream(
+    model(), [[1]], max_new_tokens=1, capacity=64.0
   ),
   "capacity must be at least 48, the longest prompt's 40 tokens and 9": (
     lambda: stream(model(), PROMPTS, max_new_tokens=9, capacity=47)
@@ -433,7 +439,7 @@ def test_wrong_samples(trained, place, capsys):
       recall.folder,
       "--prompt=a",
     ],
-    "prompts[0] must hold ids below vocab_size = 256": [
+    "prompts[0] must be ids below vocab_size = 256": [
       recall.folder,
       "--tokens=300",
     ],

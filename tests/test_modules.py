@@ -70,9 +70,8 @@ def test_msa_with_every_block_equals_gqa(changes):
   """With P large enough, MSA is GQA: they share all but the Index Branch."""
   options = dict(num_kv_heads=2, rngs=nnx.Rngs(0), **changes)
   gqa = msa_jax.GQAttention(4, 32, **options)
-  msa = msa_jax.MSAttention(
-    4, 32, index_dim=8, block_size=8, top_k=4, implementation="xla", **options
-  )
+  index = IndexConfig(index_dim=8, block_size=8, top_k=4)
+  msa = msa_jax.MSAttention(4, 32, index=index, implementation="xla", **options)
   shared = nnx.to_flat_state(nnx.state(gqa, nnx.Param))
   flat = dict(nnx.to_flat_state(nnx.state(msa, nnx.Param)))
   assert {path[0] for path in flat} - {path[0] for path, _ in shared} == {
@@ -189,7 +188,14 @@ ABLATIONS = {
 def test_ablations(name):
   """Each switch does what it says, in both phases."""
   index = dataclasses.replace(INDEX, **ABLATIONS[name])
-  model = build(index=index, layer_kinds=("msa",), num_layers=2)
+  # Only "reference" differentiates the teacher; None chooses it for the KL.
+  implementation = "xla" if index.detach_teacher else None
+  model = build(
+    index=index,
+    layer_kinds=("msa",),
+    num_layers=2,
+    implementation=implementation,
+  )
   graphdef, params = nnx.split(model, nnx.Param)
 
   @functools.partial(jax.jit, static_argnums=1)
@@ -233,6 +239,51 @@ def test_ablations(name):
       assert same[had].all()
 
 
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+def test_an_attached_teacher_never_falls_back(phase):
+  """xla says which implementations have this KL, and those agree."""
+  x = jax.random.normal(jax.random.key(0), (1, 24, 32))
+
+  def layer(implementation):
+    return msa_jax.MSAttention(
+      4,
+      32,
+      num_kv_heads=2,
+      index=dataclasses.replace(INDEX, detach_teacher=False),
+      implementation=implementation,
+      rngs=nnx.Rngs(0),
+    )
+
+  text = "detach_teacher=False needs implementation='reference' or None"
+  named = layer("xla")
+  with pytest.raises(NotImplementedError, match=text):
+    named(x, phase=phase, with_kl=True)
+  # Without the KL there is no teacher.
+  assert named(x, phase=phase).kl == 0
+  want = layer("reference")(x, phase=phase, with_kl=True)
+  got = layer(None)(x, phase=phase, with_kl=True)
+  chex.assert_trees_all_close(got, want, rtol=1e-5, atol=1e-5)
+  assert want.kl > 0
+
+
+def test_an_attached_teacher_never_falls_back_on_a_gpu(pretend_hopper):
+  layer = msa_jax.MSAttention(
+    8,
+    64,
+    qkv_features=512,
+    num_kv_heads=1,
+    index=IndexConfig(
+      index_dim=64, block_size=64, top_k=2, detach_teacher=False
+    ),
+    dtype=jnp.bfloat16,
+    implementation="mosaic_gpu",
+    rngs=nnx.Rngs(0),
+  )
+  x = jnp.ones((1, 256, 64), jnp.bfloat16)
+  with pytest.raises(NotImplementedError, match="detach_teacher=False"):
+    nnx.eval_shape(lambda layer, x: layer(x, with_kl=True), layer, x)
+
+
 def test_linen_bridge():
   """A Linen model may use the layers through flax's bridge."""
   layer = bridge.to_linen(
@@ -240,9 +291,7 @@ def test_linen_bridge():
     4,
     32,
     num_kv_heads=2,
-    index_dim=8,
-    block_size=8,
-    top_k=2,
+    index=INDEX,
     implementation="xla",
   )
   x = jax.random.normal(jax.random.key(0), (1, 20, 32))

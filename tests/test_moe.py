@@ -150,10 +150,12 @@ def test_bfloat16_routes_in_float32():
 
 
 def test_wrong_calls():
-  with pytest.raises(
-    ValueError, match="top_k must be from 1 to num_experts = 4"
-  ):
+  with pytest.raises(ValueError, match="top_k must be at most num_experts = 4"):
     build(top_k=5)
+  with pytest.raises(ValueError, match=r"top_k must be an integer .* got 0"):
+    build(top_k=0)
+  with pytest.raises(ValueError, match="shared_dim must be an integer of at"):
+    build(shared_dim=-1)
   with pytest.raises(ValueError, match="must be at most num_experts = 4"):
     MoEConfig(num_experts=4, top_k=5)
   small = tiny_run().model

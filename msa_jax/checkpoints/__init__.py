@@ -1,1 +1,1 @@
-"""Released checkpoints as models: one module for each family."""
+"""Reads and writes released checkpoints: one module for each family."""

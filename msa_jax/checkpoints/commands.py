@@ -1,4 +1,8 @@
-"""`python -m msa_jax.checkpoints`: looks into a checkpoint, samples from it."""
+"""`python -m msa_jax.checkpoints`: prints a checkpoint's contents, or samples.
+
+python -m msa_jax.checkpoints show FOLDER
+python -m msa_jax.checkpoints sample FOLDER --text "The weather"
+"""
 
 from __future__ import annotations
 
@@ -19,13 +23,14 @@ from jax.sharding import AxisType
 
 from msa_jax import generate
 from msa_jax.checkpoints import m3
+from msa_jax.checks import wrong
 
 
 def describe(folder: str | os.PathLike) -> Iterator[str]:
-  """Lines that say what a checkpoint holds; reads headers only.
+  """Yields lines that describe a checkpoint; reads its headers only.
 
   Raises:
-    ValueError: as `load`.
+    ValueError: as `msa_jax.m3.load`.
   """
   folder = pathlib.Path(folder)
   config, checkpoint = m3.open_checkpoint(folder)
@@ -101,23 +106,28 @@ def sample(
   """Continues a prompt with a checkpoint's model.
 
   Args:
-    folder: as `msa_jax.m3.load` takes it; text also needs its tokenizer.json.
-    text: the prompt, or
-    prompt_ids: the prompt's tokens.
-    max_new_tokens: at most; the config's eos_token_id ends it before.
+    folder: the checkpoint; `text` also needs its tokenizer.json.
+    text: the prompt as text; either this or prompt_ids must be given.
+    prompt_ids: the prompt as tokens.
+    max_new_tokens: the most tokens to make; config.json's eos_token_id ends the
+      text earlier.
     sampling: how to draw.
-    seed: of the draws.
+    seed: seed of the draws.
     dtype, mesh: see `msa_jax.m3.load`.
 
   Yields:
-    The prompt, then new text (or ids) as it comes.
+    The prompt, then new text (or token ids) as it comes.
 
   Raises:
     ValueError: an argument is wrong, or as `msa_jax.m3.load`.
   """
   folder = pathlib.Path(folder)
   if (text is None) == (not prompt_ids):
-    raise ValueError("wanted either text or prompt_ids")
+    raise wrong(
+      "text or prompt_ids",
+      "given, and not both",
+      "neither" if text is None else "both",
+    )
   tokenizer = None
   if text is not None:
     tokenizer = _tokenizer(folder)
@@ -143,7 +153,8 @@ def sample(
     ):
       done.extend(i for i in new.tolist() if i not in stop)
       written = show(done)
-      # The rest of a character may still come.
+      # The tokenizer decodes an incomplete character as U+FFFD; the next tokens
+      # may complete it.
       ready = len(written.rstrip("\ufffd"))
       yield written[shown:ready]
       shown = max(shown, ready)
@@ -153,7 +164,9 @@ def sample(
 def _tokenizer(folder: pathlib.Path) -> Any:
   path = folder / "tokenizer.json"
   if not path.exists():
-    raise ValueError(f"text needs {path}, which is missing; give prompt_ids")
+    raise ValueError(
+      f"text needs {path}, which is missing; give prompt_ids instead"
+    )
   try:
     import tokenizers
   except ModuleNotFoundError as error:
@@ -166,17 +179,18 @@ def _tokenizer(folder: pathlib.Path) -> Any:
 def _check_sample(
   folder: pathlib.Path, prompt_ids: Sequence[int], max_new_tokens: int
 ) -> tuple[int, ...]:
-  """Checks what config.json can tell, before weights are read.
+  """Checks the arguments against config.json, before weights are read.
 
   Returns:
-    The tokens that end a row: the config's eos_token_id, none, one or many.
+    The stop tokens: config.json's eos_token_id, which holds none, one or many.
   """
   config = m3.read_config(folder)
-  wrong = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
-  if wrong or not len(prompt_ids):
-    raise ValueError(
-      "the prompt must be one or more ids below vocab_size ="
-      f" {config.vocab_size}, got {wrong or 'none'}"
+  outside = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
+  if outside or not len(prompt_ids):
+    raise wrong(
+      "the prompt",
+      f"one or more ids below vocab_size = {config.vocab_size}",
+      str(outside or "none"),
     )
   whole = json.loads((folder / "config.json").read_text())
   fields = {**whole, **(whole.get("text_config") or {})}
@@ -195,24 +209,25 @@ def _check_sample(
 
 
 def _mesh(sizes: Sequence[str]) -> jax.sharding.Mesh | None:
-  """A mesh of "axis=size" words."""
+  """The mesh that "axis=size" words describe; None if there are none."""
   if not sizes:
     return None
   axes = {}
   for word in sizes:
     name, _, size = word.partition("=")
     if not size.isdigit() or int(size) < 1:
-      raise ValueError(f"--mesh {word}: wanted AXIS=SIZE, such as expert=8")
+      raise wrong("--mesh", "AXIS=SIZE words, such as expert=8", repr(word))
     axes[name] = int(size)
-  # A single row cannot be split, as "data" and "fsdp" would.
+  # One prompt is sampled, and "data" and "fsdp" would split the batch.
   known = ("expert", "tensor")
   if not set(axes) <= set(known):
-    raise ValueError(f"--mesh {' '.join(sizes)}: wanted axes among {known}")
+    raise wrong("--mesh", f"of axes among {known}", " ".join(sizes))
   count = math.prod(axes.values())
   if count > jax.device_count():
-    raise ValueError(
-      f"--mesh {' '.join(sizes)} wants {count} devices, {jax.device_count()}"
-      " are here"
+    raise wrong(
+      "--mesh",
+      f"a mesh of at most the {jax.device_count()} devices that are here",
+      f"{' '.join(sizes)}, which needs {count} devices",
     )
   return jax.make_mesh(
     tuple(axes.values()),
@@ -228,7 +243,7 @@ def _parser() -> argparse.ArgumentParser:
     description="Look into a MiniMax-M3 checkpoint, or sample from it.",
   )
   commands = parser.add_subparsers(dest="command", required=True)
-  about = "Print what a checkpoint folder holds; reads no weights."
+  about = "Print what a checkpoint folder holds, without reading weights."
   show = commands.add_parser("show", help=about, description=about)
   about = "Continue a prompt with a checkpoint's model."
   sample = commands.add_parser("sample", help=about, description=about)
@@ -236,13 +251,19 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=pathlib.Path)
   add = sample.add_argument
   add("--text", help="the prompt; needs the folder's tokenizer.json")
-  add("--prompt-ids", nargs="+", type=int, default=(), help="or its tokens")
+  add(
+    "--prompt-ids",
+    nargs="+",
+    type=int,
+    default=(),
+    help="the prompt as tokens, instead of --text",
+  )
   add("--max-new-tokens", type=int, default=64, help="default: 64")
   add("--temperature", type=float, default=0.0, help="default: 0, greedy")
-  add("--top-k", type=int, help="draw from so many of the likeliest tokens")
-  add("--top-p", type=float, help="draw from so much of the probability")
-  add("--seed", type=int, default=0, help="of the draws")
-  add("--dtype", help="of the computation (default: the checkpoint's)")
+  add("--top-k", type=int, help="draw from this many of the likeliest tokens")
+  add("--top-p", type=float, help="draw from tokens of this total probability")
+  add("--seed", type=int, default=0, help="seed of the draws")
+  add("--dtype", help="dtype of the computation (default: the checkpoint's)")
   add(
     "--mesh",
     nargs="+",

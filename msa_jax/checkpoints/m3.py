@@ -1,11 +1,11 @@
 """Checkpoints of the MiniMax-M3 text model, and of its M2-style relatives.
 
-A checkpoint is a folder with config.json and safetensors files (8 bytes of
-header length, a JSON header, raw tensors), with an index file where they are
-several. `load` gives a `DecoderLM`, `save` writes one back under the same
-names. Vision and multi-token-prediction tensors are named and skipped; weights
-have 16 or 32 bits. `M3` is the release's shape and `PAPER_10B` that of the
-paper's model; `count_parameters` counts what such a model has.
+A checkpoint is a folder with config.json and safetensors files
+(`msa_jax.checkpoints.tensor_files`). `load` makes a `DecoderLM` of it, and
+`save` writes a `DecoderLM` under the same names. Weights have 16 or 32 bits.
+`load` skips vision and multi-token-prediction tensors, and logs their names.
+`M3` is the config of the release and `PAPER_10B` that of the paper's model;
+`count_parameters` counts the parameters of such a config.
 
 python -m msa_jax.checkpoints show FOLDER
 python -m msa_jax.checkpoints sample FOLDER --text "The weather"
@@ -22,7 +22,6 @@ import logging
 import math
 import os
 import pathlib
-import sys
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -38,7 +37,6 @@ from jax.sharding import (
   SingleDeviceSharding,
 )
 
-from msa_jax.attention import Sharding
 from msa_jax.checkpoints import tensor_files
 from msa_jax.checkpoints.m3_config import (
   config_json,
@@ -46,6 +44,8 @@ from msa_jax.checkpoints.m3_config import (
   read_text_fields,
 )
 from msa_jax.checkpoints.tensor_files import DTYPES
+from msa_jax.checks import wrong
+from msa_jax.layers import Sharding
 from msa_jax.model import (
   DecoderLM,
   abstract_model,
@@ -102,7 +102,7 @@ M3 = ModelConfig(
 
 _PREFIX = "language_model."
 _SKIPPED = ("vision_tower", "multi_modal_projector", "patch_merge_mlp", "mtp")
-# What changes how a model is computed, not what.
+# Config fields that change how a model is computed, but not its results.
 _OPTIONS = ("implementation", "gqa_implementation", "remat", "scan_layers")
 
 
@@ -113,11 +113,11 @@ class ParameterCounts(NamedTuple):
   """How many parameters a model has.
 
   Attributes:
-    total: all of them.
-    active: those that a token goes through, without the Index Branch (the
-      paper's way to count): all but the experts that it is not sent to.
-    embedding: token embedding and output projection, part of both.
-    index: the Index Branch, part of total.
+    total: all parameters.
+    active: the parameters that one token uses: all but the experts that it does
+      not go to. The Index Branch is not counted, as in the paper.
+    embedding: token embedding and output projection; part of total and active.
+    index: the Index Branch; part of total.
   """
 
   total: int
@@ -127,7 +127,7 @@ class ParameterCounts(NamedTuple):
 
 
 def count_parameters(config: ModelConfig) -> ParameterCounts:
-  """Counts from shapes alone; nothing is allocated."""
+  """Counts a model's parameters from their shapes; allocates nothing."""
   total = routed = embedding = index = 0
   for path, leaf in abstract_model(config, None)[1].items():
     size = math.prod(leaf.shape)
@@ -142,7 +142,7 @@ def count_parameters(config: ModelConfig) -> ParameterCounts:
 
 # --------------------------------------------------- names and layouts
 
-# Parameter of a layer, name in the checkpoint, layout (see Layout).
+# Name of a parameter in its layer: (name in the checkpoint, kind of Layout).
 _ATTENTION = {
   "attention_norm.scale": ("input_layernorm.weight", "same"),
   "attention.query.kernel": ("self_attn.q_proj.weight", "into"),
@@ -180,20 +180,26 @@ _ENDS = {
   "norm.scale": ("model.norm.weight", "same"),
   "head.kernel": ("lm_head.weight", "into"),
 }
-# Rounding these changes which experts are chosen: `dtype` leaves them alone.
-# The bias is float32 whatever the file holds: a step that balances the experts
-# moves it by less than half precision can tell.
+# Rounding these two would change which experts are chosen, so `load` does not
+# convert the router to `dtype`, and keeps the choice bias in float32: a step of
+# `msa_jax.mlp.balance` is too small for 16 bits.
 _BIAS = "mlp.choice_bias"
 _ROUTER = "mlp.router"
 
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-  """How one tensor of a checkpoint lies in a parameter.
+  """How a checkpoint's tensor becomes a parameter.
 
-  A checkpoint's matrices are [outputs, inputs]. "same": no change. "into": the
-  parameter is [inputs, *outputs]; "out_of": [*inputs, outputs]. The tensor
-  reshaped to `split` and then transposed by `axes` is the parameter.
+  The tensor reshaped to `split` and then transposed by `axes` is the parameter.
+  Three kinds occur. A checkpoint's matrices are [outputs, inputs]; of kind
+  "into" the parameter is [inputs, *outputs], of kind "out_of" it is
+  [*inputs, outputs]. Of kind "same" the parameter is the tensor itself.
+
+  Attributes:
+    tensor: shape of the tensor in the checkpoint.
+    split: shape that the tensor is reshaped to.
+    axes: permutation of the reshaped tensor's axes.
   """
 
   tensor: tuple[int, ...]
@@ -212,16 +218,24 @@ class Layout:
     return cls((one, math.prod(rest)), (one, *rest), (*range(1, last + 1), 0))
 
   def source(self, index: Sequence[slice]) -> tuple[slice, ...]:
-    """Where a slice of the parameter lies in the tensor reshaped to split."""
-    place: list[Any] = [slice(None)] * len(self.axes)
+    """The part of the reshaped tensor that becomes a part of the parameter."""
+    slices: list[Any] = [slice(None)] * len(self.axes)
     for axis, part in zip(self.axes, index):
-      place[axis] = part
-    return tuple(place)
+      slices[axis] = part
+    return tuple(slices)
 
 
 @dataclasses.dataclass(frozen=True)
 class Leaf:
-  """A parameter, and the tensors that lie at its leading indices."""
+  """A parameter, and the checkpoint's tensors that it is made of.
+
+  Attributes:
+    path: path of the parameter in the model.
+    shape: shape of the parameter.
+    names: name of the tensor at each leading index of the parameter: (), or the
+      indices of a stacked layer and of an expert.
+    layout: how each of these tensors becomes its part of the parameter.
+  """
 
   path: tuple
   shape: tuple[int, ...]
@@ -230,7 +244,7 @@ class Leaf:
 
 
 def _rest(path: tuple) -> str:
-  """Dotted name of a parameter, inside its layer if it is of one."""
+  """Dotted name of a parameter; inside its layer, if a layer holds it."""
   return ".".join(map(str, path[2:] if path[0] == "layers" else path))
 
 
@@ -267,12 +281,12 @@ def _leaves(config: ModelConfig, shapes: Mapping[tuple, Any]) -> list[Leaf]:
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-  """What a checkpoint says beside the parameters; `save` gives it back.
+  """What `load` read beside the parameters, so that `save` can write it back.
 
   Attributes:
-    fields: of config.json, the text model's, as JSON.
-    prefix: what the names of its tensors start with.
-    bias_dtypes: name without it, and dtype, of each choice bias.
+    fields: the text model's fields of config.json, as JSON.
+    prefix: the prefix of all tensor names.
+    bias_dtypes: name without the prefix, and dtype, of each choice bias.
   """
 
   fields: str
@@ -286,11 +300,11 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-  """What the headers of a folder's files say.
+  """The headers of a checkpoint folder's files.
 
   Attributes:
-    tensors: of the text model, by name without its prefix.
-    prefix: what the names start with.
+    tensors: the text model's tensors, by name without the prefix.
+    prefix: the prefix of all tensor names.
     skipped: names of vision and multi-token-prediction tensors.
     files: the safetensors files.
   """
@@ -314,7 +328,7 @@ class Checkpoint:
     return cls(tensors, prefix, skipped, files)
 
   def dtypes_of_biases(self) -> tuple[tuple[str, str], ...]:
-    """Names and dtypes of the tensors of choice biases."""
+    """Names and dtypes of the tensors that are choice biases."""
     suffix = _LAYER[_BIAS][0]
     return tuple(
       (name, DTYPES[tensor.dtype].name)
@@ -332,7 +346,7 @@ class Checkpoint:
     return DTYPES[name]
 
   def check(self, folder: pathlib.Path, leaves: Sequence[Leaf]) -> None:
-    """Raises ValueError unless each leaf's tensors, and no others, are here."""
+    """Raises ValueError unless the folder holds exactly the leaves' tensors."""
     wanted = {
       name: leaf.layout.tensor
       for leaf in leaves
@@ -381,10 +395,10 @@ def _names(dtypes: Mapping[str, np.dtype]) -> list[str]:
 
 
 def _part(name: str) -> str:
-  """The model's part that a tensor belongs to: its first telling word."""
+  """The part of the whole model that a tensor belongs to, by its name."""
   words = name.split(".")
-  telling = (w for w in words if w not in ("model", "language_model"))
-  return next(telling, name)
+  parts = (w for w in words if w not in ("model", "language_model"))
+  return next(parts, name)
 
 
 # ------------------------------------------------------------------ load
@@ -399,36 +413,38 @@ def load(
 ) -> DecoderLM:
   """Reads a checkpoint.
 
-  Everything is checked before the first tensor is read. Tensors are then
-  mapped, and copied one by one, or a device's part of one, to where they
-  belong: the host never holds more than two.
+  All checks come before the first tensor is read. Tensors are then mapped into
+  memory and copied to their devices one by one, so that the host never holds
+  more than two of them.
 
   Args:
-    folder: holds config.json and the safetensors files.
-    dtype: of the parameters and of the computation; None: each parameter keeps
-      the checkpoint's dtype, and the most frequent of them computes. In any
-      case the routers' weights keep theirs, and choice biases are float32.
+    folder: folder with config.json and the safetensors files.
+    dtype: dtype of the parameters and of the computation. With None each
+      parameter keeps the checkpoint's dtype, and the dtype that most parameters
+      have is the computation's. In both cases the routers' weights keep the
+      checkpoint's dtype, and choice biases are float32.
     mesh: devices to split the parameters over, by the axes of
-      `msa_jax.Sharding` that it has ("fsdp", "expert", "tensor", ...). Call the
-      model under `jax.set_mesh(mesh)`, with every axis of type Auto. None: one
-      device.
+      `msa_jax.Sharding` that it has ("fsdp", "expert", "tensor", ...). Every
+      axis must have type Auto. Call the model under `jax.set_mesh(mesh)`. None
+      loads onto one device.
     **options: `implementation`, `gqa_implementation`, `remat` and `scan_layers`
       of `msa_jax.ModelConfig`.
 
   Raises:
-    ValueError: the config is not understood, or the files do not hold the model
-      that it describes; the text lists the tensors.
+    ValueError: config.json describes a model that is not supported, or the
+      files do not hold exactly that model's tensors; the text lists them.
   """
   folder = pathlib.Path(folder)
   unknown = sorted(set(options) - set(_OPTIONS))
   if unknown:
-    raise ValueError(f"options must be among {_OPTIONS}, got {unknown}")
+    raise wrong("options", f"among {_OPTIONS}", str(unknown))
   if dtype is not None:
     dtype = _as_dtype(dtype)
   if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
-    raise ValueError(
-      "mesh must have axes of type Auto (make_mesh takes axis_types), got"
-      f" {mesh.axis_types}"
+    raise wrong(
+      "mesh",
+      "a mesh whose axes have type Auto (make_mesh takes axis_types)",
+      str(mesh.axis_types),
     )
   config, checkpoint = open_checkpoint(folder, **options)
   if checkpoint.skipped:
@@ -449,7 +465,7 @@ def load(
   with jax.set_mesh(mesh):
     graphdef, shapes, specs = abstract_model(config, sharding)
   leaves = _leaves(config, shapes)
-  # A piece goes to one device, whatever mesh the caller works under.
+  # Each part of a parameter goes to one device, whatever mesh the caller set.
   with jax.set_mesh(None):
     places: dict[tuple, jax.sharding.Sharding] = {}
     for leaf in leaves:
@@ -483,7 +499,11 @@ def load(
 def open_checkpoint(
   folder: pathlib.Path, **options: Any
 ) -> tuple[ModelConfig, Checkpoint]:
-  """Config and headers of a checkpoint that is whole."""
+  """Reads a checkpoint's config and headers, and checks that they fit.
+
+  Raises:
+    ValueError: as `load`.
+  """
   config = dataclasses.replace(read_config(folder), **options)
   checkpoint = Checkpoint.read(folder)
   checkpoint.check(folder, _leaves(config, abstract_model(config, None)[1]))
@@ -494,14 +514,12 @@ def _as_dtype(dtype: Any) -> np.dtype:
   known = {known.name: known for known in DTYPES.values()}
   name = getattr(dtype, "name", getattr(dtype, "__name__", dtype))
   if name not in known:
-    raise ValueError(
-      f"dtype must be one of {sorted(known)} or None, got {dtype!r}"
-    )
+    raise wrong("dtype", f"one of {sorted(known)} or None", repr(dtype))
   return known[name]
 
 
 def _sharding(mesh: Mesh) -> Sharding:
-  """The default axes, those that the mesh has."""
+  """`Sharding()` without the axes that the mesh lacks."""
   full = Sharding()
 
   def there(axis: str | None) -> str | None:
@@ -533,7 +551,7 @@ def _read(
   dtype: np.dtype,
   open_tensor: Callable[[str], np.ndarray],
 ) -> jax.Array:
-  """A parameter on its devices, made of its tensors one at a time."""
+  """Makes a parameter on its devices, from one tensor at a time."""
   parts = []
   depth = len(next(iter(leaf.names)))
   places = place.addressable_devices_indices_map(leaf.shape)
@@ -544,7 +562,7 @@ def _read(
     buffer = None
     for at in itertools.product(*(range(*bound) for bound in bounds[:depth])):
       tensor = open_tensor(leaf.names[at]).reshape(leaf.layout.split)
-      # A copy: a device's array must not lie on the file.
+      # A copy, because on a CPU device_put may keep using the mapped file.
       piece = np.array(tensor[leaf.layout.source(within)])
       piece = _transposed(
         jax.device_put(piece, device), leaf.layout.axes, dtype
@@ -557,7 +575,7 @@ def _read(
           buffer = _zeros(shape, dtype, device)()
         start = [i - first for i, first in zip(at, firsts)]
         buffer = _placed(buffer, piece, start)
-      # Or the host would run ahead and hold many.
+      # Without waiting, the host would run ahead and hold many tensors.
       buffer.block_until_ready()
     parts.append(buffer)
   return jax.make_array_from_single_device_arrays(leaf.shape, place, parts)
@@ -567,7 +585,7 @@ def _read(
 def _zeros(
   shape: tuple[int, ...], dtype: np.dtype, device: jax.Device
 ) -> Callable[[], jax.Array]:
-  # jnp.zeros would make them on the first device and copy them over.
+  # jnp.zeros would make them on the default device and then copy them.
   place = SingleDeviceSharding(device)
   return jax.jit(
     functools.partial(jnp.zeros, shape, dtype), out_shardings=place
@@ -598,25 +616,29 @@ def save(
 ) -> None:
   """Writes a checkpoint that `load` reads back with the same bits.
 
-  config.json, safetensors files and their index, under the released names and
-  in the parameters' dtypes. A choice bias takes that of the checkpoint it was
-  loaded from again, unless one of them has moved to where that would round it:
-  then all are float32. config.json keeps what the loaded one held of the text
-  model and still means, such as eos_token_id and max_position_embeddings. A
-  tokenizer and other files are not copied. The host holds one tensor at a time.
-  The folder appears whole or not at all; what a killed call left beside it, in
-  .NAME.XXXXXXXX.unfinished, the next one for the same folder removes.
+  The folder gets config.json, safetensors files and their index. Tensors have
+  the released names and the parameters' dtypes. Choice biases are written in
+  the dtype of the checkpoint that they were loaded from; if that would round
+  one of them, because training has moved it, all are written as float32.
+  config.json keeps the loaded checkpoint's fields of the text model that still
+  hold, such as eos_token_id and max_position_embeddings. A tokenizer and other
+  files are not copied.
+
+  The host holds one tensor at a time. The folder appears whole or not at all. A
+  killed call leaves a folder .NAME.XXXXXXXX.unfinished beside it, which the
+  next call for the same folder removes.
 
   Args:
     model: any `DecoderLM` whose parameters have released names.
-    folder: must be empty or missing.
-    prefix: of every name; "" for names as a text-only model has them. None:
-      that of the checkpoint it was loaded from, else the release's.
-    max_file_bytes: where the next file begins.
+    folder: folder to write, empty or missing.
+    prefix: prefix of every tensor name; "" gives the names of a text-only
+      model. None takes the prefix of the checkpoint that the model was loaded
+      from, or else the release's.
+    max_file_bytes: size beyond which a new file begins.
 
   Raises:
-    ValueError: the folder holds something, or the model has what a checkpoint
-      cannot say.
+    ValueError: the folder is not empty, or the model has options that a
+      checkpoint cannot hold.
     NotImplementedError: parameters lie on devices of other processes.
   """
   folder = pathlib.Path(folder)
@@ -628,9 +650,10 @@ def save(
     ("force_first_block", False),
   ):
     if "msa" in config.kinds and getattr(config.index, name) != want:
-      raise ValueError(
-        f"model.config.index.{name} must be {want!r} in a checkpoint, got"
-        f" {getattr(config.index, name)!r}"
+      raise wrong(
+        f"model.config.index.{name}",
+        f"{want!r} in a checkpoint",
+        repr(getattr(config.index, name)),
       )
   params = {
     path: leaf.get_value()
@@ -644,12 +667,15 @@ def save(
     array, dotted = params[leaf.path], ".".join(map(str, leaf.path))
     dtype = np.dtype(array.dtype)
     if dtype not in DTYPES.values():
-      raise ValueError(
-        f"model: {dotted} is {dtype}, a checkpoint holds {_names(DTYPES)}"
+      raise wrong(
+        f"model's {dotted}",
+        f"of a dtype among {_names(DTYPES)} in a checkpoint",
+        str(dtype),
       )
     if not array.is_fully_addressable:
       raise NotImplementedError(
-        f"model: {dotted} lies on devices of other processes"
+        f"model's {dotted} lies on devices of other processes: save supports"
+        " parameters on this process's devices only"
       )
     for at, name in leaf.names.items():
       tensors[prefix + name] = (dtype, leaf.layout.tensor)
@@ -678,12 +704,6 @@ def save(
 
 
 def _survives(value: np.ndarray, dtype: np.dtype) -> bool:
-  """Whether a dtype holds an array's very values."""
+  """Whether converting an array to a dtype and back keeps its values."""
   back = value.astype(dtype).astype(value.dtype)
   return np.array_equal(back, value, equal_nan=True)
-
-
-if __name__ == "__main__":
-  from msa_jax.checkpoints.commands import main
-
-  sys.exit(main())

@@ -1,4 +1,4 @@
-"""config.json of MiniMax-M3 text models, under its new and its older keys."""
+"""config.json of MiniMax-M3 text models, under its newer and its older keys."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from msa_jax.checkpoints.tensor_files import DTYPES
+from msa_jax.checks import is_integer
 from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 
 
@@ -18,14 +19,14 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 
   Raises:
     ValueError: the file is missing, contradicts itself or describes a model
-      that is none of ours; the text names each field.
+      that is not supported; the text names each field.
   """
   path, whole = _read(folder)
   reader = _Fields(whole)
   try:
     config = reader.model()
   except (ValueError, TypeError, KeyError) as error:
-    # Problems found before say more.
+    # The problems listed so far explain the error better than its own text.
     if not reader.problems:
       raise ValueError(f"{path}: {error}") from None
     config = None
@@ -35,13 +36,13 @@ def read_config(folder: str | os.PathLike) -> ModelConfig:
 
 
 def read_text_fields(folder: str | os.PathLike) -> dict[str, Any]:
-  """What a folder's config.json says of the text model, in one flat object.
+  """The text model's fields of a folder's config.json, in one flat object.
 
-  Fields that only the vision part or multi-token prediction has are left out,
-  and so is auto_map, which names files of code.
+  The fields of the vision part and of multi-token prediction are left out, and
+  so is auto_map, which names files of code.
 
   Raises:
-    ValueError: the file is missing or no JSON object.
+    ValueError: the file is missing or holds no JSON object.
   """
   _, whole = _read(folder)
   inner = whole.get("text_config")
@@ -50,7 +51,7 @@ def read_text_fields(folder: str | os.PathLike) -> dict[str, Any]:
     ids = {key: whole[key] for key in _TOKENS if whole.get(key) is not None}
     outer = {key: whole[key] for key in _OUTER if key in whole}
     fields = {**outer, **inner, **ids}
-    # They may be those of an older series that has the same text model.
+    # Dropped, because an older series with the same text model has others.
     fields = {key: v for key, v in fields.items() if key not in _IDENTITY}
   return {
     key: value
@@ -74,7 +75,7 @@ _IDENTITY = ("architectures", "model_type")
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
 _OUTER = ("max_position_embeddings", "tie_word_embeddings")
 _DTYPES = ("dtype", "torch_dtype")
-# What `_Fields` reads under another key than `config_json` writes.
+# Keys that `_Fields` reads, but that `config_json` writes under another name.
 _OTHER_KEYS = (
   "mlp_intermediate_size",
   "moe_layer_freq",
@@ -84,7 +85,7 @@ _OTHER_KEYS = (
   "sparse_attention_config",
   "torch_dtype",
 )
-# What `config_json` writes of some models only.
+# Keys that `config_json` writes for some models only.
 _SOMETIMES = (
   "swiglu_alpha",
   "swiglu_limit",
@@ -102,7 +103,7 @@ _SOMETIMES = (
 
 
 class _Fields:
-  """Reads a config's fields, whatever key they are under; lists problems."""
+  """Reads a config's fields under any of their keys, and lists all problems."""
 
   def __init__(self, whole: Mapping[str, Any]):
     self.problems: list[str] = []
@@ -112,7 +113,7 @@ class _Fields:
     self.rope = self.part("rope_parameters")
 
   def part(self, key: str) -> Mapping[str, Any]:
-    """The fields of an object inside the config; none if it is missing."""
+    """The fields of an object inside the config; empty if it is missing."""
     value = self.fields.get(key)
     if value is None or isinstance(value, Mapping):
       return value or {}
@@ -120,7 +121,7 @@ class _Fields:
     return {}
 
   def one(self, values: Mapping[str, Any], default: Any = None) -> Any:
-    """The value that all keys which have one agree on."""
+    """The one value that several keys hold; a problem if they disagree."""
     there = {key: v for key, v in values.items() if v is not None}
     first = next(iter(there.values()), default)
     if any(value != first for value in there.values()):
@@ -138,19 +139,19 @@ class _Fields:
     return value
 
   def size(self, *keys: str, default: Any = None) -> Any:
-    """A field that counts something."""
+    """The value of a field that must be an integer of at least 1."""
     name = " or ".join(keys)
     value = self.need(*keys) if default is None else self.get(*keys)
     if value is None:
       return default
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not is_integer(value) or value < 1:
       self.problems.append(
         f"{name} must be an integer of at least 1, got {value!r}"
       )
     return value
 
   def indexed(self, new: str, old: str, default: Any = None) -> Any:
-    """A setting of the Index Branch, under its new or its older key."""
+    """A field of the Index Branch, under its newer or its older key."""
     name = f"sparse_attention_config.{old}"
     return self.one(
       {new: self.fields.get(new), name: self.sparse.get(old)}, default
@@ -164,7 +165,7 @@ class _Fields:
   def kinds(
     self, key: str, names: Mapping[str, str], old: str, flags: Any, default: str
   ) -> tuple[Any, ...]:
-    """A kind for each layer, from names or the older 0s and 1s."""
+    """The kind of each layer, from newer keys' names or older keys' flags."""
     count = self.fields.get("num_hidden_layers") or 1
     given = self.fields.get(key)
     values = {}
@@ -186,7 +187,11 @@ class _Fields:
     return tuple(self.one(values, [default] * count))
 
   def rope_dim(self, head_dim: int) -> int:
-    """Rotary dims: transformers reads the factor, others rotary_dim."""
+    """Rotary dims, from partial_rotary_factor or rotary_dim.
+
+    transformers reads the factor, other libraries rotary_dim; both may be
+    there, and must then agree.
+    """
     rotary = self.get("rotary_dim")
     factor = self.one(
       {
@@ -234,7 +239,8 @@ class _Fields:
       for name in ("swiglu_alpha", "swiglu_limit")
       if self.get(name) is not None
     }
-    # transformers writes "silu" beside these fields: they decide.
+    # transformers writes hidden_act "silu" beside these fields, so the fields
+    # decide the activation.
     is_oai = bool(oai) or self.get("hidden_act") == "swigluoai"
     options: dict[str, Any] = {}
     layer_kinds = self.kinds(
@@ -284,7 +290,8 @@ class _Fields:
       rope_theta=float(rope_theta),
       qk_norm=self.get("use_qk_norm", default=True),
       norm_eps=self.get("rms_norm_eps", default=1e-6),
-      # The M3 series alone has both; no field of its newer configs says so.
+      # Only the M3 series has zero-centred norms. Its newer configs have no
+      # field for them, but it is also the only one with this activation.
       zero_centered_norm=self.get("use_gemma_norm", default=is_oai),
       tie_embeddings=self.get("tie_word_embeddings", default=False),
     )
@@ -310,7 +317,7 @@ class _Fields:
     )
 
   def refuse_others(self) -> None:
-    """Lists what changes the model and is not supported."""
+    """Lists the fields whose values describe a model that is not supported."""
     quantised = self.get("quantization_config")
     if quantised is not None:
       method = quantised
@@ -350,15 +357,14 @@ class _Fields:
 def config_json(
   config: ModelConfig, origin: Mapping[str, Any] | None = None
 ) -> dict[str, Any]:
-  """What `read_config` reads as this model.
+  """The fields that `read_config` reads as this model.
 
   Args:
-    config: of the model.
-    origin: of `read_text_fields`, of the checkpoint that the model comes from.
-      Where it still describes the model it is kept as it is, with the dtype of
-      the parameters where it names one. Where the model has changed, the fields
-      that describe it are written anew, under transformers' keys, and the
-      others are kept.
+    config: config of the model.
+    origin: `read_text_fields` of the checkpoint that the model comes from. If
+      it still describes the model, it is returned as it is, but for the dtype.
+      If the model has changed, all fields that describe it are written anew
+      under transformers' keys, and the other fields are kept.
   """
   own = _described(config)
   if not origin:
@@ -377,7 +383,7 @@ def config_json(
 
 
 def _described(config: ModelConfig) -> dict[str, Any]:
-  """All that a checkpoint says of a model, under transformers' keys."""
+  """All fields that describe a model, under transformers' keys."""
   index, moe = config.index, config.moe
   rope_dim = config.head_dim if config.rope_dim is None else config.rope_dim
   fields: dict[str, Any] = {

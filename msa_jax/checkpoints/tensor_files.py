@@ -1,8 +1,9 @@
-"""Folders of safetensors files: headers read first, tensors one by one.
+"""Reads and writes folders of safetensors files, one tensor at a time.
 
 A file is 8 bytes of header length (little-endian), a JSON header that gives
-each tensor's dtype, shape and place, and the raw tensors. A folder has one file
-model.safetensors, or several and an index that says which tensor is where.
+each tensor's dtype, shape and offsets, and the raw tensors. A folder has one
+file model.safetensors, or several files and an index that gives the file of
+each tensor.
 """
 
 from __future__ import annotations
@@ -23,6 +24,8 @@ from typing import Any, NamedTuple
 import ml_dtypes
 import numpy as np
 
+from msa_jax.checks import wrong
+
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 _UNFINISHED = ".unfinished"
@@ -32,11 +35,11 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes that can be read; headers may name others."""
+"""The dtypes that can be read; other dtypes of a header are an error."""
 
 
 class Tensor(NamedTuple):
-  """Where a tensor lies."""
+  """File, offset, shape and dtype (by its safetensors name) of a tensor."""
 
   file: pathlib.Path
   dtype: str
@@ -44,7 +47,7 @@ class Tensor(NamedTuple):
   offset: int
 
   def open(self) -> np.ndarray:
-    """The tensor, mapped: its pages are read when they are looked at."""
+    """The tensor, memory-mapped: its pages are read when they are used."""
     dtype = DTYPES[self.dtype]
     bits = np.memmap(
       self.file,
@@ -62,8 +65,8 @@ def read_headers(
   """The tensors of a folder by name, and its files.
 
   Raises:
-    ValueError: lists every file that is missing, truncated or damaged, and what
-      the index and the files disagree about.
+    ValueError: a file is missing, truncated or damaged, or the index and the
+      files disagree; the text lists all of this.
   """
   index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
   if index.exists():
@@ -153,16 +156,16 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
 
 
 def some(names: Sequence[str]) -> str:
-  """The first names, and how many more there are."""
+  """The first names as text, and the number of the others."""
   most = 20
   more = f", and {len(names) - most} more" if len(names) > most else ""
   return ", ".join(names[:most]) + more
 
 
 def check_free(folder: pathlib.Path) -> None:
-  """Raises ValueError unless `write` may write there."""
+  """Raises ValueError unless the folder is empty or missing."""
   if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-    raise ValueError(f"folder must be empty or missing, got {folder}")
+    raise wrong("folder", "empty or missing", str(folder))
 
 
 def write(
@@ -175,19 +178,20 @@ def write(
 ) -> None:
   """Writes tensors, an index, and JSON documents beside them.
 
-  All goes to a hidden folder beside it, .NAME.XXXXXXXX.unfinished, is brought
-  to the disk, and then takes this folder's name: it appears whole or not at
-  all, also if the machine stops. An error removes the hidden folder; what a
-  killed process left, the next call for the same folder removes. It knows by
-  the lock that a writer holds whether one is still at work, and leaves a folder
-  alone where the file system has no locks.
+  The files go to a hidden folder beside it, .NAME.XXXXXXXX.unfinished, which is
+  synced to disk and then renamed. So the folder appears whole or not at all,
+  also if the machine stops. An error removes the hidden folder. A killed
+  process leaves it, and the next call for the same folder removes it. A writer
+  holds a lock on its hidden folder, so that another call can tell whether it is
+  still in use; on a file system without locks, hidden folders are never
+  removed.
 
   Args:
-    folder: empty or missing.
-    tensors: dtype and shape by name.
-    fetch: gives one tensor; held no longer than it takes to write it.
-    documents: other files, name and content.
-    max_file_bytes: where the next file begins.
+    folder: folder to write, empty or missing.
+    tensors: dtype and shape of each tensor, by name.
+    fetch: returns the tensor of a name; it is released once it is written.
+    documents: content of further JSON files, by file name.
+    max_file_bytes: size beyond which a new file begins.
   """
   check_free(folder)
   codes = {dtype: code for code, dtype in DTYPES.items()}
@@ -233,7 +237,7 @@ def write(
       }
       for name, content in {**documents, _INDEX_FILE: index}.items():
         (work / name).write_text(json.dumps(content, indent=2) + "\n")
-      # mkdtemp's folder is the user's alone.
+      # mkdtemp gives access to the user alone; give the usual permissions.
       mask = os.umask(0)
       os.umask(mask)
       work.chmod(0o777 & ~mask)
@@ -248,7 +252,11 @@ def write(
 
 @contextlib.contextmanager
 def _locked(folder: pathlib.Path) -> Iterator[bool]:
-  """Locks a folder while its process lives, or says that it cannot."""
+  """Locks a folder until the block or its process ends.
+
+  Yields:
+    Whether the lock was free.
+  """
   handle = os.open(folder, os.O_RDONLY)
   try:
     try:
@@ -262,13 +270,13 @@ def _locked(folder: pathlib.Path) -> Iterator[bool]:
 
 
 def _remove_unfinished(folder: pathlib.Path) -> None:
-  """Removes what killed calls of `write` for this folder have left."""
+  """Removes the hidden folders that killed calls of `write` have left."""
   name = re.compile(
     rf"\.{re.escape(folder.name)}\.[a-z0-9_]{{8}}{re.escape(_UNFINISHED)}"
   )
   for work in folder.parent.iterdir():
     if name.fullmatch(work.name):
-      # Another call may have been faster, or it is another user's.
+      # Another call may remove it first, or it may belong to another user.
       gone = contextlib.suppress(FileNotFoundError, PermissionError)
       with gone, _locked(work) as free:
         if free:
@@ -284,7 +292,7 @@ def _sync(path: pathlib.Path) -> None:
 
 
 def _pack(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-  """Names in order, split where a file would get too large."""
+  """Sorted names, cut into files of at most `most` bytes (or one tensor)."""
   files: list[list[str]] = []
   left = 0
   for name, size in sorted(sizes.items()):
