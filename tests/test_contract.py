@@ -6,6 +6,9 @@ from op_contract import PortableAttention, PortableGradients, PortableKL
 
 class TestReferenceAttention(PortableAttention):
   implementation = "reference"
+  # The truth is its own formula, so this tests dtypes, NaN and empty rows.
+  # tests/test_ops.py compares its values with loops.
+  scenarios = ("empty_rows", "poisoned")
 
 
 class TestXlaAttention(PortableAttention):

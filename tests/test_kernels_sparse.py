@@ -234,8 +234,7 @@ def test_lowers_every_config_at_the_paper_shape(config):
 @pytest.mark.parametrize(
   "tokens, heads, groups, dim, block, top_k, batch, dtype",
   [
-    (1 << 13, 64, 4, 128, 128, 16, 1, "bfloat16"),
-    (1 << 20, 64, 4, 128, 128, 16, 1, "bfloat16"),
+    # test_kernels_backward lowers forward and backward at the paper's shapes.
     (4097, 8, 8, 64, 64, 32, 3, "float16"),
     (777, 16, 2, 128, 64, 5, 2, "bfloat16"),
     (5000, 8, 2, 64, 128, 1, 1, "float16"),
