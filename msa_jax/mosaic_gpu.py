@@ -1,11 +1,11 @@
 """`implementation="mosaic_gpu"`: the Pallas kernels, on a Hopper GPU.
 
-The functions of `msa_jax.xla`, by `pallas_kernels`. Each raises
-NotImplementedError where the device in use is not a Hopper GPU, and where the
-call is beyond the limits listed in `pallas_kernels.mosaic` or in the kernel's
-own file. The warm-up phase attends by cuDNN: as many keys as queries, no
-`kv_lengths`. Pallas is imported at the first call, which keeps `import msa_jax`
-light.
+It has the functions of `msa_jax.xla`, computed by `pallas_kernels`. Each raises
+NotImplementedError if the current device is not a Hopper GPU, or if the call is
+beyond the limits in `pallas_kernels.mosaic` or in the kernel's own module. The
+dense attention of the warm-up phase is cuDNN's, which needs as many keys as
+queries and no `kv_lengths`. Pallas is imported at the first call, which keeps
+`import msa_jax` light.
 """
 
 from __future__ import annotations
