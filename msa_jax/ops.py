@@ -26,6 +26,7 @@ from typing import Literal, NamedTuple, NoReturn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
 from jaxtyping import Array, Bool, Float, Int32, Integer
 
@@ -401,6 +402,7 @@ def msa_attention(
       kv_lengths=kv_lengths,
       score_precision=score_precision,
     )
+    block_indices = checkpoint_name(block_indices, "block_indices")
     if phase == "warmup":
       attended = None
       out, lse = module.warmup_attention(

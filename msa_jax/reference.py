@@ -1,17 +1,19 @@
 """MiniMax Sparse Attention as dense masked attention: the specification.
 
-Every function here builds O(T S) arrays and follows the formulas of
+Every operation builds O(T S) arrays and follows the formulas of
 arXiv 2606.13392 line by line, in float32 (float64 for float64 inputs) at the
 highest matmul precision. It is the oracle that `xla` and the kernels are
-tested against; use it for small sizes and for reading.
+tested against; use it for small sizes and for reading. It imports nothing else
+of the package, and `xla` shares its helpers.
 
 Letters: B batch; T, S query and key tokens (queries are the last T of S);
 H, K, G query heads, KV heads and H // K; D, I head dim and index dim; N blocks
 of `block_size` key slots anchored at slot 0; P blocks kept (`top_k`).
 
-Non-finite inputs stay where they can be seen: a NaN or infinity in a query, in
-a visible key or in a visible value makes that query's row NaN, and one in a
-key or value that the row does not attend to changes nothing.
+A non-finite input affects only the queries that can see it: a NaN or infinity
+in a query, in a visible key or in a visible value makes that query's output
+NaN, and one in a key or value that the query does not attend to changes
+nothing.
 
 Arguments are checked in `ops`, not here.
 """
@@ -29,16 +31,16 @@ HIGHEST = lax.Precision.HIGHEST
 
 
 def compute_dtype(x: Array) -> jnp.dtype:
-  """float32, or wider if the input is."""
+  """float32, or the input's dtype if that is wider."""
   return jnp.promote_types(x.dtype, jnp.float32)
 
 
 def query_positions(
   q_len: int, kv_len: int, batch: int, kv_lengths: Int[Array, "B"] | None
 ) -> Int[Array, "B T"]:
-  """Slots of the queries: the last `q_len` of each row's keys.
+  """Slots of the queries, which are the last `q_len` keys of each batch row.
 
-  Positions are negative where a row holds fewer than `q_len` keys.
+  Positions are negative where a batch row holds fewer than `q_len` keys.
   """
   if kv_lengths is None:
     ends = jnp.full((batch,), kv_len, jnp.int32)
@@ -50,10 +52,10 @@ def query_positions(
 def clean(
   x: Float[Array, "*A D"],
 ) -> tuple[Float[Array, "*A D"], Bool[Array, "*A"]]:
-  """Zeroes non-finite entries and says which vectors held one.
+  """Zeroes non-finite entries and marks the vectors that held one.
 
-  A zero weight times NaN is NaN, so masking a matmul's weights is not enough
-  to keep NaN from unattended tokens out of a sum.
+  A weight of zero times NaN is NaN, so masking a matmul's weights does not keep
+  the NaN of unattended tokens out of a sum.
   """
   finite = jnp.isfinite(x)
   return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
@@ -116,7 +118,7 @@ def masked_logsumexp(s: Float[Array, "*A S"]) -> Float[Array, "*A"]:
 def softmax(
   s: Float[Array, "*A S"], lse: Float[Array, "*A"]
 ) -> Float[Array, "*A S"]:
-  """exp(s - lse); zero for rows with nothing visible."""
+  """exp(s - lse); zero for queries that see nothing."""
   lse = jnp.where(lse == -jnp.inf, 0, lse)
   return jnp.exp(s - lse[..., None])
 
@@ -172,10 +174,10 @@ def index_scores(
 
 
 def block_max(s: Float[Array, "*A bs"]) -> Float[Array, "*A"]:
-  """Maximum of each block's scores, NaN if one of them is.
+  """Maximum of each block's scores; NaN if one of them is NaN.
 
-  The NaN is looked for by itself: XLA's CPU backend (jax 0.11.2) takes maxima
-  over 8 or more columns in a library that loses it.
+  NaN needs a test of its own, because XLA's CPU backend (jax 0.11.2) computes
+  maxima over 8 or more columns by a library that drops NaN.
   """
   nan = jnp.isnan(s)
   score = jnp.max(jnp.where(nan, -jnp.inf, s), axis=-1)
@@ -198,7 +200,7 @@ def kl_rows(
 
   p is the mean over the group's heads of the main branch's probabilities, r the
   softmax of the index scores. `detach_teacher=False` is the paper's ablation
-  that lets the KL reach q and k.
+  that lets the KL's gradient reach q and k.
   """
   s = head_scores(q, k, visible, scale)
   if lse is None:
@@ -207,12 +209,13 @@ def kl_rows(
     lse = lse.reshape(s.shape[:-1])
   p = jnp.mean(softmax(s, lse), axis=2)
   if detach_teacher:
+    # The KL gradient stops here: it trains the Index Branch alone.
     p = lax.stop_gradient(p)
   u = index_scale * index_scores(index_q, index_k)
   u = jnp.where(visible, u, -jnp.inf)
   u_lse = masked_logsumexp(u)
-  # Entries with p = 0 add 0; the substitutes keep inf - inf and 0 log 0 out.
-  # A NaN p or u passes through.
+  # Entries with p = 0 add 0. They are replaced before the logarithms, so that
+  # inf - inf and 0 log 0 are never computed. A NaN in p or u passes through.
   live = (p != 0) & visible
   log_p = jnp.log(jnp.where(live, p, 1))
   log_r = jnp.where(live, u - jnp.where(live, u_lse[..., None], 0), 0)
@@ -222,7 +225,12 @@ def kl_rows(
 def counted_rows(
   shape: tuple[int, ...], query_mask: Bool[Array, "B T"] | None
 ) -> Float[Array, ""]:
-  """Number of (query, group) rows, of shape B, K, T, that the KL averages."""
+  """The number of (query, group) pairs that the KL averages over.
+
+  Args:
+    shape: B, K and T.
+    query_mask: queries that count; None: all.
+  """
   b, k, t = shape
   counted = b * t if query_mask is None else jnp.sum(query_mask)
   return jnp.asarray(counted, jnp.float32) * k
@@ -231,10 +239,13 @@ def counted_rows(
 def fp8_codes(
   x: Float[Array, "*A I"],
 ) -> tuple[Float[Array, "*A I"], Float[Array, "*A"]]:
-  """Each vector in e4m3 and its float32 scale: x is about codes * scale.
+  """Quantises each vector to e4m3 codes: x is about codes * scale.
 
-  The scale maps the vector's largest magnitude to e4m3's largest value, 448; a
-  vector of zeros has the scale 1.
+  The float32 scale maps the vector's largest magnitude to e4m3's largest value,
+  448; a vector of zeros has the scale 1.
+
+  Returns:
+    (codes, scale).
   """
   x = x.astype(jnp.float32)
   scale = jnp.max(jnp.abs(x), axis=-1) / 448
@@ -253,10 +264,11 @@ def decode_scores(
   index_k: Float[Array, "B S I"],
   index_k_scale: Float[Array, "B S"] | None,
 ) -> Float[Array, "B K T S"]:
-  """`index_scores` of cached index keys, which e4m3 codes and scales may hold.
+  """`index_scores` of cached index keys, which may be e4m3 codes with scales.
 
-  With a scale, s = index_k_scale (codes of index_q . index_k) index_q's scale:
-  the products are exact, and only the query is rounded here.
+  With scales, the query is quantised too, and s = index_k_scale (codes of
+  index_q . index_k) index_q's scale. Products of e4m3 codes are exact in
+  float32.
   """
   if index_k_scale is None:
     return index_scores(index_q, index_k)
@@ -308,7 +320,7 @@ def choose_blocks(
   top_k: int,
   num_local_blocks: int,
 ) -> Int[Array, "B K T P"]:
-  """The P blocks of each query and group, of every token's score."""
+  """The P blocks of each query and group, from every token's score."""
   b, num_kv_heads, t, s_len = s.shape
   num_blocks = -(-s_len // block_size)
   s = jnp.where(causal_tokens(positions, s_len), s, -jnp.inf)
@@ -320,10 +332,11 @@ def choose_blocks(
   own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
   visible = ids <= own
   forced = visible & (ids > own - num_local_blocks)
-  # 2: forced, 1: may compete, 0: out. A NaN score cannot compete.
+  # 2: forced; 1: chosen by score; 0: never chosen, as a NaN score is.
   rank = jnp.where(forced, 2, jnp.where(visible & ~jnp.isnan(score), 1, 0))
   key = jnp.where(rank == 1, -score, 0)
-  # Sorted by rank, then score, then id: the sort is stable and ids ascend.
+  # Sort by rank, then score. Ties go to the lower id, because the sort is
+  # stable and ids ascend.
   ids = jnp.broadcast_to(ids, score.shape)
   rank, _, ids = lax.sort((-rank, key, ids), num_keys=2, is_stable=True)
   ids = jnp.where(rank == 0, num_blocks, ids)[..., :top_k]
@@ -394,7 +407,7 @@ def index_kl_loss(
     lse=lse,
     detach_teacher=detach_teacher,
   )
-  # Where no query counts the loss is 0.
+  # If no query counts, the loss is 0 and not 0 / 0.
   counted = jnp.maximum(counted_rows(rows.shape, query_mask), 1)
   return jnp.sum(rows) / counted.astype(rows.dtype)
 

@@ -1,16 +1,16 @@
 """MiniMax Sparse Attention for any backend: only chosen blocks are computed.
 
-The sparse path turns the choice around: it sorts the (query, block) edges by
-block and cuts each block's edges into tiles of `rows` queries. A tile is one
-dense matmul of its gathered queries with one block of keys, so no key is
-gathered per query and every shape is static. The forward leaves one partial
-result an edge, which each query then combines over its P edges; the backward
-sums dk and dv over a block's tiles in a fixed order, so repeated runs give the
-same bits. Queries are taken in chunks that bound the workspace: memory grows
-linearly with T and S.
+The sparse path inverts the choice. It sorts all (query, block) pairs by block
+and cuts each block's pairs into tiles of a fixed number of queries. A tile
+gathers its queries (`_gather_queries`) and multiplies them with one block of
+keys, so keys are not gathered for each query, and every shape is static. The
+forward pass leaves one partial result for each pair, and each query combines
+those of its P pairs. The backward pass sums dk and dv over a block's tiles in a
+fixed order, so repeated runs give the same bits. The queries are processed in
+chunks, so that the workspace, and with it memory, grows linearly with T and S.
 
-Selection, warm-up (dense, as the paper trains it first) and the recalls walk
-chunks of queries with the formulas of `reference`.
+Selection, the dense warm-up phase and the recalls loop over chunks of queries
+with the formulas of `reference`.
 
 Arguments are checked in `ops`, not here.
 """
@@ -31,25 +31,35 @@ from msa_jax.reference import HIGHEST, clean, compute_dtype
 
 # Elements of one chunk's largest intermediate array: 64 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 24
-# Rows (queries x heads of a group) of a tile: enough for an efficient matmul,
-# few enough that the last tile of a block wastes little.
+# Matrix rows of a tile: its queries times the heads of a group. 64 are enough
+# for an efficient matmul, and the last tile of each block wastes few of them.
 _TILE_ROWS = 64
 
 
 class _Plan(NamedTuple):
-  """Edges of one chunk, sorted by block and cut into M tiles of R queries.
+  """The (query, block) pairs of one chunk, cut into M tiles of R queries.
 
-  An edge is one (batch, group, query, slot) whose slot holds a block. Blocks of
-  all batch entries and groups are numbered together: (b K + k) N + n.
+  Each choice slot that holds a block before or at the query's own makes a pair.
+  Queries are numbered over all batch rows and groups, (b K + k) C + c, with C
+  queries in the chunk; so are blocks, (b K + k) N + n.
+
+  Attributes:
+    block: block of each tile; tiles are sorted by it.
+    query: queries of each tile.
+    visible: causal mask of each tile; all False where a tile has no query.
+    position: position of each slot's pair among the M R queries of all tiles.
+    used: whether the slot makes a pair; if not, its position means nothing.
+    last: last tile of each block.
+    picked: whether the block has tiles.
   """
 
-  block: Int[Array, "M"]  # block of each tile
-  row: Int[Array, "M R"]  # its queries, numbered (b K + k) C + c
-  visible: Bool[Array, "M R bs"]  # causal mask; all False in unused rows
-  place: Int[Array, "B*K*C P"]  # where each edge sits in the M R places
-  used: Bool[Array, "B*K*C P"]  # whether the slot is an edge at all
-  last: Int[Array, "B*K*N"]  # last tile of each block
-  picked: Bool[Array, "B*K*N"]  # whether the block has tiles
+  block: Int[Array, "M"]
+  query: Int[Array, "M R"]
+  visible: Bool[Array, "M R bs"]
+  position: Int[Array, "B*K*C P"]
+  used: Bool[Array, "B*K*C P"]
+  last: Int[Array, "B*K*N"]
+  picked: Bool[Array, "B*K*N"]
 
 
 def _plan(
@@ -58,11 +68,12 @@ def _plan(
   k_blocks: Float[Array, "B*K*N bs D"],
   group_size: int,
 ) -> _Plan:
+  """Sorts a chunk's pairs by block and cuts them into tiles."""
   b, num_kv_heads, c, p = block_indices.shape
   total_blocks, block_size, _ = k_blocks.shape
   num_blocks = total_blocks // (b * num_kv_heads)
-  rows = max(_TILE_ROWS // group_size, 1)
-  edges = b * num_kv_heads * c * p
+  tile_queries = max(_TILE_ROWS // group_size, 1)
+  pairs = b * num_kv_heads * c * p
 
   own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
   used = (block_indices >= 0) & (block_indices <= own)
@@ -75,44 +86,43 @@ def _plan(
   rank = (
     jnp.zeros_like(order)
     .at[order]
-    .set(jnp.arange(edges, dtype=jnp.int32), unique_indices=True)
+    .set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
   )
   start = jnp.searchsorted(
     key[order], jnp.arange(total_blocks + 1, dtype=key.dtype)
   ).astype(jnp.int32)
   count = jnp.diff(start)
-  tiles = -(-count // rows)
+  tiles = -(-count // tile_queries)
   tile_end = jnp.cumsum(tiles).astype(jnp.int32)
   tile_start = tile_end - tiles
 
-  # Each block wastes less than one tile.
-  num_tiles = edges // rows + min(total_blocks, edges)
+  # Only the last tile of a block can be incomplete, which bounds the number.
+  num_tiles = pairs // tile_queries + min(total_blocks, pairs)
   tile = jnp.arange(num_tiles, dtype=jnp.int32)
   block = jnp.searchsorted(tile_end, tile, side="right").astype(jnp.int32)
   real = block < total_blocks
   block = jnp.minimum(block, total_blocks - 1)
-  at = start[block] + (tile - tile_start[block]) * rows
-  at = at[:, None] + jnp.arange(rows, dtype=jnp.int32)
+  at = start[block] + (tile - tile_start[block]) * tile_queries
+  at = at[:, None] + jnp.arange(tile_queries, dtype=jnp.int32)
   live = real[:, None] & (at < start[block + 1][:, None])
-  row = order[jnp.clip(at, 0, edges - 1)] // p
+  query = order[jnp.clip(at, 0, pairs - 1)] // p
 
-  query = positions[row // (num_kv_heads * c), row % c]
+  query_slot = positions[query // (num_kv_heads * c), query % c]
   token = (block % num_blocks * block_size)[:, None] + jnp.arange(block_size)
-  visible = live[..., None] & (token[:, None] <= query[..., None])
+  visible = live[..., None] & (token[:, None] <= query_slot[..., None])
 
-  edge_block = jnp.minimum(key, total_blocks - 1)
-  offset = rank - start[edge_block]
-  place = tile_start[edge_block] * rows + offset
-  place = jnp.clip(place, 0, num_tiles * rows - 1).reshape(-1, p)
-  return _Plan(
-    block, row, visible, place, used, jnp.maximum(tile_end - 1, 0), count > 0
-  )
+  pair_block = jnp.minimum(key, total_blocks - 1)
+  offset = rank - start[pair_block]
+  position = tile_start[pair_block] * tile_queries + offset
+  position = jnp.clip(position, 0, num_tiles * tile_queries - 1).reshape(-1, p)
+  last = jnp.maximum(tile_end - 1, 0)
+  return _Plan(block, query, visible, position, used, last, count > 0)
 
 
 def _blocks(
   x: Float[Array, "B S K D"], block_size: int
 ) -> Float[Array, "B*K*N bs D"]:
-  """Cuts each head's tokens into blocks; the last one is padded with zeros."""
+  """Cuts each head's tokens into blocks; zeros pad the last block."""
   b, s, h, d = x.shape
   n = -(-s // block_size)
   x = jnp.pad(x, ((0, 0), (0, n * block_size - s), (0, 0), (0, 0)))
@@ -126,17 +136,17 @@ def _unblock(
   return jnp.moveaxis(x, 1, 2)
 
 
-def _rows(
+def _by_query(
   x: Float[Array, "B C H *D"], num_kv_heads: int
 ) -> Float[Array, "B*K*C G *D"]:
-  """Query-major rows: one for each (batch, group, query), heads inside."""
+  """One entry for each (batch row, group, query), which holds G heads."""
   b, c, h = x.shape[:3]
   x = x.reshape(b, c, num_kv_heads, h // num_kv_heads, *x.shape[3:])
   x = jnp.moveaxis(x, 2, 1)
   return x.reshape(b * num_kv_heads * c, h // num_kv_heads, *x.shape[4:])
 
 
-def _unrows(
+def _from_queries(
   x: Float[Array, "B*K*C G *D"], batch: int, q_len: int
 ) -> Float[Array, "B C H *D"]:
   x = x.reshape(batch, -1, q_len, *x.shape[1:])
@@ -163,12 +173,12 @@ def _scores(
   return jnp.where(visible, s, -jnp.inf)
 
 
-def _tile_rows(
-  x: Float[Array, "rows G *D"], row: Int[Array, "M R"]
+def _gather_queries(
+  x: Float[Array, "B*K*C G *D"], query: Int[Array, "M R"]
 ) -> Float[Array, "M R*G *D"]:
-  """Gathers a tile's rows, all heads of a query side by side."""
-  m, r = row.shape
-  return x[row].reshape(m, r * x.shape[1], *x.shape[2:])
+  """Gathers each tile's queries, with a query's heads next to each other."""
+  m, r = query.shape
+  return x[query].reshape(m, r * x.shape[1], *x.shape[2:])
 
 
 def _head_mask(
@@ -177,19 +187,20 @@ def _head_mask(
   return jnp.repeat(visible, group_size, axis=1)
 
 
-def _edges(
+def _pairs_of_queries(
   x: Float[Array, "M R*G *D"], plan: _Plan, group_size: int
-) -> Float[Array, "rows P G *D"]:
-  """Brings a value of each edge and head back to its query's slot."""
-  m, r = plan.row.shape
+) -> Float[Array, "B*K*C P G *D"]:
+  """Brings the tiles' values of each pair and head back to their queries."""
+  m, r = plan.query.shape
   x = x.reshape(m * r, group_size, *x.shape[2:])
-  return x[plan.place]
+  return x[plan.position]
 
 
-def _sum_edges(
+def _sum_pairs(
   x: Float[Array, "M R*G *D"], plan: _Plan, group_size: int
-) -> Float[Array, "rows G *D"]:
-  x = _edges(x, plan, group_size)
+) -> Float[Array, "B*K*C G *D"]:
+  """Sums the tiles' values of each query over its pairs."""
+  x = _pairs_of_queries(x, plan, group_size)
   used = plan.used.reshape(plan.used.shape + (1,) * (x.ndim - 2))
   return jnp.sum(jnp.where(used, x, 0), axis=1)
 
@@ -197,10 +208,11 @@ def _sum_edges(
 def _sum_tiles(
   x: Float[Array, "M bs D"], plan: _Plan
 ) -> Float[Array, "B*K*N bs D"]:
-  """Adds up each block's tiles in a fixed order; 0 for blocks nobody picked.
+  """Sums each block's tiles in a fixed order; 0 for blocks without tiles.
 
-  A scatter-add would do on the CPU, but its order, and so its last bits, is
-  not fixed on a GPU. Tiles are sorted by block: a segmented scan adds them.
+  A scatter-add would be enough on a CPU, but on a GPU its order, and so the
+  result's last bits, would vary. Tiles are sorted by block, so a segmented scan
+  can add them.
   """
 
   def add(left, right):
@@ -218,10 +230,11 @@ def _log_sum_exp(
   l: Float[Array, "M R*G"],
   plan: _Plan,
   group_size: int,
-) -> Float[Array, "rows G"]:
-  """Combines each edge's maximum and sum into the query's log sum exp."""
-  m = jnp.where(plan.used[..., None], _edges(m, plan, group_size), -jnp.inf)
-  l = jnp.where(plan.used[..., None], _edges(l, plan, group_size), 0)
+) -> Float[Array, "B*K*C G"]:
+  """Combines the pairs' maxima and sums into each query's log sum exp."""
+  used = plan.used[..., None]
+  m = jnp.where(used, _pairs_of_queries(m, plan, group_size), -jnp.inf)
+  l = jnp.where(used, _pairs_of_queries(l, plan, group_size), 0)
   top = jnp.max(m, axis=1)
   top = jnp.where(top == -jnp.inf, 0, top)
   total = jnp.sum(jnp.exp(m - top[:, None]) * l, axis=1)
@@ -233,14 +246,14 @@ def _log_sum_exp(
 def _softmax_stats(
   s: Float[Array, "M R*G bs"],
 ) -> tuple[Float[Array, "M R*G"], Float[Array, "M R*G"]]:
-  """Maximum and sum of exponentials of one edge's scores."""
+  """Maximum of each pair's scores, and sum of their exponentials."""
   m = jnp.max(s, axis=-1)
   safe = jnp.where(m == -jnp.inf, 0, m)
   return m, jnp.sum(jnp.exp(s - safe[..., None]), axis=-1)
 
 
 def _finite_lse(lse: Float[Array, "*A"]) -> Float[Array, "*A"]:
-  """Stands in for -inf, so that exp(-inf - lse) is 0 on empty rows."""
+  """Replaces -inf by 0, so that exp(-inf - lse) is 0 for empty queries."""
   return jnp.where(lse == -jnp.inf, 0, lse)
 
 
@@ -248,14 +261,15 @@ def _finite_lse(lse: Float[Array, "*A"]) -> Float[Array, "*A"]:
 
 
 class _Chunk(NamedTuple):
-  """Static sizes of one call's chunks."""
+  """Static sizes of one call's chunks of queries."""
 
-  size: int  # queries a chunk
+  size: int  # queries of a chunk
   count: int
   pad: int  # queries added to fill the last chunk
 
 
 def _chunks(q_len: int, elements_per_query: int) -> _Chunk:
+  """The fewest chunks whose largest array stays within _CHUNK_ELEMENTS."""
   count = -(-q_len * elements_per_query // _CHUNK_ELEMENTS)
   size = -(-q_len // max(count, 1))
   count = -(-q_len // size)
@@ -272,13 +286,14 @@ def _split(x: Array, chunk: _Chunk, axis: int, fill: float = 0) -> Array:
 
 
 def _join(x: Array, axis: int, length: int) -> Array:
+  """Undoes `_split`."""
   x = jnp.moveaxis(x, 0, axis)
   x = x.reshape(*x.shape[:axis], -1, *x.shape[axis + 2 :])
   return lax.slice_in_dim(x, 0, length, axis=axis)
 
 
 def _over_chunks(body: Callable, carry, xs, chunk: _Chunk) -> tuple[Any, Any]:
-  """`lax.scan`, without a loop around a single chunk."""
+  """`lax.scan`, but without a loop if there is only one chunk."""
   if chunk.count == 1:
     carry, ys = body(carry, jax.tree.map(lambda x: x[0], xs))
     return carry, jax.tree.map(lambda y: y[None], ys)
@@ -317,12 +332,12 @@ def _sparse(q, k, v, block_indices, positions, block_size, scale):
   return _sparse_fwd(q, k, v, block_indices, positions, block_size, scale)[0]
 
 
-def _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale):
+def _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale):
   """Main-branch scores of every tile."""
-  group_size = q_rows.shape[1]
+  group_size = queries.shape[1]
   return _scores(
-    _tile_rows(q_rows, plan.row),
-    _tile_rows(bad_q, plan.row),
+    _gather_queries(queries, plan.query),
+    _gather_queries(bad_q, plan.query),
     k_blocks[plan.block],
     bad_k[plan.block],
     _head_mask(plan.visible, group_size),
@@ -341,8 +356,8 @@ def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
   def body(carry, x):
     q, idx, pos = x
     plan = _plan(idx, pos, k_blocks, group_size)
-    q_rows, bad_q = clean(_rows(q, num_kv_heads))
-    s = _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale)
+    queries, bad_q = clean(_by_query(q, num_kv_heads))
+    s = _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale)
     m, l = _softmax_stats(s)
     p = jnp.exp(s - _finite_lse(m)[..., None])
     o = jnp.einsum(
@@ -356,16 +371,15 @@ def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
     poisoned = jnp.repeat(poisoned, group_size, axis=1)
     o = jnp.where(poisoned[..., None], jnp.nan, o)
     lse = _log_sum_exp(m, l, plan, group_size)
-    # Each edge's share of the output: exp(m_edge - lse).
-    weight = jnp.exp(
-      jnp.where(plan.used[..., None], _edges(m, plan, group_size), -jnp.inf)
-      - _finite_lse(lse)[:, None]
-    )
-    o = _edges(o, plan, group_size)
+    # The weight of each pair in the output is exp(m of the pair - lse).
+    m = _pairs_of_queries(m, plan, group_size)
+    m = jnp.where(plan.used[..., None], m, -jnp.inf)
+    weight = jnp.exp(m - _finite_lse(lse)[:, None])
+    o = _pairs_of_queries(o, plan, group_size)
     o = jnp.where(plan.used[..., None, None], o, 0)
     out = jnp.sum(weight[..., None] * o, axis=1)
-    out = _unrows(out, b, q.shape[1]).astype(q.dtype)
-    return carry, (out, _unrows(lse, b, q.shape[1]))
+    out = _from_queries(out, b, q.shape[1]).astype(q.dtype)
+    return carry, (out, _from_queries(lse, b, q.shape[1]))
 
   xs = (
     _split(q, chunk, 1),
@@ -400,24 +414,24 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
     q, d_out, delta, lse, idx, pos = x
     plan = _plan(idx, pos, k_blocks, group_size)
     visible = _head_mask(plan.visible, group_size)
-    q_rows, bad_q = clean(_rows(q, num_kv_heads))
-    d_rows, bad_d = clean(_rows(d_out, num_kv_heads))
-    s = _tile_scores(plan, q_rows, bad_q | bad_d, k_blocks, bad_k, scale)
-    lse = _tile_rows(_finite_lse(_rows(lse, num_kv_heads)), plan.row)
+    queries, bad_q = clean(_by_query(q, num_kv_heads))
+    d_queries, bad_d = clean(_by_query(d_out, num_kv_heads))
+    s = _tile_scores(plan, queries, bad_q | bad_d, k_blocks, bad_k, scale)
+    lse = _gather_queries(_finite_lse(_by_query(lse, num_kv_heads)), plan.query)
     p = jnp.exp(s - lse[..., None])
     p = jnp.where(visible, p, 0)
-    q_tile = _tile_rows(q_rows, plan.row)
-    d_tile = _tile_rows(d_rows, plan.row)
+    q_tile = _gather_queries(queries, plan.query)
+    d_tile = _gather_queries(d_queries, plan.query)
     v_tile, k_tile = v_blocks[plan.block], k_blocks[plan.block]
     dp = einsum("mrd,mjd->mrj", d_tile, v_tile)
     dp = jnp.where(bad_v[plan.block][:, None], jnp.nan, dp)
-    delta = _tile_rows(_rows(delta, num_kv_heads), plan.row)
+    delta = _gather_queries(_by_query(delta, num_kv_heads), plan.query)
     ds = jnp.where(visible, p * (dp - delta[..., None]) * scale, 0)
     ds, p = ds.astype(q.dtype), p.astype(q.dtype)
-    dq = _sum_edges(einsum("mrj,mjd->mrd", ds, k_tile), plan, group_size)
+    dq = _sum_pairs(einsum("mrj,mjd->mrd", ds, k_tile), plan, group_size)
     dk += _sum_tiles(einsum("mrj,mrd->mjd", ds, q_tile), plan)
     dv += _sum_tiles(einsum("mrj,mrd->mjd", p, d_tile), plan)
-    return (dk, dv), _unrows(dq, b, q.shape[1]).astype(q.dtype)
+    return (dk, dv), _from_queries(dq, b, q.shape[1]).astype(q.dtype)
 
   xs = (
     _split(q, chunk, 1),
@@ -478,7 +492,7 @@ def index_kl_loss(
   if query_mask is not None:
     positions = jnp.where(query_mask, positions, -1)
   if lse is None:
-    # v's part of the result is dead code to the compiler.
+    # Only lse is used; XLA removes the computation of the output.
     result: Any = _sparse(q, k, k, block_indices, positions, block_size, scale)
     lse = result[1]
   shape = (q.shape[0], k.shape[2], q.shape[1])
@@ -514,7 +528,7 @@ def _sparse_kl_fwd(
   scale,
   index_scale,
 ):
-  """KL value and, from the same pass, its gradients for a unit cotangent."""
+  """The KL and, from the same pass, its gradients for a cotangent of 1."""
   b, t, h, _ = q.shape
   kv_len, num_kv_heads = k.shape[1], k.shape[2]
   group_size = h // num_kv_heads
@@ -528,35 +542,38 @@ def _sparse_kl_fwd(
     total, d_ik = carry
     q, index_q, lse, idx, pos = x
     plan = _plan(idx, pos, k_blocks, group_size)
-    m, r = plan.row.shape
-    q_rows, bad_q = clean(_rows(q, num_kv_heads))
-    s = _tile_scores(plan, q_rows, bad_q, k_blocks, bad_k, scale)
-    lse = _tile_rows(_finite_lse(_rows(lse, num_kv_heads)), plan.row)
+    m, r = plan.query.shape
+    queries, bad_q = clean(_by_query(q, num_kv_heads))
+    s = _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale)
+    lse = _gather_queries(_finite_lse(_by_query(lse, num_kv_heads)), plan.query)
     p = jnp.exp(s - lse[..., None])
     p = jnp.mean(p.reshape(m, r, group_size, -1), axis=2)
     p = jnp.where(plan.visible, p, 0)
 
-    iq_rows, bad_iq = clean(_rows(index_q, num_kv_heads))
-    # One key head serves all groups: (b K + k) N + n -> b N + n.
+    iq_queries, bad_iq = clean(_by_query(index_q, num_kv_heads))
+    # All groups share one index key head: (b K + k) N + n -> b N + n.
     shared = (
       plan.block // (num_kv_heads * num_blocks) * num_blocks
       + plan.block % num_blocks
     )
-    iq_tile, ik_tile = _tile_rows(iq_rows, plan.row), ik_blocks[shared]
+    iq_tile, ik_tile = (
+      _gather_queries(iq_queries, plan.query),
+      ik_blocks[shared],
+    )
     u = _scores(
       iq_tile,
-      _tile_rows(bad_iq, plan.row),
+      _gather_queries(bad_iq, plan.query),
       ik_tile,
       bad_ik[shared],
       plan.visible,
       index_scale,
     )
     u_lse = _finite_lse(_log_sum_exp(*_softmax_stats(u), plan, 1))
-    log_r = u - _tile_rows(u_lse, plan.row)[..., None]
+    log_r = u - _gather_queries(u_lse, plan.query)[..., None]
     live = p != 0
     log_ratio = jnp.log(jnp.where(live, p, 1)) - jnp.where(live, log_r, 0)
     row_kl = jnp.sum(jnp.where(live, p * log_ratio, 0), axis=-1)
-    total += jnp.sum(_sum_edges(row_kl, plan, 1))
+    total += jnp.sum(_sum_pairs(row_kl, plan, 1))
 
     du = jnp.where(plan.visible, jnp.exp(log_r) - p, 0) * index_scale / divisor
     du = du.astype(dtype)
@@ -566,7 +583,7 @@ def _sparse_kl_fwd(
     d_tile = jnp.einsum(
       "mrj,mri->mji", du, iq_tile.astype(dtype), precision=HIGHEST
     )
-    d_iq = _unrows(_sum_edges(d_iq, plan, 1), b, q.shape[1])
+    d_iq = _from_queries(_sum_pairs(d_iq, plan, 1), b, q.shape[1])
     return (total, d_ik + _sum_tiles(d_tile, plan)), d_iq
 
   xs = (
@@ -582,7 +599,7 @@ def _sparse_kl_fwd(
   )
   (total, d_ik), d_iq = _over_chunks(body, carry, xs, chunk)
   d_ik = jnp.sum(_unblock(d_ik, b, num_kv_heads, kv_len), axis=2)
-  # Empty arrays carry the dtypes of the arguments to the backward pass.
+  # Residuals must be arrays; empty ones hold the arguments' dtypes.
   dtypes = (jnp.zeros((0,), index_q.dtype), jnp.zeros((0,), index_k.dtype))
   return total / divisor.astype(dtype), (_join(d_iq, 1, t), d_ik, dtypes)
 
@@ -591,7 +608,7 @@ def _sparse_kl_bwd(block_size, scale, index_scale, residuals, cotangent):
   d_iq, d_ik, (iq_like, ik_like) = residuals
   d_iq = (cotangent * d_iq).astype(iq_like.dtype)
   d_ik = (cotangent * d_ik).astype(ik_like.dtype)
-  # q, k and lse arrive under stop_gradient.
+  # index_kl_loss has stopped the gradient of q, k and lse.
   return None, None, None, d_iq, d_ik, None, None, None
 
 
@@ -654,12 +671,13 @@ def _best_blocks(
   top_k: int,
   num_local_blocks: int,
 ) -> Int[Array, "B K T P"]:
-  """The P blocks of each query and group, of every block's score."""
+  """The P blocks of each query and group, from every block's score."""
   num_blocks = score.shape[-1]
   ids = jnp.arange(num_blocks, dtype=jnp.int32)
   own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
   visible = ids <= own
-  # Room for "forced" above and "out" below every score; -0 equals 0.
+  # Finite scores leave +inf for forced blocks and -inf for excluded ones. -0
+  # becomes 0, because the two are a tie.
   limits = jnp.finfo(score.dtype)
   key = jnp.clip(jnp.where(score == 0, 0, score), limits.min, limits.max)
   key = jnp.where(visible & ~jnp.isnan(score), key, -jnp.inf)
@@ -686,9 +704,13 @@ def _dense(
   kv_lengths: Int[Array, "B"] | None,
   query_mask: Bool[Array, "B T"] | None,
 ) -> tuple[Any, Any, Any]:
-  """Attention (if v is given) and KL (if index_q is) over all visible tokens.
+  """Attention and KL over all visible tokens, each only if it is asked for.
 
-  Each chunk is recomputed in the backward pass, so memory stays linear.
+  Attention needs v, and the KL needs index_q and index_k; None leaves it out.
+  Each chunk is recomputed in the backward pass, so memory stays linear in T.
+
+  Returns:
+    (out, lse, kl); out is None without v, and kl without index_q.
   """
   b, t, h, _ = q.shape
   num_kv_heads = k.shape[2]
@@ -721,7 +743,7 @@ def _dense(
     None if index_q is None else _split(index_q, chunk, 1),
     None if lse is None else _split(lse, chunk, 2, fill=-jnp.inf),
     None if query_mask is None else _split(query_mask, chunk, 1),
-    # Rows that only fill the last chunk see nothing.
+    # The queries that pad the last chunk see nothing.
     _split(positions, chunk, 1, fill=-1),
   )
   _, (out, lse, kl) = _over_chunks(jax.checkpoint(body), (), xs, chunk)
@@ -793,7 +815,8 @@ def selection_recall(
     mass = jnp.sum(p.reshape(*p.shape[:-1], num_blocks, block_size), axis=-1)
     own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
     _, best = lax.top_k(jnp.where(ids <= own, mass, -1), min(top_k, num_blocks))
-    # Both as masks over all blocks: equal choices give equal bits of mass.
+    # Both choices become masks over all blocks, so that equal choices sum the
+    # same numbers in the same order and give equal bits.
     picked, best = (
       jnp.any(x[..., None] == ids, axis=-2) & (ids <= own) for x in (idx, best)
     )
@@ -802,10 +825,10 @@ def selection_recall(
       hits / jnp.maximum(counts, 1),
       *(jnp.sum(jnp.where(x, mass, 0), axis=-1) for x in (picked, best)),
     )
-    rows = (own >= 0)[..., 0]
-    sums = [jnp.sum(jnp.where(rows, x, 0)) for x in recalls]
-    rows = jnp.sum(jnp.broadcast_to(rows, hits.shape))
-    return carry, (*sums, rows)
+    counted = (own >= 0)[..., 0]
+    sums = [jnp.sum(jnp.where(counted, x, 0)) for x in recalls]
+    count = jnp.sum(jnp.broadcast_to(counted, hits.shape))
+    return carry, (*sums, count)
 
   xs = (
     _split(q, chunk, 1),
@@ -813,9 +836,9 @@ def selection_recall(
     _split(positions, chunk, 1, fill=-1),
   )
   _, sums = _over_chunks(body, (), xs, chunk)
-  block, score, best_score, rows = jax.tree.map(jnp.sum, sums)
-  rows = jnp.maximum(rows, 1)
-  return block / rows, score / rows, best_score / rows
+  block, score, best_score, count = jax.tree.map(jnp.sum, sums)
+  count = jnp.maximum(count, 1)
+  return block / count, score / count, best_score / count
 
 
 # --- decoding: few queries against a cache ----------------------------------
@@ -828,7 +851,7 @@ def _decode_block_scores(
   positions: Int[Array, "B T"],
   block_size: int,
 ) -> Float[Array, "B K T N"]:
-  """Block maxima of the index scores, in one pass over chunks of keys."""
+  """Maximum of each block's index scores, over chunks of keys."""
   b, t, num_kv_heads, _ = index_q.shape
   capacity = index_k.shape[1]
   whole = capacity // block_size
@@ -852,8 +875,8 @@ def _decode_block_scores(
     if count == 1:
       scores.append(score(0, whole, block_size))
     else:
-      # The last chunk ends with the last whole block, and so may do some of
-      # the one before it again.
+      # All chunks have the same size and the last one ends with the last whole
+      # block, so it may compute some blocks of the chunk before it again.
       def body(i, scores):
         first = jnp.minimum(i * size, whole - size)
         part = score(first * block_size, size, block_size)
@@ -888,7 +911,7 @@ def decode_attention(
 ) -> tuple[Float[Array, "B T H D"], Int[Array, "B K T P"]]:
   """Selection and attention over a cache, see `msa_jax.decode_attention`.
 
-  Each query gathers the tokens of its chosen blocks and nothing else of k, v.
+  Each query gathers the keys and values of its chosen blocks and no others.
   """
   b, t, h, d = q.shape
   capacity, num_kv_heads = k.shape[1], k.shape[2]
@@ -904,7 +927,7 @@ def decode_attention(
   )
   tokens = top_k * block_size
   chunk = _chunks(t, b * num_kv_heads * tokens * d)
-  row = jnp.arange(b)[:, None, None, None]
+  batch_row = jnp.arange(b)[:, None, None, None]
   head = jnp.arange(num_kv_heads)[:, None, None]
 
   def body(carry, x):
@@ -914,10 +937,14 @@ def decode_attention(
     visible = jnp.repeat(idx >= 0, block_size, axis=-1)
     visible &= slot <= pos[:, None, :, None]
     slot = jnp.where(visible, slot, 0)
-    # As `reference.attend`, with keys and values of each query's own.
+    # Like `reference.attend`, but each query has its own keys and values.
     q, bad_q = clean(q.reshape(b, -1, num_kv_heads, h // num_kv_heads, d))
-    k_chosen, bad_k = clean(k.at[row, slot, head].get(mode="promise_in_bounds"))
-    v_chosen, bad_v = clean(v.at[row, slot, head].get(mode="promise_in_bounds"))
+    k_chosen, bad_k = clean(
+      k.at[batch_row, slot, head].get(mode="promise_in_bounds")
+    )
+    v_chosen, bad_v = clean(
+      v.at[batch_row, slot, head].get(mode="promise_in_bounds")
+    )
     s = scale * jnp.einsum(
       "btkgd,bktjd->bktgj",
       q,

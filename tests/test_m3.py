@@ -734,6 +734,12 @@ def test_wrong_calls(tmp_path):
   (tmp_path / "something").write_text("")
   with pytest.raises(ValueError, match="folder must be empty or missing"):
     m3.save(model, tmp_path)
+  scale = model.norm.scale
+  model.norm.scale = nnx.Param(jnp.ones(64, jnp.int8))
+  text = r"model's norm.scale must be of a dtype among .*'float32'\].* got int8"
+  with pytest.raises(ValueError, match=text):
+    m3.save(model, tmp_path / "new")
+  model.norm.scale = scale
   index = dataclasses.replace(model.config.index, force_first_block=True)
   model.config = dataclasses.replace(model.config, index=index)
   with pytest.raises(ValueError, match="force_first_block must be False"):
@@ -974,7 +980,9 @@ def test_index_of_one_head_ranks_as_the_head_does():
   np.testing.assert_array_equal(out.selection.block_recall, 1.0)
   out = run(to_msa(gqa, index, index_init="random"), tokens, "warmup")
   assert np.all(out.selection.block_recall < 0.7)
-  with pytest.raises(ValueError, match="index_init must be 'main' or 'random'"):
+  with pytest.raises(
+    ValueError, match="index_init must be one of 'main', 'ran"
+  ):
     to_msa(gqa, index, index_init="mean")
 
 
@@ -1101,14 +1109,19 @@ def test_sample(capsys, tmp_path, monkeypatch):
   monkeypatch.setattr(m3, "_read", None)
   for words, text in (
     (["--text", "x"], "tokenizer.json, which is missing"),
-    ([], "wanted either text or prompt_ids"),
+    ([], "text or prompt_ids must be given, and not both, got neither"),
+    (["--text", "x", "--prompt-ids", "1"], "and not both, got both"),
     (["--prompt-ids", "1", "999"], "ids below vocab_size = 128, got [999]"),
     (
       ["--prompt-ids", "1", "--max-new-tokens", "512"],
       "1 tokens and 512 new ones must be at most max_position_embeddings = 512",
     ),
-    (["--prompt-ids", "1", "--mesh", "fsdp=2"], "wanted axes among ('expert"),
-    (["--prompt-ids", "1", "--mesh", "expert=64"], "wants 64 devices"),
+    (
+      ["--prompt-ids", "1", "--mesh", "fsdp=2"],
+      "must be of axes among ('expert",
+    ),
+    (["--prompt-ids", "1", "--mesh", "expert"], "AXIS=SIZE words, such as exp"),
+    (["--prompt-ids", "1", "--mesh", "expert=64"], "which needs 64 devices"),
     (["--prompt-ids", "1", "--dtype", "int9"], "dtype must be one of"),
   ):
     assert m3_commands.main(["sample", str(TINY), *words]) == 1

@@ -128,6 +128,13 @@ def test_to_msa_keeps_the_trained_model(scan_layers):
   assert run(msa).kl[0] == 0 and np.all(run(msa).kl[1:] > 0)
 
 
+def test_to_msa_refuses_a_config_without_all_parameters():
+  text = "config must be the config of a model .* got one without .*index_key"
+  config = dataclasses.replace(CONFIG, layer_kinds=("gqa",))
+  with pytest.raises(ValueError, match=text):
+    msa_jax.to_msa(build(), config, rngs=nnx.Rngs(0))
+
+
 @pytest.mark.parametrize("scan_layers", [False, True])
 def test_to_msa_makes_nothing_but_the_index_branch(scan_layers):
   """The arrays of the model, and index projections of the seed's bits."""
