@@ -10,6 +10,7 @@ import pathlib
 import sys
 
 import pytest
+from helpers import run_on_devices
 
 ROOT = pathlib.Path(__file__).parent.parent
 # A package may import itself and the packages after it.
@@ -144,3 +145,33 @@ def test_a_cycle_would_be_found(tmp_path, monkeypatch):
   # `import p` names the package, whose __init__ imports a.
   paths["p.c"].write_text("import p")
   assert find_cycle(graph(paths))[0] in ("p", "p.a")
+
+
+VERSION = """
+import importlib
+from importlib import metadata
+
+find = metadata.version
+
+
+def version(name):
+  if name != "msa-jax":
+    return find(name)
+  if found is None:
+    raise metadata.PackageNotFoundError(name)
+  return found
+
+
+metadata.version, found = version, "9.8.7"
+import msa_jax
+assert msa_jax.__version__ == "9.8.7"
+found = None
+assert importlib.reload(msa_jax).__version__ == "0+unknown"
+from msa_jax import m3
+assert m3 is importlib.import_module("msa_jax.checkpoints.m3") is msa_jax.m3
+"""
+
+
+def test_version_and_m3_of_the_package():
+  """The version is the installed one's; a bare source tree has none."""
+  run_on_devices(1, VERSION)
