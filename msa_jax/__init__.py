@@ -13,6 +13,7 @@ from msa_jax.attention import (
 from msa_jax.cache import Cache, LayerCache
 from msa_jax.convert import to_msa
 from msa_jax.layers import Sharding
+from msa_jax.losses import head_loss
 from msa_jax.model import (
   DecoderLM,
   ExtendOutput,
@@ -59,6 +60,7 @@ __all__ = [
   "__version__",
   "check_block_indices",
   "decode_attention",
+  "head_loss",
   "index_kl_loss",
   "is_index_param",
   "msa_attention",

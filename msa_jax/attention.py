@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int, Int32
 
@@ -183,7 +184,9 @@ class GQAttention(nnx.Module):
     q, k = self.query(x), self.key(x)
     if self.query_norm is not None and self.key_norm is not None:
       q, k = self.query_norm(q), self.key_norm(k)
-    return self._rotate(q, positions), self._rotate(k, positions), self.value(x)
+    q = checkpoint_name(self._rotate(q, positions), "rotated")
+    k = checkpoint_name(self._rotate(k, positions), "rotated")
+    return q, k, self.value(x)
 
   def __call__(
     self,

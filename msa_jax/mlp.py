@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
@@ -95,7 +96,8 @@ class SwiGLU(nnx.Module):
 
   def __call__(self, x: Float[Array, "B T E"]) -> Float[Array, "B T E"]:
     options = (self.activation, self.alpha, self.limit)
-    return self.down(gated(self.gate(x), self.up(x), *options))
+    hidden = gated(self.gate(x), self.up(x), *options)
+    return self.down(checkpoint_name(hidden, "mlp_hidden"))
 
 
 class MixtureOfExperts(nnx.Module):

@@ -34,18 +34,21 @@ class LMOutput(NamedTuple):
   """Result of `DecoderLM`.
 
   Attributes:
-    logits: next-token logits, float32.
+    logits: next-token logits, float32; None with `with_logits=False`.
     kl: KL loss of each layer in nats; 0 for dense layers, and unless `with_kl`.
     selection: chosen blocks and recalls of each layer, -1 and NaN for dense
       layers; None unless `with_selection`.
     experts: the experts that each token went to, -1 in layers with a dense MLP;
       None if the model has no MoE layers.
+    hidden: the normalised output of the last layer; `head_weight` turns it into
+      logits.
   """
 
-  logits: Float[Array, "B T V"]
+  logits: Float[Array, "B T V"] | None
   kl: Float[Array, "L"]
   selection: Selection | None
   experts: Int32[Array, "L B T A"] | None
+  hidden: Float[Array, "B T E"]
 
 
 class _LayerOutput(NamedTuple):
@@ -269,6 +272,7 @@ class DecoderLM(nnx.Module):
     with_kl: bool = False,
     with_selection: bool = False,
     query_mask: Bool[Array, "B T"] | None = None,
+    with_logits: bool = True,
   ) -> LMOutput:
     """Next-token logits.
 
@@ -278,6 +282,8 @@ class DecoderLM(nnx.Module):
       with_kl: whether to compute the KL losses.
       with_selection: whether to return chosen blocks and recalls.
       query_mask: tokens that count in the KL; None: all.
+      with_logits: whether to return logits. `msa_jax.head_loss` computes the
+        training loss from `hidden` without holding all logits in memory.
 
     Raises:
       ValueError: an argument is wrong, or the mesh in context does not divide
@@ -291,17 +297,17 @@ class DecoderLM(nnx.Module):
       graphdef, params = nnx.split(group)
 
       def apply(x, params, graphdef=graphdef):
-        out, *rest = nnx.merge(graphdef, params)(
+        return _apply_layer(
+          graphdef,
+          phase,
+          with_kl,
+          with_selection,
+          self.config.remat,
           x,
-          phase=phase,
-          with_kl=with_kl,
-          with_selection=with_selection,
-          query_mask=query_mask,
+          params,
+          query_mask,
         )
-        return out, rest
 
-      if self.config.remat:
-        apply = jax.checkpoint(apply)
       if self.config.scan_layers:
         x, layers = lax.scan(apply, x, params)
       else:
@@ -311,13 +317,14 @@ class DecoderLM(nnx.Module):
       kls.append(kl)
       selections.append(selection)
       experts.append(chosen)
-    logits = self._logits(x)
+    x = self.norm(x)
+    logits = self._logits(x) if with_logits else None
     kl = jnp.concatenate(kls).astype(jnp.float32)
     selection = None
     if with_selection:
       selection = self._stack_selections(selections, tokens.shape)
     return LMOutput(
-      logits, kl, selection, self._stack_experts(experts, tokens.shape)
+      logits, kl, selection, self._stack_experts(experts, tokens.shape), x
     )
 
   def init_cache(
@@ -413,7 +420,7 @@ class DecoderLM(nnx.Module):
       x, held, blocks = layer.extend(x, held, span, phase=phase)
       layers.append(held)
       choices.append(blocks)
-    logits = self._logits(x[:, -1:] if last_only else x)
+    logits = self._logits(self.norm(x[:, -1:] if last_only else x))
     block_indices = None
     if with_selection:
       config = self.config
@@ -465,17 +472,18 @@ class DecoderLM(nnx.Module):
       q_len,
     )
 
-  def _logits(self, x: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
-    x = self.norm(x)
+  def head_weight(self) -> Float[Array, "E V"]:
+    """The matrix that turns `LMOutput.hidden` into logits: the kernel of the
+    head, or the transposed embedding if they are tied."""
     if self.config.tie_embeddings:
-      weight = self.embed.embedding[...].astype(x.dtype)
-      return jnp.einsum(
-        "bte,ve->btv", x, weight, preferred_element_type=jnp.float32
-      )
+      return self.embed.embedding[...].T
+    return self.head.kernel[...]
+
+  def _logits(self, hidden: Float[Array, "B T E"]) -> Float[Array, "B T V"]:
     return jnp.einsum(
       "bte,ev->btv",
-      x,
-      self.head.kernel[...].astype(x.dtype),
+      hidden,
+      self.head_weight().astype(hidden.dtype),
       preferred_element_type=jnp.float32,
     )
 
@@ -514,6 +522,72 @@ class DecoderLM(nnx.Module):
         for chosen, count in zip(experts, group_sizes(self.config))
       ]
     )
+
+
+# Jitted by itself, so that layers with equal graph definitions are traced,
+# differentiated and lowered once. Otherwise each layer would bring its own copy
+# of every kernel to the compiler.
+@functools.partial(jax.jit, static_argnums=(0, 1, 2, 3, 4))
+def _apply_layer(
+  graphdef: Any,
+  phase: ops.Phase,
+  with_kl: bool,
+  with_selection: bool,
+  remat: bool,
+  x: Array,
+  params: Any,
+  query_mask: Array | None,
+) -> tuple[Array, list]:
+  """A layer's output, and its KL, selection and experts."""
+
+  def apply(x, params):
+    out, *rest = nnx.merge(graphdef, params)(
+      x,
+      phase=phase,
+      with_kl=with_kl,
+      with_selection=with_selection,
+      query_mask=query_mask,
+    )
+    return out, rest
+
+  policy = functools.partial(_is_saved, remat=remat)
+  return jax.checkpoint(apply, policy=policy)(x, params)
+
+
+# What attention gives `jax.ad_checkpoint.checkpoint_name` to, and what the rest
+# of a layer does.
+_ATTENTION_NAMES = (
+  "attention_out", "attention_lse", "block_indices", "index_kl_gradient"
+)  # fmt: skip
+_LAYER_NAMES = ("rotated", "mlp_hidden")
+_save_attention = jax.checkpoint_policies.save_only_these_names(
+  *_ATTENTION_NAMES
+)
+_save_layer = jax.checkpoint_policies.save_only_these_names(
+  *_ATTENTION_NAMES, *_LAYER_NAMES
+)
+
+
+def _is_saved(
+  primitive: Any, *operands: Any, remat: bool, **params: Any
+) -> bool:
+  """The policy of `jax.checkpoint`: whether the backward pass of a layer finds
+  a value in memory, or computes it again.
+
+  The results of attention, of the choice of blocks and of the KL loss are
+  always saved, so that none of them is computed twice. Without `remat` the
+  matrix products are saved too. The backward pass then repeats only norms,
+  casts and gates, because reading their inputs again costs less memory traffic
+  than writing and reading their float32 intermediates.
+  """
+  if primitive.name.startswith("dot_product_attention_fwd"):
+    return True  # the output and log sum exp of cuDNN's attention
+  if remat:
+    return bool(_save_attention(primitive, *operands, **params))
+  products = ("dot_general", "ragged_dot_general")
+  return primitive.name in products or bool(
+    _save_layer(primitive, *operands, **params)
+  )
 
 
 def _check_tokens(tokens: Array) -> None:

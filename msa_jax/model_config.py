@@ -144,7 +144,10 @@ class ModelConfig:
     norm_eps: epsilon of every RMSNorm.
     zero_centered_norm: every RMSNorm scales by 1 + w, with w around 0.
     tie_embeddings: use the embedding as output projection.
-    remat: recompute each layer in the backward pass.
+    remat: keep only the inputs and the attention results of each layer (out,
+      lse, chosen blocks, gradients of the KL), and compute the rest again in
+      the backward pass. Without it, matrix products are kept too, and norms,
+      rotations and gates are computed again.
     scan_layers: stack neighbouring layers of one kind and scan over them, which
       compiles faster.
     dtype: dtype of the computation.

@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float, Int
 
 from msa_jax import reference
@@ -389,6 +390,8 @@ def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
   _, (out, lse) = _over_chunks(body, (), xs, chunk)
   out = _join(out, 1, t)
   lse = jnp.moveaxis(_join(lse, 1, t), 1, 2)
+  out = checkpoint_name(out, "attention_out")
+  lse = checkpoint_name(lse, "attention_lse")
   return (out, lse), (q, k, v, block_indices, positions, out, lse)
 
 
@@ -601,7 +604,9 @@ def _sparse_kl_fwd(
   d_ik = jnp.sum(_unblock(d_ik, b, num_kv_heads, kv_len), axis=2)
   # Residuals must be arrays; empty ones hold the arguments' dtypes.
   dtypes = (jnp.zeros((0,), index_q.dtype), jnp.zeros((0,), index_k.dtype))
-  return total / divisor.astype(dtype), (_join(d_iq, 1, t), d_ik, dtypes)
+  d_iq = checkpoint_name(_join(d_iq, 1, t), "index_kl_gradient")
+  d_ik = checkpoint_name(d_ik, "index_kl_gradient")
+  return total / divisor.astype(dtype), (d_iq, d_ik, dtypes)
 
 
 def _sparse_kl_bwd(block_size, scale, index_scale, residuals, cotangent):

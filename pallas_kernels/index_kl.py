@@ -63,6 +63,7 @@ import math
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jax.experimental import pallas as pl
 from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.mosaic.gpu import utils as mgpu_utils
@@ -993,6 +994,8 @@ def _run(
 
 def _kl_forward(*args):
   value, diq, dik = _run(*args, with_gradients=True)
+  diq = checkpoint_name(diq, "index_kl_gradient")
+  dik = checkpoint_name(dik, "index_kl_gradient")
   index_q, index_k = args[:2]
   # The gradients are kept in float32. A loss scale arrives with the cotangent
   # only, too late to save what float16 would have lost before.

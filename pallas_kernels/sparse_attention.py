@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
@@ -139,8 +140,9 @@ def _sparse_attention(
 
 def _vjp_forward(q, k, v, block_indices, kv_lengths, *options):
   both: Any = _sparse_attention(q, k, v, block_indices, kv_lengths, *options)
-  out, lse = both
-  return both, (q, k, v, out, lse, block_indices, kv_lengths)
+  out = checkpoint_name(both[0], "attention_out")
+  lse = checkpoint_name(both[1], "attention_lse")
+  return (out, lse), (q, k, v, out, lse, block_indices, kv_lengths)
 
 
 def _vjp_backward(

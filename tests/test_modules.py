@@ -164,10 +164,11 @@ def test_to_msa_makes_nothing_but_the_index_branch(scan_layers):
 def test_untied_output_and_dtypes():
   model = build(tie_embeddings=False, dtype="bfloat16", param_dtype="float32")
   assert model.head.kernel.dtype == jnp.float32
-  out = run(model)
+  # Dense attention: rounding may change which of two close blocks is chosen.
+  out = run(model, "warmup")
   assert out.logits.dtype == jnp.float32
   full = build(tie_embeddings=False)
-  np.testing.assert_allclose(out.logits, run(full).logits, atol=0.1)
+  np.testing.assert_allclose(out.logits, run(full, "warmup").logits, atol=0.1)
 
 
 def test_selection_of_each_layer():

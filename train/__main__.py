@@ -217,6 +217,11 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
     default=(1 << 12, 1 << 14, 1 << 16),
     help="context lengths (default: 4096 16384 65536)",
   )
+  parser.add_argument(
+    "--random-tokens",
+    action="store_true",
+    help="time on random tokens: the run's text is neither read nor tokenized",
+  )
 
 
 def _add_devices_options(parser: argparse.ArgumentParser) -> None:
@@ -425,7 +430,10 @@ def _speed(args: argparse.Namespace) -> None:
 
   comparison = _comparison(args)
   folder = args.out or _default_folder(comparison)
-  print(speed.speed(comparison, folder, args.lengths))
+  path = speed.speed(
+    comparison, folder, args.lengths, random_tokens=args.random_tokens
+  )
+  print(path)
 
 
 def _devices(args: argparse.Namespace) -> None:

@@ -303,7 +303,7 @@ def _speed_records(
   for phase in run.phases():
     # Timed steps reuse the buffers of their state, so they get a copy.
     copied = jax.tree.map(jnp.copy, state)
-    times = time_steps(program, run, phase, batch, copied)
+    times = time_steps(program, run, phase, batch, copied).steps
     median = statistics.median(times)
     yield {
       "phase": phase,

@@ -29,6 +29,7 @@ from jax.sharding import PartitionSpec as Pspec
 
 from msa_jax import convert, mlp
 from msa_jax import model as model_lib
+from msa_jax.losses import head_loss
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import config as config_lib
 from train import data as data_lib
@@ -159,6 +160,7 @@ class Program:
       self.state_shardings,
     )
     self._compiled: dict[tuple[str, str], Any] = {}
+    self._memory: dict[tuple[str, str], int | None] = {}
     self._jit_init = jax.jit(
       self._fresh_state, out_shardings=self.state_shardings
     )
@@ -391,8 +393,12 @@ class Program:
     parts = tokens.shape[0]
 
     def part_loss(params, tokens, weights):
-      out = self._apply(params, tokens, phase=phase, with_kl=self.has_index)
-      lm = jnp.sum(_cross_entropy(out.logits, tokens) * weights) / count
+      model = self.merge(params)
+      out = self._apply(
+        model, tokens, phase=phase, with_kl=self.has_index, with_logits=False
+      )
+      lm = head_loss(out.hidden, model.head_weight(), tokens[:, 1:], weights)
+      lm = lm / count
       kl = jnp.sum(out.kl) / parts
       metrics = {"loss": lm, "kl": kl}
       if out.experts is not None:
@@ -413,8 +419,8 @@ class Program:
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
     return jax.lax.scan(add, zeros, (tokens, weights))[0]
 
-  def _apply(self, params: Params, tokens: jax.Array, *, phase: str, **kwargs):
-    return self.merge(params)(
+  def _apply(self, model, tokens: jax.Array, *, phase: str, **kwargs):
+    return model(
       tokens[:, :-1],
       phase="warmup" if phase == "warmup" else "sparse",
       **kwargs,
@@ -477,7 +483,7 @@ class Program:
   def _evaluate(self, params, tokens, loss_mask, *, phase: str):
     """Loss of each position summed over batch rows, and which targets the
     model predicts right."""
-    out = self._apply(params, tokens, phase=phase)
+    out = self._apply(self.merge(params), tokens, phase=phase)
     losses = _cross_entropy(out.logits, tokens) * loss_mask
     right = jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
     return jnp.sum(losses, axis=0), right
@@ -485,7 +491,11 @@ class Program:
   def _layer_metrics(self, params, tokens, *, phase: str):
     """KL of each layer, and its chosen blocks and recalls."""
     out = self._apply(
-      params, tokens, phase=phase, with_kl=self.has_index, with_selection=True
+      self.merge(params),
+      tokens,
+      phase=phase,
+      with_kl=self.has_index,
+      with_selection=True,
     )
     return out.kl, out.selection
 
@@ -530,15 +540,9 @@ class Program:
       with self.context():
         _, lowered = lower(lambda: self.trace(phase, function))
       self._compiled[key] = lowered.compile()
-    memory = self._compiled[key].memory_analysis()
-    if memory is None:
-      return None
-    return int(
-      memory.argument_size_in_bytes
-      + memory.output_size_in_bytes
-      - memory.alias_size_in_bytes
-      + memory.temp_size_in_bytes
-    )
+      # Kept: asking takes tens of milliseconds of the host.
+      self._memory[key] = _bytes_needed(self._compiled[key])
+    return self._memory[key]
 
   def trace(self, phase: str, function: str = "step") -> jax.stages.Traced:
     """A function as `compile` has it, before it is lowered."""
@@ -707,31 +711,45 @@ def compile_task(runs: Sequence[config_lib.RunConfig]) -> CompiledTask:
 
 
 def open_and_compile(
-  data: data_lib.DataConfig, calls: Iterable[tuple[Program, str, str]]
-) -> data_lib.Source:
+  data: data_lib.DataConfig | None,
+  calls: Iterable[tuple[Program, str, str]],
+) -> Any:
   """Opens data and compiles functions of programs at the same time.
 
   Each takes tens of seconds in which a GPU would be idle.
 
   Args:
-    data: what to open.
+    data: what to open; None: nothing.
     calls: (program, phase, function) triples; those that occur twice are
       compiled once.
 
   Returns:
-    The opened data.
+    The opened `data.Source`; None if there was nothing to open.
   """
   # All processes of a run must compile in the same order, hence one thread.
   workers = 12 if jax.process_count() == 1 else 1
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    source = pool.submit(data_lib.load, data)
+    source = data and pool.submit(data_lib.load, data)
     tasks = [
       pool.submit(program.compile, phase, function)
       for program, phase, function in dict.fromkeys(calls)
     ]
     for task in tasks:
       task.result()
-    return source.result()
+    return source and source.result()
+
+
+def _bytes_needed(compiled: jax.stages.Compiled) -> int | None:
+  """Bytes on one device, where the compiler says so."""
+  memory = compiled.memory_analysis()
+  if memory is None:
+    return None
+  return int(
+    memory.argument_size_in_bytes
+    + memory.output_size_in_bytes
+    - memory.alias_size_in_bytes
+    + memory.temp_size_in_bytes
+  )
 
 
 def _name(path: tuple) -> str:

@@ -7,6 +7,7 @@ matrix rate that it uses). `plan` times the steps, evaluations and checkpoints
 of a comparison and makes it as long as a number of minutes allows.
 """
 
+import collections
 import dataclasses
 import json
 import math
@@ -15,7 +16,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import numpy as np
@@ -110,14 +111,26 @@ def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
   return times
 
 
+class StepTimes(NamedTuple):
+  """What `time_steps` measures.
+
+  Attributes:
+    steps: seconds of each training step.
+    kernels: seconds of each kernel in a step, see `kernel_times`.
+  """
+
+  steps: list[float]
+  kernels: dict[str, float] | None
+
+
 def time_steps(
   program: Program,
   run: RunConfig,
   phase: str,
   batch: data_lib.Batch,
   state: TrainState,
-) -> list[float]:
-  """Seconds of each of several training steps of a phase.
+) -> StepTimes:
+  """Times several training steps of a phase, and the kernels in them.
 
   The state is donated to the steps and cannot be read afterwards.
   """
@@ -130,7 +143,53 @@ def time_steps(
     state, metrics = train_step(program, run, state, batch, step)
     return metrics
 
-  return _seconds(call, 1.0, 20)
+  # As in the training loop, a step's metrics are read while the next step runs.
+  # So the host's share of a step counts only if the device has to wait for it.
+  jax.block_until_ready(call())
+  previous = call()
+  jax.block_until_ready(previous)
+  previous = call()
+  times: list[float] = []
+  start = time.perf_counter()
+  while not times or (sum(times) < 1.0 and len(times) < 20):
+    current = call()
+    jax.block_until_ready(previous)
+    end = time.perf_counter()
+    times.append(end - start)
+    start, previous = end, current
+  kernels = kernel_times(lambda: jax.block_until_ready(call()), 3)
+  return StepTimes(times, kernels)
+
+
+def kernel_times(
+  call: Callable[[], Any], calls: int
+) -> dict[str, float] | None:
+  """Seconds of each kernel and copy in one call, by name, longest first.
+
+  Args:
+    call: what to profile; returns when the device is done.
+    calls: number of calls that are profiled; the result is their mean.
+
+  Returns:
+    None on a device whose kernels JAX's profiler does not record: a CPU.
+  """
+  if jax.default_backend() != "gpu":
+    return None
+  with tempfile.TemporaryDirectory(prefix="msa-profile-") as folder:
+    with jax.profiler.trace(folder):
+      for _ in range(calls):
+        call()
+    (file,) = pathlib.Path(folder).rglob("*.xplane.pb")
+    profile = jax.profiler.ProfileData.from_file(str(file))
+  nanoseconds: collections.Counter[str] = collections.Counter()
+  for plane in profile.planes:
+    if not plane.name.startswith("/device:GPU:0"):
+      continue
+    for line in plane.lines:
+      if line.name.startswith("Stream"):
+        for event in line.events:
+          nanoseconds[event.name] += event.duration_ns
+  return {n: t / calls / 1e9 for n, t in nanoseconds.most_common()}
 
 
 def _trained_state(program: Program, run: RunConfig) -> tuple[TrainState, int]:
@@ -149,10 +208,21 @@ def _at_length(run: RunConfig, context: int, tokens: int) -> RunConfig:
   )
 
 
+def _random_batch(run: RunConfig) -> data_lib.Batch:
+  shape = (run.batch_size, run.context)
+  tokens = np.random.default_rng(0).integers(
+    0, run.model.vocab_size, (shape[0], shape[1] + 1), np.int32
+  )
+  counted = np.ones(shape, bool)
+  return data_lib.Batch(tokens, counted, np.full(shape, -1, np.int32))
+
+
 def speed(
   comparison: ComparisonConfig,
   folder: pathlib.Path,
   lengths: Sequence[int],
+  *,
+  random_tokens: bool = False,
 ) -> pathlib.Path:
   """Times a step of each side and phase at each length.
 
@@ -163,6 +233,12 @@ def speed(
   Parameters come from the last checkpoints of the folder's runs, first task and
   first seed, where there are any. This matters for MSA: neighbouring queries
   share fewer blocks under an untrained index, which makes its steps slower.
+
+  Args:
+    comparison: its runs are timed.
+    folder: of the comparison; speed.json is written there.
+    lengths: tokens of context.
+    random_tokens: time on random tokens, and do not open the run's data.
 
   Returns:
     The path of speed.json.
@@ -179,7 +255,7 @@ def speed(
   ]
   programs = [Program(compile_key(run)) for run in timed]
   source = open_and_compile(
-    sides[0].data,
+    None if random_tokens else sides[0].data,
     (
       (program, phase, "step")
       for run, program in zip(timed, programs)
@@ -191,10 +267,13 @@ def speed(
   for run, program in zip(timed, programs):
     length = run.context
     shape = (run.batch_size, length)
-    batch = source.train_batch(0, 0, batch_size=shape[0], context=length)
+    if source is None:
+      batch = _random_batch(run)
+    else:
+      batch = source.train_batch(0, 0, batch_size=shape[0], context=length)
     for phase in run.phases():
       state, trained = _trained_state(program, run)
-      times = time_steps(program, run, phase, batch, state)
+      times, kernels = time_steps(program, run, phase, batch, state)
       median = statistics.median(times)
       flops = flops_per_step(run.model, phase, *shape)
       record = {
@@ -205,6 +284,9 @@ def speed(
         "trained_steps": trained,
         "step_ms": round(1e3 * median, 3),
         "spread_ms": round(1e3 * (max(times) - min(times)), 3),
+        "kernels_ms": kernels and round(1e3 * sum(kernels.values()), 3),
+        "longest_kernels_ms": kernels
+        and {n: round(1e3 * t, 3) for n, t in list(kernels.items())[:8]},
         "tokens_per_second": round(shape[0] * length / median, 1),
         "tflop_per_step": flops / 1e12,
         "mfu": rate and round(flops / median / rate / program.mesh.size, 4),
@@ -317,7 +399,7 @@ def _measure_run(
   times["step_bytes"] = {p: program.compile(p) for p in run.phases()}
   for phase in run.phases():
     times["step"][phase] = statistics.median(
-      time_steps(program, run, phase, batch, program.init(run.seed))
+      time_steps(program, run, phase, batch, program.init(run.seed)).steps
     )
 
     def held_out(phase=phase):

@@ -110,7 +110,6 @@ GQA = RunConfig(
     mlp_dim=2048,
     rope_dim=64,
     rope_theta=100_000.0,
-    scan_layers=True,
     dtype="bfloat16",
     implementation="mosaic_gpu",
     gqa_implementation="cudnn",

@@ -137,6 +137,10 @@ def _share(part: int, whole: int) -> str:
   return f"{100 * part / whole:.1f} % of {whole:,}" if whole else "–"
 
 
+def _short(value: float | None) -> str:
+  return "–" if value is None else f"{value:,.1f}"
+
+
 def speed_rows(records: list[dict]) -> Rows:
   """The records of speed.json, with the speed-up over the baseline.
 
@@ -155,6 +159,7 @@ def speed_rows(records: list[dict]) -> Rows:
         "side": side_name(record["side"]),
         "phase": record["phase"].replace("warmup", "warm-up"),
         "step, ms": f"{record['step_ms']:,.1f}",
+        "its kernels, ms": _short(record.get("kernels_ms")),
         "against " + side_name(BASELINE): (
           f"{dense / record['step_ms']:.2f}x" if dense else "–"
         ),
