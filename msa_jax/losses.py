@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -20,38 +21,42 @@ def head_loss(
 ) -> Float[Array, ""]:
   """Weighted sum of the cross-entropy of softmax(hidden weight), in nats.
 
-  sum over b, t of w (log sum_v exp(z_v) - z_target) with z = hidden weight in
-  float32. Logits exist for `chunk_tokens` tokens at a time. Their gradient,
-  w (softmax(z) - one_hot(target)), is made while they do and rounded to
-  hidden's dtype, as the gradients of all activations are; the gradients of
-  hidden and weight follow at once, and the backward pass scales them.
+  sum over b, t of w (log sum_v exp(z_v) - z_target), with z = hidden weight
+  accumulated in float32. Logits exist for `chunk_tokens` tokens at a time.
+  Their gradient, w (softmax(z) - one_hot(target)), is computed in the same pass
+  and rounded to hidden's dtype, as the gradients of all activations are. The
+  gradients of hidden and weight follow from it at once; the backward pass only
+  scales them.
 
   Args:
     hidden: the model's last activations, `LMOutput.hidden`.
-    weight: the output projection, `DecoderLM.head_weight`; used in hidden's
+    weight: the output projection, `DecoderLM.head_weight()`; cast to hidden's
       dtype.
-    targets: the next tokens.
-    target_weights: w, what each token counts. Has no gradient.
-    chunk_tokens: tokens whose logits exist at once, over the batch.
+    targets: the next token of each position.
+    target_weights: w, how much each target counts. They have no gradient.
+    chunk_tokens: tokens, over the whole batch, whose logits exist at once.
   """
-  return _over_chunks(
+  (total, _), _ = _over_chunks(
     hidden, weight, targets, target_weights, chunk_tokens, False
-  )[0]
+  )
+  return total
 
 
 def _over_chunks(
   hidden, weight, targets, target_weights, chunk_tokens, with_gradients
-):
-  """The loss, and its gradients by hidden and weight (float32), or zeros."""
+) -> Any:
+  """((loss, gradient of weight), gradients of hidden by chunk).
+
+  Without gradients, the first is a zero and the second None.
+  """
   batch, tokens, _ = hidden.shape
   dtype = jnp.promote_types(hidden.dtype, jnp.float32)
   size = min(max(chunk_tokens // batch, 1), tokens)
   count = -(-tokens // size)
-  pad = count * size - tokens
 
   def split(x):
-    x = jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-    x = x.reshape(batch, count, size, *x.shape[2:])
+    pad = ((0, 0), (0, count * size - tokens)) + ((0, 0),) * (x.ndim - 2)
+    x = jnp.pad(x, pad).reshape(batch, count, size, *x.shape[2:])
     return jnp.moveaxis(x, 1, 0)
 
   head = weight.astype(hidden.dtype)
@@ -71,23 +76,21 @@ def _over_chunks(
     d_weight += jnp.einsum("bte,btv->ev", x, dz, preferred_element_type=dtype)
     return (total, d_weight), jnp.einsum("btv,ev->bte", dz, head)
 
-  zeros = jnp.zeros(weight.shape if with_gradients else (), dtype)
-  (total, d_weight), d_hidden = lax.scan(
+  d_weight = jnp.zeros(weight.shape if with_gradients else (), dtype)
+  return lax.scan(
     body,
-    (jnp.zeros((), dtype), zeros),
+    (jnp.zeros((), dtype), d_weight),
     (split(hidden), split(targets), split(target_weights.astype(dtype))),
   )
-  if with_gradients:
-    d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, hidden.shape[-1])
-    d_hidden = d_hidden[:, :tokens]
-  return total, d_hidden, d_weight
 
 
 def _forward(hidden, weight, targets, target_weights, chunk_tokens):
-  total, d_hidden, d_weight = _over_chunks(
+  (total, d_weight), d_hidden = _over_chunks(
     hidden, weight, targets, target_weights, chunk_tokens, True
   )
-  return total, (d_hidden, d_weight, weight)
+  batch, tokens, width = hidden.shape
+  d_hidden = jnp.moveaxis(d_hidden, 0, 1).reshape(batch, -1, width)
+  return total, (d_hidden[:, :tokens], d_weight, weight)
 
 
 def _backward(chunk_tokens, residuals, cotangent):

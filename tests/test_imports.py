@@ -5,9 +5,13 @@ Imports inside functions count too, and so do those by
 """
 
 import ast
+import builtins
+import dis
 import functools
+import importlib
 import pathlib
 import sys
+import types
 
 import pytest
 from helpers import run_on_devices
@@ -98,6 +102,27 @@ def test_packages_import_those_after_them(package):
     if module.split(".")[0] == package:
       tops = {name.split(".")[0] for name in imported_names(path)}
       assert not tops & refused, path
+
+
+def globals_read(code):
+  """Names of globals that the functions in compiled code read."""
+  for instruction in dis.get_instructions(code):
+    if instruction.opname == "LOAD_GLOBAL":
+      yield instruction.argval
+  for constant in code.co_consts:
+    if isinstance(constant, types.CodeType):
+      yield from globals_read(constant)
+
+
+@pytest.mark.parametrize("package", [*ORDER, "benchmarks"])
+def test_every_global_name_is_defined(package):
+  """The linters do not check this: to them, the letters of jaxtyping's shape
+  strings are undefined names."""
+  for path in sorted((ROOT / package).rglob("*.py")):
+    module = importlib.import_module(module_name(path))
+    code = compile(path.read_text(), str(path), "exec")
+    missing = {*globals_read(code)} - {*vars(module), *dir(builtins)}
+    assert not missing, f"{path}: {sorted(missing)}"
 
 
 def test_kernels_stand_on_jax_alone():

@@ -397,8 +397,10 @@ class Program:
       out = self._apply(
         model, tokens, phase=phase, with_kl=self.has_index, with_logits=False
       )
-      lm = head_loss(out.hidden, model.head_weight(), tokens[:, 1:], weights)
-      lm = lm / count
+      summed: Any = head_loss(
+        out.hidden, model.head_weight(), tokens[:, 1:], weights
+      )
+      lm = summed / count
       kl = jnp.sum(out.kl) / parts
       metrics = {"loss": lm, "kl": kl}
       if out.experts is not None:
@@ -484,6 +486,7 @@ class Program:
     """Loss of each position summed over batch rows, and which targets the
     model predicts right."""
     out = self._apply(self.merge(params), tokens, phase=phase)
+    assert out.logits is not None
     losses = _cross_entropy(out.logits, tokens) * loss_mask
     right = jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
     return jnp.sum(losses, axis=0), right
