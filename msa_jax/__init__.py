@@ -72,7 +72,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-  # m3 is imported at its first use, which keeps `import msa_jax` light.
-  if name == "m3":
-    return importlib.import_module("msa_jax.checkpoints.m3")
+  # Imported at their first use, which keeps `import msa_jax` light.
+  modules = {"generate": "msa_jax.generate", "m3": "msa_jax.checkpoints.m3"}
+  if name in modules:
+    return importlib.import_module(modules[name])
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

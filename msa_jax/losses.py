@@ -10,8 +10,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from msa_jax.checks import (
+  check_array,
+  check_floats,
+  check_integer,
+  check_integers,
+)
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+
 def head_loss(
   hidden: Float[Array, "B T E"],
   weight: Float[Array, "E V"],
@@ -35,7 +41,24 @@ def head_loss(
     targets: the next token of each position.
     target_weights: w, how much each target counts. They have no gradient.
     chunk_tokens: tokens, over the whole batch, whose logits exist at once.
+
+  Raises:
+    ValueError: an argument is wrong.
   """
+  check_floats(hidden=(hidden, "B T E"))
+  check_floats(weight=(weight, "E V"))
+  shape = hidden.shape[:2]
+  check_array("weight", weight, (hidden.shape[2], None), "[E, V]")
+  check_array("targets", targets, shape, "[B, T]")
+  check_integers("targets", targets)
+  check_array("target_weights", target_weights, shape, "[B, T]")
+  chunk_tokens = check_integer("chunk_tokens", chunk_tokens)
+  loss: Any = _head_loss(hidden, weight, targets, target_weights, chunk_tokens)
+  return loss
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4,))
+def _head_loss(hidden, weight, targets, target_weights, chunk_tokens):
   (total, _), _ = _over_chunks(
     hidden, weight, targets, target_weights, chunk_tokens, False
   )
@@ -104,4 +127,4 @@ def _backward(chunk_tokens, residuals, cotangent):
   )
 
 
-head_loss.defvjp(_forward, _backward)
+_head_loss.defvjp(_forward, _backward)

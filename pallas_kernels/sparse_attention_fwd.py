@@ -222,7 +222,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
         plgpu.barrier_wait(k_ready)
         plgpu.barrier_wait(v_ready)
 
-        def gather(j, carry):
+        def attend_row_tile(j, carry):
           row_tile = mine + j * workers
           slot = lax.rem(step + row_tile, stages)
           first = row_tile * half
@@ -268,7 +268,10 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
           return carry
 
         lax.fori_loop(
-          0, (num_row_tiles - mine + workers - 1) // workers, gather, None
+          0,
+          (num_row_tiles - mine + workers - 1) // workers,
+          attend_row_tile,
+          None,
         )
         plgpu.barrier_arrive(k_free)
         plgpu.barrier_arrive(v_free)

@@ -28,6 +28,16 @@ def half(x):
   return x.astype(jnp.bfloat16)
 
 
+def head_loss(hidden=None, weight=None, targets=None, weights=None, **options):
+  return msa_jax.head_loss(
+    Q[:, :, 0] if hidden is None else hidden,
+    jnp.ones((8, 5)) if weight is None else weight,
+    jnp.zeros((1, 24), jnp.int32) if targets is None else targets,
+    jnp.ones((1, 24)) if weights is None else weights,
+    **options,
+  )
+
+
 WRONG = {
   "q must be an array of rank 4, [B, T, H, D], got shape (24, 4, 8)": lambda: (
     sparse(Q[0], K, V, BLOCKS)
@@ -37,6 +47,22 @@ WRONG = {
   ),
   "k must be an array with B = 1 (as q) in axis 0, got 2": lambda: sparse(
     Q, jnp.tile(K, (2, 1, 1, 1)), V, BLOCKS
+  ),
+  "hidden must be an array of rank 3, [B, T, E]": lambda: head_loss(Q[0, 0]),
+  "weight must be an array of shape [E, V] = (8, any)": lambda: head_loss(
+    weight=jnp.ones((7, 5))
+  ),
+  "targets must be an array of shape [B, T] = (1, 24)": lambda: head_loss(
+    targets=jnp.zeros((2, 7), jnp.int32)
+  ),
+  "targets must be an array of integers, got float32": lambda: head_loss(
+    targets=jnp.zeros((1, 24))
+  ),
+  "target_weights must be an array of shape [B, T]": lambda: head_loss(
+    weights=jnp.ones((24,))
+  ),
+  "chunk_tokens must be an integer of at least 1, got 0": lambda: head_loss(
+    chunk_tokens=0
   ),
   "v must be an array with S = 24": lambda: sparse(Q, K, V[:, :9], BLOCKS),
   "v must be an array with K = 2": lambda: sparse(Q, K, V[:, :, :1], BLOCKS),

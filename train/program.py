@@ -397,10 +397,8 @@ class Program:
       out = self._apply(
         model, tokens, phase=phase, with_kl=self.has_index, with_logits=False
       )
-      summed: Any = head_loss(
-        out.hidden, model.head_weight(), tokens[:, 1:], weights
-      )
-      lm = summed / count
+      lm = head_loss(out.hidden, model.head_weight(), tokens[:, 1:], weights)
+      lm = lm / count
       kl = jnp.sum(out.kl) / parts
       metrics = {"loss": lm, "kl": kl}
       if out.experts is not None:
