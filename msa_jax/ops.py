@@ -64,7 +64,7 @@ class MSAOutput(NamedTuple):
     kl: KL loss in nats; 0 unless `with_kl`.
     block_indices: the blocks that the Index Branch chose.
     lse: log sum exp of the scaled scores over the attended tokens, natural
-      log; -inf for empty rows. Carries no gradient.
+      log; -inf for empty rows. Its gradient reaches q and k.
   """
 
   out: Float[Array, "B T H D"]
@@ -197,8 +197,10 @@ def sparse_attention(
     scale: factor of the scores; None: D^-0.5.
     kv_lengths: keys that exist in each batch row; the queries are the last T of
       them. None: all S.
-    return_lse: also return the log sum exp (natural log) of the scaled scores.
-      It carries no gradient.
+    return_lse: also return the log sum exp (natural log) of the scaled scores,
+      with its gradient: d lse / d q = scale sum_j p_j k_j. With it, attention
+      can be merged with attention over other tokens, or get a sink:
+      out * sigmoid(lse - sink). Where lse is -inf its cotangent is dropped.
     implementation: see the module's text.
 
   Returns:
@@ -349,7 +351,8 @@ def msa_attention(
   phase "sparse" attends to the chosen blocks and takes the KL over them; phase
   "warmup" attends to all visible tokens and takes the KL over all of them, and
   `block_indices` holds what the Index Branch would choose (paper, section 3).
-  out's gradient reaches q, k and v; kl's reaches index_q and index_k only.
+  out's gradient reaches q, k and v; lse's reaches q and k; kl's reaches index_q
+  and index_k only, because the lse that it takes is stopped.
 
   Args:
     q: queries, the last T of the S tokens.

@@ -152,7 +152,7 @@ def attend(
   poisoned = jnp.any(visible & jnp.moveaxis(bad_v, 1, 2)[:, :, None], axis=-1)
   poisoned = jnp.moveaxis(poisoned, 1, 2)[..., None, None]
   out = jnp.where(poisoned, jnp.nan, out).reshape(b, t, h, d)
-  return out.astype(q.dtype), lax.stop_gradient(lse.reshape(b, h, t))
+  return out.astype(q.dtype), lse.reshape(b, h, t)
 
 
 def index_scores(

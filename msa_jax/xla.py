@@ -25,6 +25,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from msa_jax import reference
@@ -325,12 +326,12 @@ def sparse_attention(
     q.shape[1], k.shape[1], q.shape[0], kv_lengths
   )
   result: Any = _sparse(q, k, v, block_indices, positions, block_size, scale)
-  return result[0], lax.stop_gradient(result[1])
+  return result
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
 def _sparse(q, k, v, block_indices, positions, block_size, scale):
-  return _sparse_fwd(q, k, v, block_indices, positions, block_size, scale)[0]
+  return _sparse_run(q, k, v, block_indices, positions, block_size, scale)
 
 
 def _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale):
@@ -346,7 +347,7 @@ def _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale):
   )
 
 
-def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
+def _sparse_run(q, k, v, block_indices, positions, block_size, scale):
   b, t, h, _ = q.shape
   num_kv_heads = k.shape[2]
   group_size = h // num_kv_heads
@@ -392,12 +393,20 @@ def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
   lse = jnp.moveaxis(_join(lse, 1, t), 1, 2)
   out = checkpoint_name(out, "attention_out")
   lse = checkpoint_name(lse, "attention_lse")
+  return out, lse
+
+
+def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
+  q, k, v, block_indices, positions = (
+    x.value for x in (q, k, v, block_indices, positions)
+  )
+  out, lse = _sparse_run(q, k, v, block_indices, positions, block_size, scale)
   return (out, lse), (q, k, v, block_indices, positions, out, lse)
 
 
 def _sparse_bwd(block_size, scale, residuals, cotangents):
   q, k, v, block_indices, positions, out, lse = residuals
-  d_out, _ = cotangents  # lse is returned under stop_gradient
+  d_out, d_lse = cotangents
   b, t, h, _ = q.shape
   kv_len, num_kv_heads = k.shape[1], k.shape[2]
   group_size = h // num_kv_heads
@@ -405,7 +414,13 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
   chunk = _sparse_chunks(q, block_indices, block_size)
   k_blocks, bad_k = clean(_blocks(k, block_size))
   v_blocks, bad_v = clean(_blocks(v, block_size))
+  if isinstance(d_out, SymbolicZero):
+    d_out = jnp.zeros_like(out)
   delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
+  if not isinstance(d_lse, SymbolicZero):
+    # d lse / d score = p, the factor of delta too. Empty rows have no gradient.
+    d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)
+    delta -= jnp.moveaxis(d_lse, 1, 2)
 
   def einsum(spec, a, b):
     return jnp.einsum(
@@ -451,7 +466,8 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
   return _join(dq, 1, t), dk, dv, None, None
 
 
-_sparse.defvjp(_sparse_fwd, _sparse_bwd)
+# With symbolic zeros, the gradient of an lse that is not used costs nothing.
+_sparse.defvjp(_sparse_fwd, _sparse_bwd, symbolic_zeros=True)
 
 
 # --- KL loss ---------------------------------------------------------------

@@ -10,8 +10,17 @@ not see it. Therefore non-finite operands are zeroed before the call, and the
 queries that see one are set to NaN after it. cuDNN's backward repeats its bits
 only under `--xla_gpu_exclude_nondeterministic_ops`.
 
-Not supported: another number of keys than of queries, kv_lengths, a gradient of
-lse, and what `mosaic.check_supported` refuses.
+cuDNN's backward takes no cotangent dlse of lse. With p = softmax(scale q k^T),
+
+  dq = scale dlse (p k)    dk = scale p^T (dlse q)
+
+where p k is the output of attention whose values are the keys, and p^T (dlse q)
+is its gradient of the values for the cotangent dlse q. So the gradient of lse
+takes a forward and a backward call of its own, which are part of a program only
+if lse is differentiated.
+
+Not supported: another number of keys than of queries, kv_lengths, and what
+`mosaic.check_supported` refuses.
 """
 
 from __future__ import annotations
@@ -22,6 +31,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import mosaic
@@ -90,7 +100,7 @@ def _attention_forward(q, k, v, scale):
 def _attention_backward(scale, residuals, cotangents):
   del scale
   pull, bad_scores, bad_out = residuals
-  dout, dlse = cotangents  # lse carries no gradient
+  dout, dlse = cotangents  # the gradient of lse is that of `_lse`
   dout, bad_dout = mosaic.zero_non_finite(dout)
   dq, dk, dv = pull((dout, jnp.zeros_like(dlse)))
   bad_ds, bad_p = bad_out | bad_dout, bad_scores | bad_dout
@@ -103,6 +113,36 @@ def _attention_backward(scale, residuals, cotangents):
 
 
 _attention.defvjp(_attention_forward, _attention_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _lse(q, k, lse, scale) -> Any:
+  """lse of q and k, with its gradient."""
+  del q, k, scale
+  return lse
+
+
+def _lse_forward(q, k, lse, scale):
+  del scale
+  return lse.value, (q.value, k.value)
+
+
+def _lse_backward(scale, residuals, dlse):
+  q, k = residuals
+  if isinstance(dlse, SymbolicZero):
+    return None, None, None
+  (q, bad_q), (k, bad_k) = (mosaic.zero_non_finite(x) for x in (q, k))
+  dlse, bad_dlse = mosaic.zero_non_finite(jnp.moveaxis(dlse, 1, 2)[..., None])
+  num_heads, num_kv_heads = q.shape[2], k.shape[2]
+  pk, pull = jax.vjp(lambda v: _cudnn_attention(q, k, v, scale)[0], k)
+  (dk,) = pull((dlse * q).astype(q.dtype))
+  dq = (scale * dlse * pk).astype(q.dtype)
+  dk = (scale * dk.astype(jnp.float32)).astype(k.dtype)
+  bad = bad_q | _seeing(bad_k, num_heads) | bad_dlse
+  return _poison(dq, bad), _poison(dk, _seen(bad, num_kv_heads)), None
+
+
+_lse.defvjp(_lse_forward, _lse_backward, symbolic_zeros=True)
 
 
 def attention(
@@ -121,7 +161,7 @@ def attention(
     scale: of the scores; D^-0.5 if None.
 
   Returns:
-    out in q's dtype and lse (natural log, float32), which carries no gradient.
+    out in q's dtype and lse (natural log, float32); both have gradients.
 
   Raises:
     NotImplementedError: the call is legal but beyond `mosaic`'s limits, or
@@ -134,5 +174,7 @@ def attention(
       "mosaic_gpu attention of the warm-up phase supports as many keys as"
       f" queries, got {k.shape[1]} keys and {q.shape[1]} queries"
     )
-  result: Any = _attention(q, k, v, d**-0.5 if scale is None else float(scale))
-  return result[0], lax.stop_gradient(result[1])
+  scale = d**-0.5 if scale is None else float(scale)
+  result: Any = _attention(q, k, v, scale)
+  out, lse = result
+  return out, _lse(q, k, lax.stop_gradient(lse), scale)

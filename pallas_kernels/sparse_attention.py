@@ -13,8 +13,7 @@ such an entry is set to NaN at the end, and no other query is touched.
 Groups of fewer than 8 heads are padded to 8, because a TMA copy moves tiles of
 8 rows. The result is exact, but each padding head costs as much as a real one.
 
-Not supported: what `mosaic.check_supported` refuses; a gradient of lse;
-gradients of gradients.
+Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
 from __future__ import annotations
@@ -24,8 +23,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax import lax
 from jax.ad_checkpoint import checkpoint_name
+from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import (
@@ -94,8 +93,8 @@ def _forward(
   jax.jit, static_argnames=("block_size", "scale", "config", "interpret")
 )
 def _backward(
-  q, k, v, out, lse, dout, block_indices, kv_lengths, *, block_size, scale,
-  config, interpret,
+  q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, *, block_size,
+  scale, config, interpret,
 ):  # fmt: skip
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
@@ -106,11 +105,18 @@ def _backward(
   )
   q, out, dout = (pad_heads(x, num_kv_heads) for x in (q, out, dout))
   q_rows = q.shape[2] // num_kv_heads
-  lse = lse.reshape(b, num_kv_heads, group_size, t)
-  pad = ((0, 0), (0, 0), (0, q_rows - group_size), (0, 0))
-  lse = jnp.pad(lse, pad, constant_values=jnp.inf).reshape(b, -1, t)
+
+  def pad_rows(x, value):
+    x = x.reshape(b, num_kv_heads, group_size, t)
+    pad = ((0, 0), (0, 0), (0, q_rows - group_size), (0, 0))
+    return jnp.pad(x, pad, constant_values=value).reshape(b, -1, t)
+
+  if dlse is not None:
+    # The lse of a query that sees nothing is the constant -inf.
+    dlse = pad_rows(jnp.where(lse == -jnp.inf, 0, dlse), 0)
+  lse = pad_rows(lse, jnp.inf)
   dq, dk, dv = sparse_attention_bwd.backward(
-    q, k, v, out, lse, dout, block_indices,
+    q, k, v, out, lse, dout, dlse, block_indices,
     jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len),
     block_size=block_size,
     scale=scale,
@@ -139,6 +145,9 @@ def _sparse_attention(
 
 
 def _vjp_forward(q, k, v, block_indices, kv_lengths, *options):
+  q, k, v, block_indices, kv_lengths = (
+    x.value for x in (q, k, v, block_indices, kv_lengths)
+  )
   both: Any = _sparse_attention(q, k, v, block_indices, kv_lengths, *options)
   out = checkpoint_name(both[0], "attention_out")
   lse = checkpoint_name(both[1], "attention_lse")
@@ -157,12 +166,17 @@ def _vjp_backward(
       interpret=interpret,
     )  # fmt: skip
 
-  dout, _ = cotangents  # lse carries no gradient
-  grads = run(q, k, v, out, lse, dout, block_indices, kv_lengths)
+  dout, dlse = cotangents
+  if isinstance(dout, SymbolicZero):
+    dout = jnp.zeros_like(out)
+  if isinstance(dlse, SymbolicZero):
+    dlse = None
+  grads = run(q, k, v, out, lse, dout, dlse, block_indices, kv_lengths)
   return *grads, None, None
 
 
-_sparse_attention.defvjp(_vjp_forward, _vjp_backward)
+# With symbolic zeros, the gradient of an lse that is not used costs nothing.
+_sparse_attention.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 
 def sparse_attention(
@@ -194,8 +208,8 @@ def sparse_attention(
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Returns:
-    out in q's dtype and lse (natural log, float32), which carries no gradient.
-    A query that sees nothing gets 0, -inf and gradients of 0.
+    out in q's dtype and lse (natural log, float32); both have gradients. A
+    query that sees nothing gets 0, -inf and gradients of 0.
 
   Raises:
     NotImplementedError: the call is legal but beyond `mosaic`'s limits.
@@ -226,5 +240,4 @@ def sparse_attention(
     q, k, v, block_indices, kv_lengths,
     block_size, scale, config, backward_config, interpret,
   )  # fmt: skip
-  out, lse = both
-  return out, lax.stop_gradient(lse)
+  return both

@@ -1,6 +1,6 @@
 """Gradients of block-sparse attention on Hopper.
 
-With p = exp(scale q.k - lse), dp = dout.v, delta = out.dout and
+With p = exp(scale q.k - lse), dp = dout.v, delta = out.dout - dlse and
 ds = p (dp - delta), over the visible tokens of the chosen blocks (Main Branch;
 arXiv 2606.13392):
 
@@ -649,8 +649,8 @@ def sum_extra(sums, extra, *, num_kv_blocks, interpret):
 
 
 def backward(
-  q, k, v, out, lse, dout, block_indices, kv_lengths, *, block_size, scale,
-  config, interpret,
+  q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, *, block_size,
+  scale, config, interpret,
 ):  # fmt: skip
   """dq, dk and dv of padded operands.
 
@@ -658,6 +658,8 @@ def backward(
     q, out, dout: [B, T, K * q_rows, D], a group's heads padded to `q_rows`.
     k, v: [B, K, S', D], finite, S' a multiple of `kv_block_plan.KV_BLOCK`.
     lse: float32 [B, K * q_rows, T], +inf for padding heads.
+    dlse: cotangent of the natural lse, shaped like it, 0 for padding heads;
+      None for zeros.
     block_indices: [B, K, T, P].
     kv_lengths: [B], at most S.
     block_size: tokens of a block.
@@ -705,6 +707,12 @@ def backward(
   delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
   delta = delta.reshape(b, t, num_kv_heads, q_rows).swapaxes(1, 2)
   lse = lse.reshape(b, num_kv_heads, q_rows, t).swapaxes(2, 3) * mosaic.LOG2E
+  # A dout that is not finite goes into lse and so reaches dv of exactly the
+  # keys that its query sees. A dlse that is not finite must not reach dv, so it
+  # is subtracted afterwards.
+  lse = jnp.where(jnp.isfinite(delta), lse, jnp.nan)
+  if dlse is not None:
+    delta -= dlse.reshape(b, num_kv_heads, q_rows, t).swapaxes(2, 3)
   if pad:
     block_indices, delta, lse = (
       jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=value)
@@ -745,14 +753,10 @@ def backward(
         return jnp.pad(x, (0, ROWS))
 
       chunk_desc = jnp.stack([first, first_query, plan.num_tasks[0]])
-      chunk_delta = cut(delta)
-      # A dout that is not finite goes into lse and so reaches dv of exactly the
-      # keys that its query sees.
-      chunk_lse = jnp.where(jnp.isfinite(chunk_delta), cut(lse), jnp.nan)
       sums_ref, partials_ref = jax.new_ref(sums), jax.new_ref(partials)
       _kv_blocks(
         partials_ref, sums_ref, chunk_desc.astype(jnp.int32), first_positions,
-        plan, q, dout, k, v, by_pair(chunk_lse), by_pair(chunk_delta),
+        plan, q, dout, k, v, by_pair(cut(lse)), by_pair(cut(delta)),
         params=params,
       )  # fmt: skip
       sum_extra(

@@ -112,11 +112,11 @@ def attention_inputs(case: Case, dtype, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames=("case", "dtype"))
-def attention_gradients(case, q, k, v, dout, blocks, dtype=None):
+def attention_gradients(case, q, k, v, dout, blocks, dtype=None, dlse=None):
   """(dq, dk, dv) in float32, and which entries of them may differ from 0.
 
-  `dtype` rounds the operands of products (probabilities and ds) and out, from
-  which delta comes.
+  `dlse` is the cotangent of lse; None for zeros. `dtype` rounds the operands of
+  products (probabilities and ds) and out, from which delta comes.
   """
   rounded = _rounding(dtype)
   q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
@@ -125,12 +125,15 @@ def attention_gradients(case, q, k, v, dout, blocks, dtype=None):
   group = case.num_heads // case.num_kv_heads
   sizes = (case.batch, case.q_len, case.num_kv_heads, group, case.head_dim)
   p = reference.head_scores(q, k, visible, scale)
-  p = reference.softmax(p, reference.masked_logsumexp(p))
+  lse = reference.masked_logsumexp(p)
+  p = reference.softmax(p, lse)
   q, dout = q.reshape(sizes), dout.reshape(sizes)
   einsum = functools.partial(jnp.einsum, precision="highest")
   out = rounded(einsum("bkgts,bskd->btkgd", rounded(p), v))
   dp = einsum("btkgd,bskd->bkgts", dout, v)
   delta = jnp.moveaxis(jnp.sum(out * dout, axis=-1), 1, -1)
+  if dlse is not None:
+    delta -= jnp.where(lse == -jnp.inf, 0, dlse.reshape(lse.shape))
   ds = rounded(p * (dp - delta[..., None]))
   dq = scale * einsum("bkgts,bskd->btkgd", ds, k)
   dk = scale * einsum("bkgts,btkgd->bskd", ds, q)
@@ -170,10 +173,11 @@ def check_attention(case, q, k, v, blocks, out, lse):
   )
 
 
-def check_attention_gradients(case, q, k, v, dout, blocks, grads):
+def check_attention_gradients(case, q, k, v, dout, blocks, grads, dlse=None):
   dtype = q.dtype
-  truth, used = attention_gradients(case, q, k, v, dout, blocks)
-  near, _ = attention_gradients(case, q, k, v, dout, blocks, dtype)
+  args = (case, q, k, v, dout, blocks)
+  truth, used = attention_gradients(*args, dlse=dlse)
+  near, _ = attention_gradients(*args, dtype, dlse)
   names = ("dq", "dk", "dv")
   for name, got, *rest, use in zip(
     names, grads, truth, near, used, strict=True
@@ -184,6 +188,14 @@ def check_attention_gradients(case, q, k, v, dout, blocks, grads):
     # Nothing flows where nothing was chosen.
     np.testing.assert_array_equal(got[~np.asarray(use)], 0.0, err_msg=name)
     assert_within_yardstick(name, got, *rest, dtype)
+
+
+def lse_cotangent(case, blocks):
+  """Random; NaN where nothing is seen, as a merge of empty rows gives."""
+  sees = visible_tokens(case, blocks).any(-1)
+  sees = jnp.repeat(sees, case.num_heads // sees.shape[1], axis=1)
+  dlse = jax.random.normal(jax.random.key(10), sees.shape)
+  return jnp.where(sees, dlse, jnp.nan)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -294,8 +306,8 @@ class GradientContract:
   scenarios: tuple[str, ...] = ("block_64", "group_16", "rows")
   repeats: bool = True
 
-  def run(self, name, case, q, k, v, dout, blocks):
-    """dq, dk and dv for the cotangent dout of out."""
+  def run(self, name, case, q, k, v, dout, blocks, dlse=None):
+    """dq, dk and dv for the cotangents dout of out and dlse of lse."""
     raise NotImplementedError
 
   def pytest_generate_tests(self, metafunc):
@@ -308,6 +320,14 @@ class GradientContract:
     check_attention_gradients(*args, grads)
     if self.repeats:
       assert_same_bits(grads, self.run(scenario, *args))
+
+  def test_gradients_through_lse(self, scenario):
+    args = (ATTENTION[scenario].case, *ATTENTION[scenario].build())
+    dlse = lse_cotangent(args[0], args[-1])
+    grads = self.run(scenario, *args, dlse)
+    check_attention_gradients(*args, grads, dlse)
+    if self.repeats:
+      assert_same_bits(grads, self.run(scenario, *args, dlse))
 
   # A group of two heads, which kernels pad. Only queries 0 to 3 choose block 0,
   # and none chooses block 1.
@@ -353,11 +373,20 @@ def _attention(case, q, k, v, blocks, implementation):
 
 
 @functools.partial(jax.jit, static_argnames=("case", "implementation"))
-def _attention_gradients(case, q, k, v, dout, blocks, implementation):
+def _attention_gradients(
+  case, q, k, v, dout, blocks, dlse=None, *, implementation
+):
   def attend(q, k, v):
-    return _attention(case, q, k, v, blocks, implementation)[0]
+    return _attention(case, q, k, v, blocks, implementation)
 
-  return jax.vjp(attend, q, k, v)[1](dout)
+  return vjp(attend, q, k, v, dout=dout, dlse=dlse)
+
+
+def vjp(attend, *operands, dout, dlse=None):
+  """Gradients of (out, lse) = attend(*operands); dlse None: of out alone."""
+  if dlse is None:
+    return jax.vjp(lambda *x: attend(*x)[0], *operands)[1](dout)
+  return jax.vjp(attend, *operands)[1]((dout, dlse))
 
 
 class PortableAttention(AttentionContract):
@@ -376,6 +405,210 @@ class PortableGradients(GradientContract):
 
   def run(self, name, case, *args):
     return _attention_gradients(case, *args, implementation=self.implementation)
+
+
+# ---------------------------------------------------- what lse is needed for
+
+
+def with_sink(out, lse, sink):
+  """Attention with one more score for each head, whose value is zero."""
+  weight = jax.nn.sigmoid(lse - sink[:, None])
+  return (out * jnp.moveaxis(weight, 1, 2)[..., None]).astype(out.dtype)
+
+
+def merge(parts):
+  """Attention over several sets of tokens, from out and lse over each."""
+  lse = functools.reduce(jnp.logaddexp, (lse for _, lse in parts))
+  total = 0.0
+  for out, part in parts:
+    weight = jnp.where(part == -jnp.inf, 0, jnp.exp(part - lse))
+    total += out * jnp.moveaxis(weight, 1, 2)[..., None]
+  return total, lse
+
+
+@functools.partial(jax.jit, static_argnames="case")
+def dense_sink_gradients(case, q, k, v, sink, dout, blocks):
+  """Gradients of a softmax with one more score, by autodiff, in float32."""
+  q, k, v, sink, dout = (x.astype(jnp.float32) for x in (q, k, v, sink, dout))
+  group = case.num_heads // case.num_kv_heads
+  visible = visible_tokens(case, blocks)
+  visible = jnp.repeat(visible, case.num_heads // visible.shape[1], axis=1)
+  einsum = functools.partial(jnp.einsum, precision="highest")
+
+  def run(q, k, v, sink):
+    k, v = (jnp.repeat(x, group, axis=2) for x in (k, v))
+    s = case.head_dim**-0.5 * einsum("bthd,bshd->bhts", q, k)
+    s = jnp.where(visible, s, -jnp.inf)
+    last = jnp.broadcast_to(sink[:, None, None], (*s.shape[:3], 1))
+    p = jax.nn.softmax(jnp.concatenate([s, last], axis=-1), axis=-1)
+    return einsum("bhts,bshd->bthd", p[..., :-1], v)
+
+  return jax.vjp(run, q, k, v, sink)[1](dout)
+
+
+@functools.partial(jax.jit, static_argnames=("case", "dtype"))
+def rounded_sink_gradients(case, q, k, v, sink, dout, blocks, dtype):
+  """The same from out and lse, with the operands of products rounded."""
+  rounded = _rounding(dtype)
+  q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
+  out, lse = reference.attend(
+    q, k, v, visible_tokens(case, blocks), case.head_dim**-0.5, dtype
+  )
+  weight = jax.nn.sigmoid(lse - sink[:, None])
+  dweight = jnp.moveaxis(jnp.sum(rounded(out) * dout, axis=-1), 1, 2)
+  dlse = dweight * weight * (1 - weight)
+  dout = rounded(dout * jnp.moveaxis(weight, 1, 2)[..., None])
+  grads, _ = attention_gradients(case, q, k, v, dout, blocks, dtype, dlse)
+  return *grads, -jnp.sum(dlse, axis=(0, 2))
+
+
+class LseContract:
+  """Tests of what lse and its gradient are needed for: sinks and merging.
+
+  Attributes:
+    phases: "sparse" and "warmup", or one of them.
+    dtypes: of the operands.
+  """
+
+  phases: tuple[str, ...] = ("sparse", "warmup")
+  dtypes: tuple[str, ...] = ("float32", "bfloat16")
+
+  def attend(self, case, q, k, v, blocks):
+    """out and lse, differentiable; `blocks` is None in the warm-up."""
+    raise NotImplementedError
+
+  def pytest_generate_tests(self, metafunc):
+    for argument, values in (("phase", self.phases), ("dtype", self.dtypes)):
+      if argument in metafunc.fixturenames:
+        metafunc.parametrize(argument, values)
+
+  # Rows that see nothing, two batch rows.
+  sparse = ATTENTION["block_64"]
+  dense = Case(
+    batch=2, q_len=24, kv_len=24, num_heads=4, num_kv_heads=2, head_dim=64
+  )
+
+  def inputs(self, phase, dtype):
+    """The case, q, k, v, dout and block_indices."""
+    if phase == "warmup":
+      return self.dense, *attention_inputs(self.dense, dtype), None
+    scenario = dataclasses.replace(self.sparse, dtype=dtype)
+    return scenario.case, *scenario.build()
+
+  def test_sink_of_each_head(self, phase, dtype):
+    case, q, k, v, dout, blocks = self.inputs(phase, dtype)
+    sink = jnp.linspace(-2.0, 3.0, case.num_heads)
+
+    def run(q, k, v, sink):
+      return with_sink(*self.attend(case, q, k, v, blocks), sink)
+
+    grads = jax.vjp(run, q, k, v, sink)[1](dout)
+    args = (case, q, k, v, sink, dout, blocks)
+    truth = dense_sink_gradients(*args)
+    near = rounded_sink_gradients(*args, dtype=dtype)
+    for name, *rest in zip(("dq", "dk", "dv", "dsink"), grads, truth, near):
+      self.check(name, *rest, dtype)
+
+  def check(self, name, got, truth, near, dtype):
+    assert np.isfinite(np.asarray(got, np.float32)).all(), name
+    if dtype == "float32":  # sums in another order
+      np.testing.assert_allclose(got, truth, rtol=1e-5, atol=2e-5, err_msg=name)
+    else:
+      assert_within_yardstick(name, got, truth, near, dtype)
+
+  def test_two_halves_are_one_attention(self, phase, dtype):
+    """By slots of the choices; by tokens, which only one half computes."""
+    case, q, k, v, dout, blocks = self.inputs(phase, dtype)
+    half = case.kv_len // 2
+    if phase == "warmup":
+      # Queries of the second half see all keys of the first.
+      q, dout = q[:, half:], dout[:, half:]
+      late = dataclasses.replace(case, q_len=half, kv_len=half)
+      case = dataclasses.replace(case, q_len=half)
+
+    def run(q, k, v):
+      if phase == "sparse":
+        return merge([
+          self.attend(case, q, k, v, part)
+          for part in (blocks[..., :2], blocks[..., 2:])
+        ])  # fmt: skip
+      all_visible = jnp.ones((case.batch, 1, half, half), bool)
+      first, second = (
+        tuple(x[:, at] for x in (k, v))
+        for at in (slice(None, half), slice(half, None))
+      )
+      return merge([
+        reference.attend(q, *first, all_visible, case.head_dim**-0.5),
+        self.attend(late, q, *second, None),
+      ])  # fmt: skip
+
+    (out, lse), pull = jax.vjp(run, q, k, v)
+    # Where nothing is seen, the merge itself gives its halves NaN.
+    dlse = jnp.nan_to_num(lse_cotangent(case, blocks))
+    out = out.astype(dtype)
+    if dtype != "float32":
+      check_attention(case, q, k, v, blocks, out, lse)
+    grads = pull((dout.astype(jnp.float32), dlse))
+    args = (case, q, k, v, dout, blocks)
+    truth, _ = attention_gradients(*args, dlse=dlse)
+    near, _ = attention_gradients(*args, dtype, dlse)
+    for name, *rest in zip(("dq", "dk", "dv"), grads, truth, near):
+      self.check(name, *rest, dtype)
+
+
+class PortableLse(LseContract):
+  """The contract for an implementation that `msa_jax` runs on any device."""
+
+  implementation: Any
+
+  def attend(self, case, q, k, v, blocks):
+    if blocks is not None:
+      return _attention(case, q, k, v, blocks, self.implementation)
+    index = jnp.zeros((case.batch, case.kv_len, case.num_kv_heads, 8), q.dtype)
+    result = msa_jax.msa_attention(
+      q, k, v, index[:, case.kv_len - case.q_len :], index[:, :, 0],
+      phase="warmup", implementation=self.implementation,
+    )  # fmt: skip
+    return result.out, result.lse
+
+  def step(self, phase, *, use_lse=True, with_kl=True):
+    """The gradients of a loss, and its arguments."""
+    case, q, k, v, *_ = self.inputs(phase, "float32")
+    *_, index_q, index_k = case.inputs()
+
+    def loss(q, k, v, index_q, index_k):
+      result = msa_jax.msa_attention(
+        q, k, v, index_q, index_k, block_size=case.block_size,
+        top_k=case.top_k, phase=phase, with_kl=True,
+        implementation=self.implementation,
+      )  # fmt: skip
+      total = jnp.sum(jnp.sin(result.out)) + with_kl * result.kl
+      return total + (jnp.sum(jnp.cos(result.lse)) if use_lse else 0)
+
+    return jax.jit(jax.grad(loss, range(5))), (q, k, v, index_q, index_k)
+
+  def test_kl_takes_an_lse_without_gradient(self, phase):
+    run, args = self.step(phase)
+    without, _ = self.step(phase, with_kl=False)
+    alone, _ = self.step(phase, use_lse=False)
+    grads = run(*args)
+    # q, k and v get nothing of the KL, index_q and index_k all of their own.
+    assert_same_bits(grads[:3], without(*args)[:3])
+    assert_same_bits(grads[3:], alone(*args)[3:])
+    assert np.abs(grads[3]).max() > 0
+
+  def test_an_lse_that_is_not_used_costs_nothing(self, phase):
+    texts = []
+    for use_lse in (False, True):
+      run, args = self.step(phase, use_lse=use_lse)
+      texts.append(run.lower(*args).as_text())
+    plain, used = (
+      [x for x in text.splitlines() if " = stablehlo." in x] for text in texts
+    )
+    # There is no second pass, and one pass has less to do.
+    assert len(plain) < len(used)
+    products = [sum("dot_general" in x for x in ops) for ops in (plain, used)]
+    assert products[0] == products[1] > 0
 
 
 # ------------------------------------------------------------------------ KL

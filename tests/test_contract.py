@@ -1,7 +1,12 @@
 """`reference` and `xla` satisfy the contract of each operation."""
 
 import pytest
-from op_contract import PortableAttention, PortableGradients, PortableKL
+from op_contract import (
+  PortableAttention,
+  PortableGradients,
+  PortableKL,
+  PortableLse,
+)
 
 
 class TestReferenceAttention(PortableAttention):
@@ -28,6 +33,14 @@ class TestReferenceGradients(PortableGradients):
 
 
 class TestXlaGradients(PortableGradients):
+  implementation = "xla"
+
+
+class TestReferenceLse(PortableLse):
+  implementation = "reference"
+
+
+class TestXlaLse(PortableLse):
   implementation = "xla"
 
 

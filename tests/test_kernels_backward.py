@@ -28,14 +28,14 @@ def lengths(case):
   return case.lengths
 
 
-def interpreted(case, q, k, v, dout, blocks, **config):
+def interpreted(case, q, k, v, dout, blocks, dlse=None, **config):
   """The backward pass alone, after the reference's forward."""
   out, lse = reference.sparse_attention(
     q, k, v, blocks, block_size=case.block_size, scale=case.head_dim**-0.5,
     kv_lengths=case.lengths,
   )  # fmt: skip
   return sparse._backward(
-    q, k, v, out, lse, dout, blocks, lengths(case),
+    q, k, v, out, lse, dout, dlse, blocks, lengths(case),
     block_size=case.block_size,
     scale=case.head_dim**-0.5,
     config=bwd.Config(**dict(stages=2, num_ctas=1) | config),
@@ -191,8 +191,8 @@ CONFIGS = {
 class TestInterpreted(GradientContract):
   repeats = False  # the interpreter takes ten seconds a call
 
-  def run(self, name, case, q, k, v, dout, blocks):
-    return interpreted(case, q, k, v, dout, blocks, **CONFIGS[name])
+  def run(self, name, case, *args):
+    return interpreted(case, *args, **CONFIGS[name])
 
 
 def test_interpreted_launches_do_not_change_a_bit():
@@ -213,8 +213,11 @@ def test_interpreted_launches_do_not_change_a_bit():
 # ------------------------------------------------------------------ lowering
 
 
-@pytest.mark.parametrize("name", LOWERED)
-def test_lowers_for_cuda(name):
+@pytest.mark.parametrize(
+  "name, with_lse",
+  [*((name, False) for name in LOWERED), ("8k", True), ("1m", True)],
+)
+def test_lowers_for_cuda(name, with_lse):
   case = LOWERED[name]
   kv = (case.batch, case.kv_tokens, case.num_kv_heads, case.head_dim)
   shapes = [
@@ -229,10 +232,11 @@ def test_lowers_for_cuda(name):
 
   def loss(q, k, v, ids):
     # Rematerialised, as a training step would have it.
-    out, _ = jax.checkpoint(
+    out, lse = jax.checkpoint(
       functools.partial(sparse.sparse_attention, block_size=case.block_size)
     )(q, k, v, ids)
-    return out.astype(jnp.float32).sum()
+    total = out.astype(jnp.float32).sum()
+    return total + jnp.sin(lse).sum() if with_lse else total
 
   grad = jax.jit(jax.grad(loss, (0, 1, 2)))
   lowered = grad.trace(*shapes, jax.ShapeDtypeStruct(ids, jnp.int32)).lower(
@@ -264,14 +268,14 @@ def test_lowers_for_cuda(name):
 
 @functools.cache
 def compiled(case, config):
-  def run(q, k, v, dout, blocks):
+  def run(q, k, v, dout, blocks, dlse=None):
     def attend(q, k, v):
       return sparse.sparse_attention(
         q, k, v, blocks, block_size=case.block_size, kv_lengths=case.lengths,
         backward_config=config,
-      )[0]  # fmt: skip
+      )  # fmt: skip
 
-    return jax.vjp(attend, q, k, v)[1](dout)
+    return op_contract.vjp(attend, q, k, v, dout=dout, dlse=dlse)
 
   return jax.jit(run)
 
@@ -290,6 +294,21 @@ def test_gpu_patterns(hopper, name):
   args = attention_inputs(case, dtype)
   for blocks in patterns(case).values():
     run_twice(case, *args, blocks)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", HOPPER_CASES)
+def test_gpu_gradients_through_lse(hopper, name):
+  case, dtype = HOPPER_CASES[name]
+  args = attention_inputs(case, dtype)
+  for blocks in patterns(case).values():
+    dlse = op_contract.lse_cotangent(case, blocks)
+
+    def check(*args):
+      *operands, dlse, grads = args
+      check_attention_gradients(case, *operands, grads, dlse)
+
+    op_contract.run_twice(compiled(case, None), check, *args, blocks, dlse)
 
 
 @pytest.mark.gpu

@@ -7,8 +7,10 @@ import jax
 import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
+import op_contract
 import pytest
 from helpers import Case
+from op_contract import LseContract
 
 import msa_jax
 from benchmarks import cases
@@ -34,14 +36,14 @@ def on_cpu(monkeypatch):
   monkeypatch.setattr(dense_attention, "_cudnn_attention", leaky_attention)
 
 
-def attend(q, k, v, dout):
-  """out, lse and the three gradients."""
+def attend(q, k, v, dout, dlse=None):
+  """out, lse and the three gradients; dlse None: those of out alone."""
 
   def run(q, k, v):
     return dense_attention.attention(q, k, v, scale=q.shape[-1] ** -0.5)
 
-  (out, lse), pull = jax.vjp(run, q, k, v)
-  return out, lse, *pull((dout, jnp.full_like(lse, jnp.nan)))
+  out, lse = run(q, k, v)
+  return out, lse, *op_contract.vjp(run, q, k, v, dout=dout, dlse=dlse)
 
 
 def attention_inputs(dtype=jnp.bfloat16):
@@ -99,6 +101,31 @@ def test_attention_keeps_nan_in_the_rows_that_see_it(on_cpu):
     np.testing.assert_array_equal(got[~where], want[~where])
 
 
+@pytest.mark.usefixtures("on_cpu")
+class TestLse(LseContract):
+  phases = ("warmup",)
+  dtypes = ("bfloat16", "float16")
+
+  def attend(self, case, q, k, v, blocks):
+    return dense_attention.attention(q, k, v)
+
+
+def test_lse_cotangent_keeps_nan_in_the_rows_that_see_it(on_cpu):
+  q, k, v, dout = attention_inputs()
+  dlse = jnp.ones((2, 4, 12))
+  clean = attend(q, k, v, dout, dlse)
+  bad = attend(q, k, v, dout, dlse.at[0, 1, 5].set(jnp.nan))
+  queries = np.zeros((2, 12, 4), bool)
+  queries[0, 5, 1] = True
+  keys = np.zeros((2, 12, 2), bool)
+  keys[0, :6, 0] = True
+  nothing = np.zeros((2, 12, 2), bool)  # no value
+  for got, want, where in zip(bad[2:], clean[2:], (queries, keys, nothing)):
+    got, want = (np.asarray(x, np.float32) for x in (got, want))
+    assert np.isnan(got[where]).all()
+    np.testing.assert_array_equal(got[~where], want[~where])
+
+
 def test_attention_names_what_it_does_not_support():
   q, k, v, _ = attention_inputs()
   with pytest.raises(NotImplementedError, match="12 keys and 5 queries"):
@@ -112,8 +139,12 @@ def test_attention_names_what_it_does_not_support():
 # ------------------------------------------------ through the operations, CPU
 
 
-def layer(phase, implementation="mosaic_gpu", with_lse=True, **options):
+def layer(
+  phase, implementation="mosaic_gpu", with_lse=True, sink=None, **options
+):
   """(q, k, v, index_q, index_k, dout) -> (kl, gradients).
+
+  A number as the sink is every head's.
 
   The KL has a weight of 1,024: the gradients of a mean are below float16's
   range.
@@ -123,7 +154,7 @@ def layer(phase, implementation="mosaic_gpu", with_lse=True, **options):
     *inputs, dout = inputs
 
     def loss(*inputs):
-      out, kl, ids, _ = msa_jax.msa_attention(
+      out, kl, ids, lse = msa_jax.msa_attention(
         *inputs, phase=phase, with_kl=with_lse, implementation=implementation,
         **options,
       )  # fmt: skip
@@ -133,6 +164,8 @@ def layer(phase, implementation="mosaic_gpu", with_lse=True, **options):
         kl = msa_jax.index_kl_loss(
           q, k, *index, ids, implementation=implementation
         )
+      if sink is not None:
+        out = op_contract.with_sink(out, lse, jnp.full(lse.shape[1], sink))
       return jnp.sum((out * dout).astype(jnp.float32)) + 1024 * kl, kl
 
     grad = jax.grad(loss, range(5), has_aux=True)
@@ -200,11 +233,24 @@ def test_a_step_computes_nothing_twice(pretend_hopper, phase, want):
     assert "__cudnn$fmhaSoftmaxBackward" in text
 
 
+@pytest.mark.parametrize("phase", ["warmup", "sparse"])
+def test_gradient_of_lse_lowers_and_has_its_price(pretend_hopper, phase):
+  """None in the sparse phase, and two more calls of cuDNN in the warm-up."""
+  traced = jax.jit(layer(phase, sink=0.5)).trace(*shapes(cases.PAPER["8k"]))
+  want = SPARSE if phase == "sparse" else WARMUP | {
+    "dot_product_attention_fwd_wrapper": 2,
+    "dot_product_attention_bwd_wrapper": 2,
+  }  # fmt: skip
+  assert launches(traced.jaxpr.jaxpr) == want
+  traced.lower(lowering_platforms=("cuda",))
+
+
 def test_warm_up_over_an_odd_number_of_tokens_has_gradients(pretend_hopper):
   # cuDNN's own call refuses them.
   case = cases.Case(tokens=777, num_heads=4, num_kv_heads=2)
-  _, grads = jax.eval_shape(layer("warmup"), *shapes(case))
-  assert [x.shape for x in grads] == [x.shape for x in shapes(case)[:5]]
+  for sink in (None, 0.5):
+    _, grads = jax.eval_shape(layer("warmup", sink=sink), *shapes(case))
+    assert [x.shape for x in grads] == [x.shape for x in shapes(case)[:5]]
 
 
 def test_kl_without_lse_computes_it(pretend_hopper):
@@ -241,14 +287,17 @@ def kernels(*inputs, with_kl=True, **options):
   )
 
 
+@pytest.mark.parametrize("sink", [None, 0.5])
 @pytest.mark.parametrize("phase", ["warmup", "sparse"])
-def test_layers_under_remat_scan_and_vmap_lower(pretend_hopper, phase):
+def test_layers_under_remat_scan_and_vmap_lower(pretend_hopper, phase, sink):
   """Two rematerialised layers in a scan, their KLs logged, under vmap."""
 
   def loss(*inputs):
     @jax.checkpoint
     def one(q):
-      out, kl, *_ = kernels(q, *inputs[1:], phase=phase)
+      out, kl, _, lse = kernels(q, *inputs[1:], phase=phase)
+      if sink is not None:
+        out = op_contract.with_sink(out, lse, jnp.full(lse.shape[1], sink))
       return q + out, kl
 
     q, kl = jax.lax.scan(lambda q, _: one(q), inputs[0], length=2)
@@ -340,11 +389,25 @@ def test_no_gradient_of_gradients(pretend_hopper, phase, kl):
 
 
 @pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+class TestGpuLse(LseContract):
+  phases = ("warmup",)
+  dtypes = ("bfloat16", "float16")
+  dense = Case(
+    batch=2, q_len=2048, kv_len=2048, num_heads=64, num_kv_heads=4, head_dim=128
+  )
+
+  def attend(self, case, q, k, v, blocks):
+    return jax.jit(dense_attention.attention)(q, k, v)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("sink", [None, 0.5])
 @pytest.mark.parametrize("phase", ["warmup", "sparse"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tokens, heads, dim", [(1024, 16, 128), (777, 2, 64)])
 def test_gpu_training_matches_the_reference(
-  hopper, phase, dtype, tokens, heads, dim
+  hopper, phase, dtype, tokens, heads, dim, sink
 ):
   case = cases.Case(
     tokens=tokens, batch=2, num_heads=2 * heads, num_kv_heads=2, head_dim=dim,
@@ -354,7 +417,7 @@ def test_gpu_training_matches_the_reference(
   index = cases.index_inputs(jax.random.key(1), case, "random")
   dout = cases.normal(jax.random.key(2), qkv[0].shape, dtype)
   mask = jnp.arange(tokens)[None] % 5 != jnp.arange(2)[:, None]
-  options = dict(top_k=3, query_mask=mask)
+  options = dict(top_k=3, query_mask=mask, sink=sink)
   inputs = (*qkv, *index, dout)
   run = jax.jit(layer(phase, **options))
   kl, grads = run(*inputs)

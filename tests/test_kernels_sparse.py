@@ -11,11 +11,17 @@ import op_contract
 import pytest
 from flax import nnx
 from helpers import HOPPER_CASES, Case, patterns, random_blocks
-from op_contract import AttentionContract, check_attention
+from op_contract import (
+  ATTENTION,
+  AttentionContract,
+  LseContract,
+  check_attention,
+)
 
 import msa_jax
 from pallas_kernels import mosaic, tile_plan
 from pallas_kernels import sparse_attention as sparse
+from pallas_kernels import sparse_attention_bwd as bwd
 from pallas_kernels import sparse_attention_fwd as fwd
 
 PAIRS = fwd.Config(shared_cost=1e9, slack=0.0)  # pairs but for own blocks
@@ -191,6 +197,17 @@ class TestInterpreted(AttentionContract):
   def run(self, name, case, q, k, v, blocks):
     config = {"empty_rows": PAIRS, "poisoned": WALK}[name]
     return call(case, q, k, v, blocks, interpreted(config), interpret=True)
+
+
+class TestInterpretedLse(LseContract):
+  phases = ("sparse",)
+  dtypes = ("bfloat16",)
+
+  def attend(self, case, q, k, v, blocks):
+    return call(
+      case, q, k, v, blocks, interpreted(PAIRS), interpret=True,
+      backward_config=bwd.Config(stages=2, num_ctas=1),
+    )  # fmt: skip
 
 
 # ------------------------------------------------------- lowering and limits
@@ -467,6 +484,26 @@ GPU_CASES = HOPPER_CASES | {
     block_size=128, top_k=1,
   ), "float16"),
 }  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("hopper")
+class TestGpuLse(LseContract):
+  phases = ("sparse",)
+  dtypes = ("bfloat16", "float16")
+  sparse = dataclasses.replace(
+    ATTENTION["block_64"], case=HOPPER_CASES["ragged_batch"][0]
+  )
+
+  def attend(self, case, *args):
+    return compiled(case, None)(*args)
+
+
+class TestGpuLsePaperHeads(TestGpuLse):
+  dtypes = ("bfloat16",)
+  sparse = dataclasses.replace(
+    ATTENTION["block_64"], case=HOPPER_CASES["paper_heads"][0]
+  )
 
 
 @pytest.mark.gpu
