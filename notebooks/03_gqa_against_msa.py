@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 
 import train
 from benchmarks import cases, records
-from train.report import figures, runs, tables
+from train.report import figures, gaps, runs, tables
 from train.report.page import verdict
 
 # Load the backend now: display() shows a figure as a picture only after that.
@@ -130,19 +130,19 @@ for name, tasks in paired.items():
 
 # %%
 # (title, unit) -> (label, side, metric, gap, whether in short)
-gaps = {}
+by_metric = {}
 for name, tasks in methods.items():
   for task, found in tasks.items():
     finals = [r.final for members in found.values() for r in members if r.final]
     for index, metric in enumerate(runs.metrics_of(finals)):
-      for side, pairs in runs.paired_runs(found).items():
+      for side, pairs in gaps.paired_runs(found).items():
         if pairs:
-          gap = runs.paired_gap(pairs, metric)
+          gap = gaps.paired_gap(pairs, metric)
           label = f"{name}, {task}:\n{figures.side_name(side)}"
-          found_gaps = gaps.setdefault((metric.title, metric.gap_unit), [])
+          found_gaps = by_metric.setdefault((metric.title, metric.gap_unit), [])
           found_gaps.append((label, side, metric, gap, index > 0))
 
-for (title, unit), found_gaps in gaps.items():
+for (title, unit), found_gaps in by_metric.items():
   figure, axes = plt.subplots(
     figsize=(8, 1.3 + 0.62 * len(found_gaps)), layout="constrained"
   )
@@ -170,7 +170,7 @@ for (title, unit), found_gaps in gaps.items():
 # The same in the words of the report:
 
 # %%
-for found_gaps in gaps.values():
+for found_gaps in by_metric.values():
   for label, side, metric, gap, short in found_gaps:
     base = figures.side_name(runs.BASELINE)
     sentence = verdict(figures.side_name(side), base, metric, gap, short)
@@ -204,7 +204,7 @@ for name, tasks in methods.items():
 # %%
 for name, tasks in methods.items():
   for task, found in tasks.items():
-    places = runs.gaps_by_position(runs.paired_runs(found))
+    places = gaps.gaps_by_position(gaps.paired_runs(found))
     figure = figures.position_figure(f"{name}, {task}", found, colors, places)
     if figure is not None:
       display(figure)

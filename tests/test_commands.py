@@ -19,7 +19,7 @@ from msa_jax import selection_stats
 from msa_jax.model_config import IndexConfig, MoEConfig
 from train import __main__ as cli
 from train import config as config_lib
-from train import configs, data, evaluate, program, speed
+from train import configs, data, evaluate, plan, program, speed
 
 PRESETS = ("lm73m_16k", "lm13m_4k", "lm13m_4k_ablations")
 TINY = (
@@ -191,10 +191,10 @@ def compared(place, tiny, compiled_once) -> pathlib.Path:
   file = str(out / "comparison.json")
   with pytest.MonkeyPatch.context() as patch:
     without_extras(patch)
-    patch.setattr(speed, "_measure_run", measured)
+    patch.setattr(plan, "_measure_run", measured)
     options = ["--out", str(out), "--no-report", "--sides", "gqa", "msa_cpt"]
-    plan = ["compare", "lm73m_16k", "--plan", "2.6", "--minutes", "0"]
-    assert cli.main([*plan, *options, "--set", *tiny]) == cli.STOPPED
+    command = ["compare", "lm73m_16k", "--plan", "2.6", "--minutes", "0"]
+    assert cli.main([*command, *options, "--set", *tiny]) == cli.STOPPED
     assert cli.main(["compare", "--config", file, *options]) == 0
   return out
 
@@ -265,11 +265,11 @@ def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
 
 
 def test_plan_makes_the_longest_comparison_that_fits(compared):
-  plan = json.loads((compared / "plan.json").read_text())
+  report = json.loads((compared / "plan.json").read_text())
   planned = config_lib.load(
     config_lib.ComparisonConfig, compared / "comparison.json"
   )
-  sides = {row["side"]: row for row in plan["runs"]}
+  sides = {row["side"]: row for row in report["runs"]}
   assert sides["gqa"]["steps"] == planned.runs[0].num_steps == 40
   # GQA: 40 steps, 10 evaluations of 2 batches and 2 probes (the last of
   # 3 batches), 2 checkpoints and the one to start from.
@@ -280,14 +280,14 @@ def test_plan_makes_the_longest_comparison_that_fits(compared):
   evaluations = 2 * 3 + 2 * (2 + 2 * 3) + 2 * 3
   seconds = 6 + 0.1 * evaluations + 2 * 0.5 + 2.0
   assert sides["msa_cpt"]["minutes"] == pytest.approx(seconds / 60, abs=0.006)
-  assert plan["planned"] <= 2.6
-  total = sum(row["minutes"] for row in plan["runs"])
-  assert plan["planned"] == pytest.approx(total, abs=0.02)
+  assert report["planned"] <= 2.6
+  total = sum(row["minutes"] for row in report["runs"])
+  assert report["planned"] == pytest.approx(total, abs=0.02)
   longer = config_lib.with_step_unit(planned, 3)
   more = sum(
-    speed._run_seconds(run, sides[run.side]["seconds"]) for run in longer.runs
+    plan._run_seconds(run, sides[run.side]["seconds"]) for run in longer.runs
   )
-  assert more > 60 * 2.6 * (1 - speed.SPARE)
+  assert more > 60 * 2.6 * (1 - plan.SPARE)
 
 
 def test_a_stopped_comparison_goes_on(compared):

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from train import configs, progress, report
-from train.report import figures, page, runs, tables
+from train.report import figures, gaps, page, runs, tables
 
 _BITS = 1 / math.log(2)
 
@@ -177,12 +177,12 @@ def test_report_is_one_file_with_every_picture(pair):
 
 def test_gap_is_paired_by_seed_with_its_t_interval(pair):
   (found,) = _summary(pair.parent.parent)["tasks"]["text"]["gaps"]["msa"]
-  gaps = np.array([0.02, 0.02, 0.03]) * _BITS
-  np.testing.assert_allclose(found["values"], gaps)
+  wanted = np.array([0.02, 0.02, 0.03]) * _BITS
+  np.testing.assert_allclose(found["values"], wanted)
   # 4.302653 is the 97.5 % point of Student's t with 2 degrees of freedom.
-  half = 4.302653 * gaps.std(ddof=1) / math.sqrt(3)
+  half = 4.302653 * wanted.std(ddof=1) / math.sqrt(3)
   np.testing.assert_allclose(
-    found["interval"], [gaps.mean() - half, gaps.mean() + half], rtol=1e-6
+    found["interval"], [wanted.mean() - half, wanted.mean() + half], rtol=1e-6
   )
   percent = np.mean([2.0, 100 * 0.02 / 1.1, 100 * 0.03 / 1.2])
   np.testing.assert_allclose(found["percent"], percent)
@@ -504,17 +504,17 @@ def test_loss_by_place_is_of_the_seeds_that_all_sides_have(tmp_path):
       ]
       _write(path, [*earlier, last | {"loss_by_position": places}])
   sides = runs.group_by_side(runs.read_runs(tmp_path))
-  against = runs.paired_runs(sides)
-  gaps = runs.gaps_by_position(against)
-  assert gaps.keys() == {"msa", "msa_cpt"}
+  against = gaps.paired_runs(sides)
+  found = gaps.gaps_by_position(against)
+  assert found.keys() == {"msa", "msa_cpt"}
   for side, gap in (("msa", 0.5), ("msa_cpt", 0.0)):
-    for row in gaps[side]:
+    for row in found[side]:
       assert row["baseline"] == 1.0 and row["by_seed"] == [gap]
   del against["msa_cpt"]
-  gaps = runs.gaps_by_position(against)
-  assert gaps["msa"][1]["by_seed"] == pytest.approx([0.5, 0.1])
+  found = gaps.gaps_by_position(against)
+  assert found["msa"][1]["by_seed"] == pytest.approx([0.5, 0.1])
   colors = figures.side_colors(sides)
-  figure = figures.position_figure("text", sides, colors, gaps)
+  figure = figures.position_figure("text", sides, colors, found)
   drawn = [line.get_ydata() for line in figure.axes[1].lines]
   for height in (0.3, 0.5, 0.1):  # the mean and both seeds
     assert any(y == pytest.approx([height] * 2) for y in drawn if len(y) == 2)

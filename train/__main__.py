@@ -392,9 +392,9 @@ def _compare(args: argparse.Namespace) -> int:
   folder = args.out or _default_folder(comparison)
   compiled = None
   if args.plan is not None:
-    from train import speed
+    from train import plan
 
-    comparison, compiled = speed.plan(comparison, folder, args.plan)
+    comparison, compiled = plan.plan(comparison, folder, args.plan)
   path = compare(
     comparison,
     folder,
@@ -417,11 +417,11 @@ def _compare(args: argparse.Namespace) -> int:
 
 
 def _plan(args: argparse.Namespace) -> None:
-  from train import speed
+  from train import plan
 
   comparison = _comparison(args)
   folder = args.out or _default_folder(comparison)
-  speed.plan(comparison, folder, args.minutes)
+  plan.plan(comparison, folder, args.minutes)
   print(folder / "comparison.json")
 
 

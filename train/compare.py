@@ -31,7 +31,7 @@ def compare(
     sides: the only sides to train now; None: all.
     stop_at: as in `loop.run`.
     with_report: False: train only.
-    compiled: tasks that `speed.plan` has compiled already.
+    compiled: tasks that `plan.plan` has compiled already.
 
   Returns:
     The path of the report, or of the folder without one; None if stop_at came

@@ -1,10 +1,8 @@
-"""Step times on this device: the cost of each side, and how many steps fit a
-budget of time.
+"""Step times on this device: what the training step of each side costs.
 
 `speed` times each side's training step at several context lengths, and gives
 its peak memory and its model FLOPs utilisation (MFU: the share of the device's
-matrix rate that it uses). `plan` times the steps, evaluations and checkpoints
-of a comparison and makes it as long as a number of minutes allows.
+matrix rate that it uses).
 """
 
 import collections
@@ -23,16 +21,12 @@ import numpy as np
 
 from msa_jax.model_config import ModelConfig
 from train import data as data_lib
-from train import evaluate
-from train.checkpoint import Checkpoints, provenance, write_json
-from train.config import ComparisonConfig, RunConfig, to_dict, with_step_unit
+from train.checkpoint import provenance, write_json
+from train.config import ComparisonConfig, RunConfig
 from train.program import (
-  CompiledTask,
   Program,
   TrainState,
   compile_key,
-  compile_task,
-  flatten_state,
   open_and_compile,
   read_state,
   train_step,
@@ -40,9 +34,6 @@ from train.program import (
 
 # Dense bf16 rate of the matrix units in FLOP/s, from the vendor's data sheet.
 PEAK_FLOPS = {"H100": 989.4e12, "H200": 989.4e12}
-# A plan keeps this share of the budget for what it does not measure: the time
-# to load programs and data, and the variation of step times.
-SPARE = 0.08
 
 
 def flops_per_step(
@@ -94,21 +85,6 @@ def peak_flops() -> float | None:
   kind = jax.devices()[0].device_kind
   found = [rate for name, rate in PEAK_FLOPS.items() if name in kind]
   return found[0] if found else None
-
-
-def _seconds(call: Callable[[], Any], least: float, most: int) -> list[float]:
-  """Seconds of each call after the first one.
-
-  Calls are repeated until they have taken `least` seconds together, or were
-  `most` in number.
-  """
-  jax.block_until_ready(call())
-  times: list[float] = []
-  while not times or (sum(times) < least and len(times) < most):
-    start = time.perf_counter()
-    jax.block_until_ready(call())
-    times.append(time.perf_counter() - start)
-  return times
 
 
 class StepTimes(NamedTuple):
@@ -300,155 +276,3 @@ def speed(
     {**provenance(), "peak_tflops": rate and rate / 1e12, "rows": records},
   )
   return folder / "speed.json"
-
-
-def plan(
-  comparison: ComparisonConfig, folder: pathlib.Path, minutes: float
-) -> tuple[ComparisonConfig, dict[str, CompiledTask]]:
-  """Makes a comparison as long as a budget allows, from measured times.
-
-  Writes comparison.json, which `compare --config` trains, and plan.json with
-  the measured times. Step counts keep their shares of a run. The time to
-  tokenize text is not part of the budget: it is done here, if need be.
-
-  Returns:
-    The comparison, and its compiled tasks by name, for `compare`.
-
-  Raises:
-    ValueError: the folder has runs already, or not one unit of steps fits.
-  """
-  started = sorted(folder.glob("*/*/seed*/config.json"))
-  if started:
-    raise ValueError(f"{folder} has runs already, such as {started[0].parent}.")
-  times: dict[tuple[str, ModelConfig], dict[str, Any]] = {}
-  compiled: dict[str, CompiledTask] = {}
-  for task in comparison.tasks():
-    start = time.monotonic()
-    made = compile_task([r for r in comparison.runs if r.task == task])
-    compiled[task] = made
-    seconds = time.monotonic() - start
-    print(f"{task}: data and programs after {seconds:.0f} s", flush=True)
-    for model, run in _longest_runs(comparison, task).items():
-      program = made.programs[compile_key(run)]
-      found = _measure_run(program, run, made.source)
-      times[task, model] = found
-      print(json.dumps({"side": run.side, **found}), flush=True)
-  seeds = len(comparison.seeds)
-
-  def run_seconds(run: RunConfig) -> float:
-    return seeds * _run_seconds(run, times[run.task, run.model])
-
-  def all_seconds(unit: int) -> float:
-    return sum(map(run_seconds, with_step_unit(comparison, unit).runs))
-
-  unit = 0
-  while all_seconds(unit + 1) <= 60 * minutes * (1 - SPARE):
-    unit += 1
-  if not unit:
-    raise ValueError(
-      f"minutes={minutes}: the shortest this comparison can be takes"
-      f" {all_seconds(1) / 60:.1f} minutes and {SPARE:.0%} to spare."
-    )
-  planned = with_step_unit(comparison, unit)
-  records = [
-    {
-      "task": run.task,
-      "side": run.side,
-      "steps": run.num_steps,
-      "tokens": run.num_steps * run.batch_size * run.context,
-      "minutes": round(run_seconds(run) / 60, 2),
-      "seconds": times[run.task, run.model],
-    }
-    for run in planned.runs
-  ]
-  for record in records:
-    print(json.dumps(record), flush=True)
-  found = round(all_seconds(unit) / 60, 2)
-  print(f"{found} of {minutes} minutes, {seeds} seed(s)", flush=True)
-  folder.mkdir(parents=True, exist_ok=True)
-  write_json(folder / "comparison.json", to_dict(planned))
-  write_json(
-    folder / "plan.json",
-    {**provenance(), "minutes": minutes, "planned": found, "runs": records},
-  )
-  return planned, compiled
-
-
-def _longest_runs(
-  comparison: ComparisonConfig, task: str
-) -> dict[ModelConfig, RunConfig]:
-  """For each model of a task, a run that has all phases which runs of that
-  model have. It is the one with the most: a run that starts from another side
-  has no phase which the run from scratch lacks."""
-  runs = [run for run in comparison.runs if run.task == task]
-  return {
-    run.model: run for run in sorted(runs, key=lambda run: len(run.phases()))
-  }
-
-
-def _measure_run(
-  program: Program, run: RunConfig, source: data_lib.Source
-) -> dict[str, Any]:
-  """Seconds of a step, of a held-out batch and of the layer metrics in each
-  phase, and of a checkpoint."""
-  batch = source.train_batch(
-    0, 0, batch_size=run.batch_size, context=run.context
-  )
-  params = program.init(run.seed).params
-  times: dict[str, Any] = {"step": {}, "evaluate": {}, "measure": {}}
-  times["step_bytes"] = {p: program.compile(p) for p in run.phases()}
-  for phase in run.phases():
-    times["step"][phase] = statistics.median(
-      time_steps(program, run, phase, batch, program.init(run.seed)).steps
-    )
-
-    def held_out(phase=phase):
-      return evaluate.held_out_metrics(
-        program, params, source, phase, batches=1, probe_batches=1
-      )
-
-    def layers(phase=phase):
-      return evaluate.layer_metrics(program, params, source, phase)
-
-    forwards = 1 + len(source.probes)
-    seconds = statistics.median(_seconds(held_out, 1.0, 3))
-    times["evaluate"][phase] = seconds / forwards
-    if program.msa_layers:
-      seconds = statistics.median(_seconds(layers, 1.0, 3))
-      times["measure"][phase] = seconds
-  times["probes"] = len(source.probes)
-  times["checkpoint"] = _checkpoint_seconds(program, run.seed)
-  return times
-
-
-def _checkpoint_seconds(program: Program, seed: int) -> float:
-  with tempfile.TemporaryDirectory(prefix="msa-plan-") as folder:
-    checkpoints = Checkpoints(pathlib.Path(folder))
-    start = time.perf_counter()
-    checkpoints.save(1, flatten_state(program.init(seed)), 0.0)
-    checkpoints.close()
-    return time.perf_counter() - start
-
-
-def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
-  """Seconds that a run takes, given those of each thing that it does."""
-  first = (run.recipe.init_step or 0) + 1
-  total = 0.0
-  for step in range(first, run.num_steps + 1):
-    phase, last = run.phase(step), step == run.num_steps
-    total += times["step"][phase]
-    if last or step % run.eval_every == 0:
-      probed = times["probes"] * run.probe_batches_at(step)
-      seconds = times["evaluate"][phase]
-      if last and run.dense_at_end:
-        seconds += times["evaluate"]["warmup"]
-      total += (run.eval_batches + probed) * seconds
-      if last and times["measure"] and data_lib.asks_for_facts(run.data):
-        # The chosen blocks come from a second forward pass over the batches
-        # that ask for facts, which takes about as long as the first.
-        total += (probed or run.eval_batches) * times["evaluate"][phase]
-    if times["measure"] and (last or step % run.layers_every == 0):
-      total += times["measure"][phase]
-    if last or step % run.checkpoint_every == 0 or step in run.keep_steps:
-      total += times["checkpoint"]
-  return total

@@ -1,7 +1,7 @@
 """The report of a comparison.
 
-`runs` reads run folders back, `tables` and `figures` show them, `page` puts
-them on one page.
+`runs` reads run folders back, `gaps` compares them, `tables` and `figures` show
+them, `page` puts them on one page.
 """
 
 import pathlib

@@ -16,6 +16,7 @@ import numpy as np
 from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
 
+from train.report.gaps import paired_runs, t_interval
 from train.report.runs import (
   BASELINE,
   BITS,
@@ -24,9 +25,7 @@ from train.report.runs import (
   Run,
   chance_of,
   metrics_of,
-  paired_runs,
   probes_of,
-  t_interval,
   token_budget,
 )
 
@@ -500,7 +499,7 @@ def position_figure(
     task: its name.
     sides: runs by side.
     colors: colour by side.
-    gaps: bins of each side, as `runs.gaps_by_position` returns them.
+    gaps: bins of each side, as `gaps.gaps_by_position` returns them.
   """
   if not gaps:
     return None

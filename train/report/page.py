@@ -37,6 +37,12 @@ from train.report.figures import (
   side_name,
   speed_figure,
 )
+from train.report.gaps import (
+  gaps_by_distance,
+  gaps_by_position,
+  paired_gap,
+  paired_runs,
+)
 from train.report.runs import (
   BASELINE,
   Metric,
@@ -45,12 +51,8 @@ from train.report.runs import (
   chance_of,
   check_runs,
   flatten,
-  gaps_by_distance,
-  gaps_by_position,
   group_by_side,
   metrics_of,
-  paired_gap,
-  paired_runs,
   planned_runs,
   probes_of,
   read_runs,

@@ -12,7 +12,8 @@ from collections.abc import Sequence
 import numpy as np
 
 from train.report.figures import side_name
-from train.report.runs import BASELINE, Metric, Probe, Run, paired_gap, speeds
+from train.report.gaps import paired_gap
+from train.report.runs import BASELINE, Metric, Probe, Run, speeds
 
 Rows = list[dict[str, str]]
 
@@ -176,7 +177,7 @@ def distance_rows(found: dict[str, list[dict]]) -> Rows:
   difference from them.
 
   Args:
-    found: for each side the bins of `runs.gaps_by_distance`.
+    found: for each side the bins of `gaps.gaps_by_distance`.
   """
   found = {side: bins for side, bins in found.items() if bins}
   shown = []

@@ -1,0 +1,205 @@
+"""Gaps between the sides of a comparison, with their intervals.
+
+Every side of a comparison is compared with the side named ``gqa``, seed by seed
+and on the same held-out tokens.
+"""
+
+import statistics
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+from scipy import stats
+
+from train.report.runs import BASELINE, Metric, Probe, Run
+
+
+def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
+  """Student-t 95 % interval of the mean; None for fewer than two values."""
+  if len(values) < 2:
+    return None
+  half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
+  mean = statistics.fmean(values)
+  return mean - float(half), mean + float(half)
+
+
+def paired_runs(
+  sides: dict[str, list[Run]],
+) -> dict[str, list[tuple[Run, Run]]]:
+  """Pairs of runs (baseline, side) for each side other than the baseline.
+
+  There is a pair for every seed that both sides have finished. Without a
+  baseline there are no pairs.
+  """
+  if BASELINE not in sides:
+    return {}
+  base = {r.seed: r for r in sides[BASELINE] if r.finished}
+  return {
+    side: [(base[r.seed], r) for r in runs if r.finished and r.seed in base]
+    for side, runs in sides.items()
+    if side != BASELINE
+  }
+
+
+def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
+  """Side minus baseline after training, paired by seed.
+
+  Percentages are relative to the baseline of the same seed. Only bits per byte
+  have them.
+
+  Raises:
+    ValueError: the runs of a pair were evaluated on different numbers of
+      batches or at different steps.
+  """
+  for a, b in pairs:
+    lengths = [len(r.final["batch_loss"]) for r in (a, b)]
+    if lengths[0] != lengths[1] or a.final["step"] != b.final["step"]:
+      raise ValueError(
+        f"{a.label} and {b.label} end with {lengths[0]} and {lengths[1]} "
+        f"held-out batches at steps {a.final['step']} and {b.final['step']}; "
+        "a pair needs the same batches at the same step"
+      )
+  base = [a.final[metric.key] for a, _ in pairs]
+  values = [b.final[metric.key] - x for (_, b), x in zip(pairs, base)]
+  # The loss of answers can come close to 0, where a percentage means nothing.
+  relative = metric.key == "bits_per_byte"
+  percents = [100 * v / x for v, x in zip(values, base) if relative]
+  return {
+    "metric": metric.key,
+    "unit": metric.unit,
+    "seeds": [a.seed for a, _ in pairs],
+    "values": values,
+    "mean": statistics.fmean(values) if values else None,
+    "interval": t_interval(values),
+    "percent": statistics.fmean(percents) if percents else None,
+    "percent_interval": t_interval(percents),
+    "batch_percent_interval": _batch_interval(pairs) if relative else None,
+    "batches": [len(a.final["batch_loss"]) for a, _ in pairs],
+    "batches_with_higher_loss": [
+      sum(y > x for x, y in zip(a.final["batch_loss"], b.final["batch_loss"]))
+      for a, b in pairs
+    ],
+  }
+
+
+def _batch_interval(
+  pairs: list[tuple[Run, Run]],
+) -> tuple[float, float] | None:
+  """95 % interval of a gap over held-out batches, in percent of the baseline's
+  loss. It is given for a single pair only; with more, the interval is over
+  seeds."""
+  if len(pairs) != 1:
+    return None
+  ((base, run),) = pairs
+  losses = base.final["batch_loss"], run.final["batch_loss"]
+  interval = t_interval([b - a for a, b in zip(*losses)])
+  if interval is None:
+    return None
+  low, high = (100 * x / statistics.fmean(losses[0]) for x in interval)
+  return low, high
+
+
+def gaps_by_distance(
+  pairs: list[tuple[Run, Run]], probe: Probe
+) -> list[dict[str, Any]]:
+  """Shares of right answers of baseline and side, in each octave of distance
+  and over all seeds.
+
+  "error" is the standard error of the difference of two shares that come from
+  different facts. The sides are asked for the same facts, so the true error is
+  smaller.
+  """
+  bins: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
+  for pair in pairs:
+    for a, b in zip(*(run.final[probe.by_distance] for run in pair)):
+      place = (a["low"], a["high"])
+      bins.setdefault(place, []).append(
+        (a["accuracy"], b["accuracy"], a["count"])
+      )
+  found = []
+  for (low, high), values in bins.items():
+    count = sum(n for *_, n in values)
+    base, side = (sum(v[i] * v[2] for v in values) / count for i in (0, 1))
+    spread = base * (1 - base) + side * (1 - side)
+    found.append(
+      {
+        "low": low,
+        "high": high,
+        "count": count,
+        "baseline": base,
+        "side": side,
+        "difference": side - base,
+        "error": (spread / count) ** 0.5,
+      }
+    )
+  return found
+
+
+def gaps_by_position(
+  against: dict[str, list[tuple[Run, Run]]],
+) -> dict[str, list[dict[str, Any]]]:
+  """Loss after training by the number of tokens before the query.
+
+  All numbers are means over the same seeds, those that every side has measured.
+  Sides that measured in no seed are left out.
+
+  Args:
+    against: pairs of runs, as `paired_runs` returns them.
+
+  Returns:
+    For each side a list of bins low <= tokens < high. "baseline" is the
+    baseline's loss, "difference" the side's loss minus that, "by_seed" the same
+    for each seed, and "dense_difference" the same for the side's weights with
+    dense attention (None if a seed was not evaluated with it).
+  """
+  key = "loss_by_position"
+  measured = {
+    side: {
+      b.seed: (a.final, b.final, b.final_dense)
+      for a, b in pairs
+      if key in a.final and key in b.final
+    }
+    for side, pairs in against.items()
+  }
+  measured = {side: finals for side, finals in measured.items() if finals}
+  shared = set.intersection(*map(set, measured.values())) if measured else set()
+  if not shared:
+    return {}
+  return {
+    side: _places([finals[seed] for seed in sorted(shared)], key)
+    for side, finals in measured.items()
+  }
+
+
+def _places(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
+  """The bins of a side.
+
+  Args:
+    finals: for each seed the final records of the baseline, of the side, and of
+      the side with dense attention.
+    key: of the bins in a record.
+  """
+
+  def losses(i: int) -> np.ndarray:
+    """[seed, bin]"""
+    return np.array([[x["loss"] for x in seed[i][key]] for seed in finals])
+
+  base = losses(0)
+  apart = losses(1) - base
+  dense: Any = [None] * base.shape[1]
+  if all(key in record for *_, record in finals):
+    dense = (losses(2) - base).mean(0).tolist()
+  return [
+    {
+      "low": place["low"],
+      "high": place["high"],
+      "count": place["count"] * len(finals),
+      "baseline": float(loss),
+      "difference": float(differences.mean()),
+      "by_seed": differences.tolist(),
+      "dense_difference": other,
+    }
+    for place, loss, differences, other in zip(
+      finals[0][0][key], base.mean(0), apart.T, dense, strict=True
+    )
+  ]
