@@ -39,16 +39,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks",
     description=(__doc__ or "").split("\n\n")[0],
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
-  parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+  parser.add_argument(
+    "--ops",
+    nargs="+",
+    choices=OPS,
+    default=list(OPS),
+    help="operations to measure (default: all)",
+  )
   parser.add_argument(
     "--tokens",
     nargs="+",
     choices=list(CASES),
     default=list(CASES),
     help="named shapes, see benchmarks/cases.py; of those with a batch"
-    " some are for training and some for decode",
+    " some are for training and some for decode (default: all)",
   )
   parser.add_argument(
     "--selection",
@@ -57,7 +62,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default=["random", "trained_like"],
     help="kind of index queries and keys; fitted reads"
     " results/fitted_selection.json and has only the lengths given there;"
-    " decode has random only",
+    " decode has random only (default: random trained_like)",
   )
   parser.add_argument(
     "--precision",
@@ -65,7 +70,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     choices=PRECISIONS,
     default=list(PRECISIONS),
     help="how index scores are ranked; training ops have exact only, decode has"
-    " no fast",
+    " no fast (default: all)",
   )
   parser.add_argument(
     "--no-dense", action="store_true", help="do not time dense attention"
@@ -75,7 +80,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     type=pathlib.Path,
     help="JSON file (default: results/<device>.json)",
   )
-  parser.add_argument("--commit", help="commit to note (default: as git says)")
+  parser.add_argument("--commit", help="commit to record (default: HEAD)")
   parser.add_argument(
     "--plot-only", type=pathlib.Path, metavar="JSON",
     help="draw the plot of a results file and stop",

@@ -1,4 +1,4 @@
-"""Op `decode`: one token a row over a cache, beside dense decoding.
+"""Op `decode`: one token for each batch row over a cache.
 
 A program of several steps is timed. Each step depends on the one before, so
 that launches and the gaps between them count as they do in a model. The steps
@@ -6,8 +6,8 @@ go round several caches that together do not fit the GPU's second-level cache,
 so that keys come from memory. `index_tbs` is the rate, in TB/s, at which the
 scan kernel alone reads index keys and their scales.
 
-The dense peers are cuDNN and XLA's own fusions, on the same caches and in
-programs of the same kind. A record names the faster one.
+Dense decoding is timed beside it: cuDNN and XLA's own fusions, on the same
+caches and in programs of the same kind. A record names the faster one.
 """
 
 from __future__ import annotations
@@ -64,10 +64,8 @@ def index_bytes(case: Case, precision: str) -> int:
 
 
 def num_caches(case: Case) -> int:
-  """So many caches that their index keys do not fit the second-level cache.
-
-  There are MAX_CACHES at most.
-  """
+  """The number of caches (at most MAX_CACHES) whose index keys together exceed
+  the second-level cache."""
   return min(-(-COLD_BYTES // index_bytes(case, "fp8")), MAX_CACHES)
 
 

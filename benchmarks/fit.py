@@ -46,9 +46,11 @@ KNOBS = (
 )
 DRIFTS = tuple(1 << n for n in range(6, 20, 2))
 LENGTHS = tuple(1 << n for n in (13, 15, 17, 19, 20))
-# The first round halves the log of a knob's whole range so many times. Each of
-# the later rounds searches within a factor of the value found before.
-HALVINGS, AGAIN, FACTOR = 6, (5, 5), 1.6
+# Bisections of the first round, over the log of a knob's whole range.
+HALVINGS = 6
+# Bisections of each later round, which searches within a factor of the value
+# found before.
+AGAIN, FACTOR = (5, 5), 1.6
 
 
 def target_of(folder: pathlib.Path) -> tuple[dict, Case]:

@@ -259,7 +259,8 @@ def check_select(case: Case, precision: ScorePrecision) -> str | None:
 
 
 def sparse_cases(case: Case) -> list[Case]:
-  """The cases on which `check_sparse` runs, one for each way of the kernels.
+  """The cases on which `check_sparse` runs: one whose choices are shared
+  blocks, one whose choices are mostly pairs.
 
   Neighbouring queries that choose top_k of a few dozen blocks at random share
   so many that a row tile walks all of them. If they choose a quarter of that,

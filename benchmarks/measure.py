@@ -102,7 +102,7 @@ def kernel_fields(
 
   Args:
     call: runs `steps` equal steps.
-    steps: the fields describe one of so many.
+    steps: number of equal steps in a call; the values are per step.
     least: see kernels_ms.
   """
   kernels = kernels_of(call)
@@ -288,14 +288,14 @@ def record(
   Args:
     op: name of the op.
     case: its shape.
-    call: runs `steps` equal steps of it.
+    call: runs `steps` equal steps of the op.
     flops: floating-point operations of one step.
     peak_bytes: memory of one step.
     selection: kind of the index inputs.
     union8: distinct blocks that 8 neighbouring queries choose, mean.
     score_precision: how the index scores are ranked.
     dense: name and seconds of the dense peer, if there is one.
-    steps: the record describes one of so many.
+    steps: number of equal steps in a call; the values are per step.
   """
   seconds, spread = measure(call)
   seconds, spread = seconds / steps, spread and spread / steps

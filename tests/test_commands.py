@@ -171,7 +171,8 @@ def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
 
 @pytest.fixture(scope="module")
 def compiled_once(place):
-  """As documented: what one command compiled, the next one loads."""
+  """JAX's compilation cache, set up as documented: a command loads what an
+  earlier one compiled."""
   names = {
     "jax_compilation_cache_dir": str(place / "compiled"),
     "jax_persistent_cache_min_compile_time_secs": 0.0,
@@ -220,7 +221,8 @@ def records_of(folder: pathlib.Path, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize("mix", [True, False])
 def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
-  """Of the probes of a mix, of the held-out batches of recall alone."""
+  """A mix counts the answers of its probes, recall alone those of its held-out
+  batches."""
   comparison = config_lib.with_fields(configs.preset("lm73m_16k"), tiny)
   (run,) = (run for run in comparison.runs if run.side == "msa")
   kinds = ("gqa", "msa", "msa")

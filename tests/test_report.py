@@ -385,7 +385,7 @@ def test_parameters_outside_the_index_branch_are_warned_of(tmp_path):
 
 
 def test_reports_of_one_folder_wait_for_each_other(tmp_path):
-  """As those of processes do that share a comparison's seeds."""
+  """Processes that train one comparison's seeds may all write its report."""
   folder = _make(tmp_path / "run", {"text": {"gqa": [1.0], "msa": [1.0]}})
   paths = []
   with page._alone(folder):
@@ -468,9 +468,10 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
       last |= {"loss_by_position": bins(loss, loss + 0.2)}
       added = [last]
       if side == "msa":
-        # As sparse within what is read anyway, 0.1 lower beyond.
-        places = {"loss_by_position": bins(loss, loss + 0.1)}
-        added.append(last | {"kind": "dense_eval", "loss": loss} | places)
+        # With dense attention the loss of the first bin, all of whose tokens
+        # a sparse query reads too, stays; that of the second is 0.1 lower.
+        dense_bins = {"loss_by_position": bins(loss, loss + 0.1)}
+        added.append(last | {"kind": "dense_eval", "loss": loss} | dense_bins)
       _write(path, [*earlier, *added])
   report.write(folder)
   task = _summary(folder)["tasks"]["text"]
@@ -485,7 +486,7 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
     assert found == pytest.approx((base, gap, dense))
   (row,) = task["dense"]
   assert (row["side"], row["seeds"]) == ("MSA", "3")
-  assert "held-out loss (bits per byte), read densely" in row
+  assert "held-out loss (bits per byte), with dense attention" in row
   assert (folder / "report" / "text_position.png").exists()
   page = (folder / "report" / "report.html").read_text()
   assert "What choosing blocks costs after training" in page
@@ -498,11 +499,11 @@ def test_loss_by_place_is_of_the_seeds_that_all_sides_have(tmp_path):
     for seed, loss in enumerate(seeds):
       path = tmp_path / "text" / side / f"seed{seed}" / "metrics.jsonl"
       *earlier, last = _read(path)
-      places = [
+      bins = [
         {"low": 2**i, "high": 2 ** (i + 1), "loss": loss, "count": 8}
         for i in range(2)
       ]
-      _write(path, [*earlier, last | {"loss_by_position": places}])
+      _write(path, [*earlier, last | {"loss_by_position": bins}])
   sides = runs.group_by_side(runs.read_runs(tmp_path))
   against = gaps.paired_runs(sides)
   found = gaps.gaps_by_position(against)
@@ -682,7 +683,7 @@ def test_report_of_runs_that_did_not_measure_the_best(tmp_path):
     "score recall": "0.400",
   }
   assert found["ablations"][0]["score recall"] == "0.400"
-  # Nothing is said of what was not measured.
+  # The best score recall was not measured, so the page does not mention it.
   for words in ("best score recall", "of the best", "no choice holds more"):
     assert words not in text.lower()
   lines, words = _dotted(folder)
@@ -695,7 +696,8 @@ def test_ablations_show_the_best_where_it_was_measured(tmp_path):
   folder = _make(tmp_path / "run", {"text": losses})
   fields = [{"score_recall": 0.3, "best_score_recall": x} for x in (0.4, 0.5)]
   _measure_recalls(folder / "text/no_warmup/seed0", fields)
-  # One of two seeds: its best says nothing of the other's score recall.
+  # Only one of two seeds measured the best score recall. It is no bound for
+  # the mean of both, so the table shows none.
   _measure_recalls(folder / "text/block_32/seed0", fields)
   _measure_recalls(folder / "text/block_32/seed1", [{"score_recall": 0.3}] * 2)
   report.write(folder)

@@ -137,6 +137,8 @@ def test_committed_results_are_thin():
     run = path.parent
     sizes[run] = sum(file.stat().st_size for file in run.iterdir())
   assert len(sizes) > 50
+  files = (path for path in RESULTS.rglob("*") if path.is_file())
+  assert sum(path.stat().st_size for path in files) < 8_000_000
   # Only choices of 16K tokens in 8 layers take more than 100 KB.
   large = {run for run, size in sizes.items() if size > 100_000}
   assert {run.parents[2].name for run in large} <= {

@@ -217,7 +217,8 @@ def test_half_written_checkpoint_does_not_count(place):
 
 
 def test_several_processes_write_one_file(tmp_path, monkeypatch):
-  """As those of a comparison do whose seeds share a device."""
+  """Processes that train a comparison's seeds on one device all write its
+  comparison.json."""
   path, replace = tmp_path / "comparison.json", os.replace
 
   def beside_another(part, whole):

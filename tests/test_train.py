@@ -157,7 +157,7 @@ def test_kl_never_reaches_the_backbone(program, params, source, phase):
       assert np.any(with_kl[name]), name
 
 
-def test_kl_reaches_the_backbone_without_the_wall(place, params, source):
+def test_kl_reaches_the_backbone_without_detach_input(place, params, source):
   """The control: the test above can fail."""
   run = tiny_run(place)
   index = dataclasses.replace(run.model.index, detach_input=False)
@@ -670,7 +670,10 @@ def test_one_process_a_folder(place, source):
 @pytest.mark.parametrize(
   "changes, text",
   [
-    ({"num_steps": 0}, "num_steps=0: wanted a number of at least 1"),
+    ({"num_steps": 0}, "num_steps=0: wanted an integer of at least 1"),
+    ({"seed": True}, "seed=True: wanted an integer of at least 0"),
+    ({"batch_size": 4.0}, r"batch_size=4\.0: wanted an integer of at least 1"),
+    ({"keep_steps": (2.0,)}, r"keep_steps=\(2\.0,\): wanted steps of 1 to 4"),
     ({"task": "a/b"}, "task='a/b'"),
     ({"grad_accumulation": 3}, "batch_size=4 is no multiple"),
     ({"keep_steps": (9,)}, r"keep_steps=\(9,\): wanted steps of 1 to 4"),
@@ -701,6 +704,15 @@ def test_more_contradictions(place):
     config_lib.RecipeConfig(index_init="main")
   with pytest.raises(ValueError, match=r"beta2=1.0: wanted 0 <= beta2 < 1"):
     config_lib.OptimizerConfig(beta2=1.0)
+  with pytest.raises(ValueError, match="weight_decay=True: wanted a number"):
+    config_lib.OptimizerConfig(weight_decay=True)
+  with pytest.raises(ValueError, match="learning_rate=True: wanted a number"):
+    config_lib.OptimizerConfig(learning_rate=True)
+  with pytest.raises(ValueError, match=r"index_warmup_steps=1\.0: wanted an"):
+    config_lib.RecipeConfig(index_warmup_steps=1.0)  # pyright: ignore
+  for wrong in (0, True, 2.0):
+    with pytest.raises(ValueError, match=f"data={wrong}: wanted an integer"):
+      config_lib.MeshConfig(data=wrong)  # pyright: ignore
   with pytest.raises(ValueError, match="wants 6 devices, 4 are here"):
     config_lib.MeshConfig(data=3, fsdp=2).shape(4)
   assert config_lib.MeshConfig(data=-1, tensor=2).shape(8) == (4, 1, 1, 2)
@@ -716,6 +728,8 @@ def test_saved_configs_are_checked(place, comparison):
   run = tiny_run(place)
   saved = json.loads(json.dumps(config_lib.to_dict(run)))
   assert config_lib.from_dict(config_lib.RunConfig, saved) == run
+  counted = dataclasses.replace(run, seed=np.int64(run.seed))
+  assert json.loads(json.dumps(config_lib.to_dict(counted))) == saved
   load = functools.partial(config_lib.from_dict, config_lib.RunConfig)
   with pytest.raises(ValueError, match=r"unknown fields \['depth'\]"):
     load(saved | {"depth": 3})

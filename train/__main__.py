@@ -138,9 +138,9 @@ def _add_distributed(parser: argparse.ArgumentParser) -> None:
     "--distributed",
     nargs="*",
     metavar=("ADDRESS:PORT COUNT", "ID"),
-    help="run as one of several processes: without values as the cluster says"
-    " (Slurm, Open MPI, TPU), else the coordinator's address, the number of"
-    " processes and the number of this one",
+    help="run as one of several processes: without values, the others are"
+    " found from the cluster (Slurm, Open MPI, TPU); else give the"
+    " coordinator's address, the number of processes and this process's id",
   )
 
 
@@ -164,8 +164,8 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
   add(
     "--unit",
     type=int,
-    help="steps of the smallest part of a run; makes all runs longer or"
-    " shorter, with every step count in proportion",
+    help="scales every step count of every run so that their greatest common"
+    " divisor is this",
   )
   add(
     "--minutes",
@@ -409,7 +409,7 @@ def _compare(args: argparse.Namespace) -> int:
   how = "the same command continues it"
   if args.plan is not None:
     how = (
-      f"continue with --config {folder / 'comparison.json'} in the place of the"
+      f"continue with --config {folder / 'comparison.json'} instead of the"
       " preset and --plan"
     )
   print(f"{folder}: not finished yet; {how}.")
@@ -512,7 +512,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     print(f"error: {error}", file=sys.stderr)
   except ModuleNotFoundError as error:
     print(
-      f"error: {error}. Training needs: pip install 'msa-jax[train]'",
+      f"error: {error}. Training needs more packages: run"
+      " `pip install -e '.[train]'` in the clone",
       file=sys.stderr,
     )
   return 1

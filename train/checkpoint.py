@@ -219,7 +219,7 @@ class RunFolder:
       if self._writes:
         (self.path / "environment.json").unlink(missing_ok=True)
     if saved is not None:
-      # Only the places of files and the devices may change.
+      # Only paths and devices may change.
       ignored = ["folder", "mesh", "data.cache_dir", "data.text.cache_dir"]
       starts = [c["recipe"].get("init_from") for c in (saved, wanted)]
       if all(starts) and len({pathlib.Path(p).parts[-2:] for p in starts}) == 1:
@@ -367,8 +367,7 @@ def versions() -> dict[str, str]:
 def _revision() -> dict[str, Any]:
   """The commit of this code, and whether files were changed since.
 
-  Both are None outside of a checkout. Of a `git archive` only the commit is
-  known.
+  Both are None outside of a checkout. A `git archive` knows its commit only.
   """
   root = pathlib.Path(__file__).parent.parent
 

@@ -129,8 +129,8 @@ class _Training:
     self.failed: list[str] = []
 
   def _must_stop(self) -> bool:
-    """Whether the time is over. One run may advance even then, so that every
-    call brings the comparison forward, however short its time is."""
+    """Whether to stop: time is up and this call has advanced a run. Each call
+    advances at least one."""
     late = self._stop_at is not None and time.monotonic() > self._stop_at
     return late and self._advanced
 
@@ -156,7 +156,7 @@ class _Training:
         if loop.run(run, compiled.source, program, self._stop_at) is None:
           return False
       except loop.NonFiniteError as error:
-        # That a side breaks down is a result too, so the other sides go on.
+        # A run that breaks down is a result; train the others.
         print(f"error: {run.folder}: {error}", file=sys.stderr)
         self.failed.append(f"{run.folder}: {error}")
     jax.clear_caches()

@@ -11,6 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
+from msa_jax.checks import is_integer
 from msa_jax.model_config import ModelConfig
 from train.data import DataConfig
 
@@ -20,11 +21,28 @@ def _check(ok: bool, text: str) -> None:
     raise ValueError(text)
 
 
-def _check_least(config: Any, least: float, *names: str) -> None:
+def _is_number(value: Any) -> bool:
+  return is_integer(value) or isinstance(value, float)
+
+
+def _check_integers(config: Any, least: int, *names: str) -> None:
+  """Checks fields that count something, and makes them Python integers: a
+  NumPy integer cannot be saved as JSON."""
   for name in names:
     value = getattr(config, name)
     _check(
-      isinstance(value, (int, float)) and value >= least,
+      is_integer(value) and value >= least,
+      f"{name}={value!r}: wanted an integer of at least {least}.",
+    )
+    # The dataclasses are frozen.
+    object.__setattr__(config, name, int(value))
+
+
+def _check_numbers(config: Any, least: float, *names: str) -> None:
+  for name in names:
+    value = getattr(config, name)
+    _check(
+      _is_number(value) and value >= least,
       f"{name}={value!r}: wanted a number of at least {least}.",
     )
 
@@ -66,14 +84,8 @@ class OptimizerConfig:
   no load-balancing term."""
 
   def __post_init__(self):
-    _check_least(
-      self,
-      0,
-      "min_lr_ratio",
-      "warmup_steps",
-      "weight_decay",
-      "router_bias_rate",
-    )
+    _check_integers(self, 0, "warmup_steps")
+    _check_numbers(self, 0, "min_lr_ratio", "weight_decay", "router_bias_rate")
     for name in (
       "learning_rate",
       "eps",
@@ -82,7 +94,10 @@ class OptimizerConfig:
       "index_learning_rate_factor",
     ):
       value = getattr(self, name)
-      _check(value > 0, f"{name}={value!r}: wanted a number above 0.")
+      _check(
+        _is_number(value) and value > 0,
+        f"{name}={value!r}: wanted a number above 0.",
+      )
     _check(
       self.min_lr_ratio <= 1,
       f"min_lr_ratio={self.min_lr_ratio}: wanted a share, 0 to 1.",
@@ -125,14 +140,15 @@ class RecipeConfig:
   continue."""
 
   def __post_init__(self):
-    _check_least(self, 0, "kl_weight", "index_warmup_steps")
+    _check_numbers(self, 0, "kl_weight")
+    _check_integers(self, 0, "index_warmup_steps")
     _check(
       (self.init_from is None) == (self.init_step is None),
       f"init_from={self.init_from!r} and init_step={self.init_step!r}: wanted"
       " both or none.",
     )
     if self.init_step is not None:
-      _check_least(self, 1, "init_step")
+      _check_integers(self, 1, "init_step")
     _check(
       self.index_init in ("random", "main"),
       f"index_init={self.index_init!r}: wanted 'random' or 'main'.",
@@ -168,10 +184,11 @@ class MeshConfig:
   """Shards of the heads and of the MLPs' hidden units."""
 
   def __post_init__(self):
-    _check_least(self, 1, "fsdp", "expert", "tensor")
+    _check_integers(self, 1, "fsdp", "expert", "tensor")
     _check(
-      self.data == -1 or self.data >= 1,
-      f"data={self.data}: wanted at least 1, or -1 for all devices.",
+      is_integer(self.data) and (self.data == -1 or self.data >= 1),
+      f"data={self.data!r}: wanted an integer of at least 1, or -1 for all"
+      " devices.",
     )
 
   def shape(self, num_devices: int) -> tuple[int, int, int, int]:
@@ -220,7 +237,7 @@ class RunConfig:
 
   eval_batches: int = 8
   """Held-out batches of each evaluation, with batch_size / grad_accumulation
-  rows each."""
+  batch rows each."""
 
   probe_batches: int | None = None
   """Batches of each probe; None: eval_batches."""
@@ -251,8 +268,8 @@ class RunConfig:
         bool(value) and "/" not in value and not value.startswith("."),
         f"{name}={value!r}: wanted a name that can be a folder's.",
       )
-    _check_least(self, 0, "seed")
-    _check_least(
+    _check_integers(self, 0, "seed")
+    _check_integers(
       self,
       1,
       "num_steps",
@@ -283,7 +300,7 @@ class RunConfig:
     )
     for step in self.keep_steps:
       _check(
-        1 <= step <= self.num_steps,
+        is_integer(step) and 1 <= step <= self.num_steps,
         f"keep_steps={self.keep_steps}: wanted steps of 1 to"
         f" {self.num_steps} (num_steps).",
       )
@@ -393,13 +410,13 @@ class ComparisonConfig:
       for seed in self.seeds:
         # A side that starts from another comes after it.
         for run in sorted(sides, key=lambda r: r.recipe.init_from in names):
-          place = folder / task / run.side / f"seed{seed}"
+          run_folder = folder / task / run.side / f"seed{seed}"
           recipe = run.recipe
           if recipe.init_from in names:
             start = folder / task / str(recipe.init_from) / f"seed{seed}"
             recipe = dataclasses.replace(recipe, init_from=str(start))
           yield dataclasses.replace(
-            run, seed=seed, folder=str(place), recipe=recipe
+            run, seed=seed, folder=str(run_folder), recipe=recipe
           )
 
 
@@ -432,7 +449,10 @@ def with_step_unit(comparison: ComparisonConfig, unit: int) -> ComparisonConfig:
   Every step count stays the same multiple of the unit, so that the run gets
   longer or shorter and warm-ups, evaluations and checkpoints keep their share.
   """
-  _check(unit >= 1, f"unit={unit}: wanted at least 1.")
+  _check(
+    is_integer(unit) and unit >= 1,
+    f"unit={unit!r}: wanted an integer of at least 1.",
+  )
   old = step_unit(comparison)
 
   def scaled(value: Any) -> Any:

@@ -212,8 +212,8 @@ def open_tokenizer(
 
 def _installed_packages() -> list[str]:
   """name==version of each package, from which the text can be made again."""
-  place = sysconfig.get_paths()["purelib"]
-  found = importlib.metadata.distributions(path=[place])
+  folder = sysconfig.get_paths()["purelib"]
+  found = importlib.metadata.distributions(path=[folder])
   return sorted({f"{p.metadata['Name']}=={p.version}" for p in found})
 
 
@@ -229,12 +229,12 @@ def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
   """(name, path) of each file, sorted by name. The name is the path relative
   to the root.
 
-  Of the standard library these are the Python files. Installed packages are
-  left out, and so is the record of how Python was built, which differs from
-  machine to machine.
+  For the standard library, only Python files. Installed packages are left out,
+  and so is the record of how Python was built, which differs from machine to
+  machine.
   """
-  place = "purelib" if config.installed else "stdlib"
-  root = pathlib.Path(config.path or sysconfig.get_paths()[place])
+  kind = "purelib" if config.installed else "stdlib"
+  root = pathlib.Path(config.path or sysconfig.get_paths()[kind])
   # Unlike Path.is_file, these return False for what may not be accessed.
   if os.path.isfile(root):
     return [(root.name, root)]
@@ -521,7 +521,7 @@ def _write_cache(
   except OSError as error:
     raise ValueError(
       f"cache_dir={config.cache_dir!r} cannot be written ({error.strerror}):"
-      " wanted a folder, or a place to make one."
+      " wanted a folder, or a path at which one can be made."
     ) from error
   try:
     for split, parts in splits.items():

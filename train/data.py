@@ -140,7 +140,7 @@ class MixConfig:
     if not 1 <= self.num_needles <= self.recall.num_keys:
       raise ValueError(
         f"num_needles={self.num_needles}: wanted 1 to recall.num_keys ="
-        f" {self.recall.num_keys}, for a row states each key once."
+        f" {self.recall.num_keys}, for a batch row states each key once."
       )
 
 

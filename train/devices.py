@@ -13,9 +13,9 @@ device and meshes of all devices:
   decides which token is chosen, and the text that follows is another one:
   tokens can differ although logits hardly do.
 
-Every device computes as many batch rows at a time as a part of the preset's
-batch has. The batch is therefore that times the number of devices. It is taken
-in parts on one device, and where several devices share a batch row ("tensor").
+Each device computes batch_size / grad_accumulation batch rows at a time, so the
+batch is that times the number of devices. One device, and devices that share
+batch rows ("tensor"), take it in parts.
 The results file also counts the kernels in the program: in a mesh they must lie
 inside `jax.shard_map` ("mapped"), each on its device's batch rows and KV heads.
 

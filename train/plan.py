@@ -108,9 +108,8 @@ def plan(
 def _longest_runs(
   comparison: ComparisonConfig, task: str
 ) -> dict[ModelConfig, RunConfig]:
-  """For each model of a task, a run that has all phases which runs of that
-  model have. It is the one with the most: a run that starts from another side
-  has no phase which the run from scratch lacks."""
+  """For each model of a task, the run with the most phases; they include those
+  of its other runs."""
   runs = [run for run in comparison.runs if run.task == task]
   return {
     run.model: run for run in sorted(runs, key=lambda run: len(run.phases()))
@@ -162,7 +161,8 @@ def _checkpoint_seconds(program: Program, seed: int) -> float:
 
 
 def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
-  """Seconds that a run takes, given those of each thing that it does."""
+  """Seconds that a run takes, computed from measured times of its steps,
+  evaluations and checkpoints (see `_measure_run`)."""
   first = (run.recipe.init_step or 0) + 1
   total = 0.0
   for step in range(first, run.num_steps + 1):

@@ -153,8 +153,8 @@ class Program:
       state,
     )
     self.abstract_state = jax.tree.map(
-      lambda leaf, place: jax.ShapeDtypeStruct(
-        leaf.shape, leaf.dtype, sharding=place
+      lambda leaf, sharding: jax.ShapeDtypeStruct(
+        leaf.shape, leaf.dtype, sharding=sharding
       ),
       state,
       self.state_shardings,
@@ -221,8 +221,8 @@ class Program:
       )
     if rows % (data * fsdp * expert):
       raise ValueError(
-        f"batch_size / grad_accumulation = {rows} rows cannot be split over"
-        f" mesh.data * mesh.fsdp * mesh.expert = {data * fsdp * expert}."
+        f"batch_size / grad_accumulation = {rows} batch rows cannot be split"
+        f" over mesh.data * mesh.fsdp * mesh.expert = {data * fsdp * expert}."
       )
     if self.model_config.num_kv_heads % tensor:
       raise ValueError(
@@ -514,8 +514,8 @@ class Program:
 
     Args:
       array: [batch row, ...], the same on every process; a process copies
-        only the rows of its own devices.
-      parts: cuts the rows into the parts of gradient accumulation first.
+        only the batch rows of its own devices.
+      parts: cuts the batch rows into the parts of gradient accumulation first.
     """
     spec = Pspec(("data", "fsdp", "expert"))
     if parts:

@@ -81,8 +81,8 @@ class Progress:
         self._writer.add_scalar(f"{kind}/{name}", value, step)
     note = _note(record)
     if self._bar is None or kind in _EVALUATIONS:
-      place = f"step {step}/{self._num_steps}"
-      self._print(f"{self._label}  {place}  {record['phase']}  {note}")
+      count = f"step {step}/{self._num_steps}"
+      self._print(f"{self._label}  {count}  {record['phase']}  {note}")
     if self._bar is not None and kind == "train":
       self._bar.update(self._task, completed=step, note=note)
 

@@ -146,9 +146,9 @@ def _seconds_before(run: Run, sides: dict[str, list[Run]]) -> float:
   start, step = run.get("recipe.init_from"), run.get("recipe.init_step")
   if not start or step is None:
     return 0.0
-  place = pathlib.PurePath(start).parts[-2:]
-  for other in sides.get(place[0], ()) if len(place) == 2 else ():
-    if f"seed{other.seed}" == place[1]:
+  names = pathlib.PurePath(start).parts[-2:]
+  for other in sides.get(names[0], ()) if len(names) == 2 else ():
+    if f"seed{other.seed}" == names[1]:
       times = sorted(
         (record["step"], record["seconds"])
         for kind in ("train", "eval")
@@ -468,9 +468,9 @@ def _token_axis(axes, sides) -> None:
     )
 
 
-def _middle(place: dict) -> float:
+def _middle(bin_: dict) -> float:
   """The middle of a bin of tokens on a log axis."""
-  return math.sqrt(max(place["low"], 1) * max(place["high"], 1))
+  return math.sqrt(max(bin_["low"], 1) * max(bin_["high"], 1))
 
 
 def _short_tokens(count: float, _: object = None) -> str:
@@ -506,26 +506,26 @@ def position_figure(
   figure, axes = _figure(10, 4.2, columns=2)
   for number, (side, bins) in enumerate(gaps.items()):
     # The first bins hold too few targets for their gap to mean anything.
-    least = 0.01 * sum(place["count"] for place in bins)
-    bins = [place for place in bins if place["count"] >= least]
-    x = [_middle(place) for place in bins]
+    least = 0.01 * sum(bin_["count"] for bin_ in bins)
+    bins = [bin_ for bin_ in bins if bin_["count"] >= least]
+    x = [_middle(bin_) for bin_ in bins]
     style = {"color": colors[side], "marker": "o", "ms": 4}
     if not number:
       axes[0, 0].plot(
         x,
-        [place["baseline"] for place in bins],
+        [bin_["baseline"] for bin_ in bins],
         color=colors[BASELINE],
         lw=_width(BASELINE),
         label=side_name(BASELINE),
       )
-    losses = [place["baseline"] + place["difference"] for place in bins]
-    seeds = [place["by_seed"] for place in bins]
+    losses = [bin_["baseline"] + bin_["difference"] for bin_ in bins]
+    seeds = [bin_["by_seed"] for bin_ in bins]
     label = f"{side_name(side)} ({_seeds(len(seeds[0]))})"
     axes[0, 0].plot(x, losses, label=label, **style)
-    axes[0, 1].plot(x, [place["difference"] for place in bins], **style)
+    axes[0, 1].plot(x, [bin_["difference"] for bin_ in bins], **style)
     if len(seeds[0]) > 1:
       axes[0, 1].plot(x, seeds, color=colors[side], lw=0.9, alpha=0.6)
-    dense = [place["dense_difference"] for place in bins]
+    dense = [bin_["dense_difference"] for bin_ in bins]
     if None not in dense:
       label = f"{side_name(side)}, its weights with dense attention"
       axes[0, 0].plot([], [], ls="--", label=label, **style)

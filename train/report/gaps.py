@@ -112,8 +112,8 @@ def gaps_by_distance(
   bins: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
   for pair in pairs:
     for a, b in zip(*(run.final[probe.by_distance] for run in pair)):
-      place = (a["low"], a["high"])
-      bins.setdefault(place, []).append(
+      ends = (a["low"], a["high"])
+      bins.setdefault(ends, []).append(
         (a["accuracy"], b["accuracy"], a["count"])
       )
   found = []
@@ -166,12 +166,12 @@ def gaps_by_position(
   if not shared:
     return {}
   return {
-    side: _places([finals[seed] for seed in sorted(shared)], key)
+    side: _bins([finals[seed] for seed in sorted(shared)], key)
     for side, finals in measured.items()
   }
 
 
-def _places(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
+def _bins(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
   """The bins of a side.
 
   Args:
@@ -191,15 +191,15 @@ def _places(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
     dense = (losses(2) - base).mean(0).tolist()
   return [
     {
-      "low": place["low"],
-      "high": place["high"],
-      "count": place["count"] * len(finals),
+      "low": bin_["low"],
+      "high": bin_["high"],
+      "count": bin_["count"] * len(finals),
       "baseline": float(loss),
       "difference": float(differences.mean()),
       "by_seed": differences.tolist(),
       "dense_difference": other,
     }
-    for place, loss, differences, other in zip(
+    for bin_, loss, differences, other in zip(
       finals[0][0][key], base.mean(0), apart.T, dense, strict=True
     )
   ]

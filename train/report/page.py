@@ -248,10 +248,10 @@ def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
         else f"{name} has as many parameters as {side_name(BASELINE)}."
       )
     if start := runs[0].get("recipe.init_from"):
-      place = Path(start)
+      origin = Path(start)
       yield (
         f"{name} continues from step {runs[0].get('recipe.init_step')} of "
-        f"{place.parent.name}/{place.name}, each seed from its own; its wall "
+        f"{origin.parent.name}/{origin.name}, each seed from its own; its wall "
         "time counts its own steps only."
       )
 
@@ -623,9 +623,9 @@ def _add_choice_tables(page: _Page, task: _Task) -> None:
     "What choosing blocks costs after training",
     tables.dense_rows(task.sides, task.metrics),
     "The final weights with sparse attention, as they were trained, and with "
-    "dense attention (“read densely”), for which they were not trained. Where "
-    "only the first is worse than GQA, the choice of blocks may be the reason; "
-    "where both are worse, it is not.",
+    "dense attention, for which they were not trained. Where only the first is "
+    "worse than GQA, the choice of blocks may be the reason; where both are "
+    "worse, it is not.",
   )
   _add_table(
     page,
@@ -681,9 +681,9 @@ def _add_curves(page: _Page, task: _Task) -> None:
 
 def _add_positions(page: _Page, task: _Task) -> None:
   """Loss by the number of tokens before the query."""
-  places = gaps_by_position(task.pairs)
+  bins = gaps_by_position(task.pairs)
   page.add_figure(
-    position_figure(task.name, task.sides, page.colors, places),
+    position_figure(task.name, task.sides, page.colors, bins),
     f"{task.name}_position",
     "Loss on held-out text by how many tokens of the context come before, "
     "mean over the seeds that all sides measured; thin lines are single seeds. "
@@ -692,8 +692,8 @@ def _add_positions(page: _Page, task: _Task) -> None:
     "weights with dense attention. Bins with less than 1 % of the targets are "
     "left out.",
   )
-  if places:
-    task.summary["loss_by_position"] = places
+  if bins:
+    task.summary["loss_by_position"] = bins
 
 
 def _add_distances(page: _Page, task: _Task) -> None:

@@ -251,11 +251,11 @@ def read_runs(folder: Path) -> list[Run]:
     environment = _read_json(path.parents[1] / "environment.json")
     environment |= _read_json(path / "environment.json")
     task, side = path.parts[-3:-1]
-    place, wanted = (task, side, int(seed)), ("task", "side", "seed")
-    if tuple(config.get(name) for name in wanted) != place:
+    key, fields = (task, side, int(seed)), ("task", "side", "seed")
+    if tuple(config.get(name) for name in fields) != key:
       raise ValueError(
         f"{path} must hold the run that its name says, its config.json is of "
-        f"{[config.get(name) for name in wanted]}"
+        f"{[config.get(name) for name in fields]}"
       )
     finished = done and bool(records["eval"])
     broken = _read_json(path / "broken.json")

@@ -99,7 +99,9 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
     for metric in metrics:
       sparse, dense = zip(*pairs)
       row[_column(metric)] = _spread_of(sparse, metric)
-      row[f"{_column(metric)}, read densely"] = _spread_of(dense, metric)
+      row[f"{_column(metric)}, with dense attention"] = _spread_of(
+        dense, metric
+      )
     rows.append(row)
   return rows
 
@@ -216,7 +218,7 @@ _ABLATIONS = {
   "fixed_window": ("block 0 and the last blocks, no index", "worse"),
   "index_value_head": (
     "the index's own attention is added to the output",
-    "not told; without the KL it retrieves badly",
+    "not reported; without the KL it retrieves badly",
   ),
   "lm_trained_index": (
     "the LM loss alone trains the index, through its value head",

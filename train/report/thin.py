@@ -12,8 +12,8 @@ the full run folders gave. For each run this keeps:
 * `metrics.jsonl` with all of its records, but fewer fields. A training record
   keeps its clock, loss and speed, and the peak memory where that is highest.
   The last record of every other kind is what tables and gaps are made of, and
-  stays whole. Of the earlier ones, which only draw curves, the single numbers
-  stay, and the lists (losses of each batch, answers by distance) go.
+  stays whole. Earlier records serve only curves: they keep single numbers and
+  lose lists (losses of each batch, answers by distance).
 * `selection.npz` without the chosen blocks of single queries. The first seed of
   a side, which the report draws, keeps `counts`, rounded to 1/32: the colours
   of the figure show no more. The statistics of shared choices stay in all.
@@ -142,13 +142,13 @@ def _thin_task(task: pathlib.Path, target: pathlib.Path) -> None:
   _write_json(target / "environment.json", shared)
   drawn = set()  # the sides whose first saved choices have been met
   for run in runs:
-    place = target / run.relative_to(task)
-    place.mkdir(parents=True)
+    run_target = target / run.relative_to(task)
+    run_target.mkdir(parents=True)
     for name in _COPIED:
       if (run / name).exists():
-        shutil.copyfile(run / name, place / name)
+        shutil.copyfile(run / name, run_target / name)
     own = {k: v for k, v in environments[run].items() if k not in shared}
-    _write_json(place / "environment.json", own)
+    _write_json(run_target / "environment.json", own)
     metrics = run / "metrics.jsonl"
     if metrics.exists():
       records = [json.loads(line) for line in metrics.read_text().splitlines()]
@@ -156,12 +156,12 @@ def _thin_task(task: pathlib.Path, target: pathlib.Path) -> None:
         json.dumps(record, separators=(",", ":")) + "\n"
         for record in thin_metrics(records)
       )
-      (place / "metrics.jsonl").write_text("".join(lines))
+      (run_target / "metrics.jsonl").write_text("".join(lines))
     selection = run / "selection.npz"
     if selection.exists():
       first = run.parent.name not in drawn
       drawn.add(run.parent.name)
-      (place / "selection.npz").write_bytes(
+      (run_target / "selection.npz").write_bytes(
         thin_selection(selection.read_bytes(), with_counts=first)
       )
 
@@ -169,8 +169,9 @@ def _thin_task(task: pathlib.Path, target: pathlib.Path) -> None:
 def thin(source: pathlib.Path, target: pathlib.Path) -> None:
   """Copies a comparison's folder to `target`, thinned as the module says.
 
-  The target is made aside and moved into its place whole. Thinning what is
-  thin already changes nothing.
+  The copy is written to a temporary folder, which is then renamed to `target`,
+  so that no half of it can be left there. Thinning a thin folder changes
+  nothing.
 
   Args:
     source: a folder with `<task>/<side>/seed<k>` run folders below it.
