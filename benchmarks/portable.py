@@ -198,9 +198,12 @@ def main() -> None:
     prog="python -m benchmarks.portable",
     description="Time forward + backward + KL of the portable implementations,"
     " or decoding with a cache.",
-    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
   )
-  add = functools.partial(parser.add_argument, type=int)
+
+  def add(name: str, *, help: str, **options: Any) -> None:
+    text = f"{help} (default: %(default)s)"
+    parser.add_argument(name, type=int, help=text, **options)
+
   add("--tokens", nargs="+", default=[1024, 4096, 16384], help="lengths")
   add("--num_heads", default=8, help="query heads")
   add("--num_kv_heads", default=2, help="KV heads")
@@ -216,7 +219,9 @@ def main() -> None:
   add("--batch", default=1, help="sequences")
   add("--num_layers", default=2, help="layers")
   add("--steps", default=generate.STEPS, help="tokens of a call")
-  parser.add_argument("--dtype", help="float32 on a CPU, else bfloat16")
+  parser.add_argument(
+    "--dtype", help="default: float32 on a CPU, else bfloat16"
+  )
   args = parser.parse_args()
   device = jax.devices()[0]
   if args.dtype is None:
