@@ -3,14 +3,19 @@
 import contextlib
 import importlib.util
 import io
+import itertools
 import pathlib
 import re
 import runpy
 import shlex
+import subprocess
 import sys
 import tomllib
 
 import pytest
+import test_imports
+
+import msa_jax
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -55,7 +60,82 @@ def test_the_site_has_every_page():
   nav = re.findall(
     r"^  - [^:]+: (\S+\.md)$", (ROOT / "mkdocs.yml").read_text(), re.M
   )
-  assert sorted(nav) == [page.name for page in DOCS]
+  # The site's hook makes a page of the README.
+  assert sorted(nav) == sorted(
+    [*(page.name for page in DOCS), "first_steps.md"]
+  )
+
+
+def test_the_names_in_the_readme_resolve():
+  """In a new process, where nothing has imported a submodule yet."""
+  text = (ROOT / "README.md").read_text()
+  table = re.search(
+    r"^\| name \| what it does \|\n(.*?)\n\n", text, re.M | re.S
+  )
+  assert table
+  names = [
+    name.removeprefix("msa_jax.")
+    for line in table[1].splitlines()
+    for name in re.findall(r"`([^`]+)`", line.split("|")[1])
+  ]
+  assert {"MSAttention", "head_loss", "generate", "m3"} <= {*names}
+  code = "import sys, msa_jax\nfor name in sys.argv[1:]: getattr(msa_jax, name)"
+  subprocess.run([sys.executable, "-c", code, *names], check=True, cwd=ROOT)
+
+
+def test_the_api_reference_has_every_public_name():
+  page = (ROOT / "docs" / "api.md").read_text()
+  listed = {*re.findall(r"^::: (\S+)$", page, re.M)}
+  assert "msa_jax.ops" in listed  # with all of its functions
+  for name in {*msa_jax.__all__} - {"__version__"}:
+    in_ops = getattr(msa_jax, name).__module__ == "msa_jax.ops"
+    assert in_ops or f"msa_jax.{name}" in listed, name
+
+
+PICTURE = re.compile(r"^```text\n( train/.*?)^```$", re.M | re.S)
+
+
+def test_the_picture_of_the_house_is_right():
+  """Each arrow is an import, and each module is in the picture.
+
+  Two spaces or more part its chains, as in "a, b -> c -> d    e".
+  """
+  paths = test_imports.modules()
+  edges = test_imports.graph(paths)
+  picture = PICTURE.search((ROOT / "CONTRIBUTING.md").read_text())
+  assert picture
+  package, drawn, arrows = "", set(), 0
+
+  def modules(name):
+    """The module of that name, or all modules of a folder."""
+    full = name.rstrip("/")
+    if full not in test_imports.ORDER:
+      full = f"{package}.{full}"
+    assert full in paths, full
+    if not name.endswith("/"):
+      return {full}
+    return {module for module in paths if f"{module}.".startswith(f"{full}.")}
+
+  for line in picture[1].splitlines():
+    head = re.match(r" (\w+)/  ", line)
+    if head:
+      package, line = head[1], line[head.end() :]
+    for chain in filter(None, re.split(r"\s{2,}", line)):
+      steps = [
+        [modules(name) for name in step.strip().split(", ")]
+        for step in chain.split("->")
+      ]
+      # An arrow to another package does not show that package's modules.
+      found = set().union(*itertools.chain(*steps))
+      drawn |= {module for module in found if module.startswith(f"{package}.")}
+      for left, right in itertools.pairwise(steps):
+        for a, b in itertools.product(left, right):
+          arrows += 1
+          assert any(edges[module] & b for module in a), (a, b)
+  assert arrows > 30
+  packages = {module for module in paths if paths[module].stem == "__init__"}
+  # Every kernel imports it.
+  assert {*paths} - drawn - packages == {"pallas_kernels.mosaic"}
 
 
 def blocks(page):

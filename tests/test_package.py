@@ -1,6 +1,5 @@
 """What holds of the package as a whole."""
 
-import ast
 import pathlib
 import re
 import shutil
@@ -8,7 +7,6 @@ import subprocess
 import sys
 import zipfile
 
-import pytest
 from beartype import beartype
 from helpers import CASES, random_blocks
 from jaxtyping import jaxtyped
@@ -17,25 +15,6 @@ import msa_jax
 from msa_jax import reference
 
 ROOT = pathlib.Path(__file__).parent.parent
-# Each package may import the packages after it, bench being an entry point.
-LAYERS = ("train", "msa_jax", "pallas_kernels")
-
-
-def imported(path):
-  for node in ast.walk(ast.parse(path.read_text())):
-    if isinstance(node, ast.Import):
-      yield from (alias.name.split(".")[0] for alias in node.names)
-    elif isinstance(node, ast.ImportFrom) and node.module:
-      yield node.module.split(".")[0]
-
-
-@pytest.mark.parametrize("package", LAYERS)
-def test_imports_go_one_way(package):
-  above = LAYERS[: LAYERS.index(package)]
-  files = [path for path in (ROOT / package).rglob("*.py")]
-  assert files
-  for path in files:
-    assert not set(imported(path)) & {*above, "tests"}, path
 
 
 def test_import_is_light():
