@@ -61,7 +61,7 @@ def hopper():
 
 @pytest.fixture
 def no_gpu():
-  """Skips a test of what is said where the kernels cannot run."""
+  """Skips a test of CPU-only error messages."""
   if jax.default_backend() == "gpu":
     pytest.skip("needs a machine without a GPU")
 

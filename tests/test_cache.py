@@ -521,7 +521,7 @@ def poisoned(cache):
 
 
 def check_overflow(model, cache, at):
-  """One more token a row: the full one takes none, and says so."""
+  """One more token a batch row: the full row refuses it and is marked."""
   graphdef, params = nnx.split(model)
   full = full_pass(graphdef, params, TOKENS)
   chunk = np.stack([TOKENS[b, n : n + 1] for b, n in enumerate(at)])
@@ -577,7 +577,7 @@ def test_reading_in_parts_equals_one_pass(kinds, precision, scan_layers):
 
 
 def poison_unused(cache):
-  """The cache with NaN in every slot beyond its row's length."""
+  """The cache with NaN in every slot beyond its batch row's length."""
   unused = jnp.arange(cache.capacity) >= cache.lengths[:, None]
 
   def poison(x):
@@ -588,9 +588,9 @@ def poison_unused(cache):
 
 
 def tiles_attention(seen, q, k, v, *, mask, key_value_seq_lengths, **options):
-  """As cuDNN reads: each row in tiles, the values of the last one whole.
+  """Attention that reads what cuDNN reads: whole tiles of each batch row.
 
-  What lies in further tiles is not looked at.
+  The last tile is read past the row's length; the tiles after it are not read.
   """
   assert options == dict(implementation="cudnn")
   tile = attention._CUDNN_TILE
@@ -611,8 +611,10 @@ def tiles_attention(seen, q, k, v, *, mask, key_value_seq_lengths, **options):
 def test_cudnn_is_given_the_same_bits_whatever_unused_slots_hold(
   num_tokens, monkeypatch
 ):
-  """Rows that end inside a tile, at its end, at the cache's, and an empty
-  one; tiles beyond those that are read."""
+  """The batch rows end inside a tile, at a tile's end and at the cache's end.
+
+  One is empty. The cache also has tiles that are not read.
+  """
   seen = []
   attend = functools.partial(tiles_attention, seen)
   monkeypatch.setattr(attention, "_dot_product_attention", attend)
@@ -627,7 +629,7 @@ def test_cudnn_is_given_the_same_bits_whatever_unused_slots_hold(
   )
   cache = cache._replace(layers=filled, lengths=lengths)
   x = jax.random.normal(jax.random.key(0), (5, num_tokens, 32))
-  # The empty row takes nothing, and sees nothing.
+  # The empty batch row gets no token, so it has nothing to see.
   counts = jnp.asarray([0, 1, *(num_tokens,) * 3])
 
   def read(cache):
@@ -641,15 +643,16 @@ def test_cudnn_is_given_the_same_bits_whatever_unused_slots_hold(
   for a, b in zip(*seen):
     used = np.arange(capacity) < (lengths + counts)[:, None]
     np.testing.assert_array_equal(a[used], b[used])
-    # Of a row that sees nothing, what is read is thrown away.
+    # The unused slots that are read hold zeros. Batch row 0 sees nothing: its
+    # output is dropped, so what it reads does not matter.
     np.testing.assert_array_equal(np.asarray(b)[1:][~used[1:]], 0)
-  # The layer beside it: masked values in float32.
+  # The same layer by xla, which masks scores in float32.
   layer.implementation = "xla"
   monkeypatch.undo()
   np.testing.assert_allclose(read(cache).out, clean.out, atol=1e-5)
 
 
-def test_a_warmed_up_model_reads_densely():
+def test_a_model_in_its_warm_up_extends_with_dense_attention():
   model = build(num_layers=1, layer_kinds=("msa",))
   calls = [(20, (20, 7, 20)), (2, (2, 1, 2))]
   check_calls(

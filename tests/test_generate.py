@@ -362,7 +362,10 @@ def test_a_checkpoint_is_sampled_in_its_phase(trained, monkeypatch):
 
 
 def test_a_run_of_a_gpu_is_sampled_here(trained, place, no_gpu, capsys):
-  """Its implementations are the GPU's; facts beside the text are no text."""
+  """Its config names implementations that run on a GPU only.
+
+  Its data mixes text with recall, and sampling takes the tokenizer of the text.
+  """
   run, _, state = trained
   model = dataclasses.replace(
     run.model, implementation="mosaic_gpu", gqa_implementation="cudnn"

@@ -1105,7 +1105,7 @@ def test_sample(capsys, tmp_path, monkeypatch):
   stop = tokens.index(tokens[7], 5)
   assert [int(word) for word in out] == tokens[:stop]
 
-  # All is told before weights are read.
+  # Wrong arguments are refused before any weights are read.
   monkeypatch.setattr(m3, "_read", None)
   for words, text in (
     (["--text", "x"], "tokenizer.json, which is missing"),
