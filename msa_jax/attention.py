@@ -277,11 +277,12 @@ class GQAttention(nnx.Module):
     heads = self.sharding.heads
     heads = heads if heads in mesh.axis_names else None
     split = 1 if heads is None else mesh.shape[heads]
-    if self.num_kv_heads % split:
-      raise ValueError(
-        f"num_kv_heads must be a multiple of mesh axis {heads!r} = {split},"
-        f" got {self.num_kv_heads}"
-      )
+    require(
+      self.num_kv_heads % split == 0,
+      "num_kv_heads",
+      f"a multiple of mesh axis {heads!r} = {split}",
+      self.num_kv_heads,
+    )
     return batch_axes, heads
 
   def _over_mesh_cached(self, extend: Callable, batch_size: int) -> Callable:
@@ -721,7 +722,7 @@ class MSAttention(GQAttention):
         q, k, v, index_q, index_k, index_v, query_mask
       )
       if axes:
-        count = ops.count_kl_rows(q, k, query_mask).astype(kl.dtype)
+        count = ops.count_kl_queries(q, k, query_mask).astype(kl.dtype)
         total = jnp.maximum(lax.psum(count, axes), 1)
         kl = lax.psum(kl * count, axes) / total
         if selection is not None:

@@ -126,7 +126,8 @@ class Span(NamedTuple):
   Attributes:
     slots: the slot of each token; C or more for a token that is not stored.
     lengths: keys that exist in each batch row, the new tokens among them as the
-      last T. 0 for a batch row that has overflowed, which so sees nothing.
+      last T. 0 for a batch row that has overflowed, so that its
+      queries see nothing.
   """
 
   slots: Int32[Array, "B T"]

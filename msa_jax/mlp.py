@@ -249,10 +249,12 @@ class MixtureOfExperts(nnx.Module):
       axis if axis in names else None
       for axis in (self.sharding.expert, self.sharding.heads)
     )
-    if expert is not None and self.num_experts % mesh.shape[expert]:
-      raise ValueError(
-        f"num_experts must be a multiple of mesh axis {expert!r} ="
-        f" {mesh.shape[expert]}, got {self.num_experts}"
+    if expert is not None:
+      require(
+        self.num_experts % mesh.shape[expert] == 0,
+        "num_experts",
+        f"a multiple of mesh axis {expert!r} = {mesh.shape[expert]}",
+        self.num_experts,
       )
     tokens = PartitionSpec(batch, None, None)
     return jax.shard_map(

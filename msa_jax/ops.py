@@ -64,7 +64,7 @@ class MSAOutput(NamedTuple):
     kl: KL loss in nats; 0 unless `with_kl`.
     block_indices: the blocks that the Index Branch chose.
     lse: log sum exp of the scaled scores over the attended tokens, natural
-      log; -inf for empty rows. Its gradient reaches q and k.
+      log; -inf for queries that see nothing. Its gradient reaches q and k.
   """
 
   out: Float[Array, "B T H D"]
@@ -253,7 +253,7 @@ def index_kl_loss(
   r = softmax_J(index_scale index_q . index_k), the loss is the mean over batch,
   queries and groups of sum_J p (log p - log r), in nats (paper, section 2).
   The gradient reaches index_q and index_k only: dL / d(index_scale s_j) =
-  (r_j - p_j) / (queries counted K). Queries that see nothing add 0 and count.
+  (r_j - p_j) / (K x counted queries). Queries that see nothing add 0 and count.
 
   Args:
     q: queries of the main branch.
@@ -682,7 +682,7 @@ def _only_reference(what: str) -> NoReturn:
 # --- shared with layers and caches --------------------------------------------
 
 
-def count_kl_rows(
+def count_kl_queries(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
   query_mask: Bool[Array, "B T"] | None,
@@ -692,7 +692,7 @@ def count_kl_rows(
   Devices that each hold some batch rows and KV heads weigh their means by it.
   """
   shape = (q.shape[0], k.shape[2], q.shape[1])
-  return reference.counted_rows(shape, query_mask)
+  return reference.counted_queries(shape, query_mask)
 
 
 def quantise_index_keys(

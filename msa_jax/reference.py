@@ -111,7 +111,7 @@ def masked_logsumexp(s: Float[Array, "*A S"]) -> Float[Array, "*A"]:
   m = lax.stop_gradient(jnp.max(s, axis=-1))
   m = jnp.where(m == -jnp.inf, 0, m)
   l = jnp.sum(jnp.exp(s - m[..., None]), axis=-1)
-  # The inner `where` keeps log's gradient finite on empty rows.
+  # The inner `where` keeps log's gradient finite where nothing is visible.
   return jnp.where(l == 0, -jnp.inf, m + jnp.log(jnp.where(l == 0, 1, l)))
 
 
@@ -184,7 +184,7 @@ def block_max(s: Float[Array, "*A bs"]) -> Float[Array, "*A"]:
   return jnp.where(jnp.any(nan, axis=-1), jnp.nan, score)
 
 
-def kl_rows(
+def kl_of_queries(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
   index_q: Float[Array, "B T K I"],
@@ -222,7 +222,7 @@ def kl_rows(
   return jnp.sum(jnp.where(live, p * (log_p - log_r), 0), axis=-1)
 
 
-def counted_rows(
+def counted_queries(
   shape: tuple[int, ...], query_mask: Bool[Array, "B T"] | None
 ) -> Float[Array, ""]:
   """The number of (query, group) pairs that the KL averages over.
@@ -396,7 +396,7 @@ def index_kl_loss(
   visible = jnp.broadcast_to(
     visible, (q.shape[0], k.shape[2], q.shape[1], k.shape[1])
   )
-  rows = kl_rows(
+  rows = kl_of_queries(
     q,
     k,
     index_q,
@@ -408,7 +408,7 @@ def index_kl_loss(
     detach_teacher=detach_teacher,
   )
   # If no query counts, the loss is 0 and not 0 / 0.
-  counted = jnp.maximum(counted_rows(rows.shape, query_mask), 1)
+  counted = jnp.maximum(counted_queries(rows.shape, query_mask), 1)
   return jnp.sum(rows) / counted.astype(rows.dtype)
 
 

@@ -515,7 +515,7 @@ def index_kl_loss(
     result: Any = _sparse(q, k, k, block_indices, positions, block_size, scale)
     lse = result[1]
   shape = (q.shape[0], k.shape[2], q.shape[1])
-  divisor = jnp.maximum(reference.counted_rows(shape, query_mask), 1)
+  divisor = jnp.maximum(reference.counted_queries(shape, query_mask), 1)
   return _sparse_kl(
     *lax.stop_gradient((q, k, lse)),
     index_q,
@@ -747,7 +747,7 @@ def _dense(
     if index_q is not None:
       if mask is not None:
         visible = visible & mask[:, None, :, None]
-      rows = reference.kl_rows(
+      rows = reference.kl_of_queries(
         *lax.stop_gradient((q, k)),
         index_q,
         index_k,
@@ -771,7 +771,7 @@ def _dense(
   if out is not None:
     out, lse = _join(out, 1, t), _join(lse, 2, t)  # pyright: ignore
   if kl is not None:
-    counted = reference.counted_rows((b, num_kv_heads, t), query_mask)
+    counted = reference.counted_queries((b, num_kv_heads, t), query_mask)
     kl = jnp.sum(kl) / jnp.maximum(counted, 1).astype(kl.dtype)
   return out, lse, kl
 

@@ -698,7 +698,7 @@ def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
     def pop(i, heads, taken=taken):
       codes, ids = heads
       top = codes[0].max()
-      # The lowest id is the highest complement.
+      # max(~id) picks the lowest id.
       head = ~jnp.where(codes[0] == top, ~ids[0], NO_KEY).max()
       chosen_smem[offset + taken + i] = jnp.where(top == NO_KEY, NO_BLOCK, head)
       won = ids[0] == head

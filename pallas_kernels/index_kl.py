@@ -37,13 +37,13 @@ queries that chose it. The (query, KV block) pairs of a task are processed in
   cores. All sums have a fixed order.
 
 A launch takes whole batch rows, as many as divide the batch and as
-`Config.pairs` allows; of a longer row it takes some KV heads, or one KV head
-whose chunks of queries are processed one after another.
+`Config.pairs` allows. If one batch row exceeds the limit, a launch takes some
+of its KV heads, or one KV head in chunks of queries.
 
 Bound, for a pair with 16 heads at D = I = 128, in cycles of an H100's SM: 350
-to read 4 KB of q at the rate of the memory; 150 for 0.52 MFLOP of scores and
-0.1 of the rest; 128 for 2,048 exponentials. benchmarks/results/LOG.md says what
-is reached.
+to read 4 KB of q at the rate of the memory; 150 for 0.62
+MFLOP (0.52 of scores, 0.1 of other products); 128 for 2,048 exponentials.
+benchmarks/results/LOG.md says what is reached.
 
 SMEM: q 32 KB a stage, K and index_k 32 KB each, index_q 32 KB, g 16 KB, log sum
 exps 8 KB.

@@ -24,8 +24,9 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
   each other.
 
 There are no atomics: a block's first task adds to the block's float32 sum of dK
-and dV, the other tasks of a hot block write sums of their own, and a second
-kernel, **sum_extra**, adds those in order. So all sums have a fixed order.
+and dV. A block that many queries chose has more tasks. They write sums of their
+own, which a second kernel, **sum_extra**, adds in order. So all sums have a
+fixed order.
 
 Registers are the scarce resource: dK and dV take 128 of the 216 of a thread.
 Row tiles that need masks (with queries inside the KV block, the last tile of a
@@ -39,8 +40,8 @@ products.
 A launch takes all KV heads of several batch rows, so that many short rows fill
 the GPU as one long one does: as many rows as divide the batch and as a
 workspace of 2^31 elements (4 GB) has room for (`kv_block_plan.split_launches`
-has two more limits). Of a longer row it takes some KV heads, or one KV head
-whose chunks of queries are processed one after another.
+has two more limits). If one batch row exceeds the limit, a launch takes some of
+its KV heads, or one KV head in chunks of queries.
 
 Bound, for a pair with 16 heads at D 128: 2.6 MFLOP for 4 + 4 KB of q and dout
 read, 4 KB of dQ written and 4 KB read again. Either memory binds (less than 160

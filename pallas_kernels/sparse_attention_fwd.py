@@ -25,8 +25,8 @@ the device which of the two kernels computes which choice:
 
 If no tile has a pair, one launch of the tile kernel computes everything.
 Otherwise the chunks of one group's queries are processed one after another in a
-workspace of at most 2^30 elements of partial outputs. XLA lets the host read
-which of the two cases it is and waits for that.
+workspace of at most 2^30 elements of partial outputs. The branch between
+the two cases makes the host wait for the plan.
 
 SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
 partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial

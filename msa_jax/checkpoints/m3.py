@@ -563,18 +563,16 @@ def _read(
     for at in itertools.product(*(range(*bound) for bound in bounds[:depth])):
       tensor = open_tensor(leaf.names[at]).reshape(leaf.layout.split)
       # A copy, because on a CPU device_put may keep using the mapped file.
-      piece = np.array(tensor[leaf.layout.source(within)])
-      piece = _transposed(
-        jax.device_put(piece, device), leaf.layout.axes, dtype
-      )
+      part = np.array(tensor[leaf.layout.source(within)])
+      part = _transposed(jax.device_put(part, device), leaf.layout.axes, dtype)
       if not depth:
-        buffer = piece
+        buffer = part
       else:
         if buffer is None:
           shape = tuple(last - first for first, last, _ in bounds)
           buffer = _zeros(shape, dtype, device)()
         start = [i - first for i, first in zip(at, firsts)]
-        buffer = _placed(buffer, piece, start)
+        buffer = _placed(buffer, part, start)
       # Without waiting, the host would run ahead and hold many tensors.
       buffer.block_until_ready()
     parts.append(buffer)
@@ -593,15 +591,15 @@ def _zeros(
 
 
 @functools.partial(jax.jit, static_argnums=(1, 2))
-def _transposed(piece: jax.Array, axes: tuple[int, ...], dtype) -> jax.Array:
-  return jnp.transpose(piece, axes).astype(dtype)
+def _transposed(part: jax.Array, axes: tuple[int, ...], dtype) -> jax.Array:
+  return jnp.transpose(part, axes).astype(dtype)
 
 
 @functools.partial(jax.jit, donate_argnums=0)
-def _placed(buffer: jax.Array, piece: jax.Array, start: list) -> jax.Array:
-  start = [*start, *[0] * piece.ndim]
-  piece = piece[(None,) * (buffer.ndim - piece.ndim)]
-  return jax.lax.dynamic_update_slice(buffer, piece, start)
+def _placed(buffer: jax.Array, part: jax.Array, start: list) -> jax.Array:
+  start = [*start, *[0] * part.ndim]
+  part = part[(None,) * (buffer.ndim - part.ndim)]
+  return jax.lax.dynamic_update_slice(buffer, part, start)
 
 
 # ------------------------------------------------------------------ save

@@ -51,7 +51,8 @@ def read_text_fields(folder: str | os.PathLike) -> dict[str, Any]:
     ids = {key: whole[key] for key in _TOKENS if whole.get(key) is not None}
     outer = {key: whole[key] for key in _OUTER if key in whole}
     fields = {**outer, **inner, **ids}
-    # Dropped, because an older series with the same text model has others.
+    # Dropped: these fields name the series, and other series share this text
+    # model.
     fields = {key: v for key, v in fields.items() if key not in _IDENTITY}
   return {
     key: value
