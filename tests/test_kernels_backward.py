@@ -215,7 +215,11 @@ def test_interpreted_launches_do_not_change_a_bit():
 
 @pytest.mark.parametrize(
   "name, with_lse",
-  [*((name, False) for name in LOWERED), ("8k", True), ("1m", True)],
+  [
+    *((name, False) for name in LOWERED),
+    ("8k", True),
+    pytest.param("1m", True, marks=pytest.mark.slow),
+  ],
 )
 def test_lowers_for_cuda(name, with_lse):
   case = LOWERED[name]

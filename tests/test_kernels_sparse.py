@@ -199,6 +199,7 @@ class TestInterpreted(AttentionContract):
     return call(case, q, k, v, blocks, interpreted(config), interpret=True)
 
 
+@pytest.mark.slow  # the quicker test_gradients_through_lse covers the kernels
 class TestInterpretedLse(LseContract):
   phases = ("sparse",)
   dtypes = ("bfloat16",)
