@@ -123,8 +123,6 @@ def time_steps(
   # So the host's share of a step counts only if the device has to wait for it.
   jax.block_until_ready(call())
   previous = call()
-  jax.block_until_ready(previous)
-  previous = call()
   times: list[float] = []
   start = time.perf_counter()
   while not times or (sum(times) < 1.0 and len(times) < 20):
