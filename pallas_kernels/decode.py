@@ -51,7 +51,8 @@ Slots of the cache from kv_lengths[b] on do not exist: whatever they hold, NaN
 included, changes nothing. A visible NaN or infinity in q, k or v makes the
 output of its query NaN. A block whose index scores hold NaN is not chosen
 unless it is forced. A capacity that is no multiple of 8 is padded by a copy in
-every call.
+every call. Heads of other sizes than 64 and 128 are refused, because padding
+them would copy the cache in every call whatever its capacity.
 
 Not supported: gradients; what `mosaic.check_supported` and
 `mosaic.check_decode_supported` refuse; so many index queries that scan does not
@@ -182,7 +183,11 @@ class KernelParams:
 
   @property
   def scan_ctas(self) -> int:
-    return self.config.num_ctas or mosaic.num_sms()
+    if self.config.num_ctas:
+      return self.config.num_ctas
+    sms = mosaic.num_sms()
+    # Merging long lists needs one thread of a warpgroup for each list.
+    return min(sms, 128) if self.slots > mosaic.LONG_LIST else sms
 
   @property
   def window(self) -> int:
@@ -198,7 +203,7 @@ class KernelParams:
   @property
   def heads(self) -> int:
     """Heads of q and out that are copied at once: a swizzle tile has 8 rows."""
-    return max(8, self.group_size)
+    return mosaic.padded_heads(self.group_size)
 
   @property
   def all_queries(self) -> int:
@@ -556,7 +561,9 @@ def _scan(
 
     @pl.when(wg == SCORERS)
     def _choose():
-      plgpu.set_max_registers(136, action="increase")
+      # All that the other warpgroups leave, if the lists are long.
+      long = s.slots > mosaic.LONG_LIST
+      plgpu.set_max_registers(168 if long else 136, action="increase")
       lanes = _lanes(s.list_queries)
       shape = (s.list_queries,)
 
@@ -698,8 +705,9 @@ def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
     def pop(i, heads, taken=taken):
       codes, ids = heads
       top = codes[0].max()
-      # max(~id) picks the lowest id.
-      head = ~jnp.where(codes[0] == top, ~ids[0], NO_KEY).max()
+      # The lowest id is the highest complement.
+      complement = jnp.where(codes[0] == top, mosaic.bit_not(ids[0]), NO_KEY)
+      head = mosaic.bit_not(complement.max())
       chosen_smem[offset + taken + i] = jnp.where(top == NO_KEY, NO_BLOCK, head)
       won = ids[0] == head
       return tuple(
@@ -1155,6 +1163,7 @@ def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
   return jax.freeze(out).reshape(q.shape), jax.freeze(chosen)
 
 
+@mosaic.in_32_bits
 def decode_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B C K D"],
@@ -1224,6 +1233,9 @@ def decode_attention(
     tokens=t,
     num_kv_heads=num_kv_heads,
     cache_rows=b * capacity * num_kv_heads,
+    head_dim=d,
+    index_dim=index_dim,
+    top_k=top_k,
   )
   if index_k.dtype != (index_q.dtype if index_k_scale is None else FP8):
     raise NotImplementedError(

@@ -84,6 +84,7 @@ def _attention(q, k, v, scale) -> Any:
   return _attention_forward(q, k, v, scale)[0]
 
 
+@mosaic.in_32_bits
 def _attention_forward(q, k, v, scale):
   (q, bad_q), (k, bad_k), (v, bad_v) = (
     mosaic.zero_non_finite(x) for x in (q, k, v)
@@ -97,6 +98,7 @@ def _attention_forward(q, k, v, scale):
   return (_poison(out, bad_out), lse), (pull, bad_scores, bad_out)
 
 
+@mosaic.in_32_bits
 def _attention_backward(scale, residuals, cotangents):
   del scale
   pull, bad_scores, bad_out = residuals
@@ -127,6 +129,7 @@ def _lse_forward(q, k, lse, scale):
   return lse.value, (q.value, k.value)
 
 
+@mosaic.in_32_bits
 def _lse_backward(scale, residuals, dlse):
   q, k = residuals
   if isinstance(dlse, SymbolicZero):
@@ -145,6 +148,7 @@ def _lse_backward(scale, residuals, dlse):
 _lse.defvjp(_lse_forward, _lse_backward, symbolic_zeros=True)
 
 
+@mosaic.in_32_bits
 def attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B T K D"],

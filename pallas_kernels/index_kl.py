@@ -51,6 +51,10 @@ exps 8 KB.
 NaN: one in a query reaches its own row and the keys that it sees. Keys that are
 not finite are zeroed, and a query that sees one is made NaN through index_lse.
 
+Heads and index heads of other sizes than 64 and 128 are padded with zeros to the
+next of these. The heads of a group are padded to 8 or 16; padding heads have an
+lse of +inf, so that their p is 0, and the mean divides by the real heads.
+
 Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
@@ -126,7 +130,7 @@ def candidate_configs() -> tuple[Config, ...]:
 class KernelParams:
   """Static parameters of one call, after padding."""
 
-  q_rows: int  # rows of a query in a row tile: its group's heads, at least 8
+  q_rows: int  # rows of a query in a row tile: its group's heads, 8 or 16
   head_dim: int
   index_dim: int
   num_kv_heads: int
@@ -655,7 +659,8 @@ def _kv_blocks(
         def row_tile(t, steps):
           row_step, pair_step = steps
           stage = lax.rem(row_step, stages)
-          j, nth = t // row_tiles, lax.rem(t, row_tiles)
+          # int32: the division of a loop's index has 64 bits in 64-bit JAX.
+          j, nth = jnp.int32(t) // row_tiles, lax.rem(t, row_tiles)
           pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
 
           @plgpu.warp_map
@@ -992,6 +997,7 @@ def _run(
   return run(q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask)
 
 
+@mosaic.in_32_bits
 def _kl_forward(*args):
   value, diq, dik = _run(*args, with_gradients=True)
   diq = checkpoint_name(diq, "index_kl_gradient")
@@ -1002,6 +1008,7 @@ def _kl_forward(*args):
   return value, (diq, dik, index_q, index_k)
 
 
+@mosaic.in_32_bits
 def _kl_backward(
   block_size, scale, index_scale, config, interpret, residuals, cotangent
 ):
@@ -1016,6 +1023,7 @@ def _kl_backward(
 _kl.defvjp(_kl_forward, _kl_backward)
 
 
+@mosaic.in_32_bits
 def index_kl_loss(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -1087,13 +1095,17 @@ def index_kl_loss(
     kv_lengths = jnp.full((b,), k.shape[1], jnp.int32)
   if query_mask is None:
     query_mask = jnp.ones((b, t), bool)
+  index_dim = index_q.shape[-1]
+  q, k, index_q, index_k = (
+    mosaic.pad_head_dim(x)
+    for x in (*lax.stop_gradient((q, k)), index_q, index_k)
+  )
   return _kl(
-    index_q, index_k, *lax.stop_gradient((q, k)), block_indices,
-    lax.stop_gradient(lse),
+    index_q, index_k, q, k, block_indices, lax.stop_gradient(lse),
     jnp.clip(kv_lengths.astype(jnp.int32), 0, k.shape[1]), query_mask,
     block_size,
     float(d**-0.5 if scale is None else scale),
-    float(index_q.shape[-1] ** -0.5 if index_scale is None else index_scale),
+    float(index_dim**-0.5 if index_scale is None else index_scale),
     config,
     interpret,
   )  # fmt: skip

@@ -23,10 +23,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
 
 DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (64, 128)  # D and I
+HEAD_DIMS = (64, 128)  # D and I inside a kernel: whole 128-byte swizzle tiles
+MAX_HEAD_DIM = 128  # D and I, multiples of 8
 BLOCK_SIZES = (64, 128)
-GROUP_SIZES = (1, 2, 4, 8, 16)  # G
-MAX_TOP_K = 32  # P
+MAX_GROUP_SIZE = 16  # G
+MAX_TOP_K = 64  # P
+# Lists of more entries keep one MMA row (selection) or one query (decoding) in a
+# thread, and not two: 64 scores and 64 ids are 128 of its 168 registers.
+LONG_LIST = 32
 MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
 MAX_CHOICES = (1 << 31) - 1  # B x K x T x P: offsets of ids are 32 bits
 MAX_DECODE_TOKENS = 16  # T of decoding
@@ -50,6 +54,51 @@ def largest_divisor(x: int, most: int) -> int:
   return max([n for n in divisors(x) if n <= most], default=1)
 
 
+def in_32_bits[**A, R](function: Callable[A, R]) -> Callable[A, R]:
+  """Makes a function trace as it does without jax_enable_x64.
+
+  With jax_enable_x64, a Python integer, `jnp.arange` and a sum of int32 have 64
+  bits, and so would the plans, and the indices and loops inside kernels: slower
+  at best, and not lowered at worst. Every public function of a kernel file is
+  wrapped, and so is every backward rule, since JAX traces it later.
+  """
+
+  @functools.wraps(function)
+  def run(*args: A.args, **kwargs: A.kwargs) -> R:
+    with jax.enable_x64(False):
+      return function(*args, **kwargs)
+
+  return run
+
+
+def bit_not(x: Any) -> Any:
+  """~x inside a kernel, in 32 bits also where it is lowered in 64-bit JAX."""
+  inverted = jnp.bitwise_xor(x.astype(jnp.int32), jnp.int32(-1))
+  return inverted.astype(x.dtype)
+
+
+def padded_heads(group_size: int) -> int:
+  """Heads that a group of `group_size` heads takes in a kernel.
+
+  A query's heads are copied as whole tiles of 8 rows, and a whole number of
+  queries fills the 64 rows of an MMA tile.
+  """
+  return 8 if group_size <= 8 else 16
+
+
+def pad_head_dim(x: Array) -> Array:
+  """Pads the last axis (D or I) with zeros to a size of `HEAD_DIMS`.
+
+  Zeros add nothing to a score. What they become in outputs and gradients is cut
+  off by the caller, or by the gradient of this function.
+  """
+  dim = x.shape[-1]
+  size = min(n for n in HEAD_DIMS if n >= dim)
+  if size == dim:
+    return x
+  return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - dim),))
+
+
 def check_supported(
   *operands: Array | None,
   dtype: Any,
@@ -64,10 +113,9 @@ def check_supported(
 ) -> None:
   """Raises NotImplementedError for a legal call that no kernel here takes.
 
-  A kernel passes only the arguments that matter to it. 64-bit JAX is refused
-  because the loops inside kernels would count in 64 bits. A `jax.shard_map`
-  with check_vma=True is refused because Pallas calls do not declare over which
-  mesh axes their results vary.
+  A kernel passes only the arguments that matter to it. A `jax.shard_map` with
+  check_vma=True is refused because Pallas calls do not declare over which mesh
+  axes their results vary.
 
   Args:
     *operands: every array of the call.
@@ -81,10 +129,6 @@ def check_supported(
     num_choices: B x K x T x P.
     scale: of the main scores.
   """
-  if jax.config.jax_enable_x64:
-    raise NotImplementedError(
-      "mosaic_gpu supports 32-bit JAX only, got jax_enable_x64=True"
-    )
   for x in operands:
     varying = () if x is None else jax.typeof(x).manual_axis_type.varying
     if varying:
@@ -101,10 +145,18 @@ def check_supported(
       )
 
   check("dtype", jnp.dtype(dtype).name, DTYPES)
-  check("head_dim", head_dim, HEAD_DIMS)
-  check("index_dim", index_dim, HEAD_DIMS)
+  for name, dim in (("head_dim", head_dim), ("index_dim", index_dim)):
+    if dim is not None and (dim % 8 or not 0 < dim <= MAX_HEAD_DIM):
+      raise NotImplementedError(
+        f"mosaic_gpu supports {name} of multiples of 8 up to {MAX_HEAD_DIM},"
+        f" got {dim}"
+      )
   check("block_size", block_size, BLOCK_SIZES)
-  check("group_size (num_heads / num_kv_heads)", group_size, GROUP_SIZES)
+  if group_size is not None and group_size > MAX_GROUP_SIZE:
+    raise NotImplementedError(
+      "mosaic_gpu supports group_size (num_heads / num_kv_heads) up to"
+      f" {MAX_GROUP_SIZE}, got {group_size}"
+    )
   if top_k > MAX_TOP_K:
     raise NotImplementedError(
       f"mosaic_gpu supports top_k up to {MAX_TOP_K}, got {top_k}"
@@ -124,7 +176,13 @@ def check_supported(
 
 
 def check_decode_supported(
-  *, tokens: int, num_kv_heads: int, cache_rows: int
+  *,
+  tokens: int,
+  num_kv_heads: int,
+  cache_rows: int,
+  head_dim: int,
+  index_dim: int,
+  top_k: int,
 ) -> None:
   """Raises NotImplementedError beyond the limits of decoding alone.
 
@@ -132,10 +190,28 @@ def check_decode_supported(
     tokens: T.
     num_kv_heads: K.
     cache_rows: B x C x K.
+    head_dim: D.
+    index_dim: I.
+    top_k: P.
   """
+  rows = tokens * num_kv_heads
+  if top_k > LONG_LIST and rows > MAX_DECODE_ROWS // 2:
+    raise NotImplementedError(
+      f"mosaic_gpu decode_attention supports top_k above {LONG_LIST} for up to"
+      f" {MAX_DECODE_ROWS // 2} query tokens x KV heads, because a thread's"
+      f" registers hold one list of {MAX_TOP_K} blocks, got top_k {top_k} and"
+      f" {rows}"
+    )
+  for name, dim in (("head_dim", head_dim), ("index_dim", index_dim)):
+    if dim not in HEAD_DIMS:
+      raise NotImplementedError(
+        f"mosaic_gpu decode_attention supports {name} in"
+        f" ({', '.join(map(str, HEAD_DIMS))}), because padding would copy the"
+        f" whole cache in every step, got {dim}"
+      )
   for name, value, most in (
     ("query tokens", tokens, MAX_DECODE_TOKENS),
-    ("query tokens x KV heads", tokens * num_kv_heads, MAX_DECODE_ROWS),
+    ("query tokens x KV heads", rows, MAX_DECODE_ROWS),
     ("batch x capacity x KV heads", cache_rows, MAX_TMA_ROWS - 1),
   ):
     if value > most:

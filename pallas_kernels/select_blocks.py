@@ -43,6 +43,9 @@ sign. Finite operands whose products overflow score an infinity.
 
 SMEM (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima 4 KiB.
 
+Index heads of other sizes than 64 and 128 are padded with zeros to the next of
+these, which changes no score.
+
 Not supported: what `mosaic.check_supported` refuses. Choosing has no gradient:
 index_q and index_k are taken under stop_gradient.
 """
@@ -158,13 +161,19 @@ def candidate_configs(
   ]
 
 
-def heuristic_config(num_rows: int) -> Config:
+def heuristic_config(num_rows: int, list_values: int = 0) -> Config:
   """The config used when none is given.
 
   Args:
     num_rows: MMA rows: batch x queries x groups.
+    list_values: 32-bit values of a row's list: two a choice slot, or one if
+      score and id are packed.
   """
   config = Config()
+  # With 128 rows a warpgroup, each thread of the choice warpgroup keeps the
+  # lists of two rows, which must fit its 168 registers.
+  if list_values > 2 * mosaic.LONG_LIST:
+    return dataclasses.replace(config, warpgroup_rows=64)
   # With at most two waves of tiles, the longest tile decides the time, so
   # smaller tiles are faster.
   if num_rows <= 2 * mosaic.NUM_SMS * config.tile_rows:
@@ -449,6 +458,7 @@ def _to_fp8(x: Float[Array, "*A"]) -> Float[Array, "*A"]:
   return jnp.clip(x, -448, 448).astype(_FP8)
 
 
+@mosaic.in_32_bits
 def select_blocks(
   index_q: Float[Array, "B T K I"],
   index_k: Float[Array, "B S I"],
@@ -515,14 +525,18 @@ def select_blocks(
   # XLA fuses this with padding or quantising, if there is any. Otherwise it
   # costs a copy of index_q and index_k, linear in T beside quadratic scores.
   index_q, index_k = (
-    jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (index_q, index_k)
+    mosaic.pad_head_dim(jnp.where(jnp.isfinite(x), x, jnp.nan))
+    for x in (index_q, index_k)
   )
+  index_dim = index_q.shape[-1]
   num_rows = q_len * num_groups
-  config = config or heuristic_config(batch * num_rows)
+  packed = score_precision != "exact" and num_blocks <= _MAX_PACKED_BLOCKS
+  config = config or heuristic_config(
+    batch * num_rows, slots if packed else 2 * slots
+  )
   step_keys = config.step_keys
   index_k = _pad_axis(index_k, 1, pl.cdiv(kv_len, step_keys) * step_keys)
   k_scale = None
-  packed = score_precision != "exact" and num_blocks <= _MAX_PACKED_BLOCKS
   if score_precision == "fp8":
     index_q = quantise_queries(index_q)
     index_k, k_scale = quantise_keys(index_k, block_size, kv_lengths)

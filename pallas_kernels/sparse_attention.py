@@ -10,8 +10,13 @@ K and V are copied once: head-major, padded to whole blocks, and with non-finite
 entries zeroed, because a zero probability times NaN is NaN. A query that sees
 such an entry is set to NaN at the end, and no other query is touched.
 
-Groups of fewer than 8 heads are padded to 8, because a TMA copy moves tiles of
-8 rows. The result is exact, but each padding head costs as much as a real one.
+The heads of a group are padded to 8 or 16, because a TMA copy moves tiles of 8
+rows and a whole number of queries fills the 64 rows of an MMA tile. The result
+is exact, but each padding head costs as much as a real one.
+
+Heads of other sizes than 64 and 128 are padded with zeros to the next of these.
+A padded head costs as much as a whole one; the copies that pad q, k and v are
+linear in T.
 
 Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
@@ -36,14 +41,15 @@ from pallas_kernels import (
 
 
 def pad_heads(x: Array, num_kv_heads: int) -> Array:
-  """Pads [B,T,H,D] with zero heads to at least 8 heads a group."""
+  """Pads [B,T,H,D] with zero heads to 8 or 16 heads a group."""
   b, t, num_heads, d = x.shape
   group_size = num_heads // num_kv_heads
-  if group_size >= 8:
+  rows = mosaic.padded_heads(group_size)
+  if rows == group_size:
     return x
   x = x.reshape(b, t, num_kv_heads, group_size, d)
-  pad = ((0, 0), (0, 0), (0, 0), (0, 8 - group_size), (0, 0))
-  return jnp.pad(x, pad).reshape(b, t, num_kv_heads * 8, d)
+  pad = ((0, 0), (0, 0), (0, 0), (0, rows - group_size), (0, 0))
+  return jnp.pad(x, pad).reshape(b, t, num_kv_heads * rows, d)
 
 
 def block_major(x: Array, num_blocks: int, block_size: int):
@@ -144,6 +150,7 @@ def _sparse_attention(
   return run(q, k, v, block_indices, kv_lengths)
 
 
+@mosaic.in_32_bits
 def _vjp_forward(q, k, v, block_indices, kv_lengths, *options):
   q, k, v, block_indices, kv_lengths = (
     x.value for x in (q, k, v, block_indices, kv_lengths)
@@ -154,6 +161,7 @@ def _vjp_forward(q, k, v, block_indices, kv_lengths, *options):
   return (out, lse), (q, k, v, out, lse, block_indices, kv_lengths)
 
 
+@mosaic.in_32_bits
 def _vjp_backward(
   block_size, scale, config, backward_config, interpret, residuals, cotangents
 ):
@@ -179,6 +187,7 @@ def _vjp_backward(
 _sparse_attention.defvjp(_vjp_forward, _vjp_backward, symbolic_zeros=True)
 
 
+@mosaic.in_32_bits
 def sparse_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -236,8 +245,11 @@ def sparse_attention(
     return jnp.zeros_like(q), jnp.full((b, num_heads, t), -jnp.inf, jnp.float32)
   if kv_lengths is None:
     kv_lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)
+  head_dim = q.shape[-1]
+  q, k, v = (mosaic.pad_head_dim(x) for x in (q, k, v))
   both: Any = _sparse_attention(
     q, k, v, block_indices, kv_lengths,
     block_size, scale, config, backward_config, interpret,
   )  # fmt: skip
-  return both
+  out, lse = both
+  return out[..., :head_dim], lse

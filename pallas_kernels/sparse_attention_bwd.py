@@ -119,7 +119,7 @@ def candidate_configs() -> tuple[Config, ...]:
 class KernelParams:
   """Static parameters of one call, after padding."""
 
-  q_rows: int  # MMA rows of a query: its group's heads, at least 8
+  q_rows: int  # MMA rows of a query: its group's heads, 8 or 16
   head_dim: int
   block_size: int
   top_k: int

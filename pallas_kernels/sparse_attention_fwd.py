@@ -99,7 +99,7 @@ class KernelParams:
 
   q_len: int
   num_kv_heads: int
-  q_rows: int  # MMA rows of a query: its group's heads, at least 8
+  q_rows: int  # MMA rows of a query: its group's heads, 8 or 16
   head_dim: int
   block_size: int
   dtype: jnp.dtype
@@ -635,7 +635,7 @@ def _tiles(
                   o_ready.at[slot],
                 )
 
-              @pl.when(jnp.logical_not(here))
+              @pl.when(mosaic.bit_not(here))
               def _():
                 plgpu.barrier_arrive(o_ready.at[slot])
 
@@ -744,7 +744,7 @@ def forward(
   """out and the natural lse of padded operands.
 
   Args:
-    q: queries with R heads a group, 8 or more.
+    q: queries with R heads a group, 8 or 16.
     k: finite keys, head-major, whole blocks.
     v: the same of values.
     first_bad: position of the first non-finite key (0) and value (1) of each

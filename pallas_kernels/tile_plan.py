@@ -37,7 +37,7 @@ from jaxtyping import Array, Bool, Int
 from pallas_kernels import mosaic
 
 SHARED_ID_SHIFT = 16  # a shared entry: block id above, query bits below
-SLOT_BITS = 9  # a choice: block id above, choice slot in its tile below
+MIN_SLOT_BITS = 9  # of a choice: see `Geometry.slot_bits`
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +75,15 @@ class Geometry:
     """Length of the list of shared blocks: at most 2 own ones and the rest."""
     fewest = max(1, int(self.shared_cost))
     return min(self.tile * self.top_k // fewest + 2, self.tile * self.top_k)
+
+  @property
+  def slot_bits(self) -> int:
+    """Bits of a choice slot in its tile, which stand below the block id.
+
+    At most 10, of 16 queries with 64 choices each, so that 15 bits of a block
+    id fit beside them and `mosaic.NEVER` stays greater than every choice.
+    """
+    return max(MIN_SLOT_BITS, (self.tile * self.top_k - 1).bit_length())
 
   @property
   def num_spans(self) -> int:
@@ -167,13 +176,13 @@ def plan_tiles(
   slot = jnp.arange(slots, dtype=jnp.int32)
   choices = jnp.where(
     valid.reshape(num_tiles, slots),
-    (known.reshape(num_tiles, slots) << SLOT_BITS) | slot,
+    (known.reshape(num_tiles, slots) << g.slot_bits) | slot,
     mosaic.NEVER,
   )
   choices = lax.sort(choices, dimension=1, is_stable=False)
   valid = choices != mosaic.NEVER
-  block = choices >> SLOT_BITS
-  bit = 1 << ((choices & ((1 << SLOT_BITS) - 1)) // g.top_k)
+  block = choices >> g.slot_bits
+  bit = 1 << ((choices & ((1 << g.slot_bits) - 1)) // g.top_k)
   bit = jnp.where(valid, bit, 0)
   reach = g.tile - 1
   pad = ((0, 0), (reach, reach))
@@ -232,7 +241,7 @@ def plan_merges(tiles: TilePlan, geometry: Geometry) -> Int[Array, "tiles P"]:
   The tile kernel merges the partial outputs of these pairs.
   """
   g = geometry
-  slot = tiles.choices & ((1 << SLOT_BITS) - 1)
+  slot = tiles.choices & ((1 << g.slot_bits) - 1)
   bit = jnp.where(tiles.is_pair, 1 << (slot // g.top_k), 0)
   here = (slot % g.top_k)[:, None, :] == jnp.arange(g.top_k)[:, None]
   return jnp.sum(jnp.where(here, bit[:, None], 0), axis=-1, dtype=jnp.int32)
@@ -257,9 +266,9 @@ def plan_pairs(
   span = tile * g.tile // g.span
   span += jnp.arange(num_chunks, dtype=jnp.int32)[:, None, None] * g.num_spans
   segment = jnp.where(
-    is_pair, span * g.num_blocks + (choices >> SLOT_BITS), num_segments
+    is_pair, span * g.num_blocks + (choices >> g.slot_bits), num_segments
   )
-  slot = tile * slots + (choices & ((1 << SLOT_BITS) - 1))
+  slot = tile * slots + (choices & ((1 << g.slot_bits) - 1))
   segment, order = lax.sort(
     (
       segment.reshape(-1).astype(jnp.uint32),

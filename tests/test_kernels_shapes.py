@@ -1,0 +1,371 @@
+"""Kernels at every group size, head dim and top_k, and in 64-bit JAX.
+
+The contract's cases have the sizes that kernels compute in. Here are those that
+kernels pad inside: groups that are not 8 or 16 heads, heads that are not 64 or
+128 wide.
+"""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import test_kernels_decode
+import test_kernels_kl
+import test_kernels_select
+from helpers import Case, random_blocks
+from op_contract import (
+  assert_same_bits,
+  attention_inputs,
+  check_attention,
+  check_attention_gradients,
+  check_kl,
+)
+
+import msa_jax
+from pallas_kernels import (
+  decode,
+  dense_index_kl,
+  index_kl,
+  mosaic,
+  select_blocks,
+  sparse_attention_bwd,
+  sparse_attention_fwd,
+)
+from pallas_kernels import sparse_attention as sparse
+
+# (G, K, D, I): every group size that is padded, with a head that is.
+PADDED = [
+  (3, 2, 80, 48),
+  (5, 1, 64, 64),
+  (6, 1, 112, 96),
+  (7, 1, 24, 8),
+  (12, 1, 96, 112),
+]
+# On the CPU: one CTA, two compute warpgroups.
+FORWARD = sparse_attention_fwd.Config(
+  num_ctas=1, pair_warpgroups=2, query_stages=2
+)
+BACKWARD = sparse_attention_bwd.Config(num_ctas=1, stages=2)
+
+
+def padded_case(group, kv_heads, head_dim, index_dim, **sizes):
+  """Two batch rows, of which the second sees few keys."""
+  sizes = dict(batch=2, q_len=9, kv_len=140, kv_lengths=(140, 5)) | sizes
+  return Case(
+    num_heads=group * kv_heads, num_kv_heads=kv_heads, head_dim=head_dim,
+    index_dim=index_dim, block_size=64, top_k=2, **sizes,
+  )  # fmt: skip
+
+
+def attend(case, q, k, v, blocks):
+  return sparse.sparse_attention(
+    q, k, v, blocks, block_size=case.block_size, kv_lengths=case.lengths,
+    config=FORWARD, backward_config=BACKWARD, interpret=True,
+  )  # fmt: skip
+
+
+@functools.partial(jax.jit, static_argnames="case")
+def attend_and_pull(case, q, k, v, dout, blocks):
+  """out, lse and the gradients of q, k and v for the cotangent dout."""
+
+  def function(q, k, v):
+    return attend(case, q, k, v, blocks)
+
+  out, pull, lse = jax.vjp(function, q, k, v, has_aux=True)
+  return out, lse, pull(dout)
+
+
+@pytest.mark.parametrize("sizes", PADDED, ids=str)
+def test_padded_attention_and_gradients(sizes):
+  case = padded_case(*sizes)
+  q, k, v, dout = attention_inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  out, lse, grads = attend_and_pull(case, q, k, v, dout, blocks)
+  check_attention(case, q, k, v, blocks, out, lse)
+  check_attention_gradients(case, q, k, v, dout, blocks, grads)
+
+
+@pytest.mark.parametrize("sizes", PADDED, ids=str)
+def test_padded_heads_stay_out_of_the_kl(sizes):
+  """Every real score is far below 0, the score that a padding head has.
+
+  So a padding head with a finite log sum exp would rule the mean. NaN stands
+  where no query sees it.
+  """
+  case = padded_case(*sizes)
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  q = (jnp.abs(q) * 4).astype(q.dtype)
+  k = (-jnp.abs(k) * 4).astype(k.dtype)
+  k, index_k = (x.at[1, 5:].set(jnp.nan) for x in (k, index_k))
+  blocks = random_blocks(case)
+  args = (case, q, k, index_q, index_k, blocks)
+  got = test_kernels_kl.run(
+    *args, config=index_kl.Config(stages=2, task=64, num_ctas=1), interpret=True
+  )
+  k, index_k = (x.at[1, 5:].set(0) for x in (k, index_k))
+  check_kl(case, q, k, index_q, index_k, blocks, got)
+
+
+@pytest.mark.parametrize("sizes", [(5, 1, 80, 48), (12, 1, 96, 112)], ids=str)
+def test_padded_kl_over_all_tokens(sizes):
+  case = padded_case(*sizes)
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  args = (case, q, k, index_q, index_k, None)
+  got = test_kernels_kl.run(
+    *args, config=test_kernels_kl.INTERPRETED_DENSE, interpret=True
+  )
+  check_kl(*args, got)
+
+
+@pytest.mark.parametrize("index_dim", [8, 80, 112])
+@pytest.mark.parametrize("precision", ["exact", "fp8"])
+def test_padded_selection(index_dim, precision):
+  index_q, index_k = test_kernels_select.make(0, 1, 40, 200, 2, index_dim)
+  ids = test_kernels_select.run_and_check(
+    index_q, index_k, precision=precision, top_k=2
+  )
+  if precision == "exact":
+    want = msa_jax.select_blocks(
+      index_q, index_k, block_size=64, top_k=2, implementation="reference"
+    )
+    np.testing.assert_array_equal(ids, want)
+
+
+@pytest.mark.parametrize("group", [3, 7, 12])
+def test_decoding_of_every_group_size(group):
+  case = test_kernels_decode.Case(
+    lengths=(140, 3), capacity=144, num_heads=2 * group, top_k=2
+  )
+  test_kernels_decode.run_and_check(case)
+
+
+@pytest.mark.parametrize("name", ["head_dim", "index_dim"])
+def test_decoding_says_why_it_does_not_pad(name):
+  case = dataclasses.replace(test_kernels_decode.Case(), **{name: 96})
+  with pytest.raises(NotImplementedError) as error:
+    test_kernels_decode.lower(case)
+  assert str(error.value) == (
+    f"mosaic_gpu decode_attention supports {name} in (64, 128), because padding"
+    " would copy the whole cache in every step, got 96"
+  )
+
+
+# ------------------------------------------------------------- many choices
+
+
+@pytest.mark.parametrize("precision, top_k", [("exact", 64), ("fast", 40)])
+def test_selection_of_many_blocks(precision, top_k):
+  index_q, index_k = test_kernels_select.make(2, 1, 20, 70 * 64, 1, 64)
+  test_kernels_select.run_and_check(
+    index_q, index_k, precision=precision, top_k=top_k
+  )
+
+
+def test_attention_and_gradients_of_many_blocks():
+  case = Case(
+    q_len=5, kv_len=70 * 64, num_heads=8, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=64, top_k=64,
+  )  # fmt: skip
+  q, k, v, dout = attention_inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  out, lse, grads = attend_and_pull(case, q, k, v, dout, blocks)
+  check_attention(case, q, k, v, blocks, out, lse)
+  check_attention_gradients(case, q, k, v, dout, blocks, grads)
+  _, _, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  args = (case, q, k, index_q, index_k, blocks)
+  config = index_kl.Config(stages=2, num_ctas=1)
+  check_kl(*args, test_kernels_kl.run(*args, config=config, interpret=True))
+
+
+def test_decoding_of_many_blocks():
+  case = test_kernels_decode.Case(
+    lengths=(70 * 64, 300), capacity=70 * 64, num_heads=1, num_kv_heads=1,
+    top_k=64,
+  )  # fmt: skip
+  config = decode.Config(num_ctas=3, stages=2, splits=1)
+  test_kernels_decode.run_and_check(case, config=config)
+  params = test_kernels_decode.params_of(case, decode.Config())
+  # A thread of the warpgroup that merges holds one list.
+  assert params.scan_ctas <= params.window == 128
+
+
+def test_decoding_of_many_blocks_and_queries_is_refused():
+  case = dataclasses.replace(
+    test_kernels_decode.PAPER, lengths=(1,), capacity=1 << 17, top_k=33,
+    tokens=16, num_heads=16, num_kv_heads=16,
+  )  # fmt: skip
+  with pytest.raises(NotImplementedError) as error:
+    test_kernels_decode.lower(case)
+  assert (
+    "top_k above 32 for up to 128 query tokens x KV heads, because a thread's"
+    " registers hold one list of 64 blocks, got top_k 33 and 256"
+  ) in str(error.value)
+
+
+# ------------------------------------------------------------------ lowering
+
+
+def shapes_of(case):
+  """Shapes of q, k, v, index_q, index_k, block_indices and lse."""
+  spec = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+  b, t, s, kv = case.batch, case.q_len, case.kv_len, case.num_kv_heads
+  cache = spec((b, s, kv, case.head_dim))
+  return (
+    spec((b, t, case.num_heads, case.head_dim)),
+    cache,
+    cache,
+    spec((b, t, kv, case.index_dim)),
+    spec((b, s, case.index_dim)),
+    jax.ShapeDtypeStruct((b, kv, t, case.top_k), jnp.int32),
+    jax.ShapeDtypeStruct((b, case.num_heads, t), jnp.float32),
+  )
+
+
+def kernels_of(case):
+  """The lowered text of each operation with its gradients, by name."""
+  options = dict(block_size=case.block_size)
+
+  def attention(q, k, v, index_q, index_k, ids, lse):
+    def total(*args):
+      out, _ = sparse.sparse_attention(*args, ids, **options)
+      return out.astype(jnp.float32).sum()
+
+    return jax.grad(total, (0, 1, 2))(q, k, v)
+
+  def kl(q, k, v, index_q, index_k, ids, lse):
+    def loss(*args):
+      return index_kl.index_kl_loss(q, k, *args, ids, lse=lse, **options)
+
+    return jax.value_and_grad(loss, (0, 1))(index_q, index_k)
+
+  def warm_up_kl(q, k, v, index_q, index_k, ids, lse):
+    return kl(q, k, v, index_q, index_k, None, lse)
+
+  def choice(q, k, v, index_q, index_k, ids, lse):
+    return select_blocks.select_blocks(
+      index_q, index_k, top_k=case.top_k, **options
+    )
+
+  def step(q, k, v, index_q, index_k, ids, lse):
+    return decode.decode_attention(
+      q[:, :4], k, v, index_q[:, :4], index_k, top_k=case.top_k,
+      kv_lengths=jnp.full((case.batch,), case.kv_len), **options,
+    )  # fmt: skip
+
+  functions = [attention, kl, warm_up_kl, choice]
+  if case.head_dim in mosaic.HEAD_DIMS and case.index_dim in mosaic.HEAD_DIMS:
+    functions.append(step)
+  return {
+    function.__name__: jax.jit(function)
+    .trace(*shapes_of(case))
+    .lower(lowering_platforms=("cuda",))
+    .as_text()
+    for function in functions
+  }
+
+
+def real_case(tokens, heads, kv_heads, dim=128, block_size=128, top_k=16):
+  return Case(
+    q_len=tokens, kv_len=tokens, num_heads=heads, num_kv_heads=kv_heads,
+    head_dim=dim, index_dim=dim, block_size=block_size, top_k=top_k,
+  )  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "case",
+  [
+    real_case(1 << 15, 48, 8),  # MiniMax-M2
+    real_case(1 << 15, 40, 8),  # Qwen3-14B
+    real_case(1 << 13, 9, 3, dim=64),  # SmolLM2-135M
+    real_case(1 << 13, 32, 32, dim=80),
+    real_case(1 << 13, 24, 2, dim=96, block_size=64),
+  ],
+  ids=str,
+)
+def test_lowers_for_cuda(case):
+  for text in kernels_of(case).values():
+    assert "mosaic_gpu" in text
+
+
+def test_lowers_many_choices():
+  texts = kernels_of(real_case(1 << 14, 64, 4, top_k=64))
+  assert all("mosaic_gpu" in text for text in texts.values())
+
+
+def test_a_choice_fits_31_bits():
+  for q_rows in (8, 16):
+    g = sparse_attention_fwd.geometry(
+      1 << 15, mosaic.MAX_BLOCKS * 64, q_rows, 128, 64, mosaic.MAX_TOP_K,
+      sparse_attention_fwd.heuristic_config(),
+    )  # fmt: skip
+    assert g.tile * g.top_k <= 1 << g.slot_bits
+    last = (g.num_blocks << g.slot_bits) - 1
+    assert last < mosaic.NEVER
+
+
+# ---------------------------------------------------------------- 64-bit JAX
+
+
+def kernel_hashes(text):
+  """What identifies the kernels of a lowered program, in order."""
+  return [part.split('"')[1] for part in text.split("kernel_hash = ")[1:]]
+
+
+@pytest.mark.parametrize(
+  "case",
+  [real_case(1 << 13, 64, 4), real_case(1 << 13, 9, 3, dim=64, block_size=64)],
+  ids=str,
+)
+def test_64_bit_jax_lowers_the_same_kernels(case):
+  texts = []
+  for wide in (False, True):  # one line of code: hashes cover source locations
+    with jax.enable_x64(wide):
+      texts.append(kernels_of(case))
+  want, got = texts
+  for name, text in want.items():
+    assert kernel_hashes(text)
+    assert kernel_hashes(got[name]) == kernel_hashes(text), name
+
+
+def test_64_bit_jax_does_not_change_a_bit():
+  case = padded_case(3, 1, 64, 64)
+  q, k, v, dout = attention_inputs(case, jnp.bfloat16)
+  *_, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  blocks = random_blocks(case)
+  decoding = test_kernels_decode.Case(
+    lengths=(140, 3), capacity=144, num_heads=2, top_k=2
+  )
+  tokens = decoding.inputs()
+
+  def results():
+    # A new function: jit keeps what it compiled for this mode, but tests of
+    # other files may have filled the caches of their own functions.
+    attention = jax.jit(lambda *x: attend_and_pull(case, *x))
+    kl_config = index_kl.Config(stages=2, task=64, num_ctas=1)
+    return (
+      attention(q, k, v, dout, blocks),
+      test_kernels_kl.run(
+        case, q, k, index_q, index_k, blocks, config=kl_config, interpret=True
+      ),
+      test_kernels_kl.run(
+        case, q, k, index_q, index_k, None,
+        config=dense_index_kl.Config(stages=2, workspace=1, num_ctas=1),
+        interpret=True,
+      ),
+      select_blocks.select_blocks(
+        index_q, index_k, block_size=64, top_k=2, kv_lengths=case.lengths,
+        config=test_kernels_select.SMALL, interpret=True,
+      ),
+      test_kernels_decode.run(decoding, tokens),
+    )  # fmt: skip
+
+  want = results()
+  with jax.enable_x64(True):
+    got = results()
+  assert_same_bits(got, want)
+  assert [x.dtype for x in jax.tree.leaves(got)] == [
+    x.dtype for x in jax.tree.leaves(want)
+  ]
