@@ -51,9 +51,10 @@ exps 8 KB.
 NaN: one in a query reaches its own row and the keys that it sees. Keys that are
 not finite are zeroed, and a query that sees one is made NaN through index_lse.
 
-Heads and index heads of other sizes than 64 and 128 are padded with zeros to the
-next of these. The heads of a group are padded to 8 or 16; padding heads have an
-lse of +inf, so that their p is 0, and the mean divides by the real heads.
+Heads and index heads of other sizes than 64 and 128 are padded with zeros to
+the next of these. The heads of a group are padded to 8 or 16; padding heads
+have an lse of +inf, so that their p is 0, and the mean divides by the number of
+real heads.
 
 Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """

@@ -28,8 +28,9 @@ MAX_HEAD_DIM = 128  # D and I, multiples of 8
 BLOCK_SIZES = (64, 128)
 MAX_GROUP_SIZE = 16  # G
 MAX_TOP_K = 64  # P
-# Lists of more entries keep one MMA row (selection) or one query (decoding) in a
-# thread, and not two: 64 scores and 64 ids are 128 of its 168 registers.
+# With lists of more entries, a thread keeps the list of one MMA row (selection)
+# or one query (decoding), and not of two: 64 scores and 64 ids are 128 of its
+# 168 registers.
 LONG_LIST = 32
 MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
 MAX_CHOICES = (1 << 31) - 1  # B x K x T x P: offsets of ids are 32 bits

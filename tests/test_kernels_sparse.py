@@ -411,7 +411,8 @@ def test_64_bit_jax_lowers(name, pretend_hopper, x64):
   operation = functools.partial(OPERATIONS[name], implementation="mosaic_gpu")
   traced = jax.jit(operation).trace(*operands())
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert "mosaic_gpu" in text or name == "warm-up"
+  # The warm-up attends by cuDNN, and one block leaves nothing to choose.
+  assert ("mosaic_gpu" in text) == (name not in ("warm-up", "select_blocks"))
 
 
 @pytest.mark.parametrize("name", OPERATIONS)

@@ -1,0 +1,840 @@
+"""Calls an implementation with random inputs and compares with the reference.
+
+  python -m benchmarks.fuzz --calls 10000 --seed 0 --out fuzz.json
+
+A *signature* is an operation with its sizes and dtypes, which are compiled
+once; a *call* is a signature with random values, lengths, choices of blocks and
+NaN, all of them drawn on the device from the seed and the call's number. A
+failure is printed with the command that repeats it alone (`--only N`).
+
+What must hold (docs/design.md has the contract):
+
+* Results are the reference's in float32. The largest error is at most twice
+  that of the same formula with rounded operands, plus one unit in the last
+  place. The RMS error is at most 0.5 % of the truth's, or twice that of the
+  formula with rounded operands: a gradient that cancels has more than 0.5 % of
+  rounding error in any implementation.
+* Results are NaN or infinite where the truth is, and nowhere else.
+* What no query sees changes no bit.
+* A second run gives equal bits.
+* A choice holds what is forced, and its worst block is no worse than the best
+  one that it left out.
+
+Every operation is called through `msa_jax` with `--implementation`. With
+`--interpret`, the kernels run in Pallas's GPU interpret mode on a CPU, at tiny
+sizes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import concurrent.futures
+import dataclasses
+import functools
+import json
+import math
+import pathlib
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+import msa_jax
+from msa_jax import reference
+
+OPS = ("attention", "kl", "attention", "select", "decode", "warmup_kl")
+# A signature's place in the list decides its operation, so every op is there.
+CHOICES = ("random", "shared", "hot", "own", "empty", "garbage")
+POISONS = ("none", "none", "query", "key", "unseen")
+SCALES = (0.5, 1.0, 2.0, 0.0)  # of queries; 0 makes all scores equal
+MARGINS = {"exact": 2.0**-18, "fast": 2.0**-9, "fp8": 2.0**-10}
+highest = functools.partial(jnp.einsum, precision="highest")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Signature:
+  """An operation with all that is compiled into it."""
+
+  op: str
+  batch: int
+  q_len: int
+  kv_len: int
+  num_kv_heads: int
+  group_size: int
+  head_dim: int
+  index_dim: int
+  block_size: int
+  top_k: int
+  num_local_blocks: int
+  dtype: str
+  precision: str = "exact"
+
+  @property
+  def num_heads(self) -> int:
+    return self.group_size * self.num_kv_heads
+
+  @property
+  def num_blocks(self) -> int:
+    return -(-self.kv_len // self.block_size)
+
+  @property
+  def scale(self) -> float:
+    return self.head_dim**-0.5
+
+
+def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
+  """Random signatures; those of one seed are the same in every run."""
+  rng = np.random.default_rng(seed)
+
+  def pick(*values: Any) -> Any:
+    return values[int(rng.integers(len(values)))]
+
+  found = []
+  for index in range(count):
+    op = OPS[index % len(OPS)]
+    group = int(rng.integers(1, 17))
+    kv_heads = int(rng.integers(1, 1 + (1 if tiny else max(1, 24 // group))))
+    kv_heads = min(kv_heads, 4)
+    dims = [64 if tiny else pick(64, 128, 128)] * 2
+    if op != "decode" and rng.random() < 0.4:
+      most = 64 if tiny else 128
+      dims = [8 * int(rng.integers(1, most // 8 + 1)) for _ in range(2)]
+    block_size = 64 if tiny else pick(64, 128)
+    kv_len = int(rng.integers(1, 200 if tiny else 2049))
+    if rng.random() < 0.3:
+      kv_len = math.ceil(kv_len / block_size) * block_size
+    q_len = int(rng.integers(1, min(kv_len, 12 if tiny else 512) + 1))
+    if op == "warmup_kl" and not tiny and rng.random() < 0.5:
+      kv_len = q_len
+    if op == "decode":
+      q_len = min(q_len, int(rng.integers(1, 5 if tiny else 17)))
+    top_k = pick(1, 2, 3) if tiny else pick(1, 2, 3, 4, 6, 8, 16, 16, 24)
+    precision = "exact"
+    if op == "select":
+      precision = pick("exact", "exact", "fast")
+    if op == "decode":
+      precision = pick("exact", "fp8")
+    found.append(
+      Signature(
+        op=op,
+        batch=int(rng.integers(1, 3 if tiny else 5)),
+        q_len=q_len,
+        kv_len=kv_len,
+        num_kv_heads=kv_heads,
+        group_size=group,
+        head_dim=dims[0],
+        index_dim=dims[1],
+        block_size=block_size,
+        top_k=top_k,
+        num_local_blocks=min(top_k, pick(1, 1, 2, 0)),
+        dtype=pick("bfloat16", "bfloat16", "float16"),
+        precision=precision,
+      )
+    )
+  return found
+
+
+# ---- Inputs ----
+
+
+def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
+  """All operands of a call, and what was drawn for it."""
+  keys = iter(jax.random.split(key, 24))
+
+  def normal(*shape: int) -> jax.Array:
+    return jax.random.normal(next(keys), shape, jnp.float32)
+
+  def integer(low: Any, high: Any, shape: tuple = ()) -> jax.Array:
+    return jax.random.randint(next(keys), shape, low, high)
+
+  b, t, n = s.batch, s.q_len, s.kv_len
+  choice, poison = integer(0, len(CHOICES)), integer(0, len(POISONS))
+  factor = jnp.asarray(SCALES)[integer(0, len(SCALES))]
+  index_factor = jnp.asarray(SCALES)[integer(0, len(SCALES))]
+  kv = (b, n, s.num_kv_heads, s.head_dim)
+  x = dict(
+    q=factor * normal(b, t, s.num_heads, s.head_dim),
+    k=normal(*kv),
+    v=normal(*kv),
+    index_q=index_factor * normal(b, t, s.num_kv_heads, s.index_dim),
+    index_k=normal(b, n, s.index_dim),
+    dout=normal(b, t, s.num_heads, s.head_dim),
+  )
+  x = {name: value.astype(s.dtype) for name, value in x.items()}
+  # Half of the rows are full; the others end anywhere.
+  lengths = jnp.where(integer(0, 2, (b,)) == 0, n, integer(0, n + 1, (b,)))
+  positions = reference.query_positions(t, n, b, lengths)
+  blocks = _choices(s, choice, positions, normal, integer)
+  mask = (integer(0, 5, (b, t)) > 0) | (integer(0, 2) == 0)
+  if s.op == "warmup_kl":
+    visible = reference.causal_tokens(positions, n)
+  elif s.op in ("attention", "kl"):
+    visible = reference.chosen_tokens(blocks, positions, n, s.block_size)
+  else:
+    visible = reference.causal_tokens(positions, n)
+  shape = (b, s.num_kv_heads, t, n)
+  visible = jnp.broadcast_to(visible, shape)
+  if s.op in ("kl", "warmup_kl"):
+    visible &= mask[:, None, :, None]
+  seen = visible.any(2)  # [B, K, S]
+  unseen = jnp.moveaxis(~seen, 1, 2)[..., None]
+  none_sees = ~seen.any(1)[..., None]
+
+  kind = _kind(poison)
+  one_b, one_t, one_s = integer(0, b), integer(0, t), integer(0, n)
+  bad = jnp.asarray(jnp.nan, s.dtype)
+  at_query = (
+    (jnp.arange(b)[:, None] == one_b) & (jnp.arange(t) == one_t)
+  )[..., None, None]  # fmt: skip
+  at_key = (
+    (jnp.arange(b)[:, None] == one_b) & (jnp.arange(n) == one_s)
+  )[..., None, None]  # fmt: skip
+  first_q = jnp.arange(s.head_dim) == 0
+  first_i = jnp.arange(s.index_dim) == 0
+  head = (jnp.arange(s.num_heads) == 0)[:, None]
+  group = (jnp.arange(s.num_kv_heads) == 0)[:, None]
+  query, key_, hidden = (kind == i for i in (1, 2, 3))
+  # No gradient is asked of a call whose visible operands hold NaN.
+  x["q"] = jnp.where(query & at_query & head & first_q, bad, x["q"])
+  x["index_q"] = jnp.where(
+    query & at_query & group & first_i, bad, x["index_q"]
+  )
+  x["v"] = jnp.where(key_ & at_key & group & first_q, bad, x["v"])
+  x["index_k"] = jnp.where(key_ & at_key[..., 0] & first_i, bad, x["index_k"])
+  clean = dict(x)
+  for name, where in (("k", unseen), ("v", unseen), ("index_k", none_sees)):
+    x[name] = jnp.where(hidden & where, bad, x[name])
+    clean[name] = jnp.where(hidden & where, 0, clean[name])
+  x = {name: value.astype(s.dtype) for name, value in x.items()}
+  extra = dict(blocks=blocks, lengths=lengths, mask=mask)
+  if s.op == "decode" and s.precision == "fp8":
+    # A key that holds NaN has no scale: it is one of zeros.
+    finite = jnp.nan_to_num(x["index_k"].astype(jnp.float32))
+    codes, scales = reference.fp8_codes(finite)
+    extra["index_k_scale"] = jnp.where(
+      hidden & none_sees[..., 0], jnp.nan, scales
+    )
+    x["index_k"] = codes
+    clean["index_k"] = codes
+  return (
+    x
+    | extra
+    | {f"clean_{name}": clean[name] for name in ("k", "v", "index_k")}
+    | dict(visible=visible, kind=kind, choice=choice, factor=factor)
+  )
+
+
+def _kind(poison: jax.Array) -> jax.Array:
+  """0: none, 1: in a query, 2: in a key or value, 3: where nobody sees it."""
+  kinds = [("none", "query", "key", "unseen").index(name) for name in POISONS]
+  return jnp.asarray(kinds)[poison]
+
+
+def _choices(
+  s: Signature, choice: jax.Array, positions: jax.Array, normal: Callable,
+  integer: Callable,
+) -> jax.Array:  # fmt: skip
+  """Block ids: ascending, then -1."""
+  b, t, n, p = s.batch, s.q_len, s.num_blocks, s.top_k
+  own = jnp.where(positions < 0, -1, positions // s.block_size)
+  own = own[:, None, :, None]
+  scores = normal(b, s.num_kv_heads, t, n)
+  alike = scores[:, :, jnp.arange(t) // 8 * 8]
+  scores = jnp.where(choice == CHOICES.index("shared"), alike, scores)
+  block = jnp.arange(n)
+  hot = (block == 0) | (block == own)
+  scores += jnp.where((choice == CHOICES.index("hot")) & hot, 100, 0)
+  scores = jnp.where(
+    (choice == CHOICES.index("own")) & (block != own), -jnp.inf, scores
+  )
+  scores = jnp.where(block <= own, scores, -jnp.inf)
+  rows = integer(0, 3, (b, s.num_kv_heads, t, 1)) == 0
+  rows &= choice == CHOICES.index("empty")
+  scores = jnp.where(rows, -jnp.inf, scores)
+  count = min(p, n)
+  top, ids = lax.top_k(scores, count)
+  ids = jnp.where(top == -jnp.inf, n, ids).astype(jnp.int32)
+  ids = jnp.pad(ids, ((0, 0),) * 3 + ((0, p - count),), constant_values=n)
+  ids = jnp.sort(ids, axis=-1)
+  # Ids that name no block, or one beyond the query's own, contribute nothing.
+  beyond = jnp.where(choice == CHOICES.index("garbage"), n + 3, -1)
+  return jnp.where(ids == n, beyond, ids)
+
+
+# ---- The implementation ----
+
+
+def runner(s: Signature, implementation: str, interpret: bool) -> Callable:
+  """What is tested: draw's dict -> results by name."""
+  f = _kernels() if interpret else _public(implementation)
+  blocks = dict(block_size=s.block_size)
+
+  def attention(x):
+    def attend(q, k, v):
+      return f["attention"](
+        q, k, v, x["blocks"], **blocks, kv_lengths=x["lengths"]
+      )
+
+    out, pull, lse = jax.vjp(attend, x["q"], x["k"], x["v"], has_aux=True)
+    dq, dk, dv = pull(x["dout"])
+    return dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
+
+  def kl(x):
+    lse = _teacher_lse(s, x)
+    ids = None if s.op == "warmup_kl" else x["blocks"]
+    # As with a loss scale: gradients of a mean are below float16's range.
+    factor = 1024.0 if s.dtype == "float16" else 1.0
+
+    def loss(index_q, index_k):
+      value = f["kl"](
+        x["q"], x["k"], index_q, index_k, ids, **blocks, lse=lse,
+        kv_lengths=x["lengths"], query_mask=x["mask"],
+      )  # fmt: skip
+      return factor * value, value
+
+    grads, value = jax.grad(loss, (0, 1), has_aux=True)(
+      x["index_q"], x["index_k"]
+    )
+    diq, dik = (g.astype(jnp.float32) / factor for g in grads)
+    return dict(kl=value, dindex_q=diq, dindex_k=dik)
+
+  def select(x):
+    ids = f["select"](
+      x["index_q"], x["index_k"], **blocks, top_k=s.top_k,
+      num_local_blocks=s.num_local_blocks, kv_lengths=x["lengths"],
+      score_precision=s.precision,
+    )  # fmt: skip
+    return dict(ids=ids)
+
+  def decode(x):
+    out, ids = f["decode"](
+      x["q"], x["k"], x["v"], x["index_q"], x["index_k"], **blocks,
+      top_k=s.top_k, num_local_blocks=s.num_local_blocks,
+      kv_lengths=x["lengths"], index_k_scale=x.get("index_k_scale"),
+    )  # fmt: skip
+    return dict(out=out, ids=ids)
+
+  return dict(
+    attention=attention, kl=kl, warmup_kl=kl, select=select, decode=decode
+  )[s.op]
+
+
+def _public(implementation: Any) -> dict[str, Callable]:
+  named = dict(implementation=implementation)
+  return dict(
+    attention=functools.partial(
+      msa_jax.sparse_attention, return_lse=True, **named
+    ),
+    kl=functools.partial(msa_jax.index_kl_loss, **named),
+    select=functools.partial(msa_jax.select_blocks, **named),
+    decode=functools.partial(msa_jax.decode_attention, **named),
+  )
+
+
+def _kernels() -> dict[str, Callable]:
+  """The kernels in interpret mode, with as few CTAs as a CPU can run."""
+  from pallas_kernels import (
+    decode,
+    dense_index_kl,
+    index_kl,
+    select_blocks,
+    sparse_attention,
+    sparse_attention_bwd,
+    sparse_attention_fwd,
+  )
+
+  def kl(q, k, index_q, index_k, ids, **options):
+    config: Any = index_kl.Config(stages=2, task=64, num_ctas=1)
+    if ids is None:
+      config = dense_index_kl.Config(stages=2, workspace=1, num_ctas=1)
+    return index_kl.index_kl_loss(
+      q, k, index_q, index_k, ids, config=config, interpret=True, **options
+    )
+
+  return dict(
+    attention=functools.partial(
+      sparse_attention.sparse_attention,
+      config=sparse_attention_fwd.Config(
+        num_ctas=1, pair_warpgroups=2, query_stages=2
+      ),
+      backward_config=sparse_attention_bwd.Config(num_ctas=1, stages=2),
+      interpret=True,
+    ),
+    kl=kl,
+    select=functools.partial(
+      select_blocks.select_blocks,
+      config=select_blocks.Config(warpgroup_rows=64, stages=2),
+      interpret=True,
+    ),
+    decode=functools.partial(
+      decode.decode_attention,
+      config=decode.Config(num_ctas=3, stages=2, splits=2),
+      interpret=True,
+    ),
+  )
+
+
+# ---- The truth ----
+
+
+def _teacher_lse(s: Signature, x: dict) -> jax.Array:
+  q, k = (x[name].astype(jnp.float32) for name in ("q", "clean_k"))
+  if s.op == "warmup_kl":
+    positions = reference.query_positions(
+      s.q_len, s.kv_len, s.batch, x["lengths"]
+    )
+    visible = jnp.broadcast_to(
+      reference.causal_tokens(positions, s.kv_len), x["visible"].shape
+    )
+  else:
+    visible = x["visible"]
+  lse = reference.masked_logsumexp(
+    reference.head_scores(q, k, visible, s.scale)
+  )
+  return lse.reshape(s.batch, s.num_heads, s.q_len)
+
+
+def _rounder(dtype: Any) -> Callable:
+  if dtype is None:
+    return lambda x: x
+  return lambda x: x.astype(dtype).astype(jnp.float32)
+
+
+def _by_block(s: Signature, x: jax.Array, axis: int) -> jax.Array:
+  """Splits an axis of key slots into blocks, N first."""
+  pad = [(0, 0)] * x.ndim
+  pad[axis] = (0, s.num_blocks * s.block_size - s.kv_len)
+  x = jnp.pad(x, pad)
+  x = x.reshape(
+    *x.shape[:axis], s.num_blocks, s.block_size, *x.shape[axis + 1 :]
+  )
+  return jnp.moveaxis(x, axis, 0)
+
+
+def _attention(s: Signature, x: dict, dtype: Any) -> dict[str, Any]:
+  """out, lse and gradients by the formula, and the size of dq's partials."""
+  rounded = _rounder(dtype)
+  q, k, v, dout = (
+    x[name].astype(jnp.float32) for name in ("q", "clean_k", "clean_v", "dout")
+  )
+  visible = x["visible"]
+  out, lse = reference.attend(
+    q, k, v, visible, s.scale, probs_dtype=dtype and jnp.dtype(dtype)
+  )
+  sizes = (s.batch, s.q_len, s.num_kv_heads, s.group_size, s.head_dim)
+  p = reference.head_scores(q, k, visible, s.scale)
+  p = reference.softmax(p, reference.masked_logsumexp(p))
+  q, dout, delta = (x.reshape(sizes) for x in (q, dout, rounded(out) * dout))
+  dp = highest("btkgd,bskd->bkgts", dout, v)
+  delta = jnp.moveaxis(jnp.sum(delta, axis=-1), 1, -1)
+  ds = rounded(p * (dp - delta[..., None]))
+  dq = s.scale * highest("bkgts,bskd->btkgd", ds, k)
+  parts = s.scale * highest(
+    "nbkgtj,nbjkd->nbtkgd", _by_block(s, ds, 4), _by_block(s, k, 1)
+  )
+  return dict(
+    out=rounded(out),
+    lse=lse,
+    dq=dq.reshape(out.shape),
+    dk=s.scale * highest("bkgts,btkgd->bskd", ds, q),
+    dv=highest("bkgts,btkgd->bskd", rounded(p), dout),
+    dq_size=jnp.max(jnp.abs(parts), initial=0.0),
+  )
+
+
+def _kl(s: Signature, x: dict, dtype: Any) -> dict[str, Any]:
+  """The KL and its gradients, and the part of them that comes from r."""
+  rounded = _rounder(dtype)
+  q, k, index_q, index_k = (
+    x[name].astype(jnp.float32)
+    for name in ("q", "clean_k", "index_q", "clean_index_k")
+  )
+  visible, i_scale = x["visible"], s.index_dim**-0.5
+  scores = reference.head_scores(q, k, visible, s.scale)
+  p = reference.softmax(scores, reference.masked_logsumexp(scores))
+  p = jnp.mean(rounded(p), axis=2)
+  u = jnp.where(
+    visible, i_scale * reference.index_scores(index_q, index_k), -jnp.inf
+  )
+  lse = reference.masked_logsumexp(u)
+  r = reference.softmax(u, lse)
+  lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
+  log_r = jnp.where(visible, u - lse, 0)
+  log_p = jnp.log(jnp.where(p > 0, p, 1))
+  counted = jnp.maximum(x["mask"].sum(), 1) * s.num_kv_heads
+
+  def gradients(g):
+    g = g * (i_scale / counted)
+    return (
+      highest("bkts,bsi->btki", g, index_k),
+      highest("bkts,btki->bsi", g, index_q),
+    )
+
+  diq, dik = gradients(rounded(r - p))
+  diq_size, dik_size = gradients(r)
+  return dict(
+    kl=jnp.sum(p * (log_p - log_r)) / counted,
+    dindex_q=diq,
+    dindex_k=dik,
+    dindex_q_size=diq_size,
+    dindex_k_size=dik_size,
+  )
+
+
+# ---- Comparison: everything on the device, numbers to the host ----
+
+
+def _compare(got, truth, near, dtype, size=None) -> dict[str, jax.Array]:
+  """Errors of a result and their bounds, where the truth is finite."""
+  got, truth, near = (x.astype(jnp.float32) for x in (got, truth, near))
+  finite = jnp.isfinite(truth)
+  same = (jnp.isnan(got) == jnp.isnan(truth)) & (
+    finite | jnp.isnan(truth) | (got == truth)
+  )
+
+  def errors(x):
+    return jnp.where(finite, jnp.abs(x - truth), 0)
+
+  def rms(x):
+    return jnp.sqrt(jnp.mean(jnp.square(x)))
+
+  scale = jnp.where(finite, truth, 0)
+  if size is not None and size.ndim:
+    scale = size
+  top = jnp.max(jnp.abs(scale))
+  if size is not None:
+    top = jnp.maximum(top, jnp.max(size))
+  error, near = errors(got), errors(near)
+  bound = 2 * jnp.max(near) + float(jnp.finfo(dtype).eps) * top
+  # 1e-30: where everything is 0, so must the error be.
+  most = jnp.maximum(0.005 * rms(scale), 2 * rms(near)) + 1e-30
+  return dict(
+    misplaced=jnp.sum(~same), error=jnp.max(error), bound=bound,
+    rms=rms(error), rms_bound=most,
+  )  # fmt: skip
+
+
+def _same_bits(first: dict, second: dict) -> jax.Array:
+  def same(a, b):
+    if a.dtype == jnp.int32:
+      return jnp.all(a == b)
+    kind = jnp.uint16 if a.dtype.itemsize == 2 else jnp.uint32
+    return jnp.all(
+      lax.bitcast_convert_type(a, kind) == lax.bitcast_convert_type(b, kind)
+    )
+
+  return jnp.all(jnp.stack([same(first[name], second[name]) for name in first]))
+
+
+def checker(s: Signature) -> Callable:
+  """(draw's dict, results, results again) -> report of numbers."""
+
+  def attention(x, got):
+    truth, near = _attention(s, x, None), _attention(s, x, s.dtype)
+    report = dict(out=_compare(got["out"], truth["out"], near["out"], s.dtype))
+    lse = _compare(got["lse"], truth["lse"], truth["lse"], s.dtype)
+    seen = jnp.isfinite(truth["lse"])
+    # Sums in float32, and exp2 and log2 to 2 units in the last place.
+    lse["bound"] = 2e-5 * (
+      1 + jnp.max(jnp.where(seen, jnp.abs(truth["lse"]), 0))
+    )
+    report["lse"] = lse | dict(rms_bound=lse["bound"])
+    for name in ("dq", "dk", "dv"):
+      size = truth["dq_size"] if name == "dq" else None
+      report[name] = _without_nan_calls(
+        x, _compare(got[name], truth[name], near[name], s.dtype, size)
+      )
+    return report
+
+  def kl(x, got):
+    truth, near = _kl(s, x, None), _kl(s, x, s.dtype)
+    value = _compare(got["kl"], truth["kl"], near["kl"], s.dtype)
+    # Sums over all pairs in float32 of terms with p rounded.
+    value["bound"] += 2e-4 * jnp.abs(jnp.nan_to_num(truth["kl"])) + 1e-6
+    report = dict(kl=value | dict(rms_bound=value["bound"]))
+    for name in ("dindex_q", "dindex_k"):
+      report[name] = _without_nan_calls(
+        x,
+        _compare(
+          got[name], truth[name], near[name], s.dtype, truth[f"{name}_size"]
+        ),
+      )
+    return report
+
+  def select(x, got):
+    scores = reference.index_scores(
+      x["index_q"].astype(jnp.float32), x["clean_index_k"].astype(jnp.float32)
+    )
+    size = reference.index_scores(
+      *(
+        jnp.abs(jnp.nan_to_num(y.astype(jnp.float32)))
+        for y in (x["index_q"], x["clean_index_k"])
+      )
+    )
+    return dict(ids=_choice(s, x, got["ids"], scores, size))
+
+  def decode(x, got):
+    ids, scale = got["ids"], x.get("index_k_scale")
+    if scale is not None:
+      scale = jnp.nan_to_num(scale)
+    index_q, index_k = x["index_q"], x["clean_index_k"]
+    scores = reference.decode_scores(index_q, index_k, scale)
+    wide = index_k.astype(jnp.float32)
+    if scale is not None:
+      wide *= scale[..., None]
+    size = reference.index_scores(
+      *(jnp.abs(jnp.nan_to_num(y.astype(jnp.float32))) for y in (index_q, wide))
+    )
+    positions = reference.query_positions(
+      s.q_len, s.kv_len, s.batch, x["lengths"]
+    )
+    visible = reference.chosen_tokens(ids, positions, s.kv_len, s.block_size)
+    q, k, v = (
+      x[name].astype(jnp.float32) for name in ("q", "clean_k", "clean_v")
+    )
+    attend = functools.partial(reference.attend, q, k, v, visible, s.scale)
+    out = attend()[0]
+    near = attend(jnp.dtype(s.dtype))[0].astype(s.dtype)
+    return dict(
+      ids=_choice(s, x, ids, scores, size),
+      out=_compare(got["out"], out, near, s.dtype),
+    )
+
+  check = dict(
+    attention=attention, kl=kl, warmup_kl=kl, select=select, decode=decode
+  )[s.op]
+
+  def run(x, got, again):
+    report = check(x, got)
+    drawn = {name: x[name] for name in ("kind", "choice", "factor", "lengths")}
+    return dict(results=report, same_bits=_same_bits(got, again), drawn=drawn)
+
+  return run
+
+
+def _without_nan_calls(x: dict, report: dict) -> dict:
+  """Gradients are compared only if no visible operand holds NaN."""
+  visible_nan = (x["kind"] == 1) | (x["kind"] == 2)
+  return {
+    name: jnp.where(visible_nan, jnp.zeros_like(value), value)
+    for name, value in report.items()
+  }
+
+
+def _choice(s: Signature, x: dict, ids, scores, size) -> dict[str, jax.Array]:
+  """What a choice must satisfy; `bound` is the margin of near ties."""
+  n, positions = s.num_blocks, reference.query_positions(
+    s.q_len, s.kv_len, s.batch, x["lengths"]
+  )  # fmt: skip
+  causal = reference.causal_tokens(positions, s.kv_len)
+  scores = jnp.where(causal, scores, -jnp.inf)
+  best = reference.block_max(jnp.moveaxis(_pad_blocks(s, scores), 3, 0))
+  best = jnp.moveaxis(best, 0, 3)
+  size = jnp.max(jnp.where(causal, size, 0), axis=-1)
+  own = jnp.where(positions < 0, -1, positions // s.block_size)
+  own = own[:, None, :, None]
+  block = jnp.arange(n)
+  visible = block <= own
+  forced = visible & (block > own - s.num_local_blocks)
+  competing = visible & ~forced & ~jnp.isnan(best)
+  count = jnp.sum(ids >= 0, axis=-1)
+  room = jnp.minimum(s.top_k, forced.sum(-1) + competing.sum(-1))
+  slot = jnp.arange(s.top_k)
+  filled = slot < count[..., None]
+  chosen = jnp.any(ids[..., None] == block, axis=-2)
+  ascending = (jnp.diff(ids, axis=-1) > 0) | ~filled[..., 1:]
+  wrong = (
+    jnp.sum(count != room)
+    + jnp.sum(~filled & (ids != -1))
+    + jnp.sum(~ascending)
+    + jnp.sum(chosen & ~(forced | competing))
+    + jnp.sum(forced & ~chosen)
+  )
+  worst = jnp.min(jnp.where(chosen & competing, best, jnp.inf), axis=-1)
+  refused = jnp.max(jnp.where(competing & ~chosen, best, -jnp.inf), axis=-1)
+  excess = jnp.where(
+    (worst < refused), (refused - worst) / jnp.maximum(size, 1e-30), 0
+  )
+  # An infinity of both kinds is no near tie.
+  error = jnp.max(jnp.nan_to_num(excess, nan=jnp.inf))
+  zero = jnp.float32(0)
+  bound = jnp.float32(MARGINS[s.precision])
+  return dict(
+    misplaced=wrong, error=error, bound=bound, rms=zero, rms_bound=zero
+  )
+
+
+def _pad_blocks(s: Signature, scores: jax.Array) -> jax.Array:
+  """[B, K, T, S] -> [B, K, T, N, block_size], -inf where no key is."""
+  pad = s.num_blocks * s.block_size - s.kv_len
+  scores = jnp.pad(scores, ((0, 0),) * 3 + ((0, pad),), constant_values=-np.inf)
+  return scores.reshape(*scores.shape[:3], s.num_blocks, s.block_size)
+
+
+# ---- Running ----
+
+
+def faults(report: dict) -> list[str]:
+  """What is wrong with a call, in words; nothing if it passed."""
+  found = [] if report["same_bits"] else ["a second run gave other bits"]
+  for name, x in report["results"].items():
+    if x["misplaced"]:
+      found.append(f"{name}: {int(x['misplaced'])} entries out of place")
+    for error, bound in (("error", "bound"), ("rms", "rms_bound")):
+      if not x[error] <= x[bound]:
+        found.append(f"{name}: {error} {x[error]:.3g} > {x[bound]:.3g}")
+  return found
+
+
+class Programs:
+  """The compiled programs of a signature."""
+
+  def __init__(self, s: Signature, implementation: str, interpret: bool):
+    draw_ = jax.jit(functools.partial(draw, s))
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    x = jax.eval_shape(draw_, key)
+    run = jax.jit(runner(s, implementation, interpret))
+    out = jax.eval_shape(run, x)
+    # A check runs few times: to search for the fastest products takes longer.
+    options = {"xla_gpu_autotune_level": 0} if _on_gpu() else None
+    check = jax.jit(checker(s), compiler_options=options)
+    self._draw = draw_.lower(key).compile()
+    self._run = run.lower(x).compile()
+    self._check = check.lower(x, out, out).compile()
+
+  def __call__(self, key: jax.Array) -> Any:
+    """The report of a call, on the device."""
+    x = self._draw(key)
+    return self._check(x, self._run(x), self._run(x))
+
+
+def _on_gpu() -> bool:
+  return jax.default_backend() == "gpu"
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.fuzz",
+    description=(__doc__ or "").split("\n\n")[0],
+    formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+  )
+  parser.add_argument("--calls", type=int, default=10_000)
+  parser.add_argument("--seed", type=int, default=0)
+  parser.add_argument(
+    "--signatures", type=int, default=60, help="compiled signatures, up to 100"
+  )
+  parser.add_argument("--only", type=int, help="run this call alone")
+  parser.add_argument(
+    "--implementation",
+    default="mosaic_gpu",
+    choices=("mosaic_gpu", "xla", "reference"),
+  )
+  parser.add_argument(
+    "--interpret", action="store_true", help="kernels on a CPU, tiny sizes"
+  )
+  parser.add_argument("--tiny", action="store_true", help="tiny sizes")
+  parser.add_argument("--out", type=pathlib.Path, help="JSON summary")
+  args = parser.parse_args(argv)
+  if not 1 <= args.signatures <= 100:
+    parser.error(f"--signatures must be 1 to 100, got {args.signatures}")
+  return args
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the calls; returns 1 if any failed."""
+  args = parse(argv)
+  tiny = args.tiny or args.interpret
+  found = signatures(args.seed, args.signatures, tiny)
+  calls = range(args.calls) if args.only is None else [args.only]
+  base = jax.random.key(args.seed)
+  workers = 1 if args.interpret or not _on_gpu() else 12
+  start, failures, unsupported = time.perf_counter(), [], {}
+  done: collections.Counter = collections.Counter()
+  options = [f"--seed {args.seed} --signatures {args.signatures}"]
+  options += [f"--implementation {args.implementation}"]
+  options += [flag for flag in ("--interpret", "--tiny") if
+              getattr(args, flag[2:])]  # fmt: skip
+
+  def judge(call: int, s: Signature, report: Any) -> None:
+    done[s.op] += 1
+    report = jax.tree.map(np.asarray, report)
+    wrong = faults(report)
+    if not wrong:
+      return
+    drawn = {name: x.tolist() for name, x in report["drawn"].items()}
+    drawn["choice"] = CHOICES[drawn["choice"]]
+    drawn["nan"] = ("none", "query", "key", "unseen")[drawn.pop("kind")]
+    repeat = f"python -m benchmarks.fuzz {' '.join(options)} --only {call}"
+    failures.append(
+      dict(
+        call=call, faults=wrong, signature=dataclasses.asdict(s), drawn=drawn,
+        repeat=repeat,
+      )
+    )  # fmt: skip
+    print(f"call {call} failed: {'; '.join(wrong)}\n  {s}\n  {drawn}")
+    print(f"  {repeat}", flush=True)
+
+  # The calls of a signature follow each other, so that its programs can go.
+  by_signature = collections.defaultdict(list)
+  for call in calls:
+    by_signature[call % len(found)].append(call)
+
+  def build(index: int):
+    return Programs(found[index], args.implementation, args.interpret)
+
+  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
+    futures = {index: pool.submit(build, index) for index in by_signature}
+    for nth, (index, mine) in enumerate(by_signature.items()):
+      s, waiting = found[index], collections.deque()
+      try:
+        programs = futures.pop(index).result()
+      except NotImplementedError as error:
+        unsupported[index] = str(error)
+        print(f"signature {index} is not supported: {error}", flush=True)
+        continue
+      for call in mine:
+        waiting.append((call, programs(jax.random.fold_in(base, call))))
+        if len(waiting) > 8:  # the host judges while the device works
+          earlier, report = waiting.popleft()
+          judge(earlier, s, report)
+      for call, report in waiting:
+        judge(call, s, report)
+      print(
+        f"[{time.perf_counter() - start:6.1f} s] {nth + 1} of"
+        f" {len(by_signature)} signatures, {sum(done.values())} calls,"
+        f" {len(failures)} failed",
+        flush=True,
+      )
+  summary = dict(
+    device=jax.devices()[0].device_kind,
+    jax=jax.__version__,
+    implementation=args.implementation,
+    interpret=args.interpret,
+    seed=args.seed,
+    signatures=len(by_signature),
+    calls=sum(done.values()),
+    calls_by_op=dict(done),
+    failed=len(failures),
+    failures=failures,
+    unsupported=unsupported,
+    seconds=round(time.perf_counter() - start, 1),
+  )
+  if args.out:
+    partial = args.out.with_name(args.out.name + ".partial")
+    partial.write_text(json.dumps(summary, indent=1) + "\n")
+    partial.replace(args.out)
+  print(
+    f"{summary['calls']} calls of {summary['signatures']} signatures,"
+    f" {summary['failed']} failed, in {summary['seconds']} s"
+  )
+  return 1 if failures or not done else 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
