@@ -25,6 +25,13 @@ os.environ["XLA_FLAGS"] = " ".join(
 # backend's pool would starve.
 os.environ.setdefault("NPROC", "16")
 
+# Several processes share a GPU. A fraction bounds one of them and reserves
+# nothing; all `gpu_memory` tests run in the same process, and the others need
+# less than 6 GB each.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+if "PYTEST_XDIST_WORKER" in os.environ:
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.35")
+
 import jax
 import pytest
 
@@ -36,7 +43,17 @@ LONGEST = (
 )
 
 
+@pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items):
+  for item in items:
+    if item.get_closest_marker("gpu_memory"):
+      item.add_marker(pytest.mark.xdist_group("gpu_memory"))
+    elif item.get_closest_marker("gpu"):
+      # Tests of one kernel and case share what is compiled for them.
+      name = getattr(item, "callspec", None)
+      name = name and name.params.get("name")
+      group = f"{item.path.stem}-{name or item.nodeid}"
+      item.add_marker(pytest.mark.xdist_group(group))
   names = [f"test_{name}" for name in LONGEST]
   items.sort(key=lambda item: item.path.stem not in names)
 

@@ -106,10 +106,11 @@ CASES = {
   "lengths": Case(batch=3, q_len=9, kv_len=21, kv_lengths=(21, 13, 4)),
 }
 
-# Cases of the kernels that take chosen blocks, on a GPU.
+# Cases of the kernels that take chosen blocks, on a GPU. The truth holds about
+# ten float32 arrays of H x T x S: 2.5 GB in the first case, which is the largest.
 HOPPER_CASES = {
   "paper_heads": (Case(
-    q_len=1100, kv_len=2304, num_heads=64, num_kv_heads=4, head_dim=128,
+    q_len=700, kv_len=1408, num_heads=64, num_kv_heads=4, head_dim=128,
     index_dim=128, block_size=128, top_k=8,
   ), "bfloat16"),
   "ragged_batch": (Case(
@@ -136,6 +137,14 @@ HOPPER_CASES = {
     q_len=300, kv_len=900, num_heads=3, num_kv_heads=3, head_dim=64,
     index_dim=64, block_size=128, top_k=1,
   ), "float16"),
+  "group_6_d96": (Case(
+    q_len=300, kv_len=900, num_heads=12, num_kv_heads=2, head_dim=96,
+    index_dim=80, block_size=128, top_k=4,
+  ), "bfloat16"),
+  "group_11_p64": (Case(
+    q_len=200, kv_len=4500, num_heads=11, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=64, top_k=64,
+  ), "bfloat16"),
 }  # fmt: skip
 
 # Shapes at which the kernels that own KV blocks are lowered: the paper's, small

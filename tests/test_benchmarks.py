@@ -8,7 +8,7 @@ import pytest
 
 import msa_jax
 from benchmarks import __main__ as bench
-from benchmarks import cases, decode, forward, measure, records, training
+from benchmarks import cases, decode, forward, fuzz, measure, records, training
 from msa_jax import reference
 from pallas_kernels import mosaic, sparse_attention_fwd, tile_plan
 
@@ -409,3 +409,58 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
     records.plot(dict(device="a", rows=[row]), plot)
   assert plot.read_text() == "before"
   assert sorted(tmp_path.iterdir()) == [path, plot]
+
+
+# ------------------------------------------------------------------ the fuzzer
+
+
+FUZZ = ["--signatures", "6", "--tiny", "--implementation", "xla"]
+
+
+def test_fuzz_of_a_right_implementation(tmp_path):
+  path = tmp_path / "fuzz.json"
+  assert fuzz.main([*FUZZ, "--calls", "12", "--out", str(path)]) == 0
+  summary = json.loads(path.read_text())
+  assert summary["calls"] == 12 and summary["signatures"] == 6
+  assert set(summary["calls_by_op"]) == set(fuzz.OPS)
+  assert not summary["failures"] and not summary["unsupported"]
+
+
+def test_fuzz_finds_a_wrong_implementation(tmp_path, monkeypatch, capsys):
+  """Of one query's output, one entry is off by 5 %."""
+  right = fuzz.runner
+
+  def wrong(*args):
+    run = right(*args)
+
+    def off(x):
+      results = run(x)
+      if "lse" in results:
+        out = results["out"]
+        index = jnp.argmax(jnp.abs(jnp.nan_to_num(out.ravel())))
+        out = out.ravel().at[index].multiply(1.05).reshape(out.shape)
+        results |= dict(out=out)
+      return results
+
+    return off
+
+  monkeypatch.setattr(fuzz, "runner", wrong)
+  path = tmp_path / "fuzz.json"
+  assert fuzz.main([*FUZZ, "--only", "12", "--out", str(path)]) == 1
+  [failure] = json.loads(path.read_text())["failures"]
+  assert failure["call"] == 12 and "out: error" in failure["faults"][0]
+  assert failure["repeat"].endswith("--tiny --only 12")
+  assert failure["repeat"] in capsys.readouterr().out
+
+
+def test_fuzz_repeats_a_call_and_its_signatures():
+  found = fuzz.signatures(5, 100)
+  assert found == fuzz.signatures(5, 100) and len(set(found)) > 90
+  assert {s.op for s in found} == set(fuzz.OPS)
+  assert {s.group_size for s in found} == set(range(1, 17))
+  assert all(s.q_len <= s.kv_len <= 2048 for s in found)
+  s, key = fuzz.signatures(5, 6, tiny=True)[0], jax.random.key(1)
+  for a, b in zip(
+    jax.tree.leaves(fuzz.draw(s, key)), jax.tree.leaves(fuzz.draw(s, key))
+  ):
+    assert a.tobytes() == b.tobytes()

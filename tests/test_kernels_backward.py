@@ -349,6 +349,7 @@ def test_gpu_launches_of_rows_and_groups(hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_memory
 def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
   # As many pairs as a launch takes.
   case = Case(

@@ -389,6 +389,18 @@ GPU_SHAPES = [
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("precision, top_k, index_dim", [
+  ("exact", 64, 128), ("exact", 40, 80), ("fast", 64, 64), ("fp8", 33, 112),
+])  # fmt: skip
+def test_gpu_long_lists_and_padded_heads(hopper, precision, top_k, index_dim):
+  index_q, index_k = make(13, 1, 300, 6000, 2, index_dim)
+  run_and_check(
+    index_q, index_k, top_k=top_k, precision=precision, config=None,
+    interpret=False,
+  )  # fmt: skip
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("index_dim", [64, 128])
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
@@ -449,6 +461,7 @@ def test_gpu_ties_and_nan(precision):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_memory
 @pytest.mark.parametrize("name", ["32k", "small_heads_32k"])
 @pytest.mark.parametrize("selection", cases.SELECTIONS)
 def test_gpu_recall_and_union(selection, name):
