@@ -73,9 +73,8 @@ def in_32_bits[**A, R](function: Callable[A, R]) -> Callable[A, R]:
 
 
 def bit_not(x: Any) -> Any:
-  """~x inside a kernel, in 32 bits also where it is lowered in 64-bit JAX."""
-  inverted = jnp.bitwise_xor(x.astype(jnp.int32), jnp.int32(-1))
-  return inverted.astype(x.dtype)
+  """~x of int32 in a kernel, in 32 bits also if it is lowered in 64-bit JAX."""
+  return jnp.bitwise_xor(x, jnp.int32(-1))
 
 
 def padded_heads(group_size: int) -> int:

@@ -635,7 +635,7 @@ def _tiles(
                   o_ready.at[slot],
                 )
 
-              @pl.when(mosaic.bit_not(here))
+              @pl.when(((bits >> a) & 1) == 0)
               def _():
                 plgpu.barrier_arrive(o_ready.at[slot])
 

@@ -88,6 +88,18 @@ def test_padded_attention_and_gradients(sizes):
   check_attention_gradients(case, q, k, v, dout, blocks, grads)
 
 
+def test_one_query_whose_only_block_is_a_pair():
+  """The fuzzer's seed 3, call 6: no shared block, 7 empty places in the tile."""
+  case = dataclasses.replace(
+    padded_case(13, 1, 8, 16), batch=1, q_len=1, kv_len=160, top_k=1,
+    kv_lengths=(132,),
+  )  # fmt: skip
+  q, k, v, _ = attention_inputs(case, jnp.bfloat16)
+  blocks = jnp.ones((1, 1, 1, 1), jnp.int32)
+  out, lse = attend(case, q, k, v, blocks)
+  check_attention(case, q, k, v, blocks, out, lse)
+
+
 @pytest.mark.parametrize("sizes", PADDED, ids=str)
 def test_padded_heads_stay_out_of_the_kl(sizes):
   """Every real score is far below 0, the score that a padding head has.
