@@ -89,7 +89,7 @@ def test_padded_attention_and_gradients(sizes):
 
 
 def test_one_query_whose_only_block_is_a_pair():
-  """The fuzzer's seed 3, call 6: no shared block, 7 empty places in the tile."""
+  """Seed 3, call 6 of the fuzzer: no shared block, 7 places of a tile empty."""
   case = dataclasses.replace(
     padded_case(13, 1, 8, 16), batch=1, q_len=1, kv_len=160, top_k=1,
     kv_lengths=(132,),
