@@ -87,6 +87,9 @@ class GQAttention(nnx.Module):
     normalize_qk: RMSNorm on each query and key head, before the rotation.
     norm_eps: epsilon of those norms.
     zero_centered_norm: those norms scale by 1 + w, see `rms_norm`.
+    sinks: a learnable score for each head, parameter `sinks` [H], that joins
+      the softmax without a value: out * sigmoid(lse - sink), as in gpt-oss. It
+      starts at 0. Such a layer has no cache.
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
     kernel_init: initialiser of the projections.
@@ -114,6 +117,7 @@ class GQAttention(nnx.Module):
     normalize_qk: bool = False,
     norm_eps: float = 1e-6,
     zero_centered_norm: bool = False,
+    sinks: bool = False,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     kernel_init: Callable = _KERNEL_INIT,
@@ -163,6 +167,14 @@ class GQAttention(nnx.Module):
     self.out = linear(heads, out_features)
     self.query_norm = norm(head_dim)
     self.key_norm = norm(head_dim)
+    sinks_init = nnx.initializers.zeros_init()
+    if sharding is not None:
+      sinks_init = nnx.with_partitioning(sinks_init, (sharding.heads,))
+    self.sinks = (
+      nnx.Param(sinks_init(jax.random.key(0), (num_heads,), param_dtype))
+      if sinks
+      else None
+    )
     self._build(linear, norm, in_features, out_features)
 
   def _build(
@@ -206,16 +218,24 @@ class GQAttention(nnx.Module):
     """
     _check_input(x)
     attend = functools.partial(
-      _dot_product_attention, is_causal=True, implementation=self.implementation
+      _attend_dense, implementation=self.implementation
     )
     axes = self.mesh_axes(x.shape[0])
     if axes is not None:
       # Inside shard_map, GSPMD need not know how to split a cuDNN call.
       tokens: Any = PartitionSpec(axes[0], None, axes[1], None)
+      heads = PartitionSpec(axes[1])
       attend = jax.shard_map(
-        attend, in_specs=(tokens,) * 3, out_specs=tokens, check_vma=False
+        attend,
+        in_specs=(*(tokens,) * 3, heads),
+        out_specs=tokens,
+        check_vma=False,
       )
-    return self.out(attend(*self._qkv(x, positions)))
+    q, k, v = self._qkv(x, positions)
+    return self.out(attend(q, k, v, self._sinks()))
+
+  def _sinks(self) -> Array | None:
+    return None if self.sinks is None else self.sinks[...]
 
   def init_cache(
     self, batch: int, capacity: int, *, index_dtype: Any = None
@@ -232,7 +252,16 @@ class GQAttention(nnx.Module):
     )
 
   def _cached_index_dim(self) -> int | None:
-    """Size of a cached index key; None for a layer without index keys."""
+    """Size of a cached index key; None for a layer without index keys.
+
+    Raises:
+      NotImplementedError: the layer has no cached form.
+    """
+    if self.sinks is not None:
+      raise NotImplementedError(
+        "a cache supports sinks=False: decode_attention and"
+        " jax.nn.dot_product_attention return no lse to apply sinks with"
+      )
     return None
 
   def extend(
@@ -250,9 +279,11 @@ class GQAttention(nnx.Module):
 
     Raises:
       ValueError: x has another rank, or the mesh does not divide KV heads.
-      NotImplementedError: cuDNN was named and does not support the call.
+      NotImplementedError: cuDNN was named and does not support the call, or the
+        layer has sinks.
     """
     _check_input(x)
+    self._cached_index_dim()
     q, k, v = self._qkv(x, span.positions)
     extend = functools.partial(
       _extend_dense, implementation=self.implementation
@@ -327,9 +358,10 @@ class MSAttention(GQAttention):
     implementation: of the MSA operation: "reference", "xla", "mosaic_gpu" or
       None, see `msa_jax.ops`.
     **gqa_options: the other options of `GQAttention`: rope_dim, rope_theta,
-      normalize_qk, norm_eps, zero_centered_norm, dtype, param_dtype,
+      normalize_qk, norm_eps, zero_centered_norm, sinks, dtype, param_dtype,
       kernel_init, sharding and rngs. The index heads rotate their first
-      min(rope_dim, index_dim) dims.
+      min(rope_dim, index_dim) dims. The KL's teacher is the softmax without
+      the sinks.
 
   Raises:
     ValueError: an argument is wrong, or does not fit another.
@@ -440,7 +472,7 @@ class MSAttention(GQAttention):
       with_kl=with_kl and self.index.selection == "index",
       with_selection=with_selection,
     )
-    args = (q, k, v, index_q, index_k, index_v, query_mask)
+    args = (q, k, v, index_q, index_k, index_v, query_mask, self._sinks())
     attend = self._over_mesh(attend, x.shape[0], with_selection)
     out, index_out, kl, selection = attend(*args)
     out = self.out(out)
@@ -449,6 +481,7 @@ class MSAttention(GQAttention):
     return MSALayerOutput(out, kl, selection)
 
   def _cached_index_dim(self) -> int | None:
+    super()._cached_index_dim()
     if (
       self.index.selection != "index"
       or self.index.force_first_block
@@ -489,7 +522,7 @@ class MSAttention(GQAttention):
     Raises:
       ValueError: an argument is wrong, or the mesh does not divide KV heads.
       NotImplementedError: the named implementation does not support the call,
-        or an ablation has no cached form.
+        or the layer has sinks or is an ablation without a cached form.
     """
     _check_input(x)
     self._cached_index_dim()
@@ -566,6 +599,7 @@ class MSAttention(GQAttention):
     index_k: Array,
     index_v: Array | None,
     query_mask: Array | None,
+    sinks: Array | None,
     *,
     phase: ops.Phase,
     with_kl: bool,
@@ -598,11 +632,11 @@ class MSAttention(GQAttention):
         score_precision=self.index.score_precision,
         **options,
       )
-      out, kl, block_indices, _ = result
+      out, kl, block_indices, lse = result
     else:
       block_indices = self._forced_blocks(index_q, index_k)
       if phase == "warmup":
-        out = ops.msa_attention(
+        result = ops.msa_attention(
           q,
           k,
           v,
@@ -610,9 +644,14 @@ class MSAttention(GQAttention):
           index_k,
           phase="warmup",
           implementation=self.implementation,
-        ).out
+        )
+        out, lse = result.out, result.lse
       else:
-        out = ops.sparse_attention(q, k, v, block_indices, **options)
+        out, lse = ops.sparse_attention(
+          q, k, v, block_indices, return_lse=True, **options
+        )
+    if sinks is not None:
+      out = _with_sinks(out, lse, sinks)
     if with_kl and not fused_kl:
       kl = ops.index_kl_loss(
         q,
@@ -717,9 +756,9 @@ class MSAttention(GQAttention):
     batch, heads = mesh_axes
     axes = batch + (() if heads is None else (heads,))
 
-    def local(q, k, v, index_q, index_k, index_v, query_mask):
+    def local(q, k, v, index_q, index_k, index_v, query_mask, sinks):
       out, index_out, kl, selection = attend(
-        q, k, v, index_q, index_k, index_v, query_mask
+        q, k, v, index_q, index_k, index_v, query_mask, sinks
       )
       if axes:
         count = ops.count_kl_queries(q, k, query_mask).astype(kl.dtype)
@@ -743,10 +782,50 @@ class MSAttention(GQAttention):
         shared,
         shared,
         PartitionSpec(batch, None),
+        PartitionSpec(heads),
       ),
       out_specs=(tokens, tokens, scalar, selection),
       check_vma=False,
     )
+
+
+def _with_sinks(
+  out: Float[Array, "B T H D"],
+  lse: Float[Array, "B H T"],
+  sinks: Float[Array, "H"],
+) -> Float[Array, "B T H D"]:
+  """out of a softmax that has one more score for each head."""
+  weight = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, :, None])
+  return (out * jnp.moveaxis(weight, 1, 2)[..., None]).astype(out.dtype)
+
+
+def _attend_dense(
+  q: Array, k: Array, v: Array, sinks: Array | None, *, implementation: Any
+) -> Array:
+  """Causal dense attention, with sinks or without.
+
+  `jax.nn.dot_product_attention` returns no lse in float32 with a gradient, so
+  layers with sinks take the warm-up phase's attention, whose GPU form is
+  cuDNN's too.
+  """
+  if sinks is None:
+    return _dot_product_attention(
+      q, k, v, is_causal=True, implementation=implementation
+    )
+  # The choice of blocks is not used, so a compiled program does not compute it.
+  index = jnp.zeros_like(k)
+  result = ops.msa_attention(
+    q,
+    k,
+    v,
+    index,
+    index[:, :, 0],
+    phase="warmup",
+    implementation="mosaic_gpu"
+    if implementation == "cudnn"
+    else implementation,
+  )
+  return _with_sinks(result.out, result.lse, sinks)
 
 
 # Keys that cuDNN reads at once: its last tile can reach past a batch row's end.

@@ -65,11 +65,15 @@ def test_gqa_equals_flax():
   )
 
 
-@pytest.mark.parametrize("changes", [{}, dict(normalize_qk=True, rope_dim=4)])
+@pytest.mark.parametrize(
+  "changes", [{}, dict(normalize_qk=True, rope_dim=4), dict(sinks=True)]
+)
 def test_msa_with_every_block_equals_gqa(changes):
   """With P large enough, MSA is GQA: they share all but the Index Branch."""
   options = dict(num_kv_heads=2, rngs=nnx.Rngs(0), **changes)
   gqa = msa_jax.GQAttention(4, 32, **options)
+  if gqa.sinks is not None:
+    gqa.sinks[...] = jnp.linspace(-1, 3, 4)
   index = IndexConfig(index_dim=8, block_size=8, top_k=4)
   msa = msa_jax.MSAttention(4, 32, index=index, implementation="xla", **options)
   shared = nnx.to_flat_state(nnx.state(gqa, nnx.Param))
@@ -77,11 +81,91 @@ def test_msa_with_every_block_equals_gqa(changes):
   assert {path[0] for path in flat} - {path[0] for path, _ in shared} == {
     "index_query",
     "index_key",
-  } | ({"index_query_norm", "index_key_norm"} if changes else set())
+  } | ({"index_query_norm", "index_key_norm"} if gqa.query_norm else set())
   nnx.update(msa, nnx.from_flat_state(shared))
   x = jax.random.normal(jax.random.key(1), (2, 30, 32))
   for phase in ("sparse", "warmup"):
     np.testing.assert_allclose(msa(x, phase=phase).out, gqa(x), atol=2e-6)
+
+
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+@pytest.mark.parametrize("selection", ["index", "window"])
+def test_sinks_take_a_share_of_each_head_and_none_of_the_kl(phase, selection):
+  index = dataclasses.replace(INDEX, selection=selection)
+  options = dict(num_kv_heads=2, index=index, implementation="xla")
+  plain = msa_jax.MSAttention(4, 32, **options, rngs=nnx.Rngs(0))
+  layer = msa_jax.MSAttention(4, 32, **options, sinks=True, rngs=nnx.Rngs(0))
+  assert not layer.sinks[...].any()
+  x = jax.random.normal(jax.random.key(1), (2, 30, 32))
+
+  def loss(layer):
+    out = layer(x, phase=phase, with_kl=True)
+    return jnp.sum(jnp.sin(out.out)), out
+
+  (_, out), grads = nnx.value_and_grad(loss, has_aux=True)(layer)
+  assert (grads.sinks[...] != 0).all()
+  without = plain(x, phase=phase, with_kl=True)
+  assert jnp.abs(out.out - without.out).max() > 0.1
+  np.testing.assert_array_equal(out.kl, without.kl)
+  # Nothing is left of a head whose sink is large, or all of it.
+  layer.sinks[...] = jnp.full(4, -1e9)
+  np.testing.assert_allclose(layer(x, phase=phase).out, without.out, atol=1e-6)
+  layer.sinks[...] = jnp.full(4, 1e9)
+  np.testing.assert_array_equal(layer(x, phase=phase).out, 0)
+
+
+@pytest.mark.parametrize("kind", ["GQAttention", "MSAttention"])
+def test_sinks_have_no_cache(kind):
+  layer = getattr(msa_jax, kind)(4, 32, sinks=True, rngs=nnx.Rngs(0))
+  with pytest.raises(
+    NotImplementedError, match="sinks=False: decode_attention"
+  ):
+    layer.init_cache(1, 128)
+
+
+SINKS_MESH = """
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from test_modules import INDEX
+import msa_jax
+from msa_jax import Sharding
+
+x = jax.random.normal(jax.random.key(0), (4, 40, 32))
+
+
+def make(kind, sharding=None):
+  options = dict(index=INDEX) if kind == "MSAttention" else {}
+  layer = getattr(msa_jax, kind)(
+    4, 32, num_kv_heads=2, implementation="xla", sinks=True,
+    sharding=sharding, rngs=nnx.Rngs(0), **options)
+  layer.sinks[...] = jax.device_put(
+    jnp.linspace(-1.0, 3.0, 4), layer.sinks[...].sharding)
+  return layer
+
+
+@nnx.jit
+def run(layer, x):
+  def loss(layer):
+    out = layer(x)
+    return jnp.sum(jnp.sin(getattr(out, "out", out)))
+  return nnx.value_and_grad(loss)(layer)
+
+
+for kind in ("GQAttention", "MSAttention"):
+  want = run(make(kind), x)
+  mesh = jax.make_mesh((2, 1, 2), ("data", "fsdp", "tensor"),
+                       axis_types=(jax.sharding.AxisType.Auto,) * 3)
+  with jax.set_mesh(mesh):
+    layer = make(kind, Sharding())
+    assert layer.sinks[...].sharding.spec == jax.P("tensor")
+    got = run(layer, x)
+  for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-5)
+"""
+
+
+def test_sinks_split_over_a_mesh():
+  run_on_devices(4, SINKS_MESH)
 
 
 def test_partial_rope_turns_pairs_by_position():
