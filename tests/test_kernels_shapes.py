@@ -176,6 +176,7 @@ def test_selection_of_many_blocks(precision, top_k):
   )
 
 
+@pytest.mark.slow
 def test_attention_and_gradients_of_many_blocks():
   case = Case(
     q_len=5, kv_len=70 * 64, num_heads=8, num_kv_heads=1, head_dim=64,
@@ -192,6 +193,7 @@ def test_attention_and_gradients_of_many_blocks():
   check_kl(*args, test_kernels_kl.run(*args, config=config, interpret=True))
 
 
+@pytest.mark.slow
 def test_decoding_of_many_blocks():
   case = test_kernels_decode.Case(
     lengths=(70 * 64, 300), capacity=70 * 64, num_heads=1, num_kv_heads=1,
@@ -302,6 +304,7 @@ def test_lowers_for_cuda(case):
     assert "mosaic_gpu" in text
 
 
+@pytest.mark.slow
 def test_lowers_many_choices():
   texts = kernels_of(real_case(1 << 14, 64, 4, top_k=64))
   assert all("mosaic_gpu" in text for text in texts.values())
@@ -346,6 +349,7 @@ def kernel_texts(text):
   return texts
 
 
+@pytest.mark.slow
 def test_64_bit_jax_lowers_the_same_kernels():
   case = real_case(1 << 13, 64, 4)
   want = kernels_of(case)
@@ -357,6 +361,7 @@ def test_64_bit_jax_lowers_the_same_kernels():
     assert kernel_texts(got[name]) == kernels, name
 
 
+@pytest.mark.slow
 def test_64_bit_jax_does_not_change_a_bit():
   """Traced in 64-bit JAX; the interpreter itself is lowered in 32 bits.
 
