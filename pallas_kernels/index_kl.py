@@ -867,8 +867,7 @@ def _loss(
       offset = pair_slot - firsts[task_of] * PAIRS
       used = (offset < count[task_of]) & (task_of < plan.num_tasks[0])
       pair = jnp.minimum(start[task_of] + offset, num_pairs - 1)
-      packed = jnp.where(used, plan.order[pair], 0)
-      choice_slot = packed >> 2
+      choice_slot = jnp.where(used, plan.order[pair], 0)
       query = choice_slot // top_k  # numbered over all groups of the launch
       query_group, query_of_chunk = query // chunk, query % chunk
       # The pair slot of each choice; 0 for a choice that is no pair.
@@ -882,7 +881,8 @@ def _loss(
       first_limit = first_positions[kv_block // num_kv_blocks] + 1
       first_limit -= kv_block % num_kv_blocks * kv_block_plan.KV_BLOCK
       limits = first_limit[task_of] + query_of_chunk
-      limits = jnp.clip(limits, 0, kv_block_plan.KV_BLOCK) | ((packed & 3) << 8)
+      halves = 3 if plan.chosen is None else plan.chosen[pair]
+      limits = jnp.clip(limits, 0, kv_block_plan.KV_BLOCK) | (halves << 8)
       limits = jnp.where(used, limits, 0)
       # Index into [B, T, K]: of the group's first query, then of each pair.
       index_in_iq = (batch_row * t + first_query) * num_kv_heads + kv_head

@@ -41,8 +41,8 @@ class KVBlockPlan(NamedTuple):
   """The pairs of one launch and chunk of queries, sorted by KV block.
 
   KV blocks of `KV_BLOCK` keys are numbered over all groups of the launch, those
-  of one group after those of the group before it. If a query chose several
-  blocks of `block_size` keys inside one KV block, they make one pair.
+  of one group after those of the group before it. All choices that the queries
+  of a pack made inside one KV block are one pair.
 
   Attributes:
     tasks: int32 [max_tasks, 5]: KV block, first pair, number of pairs, how many
@@ -55,11 +55,13 @@ class KVBlockPlan(NamedTuple):
       shortest.
     extra: int32 [blocks, 2]: each block's first slot of the tasks after its
       first one, and their number.
-    order: int32 [pairs]: each pair's choice slot in the chunk ((group * queries
-      + query) * P + p), shifted left by 2 bits that say which halves of the KV
-      block were chosen. Sorted by block, then query.
-    is_pair: bool [groups, queries, P]: whether this choice stands for its pair;
-      False also for the second choice inside the same KV block.
+    order: int32 [pairs]: each pair's slot in the chunk: (group * packs + pack)
+      * slots + slot of the pack. Sorted by block, then pack.
+    chosen: int32 [pairs], or None if every pair is one query that chose the
+      whole KV block: bit 2 * query + half says that this query of the pack
+      chose this half of the KV block.
+    is_pair: bool [groups, packs, slots]: which slots of a pack hold a pair; the
+      pairs of a pack come first, unless `chosen` is None.
   """
 
   tasks: Int[Array, "tasks 5"]
@@ -67,17 +69,17 @@ class KVBlockPlan(NamedTuple):
   longest_first: Int[Array, "tasks"]
   extra: Int[Array, "blocks 2"]
   order: Int[Array, "pairs"]
-  is_pair: Bool[Array, "groups queries P"]
+  chosen: Int[Array, "pairs"] | None
+  is_pair: Bool[Array, "groups packs slots"]
 
 
 def sort_key_fits(num_kv_blocks: int, num_pairs: int) -> bool:
   """Whether `plan_kv_blocks` can sort so many pairs of so many KV blocks.
 
-  A sort key of 32 bits holds the block and the choice slot, and an entry of
-  `KVBlockPlan.order` holds the choice slot beside two bits and the sign.
+  A sort key of 32 bits holds the block and the pair's slot.
   """
   slot_bits = (num_pairs - 1).bit_length()
-  return slot_bits <= 29 and num_kv_blocks.bit_length() + slot_bits <= 32
+  return slot_bits <= 31 and num_kv_blocks.bit_length() + slot_bits <= 32
 
 
 class LaunchSplit(NamedTuple):
@@ -196,54 +198,41 @@ def max_tasks(num_kv_blocks: int, num_pairs: int, task: int) -> int:
 
 
 def plan_kv_blocks(
-  ids: Int[Array, "groups queries P"],
+  ids: Int[Array, "groups packs slots"],
   starts: Int[Array, "groups"],
   *,
   block_size: int,
   num_blocks: int,
   task: int,
+  pack: int = 1,
 ) -> KVBlockPlan:
   """Sorts the choices of a chunk by KV block and cuts them into tasks.
 
   Args:
-    ids: the blocks that each query of each group chose, in any order; ids
-      outside 0 .. own block are dropped.
+    ids: the blocks that the queries of each pack of each group chose, in any
+      order, the P of a query after those of the query before it; ids outside
+      0 .. own block are dropped.
     starts: position of each group's first query among the keys; the other
       queries follow. A query at a negative position sees nothing.
     block_size: tokens of a chosen block, KV_BLOCK or half of it.
     num_blocks: N.
     task: upper bound on the pairs of a task, a multiple of 8.
+    pack: queries of a pack.
   """
-  num_groups, num_queries, top_k = ids.shape
+  num_groups, num_packs, slots = ids.shape
   num_pairs = ids.size
-  each = KV_BLOCK // block_size
-  group_kv_blocks = -(-num_blocks // each)
+  group_kv_blocks = -(-num_blocks * block_size // KV_BLOCK)
   num_kv_blocks = num_groups * group_kv_blocks
   slot_bits = (num_pairs - 1).bit_length()
   if not sort_key_fits(num_kv_blocks, num_pairs):
     raise ValueError(
-      f"{num_groups * num_queries} queries of {top_k} choices among"
+      f"{num_groups * num_packs} packs of {slots} choices among"
       f" {num_kv_blocks} KV blocks do not fit a sort key of 32 bits"
     )
-  positions = starts[:, None] + jnp.arange(num_queries, dtype=jnp.int32)
-  own = jnp.where(positions < 0, -1, positions // block_size)[..., None]
-  is_pair = (ids >= 0) & (ids <= own) & (ids < num_blocks)
-  kv_block = jnp.clip(ids, 0, num_blocks - 1) // each
+  kv_block, is_pair, chosen = _pairs_of_packs(
+    ids, starts, block_size=block_size, num_blocks=num_blocks, pack=pack
+  )
   group = jnp.arange(num_groups)[:, None]
-  halves = jnp.full_like(ids, 3)
-  if each == 2:
-    same = kv_block[..., :, None] == kv_block[..., None, :]
-    same &= is_pair[..., None, :]
-    halves = jnp.stack(
-      [
-        jnp.any(same & ((ids & 1) == half)[..., None, :], axis=-1)
-        for half in range(2)
-      ],
-      axis=-1,
-    )
-    halves = halves[..., 0] + 2 * halves[..., 1].astype(jnp.int32)
-    earlier = jnp.tril(jnp.ones((top_k, top_k), bool), -1)
-    is_pair &= ~jnp.any(same & earlier, axis=-1)
   kv_block += group[..., None] * group_kv_blocks
   slot = jnp.arange(num_pairs, dtype=jnp.uint32).reshape(ids.shape)
   unused = jnp.uint32(0xFFFFFFFF)
@@ -252,11 +241,11 @@ def plan_kv_blocks(
   )
   key = lax.sort(key.reshape(-1), is_stable=False)
   lists = jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32) << slot_bits
-  # The first choice slot of each block's list whose query stands behind the
-  # block's last key and so needs no causal mask.
+  # The first slot of each block's list whose pack stands behind the block's
+  # last key and so needs no causal mask.
   after = (jnp.arange(group_kv_blocks) + 1) * KV_BLOCK - starts[:, None]
-  after = group * num_queries + jnp.clip(after, 0, num_queries)
-  after = after.reshape(-1).astype(jnp.uint32) * top_k
+  after = group * num_packs + jnp.clip(-(-after // pack), 0, num_packs)
+  after = after.reshape(-1).astype(jnp.uint32) * slots
   bounds, inside = jnp.split(
     jnp.searchsorted(
       key,
@@ -265,8 +254,9 @@ def plan_kv_blocks(
     ).astype(jnp.int32),
     [num_kv_blocks + 1],
   )
-  slot = (key & ((1 << slot_bits) - 1)).astype(jnp.int32)
-  order = (slot << 2) | halves.reshape(-1)[slot]
+  order = (key & ((1 << slot_bits) - 1)).astype(jnp.int32)
+  if chosen is not None:
+    chosen = chosen.reshape(-1)[order]
 
   counts = bounds[1:] - bounds[:-1]
   task_counts = -(-counts // task)
@@ -293,5 +283,62 @@ def plan_kv_blocks(
     longest_first=longest_first.astype(jnp.int32),
     extra=jnp.stack([first_extra, more], axis=-1).astype(jnp.int32),
     order=order,
+    chosen=chosen,
     is_pair=is_pair,
   )
+
+
+def _pairs_of_packs(
+  ids: Int[Array, "groups packs slots"],
+  starts: Int[Array, "groups"],
+  *,
+  block_size: int,
+  num_blocks: int,
+  pack: int,
+) -> tuple[
+  Int[Array, "groups packs slots"],
+  Bool[Array, "groups packs slots"],
+  Int[Array, "groups packs slots"] | None,
+]:
+  """Each pack's pairs: KV block in the group, whether the slot holds one, bits.
+
+  The bits are those of `KVBlockPlan.chosen`.
+  """
+  _, num_packs, slots = ids.shape
+  each = KV_BLOCK // block_size
+  query = jnp.arange(slots, dtype=jnp.int32) // (slots // pack)
+  position = jnp.arange(num_packs, dtype=jnp.int32)[:, None] * pack + query
+  position += starts[:, None, None]
+  own = jnp.where(position < 0, -1, position // block_size)
+  valid = (ids >= 0) & (ids <= own) & (ids < num_blocks)
+  known = jnp.clip(ids, 0, num_blocks - 1)
+  if pack == each == 1:
+    return known, valid, None
+  # Sorted by block, the choices inside a KV block stand side by side.
+  bits = each.bit_length() - 1
+  key = (known << pack.bit_length()) | query
+  key = lax.sort(jnp.where(valid, key, mosaic.NEVER), is_stable=False)
+  valid = key != mosaic.NEVER
+  known, query = key >> pack.bit_length(), key & ((1 << pack.bit_length()) - 1)
+  kv_block = jnp.where(valid, known >> bits, -1)
+  both = 3 if each == 1 else jnp.int32(1) << (known & 1)
+  chosen = jnp.where(valid, both << (2 * query), 0)
+  reach = 1
+  while reach < pack * each:
+    ahead = ((0, 0), (0, 0), (0, reach))
+    same = jnp.pad(kv_block, ahead, constant_values=-2)[..., reach:] == kv_block
+    chosen |= jnp.where(same, jnp.pad(chosen, ahead)[..., reach:], 0)
+    reach *= 2
+  before = jnp.pad(kv_block, ((0, 0), (0, 0), (1, 0)), constant_values=-1)[
+    ..., :-1
+  ]
+  first = valid & (before != kv_block)
+  # The first choice of each KV block stands for the pair; these move to the
+  # front.
+  place = jnp.arange(slots, dtype=jnp.int32)
+  place = lax.sort(jnp.where(first, place, slots), is_stable=False)
+  kv_block, chosen = (
+    jnp.take_along_axis(x, place, axis=-1, mode="fill", fill_value=0)
+    for x in (kv_block, chosen)
+  )
+  return kv_block, place < slots, chosen

@@ -11,6 +11,7 @@ use wgmma, TMA and setmaxnreg.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -84,6 +85,63 @@ def padded_heads(group_size: int) -> int:
   queries fills the 64 rows of an MMA tile.
   """
   return 8 if group_size <= 8 else 16
+
+
+@dataclasses.dataclass(frozen=True)
+class Packing:
+  """How the heads of a group and neighbouring queries fill MMA rows.
+
+  A *pack* is what one TMA copy moves: 8 or 16 rows. With 8 or more heads a
+  group it is one query. With fewer it is several neighbouring queries, so that
+  rows are not wasted on padding: 4 heads make packs of 2 queries, 2 heads packs
+  of 4. A pack's rows are query * heads + head.
+
+  Attributes:
+    group_size: G.
+  """
+
+  group_size: int
+
+  @property
+  def heads(self) -> int:
+    """Heads of a group after padding."""
+    return next(n for n in (2, 4, 8, 16) if n >= self.group_size)
+
+  @property
+  def queries(self) -> int:
+    """Queries of a pack."""
+    return max(8 // self.heads, 1)
+
+  @property
+  def rows(self) -> int:
+    """MMA rows of a pack."""
+    return self.heads * self.queries
+
+  def num_packs(self, q_len: int) -> int:
+    return -(-q_len // self.queries)
+
+  def pack(self, x: Array, num_kv_heads: int, fill: float = 0) -> Array:
+    """[B,T,H,...] as [B,U,K*rows,...], padded with `fill`."""
+    b, t, _, *rest = x.shape
+    x = x.reshape(b, t, num_kv_heads, self.group_size, *rest)
+    u = self.num_packs(t)
+    pad = [(0, 0)] * x.ndim
+    pad[1] = (0, u * self.queries - t)
+    pad[3] = (0, self.heads - self.group_size)
+    if any(sum(p) for p in pad):
+      x = jnp.pad(x, pad, constant_values=fill)
+    shape = (b, u, self.queries, num_kv_heads, self.heads, *rest)
+    x = x.reshape(shape).swapaxes(2, 3)
+    return x.reshape(b, u, num_kv_heads * self.rows, *rest)
+
+  def unpack(self, x: Array, q_len: int, num_kv_heads: int) -> Array:
+    """The inverse of `pack`: [B,T,H,...] without the padding."""
+    b, u, _, *rest = x.shape
+    shape = (b, u, num_kv_heads, self.queries, self.heads, *rest)
+    x = x.reshape(shape).swapaxes(2, 3)
+    x = x.reshape(b, u * self.queries, num_kv_heads, self.heads, *rest)
+    x = x[:, :q_len, :, : self.group_size]
+    return x.reshape(b, q_len, num_kv_heads * self.group_size, *rest)
 
 
 def pad_head_dim(x: Array) -> Array:

@@ -10,9 +10,11 @@ K and V are copied once: head-major, padded to whole blocks, and with non-finite
 entries zeroed, because a zero probability times NaN is NaN. A query that sees
 such an entry is set to NaN at the end, and no other query is touched.
 
-The heads of a group are padded to 8 or 16, because a TMA copy moves tiles of 8
-rows and a whole number of queries fills the 64 rows of an MMA tile. The result
-is exact, but each padding head costs as much as a real one.
+A TMA copy moves tiles of 8 rows. So the queries are laid out in packs of 8 or
+16 rows (`mosaic.Packing`): one query where a group has more than 4 heads, with
+its heads padded to 8 or 16; two neighbouring queries with heads padded to 4, or
+four with heads padded to 2. The result is exact, but each padding head costs as
+much as a real one.
 
 Heads of other sizes than 64 and 128 are padded with zeros to the next of these.
 A padded head costs as much as a whole one; the copies that pad q, k and v are
@@ -75,24 +77,25 @@ def block_major(x: Array, num_blocks: int, block_size: int):
 def _forward(
   q, k, v, block_indices, kv_lengths, *, block_size, scale, config, interpret
 ):
-  b, t, num_heads, d = q.shape
+  b, t, num_heads = q.shape[:3]
   s_len, num_kv_heads = k.shape[1:3]
   group_size = num_heads // num_kv_heads
   num_blocks = -(-s_len // block_size)
-  q = pad_heads(q, num_kv_heads)
+  packing = mosaic.Packing(group_size)
+  q = packing.pack(q, num_kv_heads)
   k, bad_k = block_major(k, num_blocks, block_size)
   v, bad_v = block_major(v, num_blocks, block_size)
   out, lse = sparse_attention_fwd.forward(
     q, k, v, jnp.stack([bad_k, bad_v], axis=2), block_indices,
     jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len),
+    packing=packing,
     block_size=block_size,
     scale=scale,
     config=config or sparse_attention_fwd.heuristic_config(),
     interpret=interpret,
   )  # fmt: skip
-  out = out.reshape(b, t, num_kv_heads, -1, d)[..., :group_size, :]
-  lse = lse[..., :group_size].swapaxes(2, 3)
-  return out.reshape(b, t, num_heads, d), lse.reshape(b, num_heads, t)
+  lse = lse[:, :, :t, :group_size].swapaxes(2, 3)
+  return packing.unpack(out, t, num_kv_heads), lse.reshape(b, num_heads, t)
 
 
 @functools.partial(
@@ -102,36 +105,41 @@ def _backward(
   q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, *, block_size,
   scale, config, interpret,
 ):  # fmt: skip
-  b, t, num_heads, d = q.shape
+  t, num_heads = q.shape[1:3]
   s_len, num_kv_heads = k.shape[1:3]
   group_size = num_heads // num_kv_heads
   num_kv_blocks = -(-s_len // kv_block_plan.KV_BLOCK)
   k, v = (
     block_major(x, num_kv_blocks, kv_block_plan.KV_BLOCK)[0] for x in (k, v)
   )
-  q, out, dout = (pad_heads(x, num_kv_heads) for x in (q, out, dout))
-  q_rows = q.shape[2] // num_kv_heads
-
-  def pad_rows(x, value):
-    x = x.reshape(b, num_kv_heads, group_size, t)
-    pad = ((0, 0), (0, 0), (0, q_rows - group_size), (0, 0))
-    return jnp.pad(x, pad, constant_values=value).reshape(b, -1, t)
-
+  delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
+  # A dout that is not finite goes into lse and so reaches dv of exactly the
+  # keys that its query sees. A dlse that is not finite must not reach dv, so it
+  # is subtracted afterwards.
+  rows_lse = jnp.where(jnp.isfinite(delta), lse.swapaxes(1, 2), jnp.nan)
   if dlse is not None:
     # The lse of a query that sees nothing is the constant -inf.
-    dlse = pad_rows(jnp.where(lse == -jnp.inf, 0, dlse), 0)
-  lse = pad_rows(lse, jnp.inf)
+    delta -= jnp.where(lse == -jnp.inf, 0, dlse).swapaxes(1, 2)
+  packing = mosaic.Packing(group_size)
+  if packing.queries > 1:
+    # A query must not reach the other queries of its pack through a product of
+    # NaN with zero, so what is not finite travels in lse and delta alone.
+    rows_lse = jnp.where(jnp.all(jnp.isfinite(q), axis=-1), rows_lse, jnp.nan)
+    q, dout = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, dout))
+  # An lse of +inf makes p of the padding zero.
+  rows_lse = packing.pack(rows_lse, num_kv_heads, fill=jnp.inf)
+  q, dout, delta = (packing.pack(x, num_kv_heads) for x in (q, dout, delta))
   dq, dk, dv = sparse_attention_bwd.backward(
-    q, k, v, out, lse, dout, dlse, block_indices,
+    q, k, v, dout, rows_lse, delta, block_indices,
     jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len),
+    packing=packing,
     block_size=block_size,
     scale=scale,
     config=config or sparse_attention_bwd.heuristic_config(),
     interpret=interpret,
   )  # fmt: skip
   dk, dv = (x[:, :, :s_len].swapaxes(1, 2) for x in (dk, dv))
-  dq = dq.reshape(b, t, num_kv_heads, q_rows, d)[..., :group_size, :]
-  return dq.reshape(b, t, num_heads, d), dk, dv
+  return packing.unpack(dq, t, num_kv_heads), dk, dv
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))

@@ -19,9 +19,10 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
   and dV while ds is handed over.
 * the third warpgroup gathers queries, multiplies dQ from both halves' ds and
   stores it, each of its warps for some of the queries: one partial dQ for each
-  (query, KV block) pair, in q's dtype. XLA sums a query's partials afterwards.
-  Because this warpgroup makes dQ, the two compute warpgroups never wait for
-  each other.
+  (pack, KV block) pair, in q's dtype. A query's partials are summed afterwards:
+  by XLA if a pack is one query, which reads all P slots, and else by a
+  kernel, **sum_pairs**, that reads the pairs alone. Because this warpgroup
+  makes dQ, the two compute warpgroups never wait for each other.
 
 There are no atomics: a block's first task adds to the block's float32 sum of dK
 and dV. A block that many queries chose has more tasks. They write sums of their
@@ -73,6 +74,7 @@ from pallas_kernels import kv_block_plan, mosaic
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # MMA rows of a row tile
+FIELDS = 4  # of a pair: 16 bytes, which is the least that TMA copies
 KEYS = 64  # keys of a compute warpgroup
 REGISTERS = (216, 72)  # of a thread: compute warpgroups, third warpgroup
 MAX_WORKSPACE = 1 << 31  # elements of the dQ partials
@@ -119,14 +121,13 @@ def candidate_configs() -> tuple[Config, ...]:
 class KernelParams:
   """Static parameters of one call, after padding."""
 
-  q_rows: int  # MMA rows of a query: its group's heads, 8 or 16
+  packing: mosaic.Packing
   head_dim: int
   block_size: int
-  top_k: int
   num_kv_heads: int
   num_groups: int  # groups (KV heads of batch rows) of a launch
   num_kv_blocks: int  # KV blocks of a group
-  chunk: int  # queries of a chunk
+  chunk: int  # packs of a chunk
   dtype: jnp.dtype
   scale: float
   config: Config
@@ -134,8 +135,8 @@ class KernelParams:
 
   @property
   def half(self) -> int:
-    """Queries in a row tile of 64 MMA rows."""
-    return ROWS // self.q_rows
+    """Packs in a row tile of 64 MMA rows."""
+    return ROWS // self.packing.rows
 
 
 def _zeros(params):
@@ -145,31 +146,53 @@ def _zeros(params):
 
 
 def _kv_blocks(
-  partials, sums, chunk_desc, starts, plan, q, dout, k, v, lse, delta, *, params
+  partials,
+  sums,
+  chunk_desc,
+  starts,
+  plan,
+  pairs,
+  q,
+  dout,
+  k,
+  v,
+  lse,
+  delta,
+  *,
+  params,
 ):
   """Computes the dQ partials of a chunk and adds to the sums of dK and dV.
 
   Args:
-    partials: Ref of dQ partials, [groups * chunk, P, q_rows, D].
+    partials: Ref of dQ partials, [packs, slots of a pack, MMA rows, D].
     sums: Ref, float32 [2, slots, KV_BLOCK, D]: sums of dK and of dV.
     chunk_desc: chunk descriptor, int32 [3]: first group (batch row * K + KV
-      head), first query, number of tasks.
+      head), first pack, number of tasks.
     starts: position of the chunk's first query among the keys, for each group
       of the launch.
     plan: `kv_block_plan.KVBlockPlan`.
+    pairs: of `_describe`.
     q, dout, k, v: operands as `backward` takes them.
-    lse, delta: float32, one value for each MMA row in the order of the pairs.
+    lse, delta: float32 as int32, one value for each MMA row in the order of the
+      pairs.
     params: static parameters.
   """
   s, config = params, params.config
-  half, q_rows, d, stages = s.half, s.q_rows, s.head_dim, config.stages
+  half, d, stages = s.half, s.head_dim, config.stages
+  rows, pack = s.packing.rows, s.packing.queries
+  masks_choices = plan.chosen is not None
   row_layout = plgpu.Layout.WGMMA.reduce(0)
+  # The small buffers share one of int32, because each buffer takes whole KB:
+  # lse of all stages, delta of all stages, four slots of a row tile's pairs.
+  tile_words = ROWS // 8 * FIELDS  # of the most pairs that a row tile can have
+  delta_at, pairs_at = stages * ROWS, 2 * stages * ROWS
 
   def body(
-    chunk_gmem, starts_gmem, tasks_gmem, longest_first_gmem, order_gmem, q_gmem,
+    chunk_gmem, starts_gmem, tasks_gmem, longest_first_gmem, pairs_gmem, q_gmem,
     do_gmem, k_gmem, v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
-    q_smem, do_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem,
-    q_ready, q_free, kv_ready, kv_free, ds_ready, ds_free, clean, *probs,
+    q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, small_smem,
+    pairs_ready, q_ready, q_free, kv_ready, kv_free, ds_ready,
+    ds_free, clean, *probs,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = kv_block_plan.num_tasks_of_cta(
@@ -187,10 +210,6 @@ def _kv_blocks(
         lax.rem(kv_block, s.num_kv_blocks),
         *rest,
       )
-
-    def query_of(pair):
-      """Query in the launch, numbered over the queries of all its groups."""
-      return (pair >> 2) // s.top_k
 
     def tile_order(count, inside):
       """Number of row tiles, number of masked ones, and the i-th tile to do.
@@ -212,11 +231,9 @@ def _kv_blocks(
 
       return num_tiles, num_masked, nth_tile
 
-    def read_pairs(start, count, tile):
-      return tuple(
-        order_gmem[start + jnp.minimum(tile * half + a, count - 1)]
-        for a in range(half)
-      )
+    def nth_pair(a, tile, count):
+      """Index of a tile's a-th pair; the last pair fills up the last tile."""
+      return jnp.minimum(tile * half + a, count - 1)
 
     @pl.when(wg < 2)
     def _compute():
@@ -228,7 +245,9 @@ def _kv_blocks(
         # Added to a query in the launch, this gives its distance from the
         # block's first key.
         after_key = (
-          starts_gmem[group] - group * s.chunk - block * kv_block_plan.KV_BLOCK
+          starts_gmem[group]
+          - group * s.chunk * pack
+          - block * kv_block_plan.KV_BLOCK
         )
         plgpu.barrier_wait(kv_ready)
 
@@ -262,7 +281,6 @@ def _kv_blocks(
 
         def mask(scores, j):
           first = nth_tile(j) * half
-          pairs = read_pairs(start, count, nth_tile(j))
           key = (
             plgpu.broadcasted_iota(
               jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
@@ -271,27 +289,37 @@ def _kv_blocks(
           )
           query_of_row = (
             plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
-            // q_rows
+            // s.packing.heads
           )
           limit = jnp.full((ROWS,), -1, jnp.int32)
           limit = plgpu.layout_cast(limit, row_layout)
           for a in range(half):
-            seen = jnp.minimum(
-              after_key + query_of(pairs[a]), kv_block_plan.KV_BLOCK - 1
-            )
-            live = (first + a < count) & (((pairs[a] >> wg) & 1) == 1)
-            seen = jnp.where(live, seen, -1)
-            limit = jnp.where(query_of_row == a, seen, limit)
+            at = (start + nth_pair(a, nth_tile(j), count)) * FIELDS
+            first_query = pairs_gmem[at] * pack
+            chosen = pairs_gmem[at + 2]
+            for b in range(pack):
+              seen = jnp.minimum(
+                after_key + first_query + b, kv_block_plan.KV_BLOCK - 1
+              )
+              live = first + a < count
+              if masks_choices:
+                live &= ((chosen >> (2 * b + wg)) & 1) == 1
+              seen = jnp.where(live, seen, -1)
+              limit = jnp.where(query_of_row == a * pack + b, seen, limit)
           return jnp.where(key <= over_keys(limit), scores, -jnp.inf)
 
+        def load_rows(at):
+          x = plgpu.load(small_smem.at[pl.ds(at, ROWS)], layout=row_layout)
+          return lax.bitcast_convert_type(x, jnp.float32)
+
         def probabilities(scores, stage):
-          lse_rows = plgpu.load(lse_smem.at[stage], layout=row_layout)
+          lse_rows = load_rows(stage * ROWS)
           return jnp.exp2(
             scores * (s.scale * mosaic.LOG2E) - over_keys(lse_rows)
           )
 
         def ds_of(p, dp, stage):
-          delta_rows = plgpu.load(delta_smem.at[stage], layout=row_layout)
+          delta_rows = load_rows(delta_at + stage * ROWS)
           return p * (dp - over_keys(delta_rows))
 
         def send_ds(ds, step):
@@ -449,8 +477,8 @@ def _kv_blocks(
         # These are read again for each task to save registers.
         batch_row = (chunk_gmem[0] + group) // s.num_kv_heads
         kv_head = lax.rem(chunk_gmem[0] + group, s.num_kv_heads)
-        heads = pl.ds(kv_head * q_rows, q_rows)
-        # Added to a query in the launch, this gives the query in its batch row.
+        heads = pl.ds(kv_head * rows, rows)
+        # Added to a pack in the launch, this gives the pack in its batch row.
         origin = chunk_gmem[1] - group * s.chunk
 
         @pl.when(i > 0)
@@ -465,10 +493,37 @@ def _kv_blocks(
             )
         # No wait for kv_ready is needed here: ds_ready implies it.
 
+        def pairs_slot(use, step):
+          return 2 * use + lax.rem(step, 2)
+
+        def copy_pairs(use, j):
+          """Copies the j-th row tile's pairs to be gathered (0), stored (1).
+
+          All warps must have finished with the tile two before it.
+          """
+          slot = pairs_slot(use, done + j)
+          first = (start + nth_tile(j) * half) * FIELDS
+
+          @pl.when(j < num_tiles)
+          def _():
+            plgpu.copy_gmem_to_smem(
+              pairs_gmem.at[pl.ds(pl.multiple_of(first, FIELDS), tile_words)],
+              small_smem.at[pl.ds(pairs_at + slot * tile_words, tile_words)],
+              pairs_ready.at[slot],
+            )
+
+        def pair_fields(use, j, field):
+          """A field of all pairs of the j-th row tile."""
+          tile = nth_tile(j)
+          at = pairs_at + pairs_slot(use, done + j) * tile_words + field
+          return [
+            small_smem[at + (nth_pair(a, tile, count) - tile * half) * FIELDS]
+            for a in range(half)
+          ]
+
         def store_dq(j, step):
           slot = lax.rem(step, 2)
           first = nth_tile(j) * half
-          pairs = read_pairs(start, count, nth_tile(j))
           # The dQ of two row tiles ago was stored from the same slot.
           plgpu.wait_smem_to_gmem(1, wait_read_only=True)
           plgpu.barrier_wait(ds_ready.at[slot])
@@ -487,7 +542,10 @@ def _kv_blocks(
             dq = pl.run_scoped(product, ACC((ROWS, 64), jnp.float32))
             dq_smem[slot, :, at] = (dq * s.scale).astype(s.dtype)
           plgpu.barrier_arrive(ds_free.at[slot])
+          plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
           plgpu.commit_smem()
+          copy_pairs(1, j + 1)
+          packs, slots = (pair_fields(1, j, field) for field in range(2))
 
           @plgpu.warp_map
           def _(warp):
@@ -495,12 +553,9 @@ def _kv_blocks(
 
               @pl.when((warp == a % 4) & (first + a < count))
               def _(a=a):
-                choice_slot = pairs[a] >> 2
                 plgpu.copy_smem_to_gmem(
-                  dq_smem.at[slot, pl.ds(a * q_rows, q_rows)],
-                  part_gmem.at[
-                    choice_slot // s.top_k, lax.rem(choice_slot, s.top_k)
-                  ],
+                  dq_smem.at[slot, pl.ds(a * rows, rows)],
+                  part_gmem.at[packs[a], slots[a]],
                   commit_group=False,
                 )
 
@@ -509,13 +564,14 @@ def _kv_blocks(
         def gather(j, step):
           stage = lax.rem(step, stages)
           tile = nth_tile(j)
-          pairs = read_pairs(start, count, tile)
+          plgpu.barrier_wait(pairs_ready.at[pairs_slot(0, step)])
+          packs = pair_fields(0, j, 0)
 
           @pl.when(step >= stages)
           def _():
             plgpu.barrier_wait(q_free.at[stage])
 
-          at = pl.ds((start + tile * half) * q_rows, ROWS)
+          at = pl.ds((start + tile * half) * rows, ROWS)
 
           @plgpu.warp_map
           def _(warp):
@@ -523,23 +579,26 @@ def _kv_blocks(
 
               @pl.when(warp == a % 4)
               def _(a=a):
-                query = origin + query_of(pairs[a])
+                row = origin + packs[a]
                 for x_gmem, x_smem in ((q_gmem, q_smem), (do_gmem, do_smem)):
                   plgpu.copy_gmem_to_smem(
-                    x_gmem.at[batch_row, query, heads],
-                    x_smem.at[stage, pl.ds(a * q_rows, q_rows)],
+                    x_gmem.at[batch_row, row, heads],
+                    x_smem.at[stage, pl.ds(a * rows, rows)],
                     q_ready.at[stage],
                   )
 
-            for a, (x_gmem, x_smem) in enumerate(
-              ((lse_gmem, lse_smem), (delta_gmem, delta_smem))
-            ):
+            for a, x_gmem in enumerate((lse_gmem, delta_gmem)):
 
               @pl.when(warp == a)
-              def _(x_gmem=x_gmem, x_smem=x_smem):
+              def _(a=a, x_gmem=x_gmem):
                 plgpu.copy_gmem_to_smem(
-                  x_gmem.at[at], x_smem.at[stage], q_ready.at[stage]
+                  x_gmem.at[at],
+                  small_smem.at[pl.ds(a * delta_at + stage * ROWS, ROWS)],
+                  q_ready.at[stage],
                 )
+
+        for use, j in ((0, 0), (0, 1), (1, 0)):
+          copy_pairs(use, j)
 
         @pl.loop(0, num_tiles + stages)
         def _(j):
@@ -548,6 +607,10 @@ def _kv_blocks(
           @pl.when(j >= stages)
           def _():
             store_dq(j - stages, done + j - stages)
+
+          # All warps have gathered tile j: store_dq waits for them.
+          pl.when(j < stages)(plgpu.commit_smem)
+          copy_pairs(0, j + 2)
 
         return done + num_tiles
 
@@ -567,22 +630,23 @@ def _kv_blocks(
     plgpu.SMEM((2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND)
   ] * s.interpret
   mosaic.launch(
-    body, chunk_desc, starts, plan.tasks, plan.longest_first, plan.order, q,
-    dout, k, v, lse, delta, partials, sums,
+    body, chunk_desc, starts, plan.tasks, plan.longest_first, pairs, q, dout, k,
+    v, lse, delta, partials, sums,
     name="sparse_kv_blocks",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
     auto_barriers=False,
+    reduction_scratch=0,  # nothing is reduced across warps
     scratch=[
       operand(stages, ROWS),
       operand(stages, ROWS),
       operand(2, KEYS),
       operand(2, KEYS),
-      plgpu.SMEM((stages, ROWS), jnp.float32),
-      plgpu.SMEM((stages, ROWS), jnp.float32),
       plgpu.SMEM((2, 2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND),
       operand(2, ROWS),
+      plgpu.SMEM((pairs_at + 4 * tile_words,), jnp.int32),
+      plgpu.Barrier(num_barriers=4),
       plgpu.Barrier(num_arrivals=2 * half + 2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=2, num_barriers=stages),
       plgpu.Barrier(num_arrivals=4),
@@ -593,6 +657,25 @@ def _kv_blocks(
       *probs,
     ],
   )  # fmt: skip
+
+
+def _describe(plan, slots: int) -> jax.Array:
+  """int32 [pairs * FIELDS]: each pair's pack, slot in the pack, choice bits, 0.
+
+  The pack is numbered over all groups of the launch. The kernel copies these to
+  SMEM ahead of use, because it would wait for each number that it reads from
+  memory.
+
+  Args:
+    plan: `kv_block_plan.KVBlockPlan`.
+    slots: choice slots of a pack.
+  """
+  zero = jnp.zeros_like(plan.order)
+  chosen = zero if plan.chosen is None else plan.chosen
+  fields = [plan.order // slots, plan.order % slots, chosen, zero]
+  # The last row tile may reach past the last pair.
+  pairs = jnp.pad(jnp.stack(fields, axis=-1), ((0, ROWS // 8), (0, 0)))
+  return pairs.reshape(-1)
 
 
 def sum_extra(sums, extra, *, num_kv_blocks, interpret):
@@ -649,20 +732,77 @@ def sum_extra(sums, extra, *, num_kv_blocks, interpret):
   )  # fmt: skip
 
 
+def _sum_pairs(dq, partials, counts, *, params):
+  """Sums the dQ partials of each pack's pairs, in order.
+
+  A warpgroup computes one pack at a time, and reads four partials at once to
+  hide latency. Slots after a pack's last pair are not read: neighbours that
+  choose alike leave a third of them empty.
+
+  Args:
+    dq: Ref, [packs, MMA rows, D], in the working dtype.
+    partials: Ref of `_kv_blocks`.
+    counts: int32 [packs]: the pairs of each pack, which hold its first slots.
+    params: static parameters.
+  """
+  num_packs, _, rows, d = partials.shape
+  warpgroups = 4
+  workers = 4 * params.config.num_ctas * warpgroups  # four CTAs fit on an SM
+  vector = max(1, min(8, rows * d // 128))
+  layout = plgpu.Layout.WG_STRIDED((rows, d), vec_size=vector)
+
+  def body(counts_gmem, part_gmem, dq_gmem):
+    worker = lax.axis_index("cta") * warpgroups + lax.axis_index("wg")
+
+    def pack(i, carry):
+      index = worker + i * workers
+      count = counts_gmem[index]
+
+      def add(j, total, each):
+        parts = [
+          plgpu.load(
+            part_gmem.at[index, j * each + a], layout=layout, optimized=False
+          )
+          for a in range(each)
+        ]
+        for x in parts:
+          total += x.astype(jnp.float32)
+        return total
+
+      fours = count // 4
+      total = plgpu.layout_cast(jnp.full((rows, d), 0.0, jnp.float32), layout)
+      total = lax.fori_loop(0, fours, lambda j, x: add(j, x, 4), total)
+      total = lax.fori_loop(4 * fours, count, lambda j, x: add(j, x, 1), total)
+      dq_gmem[index] = total.astype(params.dtype)
+      return carry
+
+    lax.fori_loop(0, (num_packs - worker + workers - 1) // workers, pack, None)
+
+  mosaic.launch(
+    body, counts, partials, dq,
+    name="sparse_sum_pairs",
+    num_ctas=workers // warpgroups,
+    num_warpgroups=warpgroups,
+    interpret=params.interpret,
+    scratch=[],
+  )  # fmt: skip
+
+
 def backward(
-  q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, *, block_size,
-  scale, config, interpret,
+  q, k, v, dout, lse, delta, block_indices, kv_lengths, *, packing,
+  block_size, scale, config, interpret,
 ):  # fmt: skip
   """dq, dk and dv of padded operands.
 
   Args:
-    q, out, dout: [B, T, K * q_rows, D], a group's heads padded to `q_rows`.
+    q, dout: [B, U, K * rows, D], queries in packs (`mosaic.Packing`); finite if
+      a pack has several queries.
     k, v: [B, K, S', D], finite, S' a multiple of `kv_block_plan.KV_BLOCK`.
-    lse: float32 [B, K * q_rows, T], +inf for padding heads.
-    dlse: cotangent of the natural lse, shaped like it, 0 for padding heads;
-      None for zeros.
+    lse: natural, float32 [B, U, K * rows], +inf for padding.
+    delta: float32 [B, U, K * rows]: out.dout - dlse, 0 for padding.
     block_indices: [B, K, T, P].
     kv_lengths: [B], at most S.
+    packing: of the queries.
     block_size: tokens of a block.
     scale: of the scores.
     config: tile sizes.
@@ -671,30 +811,30 @@ def backward(
   Returns:
     dq like q, dk and dv like k and v.
   """
-  b, t, all_heads, d = q.shape
+  b, num_packs, _, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
-  q_rows = all_heads // num_kv_heads
-  top_k = block_indices.shape[-1]
+  rows, pack = packing.rows, packing.queries
+  t, top_k = block_indices.shape[2:]
+  slots = pack * top_k
   num_kv_blocks = s_len // kv_block_plan.KV_BLOCK
 
-  max_pairs = MAX_WORKSPACE // (q_rows * d)
+  max_pairs = MAX_WORKSPACE // (rows * d)
   split = kv_block_plan.split_launches(
     b,
-    t,
+    num_packs,
     num_kv_heads,
     num_kv_blocks,
-    top_k,
+    slots,
     max_pairs=min(config.pairs or max_pairs, max_pairs),
-    chunk=config.chunk,
+    chunk=-(-config.chunk // pack),
   )
   groups, chunk = split.groups, split.chunk
-  num_pairs = groups * chunk * top_k
+  num_pairs = groups * chunk * slots
   task = kv_block_plan.task_size(num_pairs, config.task)
   params = KernelParams(
-    q_rows=q_rows,
+    packing=packing,
     head_dim=d,
     block_size=block_size,
-    top_k=top_k,
     num_kv_heads=num_kv_heads,
     num_groups=groups,
     num_kv_blocks=num_kv_blocks,
@@ -704,21 +844,19 @@ def backward(
     config=config,
     interpret=interpret,
   )
-  pad = split.num_chunks * chunk - t
-  delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
-  delta = delta.reshape(b, t, num_kv_heads, q_rows).swapaxes(1, 2)
-  lse = lse.reshape(b, num_kv_heads, q_rows, t).swapaxes(2, 3) * mosaic.LOG2E
-  # A dout that is not finite goes into lse and so reaches dv of exactly the
-  # keys that its query sees. A dlse that is not finite must not reach dv, so it
-  # is subtracted afterwards.
-  lse = jnp.where(jnp.isfinite(delta), lse, jnp.nan)
-  if dlse is not None:
-    delta -= dlse.reshape(b, num_kv_heads, q_rows, t).swapaxes(2, 3)
-  if pad:
-    block_indices, delta, lse = (
-      jnp.pad(x, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=value)
-      for x, value in ((block_indices, -1), (delta, 0), (lse, 0))
-    )
+  padded_packs = split.num_chunks * chunk
+  block_indices = jnp.pad(
+    block_indices,
+    ((0, 0), (0, 0), (0, padded_packs * pack - t), (0, 0)),
+    constant_values=-1,
+  ).reshape(b, num_kv_heads, padded_packs, slots)
+
+  def by_group(x):
+    x = x.reshape(b, num_packs, num_kv_heads, rows).swapaxes(1, 2)
+    pad = ((0, 0), (0, 0), (0, padded_packs - num_packs), (0, 0))
+    return jnp.pad(x, pad)
+
+  lse, delta = by_group(lse * mosaic.LOG2E), by_group(delta)
   starts = jnp.repeat(kv_lengths - t, num_kv_heads)
   num_slots = groups * num_kv_blocks
   max_tasks = kv_block_plan.max_tasks(num_slots, num_pairs, task)
@@ -729,48 +867,66 @@ def backward(
     sums = lax.empty((2, max_tasks, kv_block_plan.KV_BLOCK, d), jnp.float32)
     own = jnp.zeros((2, num_slots, kv_block_plan.KV_BLOCK, d), jnp.float32)
     sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
-    partials = lax.empty((groups * chunk, top_k, q_rows, d), q.dtype)
+    partials = lax.empty((groups * chunk, slots, rows, d), q.dtype)
 
     def step(i, carry):
       dq, sums, partials = carry
-      first_query = i * chunk
+      first_pack = i * chunk
 
       def cut(x):
-        return split.cut(x, first, first_query)
+        return split.cut(x, first, first_pack)
 
       first_positions = lax.dynamic_slice_in_dim(starts, first, groups)
-      first_positions += first_query
+      first_positions += first_pack * pack
       plan = kv_block_plan.plan_kv_blocks(
         cut(block_indices),
         first_positions,
         block_size=block_size,
         num_blocks=-(-s_len // block_size),
         task=task,
+        pack=pack,
       )
-      query = (plan.order >> 2) // top_k
 
-      def by_pair(x):
-        x = x.reshape(-1, q_rows)[query].reshape(-1)
-        return jnp.pad(x, (0, ROWS))
+      def by_pair(x, other):
+        """Row values in the order of the pairs.
 
-      chunk_desc = jnp.stack([first, first_query, plan.num_tasks[0]])
+        A query of a pack that did not choose the pair's block gets `other`. So
+        it needs no mask in the kernel.
+        """
+        x = x.reshape(-1, rows)[plan.order // slots]
+        if pack > 1:
+          query = jnp.arange(rows) // packing.heads
+          chose = ((plan.chosen[:, None] >> (2 * query)) & 3) != 0
+          x = jnp.where(chose, x, other)
+        x = jnp.pad(x.reshape(-1), (0, ROWS))
+        return lax.bitcast_convert_type(x, jnp.int32)
+
+      chunk_desc = jnp.stack([first, first_pack, plan.num_tasks[0]])
       sums_ref, partials_ref = jax.new_ref(sums), jax.new_ref(partials)
       _kv_blocks(
         partials_ref, sums_ref, chunk_desc.astype(jnp.int32), first_positions,
-        plan, q, dout, k, v, by_pair(cut(lse)), by_pair(cut(delta)),
-        params=params,
+        plan, _describe(plan, slots), q, dout, k, v, by_pair(cut(lse), jnp.inf),
+        by_pair(cut(delta), 0), params=params,
       )  # fmt: skip
       sum_extra(
         sums_ref, plan.extra, num_kv_blocks=num_slots, interpret=interpret
       )
-      partials = jax.freeze(partials_ref)
-      # Slots of choices that are no pair were not written.
-      one = partials.reshape(groups, chunk, top_k, q_rows, d)
-      one = split.token_major(one).astype(jnp.float32)
-      is_pair = split.token_major(plan.is_pair)[..., None, None]
-      one = jnp.sum(jnp.where(is_pair, one, 0), axis=3).astype(q.dtype)
+      if plan.chosen is None:
+        # Slots that hold no pair were not written, and may stand anywhere.
+        partials = jax.freeze(partials_ref)
+        one = partials.reshape(groups, chunk, slots, rows, d)
+        one = split.token_major(one).astype(jnp.float32)
+        is_pair = split.token_major(plan.is_pair)[..., None, None]
+        one = jnp.sum(jnp.where(is_pair, one, 0), axis=3).astype(q.dtype)
+      else:
+        one = jax.new_ref(lax.empty((groups * chunk, rows, d), q.dtype))
+        counts = jnp.sum(plan.is_pair, axis=-1, dtype=jnp.int32).reshape(-1)
+        _sum_pairs(one, partials_ref, counts, params=params)
+        partials = jax.freeze(partials_ref)
+        one = jax.freeze(one).reshape(groups, chunk, rows, d)
+        one = split.token_major(one)
       batch_row, kv_head = first // num_kv_heads, first % num_kv_heads
-      at = (batch_row, first_query, kv_head, 0, 0)
+      at = (batch_row, first_pack, kv_head, 0, 0)
       dq = lax.dynamic_update_slice(dq, one, at)
       return dq, jax.freeze(sums_ref), partials
 
@@ -783,6 +939,10 @@ def backward(
 
   all_groups = b * num_kv_heads
   dk, dv = (lax.empty((all_groups, s_len, d), q.dtype) for _ in range(2))
-  dq = lax.empty((b, t + pad, num_kv_heads, q_rows, d), q.dtype)
+  dq = lax.empty((b, padded_packs, num_kv_heads, rows, d), q.dtype)
   dq, dk, dv = lax.fori_loop(0, all_groups // groups, launch, (dq, dk, dv))
-  return dq[:, :t].reshape(q.shape), dk.reshape(k.shape), dv.reshape(v.shape)
+  return (
+    dq[:, :num_packs].reshape(q.shape),
+    dk.reshape(k.shape),
+    dv.reshape(v.shape),
+  )

@@ -97,9 +97,9 @@ class Config:
 class KernelParams:
   """Static parameters of one call, after padding."""
 
-  q_len: int
+  num_packs: int  # packs of a batch row
   num_kv_heads: int
-  q_rows: int  # MMA rows of a query: its group's heads, 8 or 16
+  packing: mosaic.Packing
   head_dim: int
   block_size: int
   dtype: jnp.dtype
@@ -110,8 +110,8 @@ class KernelParams:
 
   @property
   def half(self) -> int:
-    """Queries in 64 MMA rows, which is half a tile."""
-    return ROWS // self.q_rows
+    """Packs in 64 MMA rows, which is half a tile."""
+    return ROWS // self.packing.rows
 
   def operand(self, *leading: int) -> plgpu.SMEM:
     return plgpu.SMEM(
@@ -182,18 +182,18 @@ def _over_columns(x, width: int):
 
 
 def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
-  """Computes the partial outputs of a chunk's (query, block) pairs.
+  """Computes the partial outputs of a chunk's (pack, block) pairs.
 
   Args:
     partials: Refs of the partial outputs and their lse.
     chunk_desc: chunk descriptor, int32 [6]: first tile, batch row, KV head,
-      first query, first task and number of tasks of the chunk.
+      first pack, first task and number of tasks of the chunk.
     plan: `tile_plan.PairPlan`.
     q, k, v: operands as `forward` takes them.
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  half, q_rows, workers = s.half, s.q_rows, config.pair_warpgroups
+  half, rows, workers = s.half, s.packing.rows, config.pair_warpgroups
   stages = config.query_stages * workers
   registers, copy_registers = {2: (232, 40), 3: (160, 32)}[workers]
 
@@ -246,20 +246,20 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
 
             @pl.when(first + a < count)
             def _store(a=a):
-              query = choice_slot[a] // g.top_k
-              choice = lax.rem(choice_slot[a], g.top_k)
-              at = pl.ds(a * q_rows, q_rows)
+              pack = choice_slot[a] // g.pack_slots
+              choice = lax.rem(choice_slot[a], g.pack_slots)
+              at = pl.ds(a * rows, rows)
               plgpu.copy_smem_to_gmem(
                 o_smem.at[wg, at],
-                part_gmem.at[query, choice],
+                part_gmem.at[pack, choice],
                 commit_group=False,
               )
               plgpu.copy_smem_to_gmem(
                 l_smem.at[wg, at],
                 lse_gmem.at[
-                  query // g.tile,
+                  pack // g.tile_packs,
                   choice,
-                  pl.ds(lax.rem(query, g.tile) * q_rows, q_rows),
+                  pl.ds(lax.rem(pack, g.tile_packs) * rows, rows),
                 ],
                 commit_group=False,
               )
@@ -307,8 +307,9 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
 
         def gather(j, step):
           slot = lax.rem(step, stages)
-          query = [
-            order_gmem[start + jnp.minimum(j * half + a, count - 1)] // g.top_k
+          pack = [
+            order_gmem[start + jnp.minimum(j * half + a, count - 1)]
+            // g.pack_slots
             for a in range(half)
           ]
 
@@ -319,9 +320,9 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
           for a in range(half):
             plgpu.copy_gmem_to_smem(
               q_gmem.at[
-                batch_row, origin + query[a], pl.ds(kv_head * q_rows, q_rows)
+                batch_row, origin + pack[a], pl.ds(kv_head * rows, rows)
               ],
-              q_smem.at[slot, pl.ds(a * q_rows, q_rows)],
+              q_smem.at[slot, pl.ds(a * rows, rows)],
               q_ready.at[slot],
             )
           return step + 1
@@ -379,16 +380,16 @@ def _tiles(
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  half, q_rows = s.half, s.q_rows
-  tiles_of_group = plan.info.shape[0] // (q.shape[0] * s.num_kv_heads)
+  half, rows = s.half, s.packing.rows
+  tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
   merging = partials is not None
   kv_stages = config.kv_stages if merging else config.walk_stages
   merge_stages = config.merge_stages
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    chunk_gmem, starts_gmem, info_gmem, shared_gmem, q_gmem, k_gmem, v_gmem,
-    *rest,
+    chunk_gmem, starts_gmem, counts_gmem, queries_gmem, shared_gmem,
+    shared_by_gmem, q_gmem, k_gmem, v_gmem, *rest,
   ):  # fmt: skip
     if merging:
       merge_gmem, part_gmem, part_lse_gmem, *rest = rest
@@ -408,16 +409,16 @@ def _tiles(
         index,
         group_index // s.num_kv_heads,
         lax.rem(group_index, s.num_kv_heads),
-        lax.rem(index, tiles_of_group) * g.tile,
+        lax.rem(index, tiles_of_group) * g.tile_packs,
       )
 
     @pl.when(wg < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
+      # Query in this warpgroup's half of the tile.
       query_of_row = (
         plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
-        // q_rows
-        + wg * half
+        // s.packing.heads
       )
 
       def chosen_by(bits):
@@ -428,34 +429,39 @@ def _tiles(
 
       def tile(i, steps):
         kv_step, merge_step = steps
-        index, batch_row, kv_head, tile_query = locate(i)
-        heads = pl.ds(kv_head * q_rows, q_rows)
-        first_query = tile_query + wg * half
+        index, batch_row, kv_head, tile_pack = locate(i)
+        heads = pl.ds(kv_head * rows, rows)
+        first_pack = tile_pack + wg * half
         for a in range(half):
           plgpu.copy_gmem_to_smem(
             q_gmem.at[
-              batch_row, jnp.minimum(first_query + a, s.q_len - 1), heads
+              batch_row, jnp.minimum(first_pack + a, s.num_packs - 1), heads
             ],
-            q_smem.at[wg, pl.ds(a * q_rows, q_rows)],
+            q_smem.at[wg, pl.ds(a * rows, rows)],
             q_ready.at[wg],
           )
-        num_full, num_shared = info_gmem[index, 0], info_gmem[index, 1]
-        poisoned, seeing = info_gmem[index, 2], info_gmem[index, 3]
-        position = starts_gmem[batch_row] + tile_query
+        num_full, num_shared = (counts_gmem[index, j] for j in range(2))
+        bad_keys, bad_values, seeing = (
+          queries_gmem[index, j, wg] for j in range(3)
+        )
+        position = starts_gmem[batch_row] + first_pack * g.pack
         plgpu.barrier_wait(q_ready.at[wg])
 
         def block(j, carry, own: bool):
+          *carry, mine = carry
           slot = lax.rem(kv_step + j, kv_stages)
-          entry = shared_gmem[index, j]
-          mine = (entry >> (wg * half)) & ((1 << half) - 1)
           plgpu.barrier_wait(k_ready.at[slot])
+          # Read one block ahead: a warpgroup would wait for it here.
+          following = shared_by_gmem[
+            index, wg, jnp.minimum(j + 1, num_shared - 1)
+          ]
 
           def walk(acc, m_i, l_i):
             scores = _qk(q_smem.at[wg], k_smem.at[slot], s.block_size)
             plgpu.barrier_arrive(k_free.at[slot])
-            chosen = chosen_by(entry)
+            chosen = chosen_by(mine)
             if own:
-              first_key = (entry >> tile_plan.SHARED_ID_SHIFT) * s.block_size
+              first_key = shared_gmem[index, j] * s.block_size
               key = first_key + plgpu.broadcasted_iota(
                 jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
               )
@@ -489,14 +495,14 @@ def _tiles(
             plgpu.barrier_arrive(v_free.at[slot])
             return acc, m_i, l_i
 
-          return lax.cond(mine != 0, walk, skip, *carry)
+          return *lax.cond(mine != 0, walk, skip, *carry), following
 
         def merge(choice, carry):
-          bits = merge_gmem[index, choice]
+          bits = [merge_gmem[index, h, choice] for h in range(2)]
 
           def add(acc, m_i, l_i, step):
             slot = lax.rem(step, merge_stages)
-            chosen = chosen_by(bits)
+            chosen = chosen_by(jnp.where(wg == 0, bits[0], bits[1]))
             plgpu.barrier_wait(o_ready.at[slot])
             m_part = plgpu.load(
               l_smem.at[slot, pl.ds(wg * ROWS, ROWS)], layout=row_layout
@@ -517,46 +523,44 @@ def _tiles(
             acc = acc * _over_columns(alpha, s.head_dim) + o
             return acc, m_new, l_i * alpha + weight, step + 1
 
-          return lax.cond(bits != 0, add, lambda *c: c, *carry)
+          return lax.cond((bits[0] | bits[1]) != 0, add, lambda *c: c, *carry)
 
         carry = (
           full(0.0, (ROWS, s.head_dim), plgpu.Layout.WGMMA),
           full(FLOOR, (ROWS,), row_layout),
           full(0.0, (ROWS,), row_layout),
+          shared_by_gmem[index, wg, 0],
         )
         carry = lax.fori_loop(
           0, num_full, functools.partial(block, own=False), carry
         )
-        carry = lax.fori_loop(
+        *carry, _ = lax.fori_loop(
           num_full, num_shared, functools.partial(block, own=True), carry
         )
         if merging:
           *carry, merge_step = lax.fori_loop(
-            0, g.top_k, merge, (*carry, merge_step)
+            0, g.pack_slots, merge, (*carry, merge_step)
           )
         acc, m_i, l_i = carry
 
         sees = chosen_by(seeing)
-        bad_key = chosen_by(poisoned)
-        bad_value = chosen_by(poisoned >> 16)
+        bad_key, bad_value = chosen_by(bad_keys), chosen_by(bad_values)
         factor = jnp.where(bad_key | bad_value, jnp.nan, 1.0 / l_i)
         acc = acc * _over_columns(factor, s.head_dim)
         acc = jnp.where(_over_columns(sees, s.head_dim), acc, 0.0)
         # Only infinite scores can leave a query that sees keys without weight.
         log_l = jnp.where(bad_key | (l_i == 0.0), jnp.nan, jnp.log2(l_i))
         lse_rows = jnp.where(sees, (m_i + log_l) * mosaic.LN2, -jnp.inf)
-        lse_gmem[batch_row, kv_head, pl.ds(first_query * q_rows, ROWS)] = (
-          lse_rows
-        )
+        lse_gmem[batch_row, kv_head, pl.ds(first_pack * rows, ROWS)] = lse_rows
         q_smem[wg] = acc.astype(s.dtype)
         plgpu.commit_smem()
         for a in range(half):
 
-          @pl.when(first_query + a < s.q_len)
+          @pl.when(first_pack + a < s.num_packs)
           def _store(a=a):
             plgpu.copy_smem_to_gmem(
-              q_smem.at[wg, pl.ds(a * q_rows, q_rows)],
-              out_gmem.at[batch_row, first_query + a, heads],
+              q_smem.at[wg, pl.ds(a * rows, rows)],
+              out_gmem.at[batch_row, first_pack + a, heads],
               commit_group=False,
             )
 
@@ -574,15 +578,12 @@ def _tiles(
       def tile(i, steps):
         kv_step, merge_step = steps
         index, batch_row, kv_head, _ = locate(i)
-        num_shared = info_gmem[index, 1]
+        num_shared = counts_gmem[index, 1]
 
         def block(j, carry):
           step = kv_step + j
           slot = lax.rem(step, kv_stages)
-          tokens = pl.ds(
-            (shared_gmem[index, j] >> tile_plan.SHARED_ID_SHIFT) * s.block_size,
-            s.block_size,
-          )
+          tokens = pl.ds(shared_gmem[index, j] * s.block_size, s.block_size)
 
           @pl.when(step >= kv_stages)
           def _():
@@ -608,9 +609,10 @@ def _tiles(
         lax.fori_loop(0, num_shared, block, None)
 
         def merge(choice, step):
-          bits = merge_gmem[index, choice]
+          bits = [merge_gmem[index, h, choice] for h in range(2)]
+          wanted = (bits[0] | bits[1]) != 0
 
-          @pl.when(bits != 0)
+          @pl.when(wanted)
           def _():
             slot = lax.rem(step, merge_stages)
 
@@ -622,27 +624,26 @@ def _tiles(
               part_lse_gmem.at[index - first_tile, choice], l_smem.at[slot],
               o_ready.at[slot],
             )  # fmt: skip
-            for a in range(g.tile):
-              here = ((bits >> a) & 1) == 1
+            for a in range(g.tile_packs):
+              of_pack = bits[a // half] >> (a % half * g.pack)
+              of_pack &= (1 << g.pack) - 1
 
-              @pl.when(here)
+              @pl.when(of_pack != 0)
               def _load(a=a):
                 plgpu.copy_gmem_to_smem(
-                  part_gmem.at[(index - first_tile) * g.tile + a, choice],
-                  o_smem.at[
-                    slot, a // half, pl.ds((a % half) * q_rows, q_rows)
-                  ],
+                  part_gmem.at[(index - first_tile) * g.tile_packs + a, choice],
+                  o_smem.at[slot, a // half, pl.ds((a % half) * rows, rows)],
                   o_ready.at[slot],
                 )
 
-              @pl.when(((bits >> a) & 1) == 0)
+              @pl.when(of_pack == 0)
               def _():
                 plgpu.barrier_arrive(o_ready.at[slot])
 
-          return step + (bits != 0).astype(jnp.int32)
+          return step + wanted.astype(jnp.int32)
 
         if merging:
-          merge_step = lax.fori_loop(0, g.top_k, merge, merge_step)
+          merge_step = lax.fori_loop(0, g.pack_slots, merge, merge_step)
         return kv_step + num_shared, merge_step
 
       kv_step, merge_step = lax.fori_loop(
@@ -656,12 +657,13 @@ def _tiles(
   merge_scratch = [
     s.operand(merge_stages, 2, ROWS),
     plgpu.SMEM((merge_stages, 2 * ROWS), jnp.float32),
-    plgpu.Barrier(num_arrivals=g.tile + 1, num_barriers=merge_stages),
+    plgpu.Barrier(num_arrivals=g.tile_packs + 1, num_barriers=merge_stages),
     plgpu.Barrier(num_arrivals=2, num_barriers=merge_stages),
   ]
   mosaic.launch(
-    body, chunk_desc, starts, plan.info, plan.shared, q, k, v,
-    *((merges, *partials) if merging else ()), out, lse,
+    body, chunk_desc, starts, plan.counts, plan.queries, plan.shared,
+    plan.shared_by, q, k, v, *((merges, *partials) if merging else ()), out,
+    lse,
     name="sparse_tiles_merge" if merging else "sparse_tiles",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
@@ -682,26 +684,27 @@ def _tiles(
 
 
 def geometry(
-  q_len: int, kv_len: int, q_rows: int, head_dim: int, block_size: int,
-  top_k: int, config: Config,
+  q_len: int, kv_len: int, packing: mosaic.Packing, head_dim: int,
+  block_size: int, top_k: int, config: Config,
 ) -> tile_plan.Geometry:  # fmt: skip
   """Sizes of tiles, spans and chunks for one call.
 
   Args:
     q_len: T.
     kv_len: S.
-    q_rows: MMA rows of a query.
+    packing: of the queries.
     head_dim: D.
     block_size: tokens of a block.
     top_k: P.
     config: tile sizes.
   """
-  tile = 2 * ROWS // q_rows
+  pack, pack_rows = packing.queries, packing.rows
+  tile = 2 * ROWS // pack_rows * pack
 
   def round_up(x):
     return -(-x // tile) * tile
 
-  most = MAX_WORKSPACE // (top_k * q_rows * head_dim)
+  most = MAX_WORKSPACE // (top_k * pack_rows * head_dim)
   if config.chunk:
     most = min(most, config.chunk)
   most = max(most // tile * tile, tile)
@@ -712,60 +715,63 @@ def geometry(
   span = config.span
   if not span:
     wanted = 64 * num_blocks // top_k
-    fits = (32 << 20) // (q_rows * head_dim * 2)
+    fits = (32 << 20) // (pack_rows * head_dim * 2) * pack
     span = max(wanted, fits // 2) if wanted <= fits else chunk
   return tile_plan.Geometry(
     num_blocks=num_blocks,
     block_size=block_size,
     top_k=top_k,
+    pack=pack,
     chunk=chunk,
     tile=tile,
     span=min(round_up(span), chunk),
     task=config.task,
     # A pair costs its bytes, a shared block its MMA rows.
-    shared_cost=config.shared_cost * 16 / q_rows,
+    shared_cost=config.shared_cost * 16 / pack_rows,
     slack=config.slack,
   )
 
 
 def forward(
-  q: Float[Array, "B T K*R D"],
+  q: Float[Array, "B U K*rows D"],
   k: Float[Array, "B K S D"],
   v: Float[Array, "B K S D"],
   first_bad: Int[Array, "B K 2 N"],
   block_indices: Int[Array, "B K T P"],
   kv_lengths: Int[Array, "B"],
   *,
+  packing: mosaic.Packing,
   block_size: int,
   scale: float,
   config: Config,
   interpret: bool,
-) -> tuple[Float[Array, "B T K*R D"], Float[Array, "B K T R"]]:
+) -> tuple[Float[Array, "B U K*rows D"], Float[Array, "B K U*pack R"]]:
   """out and the natural lse of padded operands.
 
   Args:
-    q: queries with R heads a group, 8 or 16.
+    q: queries in U packs (`mosaic.Packing`); a pack has 8 or 16 rows.
     k: finite keys, head-major, whole blocks.
     v: the same of values.
     first_bad: position of the first non-finite key (0) and value (1) of each
       block, `mosaic.NEVER` if all are finite.
     block_indices: chosen blocks, in any order.
     kv_lengths: number of keys; the queries are the last of them.
+    packing: of the queries; R is `packing.heads`.
     block_size: tokens of a block.
     scale: of the scores.
     config: tile sizes.
     interpret: run on the CPU.
   """
-  b, t, all_heads, d = q.shape
+  b, num_packs, _, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
-  top_k = block_indices.shape[-1]
-  q_rows = all_heads // num_kv_heads
-  g = geometry(t, s_len, q_rows, d, block_size, top_k, config)
+  t, top_k = block_indices.shape[2:]
+  pack, heads = packing.queries, packing.heads
+  g = geometry(t, s_len, packing, d, block_size, top_k, config)
   num_chunks = -(-t // g.chunk)
   params = KernelParams(
-    q_len=t,
+    num_packs=num_packs,
     num_kv_heads=num_kv_heads,
-    q_rows=q_rows,
+    packing=packing,
     head_dim=d,
     block_size=block_size,
     dtype=jnp.dtype(q.dtype),
@@ -791,13 +797,13 @@ def forward(
   def new(sizes, dtype):
     return jax.new_ref(lax.empty(sizes, dtype))
 
-  num_tiles = tiles.info.shape[0]
+  num_tiles = tiles.counts.shape[0]
   chunk_tiles = g.chunk // g.tile
 
   def results():
     return (
-      new((b, t, num_kv_heads * q_rows, d), q.dtype),
-      new((b, num_kv_heads, num_chunks * g.chunk * q_rows), jnp.float32),
+      new(q.shape, q.dtype),
+      new((b, num_kv_heads, num_chunks * g.chunk * heads), jnp.float32),
     )
 
   def walk_all():
@@ -811,8 +817,8 @@ def forward(
   def mixed():
     out, lse = results()
     partials = (
-      new((g.chunk, top_k, q_rows, d), q.dtype),
-      new((chunk_tiles, top_k, 2 * ROWS), jnp.float32),
+      new((g.chunk // pack, g.pack_slots, packing.rows, d), q.dtype),
+      new((chunk_tiles, g.pack_slots, 2 * ROWS), jnp.float32),
     )
     merges = tile_plan.plan_merges(tiles, g)
     total = num_tiles // chunk_tiles
@@ -834,7 +840,7 @@ def forward(
             index * chunk_tiles,
             group_index // num_kv_heads,
             group_index % num_kv_heads,
-            index % num_chunks * g.chunk,
+            index % num_chunks * (g.chunk // pack),
             pairs.chunks[j, 0],
             pairs.chunks[j, 1],
           ]
@@ -852,4 +858,4 @@ def forward(
     return jax.freeze(out), jax.freeze(lse)
 
   out, lse = lax.cond(jnp.any(tiles.is_pair), mixed, walk_all)
-  return out, lse.reshape(b, num_kv_heads, -1, q_rows)[:, :, :t]
+  return out, lse.reshape(b, num_kv_heads, -1, heads)[:, :, : num_packs * pack]

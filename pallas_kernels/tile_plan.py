@@ -7,9 +7,14 @@ handled in one of two ways:
 
 * **shared**: enough queries of the tile chose the block, so the tile kernel
   loads it once and multiplies it with all of them;
-* **(query, block) pairs**: few queries chose it. The pairs of all tiles are
+* **(pack, block) pairs**: few queries chose it. The pairs of all tiles are
   sorted by block, so that the pair kernel loads a block once and gathers the
   queries that chose it.
+
+A *pack* is the unit that is gathered: neighbouring queries whose heads fill at
+least 8 MMA rows, because a TMA copy moves tiles of 8 rows. With 8 or more heads
+a group it is one query, with 4 heads two queries, with 2 heads four. A pair
+computes all queries of its pack; only those that chose the block merge it.
 
 `plan_tiles` compares the costs of the two ways. A tile may end up with shared
 blocks only, or with pairs for everything but its own blocks, or with both.
@@ -36,8 +41,8 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import mosaic
 
-SHARED_ID_SHIFT = 16  # a shared entry: block id above, query bits below
 MIN_SLOT_BITS = 9  # of a choice: see `Geometry.slot_bits`
+WORD = 32  # queries whose bits share an int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,8 +53,10 @@ class Geometry:
     num_blocks: N.
     block_size: tokens of a block.
     top_k: P.
+    pack: queries of a pack: neighbours that are copied together, so that one
+      pair holds all queries of a pack that chose its block.
     chunk: queries of a chunk, a multiple of `tile`.
-    tile: queries of a tile.
+    tile: queries of a tile, at most 64, a multiple of `2 * pack`.
     span: queries whose pairs are sorted together. A span shorter than `chunk`
       keeps the queries that it gathers in L2.
     task: upper bound on the pairs of a task. A block that many queries chose is
@@ -63,12 +70,27 @@ class Geometry:
   num_blocks: int
   block_size: int
   top_k: int
+  pack: int
   chunk: int
   tile: int
   span: int
   task: int
   shared_cost: float
   slack: float
+
+  @property
+  def half(self) -> int:
+    """Queries of half a tile; their bits fit one int32."""
+    return self.tile // 2
+
+  @property
+  def tile_packs(self) -> int:
+    return self.tile // self.pack
+
+  @property
+  def pack_slots(self) -> int:
+    """Choice slots of a pack, and so the most pairs that it can have."""
+    return self.pack * self.top_k
 
   @property
   def max_shared(self) -> int:
@@ -80,7 +102,7 @@ class Geometry:
   def slot_bits(self) -> int:
     """Bits of a choice slot in its tile, which stand below the block id.
 
-    At most 10, of 16 queries with 64 choices each, so that 15 bits of a block
+    At most 12, of 64 queries with 64 choices each, so that 15 bits of a block
     id fit beside them and `mosaic.NEVER` stays greater than every choice.
     """
     return max(MIN_SLOT_BITS, (self.tile * self.top_k - 1).bit_length())
@@ -99,28 +121,37 @@ class Geometry:
 class TilePlan(NamedTuple):
   """What the CTA of each tile does; the tiles of all groups in one list.
 
-  "Query bits" are a bit mask over the queries of a tile.
+  "Query bits" are a bit mask over the queries of half a tile, one int32 for
+  each of the two halves.
 
   Attributes:
-    info: int32 [tiles, 4]: the number of shared blocks that end before every
-      query's own block, the number of all shared blocks, query bits of the
-      queries poisoned by a non-finite key (low half) or value (high half), and
-      query bits of the queries that see anything.
-    shared: int32 [tiles, max_shared]: block id and the query bits of those that
-      chose it, ascending.
+    counts: int32 [tiles, 2]: the number of shared blocks that end before every
+      query's own block, and the number of all shared blocks.
+    queries: int32 [tiles, 3, 2]: query bits of the queries that see a
+      non-finite key, of those that see a non-finite value, and of those that
+      see anything.
+    shared: int32 [tiles, max_shared]: the shared blocks, ascending.
+    shared_by: int32 [tiles, 2, max_shared]: query bits of those that chose each
+      of them.
     choices: int32 [tiles, tile * P], ascending: block id and choice slot
       (query * P + p) of every valid choice, then `mosaic.NEVER`.
-    is_pair: bool [tiles, tile * P]: which of `choices` are pairs.
+    is_pair: bool [tiles, tile * P]: which of `choices` are pairs. The first
+      choice of a block by a query of a pack stands for the whole pack.
+    chosen_by: int32 [tiles, 2, tile * P]: query bits of all that chose the same
+      block.
   """
 
-  info: Int[Array, "tiles 4"]
+  counts: Int[Array, "tiles 2"]
+  queries: Int[Array, "tiles 3 2"]
   shared: Int[Array, "tiles entries"]
+  shared_by: Int[Array, "tiles 2 entries"]
   choices: Int[Array, "tiles slots"]
   is_pair: Bool[Array, "tiles slots"]
+  chosen_by: Int[Array, "tiles 2 slots"]
 
 
 class PairPlan(NamedTuple):
-  """The (query, block) pairs of some chunks, sorted by chunk, span and block.
+  """The (pack, block) pairs of some chunks, sorted by chunk, span and block.
 
   A task is a run of pairs that share their block: the work of one CTA of the
   pair kernel between two loads of K and V.
@@ -128,7 +159,8 @@ class PairPlan(NamedTuple):
   Attributes:
     chunks: int32 [chunks, 2]: first task and number of tasks of each chunk.
     tasks: int32 [max_tasks, 4]: block, first pair, number of pairs, 0.
-    order: int32 [pairs]: choice slot in the chunk (query * P + p) of each pair.
+    order: int32 [pairs]: choice slot in the chunk (query * P + p) of each pair,
+      which is also pack * pack_slots + choice slot in the pack.
   """
 
   chunks: Int[Array, "chunks 2"]
@@ -136,9 +168,36 @@ class PairPlan(NamedTuple):
   order: Int[Array, "pairs"]
 
 
-def _bit_mask(flags: Bool[Array, "*A tile"]) -> Int[Array, "*A"]:
+def _bit_mask(flags: Bool[Array, "*A queries"]) -> Int[Array, "*A"]:
   shifts = jnp.arange(flags.shape[-1], dtype=jnp.int32)
   return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
+
+
+def _or_over_runs(
+  bits: Int[Array, "tiles slots"], key: Int[Array, "tiles slots"], longest: int
+) -> Int[Array, "tiles slots"]:
+  """The bitwise or of `bits` over each run of equal keys, at all its places.
+
+  Args:
+    bits: 0 where there is no key.
+    key: ascending along the last axis.
+    longest: upper bound on the length of a run.
+  """
+
+  def shifted(x, by, fill):
+    pad = (0, by) if by > 0 else (-by, 0)
+    x = jnp.pad(x, ((0, 0), pad), constant_values=fill)
+    return x[:, by:] if by > 0 else x[:, :by]
+
+  total = bits
+  for sign in (1, -1):
+    part, reach = bits, 1  # part: the or of `reach` entries in one direction
+    while reach < longest:
+      same = shifted(key, sign * reach, -1) == key
+      part |= jnp.where(same, shifted(part, sign * reach, 0), 0)
+      reach *= 2
+    total |= part
+  return total
 
 
 def plan_tiles(
@@ -147,7 +206,7 @@ def plan_tiles(
   first_bad: Int[Array, "groups 2 N"],
   geometry: Geometry,
 ) -> TilePlan:
-  """Splits all choices into shared blocks of tiles and (query, block) pairs.
+  """Splits all choices into shared blocks of tiles and (pack, block) pairs.
 
   Args:
     ids: chosen blocks in any order; ids outside 0 .. own block are dropped.
@@ -163,6 +222,7 @@ def plan_tiles(
   slots = g.tile * g.top_k
   own = jnp.where(positions < 0, -1, positions // g.block_size)
   valid = (ids >= 0) & (ids <= own[..., None]) & (ids < g.num_blocks)
+  sees = jnp.any((ids >= 0) & (ids <= own[..., None]), axis=-1)
   group = jnp.arange(num_groups)[:, None, None]
   known = jnp.clip(ids, 0, g.num_blocks - 1)
   bad_key, bad_value = (
@@ -182,32 +242,31 @@ def plan_tiles(
   choices = lax.sort(choices, dimension=1, is_stable=False)
   valid = choices != mosaic.NEVER
   block = choices >> g.slot_bits
-  bit = 1 << ((choices & ((1 << g.slot_bits) - 1)) // g.top_k)
-  bit = jnp.where(valid, bit, 0)
-  reach = g.tile - 1
-  pad = ((0, 0), (reach, reach))
-  near_block = jnp.pad(block, pad, constant_values=-1)
-  near_bit = jnp.pad(bit, pad)
-  # Query bits of all that chose the same block: at most `tile` neighbours.
-  wanted = bit
-  for shift in range(2 * g.tile - 1):
-    window = slice(shift, shift + slots)
-    same = near_block[:, window] == block
-    wanted |= jnp.where(same, near_bit[:, window], 0)
-  first = valid & (near_block[:, reach - 1 : reach - 1 + slots] != block)
-  half = g.tile // 2
-  halves = ((wanted & ((1 << half) - 1)) != 0).astype(jnp.int32)
-  halves += (wanted >> half) != 0
-  count = lax.population_count(wanted)
+  query = (choices & ((1 << g.slot_bits) - 1)) // g.top_k
+  chosen_by = _chosen_by(block, query, valid, g)
+
+  def new(key):
+    """Whether key differs from that of the choice before."""
+    before = jnp.pad(key[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
+    return before != key
+
+  first = valid & new(block)
+  first_of_pack = first | (valid & new(query // g.pack))
+  halves, packs = (
+    sum(x[1:], x[0])
+    for x in zip(
+      *(((x != 0).astype(jnp.int32), _count_packs(x, g)) for x in chosen_by)
+    )
+  )
 
   oldest_own = own.reshape(num_tiles, g.tile)[:, :1]
-  popular = (block >= oldest_own) | (count >= g.shared_cost * halves)
+  popular = (block >= oldest_own) | (packs >= g.shared_cost * halves)
   # Costs of sharing all blocks and of the mixture with pairs, in units of one
   # block shared by half a tile.
   walk = jnp.where(first, halves, 0)
   walk_cost = jnp.sum(walk, axis=-1)
   mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1) + jnp.sum(
-    valid & ~popular, axis=-1
+    first_of_pack & ~popular, axis=-1
   ) / max(g.shared_cost, 1e-3)
   fits = jnp.sum(first, axis=-1) <= g.max_shared
   walk_tile = fits & (walk_cost <= g.slack * mixed_cost)
@@ -217,34 +276,91 @@ def plan_tiles(
   shared = popular | (walk_tile | walk_all)[:, None]
 
   listed = first & shared
-  entry = jnp.where(listed, (block << SHARED_ID_SHIFT) | wanted, mosaic.NEVER)
-  entry = lax.sort(entry, dimension=1, is_stable=False)[:, : g.max_shared]
+  place = jnp.where(listed, jnp.arange(slots, dtype=jnp.int32), slots)
+  place = lax.sort(place, dimension=1, is_stable=False)[:, : g.max_shared]
 
-  def by_tile(x):
-    return _bit_mask(x.reshape(num_tiles, g.tile))
+  def pick(x):
+    return jnp.take_along_axis(x, place, axis=1, mode="fill", fill_value=0)
 
-  info = jnp.stack(
-    [
-      jnp.sum(listed & (block < oldest_own), axis=-1, dtype=jnp.int32),
-      jnp.sum(listed, axis=-1, dtype=jnp.int32),
-      by_tile(bad_key) | (by_tile(bad_value) << 16),
-      by_tile(jnp.any((ids >= 0) & (ids <= own[..., None]), axis=-1)),
-    ],
-    axis=-1,
+  def by_half(flags):
+    return _bit_mask(flags.reshape(num_tiles, 2, g.half))
+
+  return TilePlan(
+    counts=jnp.stack(
+      [
+        jnp.sum(listed & (block < oldest_own), axis=-1, dtype=jnp.int32),
+        jnp.sum(listed, axis=-1, dtype=jnp.int32),
+      ],
+      axis=-1,
+    ),
+    queries=jnp.stack([by_half(x) for x in (bad_key, bad_value, sees)], axis=1),
+    shared=pick(block),
+    shared_by=jnp.stack([pick(x) for x in chosen_by], axis=1),
+    choices=choices,
+    is_pair=first_of_pack & ~shared,
+    chosen_by=jnp.stack(chosen_by, axis=1),
   )
-  return TilePlan(info, entry, choices, valid & ~shared)
 
 
-def plan_merges(tiles: TilePlan, geometry: Geometry) -> Int[Array, "tiles P"]:
-  """For each p, query bits of the queries whose p-th choice is a pair.
+def _chosen_by(
+  block: Int[Array, "tiles slots"],
+  query: Int[Array, "tiles slots"],
+  valid: Bool[Array, "tiles slots"],
+  geometry: Geometry,
+) -> list[Int[Array, "tiles slots"]]:
+  """For each half of a tile, query bits of those that chose the same block."""
+  g = geometry
+  if g.tile <= WORD:  # both halves in one word
+    bits = jnp.where(valid, jnp.int32(1) << query, 0)
+    both = _or_over_runs(bits, block, g.tile)
+    mask = (1 << g.half) - 1
+    high = lax.shift_right_logical(both, jnp.int32(g.half))
+    return [both & mask, high & mask]
+  return [
+    _or_over_runs(
+      jnp.where(
+        valid & (query // g.half == half), jnp.int32(1) << query % g.half, 0
+      ),
+      block,
+      g.tile,
+    )
+    for half in range(2)
+  ]
+
+
+def _count_packs(
+  bits: Int[Array, "tiles slots"], geometry: Geometry
+) -> Int[Array, "tiles slots"]:
+  """How many packs have a query among query bits."""
+  g = geometry
+  any_of_pack = bits
+  for shift in range(1, g.pack):
+    any_of_pack |= lax.shift_right_logical(bits, jnp.int32(shift))
+  first_of_packs = sum(1 << i for i in range(0, g.half, g.pack))
+  return lax.population_count(any_of_pack & first_of_packs)
+
+
+def plan_merges(
+  tiles: TilePlan, geometry: Geometry
+) -> Int[Array, "tiles 2 pack_slots"]:
+  """Query bits of the queries that a pair is for, by choice slot in the pack.
 
   The tile kernel merges the partial outputs of these pairs.
   """
   g = geometry
   slot = tiles.choices & ((1 << g.slot_bits) - 1)
-  bit = jnp.where(tiles.is_pair, 1 << (slot // g.top_k), 0)
-  here = (slot % g.top_k)[:, None, :] == jnp.arange(g.top_k)[:, None]
-  return jnp.sum(jnp.where(here, bit[:, None], 0), axis=-1, dtype=jnp.int32)
+  pack, slot = slot // g.pack_slots, slot % g.pack_slots
+  here = slot[:, None] == jnp.arange(g.pack_slots)[:, None]
+  merges = []
+  for half in range(2):
+    place = pack * g.pack - half * g.half  # of the pack's first bit in the half
+    mask = jnp.int32((1 << g.pack) - 1) << jnp.clip(place, 0, WORD - 1)
+    bits = tiles.chosen_by[:, half] & mask
+    bits = jnp.where(tiles.is_pair & (place >= 0) & (place < g.half), bits, 0)
+    merges.append(
+      jnp.sum(jnp.where(here, bits[:, None], 0), axis=-1, dtype=jnp.int32)
+    )
+  return jnp.stack(merges, axis=1)
 
 
 def plan_pairs(
@@ -296,7 +412,7 @@ def plan_pairs(
   segment_of = jnp.minimum(segment_of, num_segments - 1)
   # The tasks of one block have equal sizes, up to a tile's number of pairs.
   size = -(-counts // jnp.maximum(task_counts, 1))
-  size = (-(-size // g.tile) * g.tile)[segment_of]
+  size = (-(-size // g.tile_packs) * g.tile_packs)[segment_of]
   start = bounds[segment_of]
   start += (task - (ends - task_counts)[segment_of]) * size
   start = jnp.minimum(start, bounds[segment_of + 1])

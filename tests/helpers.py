@@ -107,7 +107,7 @@ CASES = {
 }
 
 # Cases of the kernels that take chosen blocks, on a GPU. The truth holds about
-# ten float32 arrays of H x T x S: 2.5 GB in the first case, which is the largest.
+# ten float32 arrays of H x T x S: 2.5 GB in the first case, the largest.
 HOPPER_CASES = {
   "paper_heads": (Case(
     q_len=700, kv_len=1408, num_heads=64, num_kv_heads=4, head_dim=128,

@@ -249,7 +249,8 @@ def test_checks_reach_both_ways_of_the_kernels(name, monkeypatch):
   for of in forward.sparse_cases(case):
     ids = forward.random_blocks(of)
     geometry = sparse_attention_fwd.geometry(
-      of.tokens, of.kv_tokens, max(8, of.num_heads // of.num_kv_heads),
+      of.tokens, of.kv_tokens,
+      mosaic.Packing(of.num_heads // of.num_kv_heads),
       of.head_dim, of.block_size, of.top_k,
       sparse_attention_fwd.heuristic_config(),
     )  # fmt: skip

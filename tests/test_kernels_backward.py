@@ -48,10 +48,11 @@ def interpreted(case, q, k, v, dout, blocks, dlse=None, **config):
 
 @pytest.mark.parametrize("kind", ["random", "hot", "garbage", "empty"])
 @pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize("pack", [1, 2, 4])
 @pytest.mark.parametrize(
-  "starts", [(300,), (300, 300, 300), (240, 240, -20, -20, -200, 0)], ids=str
+  "starts", [(300,), (301, 303, 300), (240, 240, -20, -21, -200, 0)], ids=str
 )
-def test_every_choice_is_in_one_pair(kind, block_size, starts):
+def test_every_choice_is_in_one_pair(kind, block_size, pack, starts):
   rng = np.random.default_rng(0)
   queries, top_k, num_blocks, task = 160, 4, 7, 16
   groups = len(starts)
@@ -65,12 +66,16 @@ def test_every_choice_is_in_one_pair(kind, block_size, starts):
     ids[:, 1::3] -= 1 << 30
   elif kind == "empty":
     ids[:] = -1
+  slots = pack * top_k
   plan = kv_block_plan.plan_kv_blocks(
-    jnp.asarray(ids, jnp.int32), jnp.asarray(starts, jnp.int32),
-    block_size=block_size, num_blocks=num_blocks, task=task,
+    jnp.asarray(ids, jnp.int32).reshape(groups, -1, slots),
+    jnp.asarray(starts, jnp.int32), block_size=block_size,
+    num_blocks=num_blocks, task=task, pack=pack,
   )  # fmt: skip
-  tasks, (num_tasks,), longest_first, extra, order, is_pair = (
-    np.asarray(x) for x in plan
+  assert (plan.chosen is None) == (block_size == 128 and pack == 1)
+  tasks, (num_tasks,), longest_first, extra, order, chosen, is_pair = (
+    np.full(groups * queries * top_k, 3) if x is None else np.asarray(x)
+    for x in plan
   )
   num_kv_blocks = -(-num_blocks // (128 // block_size))
   found, sum_slots = [], {}
@@ -78,18 +83,21 @@ def test_every_choice_is_in_one_pair(kind, block_size, starts):
     assert 0 <= count <= task and 0 <= kv_block < groups * num_kv_blocks
     sum_slots.setdefault(kv_block, []).append(sum_slot)
     group, block = divmod(kv_block, num_kv_blocks)
-    slots = order[start : start + count] >> 2
-    assert np.all(np.diff(slots) > 0)
-    at = positions[group, slots // top_k - group * queries]
+    mine = order[start : start + count]
+    assert np.all(np.diff(mine) > 0)
+    packs, places = np.divmod(mine - group * queries * top_k, slots)
+    at = positions[group, packs * pack]
     assert inside == np.sum(at < (block + 1) * 128)
-    for slot, halves in zip(slots, order[start : start + count] & 3):
-      query, p = divmod(slot - group * queries * top_k, top_k)
-      assert is_pair[group, query, p]
-      for half in range(2):
-        if block_size == 64 and halves >> half & 1:
-          found.append((group, query, block * 2 + half))
-      if block_size == 128:
-        found.append((group, query, block))
+    for index, place, bits in zip(packs, places, chosen[start : start + count]):
+      assert is_pair[group, index, place] and bits
+      for query in range(index * pack, (index + 1) * pack):
+        halves = bits >> 2 * (query - index * pack) & 3
+        for half in range(2):
+          if block_size == 64 and halves >> half & 1:
+            found.append((group, query, block * 2 + half))
+        assert block_size == 64 or halves in (0, 3)
+        if block_size == 128 and halves:
+          found.append((group, query, block))
   # The first task of a block has the block's slot, the rest those of `extra`.
   for kv_block, mine in sum_slots.items():
     first, more = extra[kv_block]

@@ -60,25 +60,25 @@ def padded_case(group, kv_heads, head_dim, index_dim, **sizes):
   )  # fmt: skip
 
 
-def attend(case, q, k, v, blocks):
+def attend(case, q, k, v, blocks, config=FORWARD):
   return sparse.sparse_attention(
     q, k, v, blocks, block_size=case.block_size, kv_lengths=case.lengths,
-    config=FORWARD, backward_config=BACKWARD, interpret=True,
+    config=config, backward_config=BACKWARD, interpret=True,
   )  # fmt: skip
 
 
-@functools.partial(jax.jit, static_argnames="case")
-def attend_and_pull(case, q, k, v, dout, blocks):
+@functools.partial(jax.jit, static_argnames=("case", "config"))
+def attend_and_pull(case, q, k, v, dout, blocks, config=FORWARD):
   """out, lse and the gradients of q, k and v for the cotangent dout."""
 
   def function(q, k, v):
-    return attend(case, q, k, v, blocks)
+    return attend(case, q, k, v, blocks, config)
 
   out, pull, lse = jax.vjp(function, q, k, v, has_aux=True)
   return out, lse, pull(dout)
 
 
-@pytest.mark.parametrize("sizes", PADDED, ids=str)
+@pytest.mark.parametrize("sizes", [(1, 2, 64, 64), *PADDED], ids=str)
 def test_padded_attention_and_gradients(sizes):
   case = padded_case(*sizes)
   q, k, v, dout = attention_inputs(case, jnp.bfloat16)
@@ -86,6 +86,50 @@ def test_padded_attention_and_gradients(sizes):
   out, lse, grads = attend_and_pull(case, q, k, v, dout, blocks)
   check_attention(case, q, k, v, blocks, out, lse)
   check_attention_gradients(case, q, k, v, dout, blocks, grads)
+
+
+# All blocks but the own one are (pack, block) pairs.
+PAIRS = dataclasses.replace(FORWARD, shared_cost=1e9, slack=0.0)
+
+
+@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize("config", [FORWARD, PAIRS], ids=["tiles", "pairs"])
+def test_queries_of_a_pack_choose_apart(group, config):
+  """Two or four queries share MMA rows; 37 queries leave a pack half empty."""
+  case = Case(
+    batch=1, q_len=37, kv_len=5 * 128, num_heads=group, num_kv_heads=1,
+    head_dim=64, block_size=128, top_k=2,
+  )  # fmt: skip
+  q, k, v, dout = attention_inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case, share=3)
+  out, lse, grads = attend_and_pull(case, q, k, v, dout, blocks, config)
+  check_attention(case, q, k, v, blocks, out, lse)
+  check_attention_gradients(case, q, k, v, dout, blocks, grads)
+
+
+def test_nan_stays_in_its_query_of_a_pack():
+  """Queries 4 to 7 are a pack; 5 and 6 are bad, each in its own way."""
+  case = Case(
+    batch=1, q_len=8, kv_len=5 * 128, num_heads=2, num_kv_heads=1, head_dim=64,
+    block_size=128, top_k=2,
+  )  # fmt: skip
+  blocks = jnp.array([[0, 4], [1, 4], [2, 4], [0, 4], [0, 4], [1, 4], [2, 4],
+                      [3, -1]])[None, None]  # fmt: skip
+  q, k, v, dout = attention_inputs(case, jnp.bfloat16)
+  dout = dout.at[0, 6, 0, 3].set(jnp.inf)
+  _, _, (dq, dk, dv) = attend_and_pull(
+    case, q.at[0, 5, 1].set(jnp.nan), k, v, dout, blocks
+  )
+  dq, dk, dv = (np.isnan(np.asarray(x, np.float32)) for x in (dq, dk, dv))
+  heads = np.zeros((8, 2), bool)
+  heads[5, 1] = heads[6, 0] = True
+  np.testing.assert_array_equal(dq[0].all(-1), heads)
+  np.testing.assert_array_equal(dq[0].any(-1), heads)
+  keys = np.zeros(5 * 128, bool)
+  keys[128 : 3 * 128] = True
+  keys[4 * 128 : 4 * 128 + 127] = True  # up to query 6, the last but one
+  for x in (dk, dv):
+    np.testing.assert_array_equal(x[0, :, 0].any(-1), keys)
 
 
 def test_one_query_whose_only_block_is_a_pair():
@@ -311,9 +355,10 @@ def test_lowers_many_choices():
 
 
 def test_a_choice_fits_31_bits():
-  for q_rows in (8, 16):
+  for group_size in (2, 4, 8, 16):
     g = sparse_attention_fwd.geometry(
-      1 << 15, mosaic.MAX_BLOCKS * 64, q_rows, 128, 64, mosaic.MAX_TOP_K,
+      1 << 15, mosaic.MAX_BLOCKS * 64, mosaic.Packing(group_size),
+      128, 64, mosaic.MAX_TOP_K,
       sparse_attention_fwd.heuristic_config(),
     )  # fmt: skip
     assert g.tile * g.top_k <= 1 << g.slot_bits

@@ -47,58 +47,65 @@ def call(case, q, k, v, blocks, config=None, **options):
 # ---------------------------------------------------------------- the plan
 
 
+def queries_of(bits, geometry):
+  """bool [..., tile] of query bits [..., 2]."""
+  bits = np.asarray(bits)[..., None] >> np.arange(geometry.half) & 1
+  return bits.reshape(*bits.shape[:-2], geometry.tile).astype(bool)
+
+
 def decode_shared(plan, geometry):
   """{(tile, query in tile, block)} of the tiles' lists."""
-  info, shared = np.asarray(plan.info), np.asarray(plan.shared)
+  counts, shared = np.asarray(plan.counts), np.asarray(plan.shared)
+  chosen = queries_of(np.moveaxis(plan.shared_by, 1, 2), geometry)
   found = []
-  for tile in range(info.shape[0]):
-    entries = shared[tile, : info[tile, 1]]
-    blocks = entries >> tile_plan.SHARED_ID_SHIFT
+  for tile, (_, count) in enumerate(counts):
+    blocks = shared[tile, :count]
     assert np.all(np.diff(blocks) > 0)
-    for entry, block in zip(entries, blocks):
-      found += [
-        (tile, query, block)
-        for query in range(geometry.tile)
-        if entry >> query & 1
-      ]
+    for block, by in zip(blocks, chosen[tile]):
+      found += [(tile, query, block) for query in np.flatnonzero(by)]
   return found
 
 
-def decode_pairs(pairs, choices, geometry, merges):
-  """{(tile, query in tile, block)} of the tasks, checked against the rest."""
+def decode_pairs(pairs, geometry, merges):
+  """{(tile, query in tile, block)} of the tasks, checked against the merges."""
   chunks, tasks, order = (np.asarray(x) for x in pairs)
+  merged = queries_of(np.moveaxis(merges, 1, 2), geometry)
   chunk_tiles = geometry.chunk // geometry.tile
-  found, merged = [], np.zeros_like(merges)
+  found, done = [], np.zeros_like(merged)
   for chunk, (first, count) in enumerate(chunks):
     spans = []
     for block, start, length, _ in tasks[first : first + count]:
       assert 0 <= block < geometry.num_blocks
       assert 0 <= length <= geometry.task
       for slot in order[start : start + length]:
-        query, p = divmod(slot, geometry.top_k)
-        tile = chunk * chunk_tiles + query // geometry.tile
-        found.append((tile, query % geometry.tile, block))
-        assert merged[tile, p] >> (query % geometry.tile) & 1 == 0
-        merged[tile, p] |= 1 << (query % geometry.tile)
-        spans.append(query // geometry.span)
+        pack, place = divmod(slot, geometry.pack_slots)
+        tile = chunk * chunk_tiles + pack // geometry.tile_packs
+        first_query = pack % geometry.tile_packs * geometry.pack
+        queries = np.arange(first_query, first_query + geometry.pack)
+        queries = queries[merged[tile, place, queries]]
+        assert queries.size and not done[tile, place, queries].any()
+        done[tile, place, queries] = True
+        found += [(tile, query, block) for query in queries]
+        spans.append(pack * geometry.pack // geometry.span)
     assert np.all(np.diff(spans) >= 0)
-  np.testing.assert_array_equal(merged, merges)
+  np.testing.assert_array_equal(done, merged)
   return found
 
 
 @pytest.mark.parametrize("kind", ["random", "share", "hot", "garbage", "empty"])
 @pytest.mark.parametrize("shared_cost", [0.0, 1.5, 2.2, 1e9])
-@pytest.mark.parametrize("tile", [8, 16])
-def test_every_choice_is_done_once(kind, shared_cost, tile):
+@pytest.mark.parametrize("tile, pack", [(8, 1), (16, 1), (32, 2), (64, 4)])
+def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
   rng = np.random.default_rng(0)
-  groups, queries, top_k, num_blocks, block_size = 2, 64, 4, 12, 16
+  groups, queries, top_k, num_blocks, block_size = 2, 64, 4, 12, 64
   geometry = tile_plan.Geometry(
-    num_blocks=num_blocks, block_size=block_size, top_k=top_k, chunk=32,
-    tile=tile, span=16, task=16, shared_cost=shared_cost, slack=0.0,
+    num_blocks=num_blocks, block_size=block_size, top_k=top_k, pack=pack,
+    chunk=max(32, tile), tile=tile, span=max(16, tile), task=16,
+    shared_cost=shared_cost, slack=0.0,
   )  # fmt: skip
   # The first group's positions begin before the first key, the second's inside
   # a block.
-  positions = np.stack([np.arange(-20, 44), np.arange(115, 179)])
+  positions = np.stack([np.arange(-20, 44), np.arange(460, 524)])
   own = np.where(positions < 0, -1, positions // block_size)
   ids = np.argsort(rng.random((groups, queries, num_blocks)))[..., :top_k]
   if kind == "share":
@@ -121,8 +128,7 @@ def test_every_choice_is_done_once(kind, shared_cost, tile):
   )
   shared = decode_shared(plan, geometry)
   alone = decode_pairs(
-    pairs, plan.choices, geometry,
-    np.asarray(tile_plan.plan_merges(plan, geometry)),
+    pairs, geometry, np.asarray(tile_plan.plan_merges(plan, geometry))
   )  # fmt: skip
   valid = (ids >= 0) & (ids <= own[..., None])
   wanted = sorted(
@@ -134,7 +140,7 @@ def test_every_choice_is_done_once(kind, shared_cost, tile):
   for index, query, block in alone:
     group, t = divmod(index * tile + query, queries)
     assert block < own[group, t]
-  sees = np.asarray(plan.info)[:, 3, None] >> np.arange(tile) & 1
+  sees = queries_of(plan.queries[:, 2], geometry)
   np.testing.assert_array_equal(sees.reshape(groups, queries), valid.any(-1))
   if shared_cost == 0.0:
     assert not alone
@@ -144,8 +150,8 @@ def test_every_choice_is_done_once(kind, shared_cost, tile):
 
 def test_walks_everything_only_while_the_list_holds_it():
   geometry = tile_plan.Geometry(
-    num_blocks=64, block_size=16, top_k=4, chunk=8, tile=8, span=8, task=16,
-    shared_cost=4.0, slack=1e9,
+    num_blocks=64, block_size=16, top_k=4, pack=1, chunk=8, tile=8, span=8,
+    task=16, shared_cost=4.0, slack=1e9,
   )  # fmt: skip
   ids = np.arange(32).reshape(1, 8, 4)  # 32 blocks, the list holds 10
   plan = tile_plan.plan_tiles(
@@ -153,7 +159,7 @@ def test_walks_everything_only_while_the_list_holds_it():
     jnp.full((1, 2, 64), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
   assert geometry.max_shared == 10
-  assert np.asarray(plan.info)[0, 1] == 0
+  assert np.asarray(plan.counts)[0, 1] == 0
   assert np.asarray(plan.is_pair).sum() == 32
 
 
@@ -174,7 +180,9 @@ def test_random_choices_cost_no_more_than_pairs_alone(num_blocks):
 
   def cost(config):
     kv_len = num_blocks * 128
-    geometry = fwd.geometry(queries, kv_len, 16, 128, 128, top_k, config)
+    geometry = fwd.geometry(
+      queries, kv_len, mosaic.Packing(16), 128, 128, top_k, config
+    )
     plan = tile_plan.plan_tiles(
       jnp.asarray(ids, jnp.int32)[None], jnp.asarray(positions)[None],
       jnp.full((1, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
@@ -268,14 +276,16 @@ def test_lowers(tokens, heads, groups, dim, block, top_k, batch, dtype):
 
 def test_buffers_stay_below_2_31_elements():
   for tokens in (1 << 17, 1 << 20):
-    g = fwd.geometry(tokens, tokens, 16, 128, 128, 16, fwd.heuristic_config())
+    g = fwd.geometry(
+      tokens, tokens, mosaic.Packing(16), 128, 128, 16, fwd.heuristic_config()
+    )
     assert g.chunk * g.top_k * 16 * 128 <= 1 << 30
     assert g.chunk % g.tile == 0
 
 
 def test_workspace_does_not_change_the_number_of_tiles():
   config = fwd.Config(chunk=24)
-  g = fwd.geometry(100, 100, 16, 64, 64, 2, config)
+  g = fwd.geometry(100, 100, mosaic.Packing(16), 64, 64, 2, config)
   assert g.chunk <= 24 and g.chunk % g.tile == 0
 
 
