@@ -33,6 +33,12 @@ from msa_jax.ops import (
   selection_recall,
   sparse_attention,
 )
+from msa_jax.segments import (
+  MergedPrefixes,
+  Segments,
+  merge_prefixes,
+  tree_segments,
+)
 
 try:
   __version__ = importlib.metadata.version("msa-jax")
@@ -52,8 +58,10 @@ __all__ = [
   "MSALayerOutput",
   "MSAOutput",
   "MSAttention",
+  "MergedPrefixes",
   "MoEConfig",
   "ModelConfig",
+  "Segments",
   "Selection",
   "SelectionRecall",
   "Sharding",
@@ -63,11 +71,13 @@ __all__ = [
   "head_loss",
   "index_kl_loss",
   "is_index_param",
+  "merge_prefixes",
   "msa_attention",
   "select_blocks",
   "selection_recall",
   "sparse_attention",
   "to_msa",
+  "tree_segments",
 ]
 
 

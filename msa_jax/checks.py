@@ -338,12 +338,13 @@ def check_kv_lengths(kv_lengths: Array | None, batch: int) -> None:
 
 
 def check_query_mask(query_mask: Array | None, q: Array) -> None:
-  """Raises ValueError unless query_mask is None or booleans [B, T]."""
+  """Raises ValueError unless query_mask is None, or bool or float32 [B, T]."""
   if query_mask is None:
     return
   check_array("query_mask", query_mask, q.shape[:2], "[B, T]")
-  if query_mask.dtype != jnp.bool_:
-    raise wrong("query_mask", "an array of bool", str(query_mask.dtype))
+  if query_mask.dtype not in (jnp.bool_, jnp.float32):
+    want = "an array of bool or float32"
+    raise wrong("query_mask", want, str(query_mask.dtype))
 
 
 def check_lse(lse: Array, q: Array) -> None:

@@ -10,6 +10,7 @@ queries and no `kv_lengths`. Pallas is imported at the first call, which keeps
 
 from __future__ import annotations
 
+import jax.numpy as jnp
 from jax import lax
 
 
@@ -46,9 +47,14 @@ def warmup_attention(q, k, v, *, scale, kv_lengths):
 
 def index_kl_loss(
   q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
-  **options,
+  query_mask, **options,
 ):  # fmt: skip
   _require_hopper()
+  if query_mask is not None and query_mask.dtype != jnp.bool_:
+    raise NotImplementedError(
+      "mosaic_gpu supports a query_mask of bool, got weights of"
+      f" {query_mask.dtype}"
+    )
   from pallas_kernels import index_kl as kernels
 
   q, k = lax.stop_gradient((q, k))
@@ -74,6 +80,7 @@ def index_kl_loss(
     scale=scale,
     lse=lse,
     kv_lengths=kv_lengths,
+    query_mask=query_mask,
     **options,
   )
 

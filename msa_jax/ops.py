@@ -12,6 +12,14 @@ raises NotImplementedError. A wrong call raises ValueError, and its text names
 the argument, what came and what is wanted (`msa_jax.checks`). Letters in shapes
 are those of `msa_jax.reference`.
 
+Rows may be packed with documents (`segment_ids`) or prefix trees (`segments`,
+see `msa_jax.tree_segments`): `msa_jax.segments` has the rule of what sees what.
+A packed row's blocks start anew with each document or tree node, and
+block_indices name them in slot order, from 0 along the row; padding has none.
+Packed rows have as many queries as keys and no kv_lengths. They may have
+`max_segments` documents; results of a row with more are NaN (its choices -1).
+The kernels do not support packed rows yet, so None takes "xla" for them.
+
 The KL loss trains index_q and index_k alone. Its gradient is stopped at q, k
 and lse in `index_kl_loss` and `msa_attention` (look for "KL gradient stops
 here"), and at the input of the index projections in `msa_jax.attention`.
@@ -28,9 +36,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
-from jaxtyping import Array, Bool, Float, Int32, Integer
+from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
 
 from msa_jax import mosaic_gpu, reference, xla
+from msa_jax import segments as segments_lib
 from msa_jax.checks import (
   check_array,
   check_attention,
@@ -47,6 +56,7 @@ from msa_jax.checks import (
   check_scale,
   wrong,
 )
+from msa_jax.segments import BlockLayout, Segments
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 Phase = Literal["sparse", "warmup"]
@@ -108,6 +118,9 @@ def select_blocks(
   top_k: int = 16,
   num_local_blocks: int = 1,
   kv_lengths: Integer[Array, "B"] | None = None,
+  segment_ids: Int32[Array, "B S"] | None = None,
+  segments: Segments | None = None,
+  max_segments: int | None = None,
   score_precision: ScorePrecision = "exact",
   implementation: Implementation | None = None,
 ) -> Int32[Array, "B K T P"]:
@@ -128,6 +141,11 @@ def select_blocks(
       none.
     kv_lengths: keys that exist in each batch row; the queries are the last T of
       them. None: all S.
+    segment_ids: the document of each token of packed rows; 0 is padding, and
+      each run of equal ids a document. None: one document a row.
+    segments: the same for prefix trees, from `tree_segments`; not both.
+    max_segments: the most documents of a row, static. None: 64, or as many as
+      there are blocks in a row, if that is more.
     score_precision: "exact" ranks float32 scores. "fast" may rank by fewer
       mantissa bits (at least 10). "fp8" also rounds the operands to e4m3 with
       a scale each. Only "exact" is the same for every implementation.
@@ -138,7 +156,8 @@ def select_blocks(
 
   Raises:
     ValueError: an argument is wrong.
-    NotImplementedError: the named implementation does not support the call.
+    NotImplementedError: the named implementation does not support the call, or
+      packed rows came with kv_lengths or with fewer queries than keys.
   """
   check_floats(index_q=(index_q, "B T K I"), index_k=(index_k, "B S I"))
   check_index(index_q, index_k)
@@ -147,6 +166,15 @@ def select_blocks(
   )
   check_kv_lengths(kv_lengths, index_q.shape[0])
   check_choice("score_precision", score_precision, ScorePrecision)
+  layout = _block_layout(
+    segment_ids,
+    segments,
+    max_segments,
+    block_size,
+    kv_lengths,
+    index_q,
+    index_k,
+  )
   index_q, index_k = jax.lax.stop_gradient((index_q, index_k))
   options = dict(
     block_size=block_size,
@@ -155,12 +183,16 @@ def select_blocks(
     kv_lengths=kv_lengths,
     score_precision=score_precision,
   )
-  return _dispatch(
+  chosen = _dispatch(
     implementation,
-    reference=lambda: reference.select_blocks(index_q, index_k, **options),
-    xla=lambda: xla.select_blocks(index_q, index_k, **options),
+    layout,
+    reference=lambda: reference.select_blocks(
+      index_q, index_k, **options, layout=layout
+    ),
+    xla=lambda: xla.select_blocks(index_q, index_k, **options, layout=layout),
     mosaic_gpu=lambda: mosaic_gpu.select_blocks(index_q, index_k, **options),
   )
+  return _none_of_overflow(chosen, layout)
 
 
 def sparse_attention(
@@ -172,6 +204,9 @@ def sparse_attention(
   block_size: int = 128,
   scale: float | None = None,
   kv_lengths: Integer[Array, "B"] | None = None,
+  segment_ids: Int32[Array, "B S"] | None = None,
+  segments: Segments | None = None,
+  max_segments: int | None = None,
   return_lse: bool = False,
   implementation: Implementation | None = None,
 ) -> (
@@ -197,6 +232,11 @@ def sparse_attention(
     scale: factor of the scores; None: D^-0.5.
     kv_lengths: keys that exist in each batch row; the queries are the last T of
       them. None: all S.
+    segment_ids: the document of each token of packed rows; 0 is padding, and
+      each run of equal ids a document. None: one document a row.
+    segments: the same for prefix trees, from `tree_segments`; not both.
+    max_segments: the most documents of a row, static. None: 64, or as many as
+      there are blocks in a row, if that is more.
     return_lse: also return the log sum exp (natural log) of the scaled scores,
       with its gradient: d lse / d q = scale sum_j p_j k_j. With it, attention
       can be merged with attention over other tokens, or get a sink:
@@ -208,13 +248,17 @@ def sparse_attention(
 
   Raises:
     ValueError: an argument is wrong.
-    NotImplementedError: the named implementation does not support the call.
+    NotImplementedError: the named implementation does not support the call, or
+      packed rows came with kv_lengths or with fewer queries than keys.
   """
   check_floats(q=(q, "B T H D"), k=(k, "B S K D"), v=(v, "B S K D"))
   check_attention(q, k, v)
   block_size = check_integer("block_size", block_size)
   check_chosen_blocks(block_indices, q, k)
   check_kv_lengths(kv_lengths, q.shape[0])
+  layout = _block_layout(
+    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+  )
   options = dict(
     block_size=block_size,
     scale=check_scale("scale", scale, q),
@@ -223,10 +267,14 @@ def sparse_attention(
   args = (q, k, v, block_indices)
   out, lse = _dispatch(
     implementation,
-    reference=lambda: reference.sparse_attention(*args, **options),
-    xla=lambda: xla.sparse_attention(*args, **options),
+    layout,
+    reference=lambda: reference.sparse_attention(
+      *args, **options, layout=layout
+    ),
+    xla=lambda: xla.sparse_attention(*args, **options, layout=layout),
     mosaic_gpu=lambda: mosaic_gpu.sparse_attention(*args, **options),
   )
+  out, lse = _nan_of_overflow((out, lse), layout)
   return (out, lse) if return_lse else out
 
 
@@ -242,7 +290,10 @@ def index_kl_loss(
   index_scale: float | None = None,
   lse: Float[Array, "B H T"] | None = None,
   kv_lengths: Integer[Array, "B"] | None = None,
-  query_mask: Bool[Array, "B T"] | None = None,
+  query_mask: Bool[Array, "B T"] | Float32[Array, "B T"] | None = None,
+  segment_ids: Int32[Array, "B S"] | None = None,
+  segments: Segments | None = None,
+  max_segments: int | None = None,
   detach_teacher: bool = True,
   implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
@@ -266,7 +317,14 @@ def index_kl_loss(
     index_scale: factor of the index scores; None: I^-0.5.
     lse: log sum exp of the main branch over the same tokens, if known.
     kv_lengths: keys that exist in each batch row; None: all S.
-    query_mask: queries that count; None: all.
+    query_mask: queries that count, or float32 weights w >= 0 of them. The loss
+      is then sum w KL_t / (K sum w). None: all, except the padding of packed
+      rows, which never counts.
+    segment_ids: the document of each token of packed rows; 0 is padding, and
+      each run of equal ids a document. None: one document a row.
+    segments: the same for prefix trees, from `tree_segments`; not both.
+    max_segments: the most documents of a row, static. None: 64, or as many as
+      there are blocks in a row, if that is more.
     detach_teacher: stop the gradient at q, k and lse. False lets it reach q and
       k (an ablation of the paper); only "reference" supports this, and lse
       must be None.
@@ -274,7 +332,8 @@ def index_kl_loss(
 
   Raises:
     ValueError: an argument is wrong.
-    NotImplementedError: the named implementation does not support the call.
+    NotImplementedError: the named implementation does not support the call, or
+      packed rows came with kv_lengths or with fewer queries than keys.
   """
   check_floats(
     q=(q, "B T H D"),
@@ -297,6 +356,10 @@ def index_kl_loss(
         "None with detach_teacher=False, which differentiates it",
         "an array",
       )
+  layout = _block_layout(
+    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+  )
+  query_mask = _without_padding(query_mask, layout)
   if detach_teacher:
     # The KL gradient stops here: it trains the Index Branch alone.
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
@@ -311,20 +374,24 @@ def index_kl_loss(
   args = (q, k, index_q, index_k, block_indices)
   if not detach_teacher:
     missing = functools.partial(_only_reference, "detach_teacher=False")
-    return _dispatch(
+    loss = _dispatch(
       implementation,
+      layout,
       reference=lambda: reference.index_kl_loss(
-        *args, **options, detach_teacher=False
+        *args, **options, detach_teacher=False, layout=layout
       ),
       xla=missing,
       mosaic_gpu=missing,
     )
-  return _dispatch(
+    return _nan_of_any_overflow(loss, layout)
+  loss = _dispatch(
     implementation,
-    reference=lambda: reference.index_kl_loss(*args, **options),
-    xla=lambda: xla.index_kl_loss(*args, **options),
+    layout,
+    reference=lambda: reference.index_kl_loss(*args, **options, layout=layout),
+    xla=lambda: xla.index_kl_loss(*args, **options, layout=layout),
     mosaic_gpu=lambda: mosaic_gpu.index_kl_loss(*args, **options),
   )
+  return _nan_of_any_overflow(loss, layout)
 
 
 def msa_attention(
@@ -342,7 +409,10 @@ def msa_attention(
   phase: Phase = "sparse",
   with_kl: bool = False,
   kv_lengths: Integer[Array, "B"] | None = None,
-  query_mask: Bool[Array, "B T"] | None = None,
+  query_mask: Bool[Array, "B T"] | Float32[Array, "B T"] | None = None,
+  segment_ids: Int32[Array, "B S"] | None = None,
+  segments: Segments | None = None,
+  max_segments: int | None = None,
   score_precision: ScorePrecision = "exact",
   implementation: Implementation | None = None,
 ) -> MSAOutput:
@@ -369,13 +439,20 @@ def msa_attention(
     with_kl: whether to compute the KL loss.
     kv_lengths: keys that exist in each batch row; the queries are the last T of
       them. None: all S.
-    query_mask: queries that count in the KL; None: all.
+    query_mask: queries that count in the KL, or float32 weights of them, see
+      `index_kl_loss`; None: all.
+    segment_ids: the document of each token of packed rows; 0 is padding, and
+      each run of equal ids a document. None: one document a row.
+    segments: the same for prefix trees, from `tree_segments`; not both.
+    max_segments: the most documents of a row, static. None: 64, or as many as
+      there are blocks in a row, if that is more.
     score_precision: see `select_blocks`.
     implementation: see the module's text.
 
   Raises:
     ValueError: an argument is wrong.
-    NotImplementedError: the named implementation does not support the call.
+    NotImplementedError: the named implementation does not support the call, or
+      packed rows came with kv_lengths or with fewer queries than keys.
   """
   check_floats(
     q=(q, "B T H D"),
@@ -396,6 +473,12 @@ def msa_attention(
   scale = check_scale("scale", scale, q)
   index_scale = check_scale("index_scale", index_scale, index_q)
 
+  layout = _block_layout(
+    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+  )
+  query_mask = _without_padding(query_mask, layout)
+  packed = {} if layout is None else dict(layout=layout)
+
   def run(module) -> MSAOutput:
     block_indices = module.select_blocks(
       *jax.lax.stop_gradient((index_q, index_k)),
@@ -404,12 +487,13 @@ def msa_attention(
       num_local_blocks=num_local_blocks,
       kv_lengths=kv_lengths,
       score_precision=score_precision,
+      **packed,
     )
     block_indices = checkpoint_name(block_indices, "block_indices")
     if phase == "warmup":
       attended = None
       out, lse = module.warmup_attention(
-        q, k, v, scale=scale, kv_lengths=kv_lengths
+        q, k, v, scale=scale, kv_lengths=kv_lengths, **packed
       )
     else:
       attended = block_indices
@@ -421,6 +505,7 @@ def msa_attention(
         block_size=block_size,
         scale=scale,
         kv_lengths=kv_lengths,
+        **packed,
       )
     if with_kl:
       # The KL gradient stops here: it trains the Index Branch alone.
@@ -437,13 +522,21 @@ def msa_attention(
         lse=jax.lax.stop_gradient(lse),
         kv_lengths=kv_lengths,
         query_mask=query_mask,
+        **packed,
       )
     else:
       kl = jnp.zeros((), reference.compute_dtype(q))
-    return MSAOutput(out, kl, block_indices, lse)
+    out, lse = _nan_of_overflow((out, lse), layout)
+    return MSAOutput(
+      out,
+      _nan_of_any_overflow(kl, layout),
+      _none_of_overflow(block_indices, layout),
+      lse,
+    )
 
   return _dispatch(
     implementation,
+    layout,
     reference=lambda: run(reference),
     xla=lambda: run(xla),
     mosaic_gpu=lambda: run(mosaic_gpu),
@@ -531,6 +624,7 @@ def decode_attention(
   return DecodeOutput(
     *_dispatch(
       implementation,
+      None,
       reference=lambda: reference.decode_attention(*args, **cached, **options),
       xla=lambda: xla.decode_attention(*args, **cached, **options),
       mosaic_gpu=lambda: mosaic_gpu.decode_attention(
@@ -559,29 +653,53 @@ def check_block_indices(
   kv_len: int,
   *,
   block_size: int = 128,
+  segment_ids: Int32[Array, "B S"] | None = None,
+  segments: Segments | None = None,
+  max_segments: int | None = None,
 ) -> None:
   """Checks the values of a choice of blocks, for debugging.
 
   The operations assume, and do not check, that block_indices[b, k, t] holds
   ascending block ids without duplicates, each in 0 .. ceil(kv_len / block_size)
-  - 1, and then only -1. This function copies the array to the host to check
-  that, so it cannot be part of a jitted program.
+  - 1 (in packed rows, below the number of blocks that the fullest row has), and
+  then only -1. Of packed rows they assume that no id of segment_ids comes again
+  after another one, and that no row has more than max_segments spans. This
+  function copies the arrays to the host to check that, so it cannot be part of
+  a jitted program.
+
+  Args:
+    block_indices: the choice.
+    kv_len: key tokens, S.
+    block_size: tokens a block.
+    segment_ids, segments, max_segments: as in the operations.
 
   Raises:
     ValueError: an entry is wrong; the text names the first one, [b, k, t, p].
       Also raised under jit, where the entries have no values yet.
   """
-  if isinstance(block_indices, Tracer):
-    raise wrong(
-      "block_indices",
-      "a concrete array (call check_block_indices outside jit)",
-      "a traced one",
-    )
+  for name, x in (
+    ("block_indices", block_indices),
+    ("segment_ids", segment_ids),
+    ("segments", None if segments is None else segments.span),
+  ):
+    if isinstance(x, Tracer):
+      raise wrong(
+        name,
+        "a concrete array (call check_block_indices outside jit)",
+        "a traced one",
+      )
   kv_len = check_integer("kv_len", kv_len)
   block_size = check_integer("block_size", block_size)
   check_array("block_indices", block_indices, (None,) * 4, "[B, K, T, P]")
   ids = np.asarray(block_indices)
   num_blocks = -(-kv_len // block_size)
+  packed = segments_lib.check_segments(
+    segment_ids, segments, max_segments, ids.shape[0], kv_len
+  )
+  if packed is not None:
+    if segment_ids is not None:
+      segments_lib.check_ids_return(segment_ids)
+    num_blocks = segments_lib.check_segment_values(packed, block_size)
   before = np.concatenate([np.full_like(ids[..., :1], -2), ids[..., :-1]], -1)
   faults = {
     f"-1 or a block id below {num_blocks}": (ids < -1) | (ids >= num_blocks),
@@ -608,6 +726,9 @@ def selection_recall(
   block_size: int = 128,
   scale: float | None = None,
   kv_lengths: Integer[Array, "B"] | None = None,
+  segment_ids: Int32[Array, "B S"] | None = None,
+  segments: Segments | None = None,
+  max_segments: int | None = None,
 ) -> SelectionRecall:
   """How much of the Main Branch's dense attention a selection covers.
 
@@ -632,6 +753,19 @@ def selection_recall(
   Takes O(T S) time and memory linear in T. It is a diagnostic without a
   gradient of its own, and computed by XLA on every backend.
 
+  Args:
+    q: queries, the last T of the S tokens.
+    k: keys.
+    block_indices: the choice.
+    block_size: tokens a block.
+    scale: factor of the scores; None: D^-0.5.
+    kv_lengths: keys that exist in each batch row; None: all S.
+    segment_ids: the document of each token of packed rows; 0 is padding, and
+      each run of equal ids a document. None: one document a row.
+    segments: the same for prefix trees, from `tree_segments`; not both.
+    max_segments: the most documents of a row, static. None: 64, or as many as
+      there are blocks in a row, if that is more.
+
   Returns:
     The recalls.
 
@@ -643,6 +777,9 @@ def selection_recall(
   block_size = check_integer("block_size", block_size)
   check_chosen_blocks(block_indices, q, k)
   check_kv_lengths(kv_lengths, q.shape[0])
+  layout = _block_layout(
+    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+  )
   recalls = xla.selection_recall(
     q,
     k,
@@ -650,16 +787,21 @@ def selection_recall(
     block_size=block_size,
     scale=check_scale("scale", scale, q),
     kv_lengths=kv_lengths,
+    layout=layout,
   )
-  return SelectionRecall(*recalls)
+  return SelectionRecall(*(_nan_of_any_overflow(x, layout) for x in recalls))
 
 
 # --- choice of implementation ----------------------------------------------
 
 
 def _dispatch(
-  implementation: Implementation | None, **implementations: Callable
+  implementation: Implementation | None,
+  layout: BlockLayout | None,
+  **implementations: Callable,
 ):
+  if layout is not None:
+    implementations["mosaic_gpu"] = _no_packed_kernels
   if implementation is not None:
     check_choice("implementation", implementation, Implementation)
     return implementations[implementation]()
@@ -679,19 +821,104 @@ def _only_reference(what: str) -> NoReturn:
   )
 
 
+def _no_packed_kernels() -> NoReturn:
+  raise NotImplementedError(
+    "mosaic_gpu supports no segment_ids and no segments yet: the kernels of"
+    " selection, attention and KL take plain rows"
+  )
+
+
+# --- packed rows --------------------------------------------------------------
+
+
+def _block_layout(
+  segment_ids: Array | None,
+  segments: Segments | None,
+  max_segments: int | None,
+  block_size: int,
+  kv_lengths: Array | None,
+  q: Array,
+  k: Array,
+) -> BlockLayout | None:
+  """The layout of packed rows; None for plain ones."""
+  packed = segments_lib.check_segments(
+    segment_ids, segments, max_segments, k.shape[0], k.shape[1]
+  )
+  if packed is None:
+    return None
+  name = "segments" if segment_ids is None else "segment_ids"
+  if kv_lengths is not None:
+    raise NotImplementedError(
+      f"{name} supports no kv_lengths and no cache, got both"
+    )
+  if q.shape[1] != k.shape[1]:
+    raise NotImplementedError(
+      f"{name} supports as many queries as keys, got T = {q.shape[1]} and S ="
+      f" {k.shape[1]}"
+    )
+  return segments_lib.block_layout(packed, block_size)
+
+
+def _without_padding(
+  query_mask: Array | None, layout: BlockLayout | None
+) -> Array | None:
+  """The query mask of the KL without the padding of packed rows."""
+  if layout is None:
+    return query_mask
+  real = layout.own_block >= 0
+  if query_mask is None:
+    return real
+  return jnp.where(real, query_mask, jnp.zeros((), query_mask.dtype))
+
+
+def _nan_of_overflow(
+  results: tuple[Array, Array], layout: BlockLayout | None
+) -> tuple[Array, Array]:
+  """out and lse, NaN in the rows with more than max_segments spans.
+
+  A product makes their gradients NaN too, which `where` would not.
+  """
+  if layout is None:
+    return results
+  out, lse = results
+  factor = jnp.where(layout.overflow, jnp.nan, 1)
+  return (
+    out * factor[:, None, None, None].astype(out.dtype),
+    lse * factor[:, None, None].astype(lse.dtype),
+  )
+
+
+def _nan_of_any_overflow(x: Array, layout: BlockLayout | None) -> Array:
+  """A mean over all rows, NaN if one has more than max_segments spans."""
+  if layout is None:
+    return x
+  factor = jnp.where(jnp.any(layout.overflow), jnp.nan, 1)
+  return x * factor.astype(x.dtype)
+
+
+def _none_of_overflow(chosen: Array, layout: BlockLayout | None) -> Array:
+  if layout is None:
+    return chosen
+  return jnp.where(layout.overflow[:, None, None, None], -1, chosen)
+
+
 # --- shared with layers and caches --------------------------------------------
 
 
 def count_kl_queries(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
-  query_mask: Bool[Array, "B T"] | None,
+  query_mask: Bool[Array, "B T"] | Float32[Array, "B T"] | None,
+  segments: Segments | None = None,
 ) -> Float[Array, ""]:
   """The number of (query, group) pairs that `index_kl_loss` averages over.
 
   Devices that each hold some batch rows and KV heads weigh their means by it.
   """
   shape = (q.shape[0], k.shape[2], q.shape[1])
+  if segments is not None:
+    layout = segments_lib.block_layout(segments, 1)
+    query_mask = _without_padding(query_mask, layout)
   return reference.counted_queries(shape, query_mask)
 
 

@@ -3,12 +3,15 @@
 Every operation builds O(T S) arrays and follows the formulas of
 arXiv 2606.13392 line by line, in float32 (float64 for float64 inputs) at the
 highest matmul precision. It is the oracle that `xla` and the kernels are
-tested against; use it for small sizes and for reading. It imports nothing else
-of the package, and `xla` shares its helpers.
+tested against; use it for small sizes and for reading. It imports the form of
+packed rows (`segments`) and nothing else of the package, and `xla` shares its
+helpers.
 
 Letters: B batch; T, S query and key tokens (queries are the last T of S);
 H, K, G query heads, KV heads and H // K; D, I head dim and index dim; N blocks
-of `block_size` key slots anchored at slot 0; P blocks kept (`top_k`).
+of `block_size` key slots anchored at slot 0; P blocks kept (`top_k`). `layout`
+says which tokens of a packed row see which, and where its blocks lie; None
+stands for plain rows.
 
 A non-finite input affects only the queries that can see it: a NaN or infinity
 in a query, in a visible key or in a visible value makes that query's output
@@ -27,7 +30,11 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from msa_jax.segments import BlockLayout
+
 HIGHEST = lax.Precision.HIGHEST
+# Which queries count in the KL, or how much each counts.
+QueryMask = Bool[Array, "B T"] | Float[Array, "B T"]
 
 
 def compute_dtype(x: Array) -> jnp.dtype:
@@ -36,12 +43,20 @@ def compute_dtype(x: Array) -> jnp.dtype:
 
 
 def query_positions(
-  q_len: int, kv_len: int, batch: int, kv_lengths: Int[Array, "B"] | None
+  q_len: int,
+  kv_len: int,
+  batch: int,
+  kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
 ) -> Int[Array, "B T"]:
   """Slots of the queries, which are the last `q_len` keys of each batch row.
 
-  Positions are negative where a batch row holds fewer than `q_len` keys.
+  Positions are negative where a batch row holds fewer than `q_len` keys, and
+  for the padding of packed rows.
   """
+  if layout is not None:
+    slot = jnp.arange(kv_len, dtype=jnp.int32)
+    return jnp.where(layout.own_block >= 0, slot, -1)
   if kv_lengths is None:
     ends = jnp.full((batch,), kv_len, jnp.int32)
   else:
@@ -66,11 +81,29 @@ def chosen_tokens(
   positions: Int[Array, "B T"],
   kv_len: int,
   block_size: int,
+  layout: BlockLayout | None = None,
 ) -> Bool[Array, "B K T S"]:
-  """Tokens that each query and group may see: causal and in a chosen block."""
-  block = jnp.arange(kv_len) // block_size
+  """Tokens that each query and group may see: visible and in a chosen block."""
+  if layout is None:
+    block = jnp.arange(kv_len) // block_size
+  else:
+    block = layout.own_block[:, None, None, None]
   chosen = jnp.any(block_indices[..., None] == block, axis=-2)
-  return chosen & causal_tokens(positions, kv_len)
+  return chosen & visible_tokens(positions, kv_len, layout)
+
+
+def visible_tokens(
+  positions: Int[Array, "B T"], kv_len: int, layout: BlockLayout | None = None
+) -> Bool[Array, "B 1 T S"]:
+  """Tokens that each query sees, for every group.
+
+  Without a layout those at or before the query; in a packed row those of them
+  that are visible until behind it.
+  """
+  visible = causal_tokens(positions, kv_len)
+  if layout is not None:
+    visible &= positions[:, None, :, None] < layout.visible_until[:, None, None]
+  return visible
 
 
 def causal_tokens(
@@ -78,6 +111,47 @@ def causal_tokens(
 ) -> Bool[Array, "B 1 T S"]:
   """Tokens at or before each query, for every group."""
   return (jnp.arange(kv_len) <= positions[..., None])[:, None]
+
+
+def visible_blocks(
+  positions: Int[Array, "B T"],
+  num_blocks: int,
+  block_size: int,
+  num_local_blocks: int,
+  layout: BlockLayout | None = None,
+) -> tuple[Bool[Array, "B 1 T N"], Bool[Array, "B 1 T N"]]:
+  """Blocks that each query sees, and those of them that are forced.
+
+  Forced are the query's own block and the num_local_blocks - 1 before it among
+  the blocks that it sees.
+  """
+  if layout is None:
+    ids = jnp.arange(num_blocks, dtype=jnp.int32)
+    own = jnp.where(positions < 0, -1, positions // block_size)[
+      :, None, :, None
+    ]
+    visible = ids <= own
+    return visible, visible & (ids > own - num_local_blocks)
+  position = positions[:, None, :, None]
+  start, until, depth = (
+    x[:, None, None]
+    for x in (layout.block_start, layout.block_until, layout.block_depth)
+  )
+  visible = (start <= position) & (position < until)
+  # The blocks that a query sees have the depths 0 .. that of its own.
+  own_depth = jnp.sum(visible, axis=-1, keepdims=True) - 1
+  return visible, visible & (depth > own_depth - num_local_blocks)
+
+
+def block_slots(
+  layout: BlockLayout, block_size: int
+) -> tuple[Int[Array, "B N bs"], Bool[Array, "B N bs"]]:
+  """Slots of each block's tokens, and which of them lie in the block."""
+  slots = layout.block_start[..., None] + jnp.arange(
+    block_size, dtype=jnp.int32
+  )
+  inside = slots < layout.block_end[..., None]
+  return jnp.where(inside, slots, 0), inside
 
 
 def head_scores(
@@ -223,17 +297,37 @@ def kl_of_queries(
 
 
 def counted_queries(
-  shape: tuple[int, ...], query_mask: Bool[Array, "B T"] | None
+  shape: tuple[int, ...], query_mask: QueryMask | None
 ) -> Float[Array, ""]:
   """The number of (query, group) pairs that the KL averages over.
 
   Args:
     shape: B, K and T.
-    query_mask: queries that count; None: all.
+    query_mask: queries that count, or how much each counts; None: all, once.
   """
   b, k, t = shape
   counted = b * t if query_mask is None else jnp.sum(query_mask)
   return jnp.asarray(counted, jnp.float32) * k
+
+
+def weighted(
+  rows: Float[Array, "B K T"], query_mask: QueryMask | None
+) -> Float[Array, "B K T"]:
+  """The KL of each query times its weight; a mask has weights of 0 and 1."""
+  if query_mask is None or query_mask.dtype == jnp.bool_:
+    return rows
+  return rows * query_mask[:, None].astype(rows.dtype)
+
+
+def kl_divisor(
+  shape: tuple[int, ...], query_mask: QueryMask | None
+) -> Float[Array, ""]:
+  """What the sum of the KL is divided by: `counted_queries`.
+
+  If no query counts, it is 1, and the loss 0 and not 0 / 0.
+  """
+  counted = counted_queries(shape, query_mask)
+  return jnp.where(counted == 0, 1, counted)
 
 
 def fp8_codes(
@@ -296,10 +390,11 @@ def select_blocks(
   num_local_blocks: int,
   kv_lengths: Int[Array, "B"] | None,
   score_precision: str,
+  layout: BlockLayout | None = None,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, see `msa_jax.select_blocks`."""
   positions = query_positions(
-    index_q.shape[1], index_k.shape[1], index_q.shape[0], kv_lengths
+    index_q.shape[1], index_k.shape[1], index_q.shape[0], kv_lengths, layout
   )
   if score_precision == "fp8":
     index_q, index_k = quantise_fp8(index_q), quantise_fp8(index_k)
@@ -309,6 +404,7 @@ def select_blocks(
     block_size=block_size,
     top_k=top_k,
     num_local_blocks=num_local_blocks,
+    layout=layout,
   )
 
 
@@ -319,19 +415,26 @@ def choose_blocks(
   block_size: int,
   top_k: int,
   num_local_blocks: int,
+  layout: BlockLayout | None = None,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, from every token's score."""
   b, num_kv_heads, t, s_len = s.shape
-  num_blocks = -(-s_len // block_size)
-  s = jnp.where(causal_tokens(positions, s_len), s, -jnp.inf)
-  pad = num_blocks * block_size - s_len
-  s = jnp.pad(s, ((0, 0),) * 3 + ((0, pad),), constant_values=-jnp.inf)
+  s = jnp.where(visible_tokens(positions, s_len, layout), s, -jnp.inf)
+  if layout is None:
+    num_blocks = -(-s_len // block_size)
+    pad = num_blocks * block_size - s_len
+    s = jnp.pad(s, ((0, 0),) * 3 + ((0, pad),), constant_values=-jnp.inf)
+  else:
+    slots, inside = block_slots(layout, block_size)
+    num_blocks = slots.shape[1]
+    slots, inside = (x.reshape(b, 1, 1, -1) for x in (slots, inside))
+    s = jnp.where(inside, jnp.take_along_axis(s, slots, axis=-1), -jnp.inf)
   score = block_max(s.reshape(b, num_kv_heads, t, num_blocks, block_size))
 
   ids = jnp.arange(num_blocks, dtype=jnp.int32)
-  own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
-  visible = ids <= own
-  forced = visible & (ids > own - num_local_blocks)
+  visible, forced = visible_blocks(
+    positions, num_blocks, block_size, num_local_blocks, layout
+  )
   # 2: forced; 1: chosen by score; 0: never chosen, as a NaN score is.
   rank = jnp.where(forced, 2, jnp.where(visible & ~jnp.isnan(score), 1, 0))
   key = jnp.where(rank == 1, -score, 0)
@@ -359,10 +462,15 @@ def sparse_attention(
   block_size: int,
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """Attention over chosen blocks, see `msa_jax.sparse_attention`."""
-  positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
-  visible = chosen_tokens(block_indices, positions, k.shape[1], block_size)
+  positions = query_positions(
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+  )
+  visible = chosen_tokens(
+    block_indices, positions, k.shape[1], block_size, layout
+  )
   return attend(q, k, v, visible, scale)
 
 
@@ -382,17 +490,22 @@ def index_kl_loss(
   index_scale: float,
   lse: Float[Array, "B H T"] | None,
   kv_lengths: Int[Array, "B"] | None,
-  query_mask: Bool[Array, "B T"] | None,
+  query_mask: QueryMask | None,
   detach_teacher: bool = True,
+  layout: BlockLayout | None = None,
 ) -> Float[Array, ""]:
   """Mean KL(main || index), see `msa_jax.index_kl_loss`."""
-  positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
+  positions = query_positions(
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+  )
   if block_indices is None:
-    visible = causal_tokens(positions, k.shape[1])
+    visible = visible_tokens(positions, k.shape[1], layout)
   else:
-    visible = chosen_tokens(block_indices, positions, k.shape[1], block_size)
+    visible = chosen_tokens(
+      block_indices, positions, k.shape[1], block_size, layout
+    )
   if query_mask is not None:
-    visible = visible & query_mask[:, None, :, None]
+    visible = visible & (query_mask != 0)[:, None, :, None]
   visible = jnp.broadcast_to(
     visible, (q.shape[0], k.shape[2], q.shape[1], k.shape[1])
   )
@@ -407,9 +520,8 @@ def index_kl_loss(
     lse=lse,
     detach_teacher=detach_teacher,
   )
-  # If no query counts, the loss is 0 and not 0 / 0.
-  counted = jnp.maximum(counted_queries(rows.shape, query_mask), 1)
-  return jnp.sum(rows) / counted.astype(rows.dtype)
+  rows = weighted(rows, query_mask)
+  return jnp.sum(rows) / kl_divisor(rows.shape, query_mask).astype(rows.dtype)
 
 
 @functools.partial(
@@ -423,10 +535,13 @@ def warmup_attention(
   *,
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
-  """Dense causal attention, the main branch of the warm-up phase."""
-  positions = query_positions(q.shape[1], k.shape[1], q.shape[0], kv_lengths)
-  return attend(q, k, v, causal_tokens(positions, k.shape[1]), scale)
+  """Dense attention to all visible tokens, as the warm-up phase has it."""
+  positions = query_positions(
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+  )
+  return attend(q, k, v, visible_tokens(positions, k.shape[1], layout), scale)
 
 
 @functools.partial(

@@ -12,6 +12,11 @@ chunks, so that the workspace, and with it memory, grows linearly with T and S.
 Selection, the dense warm-up phase and the recalls loop over chunks of queries
 with the formulas of `reference`.
 
+In a packed row, `layout` says where the blocks lie. Keys are gathered into
+blocks once, and from there on a block is a block: the last tokens of a short
+one are masked. Selection, dense attention and recalls still score all keys of
+a row, in memory linear in S.
+
 Arguments are checked in `ops`, not here.
 """
 
@@ -29,7 +34,8 @@ from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
 from msa_jax import reference
-from msa_jax.reference import HIGHEST, clean, compute_dtype
+from msa_jax.reference import HIGHEST, QueryMask, clean, compute_dtype
+from msa_jax.segments import BlockLayout
 
 # Elements of one chunk's largest intermediate array: 64 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 24
@@ -69,6 +75,7 @@ def _plan(
   positions: Int[Array, "B C"],
   k_blocks: Float[Array, "B*K*N bs D"],
   group_size: int,
+  layout: BlockLayout | None,
 ) -> _Plan:
   """Sorts a chunk's pairs by block and cuts them into tiles."""
   b, num_kv_heads, c, p = block_indices.shape
@@ -77,8 +84,7 @@ def _plan(
   tile_queries = max(_TILE_ROWS // group_size, 1)
   pairs = b * num_kv_heads * c * p
 
-  own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
-  used = (block_indices >= 0) & (block_indices <= own)
+  used = _is_visible(block_indices, positions, block_size, layout)
   group = jnp.arange(b * num_kv_heads, dtype=jnp.int32)
   group = group.reshape(b, num_kv_heads, 1, 1)
   key = jnp.where(used, group * num_blocks + block_indices, total_blocks)
@@ -110,7 +116,14 @@ def _plan(
   query = order[jnp.clip(at, 0, pairs - 1)] // p
 
   query_slot = positions[query // (num_kv_heads * c), query % c]
-  token = (block % num_blocks * block_size)[:, None] + jnp.arange(block_size)
+  if layout is None:
+    token = (block % num_blocks * block_size)[:, None] + jnp.arange(block_size)
+  else:
+    slots, inside = reference.block_slots(layout, block_size)
+    row = block // (num_kv_heads * num_blocks)
+    # No query stands behind a slot of kv_len, so it is visible to none.
+    token = jnp.where(inside, slots, layout.own_block.shape[1])
+    token = token[row, block % num_blocks]
   visible = live[..., None] & (token[:, None] <= query_slot[..., None])
 
   pair_block = jnp.minimum(key, total_blocks - 1)
@@ -121,20 +134,63 @@ def _plan(
   return _Plan(block, query, visible, position, used, last, count > 0)
 
 
+def _is_visible(
+  block_indices: Int[Array, "B K C P"],
+  positions: Int[Array, "B C"],
+  block_size: int,
+  layout: BlockLayout | None,
+) -> Bool[Array, "B K C P"]:
+  """Which choice slots hold a block that the query sees."""
+  if layout is None:
+    own = jnp.where(positions < 0, -1, positions // block_size)
+    own = own[:, None, :, None]
+    return (block_indices >= 0) & (block_indices <= own)
+  num_blocks = layout.block_start.shape[1]
+  named = (block_indices >= 0) & (block_indices < num_blocks)
+  ids = jnp.where(named, block_indices, 0)
+  row = jnp.arange(ids.shape[0])[:, None, None, None]
+  position = positions[:, None, :, None]
+  return (
+    named
+    & (layout.block_start[row, ids] <= position)
+    & (position < layout.block_until[row, ids])
+  )
+
+
 def _blocks(
-  x: Float[Array, "B S K D"], block_size: int
+  x: Float[Array, "B S K D"], block_size: int, layout: BlockLayout | None
 ) -> Float[Array, "B*K*N bs D"]:
-  """Cuts each head's tokens into blocks; zeros pad the last block."""
+  """Cuts each head's tokens into blocks; zeros pad incomplete blocks."""
   b, s, h, d = x.shape
+  if layout is not None:
+    slots, inside = reference.block_slots(layout, block_size)
+    x = x[jnp.arange(b)[:, None, None], slots]
+    x = jnp.where(inside[..., None, None], x, 0)
+    return jnp.moveaxis(x, 3, 1).reshape(-1, block_size, d)
   n = -(-s // block_size)
   x = jnp.pad(x, ((0, 0), (0, n * block_size - s), (0, 0), (0, 0)))
   return jnp.moveaxis(x, 2, 1).reshape(b * h * n, block_size, d)
 
 
 def _unblock(
-  x: Float[Array, "B*K*N bs D"], batch: int, num_heads: int, kv_len: int
+  x: Float[Array, "B*K*N bs D"],
+  batch: int,
+  num_heads: int,
+  kv_len: int,
+  layout: BlockLayout | None,
 ) -> Float[Array, "B S K D"]:
-  x = x.reshape(batch, num_heads, -1, x.shape[-1])[:, :, :kv_len]
+  """Undoes `_blocks`; zeros for padding."""
+  block_size = x.shape[1]
+  x = x.reshape(batch, num_heads, -1, x.shape[-1])
+  if layout is None:
+    return jnp.moveaxis(x[:, :, :kv_len], 1, 2)
+  own = layout.own_block
+  block = jnp.maximum(own, 0)
+  start = jnp.take_along_axis(layout.block_start, block, axis=1)
+  place = block * block_size + jnp.arange(kv_len, dtype=jnp.int32) - start
+  place = jnp.where(own >= 0, place, 0)
+  x = jnp.take_along_axis(x, place[:, None, :, None], axis=2)
+  x = jnp.where((own >= 0)[:, None, :, None], x, 0)
   return jnp.moveaxis(x, 1, 2)
 
 
@@ -320,18 +376,23 @@ def sparse_attention(
   block_size: int,
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """Attention over chosen blocks, see `msa_jax.sparse_attention`."""
   positions = reference.query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
   )
-  result: Any = _sparse(q, k, v, block_indices, positions, block_size, scale)
+  result: Any = _sparse(
+    q, k, v, block_indices, positions, layout, block_size, scale
+  )
   return result
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6))
-def _sparse(q, k, v, block_indices, positions, block_size, scale):
-  return _sparse_run(q, k, v, block_indices, positions, block_size, scale)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
+def _sparse(q, k, v, block_indices, positions, layout, block_size, scale):
+  return _sparse_run(
+    q, k, v, block_indices, positions, layout, block_size, scale
+  )
 
 
 def _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale):
@@ -347,17 +408,19 @@ def _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale):
   )
 
 
-def _sparse_run(q, k, v, block_indices, positions, block_size, scale):
+def _sparse_run(
+  q, k, v, block_indices, positions, layout, block_size, scale
+):  # fmt: skip
   b, t, h, _ = q.shape
   num_kv_heads = k.shape[2]
   group_size = h // num_kv_heads
   chunk = _sparse_chunks(q, block_indices, block_size)
-  k_blocks, bad_k = clean(_blocks(k, block_size))
-  v_blocks, bad_v = clean(_blocks(v, block_size))
+  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
+  v_blocks, bad_v = clean(_blocks(v, block_size, layout))
 
   def body(carry, x):
     q, idx, pos = x
-    plan = _plan(idx, pos, k_blocks, group_size)
+    plan = _plan(idx, pos, k_blocks, group_size, layout)
     queries, bad_q = clean(_by_query(q, num_kv_heads))
     s = _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale)
     m, l = _softmax_stats(s)
@@ -396,24 +459,29 @@ def _sparse_run(q, k, v, block_indices, positions, block_size, scale):
   return out, lse
 
 
-def _sparse_fwd(q, k, v, block_indices, positions, block_size, scale):
+def _sparse_fwd(
+  q, k, v, block_indices, positions, layout, block_size, scale
+):  # fmt: skip
   q, k, v, block_indices, positions = (
     x.value for x in (q, k, v, block_indices, positions)
   )
-  out, lse = _sparse_run(q, k, v, block_indices, positions, block_size, scale)
-  return (out, lse), (q, k, v, block_indices, positions, out, lse)
+  if layout is not None:
+    layout = BlockLayout(*(x.value for x in layout))
+  args = (q, k, v, block_indices, positions, layout)
+  out, lse = _sparse_run(*args, block_size, scale)
+  return (out, lse), (*args, out, lse)
 
 
 def _sparse_bwd(block_size, scale, residuals, cotangents):
-  q, k, v, block_indices, positions, out, lse = residuals
+  q, k, v, block_indices, positions, layout, out, lse = residuals
   d_out, d_lse = cotangents
   b, t, h, _ = q.shape
   kv_len, num_kv_heads = k.shape[1], k.shape[2]
   group_size = h // num_kv_heads
   dtype = compute_dtype(q)
   chunk = _sparse_chunks(q, block_indices, block_size)
-  k_blocks, bad_k = clean(_blocks(k, block_size))
-  v_blocks, bad_v = clean(_blocks(v, block_size))
+  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
+  v_blocks, bad_v = clean(_blocks(v, block_size, layout))
   if isinstance(d_out, SymbolicZero):
     d_out = jnp.zeros_like(out)
   delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
@@ -430,7 +498,7 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
   def body(carry, x):
     dk, dv = carry
     q, d_out, delta, lse, idx, pos = x
-    plan = _plan(idx, pos, k_blocks, group_size)
+    plan = _plan(idx, pos, k_blocks, group_size, layout)
     visible = _head_mask(plan.visible, group_size)
     queries, bad_q = clean(_by_query(q, num_kv_heads))
     d_queries, bad_d = clean(_by_query(d_out, num_kv_heads))
@@ -461,9 +529,9 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
   )
   zeros = jnp.zeros(k_blocks.shape, dtype)
   (dk, dv), dq = _over_chunks(body, (zeros, zeros), xs, chunk)
-  dk = _unblock(dk, b, num_kv_heads, kv_len).astype(k.dtype)
-  dv = _unblock(dv, b, num_kv_heads, kv_len).astype(v.dtype)
-  return _join(dq, 1, t), dk, dv, None, None
+  dk = _unblock(dk, b, num_kv_heads, kv_len, layout).astype(k.dtype)
+  dv = _unblock(dv, b, num_kv_heads, kv_len, layout).astype(v.dtype)
+  return _join(dq, 1, t), dk, dv, None, None, None
 
 
 # With symbolic zeros, the gradient of an lse that is not used costs nothing.
@@ -488,7 +556,8 @@ def index_kl_loss(
   index_scale: float,
   lse: Float[Array, "B H T"] | None,
   kv_lengths: Int[Array, "B"] | None,
-  query_mask: Bool[Array, "B T"] | None,
+  query_mask: QueryMask | None,
+  layout: BlockLayout | None = None,
 ) -> Float[Array, ""]:
   """Mean KL(main || index), see `msa_jax.index_kl_loss`."""
   if block_indices is None:
@@ -503,33 +572,40 @@ def index_kl_loss(
       lse=lse,
       kv_lengths=kv_lengths,
       query_mask=query_mask,
+      layout=layout,
     )
     return kl
   positions = reference.query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
   )
+  weights = None
   if query_mask is not None:
-    positions = jnp.where(query_mask, positions, -1)
+    positions = jnp.where(query_mask != 0, positions, -1)
+    if query_mask.dtype != jnp.bool_:
+      weights = query_mask
   if lse is None:
     # Only lse is used; XLA removes the computation of the output.
-    result: Any = _sparse(q, k, k, block_indices, positions, block_size, scale)
+    result: Any = _sparse(
+      q, k, k, block_indices, positions, layout, block_size, scale
+    )
     lse = result[1]
   shape = (q.shape[0], k.shape[2], q.shape[1])
-  divisor = jnp.maximum(reference.counted_queries(shape, query_mask), 1)
   return _sparse_kl(
     *lax.stop_gradient((q, k, lse)),
     index_q,
     index_k,
     block_indices,
     positions,
-    divisor,
+    weights,
+    reference.kl_divisor(shape, query_mask),
+    layout,
     block_size,
     scale,
     index_scale,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(10, 11, 12))
 def _sparse_kl(*args):
   return _sparse_kl_fwd(*args)[0]
 
@@ -542,7 +618,9 @@ def _sparse_kl_fwd(
   index_k,
   block_indices,
   positions,
+  weights,
   divisor,
+  layout,
   block_size,
   scale,
   index_scale,
@@ -553,14 +631,14 @@ def _sparse_kl_fwd(
   group_size = h // num_kv_heads
   dtype = compute_dtype(q)
   chunk = _sparse_chunks(q, block_indices, block_size)
-  k_blocks, bad_k = clean(_blocks(k, block_size))
+  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
   num_blocks = k_blocks.shape[0] // (b * num_kv_heads)
-  ik_blocks, bad_ik = clean(_blocks(index_k[:, :, None], block_size))
+  ik_blocks, bad_ik = clean(_blocks(index_k[:, :, None], block_size, layout))
 
   def body(carry, x):
     total, d_ik = carry
-    q, index_q, lse, idx, pos = x
-    plan = _plan(idx, pos, k_blocks, group_size)
+    q, index_q, lse, idx, pos, weights = x
+    plan = _plan(idx, pos, k_blocks, group_size, layout)
     m, r = plan.query.shape
     queries, bad_q = clean(_by_query(q, num_kv_heads))
     s = _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale)
@@ -592,10 +670,15 @@ def _sparse_kl_fwd(
     live = p != 0
     log_ratio = jnp.log(jnp.where(live, p, 1)) - jnp.where(live, log_r, 0)
     row_kl = jnp.sum(jnp.where(live, p * log_ratio, 0), axis=-1)
+    weight = None
+    if weights is not None:
+      weight = jnp.repeat(weights[..., None], num_kv_heads, axis=2)
+      weight = _gather_queries(_by_query(weight, num_kv_heads), plan.query)
+      row_kl *= weight
     total += jnp.sum(_sum_pairs(row_kl, plan, 1))
 
     du = jnp.where(plan.visible, jnp.exp(log_r) - p, 0) * index_scale / divisor
-    du = du.astype(dtype)
+    du = (du if weight is None else du * weight[..., None]).astype(dtype)
     d_iq = jnp.einsum(
       "mrj,mji->mri", du, ik_tile.astype(dtype), precision=HIGHEST
     )
@@ -611,13 +694,14 @@ def _sparse_kl_fwd(
     _split(jnp.moveaxis(lse, 1, 2), chunk, 1, fill=-jnp.inf),
     _split(block_indices, chunk, 2, fill=-1),
     _split(positions, chunk, 1),
+    None if weights is None else _split(weights.astype(dtype), chunk, 1),
   )
   carry = (
     jnp.zeros((), dtype),
     jnp.zeros((k_blocks.shape[0], block_size, index_k.shape[-1]), dtype),
   )
   (total, d_ik), d_iq = _over_chunks(body, carry, xs, chunk)
-  d_ik = jnp.sum(_unblock(d_ik, b, num_kv_heads, kv_len), axis=2)
+  d_ik = jnp.sum(_unblock(d_ik, b, num_kv_heads, kv_len, layout), axis=2)
   # Residuals must be arrays; empty ones hold the arguments' dtypes.
   dtypes = (jnp.zeros((0,), index_q.dtype), jnp.zeros((0,), index_k.dtype))
   d_iq = checkpoint_name(_join(d_iq, 1, t), "index_kl_gradient")
@@ -630,7 +714,7 @@ def _sparse_kl_bwd(block_size, scale, index_scale, residuals, cotangent):
   d_iq = (cotangent * d_iq).astype(iq_like.dtype)
   d_ik = (cotangent * d_ik).astype(ik_like.dtype)
   # index_kl_loss has stopped the gradient of q, k and lse.
-  return None, None, None, d_iq, d_ik, None, None, None
+  return (*(None,) * 3, d_iq, d_ik, *(None,) * 5)
 
 
 _sparse_kl.defvjp(_sparse_kl_fwd, _sparse_kl_bwd)
@@ -657,52 +741,77 @@ def select_blocks(
   num_local_blocks: int,
   kv_lengths: Int[Array, "B"] | None,
   score_precision: str,
+  layout: BlockLayout | None = None,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, see `msa_jax.select_blocks`."""
   b, t, num_kv_heads, _ = index_q.shape
   s_len = index_k.shape[1]
-  positions = reference.query_positions(t, s_len, b, kv_lengths)
+  positions = reference.query_positions(t, s_len, b, kv_lengths, layout)
   if score_precision == "fp8":
     index_q = reference.quantise_fp8(index_q)
     index_k = reference.quantise_fp8(index_k)
-  num_blocks = -(-s_len // block_size)
-  pad = num_blocks * block_size - s_len
-  index_k = jnp.pad(index_k, ((0, 0), (0, pad), (0, 0)))
+  index_k = _whole_blocks(index_k[:, :, None], block_size, layout)[:, :, 0]
+  num_blocks = index_k.shape[1] // block_size
   chunk = _chunks(t, b * num_kv_heads * num_blocks * block_size)
 
   def body(carry, x):
     index_q, pos = x
     s = reference.index_scores(index_q, index_k)
-    causal = reference.causal_tokens(pos, num_blocks * block_size)
-    s = jnp.where(causal, s, -jnp.inf)
+    visible = _visible_in_blocks(pos, num_blocks, block_size, layout)
+    s = jnp.where(visible, s, -jnp.inf)
     s = s.reshape(*s.shape[:-1], num_blocks, block_size)
     score = reference.block_max(s)
-    chosen = _best_blocks(score, pos, block_size, top_k, num_local_blocks)
-    return carry, chosen
+    visible, forced = reference.visible_blocks(
+      pos, num_blocks, block_size, num_local_blocks, layout
+    )
+    return carry, _best_blocks(score, visible, forced, top_k)
 
   xs = (_split(index_q, chunk, 1), _split(positions, chunk, 1, fill=-1))
   _, chosen = _over_chunks(body, (), xs, chunk)
   return _join(chosen, 2, t)
 
 
+def _whole_blocks(
+  x: Float[Array, "B S K D"], block_size: int, layout: BlockLayout | None
+) -> Float[Array, "B N*bs K D"]:
+  """The tokens, one block after another; zeros pad incomplete blocks."""
+  b, s, h, d = x.shape
+  if layout is None:
+    return jnp.pad(x, ((0, 0), (0, -s % block_size), (0, 0), (0, 0)))
+  x = _blocks(x, block_size, layout).reshape(b, h, -1, d)
+  return jnp.moveaxis(x, 1, 2)
+
+
+def _visible_in_blocks(
+  positions: Int[Array, "B T"],
+  num_blocks: int,
+  block_size: int,
+  layout: BlockLayout | None,
+) -> Bool[Array, "B 1 T N*bs"]:
+  """`reference.visible_tokens` for the tokens of `_whole_blocks`."""
+  if layout is None:
+    return reference.visible_tokens(positions, num_blocks * block_size)
+  slots, inside = reference.block_slots(layout, block_size)
+  position = positions[..., None, None]
+  visible = inside[:, None] & (slots[:, None] <= position)
+  visible &= position < layout.block_until[:, None, :, None]
+  return visible.reshape(*positions.shape, -1)[:, None]
+
+
 def _best_blocks(
   score: Float[Array, "B K T N"],
-  positions: Int[Array, "B T"],
-  block_size: int,
+  visible: Bool[Array, "B 1 T N"],
+  forced: Bool[Array, "B 1 T N"],
   top_k: int,
-  num_local_blocks: int,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, from every block's score."""
   num_blocks = score.shape[-1]
-  ids = jnp.arange(num_blocks, dtype=jnp.int32)
-  own = jnp.where(positions < 0, -1, positions // block_size)[:, None, :, None]
-  visible = ids <= own
   # Finite scores leave +inf for forced blocks and -inf for excluded ones. -0
   # becomes 0, because the two are a tie.
   limits = jnp.finfo(score.dtype)
   key = jnp.clip(jnp.where(score == 0, 0, score), limits.min, limits.max)
   key = jnp.where(visible & ~jnp.isnan(score), key, -jnp.inf)
-  key = jnp.where(visible & (ids > own - num_local_blocks), jnp.inf, key)
+  key = jnp.where(forced, jnp.inf, key)
   # Ties go to the lower index, as `lax.top_k` promises.
   value, chosen = lax.top_k(key, min(top_k, num_blocks))
   chosen = jnp.where(value == -jnp.inf, num_blocks, chosen)
@@ -723,7 +832,8 @@ def _dense(
   index_scale: float,
   lse: Float[Array, "B H T"] | None,
   kv_lengths: Int[Array, "B"] | None,
-  query_mask: Bool[Array, "B T"] | None,
+  query_mask: QueryMask | None,
+  layout: BlockLayout | None,
 ) -> tuple[Any, Any, Any]:
   """Attention and KL over all visible tokens, each only if it is asked for.
 
@@ -735,18 +845,18 @@ def _dense(
   """
   b, t, h, _ = q.shape
   num_kv_heads = k.shape[2]
-  positions = reference.query_positions(t, k.shape[1], b, kv_lengths)
+  positions = reference.query_positions(t, k.shape[1], b, kv_lengths, layout)
   chunk = _chunks(t, b * h * k.shape[1])
 
   def body(carry, x):
     q, index_q, lse, mask, pos = x
-    visible = reference.causal_tokens(pos, k.shape[1])
+    visible = reference.visible_tokens(pos, k.shape[1], layout)
     out, kl = None, None
     if v is not None:
       out, lse = reference.attend(q, k, v, visible, scale, v.dtype)
     if index_q is not None:
       if mask is not None:
-        visible = visible & mask[:, None, :, None]
+        visible = visible & (mask != 0)[:, None, :, None]
       rows = reference.kl_of_queries(
         *lax.stop_gradient((q, k)),
         index_q,
@@ -756,7 +866,7 @@ def _dense(
         index_scale=index_scale,
         lse=lse,
       )
-      kl = jnp.sum(rows)
+      kl = jnp.sum(reference.weighted(rows, mask))
     return carry, (out, lse, kl)
 
   xs = (
@@ -771,8 +881,8 @@ def _dense(
   if out is not None:
     out, lse = _join(out, 1, t), _join(lse, 2, t)  # pyright: ignore
   if kl is not None:
-    counted = reference.counted_queries((b, num_kv_heads, t), query_mask)
-    kl = jnp.sum(kl) / jnp.maximum(counted, 1).astype(kl.dtype)
+    divisor = reference.kl_divisor((b, num_kv_heads, t), query_mask)
+    kl = jnp.sum(kl) / divisor.astype(kl.dtype)
   return out, lse, kl
 
 
@@ -787,8 +897,9 @@ def warmup_attention(
   *,
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
-  """Dense causal attention in memory linear in T."""
+  """Dense attention to all visible tokens, in memory linear in T."""
   out, lse, _ = _dense(
     q,
     k,
@@ -800,6 +911,7 @@ def warmup_attention(
     lse=None,
     kv_lengths=kv_lengths,
     query_mask=None,
+    layout=layout,
   )
   return out, lse
 
@@ -816,37 +928,37 @@ def selection_recall(
   block_size: int,
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
   """The fields of `msa_jax.SelectionRecall`, see `msa_jax.selection_recall`."""
   b, t, h, _ = q.shape
   s_len = k.shape[1]
   top_k = block_indices.shape[-1]
-  num_blocks = -(-s_len // block_size)
-  pad = num_blocks * block_size - s_len
-  k = jnp.pad(k, ((0, 0), (0, pad), (0, 0), (0, 0)))
-  positions = reference.query_positions(t, s_len, b, kv_lengths)
+  k = _whole_blocks(k, block_size, layout)
+  num_blocks = k.shape[1] // block_size
+  positions = reference.query_positions(t, s_len, b, kv_lengths, layout)
   chunk = _chunks(t, b * h * num_blocks * block_size)
   ids = jnp.arange(num_blocks)
 
   def body(carry, x):
     q, idx, pos = x
-    visible = reference.causal_tokens(pos, num_blocks * block_size)
+    visible = _visible_in_blocks(pos, num_blocks, block_size, layout)
     s = reference.head_scores(q, k, visible, scale)
     p = jnp.mean(reference.softmax(s, reference.masked_logsumexp(s)), axis=2)
     mass = jnp.sum(p.reshape(*p.shape[:-1], num_blocks, block_size), axis=-1)
-    own = jnp.where(pos < 0, -1, pos // block_size)[:, None, :, None]
-    _, best = lax.top_k(jnp.where(ids <= own, mass, -1), min(top_k, num_blocks))
+    seen, _ = reference.visible_blocks(pos, num_blocks, block_size, 0, layout)
+    _, best = lax.top_k(jnp.where(seen, mass, -1), min(top_k, num_blocks))
     # Both choices become masks over all blocks, so that equal choices sum the
     # same numbers in the same order and give equal bits.
     picked, best = (
-      jnp.any(x[..., None] == ids, axis=-2) & (ids <= own) for x in (idx, best)
+      jnp.any(x[..., None] == ids, axis=-2) & seen for x in (idx, best)
     )
     hits, counts = jnp.sum(picked & best, -1), jnp.sum(best, -1)
     recalls = (
       hits / jnp.maximum(counts, 1),
       *(jnp.sum(jnp.where(x, mass, 0), axis=-1) for x in (picked, best)),
     )
-    counted = (own >= 0)[..., 0]
+    counted = (pos >= 0)[:, None]
     sums = [jnp.sum(jnp.where(counted, x, 0)) for x in recalls]
     count = jnp.sum(jnp.broadcast_to(counted, hits.shape))
     return carry, (*sums, count)
@@ -937,15 +1049,13 @@ def decode_attention(
   b, t, h, d = q.shape
   capacity, num_kv_heads = k.shape[1], k.shape[2]
   positions = reference.query_positions(t, capacity, b, kv_lengths)
-  block_indices = _best_blocks(
-    _decode_block_scores(
-      index_q, index_k, index_k_scale, positions, block_size
-    ),
-    positions,
-    block_size,
-    top_k,
-    num_local_blocks,
+  score = _decode_block_scores(
+    index_q, index_k, index_k_scale, positions, block_size
   )
+  visible, forced = reference.visible_blocks(
+    positions, score.shape[-1], block_size, num_local_blocks
+  )
+  block_indices = _best_blocks(score, visible, forced, top_k)
   tokens = top_k * block_size
   chunk = _chunks(t, b * num_kv_heads * tokens * d)
   batch_row = jnp.arange(b)[:, None, None, None]
