@@ -204,16 +204,21 @@ def attend(
   visible: Bool[Array, "B #K T S"],
   scale: float,
   probs_dtype: jnp.dtype | None = None,
+  mask_probs: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """softmax(q k^T scale) v over the visible tokens, and its log sum exp.
 
   `probs_dtype` rounds the probabilities before their product with v, as fast
-  implementations do; None keeps them in the compute dtype.
+  implementations do; None keeps them in the compute dtype. A query that is NaN
+  has probabilities of NaN for all keys, and so have the gradients of all
+  values; `mask_probs` keeps them to the keys that the query sees.
   """
   b, t, h, d = q.shape
   s = head_scores(q, k, visible, scale)
   lse = masked_logsumexp(s)
   p = softmax(s, lse)
+  if mask_probs:
+    p = jnp.where(visible[:, :, None], p, 0)
   v, bad_v = clean(v)
   probs_dtype = probs_dtype or p.dtype
   out = jnp.einsum(
@@ -310,6 +315,24 @@ def counted_queries(
   return jnp.asarray(counted, jnp.float32) * k
 
 
+def kl_divisor(
+  shape: tuple[int, ...], query_mask: QueryMask | None
+) -> Float[Array, ""]:
+  """What the sum of the KL is divided by: `counted_queries`.
+
+  If no query counts, it is 1, so that the loss is 0 and not 0 / 0.
+  """
+  counted = counted_queries(shape, query_mask)
+  if query_mask is None or query_mask.dtype == jnp.bool_:
+    return jnp.maximum(counted, 1)
+  return jnp.where(counted == 0, 1, counted)
+
+
+def which_count(query_mask: QueryMask) -> Bool[Array, "B T"]:
+  """The queries whose weight in the KL is not 0."""
+  return query_mask if query_mask.dtype == jnp.bool_ else query_mask != 0
+
+
 def weighted(
   rows: Float[Array, "B K T"], query_mask: QueryMask | None
 ) -> Float[Array, "B K T"]:
@@ -317,17 +340,6 @@ def weighted(
   if query_mask is None or query_mask.dtype == jnp.bool_:
     return rows
   return rows * query_mask[:, None].astype(rows.dtype)
-
-
-def kl_divisor(
-  shape: tuple[int, ...], query_mask: QueryMask | None
-) -> Float[Array, ""]:
-  """What the sum of the KL is divided by: `counted_queries`.
-
-  If no query counts, it is 1, and the loss 0 and not 0 / 0.
-  """
-  counted = counted_queries(shape, query_mask)
-  return jnp.where(counted == 0, 1, counted)
 
 
 def fp8_codes(
@@ -471,7 +483,7 @@ def sparse_attention(
   visible = chosen_tokens(
     block_indices, positions, k.shape[1], block_size, layout
   )
-  return attend(q, k, v, visible, scale)
+  return attend(q, k, v, visible, scale, mask_probs=layout is not None)
 
 
 @functools.partial(
@@ -505,7 +517,7 @@ def index_kl_loss(
       block_indices, positions, k.shape[1], block_size, layout
     )
   if query_mask is not None:
-    visible = visible & (query_mask != 0)[:, None, :, None]
+    visible = visible & which_count(query_mask)[:, None, :, None]
   visible = jnp.broadcast_to(
     visible, (q.shape[0], k.shape[2], q.shape[1], k.shape[1])
   )
@@ -541,7 +553,8 @@ def warmup_attention(
   positions = query_positions(
     q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
   )
-  return attend(q, k, v, visible_tokens(positions, k.shape[1], layout), scale)
+  visible = visible_tokens(positions, k.shape[1], layout)
+  return attend(q, k, v, visible, scale, mask_probs=layout is not None)
 
 
 @functools.partial(

@@ -580,7 +580,7 @@ def index_kl_loss(
   )
   weights = None
   if query_mask is not None:
-    positions = jnp.where(query_mask != 0, positions, -1)
+    positions = jnp.where(reference.which_count(query_mask), positions, -1)
     if query_mask.dtype != jnp.bool_:
       weights = query_mask
   if lse is None:
@@ -853,10 +853,12 @@ def _dense(
     visible = reference.visible_tokens(pos, k.shape[1], layout)
     out, kl = None, None
     if v is not None:
-      out, lse = reference.attend(q, k, v, visible, scale, v.dtype)
+      out, lse = reference.attend(
+        q, k, v, visible, scale, v.dtype, mask_probs=layout is not None
+      )
     if index_q is not None:
       if mask is not None:
-        visible = visible & (mask != 0)[:, None, :, None]
+        visible = visible & reference.which_count(mask)[:, None, :, None]
       rows = reference.kl_of_queries(
         *lax.stop_gradient((q, k)),
         index_q,

@@ -194,43 +194,85 @@ def patterns(case):
   }
 
 
-def loop_select(case, index_q, index_k):
-  """`select_blocks`, one score at a time."""
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """What sees what in one batch row, spelled out.
+
+  Attributes:
+    seen: for each query the slots that it sees, its own last.
+    block: for each slot the id of its block; -1 for padding.
+  """
+
+  seen: list[list[int]]
+  block: list[int]
+
+
+def plain_rows(case):
+  return [
+    Row(
+      [list(range(position + 1)) for position in positions],
+      [j // case.block_size for j in range(case.kv_len)],
+    )
+    for positions in case.positions()
+  ]
+
+
+def packed_rows(spans, parents, length, block_size):
+  """Rows of spans (start, end) with parents, -1 for a root."""
+  rows = []
+  for row, above in zip(spans, parents):
+    seen = [[] for _ in range(length)]
+    block, blocks = [-1] * length, 0
+    paths = {-1: []}
+    for i, (start, end) in enumerate(row):
+      before = paths[above[i]]
+      for t in range(start, end):
+        seen[t] = before + list(range(start, t + 1))
+        block[t] = blocks + (t - start) // block_size
+      paths[i] = before + list(range(start, end))
+      blocks = block[end - 1] + 1
+    rows.append(Row(seen, block))
+  return rows
+
+
+def loop_select(case, index_q, index_k, rows=None):
+  """`select_blocks`, one score at a time; `rows` of packed rows."""
+  rows = plain_rows(case) if rows is None else rows
   index_q, index_k = np.asarray(index_q), np.asarray(index_k)
   chosen = np.full(
     (case.batch, case.num_kv_heads, case.q_len, case.top_k), -1, np.int32
   )
   for b in range(case.batch):
     for g in range(case.num_kv_heads):
-      for t, position in enumerate(case.positions()[b]):
-        if position < 0:
-          continue
-        own = position // case.block_size
+      for t in range(case.q_len):
+        scores: dict[int, list[float]] = {}
+        for j in rows[b].seen[t]:
+          score = float(np.dot(index_q[b, t, g], index_k[b, j]))
+          scores.setdefault(rows[b].block[j], []).append(score)
+        # Blocks in the order in which the query sees them.
+        forced = list(scores)[::-1][: case.num_local_blocks]
         ranked = []
-        for n in range(own + 1):
-          scores = [
-            float(np.dot(index_q[b, t, g], index_k[b, j]))
-            for j in range(
-              n * case.block_size,
-              min((n + 1) * case.block_size, position + 1),
-            )
-          ]
-          forced = n > own - case.num_local_blocks
-          if forced:
+        for n in scores:
+          if n in forced:
             ranked.append((-math.inf, n))
-          elif not any(math.isnan(s) for s in scores):
-            ranked.append((-max(scores), n))
+          elif not any(math.isnan(s) for s in scores[n]):
+            ranked.append((-max(scores[n]), n))
         ids = sorted(n for _, n in sorted(ranked)[: case.top_k])
         chosen[b, g, t, : len(ids)] = ids
   return chosen
 
 
-def loop_msa(case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None):
+def loop_msa(
+  case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None, rows=None
+):
   """Output, lse, KL and all gradients, one query and head at a time.
 
-  `blocks` None means all visible tokens. Returns out, lse, kl, (dq, dk, dv) for
-  the cotangent d_out, and (dindex_q, dindex_k) of the KL.
+  `blocks` None means all visible tokens, `query_mask` may be weights, `rows` is
+  for packed rows, whose padding does not count in the KL. Returns out, lse, kl,
+  (dq, dk, dv) for the cotangent d_out, and (dindex_q, dindex_k) of the KL.
   """
+  packed = rows is not None
+  rows = plain_rows(case) if rows is None else rows
   q, k, v, index_q, index_k, d_out = (
     np.asarray(x, np.float64) for x in (q, k, v, index_q, index_k, d_out)
   )
@@ -240,22 +282,20 @@ def loop_msa(case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None):
   lse = np.full((case.batch, case.num_heads, case.q_len), -np.inf)
   dq, dk, dv = np.zeros_like(q), np.zeros_like(k), np.zeros_like(v)
   d_iq, d_ik = np.zeros_like(index_q), np.zeros_like(index_k)
-  kl, rows = 0.0, 0
-  mask = (
-    np.ones((case.batch, case.q_len), bool)
-    if query_mask is None
-    else np.asarray(query_mask)
-  )
+  kl = 0.0
+  mask = np.ones((case.batch, case.q_len))
+  if query_mask is not None:
+    mask = np.array(query_mask, np.float64)
+  if packed:
+    mask = mask * [[n >= 0 for n in row.block] for row in rows]
   divisor = mask.sum() * case.num_kv_heads
   for b in range(case.batch):
-    for t, position in enumerate(case.positions()[b]):
+    for t in range(case.q_len):
       for g in range(case.num_kv_heads):
-        rows += 1
         seen = [
           j
-          for j in range(position + 1)
-          if blocks is None
-          or j // case.block_size in np.asarray(blocks)[b, g, t]
+          for j in rows[b].seen[t]
+          if blocks is None or rows[b].block[j] in np.asarray(blocks)[b, g, t]
         ]
         if not seen:
           continue
@@ -275,8 +315,9 @@ def loop_msa(case, q, k, v, index_q, index_k, blocks, d_out, query_mask=None):
         if mask[b, t]:
           u = index_scale * index_k[b, seen] @ index_q[b, t, g]
           student = np.exp(u - np.log(np.sum(np.exp(u))))
-          kl += np.sum(teacher * np.log(teacher / student)) / divisor
-          du = index_scale * (student - teacher) / divisor
+          weight = mask[b, t] / divisor
+          kl += weight * np.sum(teacher * np.log(teacher / student))
+          du = weight * index_scale * (student - teacher)
           d_iq[b, t, g] = du @ index_k[b, seen]
           for j, du_j in zip(seen, du):
             d_ik[b, j] += du_j * index_q[b, t, g]
