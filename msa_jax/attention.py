@@ -21,13 +21,19 @@ from flax import nnx
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from msa_jax import cache as cache_lib
-from msa_jax import ops
+from msa_jax import mosaic_gpu, ops
 from msa_jax.checks import check_choice, check_heads, check_rank, require
 from msa_jax.layers import Sharding, head_norm, partial_rope, project
 from msa_jax.model_config import IndexConfig
+from msa_jax.segments import (
+  Segments,
+  block_layout,
+  check_segments,
+  with_max_segments,
+)
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _INDEX = IndexConfig()
@@ -205,18 +211,34 @@ class GQAttention(nnx.Module):
     x: Float[Array, "B T E"],
     *,
     positions: Int[Array, "*B T"] | None = None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    segments: Segments | None = None,
+    max_segments: int | None = None,
   ) -> Float[Array, "B T E"]:
     """Attends causally.
 
+    Packed rows never make a T x T array: implementation "xla" attends in chunks
+    of queries, "cudnn" by cuDNN's packed layout, which takes documents and no
+    trees, and None tries "cudnn" first.
+
     Args:
       x: input.
-      positions: rotary positions; None: 0 to T - 1.
+      positions: rotary positions; None: 0 to T - 1, from 0 in each document,
+        and along the path in a tree. Positions alone separate nothing: tokens
+        of other documents are hidden by segment_ids or segments.
+      segment_ids: the document of each token of packed rows; 0 is padding. A
+        token sees its own document alone.
+      segments: the same for prefix trees, from `tree_segments`; not both.
+      max_segments: the most documents of a row, see `msa_jax.ops`.
 
     Raises:
-      ValueError: x has another rank, or the mesh does not divide KV heads.
+      ValueError: an argument is wrong, or the mesh does not divide KV heads.
       NotImplementedError: cuDNN was named and does not support the call.
     """
     _check_input(x)
+    segments, positions = _packed(
+      x, positions, segment_ids, segments, max_segments
+    )
     attend = functools.partial(
       _attend_dense, implementation=self.implementation
     )
@@ -227,12 +249,12 @@ class GQAttention(nnx.Module):
       heads = PartitionSpec(axes[1])
       attend = jax.shard_map(
         attend,
-        in_specs=(*(tokens,) * 3, heads),
+        in_specs=(*(tokens,) * 3, heads, PartitionSpec(axes[0])),
         out_specs=tokens,
         check_vma=False,
       )
     q, k, v = self._qkv(x, positions)
-    return self.out(attend(q, k, v, self._sinks()))
+    return self.out(attend(q, k, v, self._sinks(), segments))
 
   def _sinks(self) -> Array | None:
     return None if self.sinks is None else self.sinks[...]
@@ -443,25 +465,38 @@ class MSAttention(GQAttention):
     phase: ops.Phase = "sparse",
     with_kl: bool = False,
     with_selection: bool = False,
-    query_mask: Bool[Array, "B T"] | None = None,
+    query_mask: Bool[Array, "B T"] | Float32[Array, "B T"] | None = None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    segments: Segments | None = None,
+    max_segments: int | None = None,
   ) -> MSALayerOutput:
     """Attends causally to the chosen blocks, or to all tokens in the warm-up.
 
     Args:
       x: input.
-      positions: rotary positions; None: 0 to T - 1.
+      positions: rotary positions; None: 0 to T - 1, from 0 in each document,
+        and along the path in a tree. Positions alone separate nothing: tokens
+        of other documents are hidden by segment_ids or segments.
       phase: "sparse" or "warmup".
       with_kl: whether to compute the KL loss; it is 0 with selection="window",
         which has no Index Branch to train.
       with_selection: whether to return the chosen blocks and their recalls,
         which takes the time of dense attention scores.
-      query_mask: queries that count in the KL; None: all.
+      query_mask: queries that count in the KL, or float32 weights of them, see
+        `msa_jax.index_kl_loss`; None: all.
+      segment_ids: the document of each token of packed rows; 0 is padding. A
+        token sees its own document alone.
+      segments: the same for prefix trees, from `tree_segments`; not both.
+      max_segments: the most documents of a row, see `msa_jax.ops`.
 
     Raises:
       ValueError: an argument is wrong, or the mesh does not divide KV heads.
       NotImplementedError: the named implementation does not support the call.
     """
     _check_input(x)
+    segments, positions = _packed(
+      x, positions, segment_ids, segments, max_segments
+    )
     q, k, v = self._qkv(x, positions)
     index_q, index_k, index_v = self._project_index(
       x.astype(q.dtype), positions
@@ -472,7 +507,10 @@ class MSAttention(GQAttention):
       with_kl=with_kl and self.index.selection == "index",
       with_selection=with_selection,
     )
-    args = (q, k, v, index_q, index_k, index_v, query_mask, self._sinks())
+    args = (
+      *(q, k, v, index_q, index_k, index_v),
+      *(query_mask, self._sinks(), segments),
+    )
     attend = self._over_mesh(attend, x.shape[0], with_selection)
     out, index_out, kl, selection = attend(*args)
     out = self.out(out)
@@ -600,6 +638,7 @@ class MSAttention(GQAttention):
     index_v: Array | None,
     query_mask: Array | None,
     sinks: Array | None,
+    segments: Segments | None,
     *,
     phase: ops.Phase,
     with_kl: bool,
@@ -611,7 +650,9 @@ class MSAttention(GQAttention):
       (out, index_out, kl, selection), with out and index_out in heads.
     """
     options: dict[str, Any] = dict(
-      block_size=self.index.block_size, implementation=self.implementation
+      block_size=self.index.block_size,
+      implementation=self.implementation,
+      segments=segments,
     )
     # The ablations choose blocks by themselves and pass them to the operations.
     plain = self.index.selection == "index" and not self.index.force_first_block
@@ -634,7 +675,7 @@ class MSAttention(GQAttention):
       )
       out, kl, block_indices, lse = result
     else:
-      block_indices = self._forced_blocks(index_q, index_k)
+      block_indices = self._forced_blocks(index_q, index_k, segments)
       if phase == "warmup":
         result = ops.msa_attention(
           q,
@@ -643,7 +684,7 @@ class MSAttention(GQAttention):
           index_q,
           index_k,
           phase="warmup",
-          implementation=self.implementation,
+          **options,
         )
         out, lse = result.out, result.lse
       else:
@@ -667,12 +708,16 @@ class MSAttention(GQAttention):
     index_out = None
     if index_v is not None:
       index_out = self._index_output(
-        index_q, index_k, index_v, block_indices, phase
+        index_q, index_k, index_v, block_indices, phase, options
       )
     selection = None
     if with_selection:
       recalls = ops.selection_recall(
-        q, k, block_indices, block_size=self.index.block_size
+        q,
+        k,
+        block_indices,
+        block_size=self.index.block_size,
+        segments=segments,
       )
       selection = Selection(block_indices, *recalls)
     return out, index_out, kl, selection
@@ -684,6 +729,7 @@ class MSAttention(GQAttention):
     index_v: Array,
     block_indices: Array,
     phase: ops.Phase,
+    options: dict[str, Any],
   ) -> Any:
     """The value head's output: attention with index_q, index_k and index_v."""
     shape = (*index_k.shape[:2], index_q.shape[2], index_k.shape[-1])
@@ -697,26 +743,22 @@ class MSAttention(GQAttention):
         index_q,
         index_k,
         phase="warmup",
-        implementation=self.implementation,
+        **options,
       ).out
-    return ops.sparse_attention(
-      index_q,
-      k,
-      v,
-      block_indices,
-      block_size=self.index.block_size,
-      implementation=self.implementation,
-    )
+    return ops.sparse_attention(index_q, k, v, block_indices, **options)
 
   def _forced_blocks(
-    self, index_q: Array, index_k: Array
+    self, index_q: Array, index_k: Array, segments: Segments | None
   ) -> Int32[Array, "B K T P"]:
     """The blocks that the ablations choose.
 
     selection="window" takes block 0 and the last P - 1 blocks;
-    force_first_block puts block 0 into the choice of the Index Branch.
+    force_first_block puts block 0 into the choice of the Index Branch. In a
+    packed row, block 0 is the first block that the query sees.
     """
     b, t, num_kv_heads, _ = index_q.shape
+    if segments is not None:
+      return self._forced_blocks_packed(index_q, index_k, segments)
     if self.index.selection == "window":
       own = jnp.arange(t) // self.index.block_size
       ids = own[:, None] - jnp.arange(self.index.top_k - 1)
@@ -741,6 +783,38 @@ class MSAttention(GQAttention):
     rest = jnp.pad(rest, ((0, 0),) * 3 + ((1, 0),))
     return jnp.where(chosen[..., :1] == 0, chosen, rest)
 
+  def _forced_blocks_packed(
+    self, index_q: Array, index_k: Array, segments: Segments
+  ) -> Int32[Array, "B K T P"]:
+    """`_forced_blocks` for packed rows.
+
+    With scores that are all equal, the lower block is chosen: the first one
+    that the query sees, after the forced ones.
+    """
+    options: dict[str, Any] = dict(
+      block_size=self.index.block_size,
+      segments=segments,
+      implementation=self.implementation,
+    )
+    top_k = self.index.top_k
+    equal = jax.tree.map(jnp.zeros_like, (index_q, index_k))
+    if self.index.selection == "window":
+      return ops.select_blocks(
+        *equal, top_k=top_k, num_local_blocks=top_k - 1, **options
+      )
+    first = ops.select_blocks(*equal, top_k=1, num_local_blocks=0, **options)
+    select = functools.partial(
+      ops.select_blocks,
+      index_q,
+      index_k,
+      num_local_blocks=self.index.num_local_blocks,
+      score_precision=self.index.score_precision,
+      **options,
+    )
+    chosen = select(top_k=top_k)
+    rest = jnp.concatenate([first, select(top_k=top_k - 1)], axis=-1)
+    return jnp.where(chosen[..., :1] == first, chosen, rest)
+
   def _over_mesh(
     self, attend: Callable, batch_size: int, with_selection: bool
   ) -> Callable:
@@ -756,16 +830,25 @@ class MSAttention(GQAttention):
     batch, heads = mesh_axes
     axes = batch + (() if heads is None else (heads,))
 
-    def local(q, k, v, index_q, index_k, index_v, query_mask, sinks):
-      out, index_out, kl, selection = attend(
-        q, k, v, index_q, index_k, index_v, query_mask, sinks
-      )
+    def local(*args):
+      q, k, *_, query_mask, _, segments = args
+      out, index_out, kl, selection = attend(*args)
+
+      def mean(x, count):
+        count = count.astype(x.dtype)
+        total = lax.psum(count, axes)
+        return lax.psum(x * count, axes) / jnp.where(total == 0, 1, total)
+
       if axes:
-        count = ops.count_kl_queries(q, k, query_mask).astype(kl.dtype)
-        total = jnp.maximum(lax.psum(count, axes), 1)
-        kl = lax.psum(kl * count, axes) / total
-        if selection is not None:
+        kl = mean(kl, ops.count_kl_queries(q, k, query_mask, segments))
+        if selection is not None and segments is None:
           recalls = lax.pmean(selection[1:], axes)
+          selection = Selection(selection.block_indices, *recalls)
+        elif selection is not None:
+          # Recalls are means over the queries that see anything, of which
+          # devices have more or fewer.
+          count = ops.count_kl_queries(q, k, None, segments)
+          recalls = (mean(x, count) for x in selection[1:])
           selection = Selection(selection.block_indices, *recalls)
       return out, index_out, kl, selection
 
@@ -783,6 +866,7 @@ class MSAttention(GQAttention):
         shared,
         PartitionSpec(batch, None),
         PartitionSpec(heads),
+        PartitionSpec(batch),
       ),
       out_specs=(tokens, tokens, scalar, selection),
       check_vma=False,
@@ -799,19 +883,46 @@ def _with_sinks(
   return (out * jnp.moveaxis(weight, 1, 2)[..., None]).astype(out.dtype)
 
 
+def _packed(
+  x: Array,
+  positions: Array | None,
+  segment_ids: Array | None,
+  segments: Segments | None,
+  max_segments: int | None,
+) -> tuple[Segments | None, Array | None]:
+  """A layer's segments and rotary positions; both may be None."""
+  segments = check_segments(segment_ids, segments, max_segments, *x.shape[:2])
+  if segments is not None and positions is None:
+    positions = segments.positions
+  return segments, positions
+
+
 def _attend_dense(
-  q: Array, k: Array, v: Array, sinks: Array | None, *, implementation: Any
+  q: Array,
+  k: Array,
+  v: Array,
+  sinks: Array | None,
+  segments: Segments | None,
+  *,
+  implementation: Any,
 ) -> Array:
-  """Causal dense attention, with sinks or without.
+  """Causal dense attention, with sinks or without, in plain or packed rows.
 
   `jax.nn.dot_product_attention` returns no lse in float32 with a gradient, so
   layers with sinks take the warm-up phase's attention, whose GPU form is
-  cuDNN's too.
+  cuDNN's too. It has no form of packed rows either that is free of a T x T
+  mask.
   """
-  if sinks is None:
+  if sinks is None and segments is None:
     return _dot_product_attention(
       q, k, v, is_causal=True, implementation=implementation
     )
+  if sinks is None and segments is not None and implementation != "xla":
+    try:
+      return _attend_documents(q, k, v, segments)
+    except NotImplementedError:
+      if implementation is not None:
+        raise
   # The choice of blocks is not used, so a compiled program does not compute it.
   index = jnp.zeros_like(k)
   result = ops.msa_attention(
@@ -821,11 +932,33 @@ def _attend_dense(
     index,
     index[:, :, 0],
     phase="warmup",
+    segments=segments,
     implementation="mosaic_gpu"
     if implementation == "cudnn"
     else implementation,
   )
-  return _with_sinks(result.out, result.lse, sinks)
+  return (
+    result.out if sinks is None else _with_sinks(result.out, result.lse, sinks)
+  )
+
+
+def _attend_documents(
+  q: Array, k: Array, v: Array, segments: Segments
+) -> Array:
+  """Dense attention of packed documents by cuDNN."""
+  if segments.has_trees:
+    raise NotImplementedError(
+      "implementation='cudnn' supports packed documents, got segments with"
+      " trees; 'xla' supports both"
+    )
+  segments = with_max_segments(segments, _INDEX.block_size)
+  # Blocks as long as a row are the documents themselves.
+  layout = block_layout(segments, q.shape[1])
+  out = mosaic_gpu.document_attention(
+    q, k, v, layout.own_block, layout.block_start, layout.block_end
+  )
+  factor = jnp.where(layout.overflow, jnp.nan, 1).astype(out.dtype)
+  return out * factor[:, None, None, None]
 
 
 # Keys that cuDNN reads at once: its last tile can reach past a batch row's end.

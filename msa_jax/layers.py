@@ -56,13 +56,15 @@ def partial_rope(
   """Rotary embedding of the first `rope_dim` dims; the others stay as they are.
 
   Dims i and i + rope_dim / 2 form a pair, which is rotated by the angle
-  position * theta^(-2 i / rope_dim). Computed in float32.
+  position * theta^(-2 i / rope_dim). Computed in float32, or in x's dtype if
+  that is wider.
   """
+  dtype = jnp.promote_types(x.dtype, jnp.float32)
   half = rope_dim // 2
-  frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-  angle = positions[..., None].astype(jnp.float32) * frequency
+  frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
+  angle = positions[..., None].astype(dtype) * frequency
   cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
-  rotated = x[..., :rope_dim].astype(jnp.float32)
+  rotated = x[..., :rope_dim].astype(dtype)
   a, b = rotated[..., :half], rotated[..., half:]
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
   return jnp.concatenate([rotated.astype(x.dtype), x[..., rope_dim:]], axis=-1)

@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from flax import nnx
 from jax import lax
 from jax.sharding import PartitionSpec
-from jaxtyping import Array, Bool, Float, Int, Int32
+from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from msa_jax import cache as cache_lib
 from msa_jax import ops
@@ -28,6 +28,7 @@ from msa_jax.checks import check_integers, check_rank, require, wrong
 from msa_jax.layers import Sharding, rms_norm
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
 from msa_jax.model_config import LayerKind, MLPKind, ModelConfig
+from msa_jax.segments import Segments, check_segments, with_max_segments
 
 
 class LMOutput(NamedTuple):
@@ -144,9 +145,12 @@ class DecoderLayer(nnx.Module):
     phase: ops.Phase,
     with_kl: bool,
     with_selection: bool,
-    query_mask: Bool[Array, "B T"] | None,
+    query_mask: Array | None,
+    positions: Array | None,
+    segments: Segments | None,
   ) -> _LayerOutput:
     h = self.attention_norm(x)
+    rows: dict[str, Any] = dict(positions=positions, segments=segments)
     if isinstance(self.attention, MSAttention):
       out, kl, selection = self.attention(
         h,
@@ -154,9 +158,10 @@ class DecoderLayer(nnx.Module):
         with_kl=with_kl,
         with_selection=with_selection,
         query_mask=query_mask,
+        **rows,
       )
     else:
-      out, kl, selection = self.attention(h), jnp.zeros((), jnp.float32), None
+      out, kl, selection = self.attention(h, **rows), jnp.zeros(()), None
     x, experts = self._add_mlp(x + out)
     return _LayerOutput(x, kl, selection, experts)
 
@@ -271,8 +276,12 @@ class DecoderLM(nnx.Module):
     phase: ops.Phase = "sparse",
     with_kl: bool = False,
     with_selection: bool = False,
-    query_mask: Bool[Array, "B T"] | None = None,
+    query_mask: Bool[Array, "B T"] | Float32[Array, "B T"] | None = None,
     with_logits: bool = True,
+    positions: Int[Array, "*B T"] | None = None,
+    segment_ids: Int32[Array, "B T"] | None = None,
+    segments: Segments | None = None,
+    max_segments: int | None = None,
   ) -> LMOutput:
     """Next-token logits.
 
@@ -281,9 +290,19 @@ class DecoderLM(nnx.Module):
       phase: phase of the MSA layers, "sparse" or "warmup".
       with_kl: whether to compute the KL losses.
       with_selection: whether to return chosen blocks and recalls.
-      query_mask: tokens that count in the KL; None: all.
+      query_mask: tokens that count in the KL, or float32 weights of them, see
+        `msa_jax.index_kl_loss`; None: all.
       with_logits: whether to return logits. `msa_jax.head_loss` computes the
         training loss from `hidden` without holding all logits in memory.
+      positions: rotary positions; None: 0 to T - 1, from 0 in each document,
+        and along the path in a tree. Positions alone separate nothing: tokens
+        of other documents are hidden by segment_ids or segments.
+      segment_ids: the document of each token of packed rows; 0 is padding. A
+        token sees its own document alone.
+      segments: the same for prefix trees, from `tree_segments`; not both.
+      max_segments: the most documents of a row, see `msa_jax.ops`.
+        A loss must leave out the targets of each document's last token, which
+        are another document's.
 
     Raises:
       ValueError: an argument is wrong, or the mesh in context does not divide
@@ -291,6 +310,13 @@ class DecoderLM(nnx.Module):
       NotImplementedError: a named implementation does not support the call.
     """
     _check_tokens(tokens)
+    segments = check_segments(
+      segment_ids, segments, max_segments, *tokens.shape
+    )
+    if segments is not None:
+      # All layers take the same number, whatever their attention.
+      segments = with_max_segments(segments, self.config.index.block_size)
+      positions = segments.positions if positions is None else positions
     x = self._split_batch(self.embed(tokens))
     kls, selections, experts = [], [], []
     for group in self.layers:
@@ -306,6 +332,8 @@ class DecoderLM(nnx.Module):
           x,
           params,
           query_mask,
+          positions,
+          segments,
         )
 
       if self.config.scan_layers:
@@ -537,6 +565,8 @@ def _apply_layer(
   x: Array,
   params: Any,
   query_mask: Array | None,
+  positions: Array | None,
+  segments: Segments | None,
 ) -> tuple[Array, list]:
   """A layer's output, and its KL, selection and experts."""
 
@@ -547,6 +577,8 @@ def _apply_layer(
       with_kl=with_kl,
       with_selection=with_selection,
       query_mask=query_mask,
+      positions=positions,
+      segments=segments,
     )
     return out, rest
 

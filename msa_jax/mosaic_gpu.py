@@ -45,6 +45,12 @@ def warmup_attention(q, k, v, *, scale, kv_lengths):
   return kernels.attention(q, k, v, scale=scale)
 
 
+def document_attention(q, k, v, document, starts, ends):
+  from pallas_kernels import dense_attention as kernels
+
+  return kernels.document_attention(q, k, v, document, starts, ends)
+
+
 def index_kl_loss(
   q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
   query_mask, **options,

@@ -20,7 +20,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,7 +52,9 @@ class Segments:
     positions: the tokens before this one in its document, or along its tree's
       path; 0 for padding. They are the rotary positions.
     max_segments: the most spans of a row, static; None: what
-      `max_segments_default` gives.
+      `with_max_segments` gives.
+    has_trees: whether a span may have a parent, static. cuDNN's attention takes
+      documents alone.
   """
 
   span: Int32[Array, "B S"]
@@ -61,6 +63,7 @@ class Segments:
   max_segments: int | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )
+  has_trees: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 class BlockLayout(NamedTuple):
@@ -90,9 +93,14 @@ class BlockLayout(NamedTuple):
   overflow: Bool[Array, "B"]
 
 
-def max_segments_default(length: int, block_size: int) -> int:
-  """Spans that a row has room for: 64 or as many as it has blocks."""
-  return min(length, max(_SPANS, -(-length // block_size)))
+def with_max_segments(segments: Segments, block_size: int) -> Segments:
+  """The same with room for 64 spans, or as many as a row has blocks, unless
+  max_segments says otherwise."""
+  if segments.max_segments is not None:
+    return segments
+  length = segments.span.shape[1]
+  most = min(length, max(_SPANS, -(-length // block_size)))
+  return dataclasses.replace(segments, max_segments=most)
 
 
 def document_segments(
@@ -207,7 +215,9 @@ def tree_segments(
       f"at least {most}, the spans of the fullest row",
       max_segments,
     )
-  return Segments(span, until, positions, max_segments)  # pyright: ignore
+  has_trees = any(parent >= 0 for above in parents for parent in above)
+  arrays: Any = dict(span=span, visible_until=until, positions=positions)
+  return Segments(**arrays, max_segments=max_segments, has_trees=has_trees)
 
 
 def _size(span: tuple[int, int]) -> int:
@@ -263,11 +273,10 @@ def check_segment_values(segments: Segments, block_size: int) -> int:
   Raises:
     ValueError: a row has more spans than fit.
   """
-  span = np.asarray(segments.span)
+  segments = with_max_segments(segments, block_size)
   most = segments.max_segments
-  if most is None:
-    most = max_segments_default(span.shape[1], block_size)
-  count = int(span.max(initial=-1)) + 1
+  assert most is not None
+  count = int(np.asarray(segments.span).max(initial=-1)) + 1
   require(
     count <= most,
     "max_segments",
@@ -299,13 +308,12 @@ def check_ids_return(segment_ids: Array) -> None:
 
 def block_layout(segments: Segments, block_size: int) -> BlockLayout:
   """Cuts the spans of each row into blocks."""
+  max_segments = with_max_segments(segments, block_size).max_segments
+  assert max_segments is not None
   span = jnp.asarray(segments.span)
   length = span.shape[1]
   # An index outside the arrays must not come from wrong values.
   until = jnp.clip(jnp.asarray(segments.visible_until), 0, length)
-  max_segments = segments.max_segments
-  if max_segments is None:
-    max_segments = max_segments_default(length, block_size)
   num_blocks = -(-length // block_size) + max_segments
   slot = jnp.arange(length, dtype=jnp.int32)
   real = span >= 0

@@ -404,23 +404,30 @@ tokens = jax.random.randint(jax.random.key(0), (4, 40), 0, 64)
 mask = jax.random.bernoulli(jax.random.key(1), 0.6, (4, 40)).at[3].set(False)
 
 
+# Packed rows, of which device 0 has the most padding.
+ids = jnp.where(jnp.arange(40) < jnp.array([[5], [20], [40], [33]]), 1, 0)
+ids = jnp.where(jnp.arange(40) > 17, 2 * ids, ids).astype(jnp.int32)
+
+
 @nnx.jit
-def run(model, tokens, mask):
+def run(model, tokens, mask, ids=None):
   def loss(model):
-    out = model(tokens, with_kl=True, query_mask=mask, with_selection=True)
+    out = model(tokens, with_kl=True, query_mask=mask, with_selection=True,
+                segment_ids=ids)
     return jnp.mean(jnp.sin(out.logits)) + out.kl.sum(), out
   return nnx.value_and_grad(loss, has_aux=True)(model)
 
 
-(want, out), grads = run(DecoderLM(CONFIG, rngs=nnx.Rngs(0)), tokens, mask)
-for shape in ((2, 1, 2), (1, 4, 1)):
+for shape, ids in (((2, 1, 2), ids), ((1, 4, 1), None)):
+  model = DecoderLM(CONFIG, rngs=nnx.Rngs(0))
+  (want, out), grads = run(model, tokens, mask, ids)
   mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"),
                        axis_types=(jax.sharding.AxisType.Auto,) * 3)
   with jax.set_mesh(mesh):
     model = DecoderLM(CONFIG, rngs=nnx.Rngs(0), sharding=Sharding())
     specs = nnx.get_partition_spec(nnx.state(model, nnx.Param))
     assert "tensor" in str(specs.layers[1].attention.index_query.kernel)
-    (got, sharded), sharded_grads = run(model, tokens, mask)
+    (got, sharded), sharded_grads = run(model, tokens, mask, ids)
   np.testing.assert_allclose(got, want, rtol=1e-6)
   # Values of size 1 whose sums are split in another way.
   for a, b in zip(jax.tree.leaves((out, grads)),

@@ -2,11 +2,13 @@
 document alone."""
 
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import Case, loop_msa, loop_select, packed_rows
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -443,3 +445,208 @@ def test_memory_of_packed_rows_grows_linearly():
     shapes = jax.eval_shape(case.inputs)
     compiled = jax.jit(jax.grad(loss)).lower(shapes, ids).compile()
     assert compiled.memory_analysis().temp_size_in_bytes < 2e9
+
+
+# ------------------------------------------------------------ layers and models
+
+LAYERS = {
+  "gqa": dict(kind="gqa"),
+  "gqa_sinks": dict(kind="gqa", sinks=True),
+  "msa": dict(index={}),
+  "first_block": dict(index=dict(force_first_block=True)),
+  "window": dict(index=dict(selection="window", top_k=3)),
+  "value_head": dict(index=dict(value_head=True)),
+}
+
+
+def _layer(kind="msa", index=None, **options):
+  base: dict[str, Any] = dict(rngs=nnx.Rngs(0), implementation="xla")
+  options = base | dict(num_kv_heads=2) | options
+  if kind == "gqa":
+    return msa_jax.GQAttention(4, 32, **options)
+  sizes: dict[str, Any] = dict(index_dim=8, block_size=4, top_k=2)
+  config = msa_jax.IndexConfig(**sizes | (index or {}))
+  return msa_jax.MSAttention(4, 32, index=config, **options)
+
+
+@functools.partial(nnx.jit, static_argnames="phase")
+def _apply(layer, x, ids, phase=None):
+  if phase is None:
+    return layer(x, segment_ids=ids), jnp.zeros(())
+  mask = None if ids is None else ids != 0
+  out = layer(x, segment_ids=ids, phase=phase, with_kl=True, query_mask=mask)
+  return out.out, out.kl
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_layers_of_packed_rows_equal_each_document_alone(name):
+  """Positions restart with each document, ablations stay inside it."""
+  layer = _layer(**LAYERS[name])
+  if layer.sinks is not None:
+    layer.sinks[...] = jnp.linspace(-1.0, 1.0, 4)
+  x = jax.random.normal(jax.random.key(1), (2, 40, 32))
+  ids = jnp.asarray(ids_of(DOCUMENTS, 40))
+  phases = (None,) if "gqa" in name else ("sparse", "warmup")
+  if name in ("msa", "window"):
+    phases = ("sparse",)
+  for phase in phases:
+    packed, kl = _apply(layer, x, ids, phase)
+    alone, _ = _apply(layer, _alone(x, DOCUMENTS), None, phase)
+    n = 0
+    for b, row in enumerate(DOCUMENTS):
+      for start, end in row:
+        np.testing.assert_allclose(
+          packed[b, start:end], alone[n, : end - start], rtol=2e-5, atol=2e-5
+        )
+        n += 1
+    assert np.isfinite(kl)
+    plain, _ = _apply(layer, x, None, phase)
+    assert np.abs(packed - plain)[0].max() > 1e-3
+
+
+def test_positions_of_packed_rows_may_be_given():
+  layer = _layer("gqa")
+  x = jax.random.normal(jax.random.key(1), (2, 40, 32))
+  ids = jnp.asarray(ids_of(DOCUMENTS, 40))
+  segments = segments_lib.document_segments(ids)
+  run = nnx.jit(
+    lambda layer, *args: layer(x, positions=args[0], segment_ids=ids)
+  )
+  want, _ = _apply(layer, x, ids)
+  np.testing.assert_array_equal(run(layer, segments.positions), want)
+  # Rotary scores depend on differences alone.
+  moved = run(layer, jnp.broadcast_to(jnp.arange(40), (2, 40)))
+  np.testing.assert_allclose(moved, want, rtol=1e-4, atol=1e-5)
+  bent = run(layer, segments.positions**2)
+  assert np.abs(bent - want).max() > 1e-3
+
+
+# -------------------------------------------------------------- merged prefixes
+
+
+def brute_force_merge(sequences, block_size):
+  """Tokens that must be in the rows: one for each distinct prefix of blocks."""
+  held: dict[tuple[int, ...], int] = {}
+  for sequence in sequences:
+    for end in range(len(sequence)):
+      # A token is known by all tokens up to the end of its block.
+      until = min((end // block_size + 1) * block_size, len(sequence))
+      key = (end, *sequence[:until])
+      held[key] = held.get(key, 0) + 1
+  return held
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+  st.lists(
+    st.lists(st.integers(1, 2), min_size=1, max_size=17), min_size=1, max_size=9
+  ),
+  st.sampled_from([None, 17, 30]),
+)
+def test_merged_rows_hold_every_sequence_once(sequences, length):
+  """Each path of each row is a sequence, with the number of its copies."""
+  merged = msa_jax.merge_prefixes(sequences, block_size=4, length=length)
+  sees = rule_by_loops(merged.segments)
+  real = np.asarray(merged.segments.span) >= 0
+  np.testing.assert_array_equal(real, merged.weights > 0)
+  assert merged.weights.sum() == sum(map(len, sequences))
+  np.testing.assert_array_equal(merged.positions, merged.segments.positions)
+  ends: dict[tuple[int, ...], float] = {}
+  for b, t in np.argwhere(real):
+    path = np.flatnonzero(sees[b, t])
+    previous = merged.previous[b, t]
+    assert previous == (path[-2] if len(path) > 1 else -1)
+    assert merged.positions[b, t] == len(path) - 1
+    # What holds this token but none of those that it predicts ends here.
+    after = merged.weights[b, merged.previous[b] == t].sum()
+    count = merged.weights[b, t] - after
+    assert count >= 0
+    if count:
+      key = tuple(merged.tokens[b, path].tolist())
+      ends[key] = ends.get(key, 0) + count
+  want: dict[tuple[int, ...], float] = {}
+  for sequence in sequences:
+    want[tuple(sequence)] = want.get(tuple(sequence), 0) + 1
+  assert ends == want
+  if length is None:
+    held = brute_force_merge(sequences, 4)
+    assert merged.tokens.shape == (1, len(held))
+
+
+SEQUENCES = [
+  [*range(1, 13), 20, 21, 22],
+  [*range(1, 13), 20, 21, 22, 23, 24],
+  [*range(1, 13), 30, 31, 32, 33, 40],
+  [*range(1, 13), 30, 31, 32, 33, 41, 42],
+  [*range(1, 9)],
+  [*range(1, 9), 50, 51, 52],
+  [*range(1, 9), 50, 51, 52],
+  [60, 61, 62, 63, 64],
+]
+
+
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+def test_merged_prefixes_train_like_the_sequences(phase, x64):
+  """Loss, KL and all gradients in float64, and the choices of both."""
+  config = msa_jax.ModelConfig(
+    vocab_size=70, num_layers=2, embed_dim=16, num_heads=4, num_kv_heads=2,
+    head_dim=4, mlp_dim=16, layer_kinds=("msa", "gqa"),
+    index=msa_jax.IndexConfig(index_dim=4, block_size=4, top_k=2),
+    implementation="xla", dtype="float64", param_dtype="float64",
+  )  # fmt: skip
+  model = msa_jax.DecoderLM(config, rngs=nnx.Rngs(0))
+  merged = msa_jax.merge_prefixes(SEQUENCES, block_size=4)
+  # Depth 4: 8 tokens, then 4, then 4, then 1 or 2.
+  assert merged.tokens.shape == (1, 12 + 3 + 5 + 4 + 1 + 2 + 3 + 5)
+  longest = max(map(len, SEQUENCES))
+  rows = np.zeros((len(SEQUENCES), longest), np.int32)
+  weights = np.zeros(rows.shape, np.float32)
+  for b, sequence in enumerate(SEQUENCES):
+    rows[b, : len(sequence)] = sequence
+    weights[b, : len(sequence)] = 1
+  previous = np.where(weights > 0, np.arange(longest) - 1, -1)
+
+  @nnx.jit
+  def run(model, tokens, segments, previous, weights):
+    def loss(model):
+      out = model(
+        tokens, phase=phase, with_kl=True, with_selection=True,
+        query_mask=weights, segments=segments, with_logits=False,
+      )  # fmt: skip
+      at = jnp.arange(len(tokens))[:, None], jnp.maximum(previous, 0)
+      logp = jax.nn.log_softmax(out.hidden[at] @ model.head_weight())
+      ce = -jnp.take_along_axis(logp, tokens[..., None], axis=-1)[..., 0]
+      lm = jnp.sum(jnp.where(previous >= 0, weights * ce, 0))
+      return lm + 10 * out.kl.sum(), (lm, out)
+
+    return nnx.grad(loss, has_aux=True)(model)
+
+  grads, (lm, out) = run(
+    model, merged.tokens, merged.segments, merged.previous, merged.weights
+  )
+  # Each sequence is one document: attention of plain rows, which is JAX's own in
+  # GQA layers, would compute its softmax in float32.
+  plain = segments_lib.document_segments(jnp.asarray(weights, jnp.int32))
+  want_grads, (want_lm, want) = run(model, rows, plain, previous, weights)
+  np.testing.assert_allclose(lm, want_lm, rtol=1e-12)
+  # The model returns the KL in float32; its gradient is float64's.
+  np.testing.assert_allclose(out.kl, want.kl, rtol=1e-6)
+  assert np.all(want.kl[::2] > 0)
+  for got, expected in zip(
+    jax.tree.leaves(grads), jax.tree.leaves(want_grads), strict=True
+  ):
+    np.testing.assert_allclose(got, expected, rtol=1e-9, atol=1e-11)
+  # Every token of every sequence chooses the blocks of the same tokens.
+  sees = rule_by_loops(merged.segments)[0]
+  own = np.asarray(segments_lib.block_layout(merged.segments, 4).own_block[0])
+  slots = {
+    tuple(merged.tokens[0, sees[t]].tolist()): t for t in range(len(own))
+  }
+  for b, sequence in enumerate(SEQUENCES):
+    for t in range(len(sequence)):
+      slot = slots[tuple(sequence[: t + 1])]
+      path = np.flatnonzero(sees[slot])
+      found = np.asarray(out.selection.block_indices[::2, 0, :, slot])
+      alone = np.asarray(want.selection.block_indices[::2, b, :, t])
+      mapped = np.where(alone < 0, -1, own[path[np.clip(alone * 4, 0, t)]])
+      np.testing.assert_array_equal(found, mapped)
