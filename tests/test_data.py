@@ -30,7 +30,7 @@ def folder(tmp_path):
 
 def config_of(folder, **changes):
   cache = folder.parent / "cache"
-  changes = {"held_out": 0.2, "vocab_size": 400, **changes}
+  changes = {"held_out": 0.2, "vocab_size": 400, "rows": "stream", **changes}
   return data.TextConfig(path=str(folder), cache_dir=str(cache), **changes)
 
 
@@ -468,6 +468,108 @@ def test_load_refuses_another_config():
     data.load({})
 
 
+# --- Packed documents --------------------------------------------------------
+
+
+def documents_of(stream, end_of_text):
+  """The documents of a stream, with the end-of-text after each."""
+  ends = np.flatnonzero(stream == end_of_text) + 1
+  return [part.astype(np.int32) for part in np.split(stream, ends)[:-1]]
+
+
+def pieces_of(batch):
+  """(tokens, targets that count) of each document of a packed batch."""
+  for tokens, ids, mask in zip(
+    batch.tokens, batch.segment_ids, batch.loss_mask, strict=True
+  ):
+    count = ids.max()
+    # Documents are runs of 1, 2, .. and the padding lies behind them.
+    want = np.repeat(
+      [*range(1, count + 1), 0], np.bincount(ids)[[*range(1, count + 1), 0]]
+    )
+    np.testing.assert_array_equal(ids, want)
+    for number in range(1, count + 1):
+      here = ids == number
+      yield tokens[here], tokens[1:][mask & here[1:] & here[:-1]]
+    assert not mask[(ids[1:] != ids[:-1]) | (ids[1:] == 0)].any()
+
+
+@pytest.mark.parametrize("rows", ["files", "folders"])
+@pytest.mark.parametrize("context", [16, 1000])
+def test_packed_rows_hold_every_document_once(folder, rows, context):
+  """An epoch has every token that follows another one of its document as a
+  target, once, however documents are cut and packed."""
+  config = config_of(folder, rows=rows)
+  source, opened = data.load(config), corpus.open_corpus(config)
+  documents = documents_of(opened.train, 255)
+  if rows == "folders":
+    joined: dict[int, list] = {}
+    for number, document in zip(opened.train_folders, documents, strict=True):
+      joined.setdefault(number, []).append(document)
+    assert 1 < len(joined) < len(documents)
+    documents = [np.concatenate(parts) for _, parts in sorted(joined.items())]
+  count = len(source._rows("train", context))
+  batch = source.train_batch(1, 0, batch_size=count, context=context)
+  assert batch.tokens.shape == (count, context + 1)
+  pieces = list(pieces_of(batch))
+  # A document's pieces, put together again: they share one token each.
+  found = sorted(tuple(tokens.tolist()) for tokens, _ in pieces)
+  want = sorted(
+    tuple(document[i : i + context + 1].tolist())
+    for document in documents
+    for i in range(0, len(document) - 1, context)
+  )
+  assert found == want
+  for tokens, targets in pieces:
+    np.testing.assert_array_equal(targets, tokens[1:])
+  # Few rows are empty at their end.
+  assert count <= 1.3 * sum(map(len, want)) / (context + 1) + 1
+
+
+def test_packed_batches_depend_on_seed_and_step_alone(folder):
+  config = config_of(folder, rows="files")
+  source, again = data.load(config), data.load(config)
+  shape = {"batch_size": 3, "context": 64}
+  count = len(source._rows("train", 64))
+  for step in (7, 0, 3):  # in any order
+    batch = source.train_batch(1, step, **shape)
+    assert batches_equal(batch, again.train_batch(1, step, **shape))
+  # Two epochs, each with every row once, in another order.
+  rows = [
+    row.tobytes()
+    for step in range(2 * count)
+    for row in source.train_batch(1, step, batch_size=1, context=64).tokens
+  ]
+  # Some rows hold equal text.
+  assert sorted(rows[:count]) == sorted(rows[count:])
+  assert rows[:count] != rows[count:] and len(set(rows[:count])) > count / 2
+  held_out = source.num_eval_batches(batch_size=1, context=64)
+  seen = source._held_out_rows(0, held_out, 64, held_out, "")
+  assert sorted(seen.tolist()) == list(range(held_out))
+  with pytest.raises(ValueError, match="packed rows of context=64"):
+    source.eval_batch(held_out, batch_size=1, context=64)
+  assert source.fingerprint["rows"] == "files"
+  assert "rows" not in data.load(config_of(folder)).fingerprint
+
+
+def test_a_row_holds_no_more_documents_than_a_model_has_room_for(tmp_path):
+  (tmp_path / "many").mkdir()
+  for i in range(400):
+    (tmp_path / "many" / f"{i}.txt").write_text(str(i))
+  source = data.load(config_of(tmp_path / "many", rows="files"))
+  batch = source.train_batch(0, 0, batch_size=2, context=1000)
+  assert batch.segment_ids.max() == data.max_documents(1000) == 64
+
+
+def test_positions_of_a_packed_batch():
+  ids = np.array([[1, 1, 1, 2, 2, 0, 0]])
+  mask = np.ones((1, 6), bool)
+  batch = data.Batch(ids, mask, ids[:, 1:], ids)
+  np.testing.assert_array_equal(batch.positions()[0, :5], [0, 1, 2, 0, 1])
+  plain = batch._replace(segment_ids=None)
+  np.testing.assert_array_equal(plain.positions(), [np.arange(6)])
+
+
 # --- Recall ------------------------------------------------------------------
 
 
@@ -486,7 +588,7 @@ def test_every_answer_is_its_facts_value_at_the_distance_told(
   fact_0 = value_0 + config.num_values
   assert batch.loss_mask.sum() >= 8
   np.testing.assert_array_equal(batch.loss_mask, batch.distance > 0)
-  for row, mask, distance in zip(*batch):
+  for row, mask, distance in zip(*batch[:3]):
     asked = []
     for t in np.flatnonzero(mask):
       key, answer = row[t] - key_0, row[t + 1] - value_0
@@ -593,12 +695,39 @@ def mix(tmp_path_factory) -> data.MixConfig:
       cache_dir=str(place / "cache"),
       tokenizer="bpe",
       vocab_size=320,
+      rows="stream",
     ),
     recall=data.RecallConfig(num_keys=8, num_values=4, num_facts=8),
     num_needles=6,
     asks=4,
     answer_share=0.4,
   )
+
+
+def test_needles_of_packed_rows_lie_in_the_document_that_asks(mix):
+  mix = dataclasses.replace(
+    mix, text=dataclasses.replace(mix.text, rows="files"), num_needles=8
+  )
+  source = data.load(mix)
+  counts = {"train": 0, "needle": 0}
+  for step in range(12):
+    for kind in counts:
+      shape = dict(batch_size=2, context=400)
+      batch = (
+        source.train_batch(1, step, **shape)
+        if kind == "train"
+        else source.probe_batch(kind, step, **shape)
+      )
+      check_answers(mix, batch)
+      row, t = np.nonzero(batch.distance >= 0)
+      fact = t - batch.distance[row, t]
+      ids = batch.segment_ids
+      assert (ids[row, fact] > 0).all()
+      np.testing.assert_array_equal(ids[row, fact], ids[row, t])
+      np.testing.assert_array_equal(ids[row, fact], ids[row, t + 1])
+      assert batch.loss_mask[row, t].all()
+      counts[kind] += len(t)
+  assert min(counts.values()) > 20
 
 
 def check_answers(config: data.MixConfig, batch: data.Batch) -> np.ndarray:

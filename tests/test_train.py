@@ -51,7 +51,9 @@ def tiny_run(folder: pathlib.Path, **changes) -> config_lib.RunConfig:
       index=IndexConfig(index_dim=8, block_size=16, top_k=2),
       implementation="xla",
     ),
-    data=data.TextConfig(path=str(text), cache_dir=str(folder / "cache")),
+    data=data.TextConfig(
+      path=str(text), cache_dir=str(folder / "cache"), rows="stream"
+    ),
     optimizer=config_lib.OptimizerConfig(warmup_steps=1),
     recipe=config_lib.RecipeConfig(index_warmup_steps=2),
     num_steps=4,
@@ -168,6 +170,79 @@ def test_kl_reaches_the_backbone_without_detach_input(place, params, source):
   without, with_kl = gradients_by_weight(program, params, source, "sparse")
   changed = [n for n in program.groups if np.any(without[n] != with_kl[n])]
   assert any(program.groups[name] == "backbone" for name in changed)
+
+
+def packed_run(place) -> config_lib.RunConfig:
+  """A run on documents of 2 to 120 bytes, most of them short."""
+  path = place / "short" / "lines.jsonl"
+  if not path.exists():
+    path.parent.mkdir()
+    rng = np.random.default_rng(0)
+    sizes = np.exp(rng.uniform(np.log(2), np.log(120), 1200)).astype(int)
+    texts = ["".join(rng.choice(list("abc def"), size)) for size in sizes]
+    path.write_text("\n".join(json.dumps({"text": text}) for text in texts))
+  run = tiny_run(place)
+  text = dataclasses.replace(run.data, path=str(path), rows="files")
+  return dataclasses.replace(run, data=text)
+
+
+def test_parts_of_a_packed_batch_add_up(place, params):
+  """Each part has another share of padding, so its mean KL counts less."""
+  run = packed_run(place)
+  batch = data.load(run.data).train_batch(0, 0, batch_size=4, context=64)
+  ids = np.where(
+    np.arange(65) < np.array([[5], [60], [9], [65]]), batch.segment_ids, 0
+  )
+  mask = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
+  batch = batch._replace(loss_mask=mask)
+  loss = loss_of(program_of(run), "sparse")
+  (whole, metrics), grads = loss(params, *parts_of(batch, 1), 1.0, ids[None])
+  (whole_4, metrics_4), grads_4 = loss(
+    params, *parts_of(batch, 4), 1.0, ids[:, None]
+  )
+  assert metrics["kl"] > 0
+  np.testing.assert_allclose(whole_4, whole, rtol=1e-5)
+  np.testing.assert_allclose(metrics_4["kl"], metrics["kl"], rtol=1e-5)
+  for name in grads:
+    np.testing.assert_allclose(
+      grads_4[name], grads[name], rtol=1e-4, atol=1e-6, err_msg=name
+    )
+
+
+def test_a_packed_run_trains_and_evaluates_each_document_alone(place):
+  run = dataclasses.replace(packed_run(place), folder=str(place / "packed"))
+  opened = data.load(run.data)
+  done = loop.run(run, opened)
+  assert done is not None
+  final = done["final"]
+  # The held-out loss by the trained model, one document at a time.
+  model, _ = sample.load_model(place / "packed")
+  run_model = nnx.jit(lambda model, tokens: model(tokens).logits)
+  total, count = np.zeros(64), np.zeros(64, int)
+  for index in range(run.eval_batches):
+    batch = opened.eval_batch(index, batch_size=4, context=64)
+    assert batch.segment_ids is not None
+    assert (batch.segment_ids.max(axis=1) > 1).any()
+    for tokens, ids in zip(batch.tokens, batch.segment_ids, strict=True):
+      for number in range(1, ids.max() + 1):
+        document = tokens[ids == number]
+        # Padding behind a document changes nothing of it.
+        row = np.zeros((1, 64), np.int32)
+        size = len(document) - 1
+        row[0, :size] = document[:-1]
+        logp = jax.nn.log_softmax(run_model(model, row)[0, :size])
+        total[:size] -= np.asarray(logp)[np.arange(size), document[1:]]
+        count[:size] += 1
+  np.testing.assert_allclose(
+    final["loss"], total.sum() / count.sum(), rtol=1e-5
+  )
+  by_position = {bin["low"]: bin for bin in final["loss_by_position"]}
+  assert by_position[0]["count"] == count[:2].sum()
+  np.testing.assert_allclose(
+    by_position[0]["loss"], total[:2].sum() / count[:2].sum(), rtol=1e-5
+  )
+  records = read_records(place / "packed")
+  assert all(np.isfinite(r["loss"]) for r in records if "loss" in r)
 
 
 def test_parts_of_a_batch_add_up(program, params, source):

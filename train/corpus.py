@@ -27,7 +27,7 @@ from jaxtyping import Int32, UInt
 
 # Part of every cache key. Raise it when this module makes other token streams
 # of the same text.
-_CACHE_VERSION = 2
+_CACHE_VERSION = 3
 # A BPE tokenizer is trained on at most this many characters, because its merges
 # hardly change with more.
 _BPE_BYTES = 1 << 26
@@ -67,6 +67,14 @@ class TextConfig:
   text_field: str = "text"
   """The field of jsonl lines or parquet rows that holds the text."""
 
+  rows: Literal["files", "folders", "stream"] = "files"
+  """What a batch row holds. files: whole documents, packed, which see nothing
+  of each other; a document is a text file, a jsonl line or a parquet row.
+  folders: the same, but all documents of a folder are joined to one, in the
+  order of their names. Documents that are longer than a row are cut into rows.
+  stream: a window of all documents one after another, in which attention
+  reaches from one document into the next."""
+
   cache_dir: str = "runs/.cache"
   """Where tokens and tokenizers are kept. The folder can be deleted."""
 
@@ -97,6 +105,10 @@ class TextConfig:
       raise ValueError(
         f"installed=True with path={self.path!r}: wanted one of them."
       )
+    if self.rows not in ("files", "folders", "stream"):
+      raise ValueError(
+        f"rows={self.rows!r}: wanted 'files', 'folders' or 'stream'."
+      )
     if not self.text_field:
       raise ValueError("text_field is empty: wanted the name of a field.")
 
@@ -107,12 +119,16 @@ class Corpus(NamedTuple):
   Attributes:
     train: the training documents' tokens.
     held_out: the held-out documents' tokens.
+    train_folders: number of the folder of each training document.
+    held_out_folders: the same of the held-out documents.
     token_bytes: bytes of text that each id stands for; 0 for end-of-text.
     fingerprint: JSON values that identify the text and its tokens.
   """
 
   train: UInt[np.ndarray, "N"]
   held_out: UInt[np.ndarray, "M"]
+  train_folders: Int32[np.ndarray, "D"]
+  held_out_folders: Int32[np.ndarray, "F"]
   token_bytes: Int32[np.ndarray, "V"]
   fingerprint: dict[str, Any]
 
@@ -164,6 +180,8 @@ def open_corpus(config: TextConfig) -> Corpus:
   return Corpus(
     train=stream("train"),
     held_out=stream("held_out"),
+    train_folders=np.load(folder / "train_folders.npy"),
+    held_out_folders=np.load(folder / "held_out_folders.npy"),
     token_bytes=np.load(folder / "token_bytes.npy"),
     fingerprint={
       "name": name,
@@ -534,6 +552,9 @@ def _write_cache(
             num_tokens += ids.size
             file.write(ids.tobytes())
       names = [name for name, _ in parts]
+      parents = [str(pathlib.PurePosixPath(name).parent) for name in names]
+      _, numbers = np.unique(parents, return_inverse=True)
+      np.save(temporary / f"{split}_folders.npy", numbers.astype(np.int32))
       meta[split] = {
         "documents": len(parts),
         "bytes": sum(len(text.encode()) for _, text in parts),

@@ -2,9 +2,11 @@
 
 There are three kinds of data behind one interface, `Source`:
 
-- `TextConfig`: real text, one token stream for each split (see `train.corpus`).
-  Training windows start anywhere in the stream with equal probability. Held-out
-  windows lie side by side and never overlap.
+- `TextConfig`: real text (see `train.corpus`). Rows hold whole documents, which
+  see nothing of each other; an epoch visits every row once. With rows="stream"
+  there is one token stream for each split: training windows start anywhere in
+  it with equal probability, and held-out windows lie side by side and never
+  overlap.
 - `RecallConfig`: associative recall. Facts (key -> value) lie scattered over
   the context, a later query names a key, and only the value that answers it is
   a target. The distance back to the fact is log-uniform, so that accuracy can
@@ -19,6 +21,7 @@ two models that are compared see the same tokens.
 
 import abc
 import dataclasses
+import functools
 import hashlib
 import itertools
 from typing import Any, Literal, NamedTuple
@@ -39,11 +42,24 @@ class Batch(NamedTuple):
     loss_mask: the targets that count in the loss.
     distance: where the target answers a query, the number of tokens from the
       query back to the fact that it asks for; -1 elsewhere.
+    segment_ids: the document of each token, counted from 1 in each row; 0 for
+      padding. None if rows are not packed.
   """
 
   tokens: Int32[np.ndarray, "B T+1"]
   loss_mask: Bool[np.ndarray, "B T"]
   distance: Int32[np.ndarray, "B T"]
+  segment_ids: Int32[np.ndarray, "B T+1"] | None = None
+
+  def positions(self) -> Int32[np.ndarray, "B T"]:
+    """Tokens before each input in its document; anything for padding."""
+    shape = self.loss_mask.shape
+    slot = np.broadcast_to(np.arange(shape[1], dtype=np.int32), shape)
+    if self.segment_ids is None:
+      return slot
+    ids = self.segment_ids[:, :-1]
+    first = np.diff(ids, axis=1, prepend=0) != 0
+    return slot - np.maximum.accumulate(np.where(first, slot, 0), axis=1)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -167,6 +183,17 @@ def loss_weights(
   return weights
 
 
+def is_packed(config: DataConfig) -> bool:
+  """Whether batch rows hold several documents, which `segment_ids` names."""
+  text = config.text if isinstance(config, MixConfig) else config
+  return isinstance(text, TextConfig) and text.rows != "stream"
+
+
+def max_documents(context: int) -> int:
+  """The most documents that a packed row of this many inputs holds."""
+  return max(64, -(-context // 128))
+
+
 def probes_of(config: DataConfig) -> tuple[str, ...]:
   """Names of the probes: retrieval tasks that are evaluated beside the held-out
   batches."""
@@ -238,7 +265,7 @@ def load(config: DataConfig) -> Source:
   if isinstance(config, RecallConfig):
     return _RecallSource(config)
   if isinstance(config, TextConfig):
-    return _TextSource(config)
+    return _text_source(config)
   if isinstance(config, MixConfig):
     return _MixSource(config)
   raise ValueError(
@@ -259,8 +286,12 @@ def _check_batch(batch_size: int, context: int, **counters: int):
 # --- Text --------------------------------------------------------------------
 
 
+def _text_source(config: TextConfig) -> "_StreamSource | _PackedSource":
+  return (_StreamSource if config.rows == "stream" else _PackedSource)(config)
+
+
 class _TextSource(Source):
-  """Windows of a corpus."""
+  """A corpus."""
 
   chance = None
 
@@ -269,6 +300,33 @@ class _TextSource(Source):
     self.fingerprint = self._corpus.fingerprint
     self.token_bytes = self._corpus.token_bytes
     self.vocab_size = self.token_bytes.size
+
+  def _held_out_rows(
+    self, index: int, batch_size: int, context: int, there: int, unit: str
+  ) -> np.ndarray:
+    """Numbers of the rows of a held-out batch, of `there` rows.
+
+    A stride near the golden section spreads the first rows evenly, however many
+    are used. It visits each row once because it has no divisor in common with
+    their number.
+    """
+    num_batches = there // batch_size
+    if index >= num_batches:
+      raise ValueError(
+        f"index={index}: the held-out split has {there} {unit} of"
+        f" context={context}, which make {num_batches} batches of"
+        f" batch_size={batch_size}. Wanted fewer eval batches, a shorter"
+        " context, or a larger held_out."
+      )
+    stride = max(1, round(there * 0.618))
+    while np.gcd(stride, there) != 1:
+      stride += 1
+    order = index * batch_size + np.arange(batch_size)
+    return order * stride % there
+
+
+class _StreamSource(_TextSource):
+  """Windows of a corpus."""
 
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
     _check_batch(batch_size, context, seed=seed, step=step)
@@ -285,25 +343,11 @@ class _TextSource(Source):
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     _check_batch(batch_size, context, index=index)
-    num_batches = self.num_eval_batches(batch_size=batch_size, context=context)
     num_windows = (self._corpus.held_out.size - 1) // context
-    if index >= num_batches:
-      raise ValueError(
-        f"index={index}: the held-out split has {num_windows} windows of"
-        f" context={context}, which make {num_batches} batches of"
-        f" batch_size={batch_size}. Wanted fewer eval batches, a shorter"
-        " context, or a larger held_out."
-      )
-    # A stride near the golden section spreads the first windows evenly, however
-    # many are used. It visits each window once because it has no divisor in
-    # common with their number.
-    stride = max(1, round(num_windows * 0.618))
-    while np.gcd(stride, num_windows) != 1:
-      stride += 1
-    order = index * batch_size + np.arange(batch_size)
-    return _windows(
-      self._corpus.held_out, order * stride % num_windows * context, context
+    rows = self._held_out_rows(
+      index, batch_size, context, num_windows, "windows"
     )
+    return _windows(self._corpus.held_out, rows * context, context)
 
   def num_eval_batches(self, *, batch_size, context) -> int:
     _check_batch(batch_size, context)
@@ -319,6 +363,154 @@ def _windows(stream: np.ndarray, starts: np.ndarray, context: int) -> Batch:
     loss_mask=np.ones(shape, np.bool_),
     distance=np.full(shape, -1, np.int32),
   )
+
+
+class _PackedSource(_TextSource):
+  """Rows of whole documents.
+
+  The documents of a split are packed once for each context, the same for every
+  seed. An epoch visits every row once, in an order that the seed decides.
+  """
+
+  def __init__(self, config: TextConfig):
+    super().__init__(config)
+    self.fingerprint = self.fingerprint | {"rows": config.rows}
+    self._joins_folders = config.rows == "folders"
+    self._packed: dict[tuple[str, int], _PackedRows] = {}
+    self._order = functools.lru_cache(4)(_epoch)
+
+  def _rows(self, split: Literal["train", "held_out"], context: int):
+    key = split, context
+    if key not in self._packed:
+      stream: np.ndarray = getattr(self._corpus, split)
+      # Both tokenizers end a document with their last id.
+      ends = np.flatnonzero(stream == self.vocab_size - 1) + 1
+      if self._joins_folders:
+        folders = getattr(self._corpus, f"{split}_folders")
+        stream, ends = _join_folders(stream, ends, folders)
+      self._packed[key] = _pack(stream, ends, context)
+    return self._packed[key]
+
+  def train_batch(self, seed, step, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, seed=seed, step=step)
+    rows = self._rows("train", context)
+    count, first = len(rows), step * batch_size
+    return rows.batch(
+      [
+        self._order(seed, i // count, count)[i % count]
+        for i in range(first, first + batch_size)
+      ]
+    )
+
+  def eval_batch(self, index, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, index=index)
+    rows = self._rows("held_out", context)
+    return rows.batch(
+      self._held_out_rows(index, batch_size, context, len(rows), "packed rows")
+    )
+
+  def num_eval_batches(self, *, batch_size, context) -> int:
+    _check_batch(batch_size, context)
+    return len(self._rows("held_out", context)) // batch_size
+
+
+def _epoch(seed: int, epoch: int, count: int) -> np.ndarray:
+  rng = np.random.default_rng((_TRAIN_STREAM, seed, epoch))
+  return rng.permutation(count)
+
+
+def _join_folders(
+  stream: np.ndarray, ends: np.ndarray, folders: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+  """The stream with each folder's documents next to each other, and the ends
+  of the folders in it."""
+  starts = np.concatenate([[0], ends[:-1]])
+  order = np.argsort(folders, kind="stable")
+  joined = np.concatenate([stream[starts[i] : ends[i]] for i in order.tolist()])
+  sizes = np.bincount(folders, weights=ends - starts).astype(int)
+  return joined, np.cumsum(sizes)
+
+
+class _PackedRows:
+  """Rows of documents, or of pieces of those that are longer than a row.
+
+  Args:
+    stream: all tokens.
+    context: inputs of a row, which has one token more.
+    rows: for each row the (start, end) of its pieces in the stream.
+  """
+
+  def __init__(
+    self,
+    stream: np.ndarray,
+    context: int,
+    rows: list[list[tuple[int, int]]],
+  ):
+    self._stream, self._context, self._pieces = stream, context, rows
+
+  def __len__(self) -> int:
+    return len(self._pieces)
+
+  def batch(self, rows) -> Batch:
+    shape = (len(rows), self._context + 1)
+    tokens, ids = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
+    for b, row in enumerate(rows):
+      at = 0
+      for number, (start, end) in enumerate(self._pieces[row], 1):
+        to = at + end - start
+        tokens[b, at:to] = self._stream[start:end]
+        ids[b, at:to] = number
+        at = to
+    # The first token of a document is no target: what stands before it is the
+    # end of another one.
+    counted = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
+    distance = np.full(counted.shape, -1, np.int32)
+    return Batch(tokens, counted, distance, ids)
+
+
+# Rows that wait for a document that fits, while others are packed.
+_OPEN_ROWS = 64
+
+
+def _pack(stream: np.ndarray, ends: np.ndarray, context: int) -> _PackedRows:
+  """Puts documents into rows, each into the fullest open row that it fits.
+
+  Args:
+    stream: all tokens.
+    ends: where each document ends in it.
+    context: inputs of a row.
+  """
+  pieces = []
+  for start, end in zip([0, *ends[:-1].tolist()], ends.tolist()):
+    # Pieces share a token, which is the last target of one and the first input
+    # of the next. A piece of one token has no target.
+    for first in range(start, end - 1, context):
+      pieces.append((first, min(first + context + 1, end)))
+  if not pieces:
+    raise ValueError(
+      "path: no document has more than one token; wanted longer ones, or"
+      " rows='stream'."
+    )
+  # In another order, the rows of one folder would look alike.
+  rng = np.random.default_rng(0)
+  most = max_documents(context)
+  rows: list[list[tuple[int, int]]] = []
+  open_rows = np.full(_OPEN_ROWS, -1)
+  room = np.zeros(_OPEN_ROWS, int)
+  for i in rng.permutation(len(pieces)).tolist():
+    start, end = pieces[i]
+    size = end - start
+    fits = np.flatnonzero(room >= size)
+    if fits.size:
+      at = fits[np.argmin(room[fits])]
+    else:
+      at = np.argmin(room)
+      open_rows[at], room[at] = len(rows), context + 1
+      rows.append([])
+    row = rows[open_rows[at]]
+    row.append((start, end))
+    room[at] = room[at] - size if len(row) < most else 0
+  return _PackedRows(stream, context, rows)
 
 
 # --- Recall ------------------------------------------------------------------
@@ -440,17 +632,23 @@ class _RecallSource(Source):
     return _Facts(fact_cell, query_cell, keys, values, offset)
 
   def plant(
-    self, tokens: Int32[np.ndarray, "B T+1"], facts: _Facts, first_id: int
+    self,
+    tokens: Int32[np.ndarray, "B T+1"],
+    facts: _Facts,
+    first_id: int,
+    segment_ids: Int32[np.ndarray, "B T+1"] | None = None,
   ) -> Int32[np.ndarray, "B T"]:
     """Overwrites tokens with facts and their queries.
 
     A fact is planted if its cell and that of its first query are free. Further
-    queries of a planted fact are planted if their cell is free.
+    queries of a planted fact are planted if their cell is free. Facts and
+    queries lie in the same document.
 
     Args:
       tokens: changed in place.
       facts: planted in their order.
       first_id: added to every id that is written.
+      segment_ids: the documents of packed rows.
 
     Returns:
       The batch's `distance`.
@@ -467,6 +665,12 @@ class _RecallSource(Source):
       key, value, offset = (x[:, i] for x in facts[2:])
       free = ~taken[every, query]
       free &= stated[:, i] if ask else ~taken[every, fact]
+      if segment_ids is not None:
+        cells = np.stack(
+          [2 * fact + 1, 2 * fact + 2, 2 * query + 1, 2 * query + 2], axis=1
+        )
+        own = np.take_along_axis(segment_ids, cells, axis=1)
+        free &= (own[:, 0] > 0) & (own == own[:, :1]).all(axis=1)
       stated[free, i] = True
       row = every[free]
       fact, query = fact[free], query[free]
@@ -496,7 +700,7 @@ class _MixSource(Source):
   def __init__(self, config: MixConfig):
     self._config = config
     self.probes = probes_of(config)
-    self._text = _TextSource(config.text)
+    self._text = _text_source(config.text)
     self._recall = _RecallSource(config.recall)
     text_ids = self._text.vocab_size
     self.vocab_size = text_ids + self._recall.vocab_size
@@ -521,7 +725,14 @@ class _MixSource(Source):
     needles = self._with_needles(text, rng, asks)
     recall = self._moved(self._recall.make(stream, **shape, asks=asks))
     alone = rng.random(batch_size) < self._config.recall_share
-    return Batch(*(np.where(alone[:, None], *x) for x in zip(recall, needles)))
+    if needles.segment_ids is not None:
+      # A row of recall is one document.
+      recall = recall._replace(segment_ids=np.ones_like(recall.tokens))
+    merged: Any = (
+      None if x is None or y is None else np.where(alone[:, None], x, y)
+      for x, y in zip(recall, needles)
+    )
+    return Batch(*merged)
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     return self._text.eval_batch(index, batch_size=batch_size, context=context)
@@ -550,10 +761,13 @@ class _MixSource(Source):
     batch_size, context = text.distance.shape
     num_facts = self._config.num_needles
     facts = self._recall.draw(rng, num_facts, batch_size, context, asks)
-    distance = self._recall.plant(tokens, facts, self._text.vocab_size)
+    distance = self._recall.plant(
+      tokens, facts, self._text.vocab_size, text.segment_ids
+    )
     # Where facts and queries lie cannot be predicted, so they are no targets.
     planted = tokens[:, 1:] >= self._text.vocab_size
-    return Batch(tokens, ~planted | (distance >= 0), distance)
+    counted = text.loss_mask & ~planted | (distance >= 0)
+    return Batch(tokens, counted, distance, text.segment_ids)
 
   def _moved(self, recall: Batch) -> Batch:
     return recall._replace(tokens=recall.tokens + self._text.vocab_size)

@@ -332,7 +332,7 @@ def _measure(
   shape = {"batch_size": run.batch_size, "context": run.context}
   batches = [source.train_batch(run.seed, i, **shape) for i in range(steps)]
   turned = [
-    data_lib.Batch(*(np.roll(rows, 1, axis=0) for rows in batch))
+    jax.tree.map(lambda rows: np.roll(rows, 1, axis=0), batch)
     for batch in batches
   ]
   result: dict[str, list[dict[str, Any]]] = {

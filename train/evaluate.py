@@ -10,9 +10,11 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from msa_jax.model_config import IndexConfig
+from msa_jax.segments import block_layout, document_segments
 from train import data as data_lib
 from train.program import Params, Program
 
@@ -98,14 +100,17 @@ def _evaluate_batches(
 
   def read(batch: data_lib.Batch, loss, correct, chosen=None) -> None:
     asked = batch.distance >= 0
-    losses.append(np.asarray(loss, np.float64))
-    counts.append(batch.loss_mask.sum(0))
+    losses.append(sum_by_position(np.asarray(loss, np.float64), batch))
+    counts.append(sum_by_position(batch.loss_mask, batch).astype(int))
     sizes.append(count_bytes(source, batch))
     right.append(np.asarray(correct)[asked])
     distances.append(batch.distance[asked])
     if chosen is not None:
       beyond, held = facts_found(
-        np.asarray(chosen), batch.distance, program.model_config.index
+        np.asarray(chosen),
+        batch.distance,
+        program.model_config.index,
+        batch.segment_ids,
       )
       far.append(beyond)
       found.append(held)
@@ -113,9 +118,10 @@ def _evaluate_batches(
   before = None
   for batch in batches:
     tokens, mask = program.put(batch.tokens), program.put(batch.loss_mask)
-    result = program.call("evaluate", phase, params, tokens, mask)
+    ids = program.put_segments(batch.segment_ids)
+    result = program.call("evaluate", phase, params, tokens, mask, *ids)
     if by_choice:
-      result = (*result, program.call("choose", phase, params, tokens))
+      result = (*result, program.call("choose", phase, params, tokens, *ids))
     # A batch's results are read while the device computes the next batch.
     if before is not None:
       read(*before)
@@ -147,8 +153,11 @@ def layer_metrics(
   """
 
   def run(function: str, batch: data_lib.Batch):
-    tokens = program.put(batch.tokens)
-    return jax.device_get(program.call(function, phase, params, tokens))
+    operands = (
+      program.put(batch.tokens),
+      *program.put_segments(batch.segment_ids),
+    )
+    return jax.device_get(program.call(function, phase, params, *operands))
 
   batch = source.eval_batch(0, **program.eval_shape)
   kl, selection = run("layer_metrics", batch)
@@ -156,7 +165,9 @@ def layer_metrics(
   if source.probes:
     batch = source.probe_batch(source.probes[0], 0, **program.eval_shape)
     chosen = run("choose", batch)
-  _, found = facts_found(chosen, batch.distance, program.model_config.index)
+  _, found = facts_found(
+    chosen, batch.distance, program.model_config.index, batch.segment_ids
+  )
   return LayerMetrics(kl, selection, found.mean(0) if found.size else None)
 
 
@@ -226,6 +237,15 @@ def bits_per_byte(nats: float, sizes: list[int | None]) -> float | None:
   return nats / math.log(2) / total if total else None
 
 
+def sum_by_position(values: np.ndarray, batch: data_lib.Batch) -> np.ndarray:
+  """Sums values [B, T] over the inputs with as many tokens before them in their
+  document: float [T]."""
+  if batch.segment_ids is None:
+    return values.sum(0)
+  positions = batch.positions().ravel()
+  return np.bincount(positions, values.ravel(), minlength=values.shape[1])
+
+
 def _octaves(tokens: np.ndarray) -> np.ndarray:
   """floor(log2(x)) of each number x; 0 for x = 0."""
   return np.log2(np.maximum(tokens, 1)).astype(int)
@@ -276,7 +296,10 @@ def loss_by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:
 
 
 def facts_found(
-  block_indices: np.ndarray, distance: np.ndarray, index: IndexConfig
+  block_indices: np.ndarray,
+  distance: np.ndarray,
+  index: IndexConfig,
+  segment_ids: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Which of the asked facts lie in chosen blocks.
 
@@ -287,6 +310,8 @@ def facts_found(
     block_indices: int32 [L, B, K, T, P], -1 where nothing is chosen.
     distance: int32 [B, T], tokens back to the fact; -1 where none is asked.
     index: sizes of the selection.
+    segment_ids: int32 [B, T + 1], the documents of packed rows. A fact lies in
+      the document that asks for it.
 
   Returns:
     far: bool [fact], whether each fact is far. Facts are in the order of
@@ -295,8 +320,16 @@ def facts_found(
       far fact's block in each layer.
   """
   row, query = np.nonzero(distance >= 0)
-  block = (query - distance[row, query]) // index.block_size
-  own = query // index.block_size
+  fact = query - distance[row, query]
+  if segment_ids is None:
+    block, own = fact // index.block_size, query // index.block_size
+  else:
+    ids = segment_ids[:, :-1]
+    packed = document_segments(
+      jnp.asarray(ids), data_lib.max_documents(ids.shape[1])
+    )
+    blocks = np.asarray(block_layout(packed, index.block_size).own_block)
+    block, own = blocks[row, fact], blocks[row, query]
   far = own - block >= max(index.num_local_blocks, 1)
   row, query, block = row[far], query[far], block[far]
   chosen = block_indices[:, row, :, query]  # [fact, L, K, P]

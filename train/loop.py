@@ -347,6 +347,9 @@ class _Run:
     statistics of `selection_stats.sharing` for each layer and group;
     `block_indices`, int16 [L, K, query, P], the choices of the last queries of
     one batch row; and `about`, JSON that says how the file was made.
+
+    In packed data it looks at the batch rows that one document fills, where
+    blocks have the numbers of a plain row. Without any there is no file.
     """
     config = self.config
     layers = np.asarray(self.program.msa_layers)
@@ -358,6 +361,17 @@ class _Run:
       config.phase(config.num_steps),
     )
     ids = metrics.selection.block_indices[layers]
+    batch = self.source.eval_batch(0, **self.program.eval_shape)
+    if batch.segment_ids is not None:
+      whole = (batch.segment_ids[:, :-1] == 1).all(axis=1)
+      ids = ids[:, whole]
+      if not whole.any():
+        print(
+          f"{self.folder.path}: no document of the first held-out batch fills a"
+          " row: no selection.npz.",
+          flush=True,
+        )
+        return
     statistics = {name: [] for name in selection_stats.SHARING}
     for layer in ids:
       found = selection_stats.sharing(layer, block_size=block_size)

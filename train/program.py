@@ -83,6 +83,9 @@ class ProgramConfig:
   router_bias_rate: float
   """Step of the MoE routers' choice biases, as in `OptimizerConfig`."""
 
+  packed: bool = False
+  """Whether batch rows hold several documents (see `data.is_packed`)."""
+
 
 def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
   """The part of a run's config that its compiled functions depend on."""
@@ -101,6 +104,7 @@ def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
     clip_norm=optimizer.clip_norm,
     index_clip_norm=optimizer.index_clip_norm,
     router_bias_rate=optimizer.router_bias_rate,
+    packed=data_lib.is_packed(run.data),
   )
 
 
@@ -371,6 +375,7 @@ class Program:
     tokens: jax.Array,
     weights: jax.Array,
     kl_weight: float | jax.Array,
+    segment_ids: jax.Array | None = None,
     *,
     phase: str,
   ):
@@ -382,6 +387,8 @@ class Program:
       weights: float32 [part, batch row, context], how much each target
         counts; the LM loss is the weighted mean.
       kl_weight: lambda.
+      segment_ids: int32 [part, batch row, context + 1], documents of packed
+        rows; None for plain ones.
       phase: "dense", "warmup" or "sparse".
 
     Returns:
@@ -391,15 +398,28 @@ class Program:
     """
     count = jnp.maximum(jnp.sum(weights), 1)
     parts = tokens.shape[0]
+    inputs = jnp.ones(())
+    if segment_ids is not None:
+      inputs = jnp.maximum(jnp.sum(segment_ids[..., :-1] > 0), 1)
 
-    def part_loss(params, tokens, weights):
+    def part_loss(params, tokens, weights, segment_ids):
       model = self.merge(params)
       out = self._apply(
-        model, tokens, phase=phase, with_kl=self.has_index, with_logits=False
+        model,
+        tokens,
+        segment_ids,
+        phase=phase,
+        with_kl=self.has_index,
+        with_logits=False,
       )
       lm = head_loss(out.hidden, model.head_weight(), tokens[:, 1:], weights)
       lm = lm / count
-      kl = jnp.sum(out.kl) / parts
+      kl = jnp.sum(out.kl)
+      if segment_ids is None:
+        kl = kl / parts
+      else:
+        # A mean over the part's tokens that are no padding.
+        kl = kl * (jnp.sum(segment_ids[:, :-1] > 0) / inputs)
       metrics = {"loss": lm, "kl": kl}
       if out.experts is not None:
         metrics["load"] = mlp.expert_load(
@@ -409,17 +429,30 @@ class Program:
       return lm + kl_weight * kl, metrics
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
+    xs = (tokens, weights, segment_ids)
+    first = jax.tree.map(lambda x: x[0], xs)
     if parts == 1:
-      return grad(params, tokens[0], weights[0])
+      return grad(params, *first)
 
     def add(total, part):
       return jax.tree.map(jnp.add, total, grad(params, *part)), None
 
-    first = jax.eval_shape(grad, params, tokens[0], weights[0])
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), first)
-    return jax.lax.scan(add, zeros, (tokens, weights))[0]
+    shapes = jax.eval_shape(grad, params, *first)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
+    return jax.lax.scan(add, zeros, xs)[0]
 
-  def _apply(self, model, tokens: jax.Array, *, phase: str, **kwargs):
+  def _apply(
+    self,
+    model,
+    tokens: jax.Array,
+    segment_ids: jax.Array | None,
+    *,
+    phase: str,
+    **kwargs,
+  ):
+    if segment_ids is not None:
+      kwargs["segment_ids"] = segment_ids[:, :-1]
+      kwargs["max_segments"] = data_lib.max_documents(self.config.context)
     return model(
       tokens[:, :-1],
       phase="warmup" if phase == "warmup" else "sparse",
@@ -432,6 +465,7 @@ class Program:
     tokens,
     weights,
     rates: dict[str, jax.Array],
+    segment_ids=None,
     *,
     phase: str,
   ):
@@ -440,6 +474,7 @@ class Program:
       tokens,
       weights,
       self.config.kl_weight,
+      segment_ids,
       phase=phase,
     )
     params, opt = dict(state.params), {}
@@ -480,30 +515,32 @@ class Program:
       params[name] = mlp.balance(bias, part, rate)
       first += count
 
-  def _evaluate(self, params, tokens, loss_mask, *, phase: str):
-    """Loss of each position summed over batch rows, and which targets the
-    model predicts right."""
-    out = self._apply(self.merge(params), tokens, phase=phase)
+  def _evaluate(
+    self, params, tokens, loss_mask, segment_ids=None, *, phase: str
+  ):
+    """Loss of each target, and which targets the model predicts right."""
+    out = self._apply(self.merge(params), tokens, segment_ids, phase=phase)
     assert out.logits is not None
     losses = _cross_entropy(out.logits, tokens) * loss_mask
     right = jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
-    return jnp.sum(losses, axis=0), right
+    return losses, right
 
-  def _layer_metrics(self, params, tokens, *, phase: str):
+  def _layer_metrics(self, params, tokens, segment_ids=None, *, phase: str):
     """KL of each layer, and its chosen blocks and recalls."""
     out = self._apply(
       self.merge(params),
       tokens,
+      segment_ids,
       phase=phase,
       with_kl=self.has_index,
       with_selection=True,
     )
     return out.kl, out.selection
 
-  def _choose(self, params, tokens, *, phase: str):
+  def _choose(self, params, tokens, segment_ids=None, *, phase: str):
     """The blocks that each layer chooses. Recalls are not returned, so XLA
     drops them; they cost more than the rest of the forward pass."""
-    _, selection = self._layer_metrics(params, tokens, phase=phase)
+    _, selection = self._layer_metrics(params, tokens, segment_ids, phase=phase)
     assert selection is not None
     return selection.block_indices
 
@@ -556,20 +593,22 @@ class Program:
           self.put(rows, parts=True),
           self.put(rows[:, 1:].astype(np.float32), parts=True),
           dict.fromkeys(_GROUPS, np.float32(0)),
+          *([self.put(rows, parts=True)] if config.packed else []),
           phase=phase,
         )
       rows = np.zeros(
         (self.eval_shape["batch_size"], config.context + 1), np.int32
       )
       tokens = self.put(rows)
+      ids = [tokens] if config.packed else []
       if function == "evaluate":
         mask = self.put(rows[:, 1:] == 0)
-        return self._jit_eval.trace(params, tokens, mask, phase=phase)
+        return self._jit_eval.trace(params, tokens, mask, *ids, phase=phase)
       jitted = {
         "layer_metrics": self._jit_layer_metrics,
         "choose": self._jit_choose,
       }
-      return jitted[function].trace(params, tokens, phase=phase)
+      return jitted[function].trace(params, tokens, *ids, phase=phase)
 
   def call(self, function: str, phase: str, *operands):
     """Calls a function of `compile`, compiling it first if need be."""
@@ -583,6 +622,7 @@ class Program:
     tokens: np.ndarray,
     weights: np.ndarray,
     rates: Mapping[str, float],
+    segment_ids: np.ndarray | None = None,
     *,
     phase: str,
   ) -> tuple[TrainState, dict[str, jax.Array]]:
@@ -593,6 +633,7 @@ class Program:
       tokens: int32 [batch row, context + 1].
       weights: float32 [batch row, context], how much each target counts.
       rates: learning rate of each parameter group.
+      segment_ids: int32 [batch row, context + 1], for a packed program.
       phase: "dense", "warmup" or "sparse".
 
     Returns:
@@ -605,7 +646,23 @@ class Program:
       self.put(tokens, parts=True),
       self.put(weights, parts=True),
       {group: np.float32(rates[group]) for group in _GROUPS},
+      *self.put_segments(segment_ids, parts=True),
     )
+
+  def put_segments(
+    self, segment_ids: np.ndarray | None, *, parts: bool = False
+  ) -> tuple[jax.Array, ...]:
+    """The last operand of a packed program's functions; none of a plain one's.
+
+    Raises:
+      ValueError: the batch is packed and the program not, or the reverse.
+    """
+    if self.config.packed != (segment_ids is not None):
+      raise ValueError(
+        f"segment_ids: wanted {'an array' if self.config.packed else 'None'}"
+        f" for a program with packed={self.config.packed}."
+      )
+    return () if segment_ids is None else (self.put(segment_ids, parts=parts),)
 
   @property
   def eval_shape(self) -> dict[str, int]:
@@ -655,6 +712,7 @@ def train_step(
     batch.tokens,
     data_lib.loss_weights(run.data, batch),
     run.learning_rates(step),
+    batch.segment_ids,
     phase=run.phase(step),
   )
 

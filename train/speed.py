@@ -188,7 +188,9 @@ def _random_batch(run: RunConfig) -> data_lib.Batch:
     0, run.model.vocab_size, (shape[0], shape[1] + 1), np.int32
   )
   counted = np.ones(shape, bool)
-  return data_lib.Batch(tokens, counted, np.full(shape, -1, np.int32))
+  # Of packed data, each row is one document.
+  ids = np.ones_like(tokens) if data_lib.is_packed(run.data) else None
+  return data_lib.Batch(tokens, counted, np.full(shape, -1, np.int32), ids)
 
 
 def speed(

@@ -3,7 +3,7 @@ three seeds.
 
 The seeds show how much of a gap is the luck of one run. An MSA query attends to
 512 tokens in blocks of 64, the same eighth of the context as in `lm73m_16k`.
-Data, recipe and kernels are the same too.
+Data (text as one stream), recipe and kernels are the same too.
 """
 
 import dataclasses

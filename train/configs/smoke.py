@@ -1,4 +1,7 @@
-"""The smallest comparison. It shows that everything runs, and nothing else."""
+"""The smallest comparison. It shows that everything runs, and nothing else.
+
+Rows of text hold whole files, packed.
+"""
 
 import dataclasses
 
@@ -25,7 +28,7 @@ _GQA = RunConfig(
     mlp_dim=64,
     implementation="xla",
   ),
-  data=TextConfig(max_bytes=200_000),
+  data=TextConfig(max_bytes=200_000, rows="files"),
   optimizer=OptimizerConfig(warmup_steps=5),
   num_steps=20,
   batch_size=4,
