@@ -24,15 +24,13 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from msa_jax import cache as cache_lib
-from msa_jax import mosaic_gpu, ops
+from msa_jax import ops
 from msa_jax.checks import check_choice, check_heads, check_rank, require
 from msa_jax.layers import Sharding, head_norm, partial_rope, project
 from msa_jax.model_config import IndexConfig
 from msa_jax.segments import (
   Segments,
-  block_layout,
   check_segments,
-  with_max_segments,
 )
 
 _KERNEL_INIT = nnx.initializers.lecun_normal()
@@ -919,7 +917,7 @@ def _attend_dense(
     )
   if sinks is None and segments is not None and implementation != "xla":
     try:
-      return _attend_documents(q, k, v, segments)
+      return ops.document_attention(q, k, v, segments)
     except NotImplementedError:
       if implementation is not None:
         raise
@@ -940,25 +938,6 @@ def _attend_dense(
   return (
     result.out if sinks is None else _with_sinks(result.out, result.lse, sinks)
   )
-
-
-def _attend_documents(
-  q: Array, k: Array, v: Array, segments: Segments
-) -> Array:
-  """Dense attention of packed documents by cuDNN."""
-  if segments.has_trees:
-    raise NotImplementedError(
-      "implementation='cudnn' supports packed documents, got segments with"
-      " trees; 'xla' supports both"
-    )
-  segments = with_max_segments(segments, _INDEX.block_size)
-  # Blocks as long as a row are the documents themselves.
-  layout = block_layout(segments, q.shape[1])
-  out = mosaic_gpu.document_attention(
-    q, k, v, layout.own_block, layout.block_start, layout.block_end
-  )
-  factor = jnp.where(layout.overflow, jnp.nan, 1).astype(out.dtype)
-  return out * factor[:, None, None, None]
 
 
 # Keys that cuDNN reads at once: its last tile can reach past a batch row's end.

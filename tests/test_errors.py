@@ -23,6 +23,16 @@ msa = functools.partial(msa_jax.msa_attention, block_size=4, top_k=3)
 
 INPUTS = (Q, K, V, INDEX_Q, INDEX_K)
 
+# Two documents of 12 tokens, and a tree of the same spans.
+IDS = jnp.repeat(jnp.int32([[1, 2]]), 12, axis=1)
+
+
+def tree(spans, parents, **options):
+  return msa_jax.tree_segments([spans], [parents], length=24, **options)
+
+
+TREE = tree([(0, 12), (12, 24)], [-1, 0])
+
 
 def half(x):
   return x.astype(jnp.bfloat16)
@@ -135,8 +145,61 @@ WRONG = {
   "query_mask must be an array of shape": lambda: msa(
     *INPUTS, query_mask=jnp.ones((1, 3), bool)
   ),
-  "query_mask must be an array of bool": lambda: msa(
-    *INPUTS, query_mask=jnp.ones((1, 24))
+  "query_mask must be an array of bool or float32, got int32": lambda: msa(
+    *INPUTS, query_mask=jnp.ones((1, 24), jnp.int32)
+  ),
+  "segment_ids must be an array of shape [B, S] = (1, 24), got (24,)": lambda: (
+    msa(*INPUTS, segment_ids=IDS[0])
+  ),
+  "segment_ids must be int32, got float32": lambda: select(
+    INDEX_Q, INDEX_K, segment_ids=IDS.astype(jnp.float32)
+  ),
+  "segments must be None with segment_ids, got both": lambda: sparse(
+    Q, K, V, BLOCKS, segment_ids=IDS, segments=TREE
+  ),
+  "segments must be None or a msa_jax.Segments .* got dict": lambda: kl_loss(
+    Q, K, INDEX_Q, INDEX_K, None, segments={}
+  ),
+  "segments.span must be an array of shape [B, S] = (1, 9), got (1, 24)": (
+    lambda: msa_jax.selection_recall(
+      Q[:, :9], K[:, :9], BLOCKS[:, :, :9], segments=TREE
+    )
+  ),
+  "max_segments must be None without segment_ids, got 3": lambda: msa(
+    *INPUTS, max_segments=3
+  ),
+  "max_segments must be an integer of at least 1, got 0": lambda: msa(
+    *INPUTS, segment_ids=IDS, max_segments=0
+  ),
+  "parents[0][2] must be -1 or one of [1], .* depth-first order, got 0": (
+    lambda: tree([(0, 4), (4, 8), (8, 9)], [-1, -1, 0])
+  ),
+  "parents[0][0] must be -1 or one of [], .* got 0": lambda: tree(
+    [(0, 4)], [0]
+  ),
+  "parents[0] must be one parent for each of the row's 2 spans, got 1": (
+    lambda: tree([(0, 4), (4, 8)], [-1])
+  ),
+  "spans[0][1] must be (start, end) with 4 <= start < end <= 24, got (3, 9)": (
+    lambda: tree([(0, 4), (3, 9)], [-1, 0])
+  ),
+  "spans[0][0] must be (start, end) with 0 <= start < end <= 24": lambda: tree(
+    [(5, 5)], [-1]
+  ),
+  "spans[0][0] must be (start, end) with 0 <= start .* got (0, 25)": (
+    lambda: tree([(0, 25)], [-1])
+  ),
+  "max_segments must be at least 2, the spans of the fullest row, got 1": (
+    lambda: tree([(0, 4), (4, 8)], [-1, -1], max_segments=1)
+  ),
+  "sequences must be at least one sequence, got 0": lambda: (
+    msa_jax.merge_prefixes([])
+  ),
+  "sequences[1] must be a sequence of at least one integer": lambda: (
+    msa_jax.merge_prefixes([[1], []])
+  ),
+  "sequences[0] must be at most length = 2 tokens, got 3": lambda: (
+    msa_jax.merge_prefixes([[1, 2, 3]], length=2)
   ),
   "lse must be an array of shape": lambda: kl_loss(
     Q, K, INDEX_Q, INDEX_K, None, lse=jnp.zeros((1, 24, 4))
@@ -220,6 +283,66 @@ def test_numpy_integers_are_integers():
   )
   np.testing.assert_array_equal(got, want)
   msa_jax.IndexConfig(block_size=np.int64(64), num_local_blocks=np.int64(2))
+
+
+def test_check_block_indices_of_packed_rows():
+  """It names what jit cannot see, and counts the blocks of the row."""
+  check = functools.partial(msa_jax.check_block_indices, BLOCKS, 24)
+  last = jnp.where(BLOCKS < 0, BLOCKS, BLOCKS + 1)  # ids up to 6
+  with pytest.raises(ValueError, match="a block id below 6"):
+    msa_jax.check_block_indices(last, 24, block_size=4, segment_ids=IDS)
+  ids = IDS.at[0, 5].set(2)  # 7 blocks, and both ids return
+  with pytest.raises(
+    ValueError, match=r"segment_ids\[0, 6\] must be an id that"
+  ):
+    check(block_size=4, segment_ids=ids)
+  with pytest.raises(
+    ValueError, match=r"max_segments must be at least 2,.* 1"
+  ):
+    check(block_size=4, segment_ids=IDS, max_segments=1)
+  check(block_size=4, segment_ids=IDS)
+  check(block_size=4, segments=TREE)
+  with pytest.raises(ValueError, match="segment_ids must be a concrete array"):
+    jax.jit(lambda x: check(block_size=4, segment_ids=x))(IDS)
+
+
+@pytest.mark.parametrize(
+  "options", [dict(segment_ids=IDS), dict(segments=TREE)]
+)
+def test_what_packed_rows_do_not_go_with(options):
+  name = next(iter(options))
+  lengths = jnp.int32([20])
+  with pytest.raises(
+    NotImplementedError, match=f"{name} supports no kv_lengths"
+  ):
+    msa(*INPUTS, kv_lengths=lengths, **options)
+  text = f"{name} supports as many queries as keys, got T = 20 and S = 24"
+  with pytest.raises(NotImplementedError, match=text):
+    select(INDEX_Q[:, 4:], INDEX_K, **options)
+  text = "mosaic_gpu supports no segment_ids and no segments yet"
+  for call in (
+    lambda: select(INDEX_Q, INDEX_K, implementation="mosaic_gpu", **options),
+    lambda: msa(*INPUTS, implementation="mosaic_gpu", **options),
+    lambda: sparse(Q, K, V, BLOCKS, implementation="mosaic_gpu", **options),
+    lambda: kl_loss(
+      Q, K, INDEX_Q, INDEX_K, None, implementation="mosaic_gpu", **options
+    ),
+  ):
+    with pytest.raises(NotImplementedError, match=text):
+      call()
+
+
+def test_cudnn_takes_documents_and_no_trees(no_gpu):
+  layer = msa_jax.GQAttention(4, 8, implementation="cudnn", rngs=nnx.Rngs(0))
+  x = jnp.ones((1, 24, 8))
+  with pytest.raises(NotImplementedError, match="got segments with trees"):
+    layer(x, segments=TREE)
+  with pytest.raises(NotImplementedError):
+    layer(x, segment_ids=IDS)
+  with pytest.raises(
+    ValueError, match="segments must be None with segment_ids"
+  ):
+    layer(x, segments=TREE, segment_ids=IDS)
 
 
 def test_check_block_indices_needs_values():
