@@ -805,7 +805,7 @@ def test_facts_are_asked_more_than_once_in_training_alone(mix):
     return train, source.probe_batch("recall", 0, **shape)
 
   (once, probe), (often, same) = batches(1), batches(4)
-  assert all((a == b).all() for a, b in zip(probe, same))
+  assert batches_equal(probe, same)
   asked, more = ((b.distance >= 0).sum(1) for b in (once, often))
   assert (more > 2 * asked).all() and (more <= 4 * 8).all()
   for row, distance in zip(often.tokens, often.distance):

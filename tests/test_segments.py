@@ -367,6 +367,7 @@ def test_a_document_sees_nothing_of_the_others(implementation, phase):
       assert np.isnan(after.out[other]).all()
 
 
+@pytest.mark.slow
 def test_chunks_change_nothing(monkeypatch):
   inputs = case_of().inputs(seed=3)
   cotangent = jax.random.normal(jax.random.key(7), inputs[0].shape)
@@ -449,6 +450,7 @@ def test_memory_of_packed_rows_grows_linearly():
 
 # ------------------------------------------------------------ layers and models
 
+# The slow ones compile their choice of blocks twice, or a second attention.
 LAYERS = {
   "gqa": dict(kind="gqa"),
   "gqa_sinks": dict(kind="gqa", sinks=True),
@@ -478,7 +480,13 @@ def _apply(layer, x, ids, phase=None):
   return out.out, out.kl
 
 
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(name, marks=pytest.mark.slow if slow else ())
+    for name, slow in zip(LAYERS, (False, False, False, True, False, True))
+  ],
+)
 def test_layers_of_packed_rows_equal_each_document_alone(name):
   """Positions restart with each document, ablations stay inside it."""
   layer = _layer(**LAYERS[name])
@@ -624,8 +632,8 @@ def test_merged_prefixes_train_like_the_sequences(phase, x64):
   grads, (lm, out) = run(
     model, merged.tokens, merged.segments, merged.previous, merged.weights
   )
-  # Each sequence is one document: attention of plain rows, which is JAX's own in
-  # GQA layers, would compute its softmax in float32.
+  # Each sequence is one document. Attention of plain rows, which is JAX's own
+  # in GQA layers, would compute its softmax in float32.
   plain = segments_lib.document_segments(jnp.asarray(weights, jnp.int32))
   want_grads, (want_lm, want) = run(model, rows, plain, previous, weights)
   np.testing.assert_allclose(lm, want_lm, rtol=1e-12)

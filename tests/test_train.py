@@ -312,6 +312,8 @@ def other_value(value):
     return dataclasses.replace(value, mlp_dim=2 * value.mlp_dim)
   if isinstance(value, config_lib.MeshConfig):
     return dataclasses.replace(value, data=-1)
+  if isinstance(value, str):
+    return {"stream": "files"}[value]
   return value * 2 if isinstance(value, int) else value / 2
 
 
@@ -320,6 +322,7 @@ RUN_FIELDS = {
   **{name: name for name in ("model", "mesh", "batch_size", "context")},
   "grad_accumulation": "grad_accumulation",
   "kl_weight": "recipe.kl_weight",
+  "packed": "data.rows",
   **{
     name: f"optimizer.{name}"
     for name in (
