@@ -296,9 +296,7 @@ def test_check_block_indices_of_packed_rows():
     ValueError, match=r"segment_ids\[0, 6\] must be an id that"
   ):
     check(block_size=4, segment_ids=ids)
-  with pytest.raises(
-    ValueError, match=r"max_segments must be at least 2,.* 1"
-  ):
+  with pytest.raises(ValueError, match=r"max_segments must be at least 2,.* 1"):
     check(block_size=4, segment_ids=IDS, max_segments=1)
   check(block_size=4, segment_ids=IDS)
   check(block_size=4, segments=TREE)
