@@ -12,7 +12,7 @@ from msa_jax.attention import (
 )
 from msa_jax.cache import Cache, LayerCache
 from msa_jax.convert import to_msa
-from msa_jax.layers import Sharding
+from msa_jax.layers import RopeScaling, Sharding
 from msa_jax.losses import head_loss
 from msa_jax.model import (
   DecoderLM,
@@ -61,6 +61,7 @@ __all__ = [
   "MergedPrefixes",
   "MoEConfig",
   "ModelConfig",
+  "RopeScaling",
   "Segments",
   "Selection",
   "SelectionRecall",

@@ -26,8 +26,14 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from msa_jax import cache as cache_lib
 from msa_jax import ops
 from msa_jax.checks import check_choice, check_heads, check_rank, require
-from msa_jax.layers import Sharding, head_norm, partial_rope, project
-from msa_jax.model_config import IndexConfig
+from msa_jax.layers import (
+  RopeScaling,
+  Sharding,
+  head_norm,
+  partial_rope,
+  project,
+)
+from msa_jax.model_config import IndexConfig, QKNormOver
 from msa_jax.segments import (
   Segments,
   check_segments,
@@ -88,7 +94,11 @@ class GQAttention(nnx.Module):
     num_kv_heads: KV heads, K; None: num_heads.
     rope_dim: dims of each head that rotate; None: all.
     rope_theta: base of the rotary frequencies.
-    normalize_qk: RMSNorm on each query and key head, before the rotation.
+    rope_scaling: slower rotary frequencies for long contexts; None: theta's.
+    normalize_qk: RMSNorm on queries and keys, before the rotation.
+    qk_norm_over: "head" normalises each head alone, with one scale [D] for all
+      of them; "projection" normalises all query heads together, with a scale
+      [H D], and all key heads, with a scale [K D], as MiniMax-M2 does.
     norm_eps: epsilon of those norms.
     zero_centered_norm: those norms scale by 1 + w, see `rms_norm`.
     sinks: a learnable score for each head, parameter `sinks` [H], that joins
@@ -118,7 +128,9 @@ class GQAttention(nnx.Module):
     *,
     rope_dim: int | None = None,
     rope_theta: float = 10_000.0,
+    rope_scaling: RopeScaling | None = None,
     normalize_qk: bool = False,
+    qk_norm_over: QKNormOver = "head",
     norm_eps: float = 1e-6,
     zero_centered_norm: bool = False,
     sinks: bool = False,
@@ -146,9 +158,12 @@ class GQAttention(nnx.Module):
     self.head_dim = head_dim
     self.rope_dim = head_dim if rope_dim is None else rope_dim
     self.rope_theta = rope_theta
+    self.rope_scaling = rope_scaling
+    self.qk_norm_over: QKNormOver = qk_norm_over
     self.implementation = implementation
     self.sharding = sharding
     check_choice("implementation", implementation, self.implementations)
+    check_choice("qk_norm_over", qk_norm_over, QKNormOver)
 
     linear = functools.partial(
       project, dtype, param_dtype, kernel_init, sharding, rngs
@@ -169,8 +184,9 @@ class GQAttention(nnx.Module):
     self.key = linear(in_features, kv_heads)
     self.value = linear(in_features, kv_heads)
     self.out = linear(heads, out_features)
-    self.query_norm = norm(head_dim)
-    self.key_norm = norm(head_dim)
+    whole = qk_norm_over == "projection"
+    self.query_norm = norm(head_dim * num_heads if whole else head_dim)
+    self.key_norm = norm(head_dim * num_kv_heads if whole else head_dim)
     sinks_init = nnx.initializers.zeros_init()
     if sharding is not None:
       sinks_init = nnx.with_partitioning(sinks_init, (sharding.heads,))
@@ -194,12 +210,18 @@ class GQAttention(nnx.Module):
       positions,
       rope_dim=min(self.rope_dim, x.shape[-1] // 2 * 2),
       theta=self.rope_theta,
+      scaling=self.rope_scaling,
     )
 
   def _qkv(self, x: Array, positions: Array | None) -> tuple[Array, ...]:
     q, k = self.query(x), self.key(x)
     if self.query_norm is not None and self.key_norm is not None:
-      q, k = self.query_norm(q), self.key_norm(k)
+      q, k = (
+        norm(heads)
+        if self.qk_norm_over == "head"
+        else norm(heads.reshape(*heads.shape[:2], -1)).reshape(heads.shape)
+        for norm, heads in ((self.query_norm, q), (self.key_norm, k))
+      )
     q = checkpoint_name(self._rotate(q, positions), "rotated")
     k = checkpoint_name(self._rotate(k, positions), "rotated")
     return q, k, self.value(x)
@@ -378,9 +400,10 @@ class MSAttention(GQAttention):
     implementation: of the MSA operation: "reference", "xla", "mosaic_gpu" or
       None, see `msa_jax.ops`.
     **gqa_options: the other options of `GQAttention`: rope_dim, rope_theta,
-      normalize_qk, norm_eps, zero_centered_norm, sinks, dtype, param_dtype,
-      kernel_init, sharding and rngs. The index heads rotate their first
-      min(rope_dim, index_dim) dims. The KL's teacher is the softmax without
+      rope_scaling, normalize_qk, qk_norm_over, norm_eps, zero_centered_norm,
+      sinks, dtype, param_dtype, kernel_init, sharding and rngs. The index heads
+      rotate their first min(rope_dim, index_dim) dims, and are normalised one
+      by one whatever qk_norm_over is. The KL's teacher is the softmax without
       the sinks.
 
   Raises:

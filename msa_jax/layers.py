@@ -13,6 +13,8 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
+from msa_jax.checks import check_positive, check_sizes, require
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Sharding:
@@ -46,22 +48,73 @@ class Sharding:
     return split if batch_size % parts == 0 else axes
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+  """Slower rotary frequencies for long contexts, as in Llama 3.1.
+
+  With w = 2 pi / frequency, the tokens of a full turn, and C = `context`: a
+  pair with w < C / `high_frequency_factor` keeps its frequency f, one with
+  w > C / `low_frequency_factor` gets f / `factor`, and between them the
+  frequency is s f + (1 - s) f / `factor` with
+
+    s = (C / w - low_frequency_factor)
+        / (high_frequency_factor - low_frequency_factor).
+
+  Attributes:
+    factor: by which the slow pairs turn slower.
+    low_frequency_factor, high_frequency_factor: see above.
+    context: tokens of the context before it was extended, C.
+
+  Raises:
+    ValueError: a field is not above 0, or the factors are not in order.
+  """
+
+  factor: float
+  low_frequency_factor: float
+  high_frequency_factor: float
+  context: int
+
+  def __post_init__(self):
+    check_positive(
+      factor=self.factor,
+      low_frequency_factor=self.low_frequency_factor,
+      high_frequency_factor=self.high_frequency_factor,
+    )
+    check_sizes(context=self.context)
+    require(
+      self.high_frequency_factor > self.low_frequency_factor,
+      "high_frequency_factor",
+      f"above low_frequency_factor = {self.low_frequency_factor}",
+      self.high_frequency_factor,
+    )
+
+  def scale(self, frequency: Float[Array, "*N"]) -> Float[Array, "*N"]:
+    """The slower frequencies, in radians a token."""
+    turns = self.context * frequency / (2 * math.pi)
+    low, high = self.low_frequency_factor, self.high_frequency_factor
+    kept = jnp.clip((turns - low) / (high - low), 0, 1)
+    return frequency * (kept + (1 - kept) / self.factor)
+
+
 def partial_rope(
   x: Float[Array, "B T H D"],
   positions: Int[Array, "*B T"],
   *,
   rope_dim: int,
   theta: float,
+  scaling: RopeScaling | None = None,
 ) -> Float[Array, "B T H D"]:
   """Rotary embedding of the first `rope_dim` dims; the others stay as they are.
 
   Dims i and i + rope_dim / 2 form a pair, which is rotated by the angle
-  position * theta^(-2 i / rope_dim). Computed in float32, or in x's dtype if
-  that is wider.
+  position * theta^(-2 i / rope_dim), or by position times what `scaling` makes
+  of that frequency. Computed in float32, or in x's dtype if that is wider.
   """
   dtype = jnp.promote_types(x.dtype, jnp.float32)
   half = rope_dim // 2
   frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
+  if scaling is not None:
+    frequency = scaling.scale(frequency)
   angle = positions[..., None].astype(dtype) * frequency
   cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
   rotated = x[..., :rope_dim].astype(dtype)

@@ -18,10 +18,11 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from msa_jax.checks import check_integer, check_sizes, require
+from msa_jax.checks import check_choice, check_integer, check_sizes, require
 from msa_jax.layers import Sharding
 
 Activation = Literal["swiglu", "swiglu_oai"]
+Router = Literal["sigmoid", "softmax"]
 
 
 def gated(
@@ -101,7 +102,7 @@ class SwiGLU(nnx.Module):
 
 
 class MixtureOfExperts(nnx.Module):
-  """A sigmoid router over SwiGLU experts, and a shared expert beside them.
+  """A router over SwiGLU experts, and a shared expert beside them.
 
   With s = sigmoid(x Wr), computed in float32, a token goes to the A experts
   whose s + choice_bias is largest (ties to the lower expert), with the weights
@@ -111,7 +112,8 @@ class MixtureOfExperts(nnx.Module):
 
   The choice bias changes the choice and not the weights. It has no gradient;
   training moves it after each step so that all experts get equally many tokens
-  (`balance`).
+  (`balance`). With router="softmax", s = softmax(x Wr) over all experts, and
+  there is no choice bias.
 
   Tokens are sorted by expert and multiplied by `jax.lax.ragged_dot`; no token
   is dropped. On a CPU, XLA computes ragged_dot as a dense product for every
@@ -126,6 +128,8 @@ class MixtureOfExperts(nnx.Module):
     expert_dim: hidden units of an expert, F.
     shared_dim: hidden units of the shared expert; 0 makes none.
     routed_scale: factor of the sum over the chosen experts.
+    router: "sigmoid" or "softmax".
+    normalize_weights: whether the weights are divided by their sum.
     activation, alpha, limit, dtype, param_dtype, sharding, rngs: as in
       `SwiGLU`. The choice bias is float32 whatever param_dtype is.
 
@@ -142,6 +146,8 @@ class MixtureOfExperts(nnx.Module):
     expert_dim: int,
     shared_dim: int = 0,
     routed_scale: float = 1.0,
+    router: Router = "sigmoid",
+    normalize_weights: bool = True,
     activation: Activation = "swiglu",
     alpha: float = 1.702,
     limit: float = 7.0,
@@ -150,6 +156,7 @@ class MixtureOfExperts(nnx.Module):
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
+    check_choice("router", router, Router)
     check_sizes(num_experts=num_experts, expert_dim=expert_dim)
     check_integer("shared_dim", shared_dim, 0)
     require(
@@ -161,6 +168,8 @@ class MixtureOfExperts(nnx.Module):
     self.num_experts = num_experts
     self.top_k = top_k
     self.routed_scale = routed_scale
+    self.router_kind: Router = router
+    self.normalize_weights = normalize_weights
     self.dtype = dtype
     self.sharding = sharding
 
@@ -176,8 +185,11 @@ class MixtureOfExperts(nnx.Module):
     )
     lecun = nnx.initializers.lecun_normal
     self.router = param(lecun(), (in_features, num_experts), (outer, None))
-    self.choice_bias = param(
-      nnx.initializers.zeros_init(), (num_experts,), (None,), jnp.float32
+    zeros = nnx.initializers.zeros_init()
+    self.choice_bias = (
+      param(zeros, (num_experts,), (None,), jnp.float32)
+      if router == "sigmoid"
+      else None
     )
     inward = (num_experts, in_features, expert_dim)
     outward = (num_experts, expert_dim, in_features)
@@ -206,18 +218,26 @@ class MixtureOfExperts(nnx.Module):
     self, x: Float[Array, "*S E"]
   ) -> tuple[Float[Array, "*S A"], Int32[Array, "*S A"]]:
     """Weights and ids of each token's experts, in order of s + choice_bias."""
-    return self._route(x, self.router[...], self.choice_bias[...])
+    return self._route(x, self.router[...], self._bias())
 
-  def _route(self, x: Array, router: Array, bias: Array):
+  def _bias(self) -> Array | None:
+    return None if self.choice_bias is None else self.choice_bias[...]
+
+  def _route(self, x: Array, router: Array, bias: Array | None):
     dtype = jnp.promote_types(x.dtype, jnp.float32)
     logits = jnp.matmul(
       x.astype(dtype), router.astype(dtype), precision=lax.Precision.HIGHEST
     )
-    scores = nnx.sigmoid(logits)
-    choice = lax.stop_gradient(scores + bias.astype(dtype))
-    _, experts = lax.top_k(choice, self.top_k)
+    if self.router_kind == "softmax":
+      scores = jax.nn.softmax(logits, axis=-1)
+    else:
+      scores = nnx.sigmoid(logits)
+    choice = scores if bias is None else scores + bias.astype(dtype)
+    _, experts = lax.top_k(lax.stop_gradient(choice), self.top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
-    return weights / jnp.sum(weights, axis=-1, keepdims=True), experts
+    if self.normalize_weights:
+      weights = weights / jnp.sum(weights, axis=-1, keepdims=True)
+    return weights, experts
 
   def __call__(
     self, x: Float[Array, "B T E"]
@@ -231,7 +251,7 @@ class MixtureOfExperts(nnx.Module):
     out, experts = self._over_mesh(x.shape[0])(
       x.astype(self.dtype),
       self.router[...],
-      self.choice_bias[...],
+      self._bias(),
       *(weight[...].astype(self.dtype) for weight in weights),
     )
     if self.shared is not None:
@@ -277,7 +297,7 @@ class MixtureOfExperts(nnx.Module):
     self,
     x: Array,
     router: Array,
-    bias: Array,
+    bias: Array | None,
     gate: Array,
     up: Array,
     down: Array,

@@ -18,12 +18,14 @@ from msa_jax.checks import (
   check_sizes,
   require,
 )
-from msa_jax.mlp import Activation
+from msa_jax.layers import RopeScaling
+from msa_jax.mlp import Activation, Router
 
 LayerKind = Literal["gqa", "msa"]
 MLPKind = Literal["dense", "moe"]
 SelectionRule = Literal["index", "window"]
 GQAKernel = Literal["xla", "cudnn"]
+QKNormOver = Literal["head", "projection"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -102,6 +104,8 @@ class MoEConfig:
   expert_dim: int = 1536
   shared_dim: int = 0
   routed_scale: float = 1.0
+  router: Router = "sigmoid"
+  normalize_weights: bool = True
 
   def __post_init__(self):
     check_sizes(
@@ -117,6 +121,7 @@ class MoEConfig:
       self.top_k,
     )
     check_positive(routed_scale=self.routed_scale)
+    check_choice("router", self.router, Router)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -140,7 +145,9 @@ class ModelConfig:
     swiglu_alpha, swiglu_limit: of activation "swiglu_oai".
     rope_dim: dims of each head that rotate; None: all.
     rope_theta: base of the rotary frequencies.
-    qk_norm: RMSNorm on each query and key head (and index head).
+    rope_scaling: slower rotary frequencies for long contexts; None: theta's.
+    qk_norm: RMSNorm on queries and keys (and on each index head).
+    qk_norm_over: "head" or "projection", see `GQAttention`.
     norm_eps: epsilon of every RMSNorm.
     zero_centered_norm: every RMSNorm scales by 1 + w, with w around 0.
     tie_embeddings: use the embedding as output projection.
@@ -172,7 +179,9 @@ class ModelConfig:
   swiglu_limit: float = 7.0
   rope_dim: int | None = None
   rope_theta: float = 10_000.0
+  rope_scaling: RopeScaling | None = None
   qk_norm: bool = True
+  qk_norm_over: QKNormOver = "head"
   norm_eps: float = 1e-6
   zero_centered_norm: bool = False
   tie_embeddings: bool = True
@@ -211,6 +220,7 @@ class ModelConfig:
         given,
       )
     check_choice("activation", self.activation, Activation)
+    check_choice("qk_norm_over", self.qk_norm_over, QKNormOver)
     check_positive(
       swiglu_alpha=self.swiglu_alpha, swiglu_limit=self.swiglu_limit
     )

@@ -181,6 +181,66 @@ def test_partial_rope_turns_pairs_by_position():
       )
 
 
+def test_rope_scaling_slows_the_slow_pairs():
+  """Llama 3.1's rule, one pair at a time."""
+  scaling = msa_jax.RopeScaling(
+    factor=8, low_frequency_factor=1, high_frequency_factor=4, context=64
+  )
+  frequency = 500.0 ** (-np.arange(16) / 16)
+  got = scaling.scale(jnp.asarray(frequency, jnp.float32))
+  kinds = set()
+  for f, scaled in zip(frequency, got):
+    turn = 2 * np.pi / f
+    want, kind = f, "kept"
+    if turn > 64:
+      want, kind = f / 8, "slow"
+    elif turn >= 16:
+      part = (64 / turn - 1) / 3
+      want, kind = (1 - part) * f / 8 + part * f, "between"
+    kinds.add(kind)
+    np.testing.assert_allclose(scaled, want, rtol=1e-5)
+  assert len(kinds) == 3
+  # Layers use it.
+  x = jax.random.normal(jax.random.key(0), (1, 40, 16))
+  outs = [
+    msa_jax.GQAttention(2, 16, rope_scaling=s, rngs=nnx.Rngs(0))(x)
+    for s in (None, dataclasses.replace(scaling, context=8))
+  ]
+  assert np.abs(outs[0] - outs[1]).max() > 1e-3
+
+
+def test_qk_norm_over_the_whole_projection():
+  """One RMS over all heads of q, and one over all of k; index heads keep
+  their own."""
+  index = dataclasses.replace(INDEX, index_dim=8)
+  layer = msa_jax.MSAttention(
+    4,
+    16,
+    32,
+    num_kv_heads=2,
+    index=index,
+    normalize_qk=True,
+    qk_norm_over="projection",
+    rope_dim=0,
+    rngs=nnx.Rngs(0),
+  )
+  assert layer.index_query_norm.scale.shape == (8,)
+  x = jax.random.normal(jax.random.key(0), (1, 5, 16))
+  q, k, _ = layer._qkv(x, None)
+  for name, got, heads in (("query", q, 4), ("key", k, 2)):
+    kernel = np.asarray(getattr(layer, name).kernel[...], np.float64)
+    norm = getattr(layer, f"{name}_norm")
+    norm.scale[...] = jnp.arange(1.0, 1 + heads * 8)
+    flat = np.asarray(x[0], np.float64) @ kernel.reshape(16, -1)
+    flat /= np.sqrt((flat**2).mean(-1, keepdims=True) + 1e-6)
+    got = got[0].reshape(5, -1)
+    np.testing.assert_allclose(got, flat, rtol=1e-4, atol=1e-6)
+    scaled = layer._qkv(x, None)[0 if name == "query" else 1]
+    np.testing.assert_allclose(
+      scaled[0].reshape(5, -1), flat * np.arange(1, 1 + heads * 8), rtol=1e-4
+    )
+
+
 def test_models_of_one_seed_share_all_but_the_index_branch():
   gqa, msa = build(layer_kinds=("gqa",)), build()
   dense = dict(nnx.to_flat_state(nnx.state(gqa, nnx.Param)))

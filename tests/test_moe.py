@@ -24,8 +24,9 @@ def build(**changes):
   """A layer whose choice bias matters."""
   options = dict(SIZES, routed_scale=2.0, activation="swiglu_oai") | changes
   layer = MixtureOfExperts(16, **options, rngs=nnx.Rngs(0))
-  bias = jax.random.normal(jax.random.key(7), layer.choice_bias.shape)
-  layer.choice_bias[...] = 0.2 * bias
+  if layer.choice_bias is not None:
+    bias = jax.random.normal(jax.random.key(7), layer.choice_bias.shape)
+    layer.choice_bias[...] = 0.2 * bias
   # Wide, so that the clamps at 7 act.
   for weight in (layer.gate, layer.up):
     weight[...] = 6 * weight[...]
@@ -47,17 +48,22 @@ def loop_moe(layer, x):
     g, u = np.minimum(g, layer.limit), np.clip(u, -layer.limit, layer.limit)
     return (u + 1) * g / (1 + np.exp(-layer.alpha * g))
 
-  router, bias = number(layer.router), number(layer.choice_bias)
+  router = number(layer.router)
+  bias = 0 if layer.choice_bias is None else number(layer.choice_bias)
   gate, up, down = map(number, (layer.gate, layer.up, layer.down))
   x = np.asarray(x, np.float64)
   out, experts = np.zeros_like(x), np.zeros((*x.shape[:2], layer.top_k), int)
   for at in np.ndindex(x.shape[:2]):
     scores = 1 / (1 + np.exp(-x[at] @ router))
+    if layer.router_kind == "softmax":
+      scores = np.exp(x[at] @ router)
+      scores /= scores.sum()
     chosen = np.argsort(-(scores + bias), kind="stable")[: layer.top_k]
     experts[at] = chosen
     for e in chosen:
       part = act(x[at] @ gate[e], x[at] @ up[e]) @ down[e]
-      out[at] += layer.routed_scale * scores[e] / scores[chosen].sum() * part
+      total = scores[chosen].sum() if layer.normalize_weights else 1
+      out[at] += layer.routed_scale * scores[e] / total * part
     if layer.shared is not None:
       kernels = (layer.shared.gate, layer.shared.up, layer.shared.down)
       g, u, d = (number(linear.kernel) for linear in kernels)
@@ -72,6 +78,8 @@ def loop_moe(layer, x):
     dict(activation="swiglu", shared_dim=0, routed_scale=1.0),
     dict(num_experts=7, top_k=1),
     dict(num_experts=3, top_k=3),
+    dict(router="softmax"),
+    dict(router="softmax", normalize_weights=False, shared_dim=0),
   ],
 )
 def test_layer_equals_loops(changes):
