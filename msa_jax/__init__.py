@@ -84,7 +84,11 @@ __all__ = [
 
 def __getattr__(name: str) -> Any:
   # Imported at their first use, which keeps `import msa_jax` light.
-  modules = {"generate": "msa_jax.generate", "m3": "msa_jax.checkpoints.m3"}
+  modules = {
+    "checkpoints": "msa_jax.checkpoints",
+    "generate": "msa_jax.generate",
+    "m3": "msa_jax.checkpoints.m3",
+  }
   if name in modules:
     return importlib.import_module(modules[name])
   raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

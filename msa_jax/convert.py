@@ -87,18 +87,42 @@ def _index_from_main(
     [*pairs, *(half + i for i in pairs), *range(rope_dim, rope_dim + plain)]
   )
 
+  whole = config.qk_norm and config.qk_norm_over == "projection"
+
   def main(*name: str) -> Array:
     return source.get(layer, ("attention", *name))
 
+  def scales(name: str) -> tuple[Array, Array]:
+    """Scales of a whole-projection norm [heads, D], and their RMS [D].
+
+    Index heads share one scale. They take the RMS over the heads, and what a
+    head's scale is beside it goes into the head's kernel.
+    """
+    scale = main(f"{name}_norm", "scale") + config.zero_centered_norm
+    scale = scale.reshape(-1, head_dim)
+    return scale, jnp.sqrt(jnp.mean(scale * scale, axis=0))
+
+  def heads(name: str) -> Array:
+    """The kernel of the query or key heads, [E, heads, D]."""
+    kernel = main(name, "kernel")
+    if not whole:
+      return kernel
+    scale, shared = scales(name)
+    return kernel * (scale / jnp.where(shared == 0, 1, shared))
+
   match name:
     case ("index_query", "kernel"):
-      query = main("query", "kernel")
+      query = heads("query")
       shape = (len(query), config.num_kv_heads, -1, head_dim)
       value = jnp.mean(query.reshape(shape), axis=2)
     case ("index_key", "kernel"):
-      value = jnp.mean(main("key", "kernel"), axis=1)
+      value = jnp.mean(heads("key"), axis=1)
     case ("index_query_norm" | "index_key_norm" as norm, "scale"):
-      value = main(norm.removeprefix("index_"), "scale")
+      if whole:
+        name = norm.removeprefix("index_").removesuffix("_norm")
+        value = scales(name)[1] - config.zero_centered_norm
+      else:
+        value = main(norm.removeprefix("index_"), "scale")
     case _:
       return None
   return value[..., dims]
@@ -120,7 +144,10 @@ def to_msa(
 
   With index_init="main" they start from the layer's main branch: each group's
   index query from the mean of its query heads, the index key from the mean of
-  the key heads, and the norms from the query's and the key's norm. If I < D,
+  the key heads, and the norms from the query's and the key's norm. Where those
+  norms go over the whole projection, the index norms take the RMS of their
+  scales over the heads, and the rest of a head's scale goes into its kernel
+  before the mean. If I < D,
   the index heads take the rotary pairs of matching frequency and the first of
   the dims that do not rotate. If I > D, the remaining index dims start at
   random. With one query head and I = D, the index scores are then the attention

@@ -1,1 +1,21 @@
-"""Reads and writes released checkpoints: one module for each family."""
+"""Checkpoints of MiniMax-M3, MiniMax-M2, Qwen3, Llama and Mistral.
+
+python -m msa_jax.checkpoints show FOLDER
+python -m msa_jax.checkpoints sample FOLDER --text "The weather"
+"""
+
+from msa_jax.checkpoints.folders import (
+  ParameterCounts,
+  count_parameters,
+  load,
+  read_config,
+  save,
+)
+
+__all__ = [
+  "ParameterCounts",
+  "count_parameters",
+  "load",
+  "read_config",
+  "save",
+]

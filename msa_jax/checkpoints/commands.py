@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import datetime
 import itertools
 import json
 import math
@@ -22,7 +23,9 @@ import numpy as np
 from jax.sharding import AxisType
 
 from msa_jax import generate
-from msa_jax.checkpoints import m3
+from msa_jax.checkpoints import folders
+from msa_jax.checkpoints.fields import read_json
+from msa_jax.checkpoints.quantised import Quantised
 from msa_jax.checks import wrong
 
 
@@ -30,19 +33,26 @@ def describe(folder: str | os.PathLike) -> Iterator[str]:
   """Yields lines that describe a checkpoint; reads its headers only.
 
   Raises:
-    ValueError: as `msa_jax.m3.load`.
+    ValueError: as `msa_jax.checkpoints.load`.
   """
   folder = pathlib.Path(folder)
-  config, checkpoint = m3.open_checkpoint(folder)
+  about, checkpoint, _ = folders.open_checkpoint(folder)
+  config = about.config
   index, moe = config.index, config.moe
-  counts = m3.count_parameters(config)
+  counts = folders.count_parameters(config)
   sizes = collections.Counter()
   for name, tensor in checkpoint.tensors.items():
     words = name.split(".")
     layer = int(words[2]) if name.startswith("model.layers.") else None
     sizes[layer] += math.prod(tensor.shape)
-  dtypes = collections.Counter(t.dtype for t in checkpoint.tensors.values())
+  dtypes = collections.Counter(
+    f"{t.codes.dtype} with {t.scales.dtype} scales"
+    if isinstance(t, Quantised)
+    else t.dtype
+    for t in checkpoint.tensors.values()
+  )
   size = sum(file.stat().st_size for file in checkpoint.files)
+  yield f"family     {about.family.title}"
   yield (
     f"model      {config.num_layers} layers, width {config.embed_dim},"
     f" vocabulary {config.vocab_size},"
@@ -96,9 +106,10 @@ def sample(
   folder: str | os.PathLike,
   *,
   text: str | None = None,
+  chat: str | None = None,
   prompt_ids: Sequence[int] = (),
   max_new_tokens: int = 64,
-  sampling: generate.Sampling = generate.GREEDY,
+  sampling: generate.Sampling | None = None,
   seed: int = 0,
   dtype: Any = None,
   mesh: jax.sharding.Mesh | None = None,
@@ -106,34 +117,43 @@ def sample(
   """Continues a prompt with a checkpoint's model.
 
   Args:
-    folder: the checkpoint; `text` also needs its tokenizer.json.
-    text: the prompt as text; either this or prompt_ids must be given.
+    folder: the checkpoint; `text` and `chat` also need its tokenizer.json.
+    text: the prompt as text; one of text, chat and prompt_ids must be given.
+    chat: a user's message, which the folder's chat template makes a prompt of.
     prompt_ids: the prompt as tokens.
-    max_new_tokens: the most tokens to make; config.json's eos_token_id ends the
-      text earlier.
-    sampling: how to draw.
+    max_new_tokens: the most tokens to make; the eos_token_id of
+      generation_config.json, or else of config.json, ends the text earlier.
+    sampling: how to draw; None: as generation_config.json says, or greedily
+      without one.
     seed: seed of the draws.
-    dtype, mesh: see `msa_jax.m3.load`.
+    dtype, mesh: see `msa_jax.checkpoints.load`.
 
   Yields:
     The prompt, then new text (or token ids) as it comes.
 
   Raises:
-    ValueError: an argument is wrong, or as `msa_jax.m3.load`.
+    ValueError: an argument is wrong, or as `msa_jax.checkpoints.load`.
   """
   folder = pathlib.Path(folder)
-  if (text is None) == (not prompt_ids):
+  given = {"text": text, "chat": chat, "prompt_ids": prompt_ids or None}
+  given = [name for name, value in given.items() if value is not None]
+  if len(given) != 1:
     raise wrong(
-      "text or prompt_ids",
-      "given, and not both",
-      "neither" if text is None else "both",
+      "one of text, chat and prompt_ids", "given", " and ".join(given) or "none"
     )
   tokenizer = None
-  if text is not None:
+  if not prompt_ids:
     tokenizer = _tokenizer(folder)
-    prompt_ids = tokenizer.encode(text).ids
+    if chat is not None:
+      # The template has written the special tokens already.
+      text = chat_prompt(folder, chat)
+      prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids
+    else:
+      prompt_ids = tokenizer.encode(text).ids
   stop = _check_sample(folder, prompt_ids, max_new_tokens)
-  model = m3.load(folder, dtype=dtype, mesh=mesh)
+  if sampling is None:
+    sampling = sampling_defaults(folder)
+  model = folders.load(folder, dtype=dtype, mesh=mesh)
 
   def show(ids: Sequence[int]) -> str:
     if tokenizer is None:
@@ -182,9 +202,10 @@ def _check_sample(
   """Checks the arguments against config.json, before weights are read.
 
   Returns:
-    The stop tokens: config.json's eos_token_id, which holds none, one or many.
+    The stop tokens: eos_token_id, which holds none, one or many, of
+    generation_config.json, or else of config.json.
   """
-  config = m3.read_config(folder)
+  config = folders.read_config(folder)
   outside = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
   if outside or not len(prompt_ids):
     raise wrong(
@@ -192,20 +213,132 @@ def _check_sample(
       f"one or more ids below vocab_size = {config.vocab_size}",
       str(outside or "none"),
     )
-  whole = json.loads((folder / "config.json").read_text())
-  fields = {**whole, **(whole.get("text_config") or {})}
+  fields = folders.text_fields(read_json(folder / "config.json"))
   most = fields.get("max_position_embeddings")
   if most is not None and len(prompt_ids) + max_new_tokens > most:
     raise ValueError(
       f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones"
       f" must be at most max_position_embeddings = {most}"
     )
-  stop = whole.get("eos_token_id")
+  stop = _generation_config(folder).get("eos_token_id")
   if stop is None:
     stop = fields.get("eos_token_id")
   if stop is None:
     return ()
   return tuple(stop) if isinstance(stop, list) else (stop,)
+
+
+def _generation_config(folder: pathlib.Path) -> dict[str, Any]:
+  path = folder / "generation_config.json"
+  return read_json(path) if path.exists() else {}
+
+
+# Fields of generation_config.json that change what is drawn, and the values
+# that change nothing.
+_NEUTRAL = {
+  "encoder_no_repeat_ngram_size": (0,),
+  "epsilon_cutoff": (0, 0.0),
+  "eta_cutoff": (0, 0.0),
+  "guidance_scale": (1, 1.0),
+  "min_length": (0,),
+  "min_new_tokens": (0,),
+  "min_p": (0, 0.0),
+  "no_repeat_ngram_size": (0,),
+  "num_beams": (1,),
+  "penalty_alpha": (0, 0.0),
+  "repetition_penalty": (1, 1.0),
+  "sequence_bias": (),
+  "suppress_tokens": ([],),
+  "begin_suppress_tokens": ([],),
+  "bad_words_ids": ([],),
+  "typical_p": (1, 1.0),
+}
+
+
+def sampling_defaults(folder: str | os.PathLike) -> generate.Sampling:
+  """How a folder's generation_config.json says to draw; without one, greedily.
+
+  Raises:
+    ValueError: it asks for a way of drawing that is not supported.
+  """
+  path = pathlib.Path(folder)
+  fields = {k: v for k, v in _generation_config(path).items() if v is not None}
+  others = [
+    f"{name}={fields[name]!r}"
+    for name, neutral in _NEUTRAL.items()
+    if name in fields and fields[name] not in neutral
+  ]
+  if others:
+    raise ValueError(
+      f"{path / 'generation_config.json'}: {', '.join(others)} is not"
+      " supported; give temperature, top_k or top_p of your own"
+    )
+  if not fields.get("do_sample", False):
+    return generate.GREEDY
+  top_p = fields.get("top_p")
+  return generate.Sampling(
+    temperature=fields.get("temperature", 1.0),
+    top_k=fields.get("top_k") or None,
+    top_p=None if top_p == 1 else top_p,
+  )
+
+
+def chat_prompt(folder: str | os.PathLike, message: str) -> str:
+  """The prompt that a folder's chat template makes of a user's message.
+
+  Raises:
+    ValueError: the folder has no template, or the template fails.
+  """
+  path = pathlib.Path(folder)
+  config = {}
+  if (path / "tokenizer_config.json").exists():
+    config = read_json(path / "tokenizer_config.json")
+  template = config.get("chat_template")
+  if (path / "chat_template.jinja").exists():
+    template = (path / "chat_template.jinja").read_text()
+  if isinstance(template, list):  # several templates, by name
+    named = {entry.get("name"): entry.get("template") for entry in template}
+    template = named.get("default")
+  if not isinstance(template, str):
+    raise ValueError(
+      f"chat needs a chat template in {path}: chat_template.jinja, or the field"
+      " chat_template of tokenizer_config.json; give text instead"
+    )
+  try:
+    import jinja2
+    from jinja2 import sandbox
+  except ModuleNotFoundError as error:
+    raise ValueError(
+      f"chat: {error}. It needs: pip install 'msa-jax[train]'"
+    ) from None
+
+  def refuse(text: str) -> None:
+    raise jinja2.TemplateError(text)
+
+  # As in transformers, whose templates these are.
+  environment = sandbox.ImmutableSandboxedEnvironment(
+    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
+  )
+  environment.filters["tojson"] = lambda value, indent=None: json.dumps(
+    value, ensure_ascii=False, indent=indent
+  )
+  environment.globals |= {
+    "raise_exception": refuse,
+    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
+  }
+  tokens = {
+    name: token["content"] if isinstance(token, dict) else token
+    for name, token in config.items()
+    if name.endswith("_token") and isinstance(token, str | dict)
+  }
+  try:
+    return environment.from_string(template).render(
+      messages=[{"role": "user", "content": message}],
+      add_generation_prompt=True,
+      **tokens,
+    )
+  except jinja2.TemplateError as error:
+    raise ValueError(f"the chat template of {path}: {error}") from None
 
 
 def _mesh(sizes: Sequence[str]) -> jax.sharding.Mesh | None:
@@ -240,7 +373,7 @@ def _mesh(sizes: Sequence[str]) -> jax.sharding.Mesh | None:
 def _parser() -> argparse.ArgumentParser:
   parser = argparse.ArgumentParser(
     prog="python -m msa_jax.checkpoints",
-    description="Look into a MiniMax-M3 checkpoint, or sample from it.",
+    description="Look into a checkpoint, or sample from it.",
   )
   commands = parser.add_subparsers(dest="command", required=True)
   about = "Print what a checkpoint folder holds, without reading weights."
@@ -251,6 +384,7 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument("folder", type=pathlib.Path)
   add = sample.add_argument
   add("--text", help="the prompt; needs the folder's tokenizer.json")
+  add("--chat", help="a message that the folder's chat template makes a prompt")
   add(
     "--prompt-ids",
     nargs="+",
@@ -259,7 +393,12 @@ def _parser() -> argparse.ArgumentParser:
     help="the prompt as tokens, instead of --text",
   )
   add("--max-new-tokens", type=int, default=64, help="default: 64")
-  add("--temperature", type=float, default=0.0, help="default: 0, greedy")
+  add(
+    "--temperature",
+    type=float,
+    help="0: greedy. Without this, --top-k and --top-p, the folder's"
+    " generation_config.json decides (default: greedy)",
+  )
   add("--top-k", type=int, help="draw from this many of the likeliest tokens")
   add("--top-p", type=float, help="draw from tokens of this total probability")
   add("--seed", type=int, default=0, help="seed of the draws")
@@ -281,14 +420,19 @@ def main(arguments: Sequence[str] | None = None) -> int:
       for line in describe(args.folder):
         print(line)
       return 0
+    sampling = None
+    given = (args.temperature, args.top_k, args.top_p)
+    if any(value is not None for value in given):
+      sampling = generate.Sampling(
+        temperature=args.temperature or 0.0, top_k=args.top_k, top_p=args.top_p
+      )
     for part in sample(
       args.folder,
       text=args.text,
+      chat=args.chat,
       prompt_ids=args.prompt_ids,
       max_new_tokens=args.max_new_tokens,
-      sampling=generate.Sampling(
-        temperature=args.temperature, top_k=args.top_k, top_p=args.top_p
-      ),
+      sampling=sampling,
       seed=args.seed,
       dtype=args.dtype,
       mesh=_mesh(args.mesh),

@@ -35,7 +35,14 @@ DTYPES = {
   "F16": np.dtype(np.float16),
   "BF16": np.dtype(ml_dtypes.bfloat16),
 }
-"""The dtypes that can be read; other dtypes of a header are an error."""
+"""The dtypes of parameters, by their safetensors names."""
+
+_QUANTISED = {
+  "F8_E4M3": np.dtype(ml_dtypes.float8_e4m3fn),
+  "F8_E8M0": np.dtype(ml_dtypes.float8_e8m0fnu),
+  "U8": np.dtype(np.uint8),
+}
+_READABLE = DTYPES | _QUANTISED
 
 
 class Tensor(NamedTuple):
@@ -48,7 +55,7 @@ class Tensor(NamedTuple):
 
   def open(self) -> np.ndarray:
     """The tensor, memory-mapped: its pages are read when they are used."""
-    dtype = DTYPES[self.dtype]
+    dtype = _READABLE[self.dtype]
     bits = np.memmap(
       self.file,
       dtype=f"u{dtype.itemsize}",
@@ -71,10 +78,20 @@ def read_headers(
   index, single = folder / _INDEX_FILE, folder / _SINGLE_FILE
   if index.exists():
     try:
-      places = dict(json.loads(index.read_text())["weight_map"])
+      raw = index.read_bytes()
+      foreign = foreign_content(raw)
+      if foreign:
+        raise ValueError(foreign)
+      places = dict(json.loads(raw)["weight_map"])
+      outside = sorted({n for n in places.values() if _leaves_folder(n)})
       files = sorted({folder / name for name in places.values()})
     except (OSError, ValueError, KeyError, TypeError) as error:
       raise ValueError(f"{index} cannot be read: {error!r}") from None
+    if outside:
+      raise ValueError(
+        f"{index} points outside of its folder: {some(outside)}; wanted names"
+        " of files in it"
+      )
   elif single.exists():
     places, files = {}, [single]
   else:
@@ -103,10 +120,35 @@ def read_headers(
   return tensors, files
 
 
+def _leaves_folder(name: str) -> bool:
+  path = pathlib.PurePosixPath(name)
+  return path.is_absolute() or ".." in path.parts
+
+
+def foreign_content(head: bytes) -> str | None:
+  """What a file is, if it stands in the place of a checkpoint's file.
+
+  Args:
+    head: the file's first bytes.
+  """
+  if head.startswith(b"version https://git-lfs.github.com/spec/"):
+    return (
+      "is a pointer of Git LFS and not the file itself: `git lfs pull` in the"
+      " folder fetches it"
+    )
+  if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+    return "is an HTML page and not the file itself: download it again"
+  return None
+
+
 def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
   try:
     size = path.stat().st_size
     with path.open("rb") as file:
+      foreign = foreign_content(file.read(512))
+      if foreign:
+        raise ValueError(f"{path} {foreign}")
+      file.seek(0)
       start = 8 + int.from_bytes(file.read(8), "little")
       if size < start:
         raise ValueError(
@@ -119,8 +161,8 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
         continue
       first, last = map(operator.index, entry["data_offsets"])
       shape, dtype = tuple(entry["shape"]), entry["dtype"]
-      if dtype in DTYPES:
-        want = math.prod(shape) * DTYPES[dtype].itemsize
+      if dtype in _READABLE:
+        want = math.prod(shape) * _READABLE[dtype].itemsize
         if want != last - first:
           raise ValueError(
             f"{path} is damaged: {name} {dtype} {list(shape)} takes {want}"
