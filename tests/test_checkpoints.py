@@ -418,7 +418,8 @@ def quantise(value, block, powers):
     factors = scales.astype(np.float64)
   factors = np.repeat(np.repeat(factors, rows, 0), columns, 1)
   factors = factors[: value.shape[0], : value.shape[1]]
-  codes = (value / factors).astype(ml_dtypes.float8_e4m3fn)
+  # e4m3 ends at 448.
+  codes = np.clip(value / factors, -448, 448).astype(ml_dtypes.float8_e4m3fn)
   return codes, scales, codes.astype(np.float64) * factors
 
 
