@@ -14,7 +14,9 @@ from flax import nnx
 from test_modules import INDEX, build
 from test_train import tiny_run
 
+from msa_jax import checkpoints
 from msa_jax import generate as generate_lib
+from msa_jax.checkpoints import commands
 from msa_jax.generate import Sampling, generate, sample, stream
 from train import checkpoint, corpus, data
 from train import program as program_lib
@@ -331,6 +333,47 @@ def test_sampling_from_a_run_folder(trained, capsys):
     for prompt, row in zip(prompts, rows)
   )
   assert capsys.readouterr().out == want
+
+
+def test_a_run_is_exported(trained, tmp_path, capsys):
+  """Model, tokenizer and generation config, as one folder."""
+  run, model, _ = trained
+  assert not cli(["export", run.folder, str(tmp_path / "out")])
+  assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: step 4 of")
+  again = checkpoints.load(tmp_path / "out", implementation="xla")
+  tokens = jnp.asarray([list(b"def f(x):")])
+  np.testing.assert_array_equal(again(tokens).logits, model(tokens).logits)
+  saved = json.loads((tmp_path / "out" / "config.json").read_text())
+  assert saved["model_type"] == "msa_jax" and saved["eos_token_id"] == 255
+  assert saved["max_position_embeddings"] == run.context
+  words = ["sample", str(tmp_path / "out"), "--text", "def f(x):"]
+  assert not commands.main([*words, "--max-new-tokens", "5"])
+  text = capsys.readouterr().out.removesuffix("\n")
+  options = dict(max_new_tokens=5, stop_tokens=(255,))
+  (new,) = generate(model, [list(b"def f(x):")], **options)
+  assert text == "def f(x):" + bytes(new[new != 255].tolist()).decode(
+    errors="replace"
+  )
+  assert cli(["export", run.folder, str(tmp_path / "out")]) == 1
+  assert "folder must be empty or missing" in capsys.readouterr().err
+
+
+def test_exported_tokenizers_have_the_runs_ids():
+  """Byte and BPE, with the end of a text."""
+  import tokenizers
+
+  texts = ["def f(x):\n  return x\u00e9\u20ac\n", "\t\0 import os  \n"]
+  for ours in (
+    corpus._ByteTokenizer(),
+    corpus._BPETokenizer.train(texts * 9, 280),
+    corpus._BPETokenizer.train(["ab"], 300),
+  ):
+    theirs = tokenizers.Tokenizer.from_str(ours.saved())
+    for text, ids in zip(texts, ours.encode(texts)):
+      assert theirs.encode(text).ids == ids.tolist()
+      assert theirs.decode(ids.tolist()) == text
+    end = theirs.encode(f"a{corpus.END_OF_TEXT}").ids[-1]
+    assert end == ours.end_of_text
 
 
 def test_text_comes_in_whole_characters(trained, monkeypatch):

@@ -4,6 +4,7 @@ python -m train compare demo
 python -m train train demo --task text --side msa --seed 0
 python -m train report runs/demo
 python -m train sample runs/demo/text/msa/seed0 --prompt "import "
+python -m train export runs/demo/text/msa/seed0 exported
 python -m train compare lm73m_16k --plan 13 --minutes 8
 python -m train speed lm73m_16k
 python -m train devices lm73m_16k
@@ -91,6 +92,18 @@ def _parser() -> argparse.ArgumentParser:
       _sample,
       "Continue prompts with the model of a run folder's checkpoint.",
     )
+  )
+  export = add(
+    "export",
+    _export,
+    "Write the model of a run folder's checkpoint, with its tokenizer, as a"
+    " folder that msa_jax.checkpoints loads, and transformers where it has such"
+    " a model.",
+  )
+  export.add_argument("folder", type=pathlib.Path, help="the run's folder")
+  export.add_argument("out", type=pathlib.Path, help="folder to write")
+  export.add_argument(
+    "--step", type=int, help="step of the checkpoint (default: the latest)"
   )
   return parser
 
@@ -491,6 +504,13 @@ def _print_sample(args: argparse.Namespace) -> None:
   for (text,) in parts:
     print(text, end="", flush=True)
   print()
+
+
+def _export(args: argparse.Namespace) -> None:
+  from train.export import export
+
+  step = export(args.folder, args.out, args.step)
+  print(f"{args.out}: step {step} of {args.folder}")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

@@ -450,6 +450,10 @@ def _split(
   return splits, left_out
 
 
+# The name of the token that ends a document, in exported tokenizers.
+END_OF_TEXT = "<|end_of_text|>"
+
+
 class _ByteTokenizer:
   vocab_size = 256
   end_of_text = _BYTE_END_OF_TEXT
@@ -462,6 +466,27 @@ class _ByteTokenizer:
     """The text of ids, with U+FFFD for ids that are not text."""
     # Byte 255 is not text, and neither are the ids above it.
     return bytes(np.minimum(ids, 255).tolist()).decode(errors="replace")
+
+  def saved(self) -> str:
+    """The JSON text of a `tokenizers` object with the same ids."""
+    import tokenizers
+
+    # ByteLevel writes a byte as itself where it is printable in Latin-1, and
+    # the others as the characters from 256 on.
+    printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
+    others = [byte for byte in range(256) if byte not in printable]
+    names = {byte: chr(byte) for byte in printable}
+    names |= {byte: chr(256 + i) for i, byte in enumerate(others)}
+    names[self.end_of_text] = END_OF_TEXT
+    model = tokenizers.Tokenizer(
+      tokenizers.models.BPE({name: byte for byte, name in names.items()}, [])
+    )
+    model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+      add_prefix_space=False, use_regex=False
+    )
+    model.decoder = tokenizers.decoders.ByteLevel()
+    model.add_special_tokens([END_OF_TEXT])
+    return model.to_str()
 
 
 class _BPETokenizer:
@@ -513,6 +538,18 @@ class _BPETokenizer:
       parts.append(self.model.decode(ids[start:stop].tolist()))
       start = stop + 1
     return "\ufffd".join(parts)
+
+  def saved(self) -> str:
+    """The JSON text of a `tokenizers` object that has end-of-text too."""
+    import tokenizers
+
+    model = tokenizers.Tokenizer.from_str(self.model.to_str())
+    # A small corpus may leave ids unused before that of end-of-text.
+    unused = range(model.get_vocab_size(), self.end_of_text)
+    model.add_special_tokens([f"<|unused_{i}|>" for i in unused])
+    model.add_special_tokens([END_OF_TEXT])
+    assert model.token_to_id(END_OF_TEXT) == self.end_of_text
+    return model.to_str()
 
 
 def _write_cache(

@@ -75,6 +75,28 @@ def load_model(
   return program.merge(state.params), step
 
 
+def load_tokenizer(
+  folder: pathlib.Path, config: config_lib.RunConfig
+) -> Any | None:
+  """The tokenizer of a run's text; None if its data are no text.
+
+  Args:
+    folder: the run's folder.
+    config: the run's config.
+
+  Raises:
+    ValueError: the tokenizer is gone and cannot be made again.
+  """
+  data = config.data
+  if not isinstance(data, TextConfig | MixConfig):
+    return None
+  environment = json.loads((folder / "environment.json").read_text())
+  fingerprint = environment["data"]
+  if isinstance(data, MixConfig):  # the ids of facts follow the text's
+    data, fingerprint = data.text, fingerprint["text"]
+  return corpus.open_tokenizer(data, fingerprint)
+
+
 class _Plain:
   """Stands in for a tokenizer where token ids do not stand for text."""
 
@@ -117,15 +139,10 @@ def run(
     ValueError: an argument is wrong or does not fit the run.
   """
   config = load_config(folder, implementation)
-  data = config.data
-  tokenizer: Any = _Plain()
-  if isinstance(data, TextConfig | MixConfig):
-    environment = json.loads((folder / "environment.json").read_text())
-    fingerprint = environment["data"]
-    if isinstance(data, MixConfig):  # the ids of facts follow the text's
-      data, fingerprint = data.text, fingerprint["text"]
-    tokenizer = corpus.open_tokenizer(data, fingerprint)
-  elif prompts or not tokens:
+  tokenizer: Any = load_tokenizer(folder, config)
+  if tokenizer is None:
+    tokenizer = _Plain()
+  if isinstance(tokenizer, _Plain) and (prompts or not tokens):
     raise ValueError(
       f"{folder}: the run's data are no text: wanted --tokens with ids below"
       f" {config.model.vocab_size}."

@@ -649,6 +649,7 @@ def save(
   *,
   layout: LayoutName | None = None,
   max_file_bytes: int = 5 * 10**9,
+  fields: Mapping[str, Any] | None = None,
   documents: Mapping[str, Any] | None = None,
 ) -> None:
   """Writes a checkpoint that `load` reads back with the same bits.
@@ -680,15 +681,21 @@ def save(
       was loaded from. None takes the released form if the model was loaded from
       one with `text_config`, and else transformers'.
     max_file_bytes: size beyond which a new file begins.
+    fields: further fields of config.json that do not describe the model, such
+      as eos_token_id.
     documents: content of further JSON files, by file name.
 
   Raises:
     ValueError: the folder is not empty, a parameter has another dtype, `layout`
-      does not fit the model, or the vision tensors are gone.
+      does not fit the model, a field describes the model, or the vision tensors
+      are gone.
     NotImplementedError: parameters lie on devices of other processes.
   """
   folder = pathlib.Path(folder)
   tensor_files.check_free(folder)
+  describing = sorted(set(fields or {}) - HARMLESS)
+  if describing:
+    raise wrong("fields", "fields that describe no model", str(describing))
   config = model.config
   params = {
     path: leaf.get_value()
@@ -740,12 +747,13 @@ def save(
 
   if source is not None and source.family == family.model_types[0]:
     _restore_biases(source, prefix, tensors, fetch)
-  fields = config_json(family, config, source, released=released)
+  described = config_json(family, config, source, released=released)
+  described |= fields or {}
   tensor_files.write(
     folder,
     tensors,
     fetch,
-    documents={"config.json": fields, **(documents or {})},
+    documents={"config.json": described, **(documents or {})},
     max_file_bytes=max_file_bytes,
   )
 
