@@ -119,8 +119,8 @@ def _index_from_main(
       value = jnp.mean(heads("key"), axis=1)
     case ("index_query_norm" | "index_key_norm" as norm, "scale"):
       if whole:
-        name = norm.removeprefix("index_").removesuffix("_norm")
-        value = scales(name)[1] - config.zero_centered_norm
+        branch = norm.removeprefix("index_").removesuffix("_norm")
+        value = scales(branch)[1] - config.zero_centered_norm
       else:
         value = main(norm.removeprefix("index_"), "scale")
     case _:

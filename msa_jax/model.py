@@ -204,8 +204,9 @@ class DecoderLM(nnx.Module):
       context. None adds no annotations.
 
   Attributes:
-    source: what else `msa_jax.m3.load` read from the checkpoint, for
-      `msa_jax.m3.save`; None if the parameters come from no checkpoint.
+    source: what else `msa_jax.checkpoints.load` read, for
+      `msa_jax.checkpoints.save`; None if the parameters come from no
+      checkpoint.
   """
 
   def __init__(

@@ -78,7 +78,7 @@ def test_the_names_in_the_readme_resolve():
     for line in table[1].splitlines()
     for name in re.findall(r"`([^`]+)`", line.split("|")[1])
   ]
-  assert {"MSAttention", "head_loss", "generate", "m3"} <= {*names}
+  assert {"MSAttention", "head_loss", "generate", "checkpoints"} <= {*names}
   code = "import sys, msa_jax\nfor name in sys.argv[1:]: getattr(msa_jax, name)"
   subprocess.run([sys.executable, "-c", code, *names], check=True, cwd=ROOT)
 

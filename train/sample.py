@@ -139,10 +139,9 @@ def run(
     ValueError: an argument is wrong or does not fit the run.
   """
   config = load_config(folder, implementation)
-  tokenizer: Any = load_tokenizer(folder, config)
-  if tokenizer is None:
-    tokenizer = _Plain()
-  if isinstance(tokenizer, _Plain) and (prompts or not tokens):
+  found_tokenizer = load_tokenizer(folder, config)
+  tokenizer: Any = found_tokenizer or _Plain()
+  if found_tokenizer is None and (prompts or not tokens):
     raise ValueError(
       f"{folder}: the run's data are no text: wanted --tokens with ids below"
       f" {config.model.vocab_size}."
