@@ -38,7 +38,7 @@ import pytest
 # A worker takes whole files, as their tests share what is trained and compiled.
 # These take longest and go first: short ones are left to even out the workers.
 LONGEST = (
-  *("cache", "commands", "m3", "modules", "resume", "train"),
+  *("cache", "checkpoints", "commands", "m3", "modules", "resume", "train"),
   *("benchmarks", "kernels_decode", "kernels_select", "kernels_sparse"),
 )
 

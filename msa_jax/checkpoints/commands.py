@@ -58,10 +58,15 @@ def describe(folder: str | os.PathLike) -> Iterator[str]:
     f" vocabulary {config.vocab_size},"
     f" {'tied' if config.tie_embeddings else 'untied'} output"
   )
+  scaling = config.rope_scaling
+  scaled = f" slowed by {scaling.factor:g}" if scaling else ""
+  qk_norm = "QK-norm" if config.qk_norm else "no QK-norm"
+  if config.qk_norm and config.qk_norm_over == "projection":
+    qk_norm = "QK-norm over the projection"
   yield (
     f"attention  {config.num_heads}/{config.num_kv_heads} heads of"
     f" {config.head_dim}, rotary {config.rope_dim}, theta"
-    f" {config.rope_theta:g}, {'' if config.qk_norm else 'no '}QK-norm, norms"
+    f" {config.rope_theta:g}{scaled}, {qk_norm}, norms"
     f" scale by {'1 + w' if config.zero_centered_norm else 'w'}"
   )
   if "msa" in config.kinds:

@@ -40,6 +40,7 @@ from msa_jax.checkpoints.families.base import (
   canonical,
   leaves_of,
   rest_of,
+  rope_factor,
 )
 from msa_jax.checkpoints.fields import HARMLESS, UNKNOWN, Fields, read_json
 from msa_jax.checkpoints.quantised import Quantised
@@ -863,6 +864,12 @@ def config_json(
       fields[key] = config.param_dtype
   if not any(fields.get(key) for key in _DTYPE_KEYS):
     fields["dtype"] = config.param_dtype
+  factor, rope = rope_factor(config), fields.get("rope_parameters") or {}
+  if (
+    factor != 1 and known and "partial_rotary_factor" not in {**rope, **fields}
+  ):
+    # Some versions of transformers ignore rotary_dim and would rotate all dims.
+    fields["partial_rotary_factor"] = factor
   if not released:
     return fields
   architecture = "MiniMaxM3SparseForConditionalGeneration"

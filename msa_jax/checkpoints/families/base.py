@@ -104,6 +104,19 @@ def expert_names(prefix: str, tensors: tuple[str, str, str]) -> dict[str, Name]:
   }
 
 
+def stacked_expert_names() -> dict[str, Name]:
+  """A router, and the experts of a layer in two tensors, as in transformers'
+  memory, and as some of its versions save them."""
+  mlp = "model.layers.{}.mlp."
+  both = f"{mlp}experts.gate_up_proj"
+  return {
+    "mlp.gate": Name(both, "into", half=0, stacked=True),
+    "mlp.up": Name(both, "into", half=1, stacked=True),
+    "mlp.down": Name(f"{mlp}experts.down_proj", "into", stacked=True),
+    "mlp.router": Name(f"{mlp}gate.weight", "into"),
+  }
+
+
 @dataclasses.dataclass(frozen=True)
 class Layout:
   """How a checkpoint's tensor becomes a parameter.
@@ -258,7 +271,9 @@ class Family(abc.ABC):
 
   def layout_of(self, names: Iterable[str]) -> str:
     """The layout that a checkpoint's tensor names have."""
-    del names
+    stacked = any(name.endswith(".experts.gate_up_proj") for name in names)
+    if stacked and "stacked" in self.layouts:
+      return "stacked"
     return next(iter(self.layouts))
 
   def refusal(self, config: ModelConfig, layout: str) -> str | None:

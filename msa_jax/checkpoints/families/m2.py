@@ -16,6 +16,7 @@ from msa_jax.checkpoints.families.base import (
   expert_names,
   read_sizes,
   rope_factor,
+  stacked_expert_names,
 )
 from msa_jax.checkpoints.fields import Fields, describe_rope, read_rope
 from msa_jax.model_config import ModelConfig, MoEConfig
@@ -33,7 +34,14 @@ class M2(Family):
       **expert_names("block_sparse_moe", ("w1", "w3", "w2")),
       "mlp.router": Name(f"{_MOE}gate.weight", "into"),
       "mlp.choice_bias": Name(f"{_MOE}e_score_correction_bias", "same"),
-    }
+    },
+    "stacked": {
+      **attention_names(),
+      **stacked_expert_names(),
+      "mlp.choice_bias": Name(
+        "model.layers.{}.mlp.e_score_correction_bias", "same"
+      ),
+    },
   }
 
   def read(self, fields: Fields) -> ModelConfig:

@@ -20,6 +20,7 @@ from msa_jax.checkpoints.families.base import (
   gated_names,
   read_sizes,
   rope_factor,
+  stacked_expert_names,
 )
 from msa_jax.checkpoints.fields import Fields, describe_rope, read_rope
 from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
@@ -47,17 +48,13 @@ def _fused(prefix: str, parameter: str) -> dict[str, Name]:
   }
 
 
-_EXPERTS = f"{_MLP}experts.gate_up_proj"
 _TRANSFORMERS = {
   **attention_names(
     ("indexer.q_proj", "indexer.k_proj", "indexer.q_norm", "indexer.k_norm")
   ),
   **_fused("", "mlp"),
   **_fused("shared_experts.", "mlp.shared"),
-  "mlp.gate": Name(_EXPERTS, "into", half=0, stacked=True),
-  "mlp.up": Name(_EXPERTS, "into", half=1, stacked=True),
-  "mlp.down": Name(f"{_MLP}experts.down_proj", "into", stacked=True),
-  "mlp.router": Name(f"{_MLP}gate.weight", "into"),
+  **stacked_expert_names(),
   "mlp.choice_bias": Name(f"{_MLP}gate.e_score_correction_bias", "same"),
 }
 

@@ -13,6 +13,7 @@ from msa_jax.checkpoints.families.base import (
   gated_names,
   read_sizes,
   rope_factor,
+  stacked_expert_names,
 )
 from msa_jax.checkpoints.fields import Fields, describe_rope, read_rope
 from msa_jax.model_config import ModelConfig, MoEConfig
@@ -72,7 +73,12 @@ class Qwen3MoE(Qwen3):
       **gated_names("mlp", "mlp"),
       **expert_names("mlp", ("gate_proj", "up_proj", "down_proj")),
       "mlp.router": Name("model.layers.{}.mlp.gate.weight", "into"),
-    }
+    },
+    "stacked": {
+      **attention_names(),
+      **gated_names("mlp", "mlp"),
+      **stacked_expert_names(),
+    },
   }
 
   def _mlp(self, fields: Fields, layers: int) -> dict[str, Any]:
