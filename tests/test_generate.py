@@ -341,8 +341,12 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
   assert not cli(["export", run.folder, str(tmp_path / "out")])
   assert capsys.readouterr().out.startswith(f"{tmp_path / 'out'}: step 4 of")
   again = checkpoints.load(tmp_path / "out", implementation="xla")
-  tokens = jnp.asarray([list(b"def f(x):")])
-  np.testing.assert_array_equal(again(tokens).logits, model(tokens).logits)
+  for (path, a), (_, b) in zip(
+    nnx.to_flat_state(nnx.state(again, nnx.Param)),
+    nnx.to_flat_state(nnx.state(model, nnx.Param)),
+    strict=True,
+  ):
+    np.testing.assert_array_equal(a[...], b[...], err_msg=str(path))
   saved = json.loads((tmp_path / "out" / "config.json").read_text())
   assert saved["model_type"] == "msa_jax" and saved["eos_token_id"] == 255
   assert saved["max_position_embeddings"] == run.context
@@ -356,6 +360,23 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
   )
   assert cli(["export", run.folder, str(tmp_path / "out")]) == 1
   assert "folder must be empty or missing" in capsys.readouterr().err
+
+
+def test_a_run_from_before_a_field_was_there_goes_on(trained, tmp_path):
+  """Its config.json lacks the field, which has its default."""
+  run, _, flat = trained
+  run = dataclasses.replace(run, folder=str(tmp_path / "run"))
+  save(run, flat, steps=(2,))
+  path = tmp_path / "run" / "config.json"
+  saved = json.loads(path.read_text())
+  del saved["model"]["qk_norm_over"], saved["model"]["rope_scaling"]
+  path.write_text(json.dumps(saved))
+  fingerprint = data.load(run.data).fingerprint
+  checkpoint.RunFolder(run, fingerprint).close()
+  saved["model"]["rope_theta"] = 5.0
+  path.write_text(json.dumps(saved))
+  with pytest.raises(ValueError, match=r"model\.rope_theta: 5\.0 there"):
+    checkpoint.RunFolder(run, fingerprint)
 
 
 def test_exported_tokenizers_have_the_runs_ids():

@@ -347,9 +347,20 @@ def _command() -> str:
 
 
 def read_config(folder: pathlib.Path) -> dict | None:
-  """The saved config of a run folder; None if it has none."""
+  """The saved config of a run folder; None if it has none.
+
+  Fields that configs have gained since the run began have their defaults, with
+  which the run was trained.
+  """
   path = folder / "config.json"
-  return json.loads(path.read_text()) if path.exists() else None
+  if not path.exists():
+    return None
+  saved = json.loads(path.read_text())
+  try:
+    run = config_lib.from_dict(config_lib.RunConfig, saved)
+  except ValueError:
+    return saved  # The comparison with the wanted config says what is wrong.
+  return config_lib.to_dict(run)
 
 
 def versions() -> dict[str, str]:
