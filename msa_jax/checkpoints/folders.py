@@ -864,12 +864,10 @@ def config_json(
       fields[key] = config.param_dtype
   if not any(fields.get(key) for key in _DTYPE_KEYS):
     fields["dtype"] = config.param_dtype
-  factor, rope = rope_factor(config), fields.get("rope_parameters") or {}
-  if (
-    factor != 1 and known and "partial_rotary_factor" not in {**rope, **fields}
-  ):
+  rope = fields.get("rope_parameters") or {}
+  if "rotary_dim" in fields and "partial_rotary_factor" not in fields | rope:
     # Some versions of transformers ignore rotary_dim and would rotate all dims.
-    fields["partial_rotary_factor"] = factor
+    fields["partial_rotary_factor"] = rope_factor(config)
   if not released:
     return fields
   architecture = "MiniMaxM3SparseForConditionalGeneration"
