@@ -260,9 +260,10 @@ def test_fp8_scales():
   "change, text",
   [
     (dict(dtype="float32"), "dtype in (bfloat16, float16), got float32"),
-    (dict(i=32), "index_dim in (64, 128), got 32"),
+    (dict(i=12), "index_dim of multiples of 8 up to 128, got 12"),
+    (dict(i=136), "index_dim of multiples of 8 up to 128, got 136"),
     (dict(block_size=32), "block_size in (64, 128), got 32"),
-    (dict(top_k=33), "top_k up to 32, got 33"),
+    (dict(top_k=65), "top_k up to 64, got 65"),
   ],
 )
 def test_not_supported(change, text):
