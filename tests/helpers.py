@@ -9,6 +9,7 @@ import sys
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from benchmarks import cases
 
@@ -148,11 +149,16 @@ HOPPER_CASES = {
 }  # fmt: skip
 
 # Shapes at which the kernels that own KV blocks are lowered: the paper's, small
-# heads, and batches of a training step, whose rows share a few launches.
+# heads, and batches of a training step, whose rows share a few launches. Those
+# marked slow give kernels that differ from another one's in numbers only.
 LOWERED = {
   name: (cases.CASES | cases.BATCHES)[name]
   for name in ("8k", "128k", "1m", "small_heads_32k", "8x4k", "16x4k_16_heads")
 }
+LOWERED_NAMES = [
+  pytest.param(name, marks=[pytest.mark.slow] * (name in ("128k", "8x4k")))
+  for name in LOWERED
+]
 
 
 def random_blocks(case, seed=0, share=1):

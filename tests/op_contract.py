@@ -299,11 +299,14 @@ class GradientContract:
   """Tests of the gradients of `sparse_attention`.
 
   Attributes:
-    scenarios: names of `ATTENTION` without NaN.
+    scenarios: names of `ATTENTION` without NaN, for a call with a cotangent of
+      lse.
+    without_dlse: those for a call without one.
     repeats: whether a second call must give equal bits.
   """
 
   scenarios: tuple[str, ...] = ("block_64", "group_16", "rows")
+  without_dlse: tuple[str, ...] = scenarios
   repeats: bool = True
 
   def run(self, name, case, q, k, v, dout, blocks, dlse=None):
@@ -313,8 +316,11 @@ class GradientContract:
   def pytest_generate_tests(self, metafunc):
     if "scenario" in metafunc.fixturenames:
       metafunc.parametrize("scenario", self.scenarios)
+    if "plain_scenario" in metafunc.fixturenames:
+      metafunc.parametrize("plain_scenario", self.without_dlse)
 
-  def test_gradients(self, scenario):
+  def test_gradients(self, plain_scenario):
+    scenario = plain_scenario
     args = (ATTENTION[scenario].case, *ATTENTION[scenario].build())
     grads = self.run(scenario, *args)
     check_attention_gradients(*args, grads)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import op_contract
 import pytest
-from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
+from helpers import (
+  HOPPER_CASES,
+  LOWERED,
+  LOWERED_NAMES,
+  Case,
+  patterns,
+  random_blocks,
+)
 from op_contract import (
   GradientContract,
   assert_same_bits,
@@ -198,6 +205,8 @@ CONFIGS = {
 
 class TestInterpreted(GradientContract):
   repeats = False  # the interpreter takes ten seconds a call
+  # The others are called with a cotangent of lse, which changes one sum.
+  without_dlse = ("block_64",)
 
   def run(self, name, case, *args):
     return interpreted(case, *args, **CONFIGS[name])
@@ -209,28 +218,21 @@ def test_interpreted_launches_do_not_change_a_bit():
   case = dataclasses.replace(scenario.case, batch=2, kv_lengths=(140, 5))
   args = (case, *dataclasses.replace(scenario, case=case).build())
   row = case.q_len * case.top_k * case.num_kv_heads
-  # Both batch rows at once, one, and one group.
-  want, *others = (
-    interpreted(*args, pairs=pairs, task=16) for pairs in (0, row, row // 2)
+  # Both batch rows at once, and one group.
+  want, got = (
+    interpreted(*args, pairs=pairs, task=16) for pairs in (0, row // 2)
   )
   check_attention_gradients(*args, want)
-  for got in others:
-    assert_same_bits(got, want)
+  assert_same_bits(got, want)
 
 
 # ------------------------------------------------------------------ lowering
 
 
-@pytest.mark.parametrize(
-  "name, with_lse",
-  [
-    *((name, False) for name in LOWERED),
-    ("8k", True),
-    pytest.param("1m", True, marks=pytest.mark.slow),
-  ],
-)
-def test_lowers_for_cuda(name, with_lse):
+@pytest.mark.parametrize("name", LOWERED_NAMES)
+def test_lowers_for_cuda(name):
   case = LOWERED[name]
+  with_lse = name == "8k"
   kv = (case.batch, case.kv_tokens, case.num_kv_heads, case.head_dim)
   shapes = [
     jax.ShapeDtypeStruct(shape, case.dtype)

@@ -8,7 +8,14 @@ import jax.numpy as jnp
 import numpy as np
 import op_contract
 import pytest
-from helpers import HOPPER_CASES, LOWERED, Case, patterns, random_blocks
+from helpers import (
+  HOPPER_CASES,
+  LOWERED,
+  LOWERED_NAMES,
+  Case,
+  patterns,
+  random_blocks,
+)
 from op_contract import SPARSE_KL, KLContract, check_kl, kl_and_gradients
 
 from benchmarks import cases
@@ -46,13 +53,13 @@ class TestInterpreted(KLContract):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [4, 2, 1])
+@pytest.mark.parametrize("share", [4, 1])
 def test_interpreted_launches_of_rows_and_groups(share):
   case = SPARSE_KL["rows"]
   q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
   blocks = random_blocks(case)
   mask = jnp.arange(case.batch * case.q_len).reshape(case.batch, -1) % 5 != 3
-  # Two rows a launch, in chunks; one row; one group.
+  # Two rows a launch, in chunks; one group.
   config = dataclasses.replace(
     INTERPRETED, pairs=case.q_len * case.top_k * share, chunk=5 * (share == 4)
   )
@@ -82,14 +89,14 @@ def test_units_are_those_with_a_visible_pair(first, end):
 # ------------------------------------------------------------------ lowering
 
 
-@pytest.mark.parametrize("name", LOWERED)
+@pytest.mark.parametrize("name", LOWERED_NAMES)
 def test_lowers_for_cuda(name):
   texts = lowered(LOWERED[name], dense=False)
   assert all("kl_kv_blocks" in x and "kl_index_lse" in x for x in texts)
 
 
 @pytest.mark.parametrize(
-  "name", ["8k", "32k", "128k", "small_heads_32k", "16x4k_16_heads"]
+  "name", ["32k", "128k", "small_heads_32k", "16x4k_16_heads"]
 )
 def test_lowers_for_cuda_over_all_tokens(name):
   texts = lowered((cases.CASES | LOWERED)[name], dense=True)

@@ -313,7 +313,7 @@ def lower(case, kv_lengths=False, **kwargs):
   assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("name", cases.CASES)
+@pytest.mark.parametrize("name", ["8k", "1m", "small_heads_32k"])
 def test_lowers_for_cuda(name):
   lower(cases.CASES[name])
 
