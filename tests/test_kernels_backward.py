@@ -212,15 +212,18 @@ class TestInterpreted(GradientContract):
     return interpreted(case, *args, **CONFIGS[name])
 
 
-def test_interpreted_launches_do_not_change_a_bit():
+@pytest.mark.parametrize(
+  "launches", [4, pytest.param(2, marks=pytest.mark.slow)]
+)
+def test_interpreted_launches_do_not_change_a_bit(launches):
   # A batch row that sees all its queries and one that is shorter than T.
   scenario = op_contract.ATTENTION["rows"]
   case = dataclasses.replace(scenario.case, batch=2, kv_lengths=(140, 5))
   args = (case, *dataclasses.replace(scenario, case=case).build())
-  row = case.q_len * case.top_k * case.num_kv_heads
-  # Both batch rows at once, and one group.
+  choices = case.batch * case.num_kv_heads * case.q_len * case.top_k
+  # Both batch rows at once, and one group or one row.
   want, got = (
-    interpreted(*args, pairs=pairs, task=16) for pairs in (0, row // 2)
+    interpreted(*args, pairs=choices // n, task=16) for n in (1, launches)
   )
   check_attention_gradients(*args, want)
   assert_same_bits(got, want)

@@ -53,13 +53,15 @@ class TestInterpreted(KLContract):
     )  # fmt: skip
 
 
-@pytest.mark.parametrize("share", [4, 1])
+@pytest.mark.parametrize(
+  "share", [4, pytest.param(2, marks=pytest.mark.slow), 1]
+)
 def test_interpreted_launches_of_rows_and_groups(share):
   case = SPARSE_KL["rows"]
   q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
   blocks = random_blocks(case)
   mask = jnp.arange(case.batch * case.q_len).reshape(case.batch, -1) % 5 != 3
-  # Two rows a launch, in chunks; one group.
+  # Two rows a launch, in chunks; one row; one group.
   config = dataclasses.replace(
     INTERPRETED, pairs=case.q_len * case.top_k * share, chunk=5 * (share == 4)
   )
@@ -96,7 +98,11 @@ def test_lowers_for_cuda(name):
 
 
 @pytest.mark.parametrize(
-  "name", ["32k", "128k", "small_heads_32k", "16x4k_16_heads"]
+  "name",
+  [
+    *("32k", "128k", "small_heads_32k", "16x4k_16_heads"),
+    pytest.param("8k", marks=pytest.mark.slow),
+  ],
 )
 def test_lowers_for_cuda_over_all_tokens(name):
   texts = lowered((cases.CASES | LOWERED)[name], dense=True)

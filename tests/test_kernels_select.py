@@ -313,7 +313,17 @@ def lower(case, kv_lengths=False, **kwargs):
   assert "mosaic_gpu" in lowered.as_text()
 
 
-@pytest.mark.parametrize("name", ["8k", "1m", "small_heads_32k"])
+@pytest.mark.parametrize(
+  "name",
+  [
+    # Kernels of other lengths differ in numbers only.
+    pytest.param(
+      name,
+      marks=[pytest.mark.slow] * (name not in ("8k", "1m", "small_heads_32k")),
+    )
+    for name in cases.CASES
+  ],
+)
 def test_lowers_for_cuda(name):
   lower(cases.CASES[name])
 

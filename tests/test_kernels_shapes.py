@@ -170,7 +170,11 @@ def test_padded_heads_stay_out_of_the_kl(sizes):
   check_kl(case, q, k, index_q, index_k, blocks, got)
 
 
-@pytest.mark.parametrize("sizes", [(5, 1, 80, 48)], ids=str)
+@pytest.mark.parametrize(
+  "sizes",
+  [(5, 1, 80, 48), pytest.param((12, 1, 96, 112), marks=SLOW)],
+  ids=str,
+)
 def test_padded_kl_over_all_tokens(sizes):
   case = padded_case(*sizes)
   q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
@@ -195,7 +199,7 @@ def test_padded_selection(index_dim, precision):
     np.testing.assert_array_equal(ids, want)
 
 
-@pytest.mark.parametrize("group", [3, 12])
+@pytest.mark.parametrize("group", [3, pytest.param(7, marks=SLOW), 12])
 def test_decoding_of_every_group_size(group):
   case = test_kernels_decode.Case(
     lengths=(140, 3), capacity=144, num_heads=2 * group, top_k=2
