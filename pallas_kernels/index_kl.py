@@ -189,9 +189,8 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    chunk_gmem, tasks_gmem, longest_first_gmem, first_gmem, limit_gmem, iq_gmem,
-    ik_gmem, out_gmem,
-    iq_smem, ik_smem, iq_ready, iq_free, ik_ready, ik_free,
+    *, chunk_gmem, tasks_gmem, longest_first_gmem, first_gmem, limit_gmem,
+    iq_gmem, ik_gmem, out_gmem, iq_smem, ik_smem, iq_ring, ik_ring,
   ):  # fmt: skip
     cta = lax.axis_index("cta")
     my_tasks = kv_block_plan.num_tasks_of_cta(cta, chunk_gmem[2], num_ctas)
@@ -207,32 +206,26 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
         return pl.ds(pl.multiple_of((first + j) * PAIRS, PAIRS), PAIRS)
 
       def copy(j):
-        slot = lax.rem(step + j, 2)
-
-        @pl.when(step + j >= 2)
-        def _():
-          plgpu.barrier_wait(iq_free.at[slot])
-
+        slot = iq_ring.wait_free(step + j)
         plgpu.copy_gmem_to_smem(
-          iq_gmem.at[pairs_of(j)], iq_smem.at[slot], iq_ready.at[slot]
+          iq_gmem.at[pairs_of(j)], iq_smem.at[slot], iq_ring.ready_at(slot)
         )
 
-      @pl.when(i > 0)
-      def _():
-        plgpu.barrier_wait(ik_free)
-
+      slot = ik_ring.wait_free(i)
       tokens = pl.ds(block * kv_block_plan.KV_BLOCK, kv_block_plan.KV_BLOCK)
-      plgpu.copy_gmem_to_smem(ik_gmem.at[batch_row, tokens], ik_smem, ik_ready)
+      plgpu.copy_gmem_to_smem(
+        ik_gmem.at[batch_row, tokens], ik_smem, ik_ring.ready_at(slot)
+      )
       pl.when(num_pair_tiles > 0)(lambda: copy(0))
-      plgpu.barrier_wait(ik_ready)
+      ik_ring.wait_ready(slot)
 
       def pair_tile(j, carry):
         pl.when(j + 1 < num_pair_tiles)(lambda: copy(j + 1))
-        slot = lax.rem(step + j, 2)
+        slot = iq_ring.slot(step + j)
         limit = plgpu.load(
           limit_gmem.at[pairs_of(j)], layout=row_layout, optimized=False
         )
-        plgpu.barrier_wait(iq_ready.at[slot])
+        iq_ring.wait_ready(slot)
 
         def product(acc):
           plgpu.wgmma(acc, iq_smem.at[slot], ik_smem.transpose((1, 0)))
@@ -241,7 +234,7 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
         scores = pl.run_scoped(
           product, ACC((PAIRS, kv_block_plan.KV_BLOCK), jnp.float32)
         )
-        plgpu.barrier_arrive(iq_free.at[slot])
+        iq_ring.release(slot)
         scores = scores * (s.index_scale * mosaic.LOG2E)
         key = plgpu.broadcasted_iota(
           jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
@@ -255,15 +248,12 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
         return carry
 
       lax.fori_loop(0, num_pair_tiles, pair_tile, None)
-      plgpu.barrier_arrive(ik_free)
+      ik_ring.release(slot)
       return step + num_pair_tiles
 
     step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-    mosaic.drain(iq_free, step)
-
-    @pl.when(my_tasks > 0)
-    def _():
-      plgpu.barrier_wait(ik_free)
+    mosaic.drain_rings(step, iq_ring)
+    mosaic.drain_rings(my_tasks, ik_ring)
 
   def operand(*leading):
     return plgpu.SMEM(
@@ -271,21 +261,28 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
     )
 
   mosaic.launch(
-    body, chunk_desc, plan.tasks, plan.longest_first, firsts, limits, iq, ik,
-    out,
+    body,
+    dict(
+      chunk_gmem=chunk_desc,
+      tasks_gmem=plan.tasks,
+      longest_first_gmem=plan.longest_first,
+      first_gmem=firsts,
+      limit_gmem=limits,
+      iq_gmem=iq,
+      ik_gmem=ik,
+      out_gmem=out,
+    ),
     name="kl_index_lse",
     num_ctas=num_ctas,
     num_warpgroups=1,
     interpret=s.interpret,
-    scratch=[
-      operand(2, PAIRS),
-      operand(kv_block_plan.KV_BLOCK),
-      plgpu.Barrier(num_barriers=2),
-      plgpu.Barrier(num_barriers=2),
-      plgpu.Barrier(),
-      plgpu.Barrier(),
-    ],
-  )  # fmt: skip
+    scratch=dict(
+      iq_smem=operand(2, PAIRS),
+      ik_smem=operand(kv_block_plan.KV_BLOCK),
+      iq_ring=mosaic.ring(2),
+      ik_ring=mosaic.ring(),
+    ),
+  )
 
 
 def _gather_order(x):
@@ -407,17 +404,15 @@ def _kv_blocks(
   """
   s, config = params, params.config
   q_rows, d, i_dim = s.q_rows, s.head_dim, s.index_dim
-  stages = config.stages
   row_tiles = PAIRS // s.queries
   column_layout = plgpu.Layout.WGMMA.reduce(0)
 
   def body(
-    chunk_gmem, tasks_gmem, longest_first_gmem, first_gmem, query_gmem,
+    *, chunk_gmem, tasks_gmem, longest_first_gmem, first_gmem, query_gmem,
     limit_gmem, ilse_gmem, iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem,
-    value_gmem, part_gmem, sums_gmem,
-    q_smem, lse_smem, k_smem, ik_smem, iq_smem, ilse_smem, limit_smem, g_smem,
-    q_ready, q_free, lse_ready, lse_free, kv_ready, kv_free, iq_ready, iq_free,
-    g_ready, g_free, diq_ready, tensor_turn,
+    value_gmem, part_gmem, sums_gmem, q_smem, lse_smem, k_smem, ik_smem,
+    iq_smem, ilse_smem, limit_smem, g_smem, q_ring, lse_ring, kv_ring, iq_ring,
+    g_ready, g_read, diq_ready, tensor_turn,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = kv_block_plan.num_tasks_of_cta(
@@ -452,18 +447,18 @@ def _kv_blocks(
         row_step, pair_step, value = carry
         _, count, sum_slot, first = read_task(i)
         num_pair_tiles = (count + PAIRS - 1) // PAIRS
-        plgpu.barrier_wait(kv_ready)
+        kv_ring.wait_ready(0)
 
         def pair_tile(j, carry):
           row_step, pair_step, value, dik = carry
           num_pairs = jnp.minimum(count - j * PAIRS, PAIRS)
           num_row_tiles = (num_pairs + s.queries - 1) // s.queries
-          stage = lax.rem(pair_step, 2)
-          plgpu.barrier_wait(lse_ready.at[stage])
+          stage = iq_ring.slot(pair_step)
+          lse_ring.wait_ready(stage)
 
           def row_tile(t, mean):
-            q_stage = lax.rem(row_step + t, stages)
-            plgpu.barrier_wait(q_ready.at[q_stage])
+            q_stage = q_ring.slot(row_step + t)
+            q_ring.wait_ready(q_stage)
 
             def product(acc):
               plgpu.wgmma(
@@ -477,7 +472,7 @@ def _kv_blocks(
             plgpu.barrier_wait(tensor_turn.at[wg])
             scores = pl.run_scoped(product, ACC((KEYS, ROWS), jnp.float32))
             plgpu.barrier_arrive(tensor_turn.at[1 - wg])
-            plgpu.barrier_arrive(q_free.at[q_stage])
+            q_ring.release(q_stage)
             lse_rows = plgpu.load(lse_smem.at[stage, t], layout=column_layout)
             p = jnp.exp2(
               scores * (s.scale * mosaic.LOG2E) - along(lse_rows, ROWS)
@@ -485,8 +480,8 @@ def _kv_blocks(
             return _sum_heads(p, mean, t, q_rows=q_rows, interpret=s.interpret)
 
           mean = lax.fori_loop(0, num_row_tiles, row_tile, zero)
-          plgpu.barrier_arrive(lse_free.at[stage])
-          plgpu.barrier_wait(iq_ready.at[stage])
+          lse_ring.release(stage)
+          iq_ring.wait_ready(stage)
 
           def index_product(acc):
             plgpu.wgmma(
@@ -540,10 +535,10 @@ def _kv_blocks(
 
             @pl.when(pair_step > 0)
             def _():
-              plgpu.barrier_arrive(iq_free.at[1 - stage])
+              iq_ring.release(1 - stage)
 
-            plgpu.barrier_arrive(g_free)
-            plgpu.barrier_wait(g_free)
+            plgpu.barrier_arrive(g_read)
+            plgpu.barrier_wait(g_read)
 
             # Both warpgroups have finished with g and index_q of this tile.
             def write():
@@ -564,7 +559,7 @@ def _kv_blocks(
                 iq_smem.at[stage], part_gmem.at[pl.ds(first_pair, PAIRS)]
               )
           else:
-            plgpu.barrier_arrive(iq_free.at[stage])
+            iq_ring.release(stage)
           return row_step + num_row_tiles, pair_step + 1, value, dik
 
         dik = plgpu.layout_cast(
@@ -573,7 +568,7 @@ def _kv_blocks(
         row_step, pair_step, value, dik = lax.fori_loop(
           0, num_pair_tiles, pair_tile, (row_step, pair_step, value, dik)
         )
-        plgpu.barrier_arrive(kv_free)
+        kv_ring.release(0)
         if s.with_gradients:
           at = sums_gmem.at[0, sum_slot, pl.ds(wg * KEYS, KEYS)]
 
@@ -598,7 +593,7 @@ def _kv_blocks(
 
         @pl.when(pair_step > 0)
         def _():
-          plgpu.barrier_arrive(iq_free.at[lax.rem(pair_step + 1, 2)])
+          iq_ring.release(iq_ring.slot(pair_step + 1))
 
     @pl.when(wg == 2)
     def _copy():
@@ -612,39 +607,26 @@ def _kv_blocks(
         num_row_tiles = (count + s.queries - 1) // s.queries
 
         def copy_keys():
-          @pl.when(i > 0)
-          def _():
-            plgpu.barrier_wait(kv_free)
-
+          ready = kv_ring.ready_at(kv_ring.wait_free(i))
           for h in range(2):
             tokens = pl.ds(block * kv_block_plan.KV_BLOCK + h * KEYS, KEYS)
             plgpu.copy_gmem_to_smem(
-              k_gmem.at[batch_row, kv_head, tokens], k_smem.at[h], kv_ready
+              k_gmem.at[batch_row, kv_head, tokens], k_smem.at[h], ready
             )
             plgpu.copy_gmem_to_smem(
-              ik_gmem.at[batch_row, tokens], ik_smem.at[h], kv_ready
+              ik_gmem.at[batch_row, tokens], ik_smem.at[h], ready
             )
 
         def copy_lse(j, pair_step):
-          stage = lax.rem(pair_step, 2)
-
-          @pl.when(pair_step >= 2)
-          def _():
-            plgpu.barrier_wait(lse_free.at[stage])
-
+          stage = lse_ring.wait_free(pair_step)
           plgpu.copy_gmem_to_smem(
             lse_gmem.at[pl.ds((first + j) * row_tiles, row_tiles)],
             lse_smem.at[stage],
-            lse_ready.at[stage],
+            lse_ring.ready_at(stage),
           )
 
         def copy_index(j, pair_step):
-          stage = lax.rem(pair_step, 2)
-
-          @pl.when(pair_step >= 2)
-          def _():
-            plgpu.barrier_wait(iq_free.at[stage])
-
+          stage = iq_ring.wait_free(pair_step)
           first_pair = pl.multiple_of((first + j) * PAIRS, PAIRS)
           for x_gmem, x_smem in (
             (iq_gmem, iq_smem),
@@ -654,12 +636,12 @@ def _kv_blocks(
             plgpu.copy_gmem_to_smem(
               x_gmem.at[pl.ds(first_pair, PAIRS)],
               x_smem.at[stage],
-              iq_ready.at[stage],
+              iq_ring.ready_at(stage),
             )
 
         def row_tile(t, steps):
           row_step, pair_step = steps
-          stage = lax.rem(row_step, stages)
+          stage = q_ring.slot(row_step)
           # int32: the division of a loop's index has 64 bits in 64-bit JAX.
           j, nth = jnp.int32(t) // row_tiles, lax.rem(t, row_tiles)
           pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
@@ -670,23 +652,19 @@ def _kv_blocks(
             mine = [warp * each + a for a in range(each)]
             at = first * PAIRS + t * s.queries
             query = [query_gmem[at + a] for a in mine]
-
-            @pl.when(row_step >= stages)
-            def _():
-              plgpu.barrier_wait(q_free.at[stage])
-
+            q_ring.wait_free(row_step, stage)
             for a, one in zip(mine, query, strict=True):
               plgpu.copy_gmem_to_smem(
                 q_gmem.at[
                   batch_row, origin + one, pl.ds(kv_head * q_rows, q_rows)
                 ],
                 q_smem.at[stage, pl.ds(a * q_rows, q_rows)],
-                q_ready.at[stage],
+                q_ring.ready_at(stage),
               )
 
           # The keys and the index operands are copied last, because the task or
           # pair tile before may still be using their buffers.
-          pl.when(t == jnp.minimum(stages, num_row_tiles) - 1)(copy_keys)
+          pl.when(t == jnp.minimum(q_ring.stages, num_row_tiles) - 1)(copy_keys)
           ends = (nth == row_tiles - 1) | (t == num_row_tiles - 1)
           pl.when(ends)(lambda: copy_index(j, pair_step))
           return row_step + 1, pair_step + ends.astype(jnp.int32)
@@ -696,48 +674,57 @@ def _kv_blocks(
       row_step, pair_step = lax.fori_loop(
         0, my_tasks, task, (jnp.int32(0), jnp.int32(0))
       )
-      mosaic.drain(q_free, row_step)
-      mosaic.drain(lse_free, pair_step)
-      mosaic.drain(iq_free, pair_step)
-
-      @pl.when(my_tasks > 0)
-      def _():
-        plgpu.barrier_wait(kv_free)
+      mosaic.drain_rings(row_step, q_ring)
+      mosaic.drain_rings(pair_step, lse_ring)
+      mosaic.drain_rings(pair_step, iq_ring)
+      mosaic.drain_rings(my_tasks, kv_ring)
 
   def operand(*sizes):
     return plgpu.SMEM(sizes, s.dtype, transforms=mosaic.OPERAND)
 
   mosaic.launch(
-    body, chunk_desc, plan.tasks, plan.longest_first, firsts, queries, limits,
-    index_lse, iq, lse, q, k, ik, values, partials, sums,
+    body,
+    dict(
+      chunk_gmem=chunk_desc,
+      tasks_gmem=plan.tasks,
+      longest_first_gmem=plan.longest_first,
+      first_gmem=firsts,
+      query_gmem=queries,
+      limit_gmem=limits,
+      ilse_gmem=index_lse,
+      iq_gmem=iq,
+      lse_gmem=lse,
+      q_gmem=q,
+      k_gmem=k,
+      ik_gmem=ik,
+      value_gmem=values,
+      part_gmem=partials,
+      sums_gmem=sums,
+    ),
     name="kl_kv_blocks",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
     auto_barriers=False,
-    scratch=[
-      operand(stages, ROWS, d),
-      plgpu.SMEM((2, row_tiles, ROWS), jnp.float32),
-      operand(2, KEYS, d),
-      operand(2, KEYS, i_dim),
-      operand(2, PAIRS, i_dim),
-      plgpu.SMEM((2, PAIRS), jnp.float32),
-      plgpu.SMEM((2, PAIRS), jnp.int32),
-      operand(2, KEYS, PAIRS),
-      plgpu.Barrier(num_arrivals=s.queries, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_barriers=2),
-      plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      plgpu.Barrier(num_arrivals=4),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=3, num_barriers=2),
-      plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_barriers=2),
-    ],
-  )  # fmt: skip
+    scratch=dict(
+      q_smem=operand(config.stages, ROWS, d),
+      lse_smem=plgpu.SMEM((2, row_tiles, ROWS), jnp.float32),
+      k_smem=operand(2, KEYS, d),
+      ik_smem=operand(2, KEYS, i_dim),
+      iq_smem=operand(2, PAIRS, i_dim),
+      ilse_smem=plgpu.SMEM((2, PAIRS), jnp.float32),
+      limit_smem=plgpu.SMEM((2, PAIRS), jnp.int32),
+      g_smem=operand(2, KEYS, PAIRS),
+      q_ring=mosaic.ring(config.stages, fills=s.queries, releases=2),
+      lse_ring=mosaic.ring(2, releases=2),
+      kv_ring=mosaic.ring(fills=4, releases=2),
+      iq_ring=mosaic.ring(2, fills=3, releases=2),
+      g_ready=plgpu.Barrier(num_arrivals=2),
+      g_read=plgpu.Barrier(num_arrivals=2),
+      diq_ready=plgpu.Barrier(num_arrivals=2),
+      tensor_turn=plgpu.Barrier(num_barriers=2),
+    ),
+  )
 
 
 @functools.partial(

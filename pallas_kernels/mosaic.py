@@ -19,6 +19,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array
@@ -342,6 +343,115 @@ def zero_non_finite(x: Array) -> tuple[Array, Array]:
   return jnp.where(finite, x, 0), ~jnp.all(finite, axis=-1)
 
 
+@functools.partial(
+  jax.tree_util.register_dataclass,
+  data_fields=("ready", "free"),
+  meta_fields=(),
+)
+@dataclasses.dataclass(frozen=True)
+class Ring:
+  """The barriers of a ring of buffers in SMEM, which are filled in turn.
+
+  Step i of the producer fills slot i % stages, and step i of the consumers
+  reads it. Step i + stages may fill it again when all consumers have released
+  it. Both sides count the steps themselves, and on all of their loops together:
+
+    producer                            consumer
+      slot = ring.wait_free(step)         slot = ring.slot(step)
+      copy(..., ring.ready_at(slot))      ring.wait_ready(slot)
+                                          ...
+                                          ring.release(slot)
+
+  A ring of one stage is a buffer that is filled again and again.
+
+  In the `scratch` of `launch` it holds two `plgpu.Barrier`, see `ring`; in the
+  kernel body, what they have become.
+
+  Attributes:
+    ready: one barrier a stage, at which copies (or producers) arrive.
+    free: one barrier a stage, at which consumers arrive.
+  """
+
+  ready: Any
+  free: Any
+
+  @property
+  def stages(self) -> int:
+    return self.free.shape[0]
+
+  def _at(self, barriers: Any, slot: Any) -> Any:
+    return barriers if self.stages == 1 else barriers.at[slot]
+
+  def slot(self, step: Any) -> Any:
+    """The slot that a step fills and reads."""
+    return 0 if self.stages == 1 else lax.rem(step, self.stages)
+
+  def wait_free(self, step: Any, slot: Any = None) -> Any:
+    """Waits until a step may fill its slot, which is returned.
+
+    Give `slot` if it was computed outside of a `plgpu.warp_map`.
+    """
+    slot = self.slot(step) if slot is None else slot
+
+    @pl.when(step >= self.stages)
+    def _():
+      self.wait_released(slot)
+
+    return slot
+
+  def wait_released(self, slot: Any) -> None:
+    """Waits for the consumers of a slot that was filled before."""
+    plgpu.barrier_wait(self._at(self.free, slot))
+
+  def ready_at(self, slot: Any) -> Any:
+    """The barrier at which the copies into a slot arrive."""
+    return self._at(self.ready, slot)
+
+  def fill(self, slot: Any) -> None:
+    """A producer that writes SMEM itself has filled a slot."""
+    plgpu.barrier_arrive(self._at(self.ready, slot))
+
+  def wait_ready(self, slot: Any) -> None:
+    """Waits until a slot is filled."""
+    plgpu.barrier_wait(self._at(self.ready, slot))
+
+  def release(self, slot: Any) -> None:
+    """A consumer has read a slot."""
+    plgpu.barrier_arrive(self._at(self.free, slot))
+
+
+def ring(stages: int = 1, *, fills: int = 1, releases: int = 1) -> Ring:
+  """A `Ring` for the `scratch` of `launch`.
+
+  Args:
+    stages: buffers.
+    fills: arrivals that make a slot ready: its copies, or its producers.
+    releases: arrivals that make a slot free: its consumers.
+  """
+  return Ring(
+    ready=plgpu.Barrier(num_arrivals=fills, num_barriers=stages),
+    free=plgpu.Barrier(num_arrivals=releases, num_barriers=stages),
+  )
+
+
+def drain_rings(steps: Any, *rings: Ring) -> None:
+  """Waits until the consumers of rings have released all slots.
+
+  Producers call this at their end, so that no arrival is left without a wait.
+
+  Args:
+    steps: how many times buffers of each ring were filled in all; for rings of
+      one stage, a number that is positive if they were filled.
+    *rings: with the same number of stages.
+  """
+  for slot in range(rings[0].stages):
+
+    @pl.when(steps > slot)
+    def _(slot=slot):
+      for each in rings:
+        each.wait_released(slot)
+
+
 def drain(free: Any, step: Any) -> None:
   """Waits until the consumers of a ring of buffers have freed all of them.
 
@@ -369,18 +479,21 @@ def launch(
   auto_barriers: bool = True,
   reduction_scratch: int = 512,
 ) -> None:
-  """Runs `body(*operand_refs, *scratch_refs)` on `num_ctas` CTAs.
+  """Runs `body(**operand_refs, **scratch_refs)` on `num_ctas` CTAs.
 
   The axes are called "cta" and "wg" (warpgroup).
 
   Args:
-    body: the kernel.
-    *operands: arrays and Refs (`jax.new_ref`). Refs are written in place, so
-      that a kernel in a loop fills a part of a large output without a copy.
+    body: the kernel. Its parameters have the names of operands and scratch.
+    *operands: one mapping from names (`q_gmem`) to arrays and Refs
+      (`jax.new_ref`). Refs are written in place, so that a kernel in a loop
+      fills a part of a large output without a copy. Operands that are given one
+      by one are passed by position.
     name: of the launch, as profilers show it.
     num_ctas: CTAs of the grid.
     num_warpgroups: warpgroups of a CTA.
-    scratch: SMEM and barriers; a mapping is passed by keyword.
+    scratch: a mapping from names to SMEM (`q_smem`), barriers (`x_ready`) and
+      rings (`q_ring`, see `ring`). A sequence is passed by position.
     interpret: run on the CPU in Pallas's GPU interpret mode.
     auto_barriers: False removes the warpgroup barriers that Pallas puts around
       every SMEM store and copy. Then the body must order what one warpgroup
@@ -394,14 +507,24 @@ def launch(
     thread_name="wg",
   )
 
+  by_name = {}
+  if operands and isinstance(operands[0], Mapping):
+    by_name, operands = operands[0], tuple(operands[0].values())
+
   def scoped(*refs):
-    named = scratch if isinstance(scratch, Mapping) else {}
-    pl.run_scoped(
-      functools.partial(body, *refs),
-      *(() if named else scratch),
-      collective_axes="wg",
-      **named,
-    )
+    call = body
+    if by_name:
+      call, refs = functools.partial(body, **dict(zip(by_name, refs))), ()
+
+    def run(*allocated):
+      if isinstance(scratch, Mapping):
+        call(*refs, **dict(zip(scratch, allocated, strict=True)))
+      else:
+        call(*refs, *allocated)
+
+    # Not by keyword, because that would sort what has to be allocated.
+    types = scratch.values() if isinstance(scratch, Mapping) else scratch
+    pl.run_scoped(run, *types, collective_axes="wg")
 
   pl.kernel(
     scoped,
