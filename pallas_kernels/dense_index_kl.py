@@ -152,15 +152,15 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
     iq, ik: index queries and keys, padded.
     params: static parameters.
   """
-  s, config, stages = params, params.config, params.config.stages
+  s, config = params, params.config
   batch, _, q_len = out.shape
   groups = batch * s.num_kv_heads
   tiles = q_len // (2 * ROWS)
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    spans_gmem, limits_gmem, iq_gmem, ik_gmem, out_gmem, iq_smem, ik_smem,
-    iq_ready, iq_free, ik_ready, ik_free,
+    *, spans_gmem, limits_gmem, iq_gmem, ik_gmem, out_gmem, iq_smem, ik_smem,
+    iq_ring, ik_ring,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_items = (tiles * groups - cta + config.num_ctas - 1) // config.num_ctas
@@ -185,14 +185,14 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
         limit = plgpu.load(
           limits_gmem.at[batch_row, queries], layout=row_layout, optimized=False
         )
-        plgpu.barrier_wait(iq_ready)
+        iq_ring.wait_ready(0)
 
         def block(j, carry):
           m_i, l_i = carry
-          slot = lax.rem(step + j, stages)
-          plgpu.barrier_wait(ik_ready.at[slot])
+          slot = ik_ring.slot(step + j)
+          ik_ring.wait_ready(slot)
           scores = _scores(iq_smem.at[wg], ik_smem.at[slot])
-          plgpu.barrier_arrive(ik_free.at[slot])
+          ik_ring.release(slot)
           visible = _key_of_column() < _along_keys(limit - j * KEYS)
           scores = scores * (s.index_scale * mosaic.LOG2E)
           scores = jnp.where(visible, scores, FLOOR)
@@ -203,7 +203,7 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
         m_i, l_i = lax.fori_loop(
           0, key_tiles, block, (_row_vector(FLOOR), _row_vector(0.0))
         )
-        plgpu.barrier_arrive(iq_free)
+        iq_ring.release(0)
         out_gmem[batch_row, group, queries] = m_i + jnp.log2(l_i)
         return step + key_tiles
 
@@ -213,11 +213,7 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
     def _copy():
       def tile(i, step):
         batch_row, group, first, key_tiles = locate(i)
-
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_wait(iq_free)
-
+        ready = iq_ring.ready_at(iq_ring.wait_free(i))
         for h in range(2):
           plgpu.copy_gmem_to_smem(
             iq_gmem.at[
@@ -226,47 +222,44 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
               _span(group * s.index_dim, s.index_dim),
             ],
             iq_smem.at[h],
-            iq_ready,
+            ready,
           )
 
         def block(j, step):
-          slot = lax.rem(step, stages)
-
-          @pl.when(step >= stages)
-          def _():
-            plgpu.barrier_wait(ik_free.at[slot])
-
+          slot = ik_ring.wait_free(step)
           plgpu.copy_gmem_to_smem(
             ik_gmem.at[batch_row, _span(j * KEYS, KEYS)],
             ik_smem.at[slot],
-            ik_ready.at[slot],
+            ik_ring.ready_at(slot),
           )
           return step + 1
 
         return lax.fori_loop(0, key_tiles, block, step)
 
       step = lax.fori_loop(0, my_items, tile, jnp.int32(0))
-      mosaic.drain(ik_free, step)
-
-      @pl.when(my_items > 0)
-      def _():
-        plgpu.barrier_wait(iq_free)
+      mosaic.drain_rings(step, ik_ring)
+      mosaic.drain_rings(my_items, iq_ring)
 
   mosaic.launch(
-    body, spans, limits, iq, ik, out,
+    body,
+    dict(
+      spans_gmem=spans,
+      limits_gmem=limits,
+      iq_gmem=iq,
+      ik_gmem=ik,
+      out_gmem=out,
+    ),
     name="dense_kl_index_lse",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
-    scratch=[
-      s.operand(2, ROWS, s.index_dim),
-      s.operand(stages, KEYS, s.index_dim),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-    ],
-  )  # fmt: skip
+    scratch=dict(
+      iq_smem=s.operand(2, ROWS, s.index_dim),
+      ik_smem=s.operand(config.stages, KEYS, s.index_dim),
+      iq_ring=mosaic.ring(fills=2, releases=2),
+      ik_ring=mosaic.ring(config.stages, releases=2),
+    ),
+  )
 
 
 def _units(
@@ -299,15 +292,14 @@ def _units(
     iq, q, k, ik: operands, padded, with heads and channels on one axis.
     params: static parameters.
   """
-  s, config, stages = params, params.config, params.config.stages
+  s, config = params, params.config
   tiles = UNIT // ROWS
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    chunk_gmem, units_gmem, limits_gmem, ilse_gmem, lse_gmem, iq_gmem, q_gmem,
-    k_gmem, ik_gmem, values_gmem, g_gmem,
-    q_smem, lse_smem, k_smem, ik_smem, iq_smem, g_smem,
-    q_ready, q_free, k_ready, k_free, ik_ready, ik_free, iq_ready, iq_free,
+    *, chunk_gmem, units_gmem, limits_gmem, ilse_gmem, lse_gmem, iq_gmem,
+    q_gmem, k_gmem, ik_gmem, values_gmem, g_gmem, q_smem, lse_smem, k_smem,
+    ik_smem, iq_smem, g_smem, q_ring, k_ring, ik_ring, iq_ring,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     origin, per_head = chunk_gmem[1], chunk_gmem[2]
@@ -333,7 +325,7 @@ def _units(
         launch_row, group, first_query, first_key = locate(i)
         batch_row = chunk_gmem[0] + launch_row
         my_key = first_key + wg * KEYS
-        plgpu.barrier_wait(k_ready)
+        k_ring.wait_ready(0)
 
         def tile(j, carry):
           step, value = carry
@@ -349,11 +341,11 @@ def _units(
           )
 
           def head(h, mean):
-            slot = lax.rem(step + h, stages)
-            plgpu.barrier_wait(q_ready.at[slot])
+            slot = q_ring.slot(step + h)
+            q_ring.wait_ready(slot)
             scores = _scores(q_smem.at[slot], k_smem.at[wg])
             lse_rows = plgpu.load(lse_smem.at[slot], layout=row_layout)
-            plgpu.barrier_arrive(q_free.at[slot])
+            q_ring.release(slot)
             scores = scores * (s.scale * mosaic.LOG2E)
             return mean + jnp.exp2(scores - _along_keys(lse_rows))
 
@@ -368,19 +360,19 @@ def _units(
 
           @pl.when(j == tiles - 1)
           def _():
-            plgpu.barrier_arrive(k_free)
+            k_ring.release(0)
 
           @pl.when(j == 0)
           def _():
-            plgpu.barrier_wait(ik_ready)
+            ik_ring.wait_ready(0)
 
-          plgpu.barrier_wait(iq_ready)
+          iq_ring.wait_ready(0)
           scores = _scores(iq_smem, ik_smem.at[wg])
-          plgpu.barrier_arrive(iq_free)
+          iq_ring.release(0)
 
           @pl.when(j == tiles - 1)
           def _():
-            plgpu.barrier_arrive(ik_free)
+            ik_ring.release(0)
 
           visible = _key_of_column() < _along_keys(limit - my_key)
           p = jnp.where(visible, mean * (1.0 / s.group_size), 0.0)
@@ -422,22 +414,15 @@ def _units(
         keys = [_span(first_key + h * KEYS, KEYS) for h in range(2)]
         columns = _span(group * s.head_dim, s.head_dim)
 
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_wait(k_free)
-
+        ready = k_ring.ready_at(k_ring.wait_free(i))
         for h in range(2):
           plgpu.copy_gmem_to_smem(
-            k_gmem.at[batch_row, keys[h], columns], k_smem.at[h], k_ready
+            k_gmem.at[batch_row, keys[h], columns], k_smem.at[h], ready
           )
-
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_wait(ik_free)
-
+        ready = ik_ring.ready_at(ik_ring.wait_free(i))
         for h in range(2):
           plgpu.copy_gmem_to_smem(
-            ik_gmem.at[batch_row, keys[h]], ik_smem.at[h], ik_ready
+            ik_gmem.at[batch_row, keys[h]], ik_smem.at[h], ready
           )
 
         def tile(j, carry):
@@ -445,72 +430,69 @@ def _units(
           queries = _span(origin + first_query + j * ROWS, ROWS)
 
           def head(h, step):
-            slot = lax.rem(step, stages)
+            slot = q_ring.slot(step)
             one = group * s.group_size + h
-
-            @pl.when(step >= stages)
-            def _():
-              plgpu.barrier_wait(q_free.at[slot])
-
+            q_ring.wait_free(step, slot)
             plgpu.copy_gmem_to_smem(
               q_gmem.at[
                 batch_row, queries, _span(one * s.head_dim, s.head_dim)
               ],
               q_smem.at[slot],
-              q_ready.at[slot],
+              q_ring.ready_at(slot),
             )
             plgpu.copy_gmem_to_smem(
               lse_gmem.at[batch_row, one, queries], lse_smem.at[slot],
-              q_ready.at[slot],
+              q_ring.ready_at(slot),
             )  # fmt: skip
             return step + 1
 
           step = lax.fori_loop(0, s.group_size, head, step)
-
-          @pl.when(tile_step > 0)
-          def _():
-            plgpu.barrier_wait(iq_free)
-
+          slot = iq_ring.wait_free(tile_step)
           columns = _span(group * s.index_dim, s.index_dim)
           plgpu.copy_gmem_to_smem(
-            iq_gmem.at[batch_row, queries, columns], iq_smem, iq_ready
-          )
+            iq_gmem.at[batch_row, queries, columns], iq_smem,
+            iq_ring.ready_at(slot),
+          )  # fmt: skip
           return step, tile_step + 1
 
         return lax.fori_loop(0, tiles, tile, carry)
 
       step, _ = lax.fori_loop(0, my_items, unit, (jnp.int32(0), jnp.int32(0)))
-      mosaic.drain(q_free, step)
-
-      @pl.when(my_items > 0)
-      def _():
-        plgpu.barrier_wait(k_free)
-        plgpu.barrier_wait(ik_free)
-        plgpu.barrier_wait(iq_free)
+      mosaic.drain_rings(step, q_ring)
+      mosaic.drain_rings(my_items, k_ring, ik_ring, iq_ring)
 
   mosaic.launch(
-    body, chunk_desc, units, limits, index_lse, lse, iq, q, k, ik, values, g,
+    body,
+    dict(
+      chunk_gmem=chunk_desc,
+      units_gmem=units,
+      limits_gmem=limits,
+      ilse_gmem=index_lse,
+      lse_gmem=lse,
+      iq_gmem=iq,
+      q_gmem=q,
+      k_gmem=k,
+      ik_gmem=ik,
+      values_gmem=values,
+      g_gmem=g,
+    ),
     name="dense_kl_units",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
-    scratch=[
-      s.operand(stages, ROWS, s.head_dim),
-      plgpu.SMEM((stages, ROWS), jnp.float32),
-      s.operand(2, KEYS, s.head_dim),
-      s.operand(2, KEYS, s.index_dim),
-      s.operand(ROWS, s.index_dim),
-      s.operand(2, ROWS, KEYS),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(),
-      plgpu.Barrier(num_arrivals=2),
-    ],
-  )  # fmt: skip
+    scratch=dict(
+      q_smem=s.operand(config.stages, ROWS, s.head_dim),
+      lse_smem=plgpu.SMEM((config.stages, ROWS), jnp.float32),
+      k_smem=s.operand(2, KEYS, s.head_dim),
+      ik_smem=s.operand(2, KEYS, s.index_dim),
+      iq_smem=s.operand(ROWS, s.index_dim),
+      g_smem=s.operand(2, ROWS, KEYS),
+      q_ring=mosaic.ring(config.stages, fills=2, releases=2),
+      k_ring=mosaic.ring(fills=2, releases=2),
+      ik_ring=mosaic.ring(fills=2, releases=2),
+      iq_ring=mosaic.ring(releases=2),
+    ),
+  )
 
 
 def _visible_units(
