@@ -430,9 +430,8 @@ def _scan_scratch(s: KernelParams) -> dict[str, Any]:
     ),
     max_smem=plgpu.SMEM((stages, blocks, s.padded_queries), jnp.float32),
     q_ready=plgpu.Barrier(num_barriers=SCORERS),
-    k_ready=plgpu.Barrier(num_arrivals=1 + s.fp8, num_barriers=stages),
+    tile_ring=mosaic.ring(stages, fills=1 + s.fp8),
     max_ready=plgpu.Barrier(num_barriers=stages),
-    free=plgpu.Barrier(num_barriers=stages),
   )
   if s.fp8:
     scratch |= dict(
@@ -456,18 +455,23 @@ def _scan(
   """
   bs, blocks = s.block_size, STEP_KEYS // s.block_size
   layout = plgpu.Layout.WGMMA
-  scratch = _scan_scratch(s)
-  stages = scratch["k_smem"].shape[0]
+  codes, ids, counters = outputs
+  operands = dict(
+    q_gmem=index_q,
+    k_gmem=index_k,
+    lengths_gmem=lengths,
+    codes_gmem=codes,
+    ids_gmem=ids,
+    counters_gmem=counters,
+  )
+  if s.fp8:
+    operands["scale_gmem"] = index_k_scale
 
-  def body(*refs, **smem):
-    q_gmem, k_gmem, *refs = refs
-    scale_gmem = None
-    if s.fp8:
-      scale_gmem, *refs = refs
-    lengths_gmem, codes_gmem, ids_gmem, counters_gmem = refs
-    q_smem, k_smem, max_smem = smem["q_smem"], smem["k_smem"], smem["max_smem"]
-    q_ready, k_ready = smem["q_ready"], smem["k_ready"]
-    max_ready, free = smem["max_ready"], smem["free"]
+  def body(
+    *, q_gmem, k_gmem, lengths_gmem, codes_gmem, ids_gmem, counters_gmem,
+    q_smem, k_smem, max_smem, q_ready, tile_ring, max_ready,
+    scale_gmem: Any = None, q8_smem: Any = None, scale_smem: Any = None,
+  ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     each_segment = functools.partial(_each_segment, lengths_gmem, cta, s)
 
@@ -502,10 +506,10 @@ def _scan(
           scale = jnp.abs(x).max(axis=1) / FP8_MAX
           scale = jnp.where(scale > 0, scale, 1.0)
           x = x / _over_columns(scale, s.index_dim)
-          smem["q8_smem"][wg, rows] = x.astype(s.key_dtype)
+          q8_smem[wg, rows] = x.astype(s.key_dtype)
           scales.append(scale)
         plgpu.commit_smem()
-        return smem["q8_smem"], scales
+        return q8_smem, scales
 
       def segment(b, first_tile, count, steps):
         operand, scales = load_queries(b)
@@ -516,8 +520,8 @@ def _scan(
 
         def tile(j, carry):
           i = mine + j * SCORERS
-          slot = lax.rem(steps + i, stages)
-          plgpu.barrier_wait(k_ready.at[slot])
+          slot = tile_ring.slot(steps + i)
+          tile_ring.wait_ready(slot)
           for m in range(s.padded_queries // ROWS):
             rows = pl.ds(m * ROWS, ROWS)
 
@@ -530,7 +534,7 @@ def _scan(
             x = pl.run_scoped(product, ACC((ROWS, STEP_KEYS), jnp.float32))
             if s.fp8:
               key_scale = plgpu.load(
-                smem["scale_smem"].at[slot], layout=layout.reduce(0)
+                scale_smem.at[slot], layout=layout.reduce(0)
               )
               x = x * lax.broadcast_in_dim(key_scale, x.shape, [1])
             if s.local_blocks == 0:
@@ -579,7 +583,7 @@ def _scan(
         limit = own + 1 - s.local_blocks
 
         def tile(i, best):
-          slot = lax.rem(steps + i, stages)
+          slot = tile_ring.slot(steps + i)
           plgpu.barrier_wait(max_ready.at[slot])
           maxima = [
             plgpu.load(
@@ -587,7 +591,7 @@ def _scan(
             )
             for n in range(blocks)
           ]
-          plgpu.barrier_arrive(free.at[slot])
+          tile_ring.release(slot)
           for n, m in enumerate(maxima):
             block = (first_tile + i) * blocks + n
             # A visible block that scores -inf must rank before no block, and
@@ -622,39 +626,29 @@ def _scan(
       def segment(b, first_tile, count, steps):
         def tile(i, carry):
           step = steps + i
-          slot = lax.rem(step, stages)
+          slot = tile_ring.slot(step)
           keys = pl.ds((first_tile + i) * STEP_KEYS, STEP_KEYS)
-
-          @pl.when(step >= stages)
-          def _():
-            plgpu.barrier_wait(free.at[slot])
-
-          plgpu.copy_gmem_to_smem(
-            k_gmem.at[b, keys], k_smem.at[slot], k_ready.at[slot]
-          )
-          if scale_gmem is not None:
+          tile_ring.wait_free(step, slot)
+          ready = tile_ring.ready_at(slot)
+          plgpu.copy_gmem_to_smem(k_gmem.at[b, keys], k_smem.at[slot], ready)
+          if s.fp8:
             plgpu.copy_gmem_to_smem(
-              scale_gmem.at[b, keys], smem["scale_smem"].at[slot],
-              k_ready.at[slot],
-            )  # fmt: skip
+              scale_gmem.at[b, keys], scale_smem.at[slot], ready
+            )
           return carry
 
         lax.fori_loop(0, count, tile, None)
 
       steps = each_segment(segment)
-      mosaic.drain(free, steps)
+      mosaic.drain_rings(steps, tile_ring)
 
   mosaic.launch(
     body,
-    index_q,
-    index_k,
-    *([index_k_scale] if s.fp8 else []),
-    lengths,
-    *outputs,
+    operands,
     name="decode_scan",
     num_ctas=s.scan_ctas,
     num_warpgroups=SCORERS + 2,
-    scratch=scratch,
+    scratch=_scan_scratch(s),
     interpret=s.interpret,
     auto_barriers=False,
     reduction_scratch=0,
@@ -766,10 +760,8 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
     ids_smem=plgpu.SMEM((s.top_k + 1,), jnp.int32),
     q_ready=plgpu.Barrier(),
     ids_ready=plgpu.Barrier(),
-    k_ready=plgpu.Barrier(num_barriers=stages),
-    v_ready=plgpu.Barrier(num_barriers=stages),
-    k_free=plgpu.Barrier(num_barriers=stages),
-    v_free=plgpu.Barrier(num_barriers=stages),
+    k_ring=mosaic.ring(stages),
+    v_ring=mosaic.ring(stages),
   )
   if s.interpret:  # takes no wgmma operand from registers
     scratch["p_smem"] = plgpu.SMEM(
@@ -868,18 +860,18 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
   layout = plgpu.Layout.WGMMA
   row_layout = layout.reduce(1)
   per_block = s.block_size // unit
-  scratch = _attend_scratch(s)
-  stages = scratch["k_smem"].shape[0]
+  operands = dict(q_gmem=q, k_gmem=k, v_gmem=v, lengths_gmem=lengths)
+  if s.slots:
+    operands |= dict(codes_gmem=codes, ids_gmem=ids)
+  names = ("out", "chosen", "counters", "part", "stats")
+  operands |= {f"{name}_gmem": x for name, x in zip(names, outputs)}
 
-  def body(*refs, **smem):
-    q_gmem, k_gmem, v_gmem, lengths_gmem, *refs = refs
-    if s.slots:
-      codes_gmem, ids_gmem, *refs = refs
-    out_gmem, chosen_gmem, *refs = refs
-    q_smem, k_smem, v_smem = smem["q_smem"], smem["k_smem"], smem["v_smem"]
-    o_smem, ids_smem = smem["o_smem"], smem["ids_smem"]
-    k_ready, v_ready = smem["k_ready"], smem["v_ready"]
-    k_free, v_free = smem["k_free"], smem["v_free"]
+  def body(
+    *, q_gmem, k_gmem, v_gmem, lengths_gmem, out_gmem, chosen_gmem, q_smem,
+    k_smem, v_smem, o_smem, ids_smem, q_ready, ids_ready, k_ring, v_ring,
+    codes_gmem: Any = None, ids_gmem: Any = None, counters_gmem: Any = None,
+    part_gmem: Any = None, stats_gmem: Any = None, p_smem: Any = None,
+  ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     query, split = lax.div(cta, splits), lax.rem(cta, splits)
     loc = _locate(query, lengths_gmem, s)
@@ -900,21 +892,21 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
 
     @pl.when(wg == 0)
     def _compute():
-      plgpu.barrier_wait(smem["q_ready"])
-      plgpu.barrier_wait(smem["ids_ready"])
+      plgpu.barrier_wait(q_ready)
+      plgpu.barrier_wait(ids_ready)
 
       def step(i, carry):
         acc, m_i, l_i = carry
-        slot = lax.rem(i, stages)
+        slot = k_ring.slot(i)
         start = unit_start(i)
-        plgpu.barrier_wait(k_ready.at[slot])
+        k_ring.wait_ready(slot)
 
         def scores(ref):
           plgpu.wgmma(ref, q_smem, k_smem.at[slot].transpose((1, 0)))
           return ref[...]
 
         x = pl.run_scoped(scores, ACC((ROWS, unit), jnp.float32))
-        plgpu.barrier_arrive(k_free.at[slot])
+        k_ring.release(slot)
         key = start + plgpu.broadcasted_iota(
           jnp.int32, x.shape, 1, layout=layout
         )
@@ -926,7 +918,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
         l_new = l_i * alpha + p.sum(axis=1)
         acc = acc * _over_columns(alpha, d)
         p = p.astype(s.dtype)
-        plgpu.barrier_wait(v_ready.at[slot])
+        v_ring.wait_ready(slot)
 
         @pl.when(start + unit - 1 > loc.position)
         def _():
@@ -948,17 +940,17 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
           plgpu.wgmma(ref, p, v_smem.at[slot])
 
         if s.interpret:
-          smem["p_smem"][...] = p
+          p_smem[...] = p
           plgpu.commit_smem()
 
           def fresh(ref):
-            values(ref, smem["p_smem"])
+            values(ref, p_smem)
             return ref[...]
 
           acc += pl.run_scoped(fresh, ACC((ROWS, d), jnp.float32))
         else:
           acc = pl.run_state(values)(ACC.init(acc))
-        plgpu.barrier_arrive(v_free.at[slot])
+        v_ring.release(slot)
         return acc, m_new, l_new
 
       acc, m_i, l_i = lax.fori_loop(
@@ -980,7 +972,6 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
         )
         plgpu.wait_smem_to_gmem(0)
         return
-      counters_gmem, part_gmem, stats_gmem = refs
       o_smem[...] = acc
       plgpu.commit_smem()
       plgpu.copy_smem_to_gmem(
@@ -997,7 +988,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
       plgpu.copy_gmem_to_smem(
         q_gmem.at[loc.b, loc.token, loc.group, heads],
         q_smem.at[pl.ds(0, s.heads)],
-        smem["q_ready"],
+        q_ready,
       )
       own = jnp.where(loc.position < 0, -1, lax.div(loc.position, s.block_size))
       for j in range(s.local_blocks):
@@ -1040,23 +1031,20 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
       for j, block in enumerate(chosen):
         ids_smem[j] = block
       ids_smem[s.top_k] = known
-      plgpu.barrier_arrive(smem["ids_ready"])
+      plgpu.barrier_arrive(ids_ready)
 
       def load(i, carry):
-        slot = lax.rem(i, stages)
+        slot = k_ring.slot(i)
         tokens = pl.ds(unit_start(i), unit)
-        for gmem, to, ready, free in (
-          (k_gmem, k_smem, k_ready, k_free),
-          (v_gmem, v_smem, v_ready, v_free),
+        for x_gmem, x_smem, ring in (
+          (k_gmem, k_smem, k_ring),
+          (v_gmem, v_smem, v_ring),
         ):
-
-          @pl.when(i >= stages)
-          def _(free=free):
-            plgpu.barrier_wait(free.at[slot])
-
+          ring.wait_free(i, slot)
           plgpu.copy_gmem_to_smem(
-            gmem.at[loc.b, tokens, loc.group], to.at[slot], ready.at[slot]
-          )
+            x_gmem.at[loc.b, tokens, loc.group], x_smem.at[slot],
+            ring.ready_at(slot),
+          )  # fmt: skip
         return carry
 
       units = my_units()
@@ -1070,15 +1058,9 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
             block == NO_BLOCK, -1, block
           )
 
-      for slot in range(stages):
-
-        @pl.when(units > slot)
-        def _(slot=slot):
-          plgpu.barrier_wait(k_free.at[slot])
-          plgpu.barrier_wait(v_free.at[slot])
+      mosaic.drain_rings(units, k_ring, v_ring)
 
     if splits > 1 and not s.separate_merge:
-      counters_gmem, part_gmem, stats_gmem = refs
       first, step = split * 2 + wg, splits * 2
 
       @pl.when(first < s.group_size)
@@ -1090,20 +1072,21 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
         )  # fmt: skip
 
   mosaic.launch(
-    body, q, k, v, lengths, *((codes, ids) if s.slots else ()), *outputs,
+    body,
+    operands,
     name="decode_attend",
     num_ctas=s.all_queries * splits,
     num_warpgroups=2,
-    scratch=scratch,
+    scratch=_attend_scratch(s),
     interpret=s.interpret,
     auto_barriers=False,
-  )  # fmt: skip
+  )
 
 
 def _merge(lengths, part, stats, out, s: KernelParams) -> None:
   """Merges the splits of every query and head, in a kernel of its own."""
 
-  def body(lengths_gmem, part_gmem, stats_gmem, out_gmem):
+  def body(*, lengths_gmem, part_gmem, stats_gmem, out_gmem):
     cta = lax.axis_index("cta")
     query, head = lax.div(cta, s.group_size), lax.rem(cta, s.group_size)
     _merge_splits(
@@ -1112,14 +1095,15 @@ def _merge(lengths, part, stats, out, s: KernelParams) -> None:
     )  # fmt: skip
 
   mosaic.launch(
-    body, lengths, part, stats, out,
+    body,
+    dict(lengths_gmem=lengths, part_gmem=part, stats_gmem=stats, out_gmem=out),
     name="decode_merge",
     num_ctas=s.all_queries * s.group_size,
     num_warpgroups=1,
-    scratch=(),
+    scratch={},
     interpret=s.interpret,
     auto_barriers=False,
-  )  # fmt: skip
+  )
 
 
 @functools.partial(jax.jit, static_argnames=("s",))
