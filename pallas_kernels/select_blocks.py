@@ -125,8 +125,7 @@ def _scratch(
     max_smem=plgpu.SMEM((stages, blocks, config.tile_rows), jnp.float32),
     q_ready=plgpu.Barrier(num_barriers=wgs),
     k_ready=plgpu.Barrier(num_barriers=stages),
-    max_ready=plgpu.Barrier(num_arrivals=wgs, num_barriers=stages),
-    max_free=plgpu.Barrier(num_barriers=stages),
+    max_ring=mosaic.ring(stages, fills=wgs),
   )
 
 
@@ -204,7 +203,12 @@ def _select_kernel(
   kv_lengths_gmem,
   out_gmem,
   *,
-  scratch,
+  q_smem,
+  k_smem,
+  max_smem,
+  q_ready,
+  k_ready,
+  max_ring: mosaic.Ring,
   config: Config,
   q_len: int,
   num_groups: int,
@@ -214,12 +218,6 @@ def _select_kernel(
   num_local_blocks: int,
   packed: bool,
 ):
-  q_smem, k_smem, max_smem = (
-    scratch[name] for name in ("q_smem", "k_smem", "max_smem")
-  )
-  q_ready, k_ready, max_ready, max_free = (
-    scratch[name] for name in ("q_ready", "k_ready", "max_ready", "max_free")
-  )
   rows, wgs, stages = (
     config.warpgroup_rows,
     config.score_warpgroups,
@@ -258,7 +256,7 @@ def _select_kernel(
     layout = plgpu.Layout.WGMMA
 
     def step(i, masked):
-      slot = lax.rem(i, stages)
+      slot = max_ring.slot(i)
       plgpu.barrier_wait(k_ready.at[slot])
 
       def matmul(acc):
@@ -276,14 +274,10 @@ def _select_kernel(
         s[:, b * block_size : (b + 1) * block_size].max(axis=1)
         for b in range(step_blocks)
       ]
-
-      @pl.when(i >= stages)
-      def _():
-        plgpu.barrier_wait(max_free.at[slot])
-
+      max_ring.wait_free(i, slot)
       for b, m in enumerate(maxima):
         max_smem[slot, b, pl.ds(wg * rows, rows)] = m
-      plgpu.barrier_arrive(max_ready.at[slot])
+      max_ring.fill(slot)
 
     # If the own block is forced, every block that competes is fully visible.
     masked_from = num_steps
@@ -356,14 +350,14 @@ def _select_kernel(
     insert = insert_packed if packed else insert_pair
 
     def step(i, best):
-      slot = lax.rem(i, stages)
+      slot = max_ring.slot(i)
       scales = []
       if k_scale_gmem is not None:
         # These loads come before the wait, which hides their latency.
         scales = [
           k_scale_gmem[batch, i * step_blocks + b] for b in range(step_blocks)
         ]
-      plgpu.barrier_wait(max_ready.at[slot])
+      max_ring.wait_ready(slot)
       maxima = [
         plgpu.load(max_smem.at[slot, b], layout=layout)
         for b in range(step_blocks)
@@ -373,7 +367,7 @@ def _select_kernel(
       # any more.
       @pl.when(i + stages < num_steps)
       def _():
-        plgpu.barrier_arrive(max_free.at[slot])
+        max_ring.release(slot)
         load_keys(i + stages, slot)
 
       for b in range(step_blocks):
@@ -558,7 +552,7 @@ def select_blocks(
       k_scale_gmem[0] if k_scale_gmem else None,
       kv_lengths_gmem,
       out_gmem,
-      scratch=scratch,
+      **scratch,
       config=config,
       q_len=q_len,
       num_groups=num_groups,
