@@ -117,21 +117,6 @@ class Config:
       raise ValueError(f"stages must be even, got {self.stages}")
 
 
-def heuristic_config() -> Config:
-  """The config used when none is given."""
-  return Config()
-
-
-def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one of them is tested."""
-  return (
-    Config(),
-    Config(stages=4),
-    Config(unit=128),
-    Config(unit=64, splits=32),
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class KernelParams:
   """Static parameters of one call."""
@@ -1179,7 +1164,7 @@ def decode_attention(
     top_k: P, blocks kept for each query and group.
     num_local_blocks: newest blocks, own one included, that are always kept.
     scale: of the scores, a positive number; D^-0.5 if None.
-    config: tile sizes; `heuristic_config` if None.
+    config: tile sizes; the defaults of `Config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Returns:
@@ -1246,7 +1231,7 @@ def decode_attention(
     dtype=jnp.dtype(q.dtype),
     index_dtype=jnp.dtype(index_q.dtype),
     key_dtype=jnp.dtype(index_k.dtype),
-    config=config or heuristic_config(),
+    config=config or Config(),
     interpret=interpret,
   )
 

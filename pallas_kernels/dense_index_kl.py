@@ -84,16 +84,6 @@ class Config:
   num_ctas: int = mosaic.NUM_SMS
 
 
-def heuristic_config() -> Config:
-  """The config used when none is given."""
-  return Config()
-
-
-def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one of them is tested."""
-  return Config(), Config(stages=2), Config(workspace=1 << 27)
-
-
 @dataclasses.dataclass(frozen=True)
 class KernelParams:
   """Static parameters of one call, after padding."""

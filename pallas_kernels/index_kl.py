@@ -111,22 +111,6 @@ class Config:
   num_ctas: int = mosaic.NUM_SMS
 
 
-def heuristic_config() -> Config:
-  """The config used when none is given."""
-  return Config()
-
-
-def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one of them is tested."""
-  return (
-    Config(),
-    Config(stages=2),
-    Config(task=128),
-    Config(task=1024),
-    Config(pairs=1 << 19),
-  )
-
-
 @dataclasses.dataclass(frozen=True)
 class KernelParams:
   """Static parameters of one call, after padding."""
@@ -1047,7 +1031,7 @@ def index_kl_loss(
     index_scale: of the index scores; I^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
     query_mask: queries that count; all if None.
-    config: tile sizes of the phase; `heuristic_config` if None.
+    config: tile sizes of the phase; the defaults of its `Config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Raises:
@@ -1070,7 +1054,7 @@ def index_kl_loss(
   )
   if block_indices is None:
     check()
-    config = config or dense_index_kl.heuristic_config()
+    config = config or dense_index_kl.Config()
   else:
     check(
       block_size=block_size,
@@ -1078,7 +1062,7 @@ def index_kl_loss(
       kv_len=k.shape[1],
       group_size=num_heads // k.shape[2],
     )
-    config = config or heuristic_config()
+    config = config or Config()
   if kv_lengths is None:
     kv_lengths = jnp.full((b,), k.shape[1], jnp.int32)
   if query_mask is None:

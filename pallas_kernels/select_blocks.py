@@ -53,7 +53,6 @@ index_q and index_k are taken under stop_gradient.
 from __future__ import annotations
 
 import dataclasses
-import math
 
 import jax
 import jax.numpy as jnp
@@ -127,37 +126,6 @@ def _scratch(
     k_ready=plgpu.Barrier(num_barriers=stages),
     max_ring=mosaic.ring(stages, fills=wgs),
   )
-
-
-def smem_bytes(
-  config: Config, index_dim: int, block_size: int, dtype: jnp.dtype
-) -> int:
-  """Shared memory of one CTA's tiles; barriers take less than 1 KiB more."""
-  scratch = _scratch(config, index_dim, block_size, dtype)
-  return sum(
-    math.prod(x.shape) * jnp.dtype(x.dtype).itemsize
-    for name, x in scratch.items()
-    if name.endswith("_smem")
-  )
-
-
-def candidate_configs(
-  index_dim: int, block_size: int, dtype: jnp.dtype
-) -> list[Config]:
-  """Configs that are worth timing; every one of them is tested."""
-  configs = [
-    Config(warpgroup_rows=rows, step_keys=keys, stages=n)
-    for rows, keys, stages in (
-      (128, 128, (3, 4)),
-      (64, 128, (4,)),
-      (64, 256, (2,)),
-    )
-    for n in stages
-  ]
-  limit = mosaic.SMEM_LIMIT - 1024
-  return [
-    c for c in configs if smem_bytes(c, index_dim, block_size, dtype) <= limit
-  ]
 
 
 def heuristic_config(num_rows: int, list_values: int = 0) -> Config:

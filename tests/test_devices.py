@@ -168,6 +168,7 @@ for run in (gqa, msa):
 """
 
 
+@pytest.mark.slow  # test_layer_under_a_mesh_lowers is the quick one
 def test_kernels_lower_for_several_gpus():
   """Each on its device's rows and KV heads: training and generation."""
   rows = map(json.loads, run_script(LOWERING, 8).splitlines())

@@ -24,6 +24,19 @@ from pallas_kernels import dense_index_kl, index_kl
 # On the CPU: one CTA, small tasks; chunks of one unit's queries.
 INTERPRETED = index_kl.Config(stages=2, task=64, num_ctas=1)
 INTERPRETED_DENSE = dense_index_kl.Config(stages=2, workspace=1, num_ctas=1)
+# On a GPU: every way to go through the work.
+CONFIGS = (
+  index_kl.Config(),
+  index_kl.Config(stages=2),
+  index_kl.Config(task=128),
+  index_kl.Config(task=1024),
+  index_kl.Config(pairs=1 << 19),
+)
+DENSE_CONFIGS = (
+  dense_index_kl.Config(),
+  dense_index_kl.Config(stages=2),
+  dense_index_kl.Config(workspace=1 << 27),
+)
 
 
 def run(case, *args, mask=None, config=None, interpret=False):
@@ -193,7 +206,7 @@ def test_gpu_over_all_tokens(hopper, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", dense_index_kl.candidate_configs(), ids=str)
+@pytest.mark.parametrize("config", DENSE_CONFIGS, ids=str)
 def test_gpu_configs_over_all_tokens(hopper, config):
   for name in ("paper_heads", "ragged_batch"):
     case, dtype = HOPPER_CASES[name]
@@ -220,7 +233,7 @@ def test_gpu_small_chunks_over_all_tokens(hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", index_kl.candidate_configs(), ids=str)
+@pytest.mark.parametrize("config", CONFIGS, ids=str)
 def test_gpu_configs(hopper, config):
   case, dtype = HOPPER_CASES["paper_heads"]
   q, k, _, index_q, index_k = case.inputs(dtype=dtype)
