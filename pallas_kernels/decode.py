@@ -47,6 +47,27 @@ SMEM at I = D = 128: scan 32 KiB of queries (48 with fp8 keys) and tiles in all
 the rest; attend 16 KiB of queries, K and V blocks of 64 KiB, 16 or 32 KiB of
 results.
 
+Barriers of scan (one arrival each where no number stands):
+
+  name        who arrives                            who waits
+  q_ready     one a score warpgroup: the copy of     score, itself
+              its queries
+  tile_ring   ready: copy of a key tile (and of      score, the one whose
+              its scales: 2)                         turn it is
+              free: choose, which has read the       copy
+              maxima that score left
+  max_ready   score: the maxima of a tile            choose
+
+Barriers of attend:
+
+  name        who arrives                            who waits
+  q_ready     the copy of the query's heads          compute
+  ids_ready   choose and copy: the ids are known     compute
+  k_ring      ready: the copy of a unit's keys       compute
+              free: compute, after the scores        choose and copy
+  v_ring      ready: the copy of a unit's values     compute
+              free: compute, after the product       choose and copy
+
 Slots of the cache from kv_lengths[b] on do not exist: whatever they hold, NaN
 included, changes nothing. A visible NaN or infinity in q, k or v makes the
 output of its query NaN. A block whose index scores hold NaN is not chosen

@@ -37,6 +37,21 @@ twice, zeros included: 21 GB, 8 ms.
 SMEM at D = I = 128: K and index_k 64 KB each, q 16 KB a stage, index_q 16 KB, g
 32 KB.
 
+Barriers, between compute warpgroups 0 and 1 and the copy warpgroup. Copies make
+each ring ready, and 0 and 1 wait for it; both of these release it, and the copy
+warpgroup waits before it fills a slot again.
+
+  index_lse   filled with                          released
+  iq_ring     index queries of 0 and of 1          after their last key tile
+  ik_ring     a tile of 128 index keys             after its scores
+
+  units       filled with                          released
+  k_ring      keys of 0 and of 1                   after the unit's last heads
+  ik_ring     index keys of 0 and of 1             after the unit's last tile
+  q_ring      a head of a tile of queries, and     after its scores and its lse
+              its lse
+  iq_ring     index queries of a tile              after its index scores
+
 NaN: one in a query or in the lse reaches g of the keys that the query sees and
 nothing else. Index keys that are not finite are zeroed, and queries that see
 one are made NaN through index_lse. Keys that a query does not see are masked

@@ -48,6 +48,34 @@ benchmarks/results/LOG.md says what is reached.
 SMEM: q 32 KB a stage, K and index_k 32 KB each, index_q 32 KB, g 16 KB, log sum
 exps 8 KB.
 
+Barriers of index_lse, whose only warpgroup copies and computes:
+
+  iq_ring     ready at the copy of the index queries of a pair tile
+              free when the warpgroup has multiplied them
+  ik_ring     ready at the copy of the index keys of a task
+              free when the warpgroup is through with the task
+
+Barriers of kv_blocks, between compute warpgroups 0 and 1 and the copy
+warpgroup (arrivals in brackets):
+
+  name        who arrives                            who waits
+  q_ring      ready: a copy a query (8 or 16)        0 and 1
+              free: 0 and 1, after the scores (2)    copy
+  lse_ring    ready: the copy of a pair tile's lse   0 and 1
+              free: 0 and 1 (2)                      copy
+  kv_ring     ready: both halves of K, index_k (4)   0 and 1
+              free: 0 and 1, after the task (2)      copy
+  iq_ring     ready: index_q, its lse, limits (3)    0 and 1
+              free: 0 and 1 (2): when dindex_q,      copy
+              which is written over index_q, is
+              stored; without gradients after r
+  g_ready     0 and 1: g is in SMEM (2)              0 and 1
+  g_read      0 and 1: all products of g are         0 and 1
+              done, index_q is not needed (2)
+  diq_ready   0 and 1: dindex_q is in SMEM (2)       0, which stores it
+  tensor_turn the other compute warpgroup: the       0 and 1, each its own
+              tensor cores are free for this one
+
 NaN: one in a query reaches its own row and the keys that it sees. Keys that are
 not finite are zeroed, and a query that sees one is made NaN through index_lse.
 
@@ -143,14 +171,34 @@ class KernelParams:
     )
 
 
+HALVES_SHIFT = 8  # bits below: up to KV_BLOCK = 128 keys
+
+
+def _pack_limit(num_keys, halves):
+  """How many keys of its KV block a pair sees, and which halves it chose.
+
+  Args:
+    num_keys: keys of the block that lie up to the query, 0 to KV_BLOCK.
+    halves: 2 bits, one for each half of the block.
+  """
+  return num_keys | (halves << HALVES_SHIFT)
+
+
 def _visible(limits, key, layout_axis):
-  """Whether pairs, along an axis, see the keys of their KV block."""
+  """Whether pairs see the keys of their KV block.
+
+  Args:
+    limits: of `_pack_limit`, one a pair.
+    key: numbers of keys in the block, along the other axis.
+    layout_axis: of key's shape, along which the pairs lie.
+  """
 
   def along(x):
     return lax.broadcast_in_dim(x, key.shape, [layout_axis])
 
-  half = 1 << (8 + key // KEYS)
-  return (key < along(limits & 255)) & ((along(limits) & half) != 0)
+  half = 1 << (HALVES_SHIFT + key // KEYS)
+  seen = along(limits & ((1 << HALVES_SHIFT) - 1))
+  return (key < seen) & ((along(limits) & half) != 0)
 
 
 def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
@@ -162,8 +210,7 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
       head), first query, number of tasks.
     plan: `kv_block_plan.KVBlockPlan`.
     firsts: each task's first pair tile.
-    limits: for each pair, how many keys of its block the query sees by
-      causality, and 2 bits above 8 that say which halves were chosen.
+    limits: for each pair, which keys of its block it sees (`_pack_limit`).
     iq: index queries, gathered in the order of the pair tiles.
     ik: index keys.
     params: static parameters.
@@ -847,13 +894,11 @@ def _loss(
         jnp.where(used, choice_slot, num_pairs)
       ].set(pair_slot, mode="drop", unique_indices=True)
       pair_slot_of = pair_slot_of.reshape(groups, chunk, top_k)
-      # For each pair: how many keys of its KV block lie up to the query, and 2
-      # bits that say which halves of the block were chosen.
       first_limit = first_positions[kv_block // num_kv_blocks] + 1
       first_limit -= kv_block % num_kv_blocks * kv_block_plan.KV_BLOCK
       limits = first_limit[task_of] + query_of_chunk
       halves = 3 if plan.chosen is None else plan.chosen[pair]
-      limits = jnp.clip(limits, 0, kv_block_plan.KV_BLOCK) | (halves << 8)
+      limits = _pack_limit(jnp.clip(limits, 0, kv_block_plan.KV_BLOCK), halves)
       limits = jnp.where(used, limits, 0)
       # Index into [B, T, K]: of the group's first query, then of each pair.
       index_in_iq = (batch_row * t + first_query) * num_kv_heads + kv_head

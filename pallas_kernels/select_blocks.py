@@ -41,6 +41,20 @@ A block whose visible scores hold NaN is not chosen unless it is forced. An
 infinite entry of an operand counts as NaN, as in the reference, whatever its
 sign. Finite operands whose products overflow score an infinity.
 
+Barriers:
+
+  name        who arrives                            who waits
+  q_ready     one a score warpgroup: the copy of     score, itself
+              its MMA rows
+  k_ready     one a stage: the copy of a key tile    score
+  max_ring    ready: each score warpgroup, when      choice
+              its maxima of a key tile are in SMEM
+              free: choice, which has read them      score
+
+Key tiles have no barrier of their own that frees them: when max_ring is ready,
+all score warpgroups have multiplied the tile, and the choice warpgroup itself
+loads the next one in its place.
+
 SMEM (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima 4 KiB.
 
 Index heads of other sizes than 64 and 128 are padded with zeros to the next of
