@@ -1,5 +1,6 @@
 """The benchmark on the CPU, with the reference in the kernels' places."""
 
+import dataclasses
 import json
 
 import jax
@@ -8,7 +9,16 @@ import pytest
 
 import msa_jax
 from benchmarks import __main__ as bench
-from benchmarks import cases, decode, forward, fuzz, measure, records, training
+from benchmarks import (
+  cases,
+  decode,
+  forward,
+  fuzz,
+  measure,
+  records,
+  training,
+  worth,
+)
 from msa_jax import reference
 from pallas_kernels import mosaic, sparse_attention_fwd, tile_plan
 
@@ -465,3 +475,59 @@ def test_fuzz_repeats_a_call_and_its_signatures():
     jax.tree.leaves(fuzz.draw(s, key)), jax.tree.leaves(fuzz.draw(s, key))
   ):
     assert a.tobytes() == b.tobytes()
+
+
+# --- Is it worth it? ----------------------------------------------------------
+
+
+def worth_row(op, tokens, speedup, **fields):
+  case = dataclasses.asdict(cases.Case(tokens=tokens))
+  row = dict(op=op, selection="trained_like", score_precision="exact")
+  return case | row | dict(speedup=speedup) | fields
+
+
+def test_worth_takes_the_records_of_a_models_heads():
+  model = worth.Model("paper", 64, 4, 128)
+  rows = [
+    worth_row("prefill", 1 << 15, 4.0),
+    worth_row("prefill", 1 << 13, 0.9),
+    worth_row("prefill", 1 << 17, 14.0),
+    # Of another selection, batch, heads or precision; without a dense time.
+    worth_row("prefill", 1 << 14, 9.0, selection="random"),
+    worth_row("prefill", 1 << 14, 9.0, batch=2),
+    worth_row("prefill", 1 << 14, 9.0, num_heads=32),
+    worth_row("prefill", 1 << 14, 9.0, score_precision="fp8"),
+    worth_row("prefill", 1 << 14, None),
+    worth_row("train", 1 << 14, 9.0),
+    # Fewer queries than keys.
+    worth_row("prefill", 1 << 10, 9.0, kv_tokens=1 << 14),
+    worth_row("decode", 1, 2.0, kv_tokens=1 << 20, selection="random"),
+  ]
+  found = worth.speedups(rows, model, "prefill", "trained_like")
+  assert found == {1 << 13: 0.9, 1 << 15: 4.0, 1 << 17: 14.0}
+  assert list(found) == sorted(found)
+  assert worth.pays_from(found) == 1 << 15
+  assert worth.cell(found) == "from 32K (8K 0.9x, 32K 4.0x, 128K 14.0x)"
+  decoding = worth.speedups(rows, model, "decode", "random")
+  assert worth.cell(decoding) == "from 1M (1M 2.0x)"
+  # A length from which on it pays does not skip one at which it does not.
+  assert worth.pays_from({1: 2.0, 2: 0.99, 4: 1.0}) == 4
+  assert worth.cell({1 << 13: 1.2, 1 << 15: 0.8}) == (
+    "not yet (8K 1.2x, 32K 0.8x)"
+  )
+  assert worth.cell({}) == "not measured"
+
+
+def test_worth_writes_its_page(tmp_path):
+  """And the page in docs/ is what the committed records give."""
+  assert len(worth.MODELS) == 12
+  here = worth.PAGE.read_text()
+  assert worth.with_table(here, records.read_json(worth.RESULTS)) == here
+  page = tmp_path / "page.md"
+  page.write_text("before\n" + "\nold\n".join(worth.MARKS) + "\nafter\n")
+  assert worth.main(["--page", str(page)]) == 0
+  text = page.read_text()
+  assert text.startswith("before\n") and text.endswith("\nafter\n")
+  assert "old" not in text and "| MiniMax-M2 | 48, 8, 128 |" in text
+  with pytest.raises(ValueError, match="wanted a page with the lines"):
+    worth.with_table("nothing", dict(rows=[]))

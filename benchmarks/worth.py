@@ -1,0 +1,177 @@
+"""Says from which length MSA pays for public models, and writes it to a page.
+
+  python -m benchmarks.worth
+  python -m benchmarks.worth --results FILE --page PAGE
+
+The numbers are the records of a results file at the heads of each model. The
+table replaces what stands between two marks of the page.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import pathlib
+import sys
+from collections.abc import Mapping, Sequence
+
+from benchmarks import records
+from benchmarks.cases import Case
+
+ROOT = pathlib.Path(__file__).parents[1]
+RESULTS = records.FOLDER / "nvidia_h100_80gb_hbm3.json"
+PAGE = ROOT / "docs" / "worth.md"
+MARKS = ("<!-- table of benchmarks.worth -->", "<!-- end of the table -->")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A public model's name and the attention heads of its config file."""
+
+  name: str
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+
+
+MODELS = (
+  Model("SmolLM2-135M", 9, 3, 64),
+  Model("Llama-3.2-1B", 32, 8, 64),
+  Model("Qwen3-0.6B", 16, 8, 128),
+  Model("Llama-3.2-3B", 24, 8, 128),
+  Model("Phi-3-mini", 32, 32, 96),
+  Model("Qwen2.5-7B", 28, 4, 128),
+  Model("Llama-3.1-8B, Qwen3-8B", 32, 8, 128),
+  Model("Qwen3-14B", 40, 8, 128),
+  Model("Qwen3-30B-A3B", 32, 4, 128),
+  Model("MiniMax-M2", 48, 8, 128),
+  Model("Llama-3.1-70B, Qwen3-32B", 64, 8, 128),
+  Model("Qwen3-235B-A22B", 64, 4, 128),
+)
+# Title of a column -> op and selection of its records. Decoding is measured
+# with random choices only, which cost it the same.
+COLUMNS = {
+  "prefill": ("prefill", "trained_like"),
+  "training step": ("train", "trained_like"),
+  "decoding": ("decode", "random"),
+}
+
+
+def name_of(tokens: int) -> str:
+  return f"{tokens >> 10}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
+
+
+def speedups(
+  rows: Sequence[Mapping], model: Model, op: str, selection: str
+) -> dict[int, float]:
+  """Speed-up over dense attention by length, for one row of the batch.
+
+  Args:
+    rows: records of a results file.
+    model: the heads.
+    op: an op of the records.
+    selection: the kind of choices.
+  """
+  wanted = dataclasses.asdict(
+    Case(
+      tokens=0,
+      num_heads=model.num_heads,
+      num_kv_heads=model.num_kv_heads,
+      head_dim=model.head_dim,
+      index_dim=model.head_dim,
+    )
+  )
+  wanted |= dict(op=op, selection=selection, score_precision="exact")
+  found = {}
+  for row in rows:
+    fits = all(
+      row[name] == value
+      for name, value in wanted.items()
+      if name not in ("tokens", "kv_tokens")
+    )
+    whole = row["tokens"] == (1 if op == "decode" else row["kv_tokens"])
+    if fits and whole and row["speedup"]:
+      found[row["kv_tokens"]] = row["speedup"]
+  return dict(sorted(found.items()))
+
+
+def pays_from(found: Mapping[int, float]) -> int | None:
+  """The least measured length from which on no speed-up is below 1."""
+  start = None
+  for tokens in sorted(found, reverse=True):
+    if found[tokens] < 1:
+      break
+    start = tokens
+  return start
+
+
+def cell(found: Mapping[int, float]) -> str:
+  """From which length it pays, and the speed-ups that were measured."""
+  if not found:
+    return "not measured"
+  measured = ", ".join(f"{name_of(t)} {x:.1f}x" for t, x in found.items())
+  start = pays_from(found)
+  said = "not yet" if start is None else f"from {name_of(start)}"
+  return f"{said} ({measured})"
+
+
+def table(rows: Sequence[Mapping]) -> str:
+  """The Markdown table of all models."""
+  lines = [
+    f"| model | H, K, D | {' | '.join(COLUMNS)} |",
+    "|---|---|" + "---|" * len(COLUMNS),
+  ]
+  for model in MODELS:
+    heads = f"{model.num_heads}, {model.num_kv_heads}, {model.head_dim}"
+    cells = [
+      cell(speedups(rows, model, op, selection))
+      for op, selection in COLUMNS.values()
+    ]
+    lines.append(f"| {model.name} | {heads} | {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def with_table(page: str, content: Mapping) -> str:
+  """A page's text with the table of a results file between its marks.
+
+  Raises:
+    ValueError: the page lacks the marks.
+  """
+  start, end = MARKS
+  before, mark, rest = page.partition(start)
+  _, closing, after = rest.partition(end)
+  if not mark or not closing:
+    raise ValueError(f"wanted a page with the lines {start} and {end}")
+  return f"{before}{start}\n\n{table(content['rows'])}\n\n{end}{after}"
+
+
+def main(argv: list[str] | None = None) -> int:
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.worth",
+    description=(__doc__ or "").split("\n\n")[0],
+  )
+  parser.add_argument(
+    "--results",
+    type=pathlib.Path,
+    default=RESULTS,
+    help="JSON file of `python -m benchmarks` (default: the H100's)",
+  )
+  parser.add_argument(
+    "--page",
+    type=pathlib.Path,
+    default=PAGE,
+    help="the page to write (default: docs/worth.md)",
+  )
+  args = parser.parse_args(argv)
+  content = records.read_json(args.results)
+  if not content:
+    parser.error(f"no results in {args.results}")
+  text = with_table(args.page.read_text(), content)
+  with records.whole_file(args.page) as file:
+    file.write_text(text)
+  print(table(content["rows"]))
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
