@@ -430,7 +430,8 @@ def lower(case, config=None):
 
 
 @pytest.mark.parametrize("batch, capacity, fp8", [
-  (1, 1 << 20, False), (8, 1 << 17, True), (32, 1 << 15, False),
+  (1, 1 << 20, False), (8, 1 << 17, True),
+  pytest.param(32, 1 << 15, False, marks=pytest.mark.slow),
 ])  # fmt: skip
 def test_lowers_for_cuda(batch, capacity, fp8):
   case = dataclasses.replace(

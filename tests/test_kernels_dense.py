@@ -288,7 +288,9 @@ def kernels(*inputs, with_kl=True, **options):
   )
 
 
-@pytest.mark.parametrize("sink", [None, 0.5])
+@pytest.mark.parametrize(
+  "sink", [pytest.param(None, marks=pytest.mark.slow), 0.5]
+)
 @pytest.mark.parametrize("phase", ["warmup", "sparse"])
 def test_layers_under_remat_scan_and_vmap_lower(pretend_hopper, phase, sink):
   """Two rematerialised layers in a scan, their KLs logged, under vmap."""
