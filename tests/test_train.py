@@ -627,6 +627,28 @@ def test_cpt_takes_over_backbone_moments_and_step(compared):
     assert changed == ("index_" in name), name
 
 
+def test_cpt_scans_layers_that_gqa_trained_unrolled(compared):
+  run = config_lib.load(
+    config_lib.RunConfig,
+    compared / "text" / "msa_cpt" / "seed0" / "config.json",
+  )
+  assert not run.model.scan_layers
+  scanned = dataclasses.replace(run.model, scan_layers=True)
+
+  def values(model):
+    program = program_of(dataclasses.replace(run, model=model))
+    state = program.start_from_dense(run.recipe, run.seed)
+    adam = state.opt["backbone"][1]
+    trees = (program.group(state.params, "backbone"), adam.mu, adam.nu)
+    return [
+      np.sort(np.concatenate([np.ravel(x) for x in tree.values()]))
+      for tree in trees
+    ]
+
+  for got, want in zip(values(scanned), values(run.model), strict=True):
+    np.testing.assert_array_equal(got, want)
+
+
 def test_cpt_refuses_another_architecture(compared, place):
   run = config_lib.load(
     config_lib.RunConfig,

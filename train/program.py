@@ -307,9 +307,6 @@ class Program:
         model.
     """
     assert recipe.init_from is not None and recipe.init_step is not None
-    dense = Program(
-      dataclasses.replace(self.config, model=dense_twin(self.model_config))
-    )
     folder = pathlib.Path(recipe.init_from)
     source = read_config(folder)
     if source is None:
@@ -317,6 +314,12 @@ class Program:
         f"recipe.init_from={recipe.init_from!r}: no run folder (it has no"
         " config.json)."
       )
+    # Scanned layers are stored as stacks; the conversion takes either form.
+    twin = dataclasses.replace(
+      dense_twin(self.model_config),
+      scan_layers=source["model"].get("scan_layers", False),
+    )
+    dense = Program(dataclasses.replace(self.config, model=twin))
     found = read_state(dense, folder, recipe.init_step)
     assert found is not None
     state, _ = found

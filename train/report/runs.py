@@ -16,9 +16,11 @@ from pathlib import Path
 from typing import Any
 
 BASELINE = "gqa"
-# The config fields in which two sides may differ: attention and its recipe.
+# The fields in which two sides may differ: attention, its recipe, and whether
+# layers are scanned, which changes how they are compiled.
 _ATTENTION = re.compile(
-  r"model\.(layer_kinds|implementation|gqa_implementation|index(\..+)?)"
+  r"model\.(layer_kinds|implementation|gqa_implementation|scan_layers"
+  r"|index(\..+)?)"
   r"|recipe(\..+)?|optimizer\.index_.+"
 )
 # Fields that name a run, its folder and the checkpoints it keeps.
@@ -181,8 +183,9 @@ def check_comparable(
     if refused:
       raise ValueError(
         "runs to compare may differ in attention only (model.layer_kinds, "
-        "model.index, model.implementation, model.gqa_implementation, recipe, "
-        "optimizer.index_*), but " + "; ".join(refused)
+        "model.index, model.implementation, model.gqa_implementation, "
+        "model.scan_layers, recipe, optimizer.index_*), but "
+        + "; ".join(refused)
       )
   return differences
 
