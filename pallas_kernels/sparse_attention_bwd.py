@@ -9,8 +9,8 @@ arXiv 2606.13392):
 **kv_blocks**, the main kernel. A CTA owns a task of `kv_block_plan`: one KV
 block of 128 keys and queries that chose it. K and V of the block stay in SMEM,
 its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
-(queries x the heads of their group), one TMA copy a query (`gather` in
-`_copy`). Warpgroup roles:
+(queries x the heads of their group), one TMA copy a pack (`mosaic.Packing`,
+`gather` in `_copy`). Warpgroup roles:
 
 * two compute warpgroups own 64 of the keys each. They compute the scores as
   k q^T, so that p and ds come out of the softmax in the register layout of the
@@ -49,7 +49,10 @@ read, 4 KB of dQ written and 4 KB read again. Either memory binds (less than 160
 FLOP a byte), or shared memory, which a row tile keeps as busy as the tensor
 cores. benchmarks/results/LOG.md says what is reached.
 
-SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32 KB, dQ 32 KB.
+SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32 KB, dQ 32 KB, and
+2 KB of lse, delta and pairs. What a pair is (its pack and where its dQ goes) is
+copied there one row tile ahead: with 8 rows a pack, waiting for these numbers
+from memory took 40 % of the kernel's time.
 
 NaN: a query that sees a NaN has an lse or delta of NaN and passes it to its dq
 and to dk and dv of the keys that it sees, as the formula does. Masked entries

@@ -6,12 +6,13 @@ blocks (Main Branch; arXiv 2606.13392):
   out = softmax_J(scale q.k) v      lse = log sum_J exp(scale q.k)
 
 One wgmma tile has 64 MMA rows: some queries times all heads of their group, so
-that a chosen block is read once for all of these heads. `tile_plan` decides on
+that a chosen block is read once for all of these heads. Queries come in packs
+of 8 or 16 rows (`mosaic.Packing`). `tile_plan` decides on
 the device which of the two kernels computes which choice:
 
 * **pairs** (the key block stays, queries are gathered). A CTA owns a task: K
   and V of one block stay in SMEM, while the queries that chose the block are
-  gathered, one TMA copy a query (`gather` in `_copy`). Each (query, block) pair
+  gathered, one TMA copy a pack (`gather` in `_copy`). Each (pack, block) pair
   leaves a normalised partial output in q's dtype and a base-2 lse. Two or three
   warpgroups each compute row tiles of 64 MMA rows, and one warpgroup copies.
   Bound: 4 + 4 KB moved for each pair (16 heads, D 128), and 4 more to merge it.
@@ -32,7 +33,7 @@ SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
 partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial
 outputs (192 KB of K and V when nothing is merged).
 
-Not supported: what `mosaic.check_supported` refuses; a gradient of lse.
+Not supported: what `mosaic.check_supported` refuses.
 """
 
 from __future__ import annotations
