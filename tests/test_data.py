@@ -1,10 +1,14 @@
 """Corpora, tokenizers, batches and the recall task."""
 
+import bz2
 import dataclasses
+import gzip
 import json
+import lzma
 import multiprocessing
 import os
 import pathlib
+import time
 import warnings
 
 import numpy as np
@@ -232,9 +236,111 @@ def test_files_that_are_not_text_are_left_out_with_a_warning(folder):
   (folder / "latin.txt").write_bytes("é".encode("latin-1"))
   (folder / "image.bin").write_bytes(b"\0\1\2\3")
   (folder / ".hidden").write_bytes(b"no")
-  with pytest.warns(UserWarning, match="2 of 42 files are not UTF-8 text"):
+  (folder / "nowhere").symlink_to(folder / "gone")
+  os.mkfifo(folder / "pipe")
+  deep = json.dumps({"text": "fine"}) + "\n" + "[" * 200_000 + "]" * 200_000
+  (folder / "deep.jsonl").write_text(deep)
+  (folder / "numbers.json").write_text("[1, 2]")
+  with pytest.warns(UserWarning) as caught:
     source = data.load(config_of(folder))
-  assert source.fingerprint["left_out"]["not_utf8"] == 2
+  said = " ".join(str(warning.message) for warning in caught)
+  for text in (
+    "latin.txt (not UTF-8 text)",
+    "image.bin (not UTF-8 text)",
+    "nowhere (a link to nowhere)",
+    "pipe (no regular file)",
+    "deep.jsonl:2 (JSON nested too deep to be read)",
+    "numbers.json (a JSON array with entries that have no text in 'text')",
+  ):
+    assert text in said
+  assert ".hidden" not in said
+  assert source.fingerprint["left_out"] == {
+    "not_utf8": 2,
+    "empty": 0,
+    "duplicate": 0,
+    "too_deep": 1,
+    "json_array": 1,
+  }
+
+
+def _documents(config):
+  opened = corpus.open_corpus(config)
+  return {
+    document[:-1].tobytes().decode()
+    for stream in (opened.train, opened.held_out)
+    for document in np.split(
+      stream.astype(np.uint8), np.flatnonzero(stream == 255) + 1
+    )[:-1]
+  }
+
+
+def test_linked_folders_compressed_files_and_json_arrays_are_read(tmp_path):
+  folder, elsewhere = tmp_path / "text", tmp_path / "elsewhere"
+  (folder / "a").mkdir(parents=True)
+  elsewhere.mkdir()
+  lines = [json.dumps({"text": f"line {i}"}) for i in range(4)]
+  (folder / os.fsdecode(b"caf\xe9.txt")).write_text("no UTF-8 in its name")
+  (folder / "a" / "plain.txt").write_text("plain")
+  (folder / "l.jsonl.gz").write_bytes(gzip.compress(lines[0].encode()))
+  (folder / "t.txt.xz").write_bytes(lzma.compress(b"in xz"))
+  (folder / "t.txt.bz2").write_bytes(bz2.compress(b"in bz2"))
+  (folder / "array.json").write_text(f'[{lines[1]}, "bare"]')
+  (folder / "lines.json").write_text("\n".join(lines[2:]))
+  (folder / "object.json").write_text('{"a": 1}')
+  (elsewhere / "linked.txt").write_text("linked")
+  (folder / "link").symlink_to(elsewhere)
+  (elsewhere / "circle").symlink_to(folder)
+  (folder / "0").symlink_to(folder / "a")
+  config = config_of(folder)
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    found = _documents(config)
+  assert found == {
+    *(f"line {i}" for i in range(4)),
+    *("no UTF-8 in its name", "plain", "in xz", "in bz2", "bare"),
+    *('{"a": 1}', "linked"),
+  }
+  names = [name for name, _ in corpus._find_files(config)]
+  assert "caf\\xe9.txt" in names and "link/linked.txt" in names
+  # A folder that a link leads to as well keeps its own name.
+  assert [name for name in names if "plain" in name] == ["a/plain.txt"]
+
+
+@pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])
+def test_a_damaged_compressed_file_is_named(tmp_path, suffix):
+  (tmp_path / f"a.txt.{suffix}").write_bytes(b"not compressed")
+  with pytest.raises(ValueError, match=rf"a.txt.{suffix} cannot be decompress"):
+    data.load(config_of(tmp_path))
+
+
+def test_bpe_takes_time_in_proportion_to_text_without_spaces():
+  """Words are cut, so that neither training nor encoding is quadratic."""
+  rng = np.random.default_rng(0)
+  letters = np.frombuffer(b"abcdefghijklmnopqrstuvwxyz", np.uint8)
+  text = rng.choice(letters, 160_000).tobytes().decode()
+
+  def seconds(text):
+    start = time.process_time()
+    tokenizer = corpus._BPETokenizer.train([text], 4096)
+    (ids,) = tokenizer.encode([text])
+    assert tokenizer.decode(ids) == text
+    return time.process_time() - start
+
+  small, large = seconds(text[:20_000]), seconds(text)
+  # Without cutting, eight times the text takes more than 60 times as long.
+  assert large < 20 * small + 0.5
+
+
+def test_words_of_usual_length_are_not_cut():
+  words = [f"{'ab' * n} {n}\n" for n in range(1, 120)]
+  (model, cut) = (corpus._BPETokenizer.train(words, 300) for _ in range(2))
+  import tokenizers
+
+  cut.model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  for a, b in zip(model.encode(words), cut.encode(words)):
+    np.testing.assert_array_equal(a, b)
 
 
 def test_installed_packages_are_a_corpus(tmp_path, monkeypatch):

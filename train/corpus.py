@@ -7,10 +7,14 @@ hash of every file's name and content and of every setting that the tokens
 depend on. Text that has changed therefore gets new tokens.
 """
 
+import bz2
 import dataclasses
+import gzip
 import hashlib
 import importlib.metadata
+import io
 import json
+import lzma
 import os
 import pathlib
 import platform
@@ -19,6 +23,7 @@ import stat
 import sysconfig
 import tempfile
 import warnings
+import zlib
 from collections.abc import Iterator
 from typing import Any, Literal, NamedTuple
 
@@ -31,8 +36,16 @@ _CACHE_VERSION = 3
 # A BPE tokenizer is trained on at most this many characters, because its merges
 # hardly change with more.
 _BPE_BYTES = 1 << 26
+# BPE cuts longer words, because training takes the length of a word times the
+# number of merges in it. Text with spaces has hardly any such words.
+_BPE_WORD_BYTES = 256
 # This byte never occurs in UTF-8, so the byte tokenizer can end texts with it.
 _BYTE_END_OF_TEXT = 0xFF
+_COMPRESSED = {
+  ".gz": gzip.decompress,
+  ".bz2": bz2.decompress,
+  ".xz": lzma.decompress,
+}
 _SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
 
 
@@ -41,9 +54,11 @@ class TextConfig:
   """Real text, as bytes or as BPE tokens."""
 
   path: str | None = None
-  """A text, jsonl or parquet file, or a folder of them (hidden files and
-  files that are not UTF-8 are left out). None: the source of the running
-  Python's standard library."""
+  """A text, json, jsonl or parquet file, or a folder of them, which may be
+  compressed with gzip, bzip2 or xz (.gz, .bz2, .xz). Hidden files and the
+  folders __pycache__, site-packages and dist-packages are left out, and, with a
+  warning, files that hold no text. None: the source of the running Python's
+  standard library."""
 
   installed: bool = False
   """With path=None: whether the text is the Python source of the packages that
@@ -65,7 +80,8 @@ class TextConfig:
   their names, and the last one is cut."""
 
   text_field: str = "text"
-  """The field of jsonl lines or parquet rows that holds the text."""
+  """The field of jsonl lines, of the objects in a json array or of parquet rows
+  that holds the text."""
 
   rows: Literal["files", "folders", "stream"] = "files"
   """What a batch row holds. files: whole documents, packed, which see nothing
@@ -176,7 +192,7 @@ def open_corpus(config: TextConfig) -> Corpus:
   elif config.path is None:
     name = f"Python {platform.python_version()} standard library"
   else:
-    name = pathlib.Path(config.path).resolve().name
+    name = _printable(pathlib.Path(config.path).resolve().name)
   return Corpus(
     train=stream("train"),
     held_out=stream("held_out"),
@@ -247,15 +263,15 @@ def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
   """(name, path) of each file, sorted by name. The name is the path relative
   to the root.
 
-  For the standard library, only Python files. Installed packages are left out,
-  and so is the record of how Python was built, which differs from machine to
-  machine.
+  Linked folders are read too, unless they lie in the root themselves. For the
+  standard library, only Python files. Installed packages are left out, and so
+  is the record of how Python was built, which differs from machine to machine.
   """
   kind = "purelib" if config.installed else "stdlib"
   root = pathlib.Path(config.path or sysconfig.get_paths()[kind])
   # Unlike Path.is_file, these return False for what may not be accessed.
   if os.path.isfile(root):
-    return [(root.name, root)]
+    return [(_printable(root.name), root)]
   if not os.path.isdir(root):
     raise ValueError(
       f"path={str(root)!r} does not exist, or may not be looked at: wanted a"
@@ -269,13 +285,33 @@ def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
       f" ({error.strerror})."
     ) from error
 
-  files = []
-  for folder, subfolders, names in os.walk(root, onerror=refuse):
-    subfolders[:] = [
-      name
-      for name in subfolders
-      if name not in _SKIPPED_FOLDERS and not name.startswith(".")
-    ]
+  files, no_files, links, seen = [], [], [], set()
+
+  def walk(top: pathlib.Path):
+    """Reads a folder; leaves those that links lead to for later."""
+    for folder, subfolders, names in os.walk(top, onerror=refuse):
+      real = os.path.realpath(folder)
+      if real in seen:
+        subfolders.clear()
+        continue
+      seen.add(real)
+      subfolders[:] = [
+        name
+        for name in subfolders
+        if name not in _SKIPPED_FOLDERS and not name.startswith(".")
+      ]
+      paths = (pathlib.Path(folder, name) for name in sorted(subfolders))
+      links.extend(path for path in paths if path.is_symlink())
+      yield folder, names
+
+  def walk_all():
+    # A folder in the root keeps its own name, whatever links to it, so links
+    # come last.
+    yield from walk(root)
+    while links:
+      yield from walk(links.pop(0))
+
+  for folder, names in walk_all():
     for name in names:
       path = pathlib.Path(folder, name)
       if name.startswith("."):
@@ -283,23 +319,44 @@ def _find_files(config: TextConfig) -> list[tuple[str, pathlib.Path]]:
       try:
         regular = stat.S_ISREG(path.stat().st_mode)
       except FileNotFoundError:
-        continue  # a link to nowhere
+        no_files.append((path, "a link to nowhere"))
+        continue
       except OSError as error:
         raise ValueError(
           f"path: file {str(path)!r} cannot be read ({error.strerror})."
         ) from error
       if not regular:
+        no_files.append((path, "no regular file"))
         continue
       if config.path is None and (
         path.suffix != ".py" or name.startswith("_sysconfigdata")
       ):
         continue
-      files.append((path.relative_to(root).as_posix(), path))
+      files.append((_printable(path.relative_to(root).as_posix()), path))
+  if config.path is not None:
+    _warn_left_out(config, [(str(p), why) for p, why in sorted(no_files)])
   if not files:
     raise ValueError(
-      f"path={str(root)!r} holds no files: wanted text, jsonl or parquet."
+      f"path={str(root)!r} holds no files: wanted text, json, jsonl or parquet."
     )
   return sorted(files)
+
+
+def _printable(name: str) -> str:
+  """A file's name, with escapes for the bytes that are not UTF-8."""
+  return os.fsencode(name).decode(errors="backslashreplace")
+
+
+def _warn_left_out(config: TextConfig, left_out: list[tuple[str, str]]) -> None:
+  """Warns of the documents that are left out: which, and why."""
+  if not left_out:
+    return
+  shown = [f"{_printable(name)} ({why})" for name, why in left_out[:5]]
+  if len(left_out) > 5:
+    shown.append(f"{len(left_out) - 5} more")
+  warnings.warn(
+    f"path={config.path!r}: left out: {', '.join(shown)}.", stacklevel=6
+  )
 
 
 def _read(path: pathlib.Path) -> bytes:
@@ -311,11 +368,40 @@ def _read(path: pathlib.Path) -> bytes:
     ) from error
 
 
+class _NoText(NamedTuple):
+  """Stands for the text of a document that has none.
+
+  Attributes:
+    kind: the key of its count in the corpus's metadata.
+    why: what the warning says.
+  """
+
+  kind: str
+  why: str
+
+
+_NOT_UTF8 = _NoText("not_utf8", "not UTF-8 text")
+_TOO_DEEP = _NoText("too_deep", "JSON nested too deep to be read")
+
+
+def _decompress(name: str, content: bytes) -> tuple[str, bytes]:
+  """The suffix of a file's name and its content, both without compression."""
+  path = pathlib.PurePosixPath(name.lower())
+  expand = _COMPRESSED.get(path.suffix)
+  if expand is None:
+    return path.suffix, content
+  try:
+    return path.with_suffix("").suffix, expand(content)
+  except (OSError, EOFError, ValueError, zlib.error, lzma.LZMAError) as error:
+    raise ValueError(
+      f"path: {name} cannot be decompressed ({error})."
+    ) from error
+
+
 def _documents(
   name: str, path: pathlib.Path, text_field: str
-) -> Iterator[tuple[str, str | None]]:
-  """(name, text) of each document in a file; text is None if the file is not
-  text."""
+) -> Iterator[tuple[str, str | _NoText]]:
+  """(name, text) of each document in a file."""
 
   def check(text: Any, where: str, fields: list[str]) -> str:
     if not isinstance(text, str):
@@ -332,14 +418,16 @@ def _documents(
       ) from error
     return text
 
-  suffix = path.suffix.lower()
-  if suffix in (".jsonl", ".ndjson"):
-    for number, line in enumerate(_read(path).splitlines(), 1):
+  def lines(content: bytes) -> Iterator[tuple[str, str | _NoText]]:
+    for number, line in enumerate(content.splitlines(), 1):
       where = f"line {number} of {name}"
       if not line.strip():
         continue
       try:
         row = json.loads(line)
+      except RecursionError:
+        yield f"{name}:{number}", _TOO_DEEP
+        continue
       except ValueError as error:
         raise ValueError(f"path: {where} is not JSON: {error}") from error
       if not isinstance(row, dict):
@@ -348,12 +436,28 @@ def _documents(
         )
       text = check(row.get(text_field), where, list(row))
       yield f"{name}:{number}", text
+
+  suffix, content = _decompress(name, _read(path))
+  if suffix == ".json":
+    rows = _json_rows(content, text_field)
+    if rows == "lines":
+      suffix = ".jsonl"
+    elif isinstance(rows, _NoText):
+      yield name, rows
+      return
+    elif rows is not None:
+      for number, row in enumerate(rows, 1):
+        text = row if isinstance(row, str) else row[text_field]
+        yield f"{name}:{number}", check(text, f"entry {number} of {name}", [])
+      return
+  if suffix in (".jsonl", ".ndjson"):
+    yield from lines(content)
   elif suffix == ".parquet":
     import pyarrow
     import pyarrow.parquet as pq
 
     try:
-      table = pq.ParquetFile(path)
+      table = pq.ParquetFile(io.BytesIO(content))
       fields = table.schema_arrow.names
       if text_field not in fields:
         check(None, name, fields)
@@ -371,12 +475,46 @@ def _documents(
       ) from error
   else:
     try:
-      text = _read(path).decode()
+      text = content.decode()
     except UnicodeDecodeError:
-      text = None
+      text = "\0"
     # Binary formats can be valid UTF-8 by chance, but they often contain NUL,
     # which text does not.
-    yield name, None if text is None or "\0" in text else text
+    yield name, _NOT_UTF8 if "\0" in text else text
+
+
+def _json_rows(
+  content: bytes, text_field: str
+) -> list[Any] | Literal["lines"] | _NoText | None:
+  """What a .json file holds, if it is a data set.
+
+  Returns:
+    The entries of an array of texts, or of objects with the text field;
+    "lines" for objects with that field, one a line; None for anything else,
+    which is itself a text.
+  """
+
+  def has_text(row: Any) -> bool:
+    return isinstance(row, dict) and isinstance(row.get(text_field), str)
+
+  try:
+    value = json.loads(content)
+  except RecursionError:
+    return _TOO_DEEP
+  except ValueError:
+    first = content.lstrip().split(b"\n", 1)[0]
+    try:
+      return "lines" if has_text(json.loads(first)) else None
+    except (ValueError, RecursionError):
+      return None
+  if not isinstance(value, list):
+    return None
+  if all(isinstance(row, str) or has_text(row) for row in value):
+    return value
+  return _NoText(
+    "json_array",
+    f"a JSON array with entries that have no text in {text_field!r}",
+  )
 
 
 def _split(
@@ -390,10 +528,12 @@ def _split(
   documents: list[tuple[str, str]] = []
   left_out = {"not_utf8": 0, "empty": 0, "duplicate": 0}
   seen = set()
+  no_text: list[tuple[str, str]] = []
   for file_name, path in files:
     for name, text in _documents(file_name, path, config.text_field):
-      if text is None:
-        left_out["not_utf8"] += 1
+      if isinstance(text, _NoText):
+        left_out[text.kind] = left_out.get(text.kind, 0) + 1
+        no_text.append((name, text.why))
       elif not text:
         left_out["empty"] += 1
       elif text in seen:
@@ -401,16 +541,12 @@ def _split(
       else:
         seen.add(text)
         documents.append((name, text))
-  if left_out["not_utf8"] and config.path is not None:
-    warnings.warn(
-      f"path={config.path!r}: {left_out['not_utf8']} of {len(files)} files"
-      " are not UTF-8 text and are left out.",
-      stacklevel=6,
-    )
+  if config.path is not None:
+    _warn_left_out(config, no_text)
   if not documents:
     raise ValueError(
       f"path={config.path!r} holds no text ({len(files)} files; documents left"
-      f" out: {left_out}): wanted UTF-8 text, jsonl or parquet."
+      f" out: {left_out}): wanted UTF-8 text, json, jsonl or parquet."
     )
 
   def order(salt: str):
@@ -516,7 +652,9 @@ class _BPETokenizer:
 
     byte_level = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
     model = tokenizers.Tokenizer(tokenizers.models.BPE())
-    model.pre_tokenizer = byte_level
+    words = tokenizers.Regex(f".{{1,{_BPE_WORD_BYTES}}}")
+    cut = tokenizers.pre_tokenizers.Split(words, "isolated")
+    model.pre_tokenizer = tokenizers.pre_tokenizers.Sequence([byte_level, cut])
     model.decoder = tokenizers.decoders.ByteLevel()
     trainer = tokenizers.trainers.BpeTrainer(
       vocab_size=vocab_size - 1,
