@@ -102,6 +102,44 @@ def without_times(records: list[dict]) -> list[dict]:
   return [{k: v for k, v in r.items() if k not in times} for r in records]
 
 
+FULL_DISK = """
+import resource, sys
+from train import __main__, checkpoint
+
+save = checkpoint.RunFolder.save
+
+def save_to_a_full_disk(self, step, *rest):
+  if step == 6:
+    _, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (30_000, hard))
+  save(self, step, *rest)
+
+checkpoint.RunFolder.save = save_to_a_full_disk
+sys.exit(__main__.main(["train", "--config", sys.argv[1]]))
+"""
+
+
+def test_a_full_disk_costs_one_line_and_the_steps_since(place, run, reference):
+  """A limit on the size of files fails as a full disk does, where a test may
+  set it."""
+  folder = place / "full"
+  run = dataclasses.replace(run, folder=str(folder))
+  config = write_config(place / "full.json", run)
+  command = [sys.executable, "-c", FULL_DISK, str(config)]
+  done = subprocess.run(command, capture_output=True, text=True)
+  assert done.returncode == 1
+  (said,) = done.stderr.strip().splitlines()
+  assert said == (
+    f"error: {folder}/checkpoints: the checkpoint of step 6 cannot be written"
+    " (File too large). The last complete one is that of step 5; started again,"
+    " the run continues from there."
+  )
+  finish(start(config, place / "cache"))
+  assert without_times(read_records(folder)) == without_times(
+    read_records(reference)
+  )
+
+
 def test_killed_run_ends_with_the_same_bits(place, run, reference):
   folder = place / "killed"
   run = dataclasses.replace(run, folder=str(folder))

@@ -6,10 +6,14 @@ only once it is complete, and a resumed run drops the records of metrics.jsonl
 that are newer than its checkpoint.
 """
 
+import contextlib
 import datetime
+import errno
 import fcntl
+import functools
 import importlib.metadata
 import json
+import logging
 import os
 import pathlib
 import platform
@@ -17,7 +21,7 @@ import shlex
 import subprocess
 import sys
 import uuid
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -27,6 +31,21 @@ from train import config as config_lib
 State = dict[str, jax.Array]
 # Written when a number of the run becomes NaN or infinite.
 BROKEN = "broken.json"
+
+
+class CheckpointError(OSError):
+  """A checkpoint could not be written; the earlier ones are complete."""
+
+
+@contextlib.contextmanager
+def _naming(path: pathlib.Path) -> Iterator[None]:
+  """Puts the file into errors that lack it, such as that of a full disk."""
+  try:
+    yield
+  except OSError as error:
+    if error.filename is not None or error.errno is None:
+      raise
+    raise OSError(error.errno, error.strerror, str(path)) from error
 
 
 def write_json(path: pathlib.Path, value: Any) -> None:
@@ -42,7 +61,7 @@ def replace_file(path: pathlib.Path, content: bytes) -> None:
   """
   part = path.with_name(f".{path.name}.{uuid.uuid4().hex}.part")
   try:
-    with open(part, "wb") as file:
+    with _naming(path), open(part, "wb") as file:
       file.write(content)
       file.flush()
       os.fsync(file.fileno())
@@ -83,6 +102,36 @@ def check_tree(
     )
 
 
+def _is_no_traceback(record: logging.LogRecord) -> bool:
+  about = record.pathname + record.getMessage()
+  return record.exc_info is None or "orbax" not in about
+
+
+@functools.cache
+def _quieten_orbax() -> None:
+  """Drops what orbax's threads and tasks print of an error in the background,
+  hundreds of lines; `Checkpoints._writing` raises it in one."""
+  for name in ("absl", "asyncio"):
+    logging.getLogger(name).addFilter(_is_no_traceback)
+  hook = sys.unraisablehook
+
+  def unraisable(what):
+    # Writes that are still going on report to an event loop that has ended.
+    if str(what.exc_value) != "Event loop is closed":
+      hook(what)
+
+  sys.unraisablehook = unraisable
+
+
+def _reason(error: BaseException) -> str:
+  """What the operating system said, if the error's text holds it."""
+  text = str(error)
+  codes = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS, errno.EACCES)
+  said = (os.strerror(code) for code in (*codes, errno.EIO))
+  first = text.partition("\n")[0][:300] or type(error).__name__
+  return next((reason for reason in said if reason in text), first)
+
+
 class Checkpoints:
   """Checkpoints of a run: a flat dict of arrays and the seconds trained."""
 
@@ -97,7 +146,9 @@ class Checkpoints:
     # Importing orbax takes a second, which other commands should not wait for.
     import orbax.checkpoint as ocp
 
+    _quieten_orbax()
     self._ocp = ocp
+    self._step: int | None = None
     self.folder = folder / "checkpoints"
     policies = ocp.checkpoint_managers
     options = ocp.CheckpointManagerOptions(
@@ -120,17 +171,45 @@ class Checkpoints:
   def latest(self) -> int | None:
     return self._manager.latest_step()
 
+  @contextlib.contextmanager
+  def _writing(self) -> Iterator[None]:
+    """Names the checkpoint that cannot be written, here or in the background.
+
+    Raises:
+      CheckpointError: orbax reports an error.
+    """
+    try:
+      yield
+    except Exception as error:
+      if self._step is None:
+        raise
+      step, self._step = self._step, None
+      complete = [s for s in self._manager.all_steps() if s != step]
+      left = f"that of step {max(complete)}" if complete else "none"
+      raise CheckpointError(
+        f"{self.folder}: the checkpoint of step {step} cannot be written"
+        f" ({_reason(error)}). The last complete one is {left}; started again,"
+        " the run continues from there."
+      ) from error
+
   def save(self, step: int, state: State, seconds: float) -> None:
-    """Copies the state, and writes it in the background."""
+    """Copies the state, and writes it in the background.
+
+    Raises:
+      CheckpointError: this or the last checkpoint cannot be written.
+    """
     args = self._ocp.args
-    self._manager.save(
-      step,
-      args=args.Composite(
-        state=args.StandardSave(state),
-        clock=args.JsonSave({"seconds": seconds}),
-      ),
-      force=True,
-    )
+    self.wait()
+    self._step = step
+    with self._writing():
+      self._manager.save(
+        step,
+        args=args.Composite(
+          state=args.StandardSave(state),
+          clock=args.JsonSave({"seconds": seconds}),
+        ),
+        force=True,
+      )
 
   def shapes(self, step: int) -> dict[str, Any]:
     """Shape and dtype of each array of a checkpoint."""
@@ -160,12 +239,22 @@ class Checkpoints:
     return saved["state"], saved["clock"]["seconds"]
 
   def wait(self) -> None:
-    """Waits for the last checkpoint to be complete."""
-    self._manager.wait_until_finished()
+    """Waits for the last checkpoint to be complete.
+
+    Raises:
+      CheckpointError: it cannot be written.
+    """
+    with self._writing():
+      self._manager.wait_until_finished()
+    self._step = None
 
   def close(self) -> None:
-    self.wait()
-    self._manager.close()
+    try:
+      self.wait()
+    finally:
+      # After an error, orbax may report it again.
+      with contextlib.suppress(Exception):
+        self._manager.close()
 
 
 class RunFolder:
@@ -280,13 +369,15 @@ class RunFolder:
     if record["kind"] == "eval":
       self._last_eval = record
     if self._metrics is not None:
-      self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
-      self._metrics.flush()
+      with _naming(self.path / "metrics.jsonl"):
+        self._metrics.write(json.dumps(record, allow_nan=False) + "\n")
+        self._metrics.flush()
 
   def save(self, step: int, state: State, seconds: float) -> None:
     """Makes a checkpoint, after the records up to it are on disk."""
     if self._metrics is not None:
-      os.fsync(self._metrics.fileno())
+      with _naming(self.path / "metrics.jsonl"):
+        os.fsync(self._metrics.fileno())
     self.checkpoints.save(step, state, seconds)
 
   def last_eval(self) -> dict:
@@ -316,10 +407,11 @@ class RunFolder:
       write_json(self.path / BROKEN, {"step": step, "why": why})
 
   def close(self) -> None:
-    if self._metrics is not None:
-      self._metrics.close()
-    self.checkpoints.close()
-    os.close(self._lock)
+    with contextlib.ExitStack() as stack:
+      stack.callback(os.close, self._lock)
+      stack.callback(self.checkpoints.close)
+      if self._metrics is not None:
+        self._metrics.close()
 
 
 def provenance() -> dict[str, Any]:

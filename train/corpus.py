@@ -707,7 +707,6 @@ def _write_cache(
     "files": len(files),
     "left_out": left_out,
   }
-  dtype = _token_dtype(tokenizer.vocab_size)
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
     temporary = pathlib.Path(tempfile.mkdtemp(prefix="tmp-", dir=folder.parent))
@@ -717,38 +716,54 @@ def _write_cache(
       " wanted a folder, or a path at which one can be made."
     ) from error
   try:
-    for split, parts in splits.items():
-      num_tokens = 0
-      with open(temporary / f"{split}.bin", "wb") as file:
-        for first in range(0, len(parts), 256):
-          texts = [text for _, text in parts[first : first + 256]]
-          for ids in tokenizer.encode(texts):
-            ids = np.append(ids, tokenizer.end_of_text).astype(dtype)
-            num_tokens += ids.size
-            file.write(ids.tobytes())
-      names = [name for name, _ in parts]
-      parents = [str(pathlib.PurePosixPath(name).parent) for name in names]
-      _, numbers = np.unique(parents, return_inverse=True)
-      np.save(temporary / f"{split}_folders.npy", numbers.astype(np.int32))
-      meta[split] = {
-        "documents": len(parts),
-        "bytes": sum(len(text.encode()) for _, text in parts),
-        "tokens": num_tokens,
-        "names_sha256": _digest(names),
-      }
-      if split == "held_out":
-        meta[split]["first_names"] = names[:500]
-    np.save(
-      temporary / "token_bytes.npy", tokenizer.token_bytes.astype(np.int32)
-    )
-    if isinstance(tokenizer, _BPETokenizer):
-      tokenizer.model.save(str(temporary / "tokenizer.json"))
-    (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
-    try:
-      os.replace(temporary, folder)
-    except OSError:
-      # Another process has made the folder meanwhile, with the same content.
-      if not (folder / "meta.json").exists():
-        raise
+    _write_files(temporary, folder, splits, tokenizer, meta)
+  except OSError as error:
+    raise OSError(
+      f"cache_dir={config.cache_dir!r}: tokens cannot be written"
+      f" ({error.strerror or error}); nothing is left there."
+    ) from error
   finally:
     shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_files(
+  temporary: pathlib.Path,
+  folder: pathlib.Path,
+  splits: dict[str, list[tuple[str, str]]],
+  tokenizer: "_ByteTokenizer | _BPETokenizer",
+  meta: dict[str, Any],
+):
+  """Writes the files of a cache entry, and then puts them in its place."""
+  dtype = _token_dtype(tokenizer.vocab_size)
+  for split, parts in splits.items():
+    num_tokens = 0
+    with open(temporary / f"{split}.bin", "wb") as file:
+      for first in range(0, len(parts), 256):
+        texts = [text for _, text in parts[first : first + 256]]
+        for ids in tokenizer.encode(texts):
+          ids = np.append(ids, tokenizer.end_of_text).astype(dtype)
+          num_tokens += ids.size
+          file.write(ids.tobytes())
+    names = [name for name, _ in parts]
+    parents = [str(pathlib.PurePosixPath(name).parent) for name in names]
+    _, numbers = np.unique(parents, return_inverse=True)
+    np.save(temporary / f"{split}_folders.npy", numbers.astype(np.int32))
+    meta[split] = {
+      "documents": len(parts),
+      "bytes": sum(len(text.encode()) for _, text in parts),
+      "tokens": num_tokens,
+      "names_sha256": _digest(names),
+    }
+    if split == "held_out":
+      meta[split]["first_names"] = names[:500]
+  np.save(temporary / "token_bytes.npy", tokenizer.token_bytes.astype(np.int32))
+  if isinstance(tokenizer, _BPETokenizer):
+    saved = tokenizer.model.to_str(pretty=True)
+    (temporary / "tokenizer.json").write_text(saved)
+  (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
+  try:
+    os.replace(temporary, folder)
+  except OSError:
+    # Another process has made the folder meanwhile, with the same content.
+    if not (folder / "meta.json").exists():
+      raise
