@@ -400,8 +400,12 @@ def _compare(args: argparse.Namespace) -> int:
     stop_at = time.monotonic() + 60 * args.minutes
   comparison = _with_options(_comparison(args), args)
   _start_devices(args)
+  from train import report
   from train.compare import compare
 
+  if not args.no_report:
+    # Before --plan, which takes minutes.
+    report.check_packages()
   folder = args.out or _default_folder(comparison)
   compiled = None
   if args.plan is not None:

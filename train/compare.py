@@ -40,9 +40,13 @@ def compare(
   Raises:
     ValueError: the sides of a task differ in more than attention, or a run
       cannot start. Nothing is trained then.
+    ModuleNotFoundError: a package that the report needs is missing. Nothing is
+      trained then.
     FloatingPointError: a run broke down. The other runs are trained, and the
       report is written.
   """
+  if with_report:
+    report.check_packages()
   resolved = list(comparison.resolve(folder))
   _check_sides(resolved, sides)
   _check_comparable(comparison, resolved)

@@ -7,6 +7,24 @@ them, `page` puts them on one page.
 import pathlib
 
 
+def check_packages() -> None:
+  """Imports what `write` needs, so that a missing package is said before the
+  training that the report is about.
+
+  Raises:
+    ModuleNotFoundError: names the package, and the option that goes without.
+  """
+  try:
+    from train.report import page
+  except ModuleNotFoundError as error:
+    raise ModuleNotFoundError(
+      f"the report needs the package {error.name!r}, which is missing"
+      " (--no-report trains without a report)",
+      name=error.name,
+    ) from error
+  del page
+
+
 def write(folder: pathlib.Path) -> pathlib.Path:
   """Writes the report of a comparison's folder (see `page.write`)."""
   # `page` needs matplotlib, which machines that only train may lack.
