@@ -1,13 +1,16 @@
 """Checks of arguments that ops, layers, configs, caches and generation share.
 
-There is one rule for integers: Python and NumPy integers count as integers, a
-bool does not. There is one wording: "NAME must be WANT, got GOT". This module
-imports nothing else of the package, so that every other module can use it.
+There is one rule for integers: what `operator.index` takes is an integer, but a
+bool is none. The checks return Python ints, because a NumPy integer would give
+its own width to what is computed from it. There is one wording: "NAME must be
+WANT, got GOT". This module imports nothing else of the package, so that every
+other module can use it.
 """
 
 from __future__ import annotations
 
 import math
+import operator
 import typing
 from collections.abc import Sequence
 from typing import Any
@@ -34,29 +37,46 @@ def require(condition: bool | np.bool_, name: str, want: str, got: Any) -> None:
 # --- integers, numbers and choices -------------------------------------------
 
 
+def as_integer(value: Any) -> int | None:
+  """What `operator.index` gives for a value; None for a bool or no integer."""
+  if isinstance(value, bool):
+    return None
+  try:
+    return operator.index(value)
+  except TypeError:
+    return None
+
+
 def is_integer(value: Any) -> bool:
-  """Whether a value is a Python or NumPy integer; a bool is none."""
-  return isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+  """Whether a value counts as an integer."""
+  return as_integer(value) is not None
 
 
 def check_integer(name: str, value: Any, least: int = 1) -> int:
   """Returns the value as a Python int.
 
-  A NumPy integer would otherwise give its own width to what is computed from
-  it.
-
   Raises:
     ValueError: the value is no integer of at least `least`.
   """
-  want = f"an integer of at least {least}"
-  require(is_integer(value) and value >= least, name, want, value)
-  return int(value)
+  number = as_integer(value)
+  if number is None or number < least:
+    raise wrong(name, f"an integer of at least {least}", repr(value))
+  return number
 
 
-def check_sizes(least: int = 1, /, **sizes: Any) -> None:
-  """Raises ValueError unless each argument is an integer of at least that."""
-  for name, value in sizes.items():
-    check_integer(name, value, least)
+def check_sizes(least: int = 1, /, **sizes: Any) -> list[int]:
+  """Returns the arguments as Python ints.
+
+  Raises:
+    ValueError: one is no integer of at least `least`.
+  """
+  return [check_integer(name, value, least) for name, value in sizes.items()]
+
+
+def keep(config: Any, **fields: Any) -> None:
+  """Puts checked values into the fields of a frozen dataclass."""
+  for name, value in fields.items():
+    object.__setattr__(config, name, value)
 
 
 def check_choice(name: str, value: Any, choices: Any) -> None:
@@ -72,26 +92,42 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
   require(value in allowed, name, want, value)
 
 
+def is_number(value: Any) -> bool:
+  """Whether a value is a Python or NumPy number; a bool is none."""
+  numbers = (int, float, np.integer, np.floating)
+  return isinstance(value, numbers) and not isinstance(value, bool)
+
+
 def check_positive(**values: float) -> None:
   """Raises ValueError unless each number is above 0 and finite."""
   for name, value in values.items():
-    require(0 < value < math.inf, name, "above 0 and finite", value)
+    good = is_number(value) and 0 < value < math.inf
+    require(good, name, "above 0 and finite", value)
 
 
-def check_scale(name: str, value: Any, x: Array) -> float:
-  """The factor of attention scores; None stands for x's last size^-0.5.
+def check_scale(name: str, value: Any, size: int) -> float:
+  """The factor of attention scores; None stands for size^-0.5.
 
   Raises:
     ValueError: the value is no finite Python number (a traced one is none).
   """
   if value is None:
-    return x.shape[-1] ** -0.5
+    return size**-0.5
   try:
     number = float(value)
   except (TypeError, ValueError, jax.errors.ConcretizationTypeError):
     raise wrong(name, "a Python number or None", repr(value)) from None
   require(math.isfinite(number), name, "finite", number)
   return number
+
+
+def compute_dtype(dtype: Any) -> np.dtype:
+  """float32, or float64 for float64: what sums of this dtype are computed in.
+
+  Unlike `jnp.promote_types` it works under strict dtype promotion.
+  """
+  dtype = jnp.dtype(dtype)
+  return jnp.dtype(jnp.float64 if dtype == jnp.float64 else jnp.float32)
 
 
 # --- options of layers -------------------------------------------------------
@@ -107,13 +143,24 @@ def check_blocks(
   """
   block_size = check_integer("block_size", block_size)
   top_k = check_integer("top_k", top_k)
-  require(
-    is_integer(num_local_blocks) and 0 <= num_local_blocks <= top_k,
-    "num_local_blocks",
-    f"an integer from 0 to top_k = {top_k}",
-    num_local_blocks,
-  )
-  return block_size, top_k, int(num_local_blocks)
+  local = as_integer(num_local_blocks)
+  if local is None or not 0 <= local <= top_k:
+    want = f"an integer from 0 to top_k = {top_k}"
+    raise wrong("num_local_blocks", want, repr(num_local_blocks))
+  return block_size, top_k, local
+
+
+def check_rope_dim(rope_dim: Any, head_dim: int) -> int:
+  """The number of dims that rotate; None stands for all of head_dim.
+
+  Raises:
+    ValueError: it is no even integer from 0 to head_dim.
+  """
+  dims = head_dim if rope_dim is None else as_integer(rope_dim)
+  if dims is None or dims % 2 or not 0 <= dims <= head_dim:
+    want = f"even and from 0 to head_dim = {head_dim}"
+    raise wrong("rope_dim", want, repr(rope_dim))
+  return dims
 
 
 def check_heads(
@@ -124,9 +171,16 @@ def check_heads(
   rope_dim: int | None,
   rope_theta: float,
   norm_eps: float,
-) -> None:
-  """Raises ValueError unless the arguments are those of `GQAttention`."""
-  check_sizes(
+) -> tuple[int, int, int, int]:
+  """The sizes of a `GQAttention` as Python ints.
+
+  Returns:
+    (num_heads, num_kv_heads, head_dim, rope_dim).
+
+  Raises:
+    ValueError: an argument is wrong.
+  """
+  num_heads, num_kv_heads, qkv_features = check_sizes(
     num_heads=num_heads, num_kv_heads=num_kv_heads, qkv_features=qkv_features
   )
   require(
@@ -142,14 +196,9 @@ def check_heads(
     qkv_features,
   )
   head_dim = qkv_features // num_heads
-  rope_dim = head_dim if rope_dim is None else rope_dim
-  require(
-    is_integer(rope_dim) and rope_dim % 2 == 0 and 0 <= rope_dim <= head_dim,
-    "rope_dim",
-    f"even and from 0 to head_dim = {head_dim}",
-    rope_dim,
-  )
+  rope_dim = check_rope_dim(rope_dim, head_dim)
   check_positive(rope_theta=rope_theta, norm_eps=norm_eps)
+  return num_heads, num_kv_heads, head_dim, rope_dim
 
 
 # --- arrays ------------------------------------------------------------------

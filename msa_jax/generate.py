@@ -30,9 +30,13 @@ from msa_jax import cache as cache_lib
 from msa_jax import model as model_lib
 from msa_jax import ops
 from msa_jax.checks import (
+  as_integer,
+  check_choice,
   check_integer,
   check_sizes,
-  is_integer,
+  compute_dtype,
+  is_number,
+  keep,
   require,
   wrong,
 )
@@ -61,19 +65,19 @@ class Sampling:
 
   def __post_init__(self):
     require(
-      0 <= self.temperature < math.inf,
+      is_number(self.temperature) and 0 <= self.temperature < math.inf,
       "temperature",
-      "finite and at least 0",
+      "a number that is finite and at least 0",
       self.temperature,
     )
+    if self.top_k is not None:
+      top_k = as_integer(self.top_k)
+      if top_k is None or top_k < 1:
+        want = "an integer of at least 1 or None"
+        raise wrong("top_k", want, repr(self.top_k))
+      keep(self, top_k=top_k)
     require(
-      self.top_k is None or (is_integer(self.top_k) and self.top_k >= 1),
-      "top_k",
-      "an integer of at least 1 or None",
-      self.top_k,
-    )
-    require(
-      self.top_p is None or 0 < self.top_p <= 1,
+      self.top_p is None or (is_number(self.top_p) and 0 < self.top_p <= 1),
       "top_p",
       "above 0 and at most 1, or None",
       self.top_p,
@@ -105,7 +109,7 @@ def sample(
   if sampling.temperature == 0:
     token = jnp.argmax(logits, axis=-1)
   else:
-    logits = logits / sampling.temperature
+    logits = _divided(logits, sampling.temperature)
     if sampling.top_k is None and sampling.top_p is None:
       token = jax.vmap(jax.random.categorical)(keys, logits)
     else:
@@ -113,12 +117,51 @@ def sample(
       count = size if sampling.top_k is None else min(sampling.top_k, size)
       logits, ids = lax.top_k(logits, count)
       if sampling.top_p is not None:
-        probs = jax.nn.softmax(logits, axis=-1)
-        before = jnp.cumsum(probs, axis=-1) - probs
-        logits = jnp.where(before < sampling.top_p, logits, -jnp.inf)
+        logits = _nucleus(logits, sampling.top_p)
       rank = jax.vmap(jax.random.categorical)(keys, logits)
       token = jnp.take_along_axis(ids, rank[:, None], axis=-1)[:, 0]
   return jnp.where(bad, -1, token.astype(jnp.int32))
+
+
+def _nucleus(logits: Float[Array, "B N"], top_p: float) -> Float[Array, "B N"]:
+  """Descending logits, with -inf for those that top_p leaves out.
+
+  A token stays if those before it sum to less than top_p, so if it and those
+  behind it sum to more than 1 - top_p. The second form keeps the tail exact
+  where top_p is close to 1, because it sums from the small end.
+  """
+  probs = jax.nn.softmax(logits, axis=-1)
+  rest = lax.cumsum(probs, axis=1, reverse=True)
+  kept = rest > (1.0 - float(top_p)) * rest[:, :1]
+  # The most likely token stays, however small top_p is.
+  kept = kept | (jnp.arange(logits.shape[1])[None] == 0)
+  return jnp.where(kept, logits, -jnp.inf)
+
+
+def _divided(
+  logits: Float[Array, "B V"], temperature: float
+) -> Float[Array, "B V"]:
+  """(logits - their maximum) / temperature, for every temperature above 0.
+
+  The maximum goes first, so that a small temperature cannot give inf - inf. The
+  temperature is m 2^e with m from 0.5 to 1. Multiplying by 2^-e in two exact
+  steps works where the temperature itself is below or above float32's range.
+  """
+  logits = logits.astype(compute_dtype(logits.dtype))
+  top = jnp.max(logits, axis=-1, keepdims=True)
+  # A difference of infinities of one sign is NaN, but such logits are equal.
+  # Halves, because the difference of finite logits can be beyond the range.
+  halves = jnp.where(logits == top, 0, logits * 0.5 - top * 0.5)
+  mantissa, exponent = math.frexp(temperature)
+  # Beyond 2^252 every difference is already 0 or beyond what exp can tell.
+  exponent = min(max(exponent, -252), 252)
+  half = exponent // 2
+  lowest = jnp.finfo(halves.dtype).min
+  scaled = halves
+  for factor in (2.0 ** (1 - half), 2.0 ** (half - exponent), 1 / mantissa):
+    # Without the maximum XLA would multiply the factors first, to 0 or inf.
+    scaled = jnp.maximum(scaled * factor, lowest)
+  return jnp.where(halves == -jnp.inf, -jnp.inf, scaled)
 
 
 class DecodeState(NamedTuple):
@@ -168,9 +211,13 @@ def _prefill(graphdef, params, tokens, counts, cache, phase):
 )
 def _start(logits, cache, key, max_new_tokens, sampling, stop_tokens):
   """Draws the first token, and makes the state after it."""
+  left = jnp.full(logits.shape[:1], max_new_tokens, jnp.int32)
   rows = jnp.arange(logits.shape[0])
-  keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
-  left = jnp.full(rows.shape, max_new_tokens, jnp.int32)
+  if key.ndim:
+    # A row with a key of its own draws as the only row of that key does.
+    keys = jax.vmap(jax.random.fold_in, (0, None))(key, 0)
+  else:
+    keys = jax.vmap(jax.random.fold_in, (None, 0))(key, rows)
   state = DecodeState(cache, jnp.zeros_like(left), left, keys)
   state, token, real = _next(state, logits, sampling, stop_tokens)
   return state, NewTokens(token[:, None], real[:, None], state.left)
@@ -263,7 +310,9 @@ def stream(
     prompts: the tokens of each prompt, of any lengths.
     max_new_tokens: the most tokens to make for each prompt.
     sampling: how to draw.
-    key: random key; needed unless sampling is greedy.
+    key: a random key, or one for each prompt; needed unless sampling is
+      greedy. With a key for each prompt, a prompt gets the tokens that it gets
+      alone with its key. From a single key each batch row derives its own.
     stop_tokens: ids that end a batch row. The stop token is its last token.
     capacity: tokens that each batch row of the cache has room for; None makes
       room for as many as are needed. Calls of one capacity share a compiled
@@ -289,18 +338,19 @@ def stream(
     max_new_tokens=max_new_tokens, prefill_tokens=prefill_tokens, steps=steps
   )
   require(
+    isinstance(sampling, Sampling),
+    "sampling",
+    "a msa_jax.generate.Sampling",
+    sampling,
+  )
+  require(
     sampling.temperature == 0 or key is not None,
     "key",
     "a random key with temperature > 0",
     key,
   )
-  for token in stop_tokens:
-    require(
-      is_integer(token) and 0 <= token < model.config.vocab_size,
-      "stop_tokens",
-      f"ids below vocab_size = {model.config.vocab_size}",
-      token,
-    )
+  check_choice("phase", phase, ops.Phase)
+  stops = _check_ids("stop_tokens", stop_tokens, model.config.vocab_size)
   # The last token is returned and never read, so it needs no slot.
   needed = longest + max_new_tokens - 1
   if capacity is None:
@@ -320,8 +370,8 @@ def stream(
     rows,
     max_new_tokens,
     sampling,
-    jax.random.key(0) if key is None else key,
-    np.asarray(stop_tokens, np.int32),
+    jax.random.key(0) if key is None else _check_key(key, len(rows)),
+    np.asarray(stops, np.int32),
     model.init_cache(len(rows), capacity, index_dtype=index_dtype),
     phase,
     # A multiple of 16, so that prompts of similar lengths share a compilation.
@@ -411,9 +461,50 @@ def prefill_chunks(
     yield padded[:, first : first + size], counts.astype(np.int32)
 
 
+def _check_ids(name: str, ids: Any, vocab_size: int) -> list[int]:
+  """Token ids as Python ints.
+
+  Raises:
+    ValueError: it is no sequence, such as a number or a text, or holds an entry
+      that is no id.
+  """
+  want = "a sequence of token ids"
+  if isinstance(ids, str | bytes):
+    raise wrong(name, want, repr(ids))
+  try:
+    entries = list(ids)
+  except TypeError:
+    raise wrong(name, want, repr(ids)) from None
+  numbers = []
+  for entry in entries:
+    number = as_integer(entry)
+    if number is None or not 0 <= number < vocab_size:
+      raise wrong(name, f"ids below vocab_size = {vocab_size}", repr(entry))
+    numbers.append(number)
+  return numbers
+
+
+def _check_key(key: Any, batch: int) -> Array:
+  """The key as a typed one, or as `batch` typed ones."""
+  want = f"a random key, or an array of {batch} keys, one for each prompt"
+  if not hasattr(key, "dtype") or not hasattr(key, "shape"):
+    raise wrong("key", want, repr(key))
+  if not jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+    try:
+      key = jax.random.wrap_key_data(key)
+    except (TypeError, ValueError):
+      got = f"{key.dtype} of shape {key.shape}"
+      raise wrong("key", want, got) from None
+  if key.shape not in ((), (batch,)):
+    raise wrong("key", want, f"keys of shape {key.shape}")
+  return key
+
+
 def _check_prompts(
   prompts: Sequence[Sequence[int] | np.ndarray] | np.ndarray, vocab_size: int
 ) -> list[np.ndarray]:
+  if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
+    raise wrong("prompts", "a sequence of prompts", repr(prompts))
   rows = [np.asarray(row) for row in prompts]
   if not rows:
     raise wrong("prompts", "at least one prompt", "none")

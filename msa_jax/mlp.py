@@ -18,7 +18,13 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int32
 
-from msa_jax.checks import check_choice, check_integer, check_sizes, require
+from msa_jax.checks import (
+  check_choice,
+  check_integer,
+  check_sizes,
+  compute_dtype,
+  require,
+)
 from msa_jax.layers import Sharding
 
 Activation = Literal["swiglu", "swiglu_oai"]
@@ -87,7 +93,9 @@ class SwiGLU(nnx.Module):
     outer, inner = (
       (sharding.embed, sharding.heads) if sharding else (None, None)
     )
-    sizes = (in_features, hidden_features)
+    sizes = check_sizes(
+      in_features=in_features, hidden_features=hidden_features
+    )
     self.gate = linear(sizes, (outer, inner))
     self.up = linear(sizes, (outer, inner))
     self.down = linear(sizes[::-1], (inner, outer))
@@ -157,10 +165,15 @@ class MixtureOfExperts(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_choice("router", router, Router)
-    check_sizes(num_experts=num_experts, expert_dim=expert_dim)
-    check_integer("shared_dim", shared_dim, 0)
+    in_features, num_experts, expert_dim, top_k = check_sizes(
+      in_features=in_features,
+      num_experts=num_experts,
+      expert_dim=expert_dim,
+      top_k=top_k,
+    )
+    shared_dim = check_integer("shared_dim", shared_dim, 0)
     require(
-      check_integer("top_k", top_k) <= num_experts,
+      top_k <= num_experts,
       "top_k",
       f"at most num_experts = {num_experts}",
       top_k,
@@ -224,7 +237,7 @@ class MixtureOfExperts(nnx.Module):
     return None if self.choice_bias is None else self.choice_bias[...]
 
   def _route(self, x: Array, router: Array, bias: Array | None):
-    dtype = jnp.promote_types(x.dtype, jnp.float32)
+    dtype = compute_dtype(x.dtype)
     logits = jnp.matmul(
       x.astype(dtype), router.astype(dtype), precision=lax.Precision.HIGHEST
     )
@@ -232,7 +245,9 @@ class MixtureOfExperts(nnx.Module):
       scores = jax.nn.softmax(logits, axis=-1)
     else:
       scores = nnx.sigmoid(logits)
-    choice = scores if bias is None else scores + bias.astype(dtype)
+    choice = scores
+    if bias is not None:
+      choice += lax.expand_dims(bias.astype(dtype), range(x.ndim - 1))
     _, experts = lax.top_k(lax.stop_gradient(choice), self.top_k)
     weights = jnp.take_along_axis(scores, experts, axis=-1)
     if self.normalize_weights:
@@ -343,7 +358,7 @@ class MixtureOfExperts(nnx.Module):
     ids = jnp.where((ids >= 0) & (ids < num_experts), ids, num_experts)
     order = jnp.argsort(ids, stable=True)
     sizes = jnp.sum(
-      ids[:, None] == jnp.arange(num_experts), axis=0, dtype=jnp.int32
+      ids[:, None] == jnp.arange(num_experts)[None], axis=0, dtype=jnp.int32
     )
     # Both directions gather by a permutation, so each token's experts are added
     # in a fixed order. A scatter-add would use atomics, whose order varies.
@@ -352,7 +367,7 @@ class MixtureOfExperts(nnx.Module):
     dot = functools.partial(
       lax.ragged_dot,
       group_sizes=sizes,
-      preferred_element_type=jnp.promote_types(x.dtype, jnp.float32),
+      preferred_element_type=compute_dtype(x.dtype),
     )
     options = (self.activation, self.alpha, self.limit)
     hidden = gated(dot(rows, gate), dot(rows, up), *options)

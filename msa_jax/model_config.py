@@ -16,6 +16,7 @@ from msa_jax.checks import (
   check_heads,
   check_positive,
   check_sizes,
+  keep,
   require,
 )
 from msa_jax.layers import RopeScaling
@@ -70,8 +71,17 @@ class IndexConfig:
   value_head: bool = False
 
   def __post_init__(self):
-    check_sizes(index_dim=self.index_dim)
-    check_blocks(self.block_size, self.top_k, self.num_local_blocks)
+    (index_dim,) = check_sizes(index_dim=self.index_dim)
+    block_size, top_k, num_local_blocks = check_blocks(
+      self.block_size, self.top_k, self.num_local_blocks
+    )
+    keep(
+      self,
+      index_dim=index_dim,
+      block_size=block_size,
+      top_k=top_k,
+      num_local_blocks=num_local_blocks,
+    )
     check_choice("score_precision", self.score_precision, ops.ScorePrecision)
     check_choice("selection", self.selection, SelectionRule)
     require(
@@ -108,12 +118,19 @@ class MoEConfig:
   normalize_weights: bool = True
 
   def __post_init__(self):
-    check_sizes(
+    num_experts, top_k, expert_dim = check_sizes(
       num_experts=self.num_experts,
       top_k=self.top_k,
       expert_dim=self.expert_dim,
     )
-    check_sizes(0, shared_dim=self.shared_dim)
+    (shared_dim,) = check_sizes(0, shared_dim=self.shared_dim)
+    keep(
+      self,
+      num_experts=num_experts,
+      top_k=top_k,
+      expert_dim=expert_dim,
+      shared_dim=shared_dim,
+    )
     require(
       self.top_k <= self.num_experts,
       "top_k",
@@ -193,15 +210,11 @@ class ModelConfig:
   gqa_implementation: GQAKernel = "xla"
 
   def __post_init__(self):
-    check_sizes(
-      vocab_size=self.vocab_size,
-      num_layers=self.num_layers,
-      embed_dim=self.embed_dim,
-      num_heads=self.num_heads,
-      head_dim=self.head_dim,
-      mlp_dim=self.mlp_dim,
-    )
-    check_heads(
+    names = ("vocab_size", "num_layers", "embed_dim", "num_heads", "head_dim")
+    names = (*names, "mlp_dim")
+    sizes = check_sizes(**{name: getattr(self, name) for name in names})
+    keep(self, **dict(zip(names, sizes)))
+    _, num_kv_heads, _, rope_dim = check_heads(
       num_heads=self.num_heads,
       num_kv_heads=self.num_kv_heads,
       qkv_features=self.num_heads * self.head_dim,
@@ -209,6 +222,9 @@ class ModelConfig:
       rope_theta=self.rope_theta,
       norm_eps=self.norm_eps,
     )
+    keep(self, num_kv_heads=num_kv_heads)
+    if self.rope_dim is not None:
+      keep(self, rope_dim=rope_dim)
     for name, kinds in (("layer_kinds", LayerKind), ("mlp_kinds", MLPKind)):
       given, allowed = getattr(self, name), get_args(kinds)
       require(

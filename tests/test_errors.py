@@ -1,6 +1,8 @@
 """Wrong calls: each names the argument, what came and what is wanted."""
 
+import dataclasses
 import functools
+import json
 
 import chex
 import jax
@@ -271,18 +273,52 @@ def test_check_block_indices_names_the_first_bad_entry(row, text):
     check(jnp.asarray(ids))
 
 
-def test_numpy_integers_are_integers():
-  """They choose as Python integers do, and may stand in a config."""
-  want = select(INDEX_Q, INDEX_K)
-  got = select(
-    INDEX_Q,
-    INDEX_K,
-    block_size=np.int64(4),
-    top_k=np.int32(3),
-    num_local_blocks=np.int16(1),
-  )
-  np.testing.assert_array_equal(got, want)
-  msa_jax.IndexConfig(block_size=np.int64(64), num_local_blocks=np.int64(2))
+class Index:
+  """Takes part in `operator.index`, as integers of other libraries do."""
+
+  def __init__(self, value):
+    self.value = value
+
+  def __index__(self):
+    return self.value
+
+
+@pytest.mark.parametrize("integer", [np.int64, np.uint8, jnp.int32, Index])
+def test_what_operator_index_takes_is_an_integer(integer):
+  """It means what the Python integer means, in operations, configs, layers and
+  models, which keep Python integers."""
+  options = dict(block_size=4, top_k=3, num_local_blocks=1)
+  given = {name: integer(value) for name, value in options.items()}
+  want = select(INDEX_Q, INDEX_K, **options)
+  np.testing.assert_array_equal(select(INDEX_Q, INDEX_K, **given), want)
+  index = msa_jax.IndexConfig(index_dim=integer(8), **given)
+  assert index == msa_jax.IndexConfig(index_dim=8, **options)
+  json.dumps(dataclasses.asdict(index))
+  sizes = ("num_layers", "embed_dim", "num_heads", "num_kv_heads", "head_dim")
+  changes = {name: integer(CONFIG[name]) for name in sizes}
+  changes |= dict(rope_dim=integer(2), index=index)
+  config = msa_jax.ModelConfig(**CONFIG | changes)
+  assert config == msa_jax.ModelConfig(**CONFIG | dict(rope_dim=2, index=index))
+  layer = msa_jax.MSAttention(
+    integer(4), integer(8), integer(32), integer(8), integer(2), index=index,
+    rope_dim=integer(4), rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  assert layer(jnp.ones((1, 9, 8))).out.shape == (1, 9, 8)
+  moe = msa_jax.mlp.MixtureOfExperts(
+    integer(8), num_experts=integer(4), top_k=integer(2), expert_dim=integer(3),
+    shared_dim=integer(2), rngs=nnx.Rngs(0),
+  )  # fmt: skip
+  assert moe(jnp.ones((1, 3, 8)))[0].shape == (1, 3, 8)
+
+
+@pytest.mark.parametrize("value", [True, np.True_, 4.0, "4", None])
+def test_what_is_no_integer(value):
+  with pytest.raises(ValueError, match="block_size must be an integer"):
+    select(INDEX_Q, INDEX_K, block_size=value)
+  with pytest.raises(ValueError, match="num_heads must be an integer"):
+    msa_jax.GQAttention(value, 8, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match="in_features must be an integer"):
+    msa_jax.GQAttention(4, value, qkv_features=8, rngs=nnx.Rngs(0))
 
 
 def test_check_block_indices_of_packed_rows():
@@ -375,6 +411,45 @@ def test_an_attached_teacher_needs_the_reference(blocks, implementation):
   np.testing.assert_allclose(free(Q, K), loss(Q, K), rtol=1e-5)
   for gradient in jax.grad(loss, (0, 1))(Q, K):
     assert not np.any(gradient)
+
+
+def test_the_choice_of_an_implementation_is_explained(no_gpu, caplog):
+  """Nothing is run, and a named implementation says what it lacks."""
+  shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in INPUTS]
+  (choice,) = msa_jax.explain(msa_jax.msa_attention, *shapes, top_k=3)
+  assert choice.operation == "msa_attention"
+  assert choice.implementation == "xla" and list(choice.refused) == [
+    "mosaic_gpu"
+  ]
+  assert "Hopper" in choice.refused["mosaic_gpu"]
+  assert str(choice).startswith("msa_attention takes xla (mosaic_gpu: ")
+  (named,) = msa_jax.explain(select, *shapes[3:], implementation="mosaic_gpu")
+  assert named.implementation is None and "Hopper" in str(named)
+  with pytest.raises(ValueError, match="top_k must be"):
+    msa_jax.explain(select, *shapes[3:], top_k=0)
+  # Also of what was traced before.
+  layer = msa_jax.MSAttention(
+    4, 8, num_kv_heads=2, index=msa_jax.IndexConfig(top_k=2), rngs=nnx.Rngs(0)
+  )
+  run = jax.jit(lambda x: layer(x, with_selection=True).out)
+  x = jnp.ones((1, 9, 8))
+  with caplog.at_level("INFO", logger="msa_jax"):
+    msa_jax.ops._said.clear()
+    run(x)
+    for _ in range(2):
+      assert [c.implementation for c in msa_jax.explain(run, x)] == ["xla"]
+    run(jnp.ones((2, 9, 8)))
+  (record,) = [r for r in caplog.records if r.name == "msa_jax"]
+  assert record.levelname == "INFO"
+  assert record.getMessage() == str(msa_jax.explain(run, x)[0])
+
+
+def test_kernels_that_refuse_a_call_are_a_warning(pretend_hopper, caplog):
+  msa_jax.ops._said.clear()
+  select(INDEX_Q.astype(jnp.float32), INDEX_K)
+  (record,) = [r for r in caplog.records if r.name == "msa_jax"]
+  assert record.levelname == "WARNING"
+  assert "select_blocks takes xla (mosaic_gpu: " in record.getMessage()
 
 
 def test_a_named_implementation_never_falls_back(no_gpu):

@@ -223,6 +223,62 @@ def test_a_row_draws_by_its_key_and_position():
   assert draw(twice, key=jax.random.key(2))[0].tolist() != rows[0].tolist()
 
 
+TINY = jnp.asarray([[0.0, 1e-30, -1.0, -jnp.inf]], jnp.float32)
+
+
+@pytest.mark.parametrize(
+  "temperature", [1e-300, 1e-45, 1e-38, 1e-30, 1.0, 1e30, 1e38, 1e39, 1e300]
+)
+@pytest.mark.parametrize("top", [{}, dict(top_p=0.999)])
+def test_every_temperature_gives_its_distribution(temperature, top):
+  """Also where it, or a logit over it, is beyond float32's range."""
+  logits = np.asarray(TINY[0], np.float64)
+  exponents = (logits - logits.max()) / temperature
+  want = np.exp(exponents)
+  want /= want.sum()
+  got = draws(TINY[0], temperature=temperature, **top)
+  np.testing.assert_allclose(got, want, atol=SPREAD)
+  assert got[3] == 0
+
+
+@pytest.mark.parametrize("temperature", [0.5, 1e39])
+def test_infinite_and_huge_logits(temperature):
+  got = draws([jnp.inf, 3.0, jnp.inf], temperature=temperature)
+  np.testing.assert_allclose(got, [0.5, 0, 0.5], atol=SPREAD)
+  got = draws([3e38, -3e38], temperature=3e38)
+  np.testing.assert_allclose(got[1], 1 / (1 + np.exp(2)), atol=SPREAD)
+
+
+@pytest.mark.parametrize(
+  "top_p, kept",
+  # In float32, 1 - 2^-25 is 1.
+  [(1e-300, 1), (0.5, 1), (1 - 1.5 * 2**-24, 3), (1 - 2**-26, 5), (1.0, 5)],
+)
+def test_top_p_close_to_0_and_1(top_p, kept):
+  probs = [0.9, 0.1 - 2.0**-23, 2.0**-24, 2.0**-25, 2.0**-25]
+  logits = jnp.asarray(np.log(probs), jnp.float32)
+  masked = generate_lib._nucleus(logits[None], top_p)
+  assert int(jnp.sum(masked > -jnp.inf)) == kept
+
+
+def test_a_prompt_with_a_key_of_its_own_gets_what_it_gets_alone():
+  draw = functools.partial(
+    generate, model(), **SIZES, sampling=Sampling(temperature=2.0)
+  )
+  keys = jax.random.split(jax.random.key(3), len(PROMPTS))
+  together = draw(PROMPTS, key=keys)
+  for i in (1, 2):
+    (alone,) = draw(PROMPTS[i : i + 1], key=keys[i : i + 1])
+    np.testing.assert_array_equal(alone, together[i])
+  # A single key is that of the only row, and the older form of keys is taken.
+  (alone,) = draw(PROMPTS[:1], key=jax.random.key_data(keys[0]))
+  np.testing.assert_array_equal(alone, together[0])
+  order = np.array([2, 0, 3, 1])
+  moved = draw([PROMPTS[i] for i in order], key=keys[order])
+  for i, row in zip(order, moved):
+    np.testing.assert_array_equal(row, together[i])
+
+
 def test_nan_is_reported():
   broken = build(num_layers=1, layer_kinds=("gqa",))
   broken.norm.scale[...] = broken.norm.scale[...].at[0].set(jnp.nan)
@@ -231,7 +287,39 @@ def test_nan_is_reported():
 
 
 WRONG = {
-  "temperature must be finite and at least 0": lambda: Sampling(temperature=-1),
+  "temperature must be a number that is finite and at least 0, got -1": (
+    lambda: Sampling(temperature=-1)
+  ),
+  "temperature must be a number that is finite and at least 0, got '0.7'": (
+    lambda: Sampling(temperature="0.7")
+  ),
+  "top_p must be above 0 and at most 1, or None, got '1'": lambda: Sampling(
+    temperature=1.0, top_p="1"
+  ),
+  "sampling must be a msa_jax.generate.Sampling, got 0.7": lambda: stream(
+    model(), [[1]], max_new_tokens=1, sampling=0.7
+  ),
+  "stop_tokens must be a sequence of token ids, got 3": lambda: stream(
+    model(), [[1]], max_new_tokens=1, stop_tokens=3
+  ),
+  "stop_tokens must be a sequence of token ids, got 'x'": lambda: stream(
+    model(), [[1]], max_new_tokens=1, stop_tokens="x"
+  ),
+  "prompts must be a sequence of prompts, got 'import'": lambda: stream(
+    model(), "import", max_new_tokens=1
+  ),
+  "phase must be one of 'sparse', 'warmup', got 'dense'": lambda: stream(
+    model(), [[1]], max_new_tokens=1, phase="dense"
+  ),
+  "or an array of 1 keys, one for each prompt, got 7": lambda: stream(
+    model(), [[1]], max_new_tokens=1, key=7
+  ),
+  "one for each prompt, got keys of shape (2,)": lambda: stream(
+    model(), [[1]], max_new_tokens=1, key=jax.random.split(jax.random.key(0))
+  ),
+  "one for each prompt, got float32 of shape (2,)": lambda: stream(
+    model(), [[1]], max_new_tokens=1, key=jnp.zeros(2)
+  ),
   "top_k must be an integer of at least 1": lambda: Sampling(
     temperature=1.0, top_k=0
   ),

@@ -11,7 +11,7 @@ import typing
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from msa_jax.checks import is_integer
+from msa_jax.checks import as_integer, is_integer, keep
 from msa_jax.model_config import ModelConfig
 from train.data import DataConfig
 
@@ -30,12 +30,12 @@ def _check_integers(config: Any, least: int, *names: str) -> None:
   NumPy integer cannot be saved as JSON."""
   for name in names:
     value = getattr(config, name)
-    _check(
-      is_integer(value) and value >= least,
-      f"{name}={value!r}: wanted an integer of at least {least}.",
-    )
-    # The dataclasses are frozen.
-    object.__setattr__(config, name, int(value))
+    number = as_integer(value)
+    if number is None or number < least:
+      raise ValueError(
+        f"{name}={value!r}: wanted an integer of at least {least}."
+      )
+    keep(config, **{name: number})
 
 
 def _check_numbers(config: Any, least: float, *names: str) -> None:
@@ -185,11 +185,13 @@ class MeshConfig:
 
   def __post_init__(self):
     _check_integers(self, 1, "fsdp", "expert", "tensor")
-    _check(
-      is_integer(self.data) and (self.data == -1 or self.data >= 1),
-      f"data={self.data!r}: wanted an integer of at least 1, or -1 for all"
-      " devices.",
-    )
+    data = as_integer(self.data)
+    if data is None or (data != -1 and data < 1):
+      raise ValueError(
+        f"data={self.data!r}: wanted an integer of at least 1, or -1 for all"
+        " devices."
+      )
+    keep(self, data=data)
 
   def shape(self, num_devices: int) -> tuple[int, int, int, int]:
     """Sizes of the axes (data, fsdp, expert, tensor) on num_devices devices."""
@@ -298,12 +300,14 @@ class RunConfig:
       f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than"
       f" num_steps={self.num_steps}.",
     )
-    for step in self.keep_steps:
+    keep_steps = tuple(map(as_integer, self.keep_steps))
+    for step in keep_steps:
       _check(
-        is_integer(step) and 1 <= step <= self.num_steps,
+        step is not None and 1 <= step <= self.num_steps,
         f"keep_steps={self.keep_steps}: wanted steps of 1 to"
         f" {self.num_steps} (num_steps).",
       )
+    keep(self, keep_steps=keep_steps)
     recipe = self.recipe
     _check(
       self.uses_msa
@@ -449,16 +453,15 @@ def with_step_unit(comparison: ComparisonConfig, unit: int) -> ComparisonConfig:
   Every step count stays the same multiple of the unit, so that the run gets
   longer or shorter and warm-ups, evaluations and checkpoints keep their share.
   """
-  _check(
-    is_integer(unit) and unit >= 1,
-    f"unit={unit!r}: wanted an integer of at least 1.",
-  )
+  step = as_integer(unit)
+  if step is None or step < 1:
+    raise ValueError(f"unit={unit!r}: wanted an integer of at least 1.")
   old = step_unit(comparison)
 
   def scaled(value: Any) -> Any:
     if isinstance(value, tuple):
       return tuple(map(scaled, value))
-    return value if value is None else value // old * unit
+    return value if value is None else value // old * step
 
   runs = []
   for run in comparison.runs:

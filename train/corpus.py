@@ -32,7 +32,7 @@ from jaxtyping import Int32, UInt
 
 # Part of every cache key. Raise it when this module makes other token streams
 # of the same text.
-_CACHE_VERSION = 3
+_CACHE_VERSION = 4
 # A BPE tokenizer is trained on at most this many characters, because its merges
 # hardly change with more.
 _BPE_BYTES = 1 << 26
