@@ -11,8 +11,8 @@ from msa_jax.attention import (
   Selection,
 )
 from msa_jax.cache import Cache, LayerCache
-from msa_jax.convert import to_msa
-from msa_jax.layers import RopeScaling, Sharding
+from msa_jax.convert import index_dims, index_kernels_from_main, to_msa
+from msa_jax.layers import RopeScaling, Sharding, partial_rope
 from msa_jax.losses import head_loss
 from msa_jax.model import (
   DecoderLM,
@@ -22,11 +22,13 @@ from msa_jax.model import (
 )
 from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 from msa_jax.ops import (
+  Choice,
   DecodeOutput,
   MSAOutput,
   SelectionRecall,
   check_block_indices,
   decode_attention,
+  explain,
   index_kl_loss,
   msa_attention,
   select_blocks,
@@ -48,6 +50,7 @@ except importlib.metadata.PackageNotFoundError:
 
 __all__ = [
   "Cache",
+  "Choice",
   "DecodeOutput",
   "DecoderLM",
   "ExtendOutput",
@@ -69,11 +72,15 @@ __all__ = [
   "__version__",
   "check_block_indices",
   "decode_attention",
+  "explain",
   "head_loss",
+  "index_dims",
+  "index_kernels_from_main",
   "index_kl_loss",
   "is_index_param",
   "merge_prefixes",
   "msa_attention",
+  "partial_rope",
   "select_blocks",
   "selection_recall",
   "sparse_attention",

@@ -25,7 +25,16 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from msa_jax import cache as cache_lib
 from msa_jax import ops
-from msa_jax.checks import check_choice, check_heads, check_rank, require
+from msa_jax.checks import (
+  check_choice,
+  check_chosen_blocks,
+  check_heads,
+  check_rank,
+  check_scale,
+  check_sizes,
+  compute_dtype,
+  require,
+)
 from msa_jax.layers import (
   RopeScaling,
   Sharding,
@@ -103,12 +112,18 @@ class GQAttention(nnx.Module):
     zero_centered_norm: those norms scale by 1 + w, see `rms_norm`.
     sinks: a learnable score for each head, parameter `sinks` [H], that joins
       the softmax without a value: out * sigmoid(lse - sink), as in gpt-oss. It
-      starts at 0. Such a layer has no cache.
+      starts at 0.
+    use_bias: add a bias to the queries, keys and values, before their norm.
+    scale: factor of the attention scores; None: D^-0.5.
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
     kernel_init: initialiser of the projections.
     implementation: of `jax.nn.dot_product_attention`: "xla", "cudnn" or None,
-      which leaves the choice to JAX.
+      which leaves the choice to JAX. Layers with sinks or with dtype float64
+      take the dense attention of `msa_jax.msa_attention` instead, because JAX's
+      has no lse with a gradient and computes its softmax in float32. There
+      "cudnn" is cuDNN too, but not with float64 or a cache; None takes it where
+      it can.
     sharding: mesh axes of parameters and activations; None adds no annotations.
     rngs: a stream named "params".
 
@@ -134,6 +149,8 @@ class GQAttention(nnx.Module):
     norm_eps: float = 1e-6,
     zero_centered_norm: bool = False,
     sinks: bool = False,
+    use_bias: bool = False,
+    scale: float | None = None,
     dtype=jnp.float32,
     param_dtype=jnp.float32,
     kernel_init: Callable = _KERNEL_INIT,
@@ -141,25 +158,27 @@ class GQAttention(nnx.Module):
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
-    qkv_features = in_features if qkv_features is None else qkv_features
-    out_features = in_features if out_features is None else out_features
-    num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
-    check_heads(
+    in_features, out_features = check_sizes(
+      in_features=in_features,
+      out_features=in_features if out_features is None else out_features,
+    )
+    num_heads, num_kv_heads, head_dim, rope_dim = check_heads(
       num_heads=num_heads,
-      num_kv_heads=num_kv_heads,
-      qkv_features=qkv_features,
+      num_kv_heads=num_heads if num_kv_heads is None else num_kv_heads,
+      qkv_features=in_features if qkv_features is None else qkv_features,
       rope_dim=rope_dim,
       rope_theta=rope_theta,
       norm_eps=norm_eps,
     )
-    head_dim = qkv_features // num_heads
     self.num_heads = num_heads
     self.num_kv_heads = num_kv_heads
     self.head_dim = head_dim
-    self.rope_dim = head_dim if rope_dim is None else rope_dim
+    self.rope_dim = rope_dim
     self.rope_theta = rope_theta
     self.rope_scaling = rope_scaling
     self.qk_norm_over: QKNormOver = qk_norm_over
+    # None is passed on as it is: each implementation has its own D^-0.5.
+    self.scale = scale if scale is None else check_scale("scale", scale, 1)
     self.implementation = implementation
     self.sharding = sharding
     check_choice("implementation", implementation, self.implementations)
@@ -180,9 +199,9 @@ class GQAttention(nnx.Module):
     )
     heads = (num_heads, head_dim)
     kv_heads = (num_kv_heads, head_dim)
-    self.query = linear(in_features, heads)
-    self.key = linear(in_features, kv_heads)
-    self.value = linear(in_features, kv_heads)
+    self.query = linear(in_features, heads, use_bias=use_bias)
+    self.key = linear(in_features, kv_heads, use_bias=use_bias)
+    self.value = linear(in_features, kv_heads, use_bias=use_bias)
     self.out = linear(heads, out_features)
     whole = qk_norm_over == "projection"
     self.query_norm = norm(head_dim * num_heads if whole else head_dim)
@@ -260,7 +279,7 @@ class GQAttention(nnx.Module):
       x, positions, segment_ids, segments, max_segments
     )
     attend = functools.partial(
-      _attend_dense, implementation=self.implementation
+      _attend_dense, scale=self.scale, implementation=self.implementation
     )
     axes = self.mesh_axes(x.shape[0])
     if axes is not None:
@@ -294,16 +313,7 @@ class GQAttention(nnx.Module):
     )
 
   def _cached_index_dim(self) -> int | None:
-    """Size of a cached index key; None for a layer without index keys.
-
-    Raises:
-      NotImplementedError: the layer has no cached form.
-    """
-    if self.sinks is not None:
-      raise NotImplementedError(
-        "a cache supports sinks=False: decode_attention and"
-        " jax.nn.dot_product_attention return no lse to apply sinks with"
-      )
+    """Size of a cached index key; None for a layer without index keys."""
     return None
 
   def extend(
@@ -321,17 +331,15 @@ class GQAttention(nnx.Module):
 
     Raises:
       ValueError: x has another rank, or the mesh does not divide KV heads.
-      NotImplementedError: cuDNN was named and does not support the call, or the
-        layer has sinks.
+      NotImplementedError: cuDNN was named and does not support the call.
     """
     _check_input(x)
-    self._cached_index_dim()
     q, k, v = self._qkv(x, span.positions)
     extend = functools.partial(
-      _extend_dense, implementation=self.implementation
+      _extend_dense, scale=self.scale, implementation=self.implementation
     )
     extend = self._over_mesh_cached(extend, x.shape[0])
-    result = extend(q, k, v, None, None, cache, span)
+    result = extend(q, k, v, None, None, self._sinks(), cache, span)
     return result._replace(out=self.out(result.out))
 
   def mesh_axes(self, batch: int) -> tuple[tuple[str, ...], str | None] | None:
@@ -361,9 +369,9 @@ class GQAttention(nnx.Module):
   def _over_mesh_cached(self, extend: Callable, batch_size: int) -> Callable:
     """Maps `extend` over each device's batch rows and KV heads.
 
-    `extend(q, k, v, index_q, index_k, cache, span)` returns a `CachedOutput` of
-    heads. Each device writes and reads its own part of the cache, so nothing
-    moves between devices.
+    `extend(q, k, v, index_q, index_k, sinks, cache, span)` returns a
+    `CachedOutput` of heads. Each device writes and reads its own part of the
+    cache, so nothing moves between devices.
     """
     axes = self.mesh_axes(batch_size)
     if axes is None:
@@ -376,7 +384,13 @@ class GQAttention(nnx.Module):
     blocks: Any = PartitionSpec(batch, heads, None, None)
     return jax.shard_map(
       extend,
-      in_specs=(*(tokens,) * 4, shared, cache, cache_lib.Span(*span)),
+      in_specs=(
+        *(tokens,) * 4,
+        shared,
+        PartitionSpec(heads),
+        cache,
+        cache_lib.Span(*span),
+      ),
       out_specs=CachedOutput(tokens, cache, blocks),
       check_vma=False,
     )
@@ -401,9 +415,10 @@ class MSAttention(GQAttention):
       None, see `msa_jax.ops`.
     **gqa_options: the other options of `GQAttention`: rope_dim, rope_theta,
       rope_scaling, normalize_qk, qk_norm_over, norm_eps, zero_centered_norm,
-      sinks, dtype, param_dtype, kernel_init, sharding and rngs. The index heads
-      rotate their first min(rope_dim, index_dim) dims, and are normalised one
-      by one whatever qk_norm_over is. The KL's teacher is the softmax without
+      sinks, use_bias, scale, dtype, param_dtype, kernel_init, sharding and
+      rngs. The index heads rotate their first min(rope_dim, index_dim) dims, and are
+      normalised one by one whatever qk_norm_over is; they have no bias, and
+      their factor in the KL is I^-0.5. The KL's teacher is the softmax without
       the sinks.
 
   Raises:
@@ -490,6 +505,7 @@ class MSAttention(GQAttention):
     segment_ids: Int32[Array, "B T"] | None = None,
     segments: Segments | None = None,
     max_segments: int | None = None,
+    block_indices: Int32[Array, "B K T P"] | None = None,
   ) -> MSALayerOutput:
     """Attends causally to the chosen blocks, or to all tokens in the warm-up.
 
@@ -509,6 +525,8 @@ class MSAttention(GQAttention):
         token sees its own document alone.
       segments: the same for prefix trees, from `tree_segments`; not both.
       max_segments: the most documents of a row, see `msa_jax.ops`.
+      block_indices: given choices, see `msa_jax.msa_attention`; None: the Index
+        Branch chooses. The warm-up does not attend to them.
 
     Raises:
       ValueError: an argument is wrong, or the mesh does not divide KV heads.
@@ -528,9 +546,12 @@ class MSAttention(GQAttention):
       with_kl=with_kl and self.index.selection == "index",
       with_selection=with_selection,
     )
+    if block_indices is not None:
+      # Inside shard_map the error would be one of a shape.
+      check_chosen_blocks(block_indices, q, k)
     args = (
       *(q, k, v, index_q, index_k, index_v),
-      *(query_mask, self._sinks(), segments),
+      *(query_mask, self._sinks(), segments, block_indices),
     )
     attend = self._over_mesh(attend, x.shape[0], with_selection)
     out, index_out, kl, selection = attend(*args)
@@ -540,7 +561,6 @@ class MSAttention(GQAttention):
     return MSALayerOutput(out, kl, selection)
 
   def _cached_index_dim(self) -> int | None:
-    super()._cached_index_dim()
     if (
       self.index.selection != "index"
       or self.index.force_first_block
@@ -564,7 +584,8 @@ class MSAttention(GQAttention):
     """Caches the next T tokens of each batch row and attends from them.
 
     In the sparse phase, up to `msa_jax.ops.MAX_DECODE_TOKENS` tokens go through
-    `decode_attention`. More tokens, and the warm-up phase, go through
+    `decode_attention`. More tokens, the warm-up phase, and layers with sinks,
+    which need the lse that decoding does not return, go through
     `msa_attention`.
 
     Args:
@@ -581,7 +602,7 @@ class MSAttention(GQAttention):
     Raises:
       ValueError: an argument is wrong, or the mesh does not divide KV heads.
       NotImplementedError: the named implementation does not support the call,
-        or the layer has sinks or is an ablation without a cached form.
+        or the layer is an ablation without a cached form.
     """
     _check_input(x)
     self._cached_index_dim()
@@ -594,7 +615,7 @@ class MSAttention(GQAttention):
     index_q, index_k, _ = self._project_index(x.astype(q.dtype), span.positions)
     extend = functools.partial(self._extend, phase=phase)
     result = self._over_mesh_cached(extend, x.shape[0])(
-      q, k, v, index_q, index_k, cache, span
+      q, k, v, index_q, index_k, self._sinks(), cache, span
     )
     return result._replace(out=self.out(result.out))
 
@@ -605,6 +626,7 @@ class MSAttention(GQAttention):
     v: Array,
     index_q: Array,
     index_k: Array,
+    sinks: Array | None,
     cache: cache_lib.LayerCache,
     span: cache_lib.Span,
     *,
@@ -618,9 +640,11 @@ class MSAttention(GQAttention):
       block_size=self.index.block_size,
       top_k=self.index.top_k,
       num_local_blocks=self.index.num_local_blocks,
+      scale=self.scale,
       implementation=self.implementation,
     )
-    if phase == "sparse" and q.shape[1] <= ops.MAX_DECODE_TOKENS:
+    few = q.shape[1] <= ops.MAX_DECODE_TOKENS
+    if phase == "sparse" and few and sinks is None:
       result = ops.decode_attention(
         q,
         cache.k,
@@ -635,7 +659,7 @@ class MSAttention(GQAttention):
       precision = self.index.score_precision
       if cache.index_k_scale is not None:
         precision = "fp8"
-      elif precision == "fp8":
+      elif precision == "fp8" or few:
         precision = "exact"
       result = ops.msa_attention(
         q,
@@ -647,6 +671,8 @@ class MSAttention(GQAttention):
         score_precision=precision,
         **options,
       )
+      if sinks is not None:
+        result = result._replace(out=_with_sinks(*result[::3], sinks))
     return CachedOutput(result.out, cache, result.block_indices)
 
   def _attend(
@@ -660,6 +686,7 @@ class MSAttention(GQAttention):
     query_mask: Array | None,
     sinks: Array | None,
     segments: Segments | None,
+    given: Array | None,
     *,
     phase: ops.Phase,
     with_kl: bool,
@@ -678,7 +705,7 @@ class MSAttention(GQAttention):
     # The ablations choose blocks by themselves and pass them to the operations.
     plain = self.index.selection == "index" and not self.index.force_first_block
     fused_kl = plain and self.index.detach_teacher
-    kl = jnp.zeros((), jnp.promote_types(q.dtype, jnp.float32))
+    kl = jnp.zeros((), compute_dtype(q.dtype))
     if plain:
       result = ops.msa_attention(
         q,
@@ -691,26 +718,35 @@ class MSAttention(GQAttention):
         phase=phase,
         with_kl=with_kl and fused_kl,
         query_mask=query_mask,
+        block_indices=given,
+        scale=self.scale,
         score_precision=self.index.score_precision,
         **options,
       )
       out, kl, block_indices, lse = result
     else:
-      block_indices = self._forced_blocks(index_q, index_k, segments)
+      block_indices = given
+      if block_indices is None:
+        block_indices = self._forced_blocks(index_q, index_k, segments)
       if phase == "warmup":
-        result = ops.msa_attention(
+        out, lse = ops.dense_attention(
           q,
           k,
           v,
-          index_q,
-          index_k,
-          phase="warmup",
-          **options,
+          scale=self.scale,
+          segments=segments,
+          block_size=self.index.block_size,
+          implementation=self.implementation,
         )
-        out, lse = result.out, result.lse
       else:
         out, lse = ops.sparse_attention(
-          q, k, v, block_indices, return_lse=True, **options
+          q,
+          k,
+          v,
+          block_indices,
+          scale=self.scale,
+          return_lse=True,
+          **options,
         )
     if sinks is not None:
       out = _with_sinks(out, lse, sinks)
@@ -723,6 +759,7 @@ class MSAttention(GQAttention):
         None if phase == "warmup" else block_indices,
         query_mask=query_mask,
         detach_teacher=self.index.detach_teacher,
+        scale=self.scale,
         **options,
       )
 
@@ -738,6 +775,7 @@ class MSAttention(GQAttention):
         k,
         block_indices,
         block_size=self.index.block_size,
+        scale=self.scale,
         segments=segments,
       )
       selection = Selection(block_indices, *recalls)
@@ -757,15 +795,12 @@ class MSAttention(GQAttention):
     k = jnp.broadcast_to(index_k[:, :, None], shape)
     v = jnp.broadcast_to(index_v[:, :, None], shape)
     if phase == "warmup":
-      return ops.msa_attention(
+      return ops.dense_attention(
         index_q,
         k,
         v,
-        index_q,
-        index_k,
-        phase="warmup",
         **options,
-      ).out
+      )[0]
     return ops.sparse_attention(index_q, k, v, block_indices, **options)
 
   def _forced_blocks(
@@ -782,7 +817,7 @@ class MSAttention(GQAttention):
       return self._forced_blocks_packed(index_q, index_k, segments)
     if self.index.selection == "window":
       own = jnp.arange(t) // self.index.block_size
-      ids = own[:, None] - jnp.arange(self.index.top_k - 1)
+      ids = own[:, None] - jnp.arange(self.index.top_k - 1)[None]
       # t stands for "no block": it sorts behind all ids and becomes -1 below.
       ids = jnp.where(ids > 0, ids, t)
       ids = jnp.concatenate([jnp.zeros((t, 1), ids.dtype), ids], axis=-1)
@@ -852,7 +887,7 @@ class MSAttention(GQAttention):
     axes = batch + (() if heads is None else (heads,))
 
     def local(*args):
-      q, k, *_, query_mask, _, segments = args
+      q, k, *_, query_mask, _, segments, _ = args
       out, index_out, kl, selection = attend(*args)
 
       def mean(x, count):
@@ -888,6 +923,7 @@ class MSAttention(GQAttention):
         PartitionSpec(batch, None),
         PartitionSpec(heads),
         PartitionSpec(batch),
+        blocks,
       ),
       out_specs=(tokens, tokens, scalar, selection),
       check_vma=False,
@@ -901,7 +937,14 @@ def _with_sinks(
 ) -> Float[Array, "B T H D"]:
   """out of a softmax that has one more score for each head."""
   weight = jax.nn.sigmoid(lse - sinks.astype(lse.dtype)[None, :, None])
-  return (out * jnp.moveaxis(weight, 1, 2)[..., None]).astype(out.dtype)
+  weight = jnp.moveaxis(weight, 1, 2)[..., None]
+  return (out.astype(lse.dtype) * weight).astype(out.dtype)
+
+
+def _needs_own_attention(q: Array, sinks: Array | None) -> bool:
+  """Whether `jax.nn.dot_product_attention` cannot do a layer's attention: it
+  returns no lse with a gradient, and computes its softmax in float32."""
+  return sinks is not None or q.dtype == jnp.float64
 
 
 def _packed(
@@ -925,42 +968,36 @@ def _attend_dense(
   sinks: Array | None,
   segments: Segments | None,
   *,
+  scale: float | None,
   implementation: Any,
 ) -> Array:
   """Causal dense attention, with sinks or without, in plain or packed rows.
 
-  `jax.nn.dot_product_attention` returns no lse in float32 with a gradient, so
-  layers with sinks take the warm-up phase's attention, whose GPU form is
-  cuDNN's too. It has no form of packed rows either that is free of a T x T
-  mask.
+  `jax.nn.dot_product_attention` has no form of packed rows that is free of a
+  T x T mask.
   """
-  if sinks is None and segments is None:
+  if segments is None and not _needs_own_attention(q, sinks):
     return _dot_product_attention(
-      q, k, v, is_causal=True, implementation=implementation
+      q, k, v, is_causal=True, scale=scale, implementation=implementation
     )
-  if sinks is None and segments is not None and implementation != "xla":
+  kernel = sinks is None and scale is None and implementation != "xla"
+  if segments is not None and kernel:
     try:
       return ops.document_attention(q, k, v, segments)
     except NotImplementedError:
       if implementation is not None:
         raise
-  # The choice of blocks is not used, so a compiled program does not compute it.
-  index = jnp.zeros_like(k)
-  result = ops.msa_attention(
+  out, lse = ops.dense_attention(
     q,
     k,
     v,
-    index,
-    index[:, :, 0],
-    phase="warmup",
+    scale=scale,
     segments=segments,
     implementation="mosaic_gpu"
     if implementation == "cudnn"
     else implementation,
   )
-  return (
-    result.out if sinks is None else _with_sinks(result.out, result.lse, sinks)
-  )
+  return out if sinks is None else _with_sinks(out, lse, sinks)
 
 
 # Keys that cuDNN reads at once: its last tile can reach past a batch row's end.
@@ -973,9 +1010,11 @@ def _extend_dense(
   v: Array,
   index_q: None,
   index_k: None,
+  sinks: Array | None,
   cache: cache_lib.LayerCache,
   span: cache_lib.Span,
   *,
+  scale: float | None,
   implementation: Any,
 ) -> CachedOutput:
   """`GQAttention.extend` for one device's batch rows and KV heads.
@@ -988,10 +1027,28 @@ def _extend_dense(
   unused slots held before.
   """
   cache = cache.write(span.slots, k, v)
+  if _needs_own_attention(q, sinks):
+    if implementation == "cudnn":
+      raise NotImplementedError(
+        "implementation='cudnn' supports a cache with sinks=False and a dtype"
+        f" other than float64, got sinks={sinks is not None} and {q.dtype}:"
+        " take 'xla' or None"
+      )
+    out, lse = ops.dense_attention(
+      q,
+      cache.k,
+      cache.v,
+      scale=scale,
+      kv_lengths=span.lengths,
+      implementation=implementation,
+    )
+    if sinks is not None:
+      out = _with_sinks(out, lse, sinks)
+    return CachedOutput(out, cache, None)
   q_len, capacity = q.shape[1], cache.k.shape[1]
-  slot = jnp.arange(capacity)
+  slot = jnp.arange(capacity)[None]
   if implementation == "cudnn":
-    tail = span.lengths[:, None] + jnp.arange(_CUDNN_TILE)
+    tail = span.lengths[:, None] + jnp.arange(_CUDNN_TILE)[None]
     # A length of 0 may mark a batch row that has overflowed: its cache still
     # holds tokens and must not be changed.
     unused = (tail < capacity) & (span.lengths[:, None] > 0)
@@ -1002,13 +1059,14 @@ def _extend_dense(
     used = (slot < span.lengths[:, None])[..., None, None]
     values = jnp.where(used, cache.v, 0)
   # A single query sees all keys of its batch row, so it needs no mask.
-  visible = (slot <= span.positions[..., None])[:, None]
+  visible = (slot[None] <= span.positions[..., None])[:, None]
   out = _dot_product_attention(
     q,
     cache.k,
     values,
     mask=None if q_len == 1 else visible,
     key_value_seq_lengths=jnp.maximum(span.lengths, 1),
+    scale=scale,
     implementation=implementation,
   )
   # Padding, and the tokens of batch rows that have overflowed, get zeros.

@@ -137,7 +137,8 @@ class Span(NamedTuple):
   def positions(self) -> Int32[Array, "B T"]:
     """Positions of the tokens; those of padding have no meaning."""
     q_len = self.slots.shape[1]
-    return self.lengths[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)
+    token = jnp.arange(q_len, dtype=jnp.int32)[None]
+    return self.lengths[:, None] - q_len + token
 
 
 class Cache(NamedTuple):
@@ -189,7 +190,7 @@ class Cache(NamedTuple):
     counts = jnp.clip(counts.astype(jnp.int32), 0, num_tokens)
     fits = ~self.overflowed & (counts <= capacity - self.lengths)
     lengths = jnp.where(fits, self.lengths + counts, self.lengths)
-    token = jnp.arange(num_tokens, dtype=jnp.int32)
+    token = jnp.arange(num_tokens, dtype=jnp.int32)[None]
     real = fits[:, None] & (token >= num_tokens - counts[:, None])
     # All slots are distinct, also those beyond the capacity: `write` promises
     # unique indices to the scatter.
@@ -246,7 +247,7 @@ def empty_layer(
   Raises:
     ValueError: a size is below 1, or index_dtype is neither.
   """
-  check_sizes(batch=batch, capacity=capacity)
+  batch, capacity = check_sizes(batch=batch, capacity=capacity)
   dtype = jnp.dtype(dtype)
   index_dtype = dtype if index_dtype is None else jnp.dtype(index_dtype)
   if index_dtype not in (dtype, FP8):
@@ -260,8 +261,10 @@ def empty_layer(
   if index_dim is None:
     return LayerCache(k, v)
   index_k = jnp.zeros((batch, capacity, index_dim), index_dtype)
+  if index_dtype != FP8:
+    return LayerCache(k, v, index_k)
   scale = jnp.ones((batch, capacity), jnp.float32)
-  return LayerCache(k, v, index_k, scale if index_dtype == FP8 else None)
+  return LayerCache(k, v, index_k, scale)
 
 
 def empty(layers: tuple[LayerCache, ...]) -> Cache:

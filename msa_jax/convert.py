@@ -14,9 +14,9 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
-from jaxtyping import Array
+from jaxtyping import Array, Float
 
-from msa_jax.checks import check_choice, wrong
+from msa_jax.checks import check_choice, check_rope_dim, check_sizes, wrong
 from msa_jax.layers import Sharding
 from msa_jax.model import DecoderLM, abstract_model, group_sizes, is_index_param
 from msa_jax.model_config import ModelConfig
@@ -61,6 +61,77 @@ class _Layers:
     return flat[path] if count == size else flat[path][j : j + count]
 
 
+def index_kernels_from_main(
+  query: Float[Array, "*L E H D"],
+  key: Float[Array, "*L E K D"],
+  *,
+  index_dim: int,
+  rope_dim: int | None = None,
+) -> tuple[Float[Array, "*L E K J"], Float[Array, "*L E J"]]:
+  """Index projections made from a layer's query and key projections.
+
+  Each group's index query is the mean of its query heads, the index key the
+  mean of the key heads. Of their D dims the index heads take those that
+  `index_dims` names.
+
+  Args:
+    query: kernel of the query projection.
+    key: kernel of the key projection.
+    index_dim: size of an index head, I.
+    rope_dim: dims of a main head that rotate, as in `GQAttention`; None: all.
+
+  Returns:
+    Kernels of the index query and the index key. They have J = min(I, dims with
+    a counterpart) dims, the first of the I; where J < I the rest starts anew.
+
+  Raises:
+    ValueError: an argument is wrong.
+  """
+  for name, kernel in (("query", query), ("key", key)):
+    if not hasattr(kernel, "shape") or len(kernel.shape) < 3:
+      got = getattr(kernel, "shape", type(kernel).__name__)
+      raise wrong(name, "a kernel of rank 3 or more, [..., E, H, D]", str(got))
+  *lead, num_heads, head_dim = query.shape
+  *key_lead, num_kv_heads, key_dim = key.shape
+  if lead != key_lead or head_dim != key_dim or num_heads % num_kv_heads:
+    want = f"a kernel like query's {tuple(query.shape)}, with heads that divide"
+    raise wrong("key", f"{want} its {num_heads}", str(tuple(key.shape)))
+  dims = index_dims(head_dim, index_dim, rope_dim)
+  groups = query.reshape(*lead, num_kv_heads, -1, head_dim)
+  index_query = jnp.mean(groups, axis=-2)[..., dims]
+  return index_query, jnp.mean(key, axis=-2)[..., dims]
+
+
+def index_dims(
+  head_dim: int, index_dim: int, rope_dim: int | None = None
+) -> np.ndarray:
+  """The dim of a main head that each dim of an index head is made from.
+
+  If I < D, the index heads take the rotary pairs of matching frequency and the
+  first of the dims that do not rotate. If I > D, the last index dims have no
+  counterpart, and the result is shorter than I. Norms of index heads are made
+  from those of main heads by the same dims.
+
+  Args:
+    head_dim: size of a main head, D.
+    index_dim: size of an index head, I.
+    rope_dim: dims of a main head that rotate; None: all.
+
+  Raises:
+    ValueError: an argument is wrong.
+  """
+  head_dim, index_dim = check_sizes(head_dim=head_dim, index_dim=index_dim)
+  rope_dim = check_rope_dim(rope_dim, head_dim)
+  half, index_half = rope_dim // 2, min(rope_dim, index_dim // 2 * 2) // 2
+  # Pair i of the index heads has the rotary frequency theta^(-i / index_half).
+  pairs = [i * half // index_half for i in range(index_half)]
+  plain = min(index_dim - 2 * index_half, head_dim - rope_dim)
+  return np.array(
+    [*pairs, *(half + i for i in pairs), *range(rope_dim, rope_dim + plain)],
+    np.int32,
+  )
+
+
 def _index_from_main(
   name: tuple[str, str], source: _Layers, layer: int, config: ModelConfig
 ) -> Array | None:
@@ -73,19 +144,9 @@ def _index_from_main(
     config: config of the model that gets the index parameter.
 
   Returns:
-    Values of the first index dims; index dims that have no counterpart in the
-    main branch (where I is larger than D) are missing at the end. None if the
-    main branch has no such parameter.
+    Values of the first index dims, see `index_dims`. None if the main branch
+    has no such parameter.
   """
-  head_dim, index_dim = config.head_dim, config.index.index_dim
-  rope_dim = head_dim if config.rope_dim is None else config.rope_dim
-  half, index_half = rope_dim // 2, min(rope_dim, index_dim // 2 * 2) // 2
-  # Pair i of the index heads has the rotary frequency theta^(-i / index_half).
-  pairs = [i * half // index_half for i in range(index_half)]
-  plain = min(index_dim - 2 * index_half, head_dim - rope_dim)
-  dims = np.array(
-    [*pairs, *(half + i for i in pairs), *range(rope_dim, rope_dim + plain)]
-  )
 
   whole = config.qk_norm and config.qk_norm_over == "projection"
 
@@ -99,7 +160,7 @@ def _index_from_main(
     head's scale is beside it goes into the head's kernel.
     """
     scale = main(f"{name}_norm", "scale") + config.zero_centered_norm
-    scale = scale.reshape(-1, head_dim)
+    scale = scale.reshape(-1, config.head_dim)
     return scale, jnp.sqrt(jnp.mean(scale * scale, axis=0))
 
   def heads(name: str) -> Array:
@@ -110,22 +171,22 @@ def _index_from_main(
     scale, shared = scales(name)
     return kernel * (scale / jnp.where(shared == 0, 1, shared))
 
+  index_dim, rope_dim = config.index.index_dim, config.rope_dim
   match name:
-    case ("index_query", "kernel"):
-      query = heads("query")
-      shape = (len(query), config.num_kv_heads, -1, head_dim)
-      value = jnp.mean(query.reshape(shape), axis=2)
-    case ("index_key", "kernel"):
-      value = jnp.mean(heads("key"), axis=1)
+    case ("index_query" | "index_key", "kernel"):
+      kernels = index_kernels_from_main(
+        heads("query"), heads("key"), index_dim=index_dim, rope_dim=rope_dim
+      )
+      return kernels[name[0] == "index_key"]
     case ("index_query_norm" | "index_key_norm" as norm, "scale"):
       if whole:
         branch = norm.removeprefix("index_").removesuffix("_norm")
         value = scales(branch)[1] - config.zero_centered_norm
       else:
         value = main(norm.removeprefix("index_"), "scale")
+      return value[..., index_dims(config.head_dim, index_dim, rope_dim)]
     case _:
       return None
-  return value[..., dims]
 
 
 def to_msa(
@@ -142,16 +203,12 @@ def to_msa(
   form it is the same array, not a copy. Only index projections (and their
   norms) that `model` lacks are made.
 
-  With index_init="main" they start from the layer's main branch: each group's
-  index query from the mean of its query heads, the index key from the mean of
-  the key heads, and the norms from the query's and the key's norm. Where those
-  norms go over the whole projection, the index norms take the RMS of their
-  scales over the heads, and the rest of a head's scale goes into its kernel
-  before the mean. If I < D,
-  the index heads take the rotary pairs of matching frequency and the first of
-  the dims that do not rotate. If I > D, the remaining index dims start at
-  random. With one query head and I = D, the index scores are then the attention
-  scores.
+  With index_init="main" they start from the layer's main branch, see
+  `index_kernels_from_main`, and the norms from the query's and the key's norm.
+  Where those norms go over the whole projection, the index norms take the RMS
+  of their scales over the heads, and the rest of a head's scale goes into its
+  kernel before the mean. If I > D, the remaining index dims start at random.
+  With one query head and I = D, the index scores are then the attention scores.
 
   Measured before any training, on a GQA model that had learnt associative
   recall (2 layers, 4/2 heads of 16, I = 16, block 16, top 4 of 16;

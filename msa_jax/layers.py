@@ -13,7 +13,15 @@ from flax import nnx
 from jax import lax
 from jaxtyping import Array, Float, Int
 
-from msa_jax.checks import check_positive, check_sizes, require
+from msa_jax.checks import (
+  check_positive,
+  check_rank,
+  check_rope_dim,
+  check_sizes,
+  compute_dtype,
+  require,
+  wrong,
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -106,17 +114,40 @@ def partial_rope(
 ) -> Float[Array, "B T H D"]:
   """Rotary embedding of the first `rope_dim` dims; the others stay as they are.
 
+  This is the rotation of `GQAttention` and `MSAttention`: of their queries and
+  keys after the norm, and of the index queries and keys with
+  rope_dim = min(rope_dim, index_dim).
+
   Dims i and i + rope_dim / 2 form a pair, which is rotated by the angle
   position * theta^(-2 i / rope_dim), or by position times what `scaling` makes
-  of that frequency. Computed in float32, or in x's dtype if that is wider.
+  of that frequency. Computed in float32, or in float64 if x is float64.
+
+  Args:
+    x: heads.
+    positions: integers, of the tokens or of each batch row's tokens.
+    rope_dim: dims that rotate, the first ones; even.
+    theta: base of the frequencies.
+    scaling: how the slower frequencies are extended; None: not at all.
+
+  Raises:
+    ValueError: an argument is wrong.
   """
-  dtype = jnp.promote_types(x.dtype, jnp.float32)
+  check_rank("x", x, "B T H D")
+  rope_dim = check_rope_dim(rope_dim, x.shape[-1])
+  check_positive(theta=theta)
+  batch, length = x.shape[:2]
+  if positions.shape not in ((length,), (1, length), (batch, length)):
+    want = f"of shape [T] = ({length},) or [B, T] = ({batch}, {length})"
+    raise wrong("positions", want, str(tuple(positions.shape)))
   half = rope_dim // 2
+  dtype = compute_dtype(x.dtype)
   frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)
   if scaling is not None:
     frequency = scaling.scale(frequency)
-  angle = positions[..., None].astype(dtype) * frequency
-  cos, sin = jnp.cos(angle)[..., None, :], jnp.sin(angle)[..., None, :]
+  # [T] or [B, T], as [1 or B, T, 1, 1].
+  positions = positions.astype(dtype).reshape(-1, x.shape[1], 1, 1)
+  angle = positions * lax.expand_dims(frequency, range(3))
+  cos, sin = jnp.cos(angle), jnp.sin(angle)
   rotated = x[..., :rope_dim].astype(dtype)
   a, b = rotated[..., :half], rotated[..., half:]
   rotated = jnp.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1)
@@ -131,6 +162,7 @@ def project(
   rngs: nnx.Rngs,
   in_features: int | tuple[int, ...],
   out_features: int | tuple[int, ...],
+  use_bias: bool = False,
 ) -> nnx.LinearGeneral:
   """A projection into heads or out of heads.
 
@@ -139,7 +171,9 @@ def project(
     in_features: input features; (heads, head_dim) for one out of heads.
     out_features: output features; (heads, head_dim) for one into heads, or
       (features,) for one into a single head.
+    use_bias: whether to add a bias, which starts at 0.
   """
+  bias_init = nnx.initializers.zeros_init()
   inward = isinstance(in_features, int)
   if sharding is not None:
     heads = out_features if inward else in_features
@@ -147,14 +181,16 @@ def project(
     split = (sharding.heads, None) if len(heads) == 2 else (None,)
     names = (sharding.embed, *split) if inward else (*split, sharding.embed)
     kernel_init = nnx.with_partitioning(kernel_init, names)
+    bias_init = nnx.with_partitioning(bias_init, split if inward else (None,))
   return nnx.LinearGeneral(
     in_features,
     out_features,
     axis=-1 if inward else (-2, -1),
-    use_bias=False,
+    use_bias=use_bias,
     dtype=dtype,
     param_dtype=param_dtype,
     kernel_init=kernel_init,
+    bias_init=bias_init,
     rngs=rngs,
   )
 
@@ -181,11 +217,12 @@ class _ZeroCenteredRMSNorm(nnx.RMSNorm):
   """RMSNorm that scales by 1 + scale and rounds from float32 only once."""
 
   def __call__(self, x: Array) -> Array:  # pyright: ignore
-    y = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    y = x.astype(compute_dtype(x.dtype))
     mean = jnp.mean(y * y, axis=-1, keepdims=True)
     y = y * lax.rsqrt(mean + self.epsilon)
     assert self.scale is not None
-    return (y * (1 + self.scale[...].astype(y.dtype))).astype(self.dtype)
+    scale = lax.expand_dims(self.scale[...].astype(y.dtype), range(y.ndim - 1))
+    return (y * (1 + scale)).astype(self.dtype)
 
 
 def rms_norm(

@@ -15,6 +15,7 @@ from msa_jax.checks import (
   check_floats,
   check_integer,
   check_integers,
+  compute_dtype,
 )
 
 
@@ -73,7 +74,7 @@ def _over_chunks(
   Without gradients, the first is a zero and the second None.
   """
   batch, tokens, _ = hidden.shape
-  dtype = jnp.promote_types(hidden.dtype, jnp.float32)
+  dtype = compute_dtype(hidden.dtype)
   size = min(max(chunk_tokens // batch, 1), tokens)
   count = -(-tokens // size)
 
@@ -93,7 +94,7 @@ def _over_chunks(
     total += jnp.sum(w * (lse - at_target))
     if not with_gradients:
       return (total, d_weight), None
-    right = jnp.arange(z.shape[-1]) == target[..., None]
+    right = jax.nn.one_hot(target, z.shape[-1], dtype=dtype)
     dz = (jnp.exp(z - lse[..., None]) - right) * w[..., None]
     dz = dz.astype(x.dtype)
     d_weight += jnp.einsum("bte,btv->ev", x, dz, preferred_element_type=dtype)
@@ -120,8 +121,8 @@ def _backward(chunk_tokens, residuals, cotangent):
   del chunk_tokens
   d_hidden, d_weight, weight = residuals
   return (
-    (d_hidden * cotangent).astype(d_hidden.dtype),
-    (d_weight * cotangent).astype(weight.dtype),
+    (d_hidden.astype(cotangent.dtype) * cotangent).astype(d_hidden.dtype),
+    (d_weight.astype(cotangent.dtype) * cotangent).astype(weight.dtype),
     None,
     None,
   )

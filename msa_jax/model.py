@@ -24,7 +24,13 @@ from msa_jax.attention import (
   MSAttention,
   Selection,
 )
-from msa_jax.checks import check_integers, check_rank, require, wrong
+from msa_jax.checks import (
+  check_integers,
+  check_rank,
+  compute_dtype,
+  require,
+  wrong,
+)
 from msa_jax.layers import Sharding, rms_norm
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
 from msa_jax.model_config import LayerKind, MLPKind, ModelConfig
@@ -35,10 +41,11 @@ class LMOutput(NamedTuple):
   """Result of `DecoderLM`.
 
   Attributes:
-    logits: next-token logits, float32; None with `with_logits=False`.
+    logits: next-token logits, float32 (float64 in a float64 model); None with
+      `with_logits=False`.
     kl: KL loss of each layer in nats; 0 for dense layers, and unless `with_kl`.
-    selection: chosen blocks and recalls of each layer, -1 and NaN for dense
-      layers; None unless `with_selection`.
+    selection: chosen blocks and recalls of each layer, -1 for dense layers;
+      None unless `with_selection`.
     experts: the experts that each token went to, -1 in layers with a dense MLP;
       None if the model has no MoE layers.
     hidden: the normalised output of the last layer; `head_weight` turns it into
@@ -163,7 +170,8 @@ class DecoderLayer(nnx.Module):
         **rows,
       )
     else:
-      out, kl, selection = self.attention(h, **rows), jnp.zeros(()), None
+      out, selection = self.attention(h, **rows), None
+      kl = jnp.zeros((), compute_dtype(out.dtype))
     x, experts = self._add_mlp(x + out)
     return _LayerOutput(x, kl, selection, experts)
 
@@ -350,7 +358,7 @@ class DecoderLM(nnx.Module):
       experts.append(chosen)
     x = self.norm(x)
     logits = self._logits(x) if with_logits else None
-    kl = jnp.concatenate(kls).astype(jnp.float32)
+    kl = jnp.concatenate(kls)
     selection = None
     if with_selection:
       selection = self._stack_selections(selections, tokens.shape)
@@ -515,7 +523,7 @@ class DecoderLM(nnx.Module):
       "bte,ev->btv",
       hidden,
       self.head_weight().astype(hidden.dtype),
-      preferred_element_type=jnp.float32,
+      preferred_element_type=compute_dtype(hidden.dtype),
     )
 
   def _split_batch(self, x: Array) -> Array:
@@ -529,13 +537,14 @@ class DecoderLM(nnx.Module):
     self, selections: Sequence[Selection | None], shape: tuple[int, ...]
   ) -> Selection:
     config = self.config
+    dtype = compute_dtype(config.dtype)
     filled = []
     for selection, count in zip(selections, group_sizes(config)):
       if selection is None:
         blocks = (count, shape[0], config.num_kv_heads, shape[1])
         selection = Selection(
           jnp.full((*blocks, config.index.top_k), -1, jnp.int32),
-          *(jnp.full((count,), jnp.nan, jnp.float32),) * 3,
+          *(jnp.full((count,), -1, dtype),) * 3,
         )
       filled.append(selection)
     return jax.tree.map(lambda *a: jnp.concatenate(a), *filled)

@@ -20,6 +20,15 @@ def _require_hopper() -> None:
   mosaic.require_hopper()
 
 
+def is_possible() -> bool:
+  """Whether the current device has kernels."""
+  try:
+    _require_hopper()
+  except NotImplementedError:
+    return False
+  return True
+
+
 def select_blocks(index_q, index_k, **options):
   _require_hopper()
   from pallas_kernels import select_blocks as kernels

@@ -5,7 +5,10 @@ Every operation takes `implementation`:
 - `"reference"`: the specification, O(T S) memory, any backend.
 - `"xla"`: computes only the chosen blocks, memory linear in T, any backend.
 - `"mosaic_gpu"`: Pallas kernels for Hopper GPUs.
-- `None`: the first of mosaic_gpu, xla, reference that supports the call.
+- `None`: the first of mosaic_gpu, xla, reference that supports the call. The
+  logger "msa_jax" says once for each reason which one that is: as a warning
+  where the device has kernels that do not support the call, else as info.
+  `explain` tells it for a call without running it.
 
 A named implementation never falls back: a legal call that it does not support
 raises NotImplementedError. A wrong call raises ValueError, and its text names
@@ -28,8 +31,9 @@ here"), and at the input of the index projections in `msa_jax.attention`.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
-from typing import Literal, NamedTuple, NoReturn
+import logging
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
 import jax.numpy as jnp
@@ -72,7 +76,7 @@ class MSAOutput(NamedTuple):
   Attributes:
     out: attention output, in q's dtype.
     kl: KL loss in nats; 0 unless `with_kl`.
-    block_indices: the blocks that the Index Branch chose.
+    block_indices: the blocks that the Index Branch chose, or the given ones.
     lse: log sum exp of the scaled scores over the attended tokens, natural
       log; -inf for queries that see nothing. Its gradient reaches q and k.
   """
@@ -184,6 +188,7 @@ def select_blocks(
     score_precision=score_precision,
   )
   chosen = _dispatch(
+    "select_blocks",
     implementation,
     layout,
     reference=lambda: reference.select_blocks(
@@ -261,11 +266,12 @@ def sparse_attention(
   )
   options = dict(
     block_size=block_size,
-    scale=check_scale("scale", scale, q),
+    scale=check_scale("scale", scale, q.shape[-1]),
     kv_lengths=kv_lengths,
   )
   args = (q, k, v, block_indices)
   out, lse = _dispatch(
+    "sparse_attention",
     implementation,
     layout,
     reference=lambda: reference.sparse_attention(
@@ -365,8 +371,8 @@ def index_kl_loss(
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
   options = dict(
     block_size=block_size,
-    scale=check_scale("scale", scale, q),
-    index_scale=check_scale("index_scale", index_scale, index_q),
+    scale=check_scale("scale", scale, q.shape[-1]),
+    index_scale=check_scale("index_scale", index_scale, index_q.shape[-1]),
     lse=lse,
     kv_lengths=kv_lengths,
     query_mask=query_mask,
@@ -375,6 +381,7 @@ def index_kl_loss(
   if not detach_teacher:
     missing = functools.partial(_only_reference, "detach_teacher=False")
     loss = _dispatch(
+      "index_kl_loss",
       implementation,
       layout,
       reference=lambda: reference.index_kl_loss(
@@ -385,6 +392,7 @@ def index_kl_loss(
     )
     return _nan_of_any_overflow(loss, layout)
   loss = _dispatch(
+    "index_kl_loss",
     implementation,
     layout,
     reference=lambda: reference.index_kl_loss(*args, **options, layout=layout),
@@ -413,6 +421,7 @@ def msa_attention(
   segment_ids: Int32[Array, "B S"] | None = None,
   segments: Segments | None = None,
   max_segments: int | None = None,
+  block_indices: Int32[Array, "B K T P"] | None = None,
   score_precision: ScorePrecision = "exact",
   implementation: Implementation | None = None,
 ) -> MSAOutput:
@@ -446,6 +455,12 @@ def msa_attention(
     segments: the same for prefix trees, from `tree_segments`; not both.
     max_segments: the most documents of a row, static. None: 64, or as many as
       there are blocks in a row, if that is more.
+    block_indices: given choices, of any P, as `sparse_attention` takes them;
+      None: the Index Branch chooses. With given choices, top_k,
+      num_local_blocks and score_precision are not used, and attention and KL
+      are over the given blocks. They replay the choices of an earlier pass,
+      share those of another layer, or stand for an oracle. The warm-up does
+      not attend to them.
     score_precision: see `select_blocks`.
     implementation: see the module's text.
 
@@ -468,10 +483,12 @@ def msa_attention(
   )
   check_kv_lengths(kv_lengths, q.shape[0])
   check_query_mask(query_mask, q)
+  if block_indices is not None:
+    check_chosen_blocks(block_indices, q, k)
   check_choice("phase", phase, Phase)
   check_choice("score_precision", score_precision, ScorePrecision)
-  scale = check_scale("scale", scale, q)
-  index_scale = check_scale("index_scale", index_scale, index_q)
+  scale = check_scale("scale", scale, q.shape[-1])
+  index_scale = check_scale("index_scale", index_scale, index_q.shape[-1])
 
   layout = _block_layout(
     segment_ids, segments, max_segments, block_size, kv_lengths, q, k
@@ -480,28 +497,30 @@ def msa_attention(
   packed = {} if layout is None else dict(layout=layout)
 
   def run(module) -> MSAOutput:
-    block_indices = module.select_blocks(
-      *jax.lax.stop_gradient((index_q, index_k)),
-      block_size=block_size,
-      top_k=top_k,
-      num_local_blocks=num_local_blocks,
-      kv_lengths=kv_lengths,
-      score_precision=score_precision,
-      **packed,
-    )
-    block_indices = checkpoint_name(block_indices, "block_indices")
+    chosen = block_indices
+    if chosen is None:
+      chosen = module.select_blocks(
+        *jax.lax.stop_gradient((index_q, index_k)),
+        block_size=block_size,
+        top_k=top_k,
+        num_local_blocks=num_local_blocks,
+        kv_lengths=kv_lengths,
+        score_precision=score_precision,
+        **packed,
+      )
+      chosen = checkpoint_name(chosen, "block_indices")
     if phase == "warmup":
       attended = None
       out, lse = module.warmup_attention(
         q, k, v, scale=scale, kv_lengths=kv_lengths, **packed
       )
     else:
-      attended = block_indices
+      attended = chosen
       out, lse = module.sparse_attention(
         q,
         k,
         v,
-        block_indices,
+        chosen,
         block_size=block_size,
         scale=scale,
         kv_lengths=kv_lengths,
@@ -530,11 +549,12 @@ def msa_attention(
     return MSAOutput(
       out,
       _nan_of_any_overflow(kl, layout),
-      _none_of_overflow(block_indices, layout),
+      _none_of_overflow(chosen, layout),
       lse,
     )
 
   return _dispatch(
+    "msa_attention",
     implementation,
     layout,
     reference=lambda: run(reference),
@@ -616,13 +636,14 @@ def decode_attention(
     block_size=block_size,
     top_k=top_k,
     num_local_blocks=num_local_blocks,
-    scale=check_scale("scale", scale, q),
+    scale=check_scale("scale", scale, q.shape[-1]),
   )
 
   args = _without_gradient((q, k, v, index_q, index_k))
   cached = dict(kv_lengths=kv_lengths, index_k_scale=index_k_scale)
   return DecodeOutput(
     *_dispatch(
+      "decode_attention",
       implementation,
       None,
       reference=lambda: reference.decode_attention(*args, **cached, **options),
@@ -785,7 +806,7 @@ def selection_recall(
     k,
     block_indices,
     block_size=block_size,
-    scale=check_scale("scale", scale, q),
+    scale=check_scale("scale", scale, q.shape[-1]),
     kv_lengths=kv_lengths,
     layout=layout,
   )
@@ -795,23 +816,122 @@ def selection_recall(
 # --- choice of implementation ----------------------------------------------
 
 
+_log = logging.getLogger("msa_jax")
+_said: set[str] = set()
+
+
+class Choice(NamedTuple):
+  """Which implementation an operation takes, see `explain`.
+
+  Attributes:
+    operation: such as "msa_attention".
+    implementation: what it takes; None if no implementation supports the call.
+    refused: why each implementation that was tried before does not.
+  """
+
+  operation: str
+  implementation: Implementation | None
+  refused: dict[str, str]
+
+  def __str__(self) -> str:
+    text = f"{self.operation} takes {self.implementation or 'nothing'}"
+    reasons = "; ".join(f"{k}: {v}" for k, v in self.refused.items())
+    return f"{text} ({reasons})" if reasons else text
+
+
+# What `explain` collects. A new value of the context makes JAX trace functions
+# again that it has traced before.
+_choices = jax.make_user_context(default_value=None)
+
+
+class _Collected(list):
+  """A list that is equal to itself alone, as keys of JAX's caches must be."""
+
+  __eq__ = object.__eq__
+  __hash__ = object.__hash__
+
+
+def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Choice]:
+  """Which implementations a call would take, and why not faster ones.
+
+  The function is traced for the arguments' shapes; nothing is compiled or run:
+
+      for choice in msa_jax.explain(msa_jax.msa_attention, *arrays, top_k=8):
+        print(choice)
+
+  Args:
+    function: an operation, a layer, a model, or any function that calls them.
+    *args: its arguments; arrays may be `jax.ShapeDtypeStruct`s.
+    **kwargs: its arguments by name; those that are arrays are traced too.
+
+  Returns:
+    One entry for each different choice, in the order of the calls. Functions
+    of JAX, such as a `GQAttention` without sinks calls, are not among them.
+
+  Raises:
+    ValueError: the call is wrong.
+  """
+  found = _Collected()
+  arrays = {
+    name: value
+    for name, value in kwargs.items()
+    if hasattr(value, "shape") and hasattr(value, "dtype")
+  }
+  rest = {n: value for n, value in kwargs.items() if n not in arrays}
+
+  def call(args, arrays):
+    return jax.tree.leaves(function(*args, **arrays, **rest))
+
+  with _choices(found):
+    try:
+      jax.eval_shape(call, args, arrays)
+    except NotImplementedError:
+      # No implementation takes the call; the reason is in `found`.
+      if not found or found[-1].implementation is not None:
+        raise
+  return list({str(choice): choice for choice in found}.values())
+
+
 def _dispatch(
+  operation: str,
   implementation: Implementation | None,
   layout: BlockLayout | None,
   **implementations: Callable,
 ):
+  """Calls the named implementation, or the first that supports the call."""
+  names: Sequence[Implementation] = ("mosaic_gpu", "xla", "reference")
   if layout is not None:
     implementations["mosaic_gpu"] = _no_packed_kernels
   if implementation is not None:
     check_choice("implementation", implementation, Implementation)
-    return implementations[implementation]()
-  reasons = []
-  for name in ("mosaic_gpu", "xla", "reference"):
+    names = (implementation,)
+  refused: dict[str, str] = {}
+  for name in names:
     try:
-      return implementations[name]()
-    except NotImplementedError as e:
-      reasons.append(f"{name}: {e}")
-  raise NotImplementedError("; ".join(reasons))
+      result = implementations[name]()
+    except NotImplementedError as error:
+      refused[name] = str(error)
+      if implementation is None:
+        continue
+      _note(Choice(operation, None, refused), implementation)
+      raise
+    _note(Choice(operation, name, refused), implementation)
+    return result
+  _note(Choice(operation, None, refused), implementation)
+  raise NotImplementedError("; ".join(f"{k}: {v}" for k, v in refused.items()))
+
+
+def _note(choice: Choice, implementation: Implementation | None) -> None:
+  """Tells `explain`, and the log if the choice was ours, once for each text."""
+  found = _choices.value
+  if found is not None:
+    found.append(choice)
+  elif implementation is None and str(choice) not in _said:
+    _said.add(str(choice))
+    # Where the device has kernels and the call does not fit them, the user may
+    # want to change the call.
+    slow = "mosaic_gpu" in choice.refused and mosaic_gpu.is_possible()
+    _log.log(logging.WARNING if slow else logging.INFO, "%s", choice)
 
 
 def _only_reference(what: str) -> NoReturn:
@@ -903,6 +1023,42 @@ def _none_of_overflow(chosen: Array, layout: BlockLayout | None) -> Array:
 
 
 # --- shared with layers and caches --------------------------------------------
+
+
+def dense_attention(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  v: Float[Array, "B S K D"],
+  *,
+  scale: float | None = None,
+  kv_lengths: Integer[Array, "B"] | None = None,
+  segments: Segments | None = None,
+  block_size: int = 128,
+  implementation: Implementation | None = None,
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+  """The warm-up phase's attention by itself: causal and dense.
+
+  Unlike `jax.nn.dot_product_attention` it returns lse with its gradient, and
+  float64 stays float64.
+
+  Returns:
+    (out, lse), as `msa_attention` has them.
+  """
+  options = dict(
+    scale=check_scale("scale", scale, q.shape[-1]), kv_lengths=kv_lengths
+  )
+  # The block size matters only for how many segments a row may have.
+  layout = _block_layout(None, segments, None, block_size, kv_lengths, q, k)
+  packed = {} if layout is None else dict(layout=layout)
+  results = _dispatch(
+    "dense_attention",
+    implementation,
+    layout,
+    reference=lambda: reference.warmup_attention(q, k, v, **options, **packed),
+    xla=lambda: xla.warmup_attention(q, k, v, **options, **packed),
+    mosaic_gpu=lambda: mosaic_gpu.warmup_attention(q, k, v, **options),
+  )
+  return _nan_of_overflow(results, layout)
 
 
 def count_kl_queries(

@@ -39,7 +39,8 @@ QueryMask = Bool[Array, "B T"] | Float[Array, "B T"]
 
 def compute_dtype(x: Array) -> jnp.dtype:
   """float32, or the input's dtype if that is wider."""
-  return jnp.promote_types(x.dtype, jnp.float32)
+  # Under strict dtype promotion, jnp.promote_types refuses bfloat16.
+  return jnp.dtype(jnp.float64 if x.dtype == jnp.float64 else jnp.float32)
 
 
 def query_positions(
@@ -61,7 +62,7 @@ def query_positions(
     ends = jnp.full((batch,), kv_len, jnp.int32)
   else:
     ends = jnp.clip(kv_lengths.astype(jnp.int32), 0, kv_len)
-  return ends[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)
+  return ends[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)[None]
 
 
 def clean(
@@ -85,7 +86,7 @@ def chosen_tokens(
 ) -> Bool[Array, "B K T S"]:
   """Tokens that each query and group may see: visible and in a chosen block."""
   if layout is None:
-    block = jnp.arange(kv_len) // block_size
+    block = lax.expand_dims(jnp.arange(kv_len) // block_size, range(4))
   else:
     block = layout.own_block[:, None, None, None]
   chosen = jnp.any(block_indices[..., None] == block, axis=-2)
@@ -110,7 +111,8 @@ def causal_tokens(
   positions: Int[Array, "B T"], kv_len: int
 ) -> Bool[Array, "B 1 T S"]:
   """Tokens at or before each query, for every group."""
-  return (jnp.arange(kv_len) <= positions[..., None])[:, None]
+  token = jnp.arange(kv_len)[None, None]
+  return (token <= positions[..., None])[:, None]
 
 
 def visible_blocks(
@@ -443,7 +445,7 @@ def choose_blocks(
     s = jnp.where(inside, jnp.take_along_axis(s, slots, axis=-1), -jnp.inf)
   score = block_max(s.reshape(b, num_kv_heads, t, num_blocks, block_size))
 
-  ids = jnp.arange(num_blocks, dtype=jnp.int32)
+  ids = lax.expand_dims(jnp.arange(num_blocks, dtype=jnp.int32), range(3))
   visible, forced = visible_blocks(
     positions, num_blocks, block_size, num_local_blocks, layout
   )

@@ -1,15 +1,29 @@
 """Statistics of chosen blocks: overlap between neighbouring queries, and
-agreement of two selections."""
+agreement of two selections.
+
+A mean over nothing is NaN on purpose, so JAX_DEBUG_NANS is off inside.
+"""
 
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, Int
 
 
+def _may_be_nan(function: Callable) -> Callable:
+  @functools.wraps(function)
+  def wrapped(*args, **kwargs):
+    with jax.debug_nans(False):
+      return function(*args, **kwargs)
+
+  return wrapped
+
+
+@_may_be_nan
 @jax.jit
 def union8(block_indices: Int[Array, "B K T P"]) -> Float[Array, ""]:
   """Mean number of distinct blocks that 8 neighbouring queries choose.
@@ -28,13 +42,14 @@ def _unions(block_indices, every: int = 1) -> Array:
   eights = eights[..., ::every, :]
   ids = jnp.sort(eights, axis=-1)
   new = (ids[..., 1:] != ids[..., :-1]) & (ids[..., 1:] >= 0)
-  counts = jnp.sum(new, axis=-1) + (ids[..., 0] >= 0)
+  counts = jnp.sum(new, axis=-1) + (ids[..., 0] >= 0).astype(jnp.int32)
   return counts.astype(jnp.float32)
 
 
 SHARING = ("union8", "first_block", "previous_block", "kept")
 
 
+@_may_be_nan
 @functools.partial(jax.jit, static_argnames=("block_size", "kv_len"))
 def sharing(
   block_indices: Int[Array, "B K T P"],
@@ -65,9 +80,10 @@ def sharing(
   chooses = own >= 2 * top_k
 
   def mean(values: Array, counts: Array) -> Array:
-    counts = jnp.broadcast_to(counts, values.shape)
-    total = jnp.sum(jnp.where(counts, values, 0), axis=(0, 2))
-    return total / jnp.sum(counts, axis=(0, 2))
+    counts = jnp.broadcast_to(counts[None, None], values.shape)
+    values = jnp.where(counts, values.astype(jnp.float32), 0)
+    count = jnp.sum(counts, axis=(0, 2)).astype(jnp.float32)
+    return jnp.sum(values, axis=(0, 2)) / count
 
   eights = chooses[: q_len // 8 * 8].reshape(-1, 8).all(-1)
   lag = 4 * block_size
@@ -78,12 +94,13 @@ def sharing(
     "union8": mean(_unions(block_indices), eights),
     "first_block": mean((block_indices == 0).any(-1), chooses),
     "previous_block": mean(
-      (block_indices == own[:, None] - 1).any(-1), chooses
+      (block_indices == own[None, None, :, None] - 1).any(-1), chooses
     ),
     "kept": mean(kept, chooses & (jnp.arange(q_len) < q_len - lag)),
   }
 
 
+@_may_be_nan
 def recall(
   block_indices: Int[Array, "B K T P"], truth: Int[Array, "B K T P"]
 ) -> Float[Array, ""]:

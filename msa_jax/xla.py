@@ -111,13 +111,14 @@ def _plan(
   real = block < total_blocks
   block = jnp.minimum(block, total_blocks - 1)
   at = start[block] + (tile - tile_start[block]) * tile_queries
-  at = at[:, None] + jnp.arange(tile_queries, dtype=jnp.int32)
+  at = at[:, None] + jnp.arange(tile_queries, dtype=jnp.int32)[None]
   live = real[:, None] & (at < start[block + 1][:, None])
   query = order[jnp.clip(at, 0, pairs - 1)] // p
 
   query_slot = positions[query // (num_kv_heads * c), query % c]
   if layout is None:
-    token = (block % num_blocks * block_size)[:, None] + jnp.arange(block_size)
+    first_token = (block % num_blocks * block_size)[:, None]
+    token = first_token + jnp.arange(block_size)[None]
   else:
     slots, inside = reference.block_slots(layout, block_size)
     row = block // (num_kv_heads * num_blocks)
@@ -940,7 +941,7 @@ def selection_recall(
   num_blocks = k.shape[1] // block_size
   positions = reference.query_positions(t, s_len, b, kv_lengths, layout)
   chunk = _chunks(t, b * h * num_blocks * block_size)
-  ids = jnp.arange(num_blocks)
+  ids = lax.expand_dims(jnp.arange(num_blocks), range(3))
 
   def body(carry, x):
     q, idx, pos = x
@@ -953,7 +954,8 @@ def selection_recall(
     # Both choices become masks over all blocks, so that equal choices sum the
     # same numbers in the same order and give equal bits.
     picked, best = (
-      jnp.any(x[..., None] == ids, axis=-2) & seen for x in (idx, best)
+      jnp.any(x[..., None] == ids[..., None, :], axis=-2) & seen
+      for x in (idx, best)
     )
     hits, counts = jnp.sum(picked & best, -1), jnp.sum(best, -1)
     recalls = (
@@ -972,8 +974,8 @@ def selection_recall(
   )
   _, sums = _over_chunks(body, (), xs, chunk)
   block, score, best_score, count = jax.tree.map(jnp.sum, sums)
-  count = jnp.maximum(count, 1)
-  return block / count, score / count, best_score / count
+  count = jnp.maximum(count, 1).astype(score.dtype)
+  return block.astype(score.dtype) / count, score / count, best_score / count
 
 
 # --- decoding: few queries against a cache ----------------------------------
@@ -997,7 +999,7 @@ def _decode_block_scores(
 
     scale = None if index_k_scale is None else cut(index_k_scale)
     s = reference.decode_scores(index_q, cut(index_k), scale)
-    slot = first + jnp.arange(num_blocks * size)
+    slot = lax.expand_dims(first + jnp.arange(num_blocks * size), range(3))
     s = jnp.where(slot <= positions[:, None, :, None], s, -jnp.inf)
     s = s.reshape(*s.shape[:-1], num_blocks, size)
     return reference.block_max(s)
@@ -1059,13 +1061,14 @@ def decode_attention(
   )
   block_indices = _best_blocks(score, visible, forced, top_k)
   tokens = top_k * block_size
+  offset = lax.expand_dims(jnp.arange(block_size), range(4))
   chunk = _chunks(t, b * num_kv_heads * tokens * d)
   batch_row = jnp.arange(b)[:, None, None, None]
   head = jnp.arange(num_kv_heads)[:, None, None]
 
   def body(carry, x):
     q, idx, pos = x
-    slot = idx[..., None] * block_size + jnp.arange(block_size)
+    slot = idx[..., None] * block_size + offset
     slot = slot.reshape(*idx.shape[:3], tokens)
     visible = jnp.repeat(idx >= 0, block_size, axis=-1)
     visible &= slot <= pos[:, None, :, None]

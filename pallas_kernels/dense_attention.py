@@ -67,7 +67,7 @@ def _cudnn_attention(q, k, v, scale) -> Any:
 
 def _seeing(bad: Bool[Array, "B S K"], num_heads: int) -> Bool[Array, "B T H"]:
   """Which queries see a bad key: those from the first bad one on."""
-  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
+  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[None, :, None]
   first = jnp.min(jnp.where(bad, slot, mosaic.NEVER), axis=1, keepdims=True)
   return jnp.repeat(slot >= first, num_heads // bad.shape[-1], axis=-1)
 
@@ -75,7 +75,7 @@ def _seeing(bad: Bool[Array, "B S K"], num_heads: int) -> Bool[Array, "B T H"]:
 def _seen(bad: Bool[Array, "B T H"], num_kv_heads: int) -> Bool[Array, "B S K"]:
   """Which keys a bad query sees: those up to the last bad one."""
   bad = jnp.any(bad.reshape(*bad.shape[:2], num_kv_heads, -1), axis=-1)
-  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[:, None]
+  slot = jnp.arange(bad.shape[1], dtype=jnp.int32)[None, :, None]
   return slot <= jnp.max(jnp.where(bad, slot, -1), axis=1, keepdims=True)
 
 
@@ -142,8 +142,8 @@ def _lse_backward(scale, residuals, dlse):
   dlse, bad_dlse = mosaic.zero_non_finite(jnp.moveaxis(dlse, 1, 2)[..., None])
   num_heads, num_kv_heads = q.shape[2], k.shape[2]
   pk, pull = jax.vjp(lambda v: _cudnn_attention(q, k, v, scale)[0], k)
-  (dk,) = pull((dlse * q).astype(q.dtype))
-  dq = (scale * dlse * pk).astype(q.dtype)
+  (dk,) = pull((dlse * q.astype(dlse.dtype)).astype(q.dtype))
+  dq = (scale * dlse * pk.astype(dlse.dtype)).astype(q.dtype)
   dk = (scale * dk.astype(jnp.float32)).astype(k.dtype)
   bad = bad_q | _seeing(bad_k, num_heads) | bad_dlse
   return _poison(dq, bad), _poison(dk, _seen(bad, num_kv_heads)), None

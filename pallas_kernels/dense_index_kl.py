@@ -515,7 +515,8 @@ def _visible_units(
     keys: keys after padding, a multiple of UNIT.
   """
   row_units = chunk // UNIT
-  last = first[:, None] + UNIT * (1 + jnp.arange(row_units, dtype=jnp.int32))
+  unit = jnp.arange(row_units, dtype=jnp.int32)[None]
+  last = first[:, None] + UNIT * (1 + unit)
   counts = jnp.maximum(jnp.minimum(last, end[:, None]) + UNIT - 1, 0) // UNIT
   counts = counts.reshape(-1)
   ends = jnp.cumsum(counts, dtype=jnp.int32)
@@ -574,7 +575,7 @@ def kl(
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths) if x.shape[axis] < size else x
 
-  positions = (kv_lengths - t)[:, None] + jnp.arange(t, dtype=jnp.int32)
+  positions = (kv_lengths - t)[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
   limits = jnp.where(query_mask, jnp.maximum(positions + 1, 0), 0)
   index_q, bad_q = mosaic.zero_non_finite(index_q)
   index_k, bad_k = mosaic.zero_non_finite(index_k)
@@ -666,6 +667,7 @@ def kl(
       jnp.zeros((b, sizes[1], i_dim), jnp.float32),
     ),
   )
+  counted = jnp.asarray(counted, jnp.float32)
   factor = index_scale / G_SCALE / counted
   return (
     total * mosaic.LN2 / counted,

@@ -917,7 +917,8 @@ def _loss(
       m = jnp.max(parts, axis=-1, initial=mosaic.FLOOR)
       query_lse = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
       known = jnp.clip(ids, 0, bad.shape[1] - 1)
-      q_position = first_positions[:, None, None] + jnp.arange(chunk)[:, None]
+      offset = jnp.arange(chunk)[None, :, None]
+      q_position = first_positions[:, None, None] + offset
       seen = (ids >= 0) & (ids * block_size <= q_position)
       first_bad = bad[batch_row[:, None, None], known]
       poisoned = jnp.any(seen & (first_bad <= q_position), axis=-1)
@@ -971,6 +972,7 @@ def _loss(
       jnp.zeros((b, sizes[1], i_dim), jnp.float32),
     ),
   )
+  counted = jnp.asarray(counted, jnp.float32)
   factor = index_scale / counted
   return (
     total * mosaic.LN2 / counted,

@@ -243,7 +243,7 @@ def plan_kv_blocks(
   lists = jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32) << slot_bits
   # The first slot of each block's list whose pack stands behind the block's
   # last key and so needs no causal mask.
-  after = (jnp.arange(group_kv_blocks) + 1) * KV_BLOCK - starts[:, None]
+  after = (jnp.arange(group_kv_blocks) + 1)[None] * KV_BLOCK - starts[:, None]
   after = group * num_packs + jnp.clip(-(-after // pack), 0, num_packs)
   after = after.reshape(-1).astype(jnp.uint32) * slots
   bounds, inside = jnp.split(

@@ -787,7 +787,7 @@ def forward(
       block_indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1
     )
   starts = kv_lengths - t
-  positions = starts[:, None] + jnp.arange(num_chunks * g.chunk)
+  positions = starts[:, None] + jnp.arange(num_chunks * g.chunk)[None]
   tiles = tile_plan.plan_tiles(
     block_indices.reshape(-1, num_chunks * g.chunk, top_k),
     jnp.repeat(positions, num_kv_heads, axis=0),

@@ -170,6 +170,7 @@ class PairPlan(NamedTuple):
 
 def _bit_mask(flags: Bool[Array, "*A queries"]) -> Int[Array, "*A"]:
   shifts = jnp.arange(flags.shape[-1], dtype=jnp.int32)
+  shifts = lax.expand_dims(shifts, range(flags.ndim - 1))
   return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
 
 
@@ -233,7 +234,7 @@ def plan_tiles(
   )
 
   # Sorting puts choices of the same block by different queries side by side.
-  slot = jnp.arange(slots, dtype=jnp.int32)
+  slot = jnp.arange(slots, dtype=jnp.int32)[None]
   choices = jnp.where(
     valid.reshape(num_tiles, slots),
     (known.reshape(num_tiles, slots) << g.slot_bits) | slot,
@@ -260,18 +261,21 @@ def plan_tiles(
   )
 
   oldest_own = own.reshape(num_tiles, g.tile)[:, :1]
-  popular = (block >= oldest_own) | (packs >= g.shared_cost * halves)
+  popular = packs.astype(jnp.float32) >= g.shared_cost * halves.astype(
+    jnp.float32
+  )
+  popular |= block >= oldest_own
   # Costs of sharing all blocks and of the mixture with pairs, in units of one
   # block shared by half a tile.
-  walk = jnp.where(first, halves, 0)
+  walk = jnp.where(first, halves, 0).astype(jnp.float32)
   walk_cost = jnp.sum(walk, axis=-1)
-  mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1) + jnp.sum(
-    first_of_pack & ~popular, axis=-1
-  ) / max(g.shared_cost, 1e-3)
+  num_pairs = jnp.sum(first_of_pack & ~popular, axis=-1).astype(jnp.float32)
+  mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1)
+  mixed_cost += num_pairs / max(g.shared_cost, 1e-3)
   fits = jnp.sum(first, axis=-1) <= g.max_shared
   walk_tile = fits & (walk_cost <= g.slack * mixed_cost)
   walk_all = jnp.all(fits) & (
-    jnp.sum(walk_cost.astype(jnp.float32)) <= g.slack * jnp.sum(mixed_cost)
+    jnp.sum(walk_cost) <= g.slack * jnp.sum(mixed_cost)
   )
   shared = popular | (walk_tile | walk_all)[:, None]
 
@@ -350,7 +354,7 @@ def plan_merges(
   g = geometry
   slot = tiles.choices & ((1 << g.slot_bits) - 1)
   pack, slot = slot // g.pack_slots, slot % g.pack_slots
-  here = slot[:, None] == jnp.arange(g.pack_slots)[:, None]
+  here = slot[:, None] == jnp.arange(g.pack_slots)[None, :, None]
   merges = []
   for half in range(2):
     place = pack * g.pack - half * g.half  # of the pack's first bit in the half
@@ -378,9 +382,10 @@ def plan_pairs(
   g = geometry
   num_chunks, chunk_tiles, slots = choices.shape
   num_segments = num_chunks * g.num_spans * g.num_blocks
-  tile = jnp.arange(chunk_tiles, dtype=jnp.int32)[:, None]
+  tile = jnp.arange(chunk_tiles, dtype=jnp.int32)[None, :, None]
   span = tile * g.tile // g.span
-  span += jnp.arange(num_chunks, dtype=jnp.int32)[:, None, None] * g.num_spans
+  chunk = jnp.arange(num_chunks, dtype=jnp.int32)[:, None, None]
+  span = span + chunk * g.num_spans
   segment = jnp.where(
     is_pair, span * g.num_blocks + (choices >> g.slot_bits), num_segments
   )
