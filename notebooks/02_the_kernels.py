@@ -386,8 +386,9 @@ popular = rng.random(num_queries) < 0.7
 ids[popular & ~(ids == 2).any(1), 0] = 2
 ids = np.sort(ids, axis=1)
 geometry = tile_plan.Geometry(
-  num_blocks=num_blocks, block_size=128, top_k=top_k, chunk=num_queries,
-  tile=8, span=num_queries, task=32, shared_cost=1e9, slack=0.0,
+  num_blocks=num_blocks, block_size=128, top_k=top_k, pack=1,
+  chunk=num_queries, tile=8, span=num_queries, task=32, shared_cost=1e9,
+  slack=0.0,
 )
 tiles = tile_plan.plan_tiles(
   jnp.asarray(ids)[None], jnp.asarray(positions)[None],
