@@ -54,6 +54,29 @@ SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32 KB, dQ 32 KB, and
 copied there one row tile ahead: with 8 rows a pack, waiting for these numbers
 from memory took 40 % of the kernel's time.
 
+Barriers of kv_blocks, between compute warpgroups 0 and 1 and the third one,
+which copies and multiplies dQ (arrivals in brackets, one where no number
+stands; sum_extra and sum_pairs have none):
+
+  name        who arrives                            who waits
+  pairs_ready copy of a row tile's pairs; 2 to be    third
+              gathered, 2 whose dQ is stored
+  q_ring      ready: copies of q and dout of each    0 and 1
+              pack, of lse and of delta (10 with
+              16 rows a pack, 18 with 8)
+              free: 0 and 1, after dK (2)            third
+  kv_ring     ready: both halves of K and V (4)      0 and 1
+              free: 0 and 1, after the task's last   third
+              row tile (2)
+  ds_ring     ready: 0 and 1, each its keys' ds (2)  third
+              free: third, after dQ                  0 and 1
+  clean       0 and 1: one has zeroed what is not    0 and 1
+              finite in q, the other in dout (2)
+
+The third warpgroup reads K too, and never waits for its copy: the ds that it
+does wait for was computed from the same K. kv_ring needs no arrival of it,
+since it does all of a task's products before it copies the next task's keys.
+
 NaN: a query that sees a NaN has an lse or delta of NaN and passes it to its dq
 and to dk and dv of the keys that it sees, as the formula does. Masked entries
 are replaced after the exponential, and in row tiles that have masks q and dout
@@ -191,11 +214,10 @@ def _kv_blocks(
   delta_at, pairs_at = stages * ROWS, 2 * stages * ROWS
 
   def body(
-    chunk_gmem, starts_gmem, tasks_gmem, longest_first_gmem, pairs_gmem, q_gmem,
-    do_gmem, k_gmem, v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
-    q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, small_smem,
-    pairs_ready, q_ready, q_free, kv_ready, kv_free, ds_ready,
-    ds_free, clean, *probs,
+    *, chunk_gmem, starts_gmem, tasks_gmem, longest_first_gmem, pairs_gmem,
+    q_gmem, do_gmem, k_gmem, v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
+    q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, small_smem, pairs_ready,
+    q_ring, kv_ring, ds_ring, clean, p_smem=None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = kv_block_plan.num_tasks_of_cta(
@@ -252,7 +274,7 @@ def _kv_blocks(
           - group * s.chunk * pack
           - block * kv_block_plan.KV_BLOCK
         )
-        plgpu.barrier_wait(kv_ready)
+        kv_ring.wait_ready(0)
 
         def over_keys(x):
           return lax.broadcast_in_dim(x, (KEYS, ROWS), [1])
@@ -326,27 +348,18 @@ def _kv_blocks(
           return p * (dp - over_keys(delta_rows))
 
         def send_ds(ds, step):
-          slot = lax.rem(step, 2)
-
-          @pl.when(step >= 2)
-          def _():
-            plgpu.barrier_wait(ds_free.at[slot])
-
+          slot = ds_ring.wait_free(step)
           ds_smem[slot, wg] = ds
           plgpu.commit_smem()
-          plgpu.barrier_arrive(ds_ready.at[slot])
+          ds_ring.fill(slot)
 
         def stage_after(j):
           """Waits for the next row tile and returns its stage.
 
           Without a next tile this returns some stage and does not wait.
           """
-          after = lax.rem(done + j + 1, stages)
-
-          @pl.when(j + 1 < num_tiles)
-          def _():
-            plgpu.barrier_wait(q_ready.at[after])
-
+          after = q_ring.slot(done + j + 1)
+          pl.when(j + 1 < num_tiles)(lambda: q_ring.wait_ready(after))
           return after
 
         def add_products(dk, dv, p, ds, step, j=None):
@@ -354,8 +367,8 @@ def _kv_blocks(
 
           If j is given, this also computes and returns p of the tile after j.
           """
-          stage = lax.rem(step, stages)
-          if s.interpret:
+          stage = q_ring.slot(step)
+          if p_smem is not None:
 
             def product(a, b):
               def run(acc):
@@ -364,11 +377,11 @@ def _kv_blocks(
 
               return pl.run_scoped(run, ACC((KEYS, d), jnp.float32))
 
-            probs[0][wg] = p
+            p_smem[wg] = p
             plgpu.commit_smem()
-            dv = dv + product(probs[0].at[wg], do_smem.at[stage])
+            dv = dv + product(p_smem.at[wg], do_smem.at[stage])
             send_ds(ds, step)
-            ds_at = ds_smem.at[lax.rem(step, 2), wg]
+            ds_at = ds_smem.at[ds_ring.slot(step), wg]
             dk = dk + product(ds_at, q_smem.at[stage])
             if j is None:
               return dk, dv
@@ -390,7 +403,7 @@ def _kv_blocks(
               # The address of this stage is computed again, for the reason in
               # key_major. The zeros come from j, j + 1 and j + 2, because the
               # compiler would merge equal ones and keep the result.
-              stage_again = lax.rem(step + jnp.minimum(j + 2, 0), stages)
+              stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
             else:
               stage_again = stage
             plgpu.wgmma(dk_acc, ds, q_smem.at[stage_again])
@@ -408,8 +421,8 @@ def _kv_blocks(
         def masked_tile(j, carry):
           dk, dv = carry
           step = done + j
-          stage = lax.rem(step, stages)
-          plgpu.barrier_wait(q_ready.at[stage])
+          stage = q_ring.slot(step)
+          q_ring.wait_ready(stage)
           pl.when(wg == 0)(lambda: scrub(q_smem, stage))
           pl.when(wg == 1)(lambda: scrub(do_smem, stage))
           plgpu.commit_smem()
@@ -423,30 +436,26 @@ def _kv_blocks(
           carry = add_products(
             dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
           )
-          plgpu.barrier_arrive(q_free.at[stage])
+          q_ring.release(stage)
           return carry
 
         def full_tile(j, carry):
           dk, dv, p = carry
           step = done + j
-          stage = lax.rem(step, stages)
+          stage = q_ring.slot(step)
           dp = key_major_product(v_smem, do_smem, stage, j)
           ds = ds_of(p, dp, stage)
           carry = add_products(
             dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step, j
           )
-          plgpu.barrier_arrive(q_free.at[stage])
+          q_ring.release(stage)
           return carry
 
         zero = _zeros((KEYS, d))
         dk, dv = lax.fori_loop(0, num_masked, masked_tile, (zero, zero))
         if s.block_size == kv_block_plan.KV_BLOCK:
-          stage = lax.rem(done + num_masked, stages)
-
-          @pl.when(num_masked < num_tiles)
-          def _():
-            plgpu.barrier_wait(q_ready.at[stage])
-
+          stage = q_ring.slot(done + num_masked)
+          pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
           # Without a full tile the stage holds old data, and these scores are
           # not used.
           scores = key_major_product(k_smem, q_smem, stage, num_masked)
@@ -455,7 +464,7 @@ def _kv_blocks(
             num_masked, num_tiles, full_tile, (dk, dv, p)
           )
 
-        plgpu.barrier_arrive(kv_free)
+        kv_ring.release(0)
         is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
           at = sums_gmem.at[kind, sum_slot, pl.ds(wg * KEYS, KEYS)]
@@ -468,7 +477,7 @@ def _kv_blocks(
         return done + num_tiles
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      mosaic.drain(ds_free, done)
+      mosaic.drain_rings(done, ds_ring)
 
     @pl.when(wg == 2)
     def _copy():
@@ -484,17 +493,16 @@ def _kv_blocks(
         # Added to a pack in the launch, this gives the pack in its batch row.
         origin = chunk_gmem[1] - group * s.chunk
 
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_wait(kv_free)
-
+        pl.when(i > 0)(lambda: kv_ring.wait_released(0))
         for h in range(2):
           tokens = pl.ds(block * kv_block_plan.KV_BLOCK + h * KEYS, KEYS)
           for x_gmem, x_smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
             plgpu.copy_gmem_to_smem(
-              x_gmem.at[batch_row, kv_head, tokens], x_smem.at[h], kv_ready
+              x_gmem.at[batch_row, kv_head, tokens],
+              x_smem.at[h],
+              kv_ring.ready_at(0),
             )
-        # No wait for kv_ready is needed here: ds_ready implies it.
+        # No wait for kv_ring is needed here: that for ds_ring implies it.
 
         def pairs_slot(use, step):
           return 2 * use + lax.rem(step, 2)
@@ -525,11 +533,11 @@ def _kv_blocks(
           ]
 
         def store_dq(j, step):
-          slot = lax.rem(step, 2)
+          slot = ds_ring.slot(step)
           first = nth_tile(j) * half
           # The dQ of two row tiles ago was stored from the same slot.
           plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-          plgpu.barrier_wait(ds_ready.at[slot])
+          ds_ring.wait_ready(slot)
           for column in range(0, d, 64):
             at = pl.ds(column, 64)
 
@@ -544,7 +552,7 @@ def _kv_blocks(
 
             dq = pl.run_scoped(product, ACC((ROWS, 64), jnp.float32))
             dq_smem[slot, :, at] = (dq * s.scale).astype(s.dtype)
-          plgpu.barrier_arrive(ds_free.at[slot])
+          ds_ring.release(slot)
           plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
           plgpu.commit_smem()
           copy_pairs(1, j + 1)
@@ -565,15 +573,11 @@ def _kv_blocks(
           plgpu.commit_smem_to_gmem_group()
 
         def gather(j, step):
-          stage = lax.rem(step, stages)
+          stage = q_ring.slot(step)
           tile = nth_tile(j)
           plgpu.barrier_wait(pairs_ready.at[pairs_slot(0, step)])
           packs = pair_fields(0, j, 0)
-
-          @pl.when(step >= stages)
-          def _():
-            plgpu.barrier_wait(q_free.at[stage])
-
+          q_ring.wait_free(step, stage)
           at = pl.ds((start + tile * half) * rows, ROWS)
 
           @plgpu.warp_map
@@ -587,7 +591,7 @@ def _kv_blocks(
                   plgpu.copy_gmem_to_smem(
                     x_gmem.at[batch_row, row, heads],
                     x_smem.at[stage, pl.ds(a * rows, rows)],
-                    q_ready.at[stage],
+                    q_ring.ready_at(stage),
                   )
 
             for a, x_gmem in enumerate((lse_gmem, delta_gmem)):
@@ -597,7 +601,7 @@ def _kv_blocks(
                 plgpu.copy_gmem_to_smem(
                   x_gmem.at[at],
                   small_smem.at[pl.ds(a * delta_at + stage * ROWS, ROWS)],
-                  q_ready.at[stage],
+                  q_ring.ready_at(stage),
                 )
 
         for use, j in ((0, 0), (0, 1), (1, 0)):
@@ -618,48 +622,56 @@ def _kv_blocks(
         return done + num_tiles
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      mosaic.drain(q_free, done)
-
-      @pl.when(my_tasks > 0)
-      def _():
-        plgpu.barrier_wait(kv_free)
-
+      mosaic.drain_rings(done, q_ring)
+      mosaic.drain_rings(my_tasks, kv_ring)
       plgpu.wait_smem_to_gmem(0)
 
   def operand(*leading):
     return plgpu.SMEM((*leading, d), s.dtype, transforms=mosaic.OPERAND)
 
-  probs = [
-    plgpu.SMEM((2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND)
-  ] * s.interpret
+  scratch = dict(
+    q_smem=operand(stages, ROWS),
+    do_smem=operand(stages, ROWS),
+    k_smem=operand(2, KEYS),
+    v_smem=operand(2, KEYS),
+    ds_smem=plgpu.SMEM((2, 2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND),
+    dq_smem=operand(2, ROWS),
+    small_smem=plgpu.SMEM((pairs_at + 4 * tile_words,), jnp.int32),
+    pairs_ready=plgpu.Barrier(num_barriers=4),
+    q_ring=mosaic.ring(stages, fills=2 * half + 2, releases=2),
+    kv_ring=mosaic.ring(fills=4, releases=2),
+    ds_ring=mosaic.ring(2, fills=2),
+    clean=plgpu.Barrier(num_arrivals=2),
+  )
+  if s.interpret:  # interpreted wgmma takes no register operand
+    scratch["p_smem"] = plgpu.SMEM(
+      (2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND
+    )
   mosaic.launch(
-    body, chunk_desc, starts, plan.tasks, plan.longest_first, pairs, q, dout, k,
-    v, lse, delta, partials, sums,
+    body,
+    dict(
+      chunk_gmem=chunk_desc,
+      starts_gmem=starts,
+      tasks_gmem=plan.tasks,
+      longest_first_gmem=plan.longest_first,
+      pairs_gmem=pairs,
+      q_gmem=q,
+      do_gmem=dout,
+      k_gmem=k,
+      v_gmem=v,
+      lse_gmem=lse,
+      delta_gmem=delta,
+      part_gmem=partials,
+      sums_gmem=sums,
+    ),
     name="sparse_kv_blocks",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
     auto_barriers=False,
     reduction_scratch=0,  # nothing is reduced across warps
-    scratch=[
-      operand(stages, ROWS),
-      operand(stages, ROWS),
-      operand(2, KEYS),
-      operand(2, KEYS),
-      plgpu.SMEM((2, 2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND),
-      operand(2, ROWS),
-      plgpu.SMEM((pairs_at + 4 * tile_words,), jnp.int32),
-      plgpu.Barrier(num_barriers=4),
-      plgpu.Barrier(num_arrivals=2 * half + 2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=stages),
-      plgpu.Barrier(num_arrivals=4),
-      plgpu.Barrier(num_arrivals=2),
-      plgpu.Barrier(num_arrivals=2, num_barriers=2),
-      plgpu.Barrier(num_barriers=2),
-      plgpu.Barrier(num_arrivals=2),
-      *probs,
-    ],
-  )  # fmt: skip
+    scratch=scratch,
+  )
 
 
 def _describe(plan, slots: int) -> jax.Array:
@@ -698,7 +710,7 @@ def sum_extra(sums, extra, *, num_kv_blocks, interpret):
   tiles = kv_block_plan.KV_BLOCK // tile_keys
   layout = plgpu.Layout.WG_STRIDED((tile_keys, d), vec_size=4)
 
-  def body(extra_gmem, sums_gmem):
+  def body(*, extra_gmem, sums_gmem):
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     block, tile = cta // tiles, lax.rem(cta, tiles)
     first, count = extra_gmem[block, 0], extra_gmem[block, 1]
@@ -726,13 +738,14 @@ def sum_extra(sums, extra, *, num_kv_blocks, interpret):
       sums_gmem[wg, block, at] = total
 
   mosaic.launch(
-    body, extra, sums,
+    body,
+    dict(extra_gmem=extra, sums_gmem=sums),
     name="sparse_sum_extra",
     num_ctas=num_kv_blocks * tiles,
     num_warpgroups=kinds,
     interpret=interpret,
-    scratch=[],
-  )  # fmt: skip
+    scratch={},
+  )
 
 
 def _sum_pairs(dq, partials, counts, *, params):
@@ -754,7 +767,7 @@ def _sum_pairs(dq, partials, counts, *, params):
   vector = max(1, min(8, rows * d // 128))
   layout = plgpu.Layout.WG_STRIDED((rows, d), vec_size=vector)
 
-  def body(counts_gmem, part_gmem, dq_gmem):
+  def body(*, counts_gmem, part_gmem, dq_gmem):
     worker = lax.axis_index("cta") * warpgroups + lax.axis_index("wg")
 
     def pack(i, carry):
@@ -782,13 +795,14 @@ def _sum_pairs(dq, partials, counts, *, params):
     lax.fori_loop(0, (num_packs - worker + workers - 1) // workers, pack, None)
 
   mosaic.launch(
-    body, counts, partials, dq,
+    body,
+    dict(counts_gmem=counts, part_gmem=partials, dq_gmem=dq),
     name="sparse_sum_pairs",
     num_ctas=workers // warpgroups,
     num_warpgroups=warpgroups,
     interpret=params.interpret,
-    scratch=[],
-  )  # fmt: skip
+    scratch={},
+  )
 
 
 def backward(
