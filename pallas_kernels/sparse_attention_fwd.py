@@ -33,6 +33,38 @@ SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
 partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial
 outputs (192 KB of K and V when nothing is merged).
 
+Barriers of pairs, between the compute warpgroups and the copy warpgroup
+(arrivals in brackets, one where no number stands):
+
+  name        who arrives                            who waits
+  q_ring      ready: a copy a pack (4 with 16 rows   compute, the one whose
+              a pack, 8 with 8)                      row tile it is
+              free: that one, after the scores       copy
+  k_ring      ready: the copy of a task's keys       compute, all
+              free: compute, after the task (2 or    copy
+              3: all)
+  v_ring      as k_ring, of the values
+
+Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
+
+  name        who arrives                            who waits
+  q_ready     one a compute warpgroup: its own       0 and 1, each its own
+              copies of q, one a pack (4 or 8)
+  k_ring      ready: the copy of a block's keys      0 and 1
+              free: 0 and 1, after the scores or     copy
+              when they skip the block (2)
+  v_ring      ready: the copy of a block's values    0 and 1
+              free: 0 and 1, after the product or    copy
+              when they skip the block (2)
+  o_ring      only if there are pairs                0 and 1
+              ready: the copy of a choice's lse,
+              and for each pack of the tile the
+              copy of its partial output, or the
+              copy warpgroup if there is none (9
+              with 16 rows a pack, 17 with 8)
+              free: 0 and 1, which have read their   copy
+              half (2)
+
 Not supported: what `mosaic.check_supported` refuses.
 """
 
@@ -119,17 +151,12 @@ class KernelParams:
       (*leading, self.head_dim), self.dtype, transforms=mosaic.OPERAND
     )
 
-  def probs_scratch(self, warpgroups: int) -> list:
+  def probs_scratch(self, warpgroups: int) -> dict[str, plgpu.SMEM]:
     """SMEM for probabilities: interpreted wgmma takes no register operand."""
     if not self.interpret:
-      return []
-    return [
-      plgpu.SMEM(
-        (warpgroups, ROWS, self.block_size),
-        self.dtype,
-        transforms=mosaic.OPERAND,
-      )
-    ]
+      return {}
+    sizes = (warpgroups, ROWS, self.block_size)
+    return dict(p_smem=plgpu.SMEM(sizes, self.dtype, transforms=mosaic.OPERAND))
 
 
 def heuristic_config() -> Config:
@@ -199,10 +226,9 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
   registers, copy_registers = {2: (232, 40), 3: (160, 32)}[workers]
 
   def body(
-    chunk_gmem, tasks_gmem, order_gmem, q_gmem, k_gmem, v_gmem,
-    part_gmem, lse_gmem,
-    q_smem, k_smem, v_smem, o_smem, l_smem,
-    q_ready, q_free, k_ready, v_ready, k_free, v_free, *probs,
+    *, chunk_gmem, tasks_gmem, order_gmem, q_gmem, k_gmem, v_gmem, part_gmem,
+    lse_gmem, q_smem, k_smem, v_smem, o_smem, l_smem, q_ring, k_ring, v_ring,
+    p_smem: Any = None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = (chunk_gmem[5] - cta + config.num_ctas - 1) // config.num_ctas
@@ -220,24 +246,24 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
         num_row_tiles = (count + half - 1) // half
         # A warpgroup takes every `workers`-th row tile, counted across tasks.
         mine = lax.rem(wg + workers - lax.rem(step, workers), workers)
-        plgpu.barrier_wait(k_ready)
-        plgpu.barrier_wait(v_ready)
+        k_ring.wait_ready(0)
+        v_ring.wait_ready(0)
 
         def attend_row_tile(j, carry):
           row_tile = mine + j * workers
-          slot = lax.rem(step + row_tile, stages)
+          slot = q_ring.slot(step + row_tile)
           first = row_tile * half
           choice_slot = [
             order_gmem[start + jnp.minimum(first + a, count - 1)]
             for a in range(half)
           ]
-          plgpu.barrier_wait(q_ready.at[slot])
+          q_ring.wait_ready(slot)
           scores = _qk(q_smem.at[slot], k_smem, s.block_size)
-          plgpu.barrier_arrive(q_free.at[slot])
+          q_ring.release(slot)
           m = scores.max(axis=1) * s.scale_log2
           p = jnp.exp2(scores * s.scale_log2 - _over_columns(m, s.block_size))
           l = p.sum(axis=1)
-          o = _pv(p, v_smem, s, probs[0].at[wg] if probs else None)
+          o = _pv(p, v_smem, s, p_smem.at[wg] if s.interpret else None)
           o = o * _over_columns(1.0 / l, s.head_dim)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           o_smem[wg] = o.astype(s.dtype)
@@ -274,8 +300,8 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
           attend_row_tile,
           None,
         )
-        plgpu.barrier_arrive(k_free)
-        plgpu.barrier_arrive(v_free)
+        k_ring.release(0)
+        v_ring.release(0)
         return step + num_row_tiles
 
       lax.fori_loop(0, my_tasks, task, jnp.int32(0))
@@ -290,75 +316,69 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
         block, start, count = read_task(i)
         tokens = pl.ds(block * s.block_size, s.block_size)
 
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_wait(k_free)
-
+        pl.when(i > 0)(lambda: k_ring.wait_released(0))
         plgpu.copy_gmem_to_smem(
-          k_gmem.at[batch_row, kv_head, tokens], k_smem, k_ready
+          k_gmem.at[batch_row, kv_head, tokens], k_smem, k_ring.ready_at(0)
         )
 
-        @pl.when(i > 0)
-        def _():
-          plgpu.barrier_wait(v_free)
-
+        pl.when(i > 0)(lambda: v_ring.wait_released(0))
         plgpu.copy_gmem_to_smem(
-          v_gmem.at[batch_row, kv_head, tokens], v_smem, v_ready
+          v_gmem.at[batch_row, kv_head, tokens], v_smem, v_ring.ready_at(0)
         )
 
         def gather(j, step):
-          slot = lax.rem(step, stages)
+          slot = q_ring.slot(step)
           pack = [
             order_gmem[start + jnp.minimum(j * half + a, count - 1)]
             // g.pack_slots
             for a in range(half)
           ]
-
-          @pl.when(step >= stages)
-          def _():
-            plgpu.barrier_wait(q_free.at[slot])
-
+          q_ring.wait_free(step, slot)
           for a in range(half):
             plgpu.copy_gmem_to_smem(
               q_gmem.at[
                 batch_row, origin + pack[a], pl.ds(kv_head * rows, rows)
               ],
               q_smem.at[slot, pl.ds(a * rows, rows)],
-              q_ready.at[slot],
+              q_ring.ready_at(slot),
             )
           return step + 1
 
         return lax.fori_loop(0, (count + half - 1) // half, gather, step)
 
       step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      mosaic.drain(q_free, step)
+      mosaic.drain_rings(step, q_ring)
+      mosaic.drain_rings(my_tasks, k_ring, v_ring)
 
-      @pl.when(my_tasks > 0)
-      def _():
-        plgpu.barrier_wait(k_free)
-        plgpu.barrier_wait(v_free)
-
+  parts, part_lse = partials
   mosaic.launch(
-    body, chunk_desc, plan.tasks, plan.order, q, k, v, *partials,
+    body,
+    dict(
+      chunk_gmem=chunk_desc,
+      tasks_gmem=plan.tasks,
+      order_gmem=plan.order,
+      q_gmem=q,
+      k_gmem=k,
+      v_gmem=v,
+      part_gmem=parts,
+      lse_gmem=part_lse,
+    ),
     name="sparse_pairs",
     num_ctas=config.num_ctas,
     num_warpgroups=workers + 1,
     interpret=s.interpret,
-    scratch=[
-      s.operand(stages, ROWS),
-      s.operand(s.block_size),
-      s.operand(s.block_size),
-      s.operand(workers, ROWS),
-      plgpu.SMEM((workers, ROWS), jnp.float32),
-      plgpu.Barrier(num_arrivals=half, num_barriers=stages),
-      plgpu.Barrier(num_barriers=stages),
-      plgpu.Barrier(),
-      plgpu.Barrier(),
-      plgpu.Barrier(num_arrivals=workers),
-      plgpu.Barrier(num_arrivals=workers),
-      *s.probs_scratch(workers),
-    ],
-  )  # fmt: skip
+    scratch=dict(
+      q_smem=s.operand(stages, ROWS),
+      k_smem=s.operand(s.block_size),
+      v_smem=s.operand(s.block_size),
+      o_smem=s.operand(workers, ROWS),
+      l_smem=plgpu.SMEM((workers, ROWS), jnp.float32),
+      q_ring=mosaic.ring(stages, fills=half),
+      k_ring=mosaic.ring(releases=workers),
+      v_ring=mosaic.ring(releases=workers),
+      **s.probs_scratch(workers),
+    ),
+  )
 
 
 def _tiles(
@@ -389,16 +409,12 @@ def _tiles(
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    chunk_gmem, starts_gmem, counts_gmem, queries_gmem, shared_gmem,
-    shared_by_gmem, q_gmem, k_gmem, v_gmem, *rest,
+    *, chunk_gmem, starts_gmem, counts_gmem, queries_gmem, shared_gmem,
+    shared_by_gmem, q_gmem, k_gmem, v_gmem, out_gmem, lse_gmem, q_smem, k_smem,
+    v_smem, q_ready, k_ring, v_ring, merge_gmem: Any = None,
+    part_gmem: Any = None, part_lse_gmem: Any = None, o_smem: Any = None,
+    l_smem: Any = None, o_ring: Any = None, p_smem: Any = None,
   ):  # fmt: skip
-    if merging:
-      merge_gmem, part_gmem, part_lse_gmem, *rest = rest
-    out_gmem, lse_gmem, q_smem, k_smem, v_smem, *rest = rest
-    q_ready, k_ready, v_ready, k_free, v_free, *rest = rest
-    if merging:
-      o_smem, l_smem, o_ready, o_free, *rest = rest
-    probs = rest
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tiles = (num_tiles - cta + config.num_ctas - 1) // config.num_ctas
     first_tile = chunk_gmem[0]
@@ -450,8 +466,8 @@ def _tiles(
 
         def block(j, carry, own: bool):
           *carry, mine = carry
-          slot = lax.rem(kv_step + j, kv_stages)
-          plgpu.barrier_wait(k_ready.at[slot])
+          slot = k_ring.slot(kv_step + j)
+          k_ring.wait_ready(slot)
           # Read one block ahead: a warpgroup would wait for it here.
           following = shared_by_gmem[
             index, wg, jnp.minimum(j + 1, num_shared - 1)
@@ -459,7 +475,7 @@ def _tiles(
 
           def walk(acc, m_i, l_i):
             scores = _qk(q_smem.at[wg], k_smem.at[slot], s.block_size)
-            plgpu.barrier_arrive(k_free.at[slot])
+            k_ring.release(slot)
             chosen = chosen_by(mine)
             if own:
               first_key = shared_gmem[index, j] * s.block_size
@@ -483,17 +499,17 @@ def _tiles(
             )
             l_new = l_i * alpha + p.sum(axis=1)
             acc = acc * _over_columns(alpha, s.head_dim)
-            plgpu.barrier_wait(v_ready.at[slot])
+            v_ring.wait_ready(slot)
             acc = _pv(
-              p, v_smem.at[slot], s, probs[0].at[wg] if probs else None, acc
+              p, v_smem.at[slot], s, p_smem.at[wg] if s.interpret else None, acc
             )
-            plgpu.barrier_arrive(v_free.at[slot])
+            v_ring.release(slot)
             return acc, m_new, l_new
 
           def skip(acc, m_i, l_i):
-            plgpu.barrier_arrive(k_free.at[slot])
-            plgpu.barrier_wait(v_ready.at[slot])
-            plgpu.barrier_arrive(v_free.at[slot])
+            k_ring.release(slot)
+            v_ring.wait_ready(slot)
+            v_ring.release(slot)
             return acc, m_i, l_i
 
           return *lax.cond(mine != 0, walk, skip, *carry), following
@@ -502,9 +518,9 @@ def _tiles(
           bits = [merge_gmem[index, h, choice] for h in range(2)]
 
           def add(acc, m_i, l_i, step):
-            slot = lax.rem(step, merge_stages)
+            slot = o_ring.slot(step)
             chosen = chosen_by(jnp.where(wg == 0, bits[0], bits[1]))
-            plgpu.barrier_wait(o_ready.at[slot])
+            o_ring.wait_ready(slot)
             m_part = plgpu.load(
               l_smem.at[slot, pl.ds(wg * ROWS, ROWS)], layout=row_layout
             )
@@ -514,7 +530,7 @@ def _tiles(
             o = plgpu.load(
               o_smem.at[slot, wg], layout=plgpu.Layout.WGMMA
             ).astype(jnp.float32)
-            plgpu.barrier_arrive(o_free.at[slot])
+            o_ring.release(slot)
             # Queries without this pair find old SMEM contents, maybe NaN.
             o = jnp.where(
               _over_columns(chosen, s.head_dim),
@@ -583,27 +599,19 @@ def _tiles(
 
         def block(j, carry):
           step = kv_step + j
-          slot = lax.rem(step, kv_stages)
+          slot = k_ring.slot(step)
           tokens = pl.ds(shared_gmem[index, j] * s.block_size, s.block_size)
-
-          @pl.when(step >= kv_stages)
-          def _():
-            plgpu.barrier_wait(k_free.at[slot])
-
+          k_ring.wait_free(step, slot)
           plgpu.copy_gmem_to_smem(
             k_gmem.at[batch_row, kv_head, tokens],
             k_smem.at[slot],
-            k_ready.at[slot],
+            k_ring.ready_at(slot),
           )
-
-          @pl.when(step >= kv_stages)
-          def _():
-            plgpu.barrier_wait(v_free.at[slot])
-
+          v_ring.wait_free(step, slot)
           plgpu.copy_gmem_to_smem(
             v_gmem.at[batch_row, kv_head, tokens],
             v_smem.at[slot],
-            v_ready.at[slot],
+            v_ring.ready_at(slot),
           )
           return carry
 
@@ -615,15 +623,10 @@ def _tiles(
 
           @pl.when(wanted)
           def _():
-            slot = lax.rem(step, merge_stages)
-
-            @pl.when(step >= merge_stages)
-            def _():
-              plgpu.barrier_wait(o_free.at[slot])
-
+            slot = o_ring.wait_free(step)
             plgpu.copy_gmem_to_smem(
               part_lse_gmem.at[index - first_tile, choice], l_smem.at[slot],
-              o_ready.at[slot],
+              o_ring.ready_at(slot),
             )  # fmt: skip
             for a in range(g.tile_packs):
               of_pack = bits[a // half] >> (a % half * g.pack)
@@ -634,12 +637,12 @@ def _tiles(
                 plgpu.copy_gmem_to_smem(
                   part_gmem.at[(index - first_tile) * g.tile_packs + a, choice],
                   o_smem.at[slot, a // half, pl.ds((a % half) * rows, rows)],
-                  o_ready.at[slot],
+                  o_ring.ready_at(slot),
                 )
 
               @pl.when(of_pack == 0)
               def _():
-                plgpu.barrier_arrive(o_ready.at[slot])
+                o_ring.fill(slot)
 
           return step + wanted.astype(jnp.int32)
 
@@ -650,38 +653,47 @@ def _tiles(
       kv_step, merge_step = lax.fori_loop(
         0, my_tiles, tile, (jnp.int32(0), jnp.int32(0))
       )
-      mosaic.drain(k_free, kv_step)
-      mosaic.drain(v_free, kv_step)
+      mosaic.drain_rings(kv_step, k_ring)
+      mosaic.drain_rings(kv_step, v_ring)
       if merging:
-        mosaic.drain(o_free, merge_step)
+        mosaic.drain_rings(merge_step, o_ring)
 
-  merge_scratch = [
-    s.operand(merge_stages, 2, ROWS),
-    plgpu.SMEM((merge_stages, 2 * ROWS), jnp.float32),
-    plgpu.Barrier(num_arrivals=g.tile_packs + 1, num_barriers=merge_stages),
-    plgpu.Barrier(num_arrivals=2, num_barriers=merge_stages),
-  ]
+  operands = dict(
+    chunk_gmem=chunk_desc,
+    starts_gmem=starts,
+    counts_gmem=plan.counts,
+    queries_gmem=plan.queries,
+    shared_gmem=plan.shared,
+    shared_by_gmem=plan.shared_by,
+    q_gmem=q,
+    k_gmem=k,
+    v_gmem=v,
+  )
+  scratch: dict[str, Any] = dict(
+    q_smem=s.operand(2, ROWS),
+    k_smem=s.operand(kv_stages, s.block_size),
+    v_smem=s.operand(kv_stages, s.block_size),
+    q_ready=plgpu.Barrier(num_arrivals=half, num_barriers=2),
+    k_ring=mosaic.ring(kv_stages, releases=2),
+    v_ring=mosaic.ring(kv_stages, releases=2),
+  )
+  if merging:
+    parts, part_lse = partials
+    operands |= dict(merge_gmem=merges, part_gmem=parts, part_lse_gmem=part_lse)
+    scratch |= dict(
+      o_smem=s.operand(merge_stages, 2, ROWS),
+      l_smem=plgpu.SMEM((merge_stages, 2 * ROWS), jnp.float32),
+      o_ring=mosaic.ring(merge_stages, fills=g.tile_packs + 1, releases=2),
+    )
   mosaic.launch(
-    body, chunk_desc, starts, plan.counts, plan.queries, plan.shared,
-    plan.shared_by, q, k, v, *((merges, *partials) if merging else ()), out,
-    lse,
+    body,
+    operands | dict(out_gmem=out, lse_gmem=lse),
     name="sparse_tiles_merge" if merging else "sparse_tiles",
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
-    scratch=[
-      s.operand(2, ROWS),
-      s.operand(kv_stages, s.block_size),
-      s.operand(kv_stages, s.block_size),
-      plgpu.Barrier(num_arrivals=half, num_barriers=2),
-      plgpu.Barrier(num_barriers=kv_stages),
-      plgpu.Barrier(num_barriers=kv_stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=kv_stages),
-      plgpu.Barrier(num_arrivals=2, num_barriers=kv_stages),
-      *(merge_scratch if merging else ()),
-      *s.probs_scratch(2),
-    ],
-  )  # fmt: skip
+    scratch=scratch | s.probs_scratch(2),
+  )
 
 
 def geometry(
