@@ -14,7 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -452,29 +452,14 @@ def drain_rings(steps: Any, *rings: Ring) -> None:
         each.wait_released(slot)
 
 
-def drain(free: Any, step: Any) -> None:
-  """Waits until the consumers of a ring of buffers have freed all of them.
-
-  Kernels call this at their end, so that no arrival is left without a wait.
-
-  Args:
-    free: barriers of the ring.
-    step: how many times buffers were filled in all.
-  """
-  for slot in range(free.shape[0]):
-
-    @pl.when(step > slot)
-    def _(slot=slot):
-      plgpu.barrier_wait(free.at[slot])
-
-
 def launch(
   body: Callable[..., None],
-  *operands: jax.Array | Any,
+  operands: Mapping[str, Any],
+  *,
   name: str,
   num_ctas: int,
   num_warpgroups: int,
-  scratch: Sequence[Any] | Mapping[str, Any],
+  scratch: Mapping[str, Any],
   interpret: bool = False,
   auto_barriers: bool = True,
   reduction_scratch: int = 512,
@@ -485,15 +470,14 @@ def launch(
 
   Args:
     body: the kernel. Its parameters have the names of operands and scratch.
-    *operands: one mapping from names (`q_gmem`) to arrays and Refs
+    operands: a mapping from names (`q_gmem`) to arrays and Refs
       (`jax.new_ref`). Refs are written in place, so that a kernel in a loop
-      fills a part of a large output without a copy. Operands that are given one
-      by one are passed by position.
+      fills a part of a large output without a copy.
     name: of the launch, as profilers show it.
     num_ctas: CTAs of the grid.
     num_warpgroups: warpgroups of a CTA.
     scratch: a mapping from names to SMEM (`q_smem`), barriers (`x_ready`) and
-      rings (`q_ring`, see `ring`). A sequence is passed by position.
+      rings (`q_ring`, see `ring`), in the order of their allocation.
     interpret: run on the CPU in Pallas's GPU interpret mode.
     auto_barriers: False removes the warpgroup barriers that Pallas puts around
       every SMEM store and copy. Then the body must order what one warpgroup
@@ -507,24 +491,15 @@ def launch(
     thread_name="wg",
   )
 
-  by_name = {}
-  if operands and isinstance(operands[0], Mapping):
-    by_name, operands = operands[0], tuple(operands[0].values())
-
   def scoped(*refs):
-    call = body
-    if by_name:
-      call, refs = functools.partial(body, **dict(zip(by_name, refs))), ()
-
     def run(*allocated):
-      if isinstance(scratch, Mapping):
-        call(*refs, **dict(zip(scratch, allocated, strict=True)))
-      else:
-        call(*refs, *allocated)
+      body(
+        **dict(zip(operands, refs, strict=True)),
+        **dict(zip(scratch, allocated, strict=True)),
+      )
 
     # Not by keyword, because that would sort what has to be allocated.
-    types = scratch.values() if isinstance(scratch, Mapping) else scratch
-    pl.run_scoped(run, *types, collective_axes="wg")
+    pl.run_scoped(run, *scratch.values(), collective_axes="wg")
 
   pl.kernel(
     scoped,
@@ -537,4 +512,4 @@ def launch(
       reduction_scratch_bytes=reduction_scratch,
       unsafe_no_auto_barriers=not auto_barriers,
     ),
-  )(*operands)
+  )(*operands.values())
