@@ -147,15 +147,9 @@ INDEX = IndexConfig(index_dim=128, block_size=128, top_k=16)
 
 
 def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
-  """GQA, MSA-PT and MSA-CPT, with warm-ups as shares of the run's steps.
-
-  MSA scans over its layers. Its step takes about a tenth longer than with
-  unrolled layers, and half as long to compile; GQA compiles soon either way.
-  """
+  """GQA, MSA-PT and MSA-CPT, with warm-ups as shares of the run's steps."""
   (start,) = gqa.keep_steps
-  alone = dataclasses.replace(
-    gqa, keep_steps=(), model=dataclasses.replace(gqa.model, scan_layers=True)
-  )
+  alone = dataclasses.replace(gqa, keep_steps=())
   # 15 % of the steps are too few for index projections that start from random
   # values: at full size they found 33 % of the needles 8,192 and more tokens
   # back, and projections that start from the main branch's found 75 %.
