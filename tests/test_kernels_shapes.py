@@ -98,7 +98,9 @@ def test_padded_attention_and_gradients(sizes):
 PAIRS = dataclasses.replace(FORWARD, shared_cost=1e9, slack=0.0)
 
 
-@pytest.mark.parametrize("group", [1, 2, 3])
+@pytest.mark.parametrize(
+  "group", [2, *(pytest.param(n, marks=SLOW) for n in (1, 3))]
+)
 @pytest.mark.parametrize("config", [FORWARD, PAIRS], ids=["tiles", "pairs"])
 def test_queries_of_a_pack_choose_apart(group, config):
   """Two or four queries share MMA rows; 37 queries leave a pack half empty."""
