@@ -416,10 +416,10 @@ class MSAttention(GQAttention):
     **gqa_options: the other options of `GQAttention`: rope_dim, rope_theta,
       rope_scaling, normalize_qk, qk_norm_over, norm_eps, zero_centered_norm,
       sinks, use_bias, scale, dtype, param_dtype, kernel_init, sharding and
-      rngs. The index heads rotate their first min(rope_dim, index_dim) dims, and are
-      normalised one by one whatever qk_norm_over is; they have no bias, and
-      their factor in the KL is I^-0.5. The KL's teacher is the softmax without
-      the sinks.
+      rngs. The index heads rotate their first min(rope_dim, index_dim) dims,
+      and are normalised one by one whatever qk_norm_over is; they have no bias,
+      and their factor in the KL is I^-0.5. The KL's teacher is the softmax
+      without the sinks.
 
   Raises:
     ValueError: an argument is wrong, or does not fit another.

@@ -128,7 +128,7 @@ def visible_blocks(
   the blocks that it sees.
   """
   if layout is None:
-    ids = jnp.arange(num_blocks, dtype=jnp.int32)
+    ids = lax.expand_dims(jnp.arange(num_blocks, dtype=jnp.int32), range(3))
     own = jnp.where(positions < 0, -1, positions // block_size)[
       :, None, :, None
     ]
@@ -149,9 +149,8 @@ def block_slots(
   layout: BlockLayout, block_size: int
 ) -> tuple[Int[Array, "B N bs"], Bool[Array, "B N bs"]]:
   """Slots of each block's tokens, and which of them lie in the block."""
-  slots = layout.block_start[..., None] + jnp.arange(
-    block_size, dtype=jnp.int32
-  )
+  slots = jnp.arange(block_size, dtype=jnp.int32)[None, None]
+  slots = layout.block_start[..., None] + slots
   inside = slots < layout.block_end[..., None]
   return jnp.where(inside, slots, 0), inside
 

@@ -114,7 +114,7 @@ def document_segments(
     max_segments: see `Segments`.
   """
   length = segment_ids.shape[1]
-  slot = jnp.arange(length, dtype=jnp.int32)
+  slot = jnp.arange(length, dtype=jnp.int32)[None]
   before = jnp.pad(segment_ids, ((0, 0), (1, 0)))[:, :-1]
   real, changed = segment_ids != 0, segment_ids != before
   span = jnp.cumsum(changed & real, axis=1, dtype=jnp.int32) - 1
@@ -315,7 +315,7 @@ def block_layout(segments: Segments, block_size: int) -> BlockLayout:
   # An index outside the arrays must not come from wrong values.
   until = jnp.clip(jnp.asarray(segments.visible_until), 0, length)
   num_blocks = -(-length // block_size) + max_segments
-  slot = jnp.arange(length, dtype=jnp.int32)
+  slot = jnp.arange(length, dtype=jnp.int32)[None]
   real = span >= 0
   before = jnp.pad(span, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
   changed = span != before
@@ -347,7 +347,7 @@ def block_layout(segments: Segments, block_size: int) -> BlockLayout:
   )(jnp.where(opens, until, length))
   ended = jnp.cumsum(ended[:, :length], axis=1, dtype=jnp.int32)
   at = jnp.minimum(start, length - 1)
-  depth = jnp.arange(num_blocks, dtype=jnp.int32)
+  depth = jnp.arange(num_blocks, dtype=jnp.int32)[None]
   depth = depth - jnp.take_along_axis(ended, at, axis=1)
   overflow = jnp.sum(changed & real, axis=1) > max_segments
   return BlockLayout(start, end, block_until, depth, until, own, overflow)

@@ -188,7 +188,8 @@ def _unblock(
   own = layout.own_block
   block = jnp.maximum(own, 0)
   start = jnp.take_along_axis(layout.block_start, block, axis=1)
-  place = block * block_size + jnp.arange(kv_len, dtype=jnp.int32) - start
+  slot = jnp.arange(kv_len, dtype=jnp.int32)[None]
+  place = block * block_size + slot - start
   place = jnp.where(own >= 0, place, 0)
   x = jnp.take_along_axis(x, place[:, None, :, None], axis=2)
   x = jnp.where((own >= 0)[:, None, :, None], x, 0)

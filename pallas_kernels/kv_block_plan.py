@@ -306,9 +306,10 @@ def _pairs_of_packs(
   """
   _, num_packs, slots = ids.shape
   each = KV_BLOCK // block_size
-  query = jnp.arange(slots, dtype=jnp.int32) // (slots // pack)
-  position = jnp.arange(num_packs, dtype=jnp.int32)[:, None] * pack + query
-  position += starts[:, None, None]
+  query = jnp.arange(slots, dtype=jnp.int32)[None, None] // (slots // pack)
+  position = jnp.arange(num_packs, dtype=jnp.int32)[None, :, None]
+  position = position * pack + query
+  position = position + starts[:, None, None]
   own = jnp.where(position < 0, -1, position // block_size)
   valid = (ids >= 0) & (ids <= own) & (ids < num_blocks)
   known = jnp.clip(ids, 0, num_blocks - 1)

@@ -912,7 +912,7 @@ def backward(
         """
         x = x.reshape(-1, rows)[plan.order // slots]
         if pack > 1:
-          query = jnp.arange(rows) // packing.heads
+          query = jnp.arange(rows)[None] // packing.heads
           chose = ((plan.chosen[:, None] >> (2 * query)) & 3) != 0
           x = jnp.where(chose, x, other)
         x = jnp.pad(x.reshape(-1), (0, ROWS))

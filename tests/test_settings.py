@@ -50,6 +50,11 @@ def every_operation(implementation, phase):
     return jnp.sum(out.astype(jnp.float32)) + kl + jnp.sum(seen)
 
   results = [jax.value_and_grad(loss, range(5))(*inputs)]
+  packed = msa_jax.msa_attention(
+    *(x[:, -24:] for x in inputs), phase=phase, with_kl=True,
+    segment_ids=jnp.asarray([[1] * 7 + [2] * 11 + [0] * 6]), **OPTIONS, **named,
+  )  # fmt: skip
+  results.append(packed._replace(lse=None))
   if phase == "sparse":
     for precision in ("exact", "fp8"):
       blocks = msa_jax.select_blocks(
