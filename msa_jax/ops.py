@@ -847,8 +847,11 @@ _choices = jax.make_user_context(default_value=None)
 class _Collected(list):
   """A list that is equal to itself alone, as keys of JAX's caches must be."""
 
-  __eq__ = object.__eq__
-  __hash__ = object.__hash__
+  def __eq__(self, other: object) -> bool:
+    return self is other
+
+  def __hash__(self) -> int:  # pyright: ignore[reportIncompatibleVariableOverride]
+    return id(self)
 
 
 def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Choice]:

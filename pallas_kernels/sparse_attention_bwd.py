@@ -912,6 +912,7 @@ def backward(
         """
         x = x.reshape(-1, rows)[plan.order // slots]
         if pack > 1:
+          assert plan.chosen is not None
           query = jnp.arange(rows)[None] // packing.heads
           chose = ((plan.chosen[:, None] >> (2 * query)) & 3) != 0
           x = jnp.where(chose, x, other)

@@ -253,12 +253,9 @@ def plan_tiles(
 
   first = valid & new(block)
   first_of_pack = first | (valid & new(query // g.pack))
-  halves, packs = (
-    sum(x[1:], x[0])
-    for x in zip(
-      *(((x != 0).astype(jnp.int32), _count_packs(x, g)) for x in chosen_by)
-    )
-  )
+  low, high = chosen_by
+  halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
+  packs = _count_packs(low, g) + _count_packs(high, g)
 
   oldest_own = own.reshape(num_tiles, g.tile)[:, :1]
   popular = packs.astype(jnp.float32) >= g.shared_cost * halves.astype(
