@@ -32,6 +32,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
@@ -144,7 +145,9 @@ def select_blocks(
     num_local_blocks: blocks forced, counted back from the query's own; 0 forces
       none.
     kv_lengths: keys that exist in each batch row; the queries are the last T of
-      them. None: all S.
+      them. None: all S. It is for caches: a right-padded training batch needs
+      none, because causality hides its padding (query_mask keeps that out of
+      the KL), and with kv_lengths its queries stand at wrong positions.
     segment_ids: the document of each token of packed rows; 0 is padding, and
       each run of equal ids a document. None: one document a row.
     segments: the same for prefix trees, from `tree_segments`; not both.
@@ -169,6 +172,7 @@ def select_blocks(
     block_size, top_k, num_local_blocks
   )
   check_kv_lengths(kv_lengths, index_q.shape[0])
+  _warn_of_padding(kv_lengths, index_q.shape[1], index_k.shape[1])
   check_choice("score_precision", score_precision, ScorePrecision)
   layout = _block_layout(
     segment_ids,
@@ -236,7 +240,9 @@ def sparse_attention(
     block_size: tokens a block.
     scale: factor of the scores; None: D^-0.5.
     kv_lengths: keys that exist in each batch row; the queries are the last T of
-      them. None: all S.
+      them. None: all S. It is for caches: a right-padded training batch needs
+      none, because causality hides its padding (query_mask keeps that out of
+      the KL), and with kv_lengths its queries stand at wrong positions.
     segment_ids: the document of each token of packed rows; 0 is padding, and
       each run of equal ids a document. None: one document a row.
     segments: the same for prefix trees, from `tree_segments`; not both.
@@ -261,6 +267,7 @@ def sparse_attention(
   block_size = check_integer("block_size", block_size)
   check_chosen_blocks(block_indices, q, k)
   check_kv_lengths(kv_lengths, q.shape[0])
+  _warn_of_padding(kv_lengths, q.shape[1], k.shape[1])
   layout = _block_layout(
     segment_ids, segments, max_segments, block_size, kv_lengths, q, k
   )
@@ -322,7 +329,10 @@ def index_kl_loss(
     scale: factor of the main scores; None: D^-0.5.
     index_scale: factor of the index scores; None: I^-0.5.
     lse: log sum exp of the main branch over the same tokens, if known.
-    kv_lengths: keys that exist in each batch row; None: all S.
+    kv_lengths: keys that exist in each batch row; the queries are the last T of
+      them. None: all S. It is for caches: a right-padded training batch needs
+      none, because causality hides its padding (query_mask keeps that out of
+      the KL), and with kv_lengths its queries stand at wrong positions.
     query_mask: queries that count, or float32 weights w >= 0 of them. The loss
       is then sum w KL_t / (K sum w). None: all, except the padding of packed
       rows, which never counts.
@@ -353,6 +363,7 @@ def index_kl_loss(
   if block_indices is not None:
     check_chosen_blocks(block_indices, q, k)
   check_kv_lengths(kv_lengths, q.shape[0])
+  _warn_of_padding(kv_lengths, q.shape[1], k.shape[1])
   check_query_mask(query_mask, q)
   if lse is not None:
     check_lse(lse, q)
@@ -447,7 +458,9 @@ def msa_attention(
     phase: "sparse" or "warmup".
     with_kl: whether to compute the KL loss.
     kv_lengths: keys that exist in each batch row; the queries are the last T of
-      them. None: all S.
+      them. None: all S. It is for caches: a right-padded training batch needs
+      none, because causality hides its padding (query_mask keeps that out of
+      the KL), and with kv_lengths its queries stand at wrong positions.
     query_mask: queries that count in the KL, or float32 weights of them, see
       `index_kl_loss`; None: all.
     segment_ids: the document of each token of packed rows; 0 is padding, and
@@ -482,6 +495,7 @@ def msa_attention(
     block_size, top_k, num_local_blocks
   )
   check_kv_lengths(kv_lengths, q.shape[0])
+  _warn_of_padding(kv_lengths, q.shape[1], k.shape[1])
   check_query_mask(query_mask, q)
   if block_indices is not None:
     check_chosen_blocks(block_indices, q, k)
@@ -780,7 +794,10 @@ def selection_recall(
     block_indices: the choice.
     block_size: tokens a block.
     scale: factor of the scores; None: D^-0.5.
-    kv_lengths: keys that exist in each batch row; None: all S.
+    kv_lengths: keys that exist in each batch row; the queries are the last T of
+      them. None: all S. It is for caches: a right-padded training batch needs
+      none, because causality hides its padding (query_mask keeps that out of
+      the KL), and with kv_lengths its queries stand at wrong positions.
     segment_ids: the document of each token of packed rows; 0 is padding, and
       each run of equal ids a document. None: one document a row.
     segments: the same for prefix trees, from `tree_segments`; not both.
@@ -798,6 +815,7 @@ def selection_recall(
   block_size = check_integer("block_size", block_size)
   check_chosen_blocks(block_indices, q, k)
   check_kv_lengths(kv_lengths, q.shape[0])
+  _warn_of_padding(kv_lengths, q.shape[1], k.shape[1])
   layout = _block_layout(
     segment_ids, segments, max_segments, block_size, kv_lengths, q, k
   )
@@ -811,6 +829,26 @@ def selection_recall(
     layout=layout,
   )
   return SelectionRecall(*(_nan_of_any_overflow(x, layout) for x in recalls))
+
+
+_PADDING = (
+  "kv_lengths has a length below S although T = S. The first queries of that row"
+  " see nothing, and the others stand at later keys than their own. If this is a"
+  " right-padded training batch, leave kv_lengths out: causality hides its"
+  " padding, and query_mask keeps it out of the KL."
+)
+
+
+def _warn_of_padding(kv_lengths: Array | None, q_len: int, kv_len: int) -> None:
+  """Warns once of lengths that look like those of a right-padded batch."""
+  if kv_lengths is None or q_len != kv_len or _PADDING in _said:
+    return
+  if isinstance(kv_lengths, Tracer):
+    return  # its values are not known yet
+  lengths = np.asarray(kv_lengths)
+  if ((lengths > 0) & (lengths < kv_len)).any():
+    _said.add(_PADDING)
+    warnings.warn(_PADDING, stacklevel=3)
 
 
 # --- choice of implementation ----------------------------------------------

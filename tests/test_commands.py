@@ -475,3 +475,16 @@ def test_facts_found_counts_far_facts_in_chosen_blocks():
   distance[distance > 2] = -1
   far, found = evaluate.facts_found(blocks, distance, index)
   assert not far.any() and found.shape == (0, 2)
+
+
+def test_a_missing_package_of_the_report_is_said_before_training(
+  place, monkeypatch, capsys
+):
+  monkeypatch.setitem(sys.modules, "matplotlib", None)
+  for name in [name for name in sys.modules if name.startswith("train.report")]:
+    monkeypatch.delitem(sys.modules, name)
+  out = place / "never"
+  assert cli.main(["compare", "smoke", "--out", str(out)]) == 1
+  said = capsys.readouterr().err
+  assert "the report needs the package 'matplotlib'" in said
+  assert "--no-report" in said and not out.exists()

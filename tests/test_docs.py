@@ -12,6 +12,9 @@ import subprocess
 import sys
 import tomllib
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 import test_imports
 
@@ -138,13 +141,16 @@ def test_the_picture_of_the_house_is_right():
   assert {*paths} - drawn - packages == {"pallas_kernels.mosaic"}
 
 
+PRINTING = ("README.md", "layers.md")
+
+
 def blocks(page):
   """(code, what it prints or None) of a page's Python examples, in order."""
   found = []
   for language, text in BLOCK.findall(page.read_text()):
     if language == "python":
       found.append([text, None])
-    elif language == "text" and found and page.name == "README.md":
+    elif language == "text" and found and page.name in PRINTING:
       found[-1][1] = text
   return found
 
@@ -155,6 +161,7 @@ def test_pages_have_examples():
     "README.md",
     "checkpoints.md",
     "generation.md",
+    "layers.md",
     "training.md",
   }
   assert blocks(ROOT / "README.md")[0][1]
@@ -199,7 +206,36 @@ def check_checkpoints(names, tmp_path):
   assert names["msa"].config.layer_kinds == ("msa",)
 
 
+def check_layers(names, tmp_path):
+  """The merged parts are one softmax over the keys of both, gradients too."""
+  q, blocks = names["q"], names["blocks"]
+  of_both = (names[n] for n in ("k", "v", "window_k", "window_v"))
+  k, v, window_k, window_v = (jnp.repeat(x, 2, axis=2) for x in of_both)
+  token = jnp.arange(256)
+  causal = token <= token[:, None]
+  chosen = (blocks[..., None] == token // 16).any(-2) & causal
+  window = causal & (token > token[:, None] - 64)
+  seen = jnp.concatenate(
+    [jnp.repeat(chosen, 2, axis=1), jnp.broadcast_to(window, (1, 4, 256, 256))],
+    axis=-1,
+  )
+
+  def dense(q):
+    keys = jnp.concatenate([k, window_k], axis=1)
+    s = jnp.einsum("bthd,bjhd->bhtj", q, keys) / 4
+    p = jax.nn.softmax(jnp.where(seen, s, -jnp.inf), axis=-1)
+    values = jnp.concatenate([v, window_v], axis=1)
+    return jnp.sum(jnp.einsum("bhtj,bjhd->bthd", p, values) ** 2)
+
+  np.testing.assert_allclose(
+    names["gradient"](q), jax.grad(dense)(q), atol=2e-5
+  )
+  assert names["kl"] > 0
+  assert names["taken"] in ("xla", "mosaic_gpu")
+
+
 CHECKS = {
+  "layers.md": check_layers,
   "README.md": check_readme,
   "generation.md": check_generation,
   "checkpoints.md": check_checkpoints,

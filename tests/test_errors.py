@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import warnings
 
 import chex
 import jax
@@ -583,3 +584,17 @@ def test_wrong_modules():
   other = msa_jax.ModelConfig(**CONFIG | dict(mlp_dim=8, layer_kinds=("msa",)))
   with pytest.raises(ValueError, match=r"config.mlp_dim must be 16"):
     msa_jax.to_msa(model, other, rngs=rngs)
+
+
+def test_lengths_of_a_right_padded_batch_are_warned_of_once():
+  call = functools.partial(msa, *INPUTS, implementation="reference")
+  msa_jax.ops._said.clear()
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    call(kv_lengths=jnp.asarray([24]))
+    jax.jit(lambda n: call(kv_lengths=n).out)(jnp.asarray([9]))
+  with pytest.warns(UserWarning, match="right-padded training batch"):
+    call(kv_lengths=jnp.asarray([9]))
+  with warnings.catch_warnings():
+    warnings.simplefilter("error")
+    call(kv_lengths=jnp.asarray([9]))

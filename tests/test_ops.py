@@ -482,3 +482,44 @@ def test_equals_another_implementation(implementation):
     else:
       assert name.startswith("indexer.")
   assert checked == 6
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_given_choices(implementation):
+  """Attention, KL and gradients over given blocks, of another P than top_k."""
+  case = Case(kv_len=26)
+  inputs = case.inputs()
+  blocks = random_blocks(case)[..., :2]
+  options = dict(block_size=4, implementation=implementation)
+
+  def given(*inputs):
+    out = msa_jax.msa_attention(
+      *inputs, block_indices=blocks, with_kl=True, top_k=3, **options
+    )
+    np.testing.assert_array_equal(out.block_indices, blocks)
+    return jnp.sum(jnp.sin(out.out)) + out.kl + jnp.sum(_seen(out.lse))
+
+  def apart(q, k, v, index_q, index_k):
+    out, lse = msa_jax.sparse_attention(
+      q, k, v, blocks, return_lse=True, **options
+    )
+    kl = msa_jax.index_kl_loss(q, k, index_q, index_k, blocks, **options)
+    return jnp.sum(jnp.sin(out)) + kl + jnp.sum(_seen(lse))
+
+  def _seen(lse):
+    return jnp.where(lse == -jnp.inf, 0, lse)
+
+  got = jax.value_and_grad(given, range(5))(*inputs)
+  want = jax.value_and_grad(apart, range(5))(*inputs)
+  jax.tree.map(
+    lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6),
+    got, want,
+  )  # fmt: skip
+  dense = msa_jax.msa_attention(
+    *inputs, block_indices=blocks, phase="warmup", top_k=3, **options
+  )
+  np.testing.assert_array_equal(dense.block_indices, blocks)
+  chosen = msa_jax.msa_attention(*inputs, phase="warmup", top_k=3, **options)
+  np.testing.assert_array_equal(dense.out, chosen.out)
+  with pytest.raises(ValueError, match="block_indices must be int32"):
+    msa_jax.msa_attention(*inputs, block_indices=blocks.astype(float))
