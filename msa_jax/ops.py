@@ -832,10 +832,10 @@ def selection_recall(
 
 
 _PADDING = (
-  "kv_lengths has a length below S although T = S. The first queries of that row"
-  " see nothing, and the others stand at later keys than their own. If this is a"
-  " right-padded training batch, leave kv_lengths out: causality hides its"
-  " padding, and query_mask keeps it out of the KL."
+  "kv_lengths has a length below S although T = S. The first queries of that"
+  " row see nothing, and the others stand at earlier slots than their own. If"
+  " this is a right-padded training batch, leave kv_lengths out: causality"
+  " hides its padding, and query_mask keeps it out of the KL."
 )
 
 
