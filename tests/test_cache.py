@@ -592,7 +592,7 @@ def tiles_attention(seen, q, k, v, *, mask, key_value_seq_lengths, **options):
 
   The last tile is read past the row's length; the tiles after it are not read.
   """
-  assert options == dict(implementation="cudnn")
+  assert options == dict(implementation="cudnn", scale=None)
   tile = attention._CUDNN_TILE
   slot, lengths = np.arange(k.shape[1]), key_value_seq_lengths[:, None]
   read = (slot < -(-lengths // tile) * tile)[..., None, None]
