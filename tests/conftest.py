@@ -43,6 +43,17 @@ LONGEST = (
 )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _forget_programs():
+  """Frees a file's compiled programs.
+
+  Each takes memory maps, of which Linux gives a process 65,530; XLA crashes
+  when a worker that ran many files has none left.
+  """
+  yield
+  jax.clear_caches()
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items):
   for item in items:

@@ -86,6 +86,7 @@ sys.exit(cli.main(sys.argv[1:]))
 """
 
 
+@pytest.mark.slow
 def test_the_command_on_two_devices(tmp_path):
   text = tmp_path / "text"
   text.mkdir()

@@ -247,6 +247,7 @@ def test_balance_moves_by_load():
   np.testing.assert_array_equal(bias, [-0.5, 0, 0, 0.5])
 
 
+@pytest.mark.slow
 def test_training_balances_the_load_and_nothing_else(tmp_path):
   run = tiny_run(router_bias_rate=0.0)
   unmoved = program_of(run)
@@ -322,6 +323,7 @@ assert np.all(rows[0][:, 2:].sum(-1) == 8 * 64 * 2)
 """
 
 
+@pytest.mark.slow
 def test_mesh_gives_the_same_numbers():
   """Experts over forced CPU devices: the layer, and training."""
   run_on_devices(4, MESH)

@@ -179,6 +179,7 @@ def use_model(**changes):
     ),
   ],
 )
+@pytest.mark.slow
 def test_models_under_strict_settings(changes):
   with strict():
     found = use_model(**changes)
@@ -211,6 +212,7 @@ def test_ablations_and_layer_options_under_strict_settings(options):
       assert all(np.isfinite(g).all() for g in jax.tree.leaves(grads))
 
 
+@pytest.mark.slow
 def test_training_under_strict_settings(tmp_path):
   """Also statistics that are NaN: no query of so short a context chooses."""
   run = tiny_run(
