@@ -706,7 +706,9 @@ def check_block_indices(
     block_indices: the choice.
     kv_len: key tokens, S.
     block_size: tokens a block.
-    segment_ids, segments, max_segments: as in the operations.
+    segment_ids: as in the operations.
+    segments: as in the operations.
+    max_segments: as in the operations.
 
   Raises:
     ValueError: an entry is wrong; the text names the first one, [b, k, t, p].
