@@ -316,24 +316,16 @@ def _pairs_of_packs(
   if pack == each == 1:
     return known, valid, None
   # Sorted by block, the choices inside a KV block stand side by side.
-  bits = each.bit_length() - 1
-  key = (known << pack.bit_length()) | query
+  query_bits = (pack - 1).bit_length()
+  key = (known << query_bits) | query
   key = lax.sort(jnp.where(valid, key, mosaic.NEVER), is_stable=False)
   valid = key != mosaic.NEVER
-  known, query = key >> pack.bit_length(), key & ((1 << pack.bit_length()) - 1)
-  kv_block = jnp.where(valid, known >> bits, -1)
+  known, query = key >> query_bits, key & ((1 << query_bits) - 1)
+  kv_block = jnp.where(valid, known // each, -1)
   both = 3 if each == 1 else jnp.int32(1) << (known & 1)
   chosen = jnp.where(valid, both << (2 * query), 0)
-  reach = 1
-  while reach < pack * each:
-    ahead = ((0, 0), (0, 0), (0, reach))
-    same = jnp.pad(kv_block, ahead, constant_values=-2)[..., reach:] == kv_block
-    chosen |= jnp.where(same, jnp.pad(chosen, ahead)[..., reach:], 0)
-    reach *= 2
-  before = jnp.pad(kv_block, ((0, 0), (0, 0), (1, 0)), constant_values=-1)[
-    ..., :-1
-  ]
-  first = valid & (before != kv_block)
+  chosen = mosaic.or_of_rest_of_run(chosen, kv_block, pack * each)
+  first = valid & mosaic.starts_run(kv_block)
   # The first choice of each KV block stands for the pair; these move to the
   # front.
   place = jnp.arange(slots, dtype=jnp.int32)

@@ -34,7 +34,7 @@ MAX_TOP_K = 64  # P
 # or one query (decoding), and not of two: 64 scores and 64 ids are 128 of its
 # 168 registers.
 LONG_LIST = 32
-MAX_BLOCKS = 1 << 15  # N: a block id and 16 query bits share 32 bits
+MAX_BLOCKS = 1 << 15  # N: a block id and a choice slot share an int32
 MAX_CHOICES = (1 << 31) - 1  # B x K x T x P: offsets of ids are 32 bits
 MAX_DECODE_TOKENS = 16  # T of decoding
 MAX_DECODE_ROWS = 256  # T x K of decoding: MMA rows of one wgmma step
@@ -77,6 +77,39 @@ def in_32_bits[**A, R](function: Callable[A, R]) -> Callable[A, R]:
 def bit_not(x: Any) -> Any:
   """~x of int32 in a kernel, in 32 bits also if it is lowered in 64-bit JAX."""
   return jnp.bitwise_xor(x, jnp.int32(-1))
+
+
+def starts_run(key: Array) -> Array:
+  """Whether key, at least 0, differs from the one before on the last axis."""
+  ahead = ((0, 0),) * (key.ndim - 1) + ((1, 0),)
+  return jnp.pad(key[..., :-1], ahead, constant_values=-1) != key
+
+
+def or_of_rest_of_run(
+  bits: Array, key: Array, longest: int, *, backwards: bool = False
+) -> Array:
+  """The bitwise or of `bits` from each place to the end of its run.
+
+  A run is a stretch of equal keys along the last axis.
+
+  Args:
+    bits: int32.
+    key: ascending, at least -1.
+    longest: upper bound on the length of a run.
+    backwards: from each place to the start of its run instead.
+  """
+
+  def shifted(x, by, fill):
+    pad = ((0, 0),) * (x.ndim - 1) + ((by, 0) if backwards else (0, by),)
+    x = jnp.pad(x, pad, constant_values=fill)
+    return x[..., :-by] if backwards else x[..., by:]
+
+  reach = 1  # `bits` holds the or of so many entries
+  while reach < longest:
+    same = shifted(key, reach, -2) == key
+    bits |= jnp.where(same, shifted(bits, reach, 0), 0)
+    reach *= 2
+  return bits
 
 
 def padded_heads(group_size: int) -> int:

@@ -41,7 +41,6 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import mosaic
 
-MIN_SLOT_BITS = 9  # of a choice: see `Geometry.slot_bits`
 WORD = 32  # queries whose bits share an int32
 
 
@@ -105,7 +104,7 @@ class Geometry:
     At most 12, of 64 queries with 64 choices each, so that 15 bits of a block
     id fit beside them and `mosaic.NEVER` stays greater than every choice.
     """
-    return max(MIN_SLOT_BITS, (self.tile * self.top_k - 1).bit_length())
+    return (self.tile * self.top_k - 1).bit_length()
 
   @property
   def num_spans(self) -> int:
@@ -174,33 +173,6 @@ def _bit_mask(flags: Bool[Array, "*A queries"]) -> Int[Array, "*A"]:
   return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
 
 
-def _or_over_runs(
-  bits: Int[Array, "tiles slots"], key: Int[Array, "tiles slots"], longest: int
-) -> Int[Array, "tiles slots"]:
-  """The bitwise or of `bits` over each run of equal keys, at all its places.
-
-  Args:
-    bits: 0 where there is no key.
-    key: ascending along the last axis.
-    longest: upper bound on the length of a run.
-  """
-
-  def shifted(x, by, fill):
-    pad = (0, by) if by > 0 else (-by, 0)
-    x = jnp.pad(x, ((0, 0), pad), constant_values=fill)
-    return x[:, by:] if by > 0 else x[:, :by]
-
-  total = bits
-  for sign in (1, -1):
-    part, reach = bits, 1  # part: the or of `reach` entries in one direction
-    while reach < longest:
-      same = shifted(key, sign * reach, -1) == key
-      part |= jnp.where(same, shifted(part, sign * reach, 0), 0)
-      reach *= 2
-    total |= part
-  return total
-
-
 def plan_tiles(
   ids: Int[Array, "groups queries P"],
   positions: Int[Array, "groups queries"],
@@ -246,13 +218,8 @@ def plan_tiles(
   query = (choices & ((1 << g.slot_bits) - 1)) // g.top_k
   chosen_by = _chosen_by(block, query, valid, g)
 
-  def new(key):
-    """Whether key differs from that of the choice before."""
-    before = jnp.pad(key[:, :-1], ((0, 0), (1, 0)), constant_values=-1)
-    return before != key
-
-  first = valid & new(block)
-  first_of_pack = first | (valid & new(query // g.pack))
+  first = valid & mosaic.starts_run(block)
+  first_of_pack = first | (valid & mosaic.starts_run(query // g.pack))
   low, high = chosen_by
   halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
   packs = _count_packs(low, g) + _count_packs(high, g)
@@ -311,19 +278,23 @@ def _chosen_by(
 ) -> list[Int[Array, "tiles slots"]]:
   """For each half of a tile, query bits of those that chose the same block."""
   g = geometry
+
+  def over_runs(bits):
+    return mosaic.or_of_rest_of_run(bits, block, g.tile) | (
+      mosaic.or_of_rest_of_run(bits, block, g.tile, backwards=True)
+    )
+
   if g.tile <= WORD:  # both halves in one word
     bits = jnp.where(valid, jnp.int32(1) << query, 0)
-    both = _or_over_runs(bits, block, g.tile)
+    both = over_runs(bits)
     mask = (1 << g.half) - 1
     high = lax.shift_right_logical(both, jnp.int32(g.half))
     return [both & mask, high & mask]
   return [
-    _or_over_runs(
+    over_runs(
       jnp.where(
         valid & (query // g.half == half), jnp.int32(1) << query % g.half, 0
-      ),
-      block,
-      g.tile,
+      )
     )
     for half in range(2)
   ]
