@@ -521,9 +521,7 @@ def _visible_units(
   counts = counts.reshape(-1)
   ends = jnp.cumsum(counts, dtype=jnp.int32)
   index = jnp.arange(counts.size * (keys // UNIT), dtype=jnp.int32)
-  of_query = jnp.searchsorted(
-    ends, index, side="right", method="scan_unrolled"
-  ).astype(jnp.int32)
+  of_query = mosaic.counts_up_to(ends, index.size)
   of_query = jnp.minimum(of_query, counts.size - 1)
   key = index - (ends - counts)[of_query]
   units = jnp.stack([of_query // row_units, of_query % row_units, key], axis=-1)

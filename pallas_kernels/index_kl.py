@@ -875,13 +875,8 @@ def _loss(
       kv_block, start, count = (plan.tasks[:, j] for j in range(3))
       firsts = start // PAIRS + jnp.arange(max_tasks, dtype=jnp.int32)
       pair_slot = jnp.arange(max_pair_tiles * PAIRS, dtype=jnp.int32)
-      task_of = jnp.searchsorted(
-        firsts,
-        jnp.arange(max_pair_tiles, dtype=jnp.int32),
-        side="right",
-        method="scan_unrolled",
-      )
-      task_of = jnp.repeat(task_of.astype(jnp.int32) - 1, PAIRS)
+      task_of = mosaic.counts_up_to(firsts, max_pair_tiles) - 1
+      task_of = jnp.repeat(task_of, PAIRS)
       offset = pair_slot - firsts[task_of] * PAIRS
       used = (offset < count[task_of]) & (task_of < plan.num_tasks[0])
       pair = jnp.minimum(start[task_of] + offset, num_pairs - 1)

@@ -262,8 +262,8 @@ def plan_kv_blocks(
   task_counts = -(-counts // task)
   ends = jnp.cumsum(task_counts)
   index = jnp.arange(max_tasks(num_kv_blocks, num_pairs, task))
-  block = jnp.searchsorted(ends, index, side="right", method="scan_unrolled")
-  block = jnp.minimum(block.astype(jnp.int32), num_kv_blocks - 1)
+  block = mosaic.counts_up_to(ends, index.size)
+  block = jnp.minimum(block, num_kv_blocks - 1)
   nth = index - (ends - task_counts)[block]
   # Tasks have full length except each block's last one. `longest_first` then
   # balances CTAs better than it could with tasks of equal lengths.

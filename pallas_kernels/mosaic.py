@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array
+from jaxtyping import Array, Int
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128)  # D and I inside a kernel: whole 128-byte swizzle tiles
@@ -77,6 +77,17 @@ def in_32_bits[**A, R](function: Callable[A, R]) -> Callable[A, R]:
 def bit_not(x: Any) -> Any:
   """~x of int32 in a kernel, in 32 bits also if it is lowered in 64-bit JAX."""
   return jnp.bitwise_xor(x, jnp.int32(-1))
+
+
+def counts_up_to(values: Int[Array, "n"], size: int) -> Int[Array, "size"]:
+  """How many of the values are at most i, for i = 0 .. size - 1.
+
+  Values are not negative; those of `size` or more count nowhere. For ascending
+  values it is `searchsorted(values, arange(size), side="right")`, whose search
+  of some 15 steps takes longer to compile than all else in a plan.
+  """
+  marks = jnp.zeros((size,), jnp.int32).at[values].add(1, mode="drop")
+  return jnp.cumsum(marks, dtype=jnp.int32)
 
 
 def starts_run(key: Array) -> Array:

@@ -379,9 +379,7 @@ def plan_pairs(
   chunk_end = ends.reshape(num_chunks, -1)[:, -1]
   chunk_first = jnp.pad(chunk_end[:-1], (1, 0))
   task = jnp.arange(num_chunks * g.max_tasks, dtype=jnp.int32)
-  segment_of = jnp.searchsorted(
-    ends, task, side="right", method="scan_unrolled"
-  ).astype(jnp.int32)
+  segment_of = mosaic.counts_up_to(ends, task.size)
   segment_of = jnp.minimum(segment_of, num_segments - 1)
   # The tasks of one block have equal sizes, up to a tile's number of pairs.
   size = -(-counts // jnp.maximum(task_counts, 1))
