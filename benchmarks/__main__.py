@@ -1,14 +1,16 @@
 """Measures the kernels on a Hopper GPU and writes results/<device>.json.
 
   python -m benchmarks --tokens 32k 128k --ops prefill select
+  python -m benchmarks --heads 32x8x128 16x8x128 --tokens 8k --ops train
 
 Each op is first checked against `msa_jax.reference`; if a check fails, no
 number is printed. Shapes run from the longest to the shortest, because the
 programs of the shorter ones compile while dense attention keeps the GPU busy.
 The file is written after each shape. A new record replaces the one of the same
 op, shape, selection and score precision; all other records stay, with the JAX
-version that they were measured under. The plot shows the speed-up over dense
-attention, measured in the same run, against length.
+version that they were measured under. Two plots show the speed-up over dense
+attention, measured in the same run, against length: one of the paper's heads,
+and `<device>_heads.png` of all heads.
 
 The other commands of this package are listed in `benchmarks/__init__.py`.
 """
@@ -56,6 +58,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     " some are for training and some for decode (default: all)",
   )
   parser.add_argument(
+    "--heads",
+    nargs="+",
+    type=heads,
+    metavar="HxKxD",
+    help="heads to take instead of those of the shapes, such as 32x8x128 for"
+    " H = 32, K = 8, D = I = 128",
+  )
+  parser.add_argument(
     "--selection",
     nargs="+",
     choices=SELECTIONS,
@@ -80,12 +90,49 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     type=pathlib.Path,
     help="JSON file (default: results/<device>.json)",
   )
+  parser.add_argument(
+    "--lock",
+    type=pathlib.Path,
+    metavar="FILE",
+    help="commands with the same file, started together, compile at the same"
+    " time and measure one after another",
+  )
   parser.add_argument("--commit", help="commit to record (default: HEAD)")
   parser.add_argument(
     "--plot-only", type=pathlib.Path, metavar="JSON",
     help="draw the plot of a results file and stop",
   )  # fmt: skip
   return parser.parse_args(argv)
+
+
+def heads(text: str) -> dict[str, int]:
+  """The fields of a case that HxKxD names."""
+  try:
+    num_heads, num_kv_heads, head_dim = map(int, text.split("x"))
+  except ValueError:
+    raise argparse.ArgumentTypeError(
+      f"wanted HxKxD, such as 32x8x128, got {text!r}"
+    ) from None
+  return dict(
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    index_dim=head_dim,
+  )
+
+
+def with_heads(
+  name: str, case: cases.Case, chosen: list[dict[str, int]] | None
+) -> dict[str, cases.Case]:
+  """The case with each of the chosen heads, by name."""
+  if not chosen:
+    return {name: case}
+  return {
+    f"{name} {x['num_heads']}x{x['num_kv_heads']}x{x['head_dim']}": (
+      dataclasses.replace(case, **x)
+    )
+    for x in chosen
+  }
 
 
 def check_case(case: cases.Case) -> cases.Case:
@@ -119,10 +166,11 @@ def choose(
   for group in GROUPS:
     # Looked up in each call, because tests replace the shapes by small ones.
     named = {
-      name: case
+      each: case
       for name in args.tokens
-      if (case := group.CASES.get(name))
-      and group.ops_of(case, ops[group], args.selection, args.precision)
+      if name in group.CASES
+      for each, case in with_heads(name, group.CASES[name], args.heads).items()
+      if group.ops_of(case, ops[group], args.selection, args.precision)
     }
     if named:
       chosen[group] = named
@@ -157,11 +205,17 @@ def lengths_of(group: Any, op: str) -> list[str]:
   ]
 
 
+def draw(content: dict, path: pathlib.Path) -> None:
+  """Draws the plots of a results file beside it."""
+  records.plot(content, path.with_suffix(".png"))
+  records.plot_heads(content, path.with_name(f"{path.stem}_heads.png"))
+
+
 def main(argv: list[str] | None = None) -> int:
   args = parse(argv)
   if args.plot_only:
     content = records.read_json(args.plot_only)
-    records.plot(content, args.plot_only.with_suffix(".png"))
+    draw(content, args.plot_only)
     return 0
   mosaic.require_hopper()
   # Wrong arguments must fail now, not after minutes of measuring.
@@ -176,7 +230,10 @@ def main(argv: list[str] | None = None) -> int:
   }
   # Lowering holds the interpreter's lock, so that more threads would only delay
   # the checks.
-  with concurrent.futures.ThreadPoolExecutor(6) as pool:
+  with (
+    measure.turns(args.lock) as wait_for_turn,
+    concurrent.futures.ThreadPoolExecutor(6) as pool,
+  ):
     measure.log(f"checking {', '.join(args.ops)}")
     checks = [
       group.start_checks(pool, case, ops[group], args.precision)
@@ -211,6 +268,10 @@ def main(argv: list[str] | None = None) -> int:
       pool.shutdown(cancel_futures=True)
       print("\n".join(["check failed, nothing measured:", *failed]))
       return 1
+    if args.lock:
+      for compiling in programs.values():
+        compiling.wait()
+    wait_for_turn()
     rates = measure.ceilings()
     measure.log(f"ceilings {rates}")
     note = dict(
@@ -234,7 +295,7 @@ def main(argv: list[str] | None = None) -> int:
             record["index_tbs"] / record["copy_tbs"], 3
           )
       content = records.store(path, found, recalls)
-  records.plot(content, path.with_suffix(".png"))
+  draw(content, path)
   measure.log(f"wrote {path} on {jax.devices()[0].device_kind}")
   return 0
 

@@ -219,6 +219,7 @@ def records(
       peak_bytes=step_bytes(program, q, index_q, caches[0]),
       selection="random",
       union8=case.top_k,
+      implementation="mosaic_gpu",
       score_precision=precision,
       dense=dense,
       steps=count,

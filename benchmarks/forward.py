@@ -201,6 +201,7 @@ def records(
             prefill,
             flops=select_flops + sparse_flops,
             peak_bytes=peak,
+            implementation=IMPLEMENTATION,
             score_precision=precision,
             dense=dense,
             **about,
@@ -214,6 +215,7 @@ def records(
             functools.partial(choose, *inputs),
             flops=select_flops,
             peak_bytes=measure.program_bytes(choose),
+            implementation=IMPLEMENTATION,
             score_precision=precision,
             **about,
           )
@@ -226,6 +228,7 @@ def records(
             functools.partial(programs["sparse"], *qkv, exact),
             flops=sparse_flops,
             peak_bytes=measure.program_bytes(programs["sparse"]),
+            implementation=IMPLEMENTATION,
             **about,
           )
         )

@@ -8,11 +8,13 @@ many seconds are the exception: they run once.
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import fcntl
 import pathlib
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import jax
@@ -21,12 +23,33 @@ import numpy as np
 
 from benchmarks import cases
 from benchmarks.cases import Case
+from msa_jax.ops import Implementation
 
 ONCE_SECONDS = 5.0  # dense attention that takes longer is timed once
 
 
 def log(text: str) -> None:
   print(f"[{time.strftime('%H:%M:%S')}] {text}", flush=True)
+
+
+@contextlib.contextmanager
+def turns(path: pathlib.Path | None) -> Iterator[Callable[[], None]]:
+  """Lets several commands share a device: one measures, while none compiles.
+
+  Yields a function to call before the first measurement. It returns once every
+  other command with the same file has compiled and checked its programs, or has
+  measured and ended. Python lowers one kernel at a time, so that many shapes
+  take less device time if several commands share them.
+
+  Args:
+    path: a file, made if need be; None: the command is alone.
+  """
+  if path is None:
+    yield lambda: None
+    return
+  with path.open("a") as file:
+    fcntl.flock(file, fcntl.LOCK_SH)
+    yield lambda: fcntl.flock(file, fcntl.LOCK_EX)
 
 
 def measure(
@@ -207,6 +230,10 @@ class Programs:
   def __getitem__(self, name: str) -> Any:
     return self._futures[name].result()
 
+  def wait(self) -> None:
+    """Returns when every program is compiled or has failed to."""
+    concurrent.futures.wait(self._futures.values())
+
 
 def shapes(case: Case, dtype: str) -> dict[str, jax.ShapeDtypeStruct]:
   """The arrays of a case, by name."""
@@ -279,6 +306,7 @@ def record(
   peak_bytes: int,
   selection: str,
   union8: float,
+  implementation: Implementation,
   score_precision: str = "exact",
   dense: tuple[str, float] | None = None,
   steps: int = 1,
@@ -293,6 +321,7 @@ def record(
     peak_bytes: memory of one step.
     selection: kind of the index inputs.
     union8: distinct blocks that 8 neighbouring queries choose, mean.
+    implementation: the one that was called by its name.
     score_precision: how the index scores are ranked.
     dense: name and seconds of the dense peer, if there is one.
     steps: number of equal steps in a call; the values are per step.
@@ -313,6 +342,7 @@ def record(
     selection=selection,
     union8=round(union8, 2),
     score_precision=score_precision,
+    implementation=implementation,
     ms=round(seconds * 1e3, 4),
     spread_ms=None if spread is None else round(spread * 1e3, 4),
     dense_ms=None if dense_seconds is None else round(dense_seconds * 1e3, 4),

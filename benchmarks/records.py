@@ -1,8 +1,8 @@
 """The file of measurements of a device, `results/<device>.json`, and its plot.
 
-The file holds a list of records under "rows": one for each op, shape, selection
-and score precision. Another list, "recall", holds the recalls of the selections
-that rank by rounded scores.
+The file holds a list of records under "rows": one for each op, shape,
+selection, score precision and implementation. Another list, "recall", holds the
+recalls of the selections that rank by rounded scores.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ KEY = [
   *(field.name for field in dataclasses.fields(Case)),
   "selection",
   "score_precision",
+  "implementation",
 ]
 # Rates of the bounds in the plot: the best matrix rates seen on an H100.
 BOUND_TFLOPS = dict(exact=800.0, fp8=1300.0)
@@ -156,6 +157,12 @@ def bound_seconds(op: str, case: Case, precision: str) -> float:
   return (index + main) / 1e12
 
 
+PLOT_TITLES = dict(
+  prefill="Prefill: selection + attention",
+  train="Training: forward + backward with KL",
+)
+
+
 def plot_op(axes, op: str, found: list[dict]) -> None:
   """Draws the speed-up of one op against length, with its bounds."""
   for selection, (name, style) in STYLES.items():
@@ -188,16 +195,59 @@ def plot_op(axes, op: str, found: list[dict]) -> None:
   if op == "prefill":
     axes.plot(*PAPER_SPEEDUP, "k*", ms=10, label="paper (H800)")
     ticks.add(PAPER_SPEEDUP[0])
+  length_axis(axes, sorted(ticks))
+  axes.legend(fontsize=8)
+
+
+def length_axis(axes, ticks: list[int]) -> None:
+  """Logarithmic axes of speed-ups against tokens, with these lengths."""
   axes.set_xscale("log", base=2)
   axes.set_yscale("log", base=2)
-  names = [
-    f"{t >> 10}K" if t < 1 << 20 else f"{t >> 20}M" for t in sorted(ticks)
-  ]
-  axes.set_xticks(sorted(ticks), names)
+  names = [f"{t >> 10}K" if t < 1 << 20 else f"{t >> 20}M" for t in ticks]
+  axes.set_xticks(ticks, names)
   axes.yaxis.set_major_formatter("{x:g}x")
   axes.set_xlabel("tokens")
   axes.grid(alpha=0.3)
-  axes.legend(fontsize=8)
+
+
+def plot_heads(content: dict, path: pathlib.Path) -> None:
+  """Plots speed-ups of prefill and training against length, for all heads.
+
+  Choices are trained-like, blocks of 128 keys, 16 a query, one batch row. The
+  file is written whole or not at all.
+  """
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(12, 4.5), layout="constrained")
+  panels = figure.subplots(1, 2)
+  fixed = dict(
+    batch=1, block_size=128, top_k=16, selection="trained_like",
+    score_precision="exact", implementation="mosaic_gpu",
+  )  # fmt: skip
+  for axes, op in zip(panels, ("prefill", "train"), strict=True):
+    lines: dict[tuple, dict[int, float]] = {}
+    for record in content["rows"]:
+      wanted = {"op": op} | fixed
+      if all(record.get(name) == value for name, value in wanted.items()) and (
+        record["speedup"] and record["tokens"] == record["kv_tokens"]
+      ):
+        heads = record["num_heads"], record["num_kv_heads"], record["head_dim"]
+        lines.setdefault(heads, {})[record["tokens"]] = record["speedup"]
+    for heads, points in sorted(lines.items(), reverse=True):
+      axes.plot(
+        *zip(*sorted(points.items()), strict=True), marker="o", ms=4,
+        label=", ".join(map(str, heads)),
+      )  # fmt: skip
+    axes.axhline(1.0, color="black", lw=0.8)
+    ticks = sorted({tokens for points in lines.values() for tokens in points})
+    length_axis(axes, ticks)
+    axes.set_title(PLOT_TITLES[op])
+    if lines:
+      axes.legend(title="H, K, D", fontsize=8)
+  panels[0].set_ylabel("speed-up over dense attention")
+  figure.suptitle(f"{content['device']}, trained-like choices")
+  with whole_file(path) as file:
+    figure.savefig(file, dpi=150, format=path.suffix[1:])
 
 
 def plot(content: dict, path: pathlib.Path) -> None:
@@ -209,10 +259,6 @@ def plot(content: dict, path: pathlib.Path) -> None:
 
   paper = dataclasses.asdict(Case(tokens=0, kv_tokens=-1))
   fixed = [f for f in paper if f not in ("tokens", "kv_tokens")]
-  titles = dict(
-    prefill="Prefill: selection + attention",
-    train="Training: forward + backward with KL",
-  )
   found = {
     op: [
       record
@@ -222,14 +268,14 @@ def plot(content: dict, path: pathlib.Path) -> None:
       and record["tokens"] == record["kv_tokens"]
       and all(record[f] == paper[f] for f in fixed)
     ]
-    for op in titles
+    for op in PLOT_TITLES
   }
-  drawn = [op for op in titles if found[op]] or ["prefill"]
+  drawn = [op for op in PLOT_TITLES if found[op]] or ["prefill"]
   figure = Figure(figsize=(2 + 5 * len(drawn), 4.5), layout="constrained")
   panels = figure.subplots(1, len(drawn), squeeze=False)
   for axes, op in zip(panels[0], drawn, strict=True):
     plot_op(axes, op, found[op])
-    axes.set_title(titles[op])
+    axes.set_title(PLOT_TITLES[op])
   panels[0, 0].set_ylabel("speed-up over dense attention")
   figure.suptitle(content["device"])
   with whole_file(path) as file:

@@ -224,6 +224,7 @@ def records(
         peak_bytes=measure.program_bytes(programs[op]),
         selection=selection,
         union8=union8,
+        implementation=IMPLEMENTATION,
         dense=dense if op in ("train", "warmup") else None,
       )
       kernels = measure.kernel_fields(call)

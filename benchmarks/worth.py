@@ -81,7 +81,12 @@ def speedups(
       index_dim=model.head_dim,
     )
   )
-  wanted |= dict(op=op, selection=selection, score_precision="exact")
+  wanted |= dict(
+    op=op,
+    selection=selection,
+    score_precision="exact",
+    implementation="mosaic_gpu",
+  )
   found = {}
   for row in rows:
     fits = all(

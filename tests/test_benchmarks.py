@@ -1,7 +1,9 @@
 """The benchmark on the CPU, with the reference in the kernels' places."""
 
+import concurrent.futures
 import dataclasses
 import json
+import time
 
 import jax
 import jax.numpy as jnp
@@ -29,6 +31,7 @@ FIELDS = {
     "selection",
     "union8",
     "score_precision",
+    "implementation",
     "ms",
     "spread_ms",
     "dense_ms",
@@ -125,6 +128,38 @@ def test_a_second_run_replaces_the_records_that_it_measured(arguments):
   assert old == [replaced, kept]
   assert (new["op"], new["selection"]) == ("select", "trained_like")
   assert new["commit"] == "third"
+
+
+def test_other_heads_in_commands_that_take_turns(arguments, tmp_path):
+  pytest.importorskip("matplotlib")
+  arguments, path = arguments
+  options = ["--heads", "2x2x64", "6x2x64", "--ops", "sparse_forward"]
+  lock = ["--lock", str(tmp_path / "lock"), "--selection", "random"]
+  assert bench.main([*arguments, *options, *lock, "--precision", "exact"]) == 0
+  rows = json.loads(path.read_text())["rows"]
+  assert [row["num_heads"] for row in rows] == [2, 6]
+  assert {row["implementation"] for row in rows} == {"reference"}
+  assert path.with_name("device_heads.png").stat().st_size > 0
+
+
+def test_a_turn_comes_when_no_other_command_compiles_or_measures(tmp_path):
+  lock, order = tmp_path / "lock", []
+
+  def other():
+    with measure.turns(lock) as wait:
+      order.append("compiles")
+      wait()
+      order.append("measures")
+
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    with measure.turns(lock):
+      waiting = pool.submit(other)
+      while not order:
+        time.sleep(0.01)
+      time.sleep(0.1)
+      assert order == ["compiles"]
+    waiting.result()
+  assert order == ["compiles", "measures"]
 
 
 def test_training_ops_write_records(arguments):
@@ -482,7 +517,12 @@ def test_fuzz_repeats_a_call_and_its_signatures():
 
 def worth_row(op, tokens, speedup, **fields):
   case = dataclasses.asdict(cases.Case(tokens=tokens))
-  row = dict(op=op, selection="trained_like", score_precision="exact")
+  row = dict(
+    op=op,
+    selection="trained_like",
+    score_precision="exact",
+    implementation="mosaic_gpu",
+  )
   return case | row | dict(speedup=speedup) | fields
 
 

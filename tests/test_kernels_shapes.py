@@ -482,3 +482,9 @@ def test_64_bit_jax_does_not_change_a_bit():
       a.dtype == b.dtype
       for a, b in zip(jax.tree.leaves(traced.out_info), jax.tree.leaves(want))
     )
+
+
+def test_counts_of_values_up_to_each_number():
+  values = np.array([3, 0, 3, 7, 9, 40])
+  found = mosaic.counts_up_to(jnp.asarray(values), 10)
+  assert found.tolist() == [np.sum(values <= i) for i in range(10)]
