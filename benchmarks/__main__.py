@@ -23,11 +23,12 @@ import dataclasses
 import datetime
 import pathlib
 import sys
-from typing import Any
+from typing import Any, get_args
 
 import jax
 
 from benchmarks import cases, decode, forward, measure, records, training
+from msa_jax.ops import Implementation
 from pallas_kernels import mosaic
 
 GROUPS = (forward, training, decode)
@@ -81,6 +82,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     default=list(PRECISIONS),
     help="how index scores are ranked; training ops have exact only, decode has"
     " no fast (default: all)",
+  )
+  parser.add_argument(
+    "--implementation",
+    choices=get_args(Implementation),
+    default="mosaic_gpu",
+    help="which one to measure; decode has mosaic_gpu only (default:"
+    " mosaic_gpu)",
   )
   parser.add_argument(
     "--no-dense", action="store_true", help="do not time dense attention"
@@ -164,6 +172,8 @@ def choose(
   """
   chosen = {}
   for group in GROUPS:
+    if group is decode and args.implementation != "mosaic_gpu":
+      continue
     # Looked up in each call, because tests replace the shapes by small ones.
     named = {
       each: case
@@ -236,7 +246,9 @@ def main(argv: list[str] | None = None) -> int:
   ):
     measure.log(f"checking {', '.join(args.ops)}")
     checks = [
-      group.start_checks(pool, case, ops[group], args.precision)
+      group.start_checks(
+        pool, case, ops[group], args.precision, args.implementation
+      )
       for group, case in checked
     ]
     ordered = sorted(
@@ -257,6 +269,7 @@ def main(argv: list[str] | None = None) -> int:
         args.selection,
         args.precision,
         not args.no_dense,
+        args.implementation,
       )
     failed = [
       f"{name}: {check.exception() or check.result()}"
@@ -287,6 +300,7 @@ def main(argv: list[str] | None = None) -> int:
         ops[group],
         args.selection,
         args.precision,
+        args.implementation,
       )
       found = [record | rates | note for record in found]
       for record in found:

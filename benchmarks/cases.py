@@ -87,6 +87,8 @@ class Case:
 PAPER = {
   name: Case(tokens=tokens)
   for name, tokens in {
+    "256": 1 << 8,
+    "1k": 1 << 10,
     "8k": 1 << 13,
     "32k": 1 << 15,
     "128k": 1 << 17,

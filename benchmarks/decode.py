@@ -25,12 +25,16 @@ from jaxtyping import Array
 from benchmarks import cases, measure
 from benchmarks.cases import Case
 from msa_jax import reference, selection_stats
+from msa_jax.ops import Implementation
 from pallas_kernels import decode
 
 OPS = ("decode",)
 CASES = cases.DECODE
 PRECISIONS = ("exact", "fp8")
-RESTRICTED = " with --selection random and --precision exact or fp8"
+RESTRICTED = (
+  " with --selection random, --precision exact or fp8 and --implementation"
+  " mosaic_gpu"
+)
 COLD_BYTES = 128 << 20  # more than twice the second-level cache
 MAX_CACHES = 16
 MIN_STEPS = 16
@@ -162,7 +166,9 @@ def add_programs(
   selections: list[str],
   precisions: list[str],
   with_dense: bool,
+  implementation: Implementation,
 ) -> None:
+  del implementation  # only the kernels choose and attend in one operation
   if not ops_of(case, ops, selections, precisions):
     return
   key = jax.eval_shape(lambda: jax.random.key(0))
@@ -186,6 +192,7 @@ def records(
   ops: list[str],
   selections: list[str],
   precisions: list[str],
+  implementation: Implementation,
 ) -> tuple[list[dict], list[dict]]:
   """The records of one shape; no recalls."""
   del ops, selections
@@ -219,7 +226,7 @@ def records(
       peak_bytes=step_bytes(program, q, index_q, caches[0]),
       selection="random",
       union8=case.top_k,
-      implementation="mosaic_gpu",
+      implementation=implementation,
       score_precision=precision,
       dense=dense,
       steps=count,
@@ -311,8 +318,10 @@ def start_checks(
   case: Case,
   ops: list[str],
   precisions: list[str],
+  implementation: Implementation,
 ) -> dict[str, concurrent.futures.Future]:
   """Starts the checks of the op on a small case, by name."""
+  del implementation
   if "decode" not in ops:
     return {}
   return {

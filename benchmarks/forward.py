@@ -29,29 +29,30 @@ from msa_jax.ops import Implementation, ScorePrecision
 OPS = ("prefill", "select", "sparse_forward")
 CASES = cases.CASES
 RESTRICTED = ""  # for errors: the options that this group needs
-IMPLEMENTATION: Implementation = "mosaic_gpu"
 MOSAIC_DENSE_TOKENS = 1 << 17
 OUTLIER_TOKENS = 1 << 17
 
 
-def select(case: Case, precision: ScorePrecision) -> Callable:
+def select(
+  case: Case, precision: ScorePrecision, implementation: Implementation
+) -> Callable:
   """(index_q, index_k) -> ids."""
   return functools.partial(
     msa_jax.select_blocks,
     block_size=case.block_size,
     top_k=case.top_k,
     score_precision=precision,
-    implementation=IMPLEMENTATION,
+    implementation=implementation,
   )
 
 
-def sparse(case: Case) -> Callable:
+def sparse(case: Case, implementation: Implementation) -> Callable:
   """(q, k, v, ids) -> (out, lse)."""
   return functools.partial(
     msa_jax.sparse_attention,
     block_size=case.block_size,
     return_lse=True,
-    implementation=IMPLEMENTATION,
+    implementation=implementation,
   )
 
 
@@ -94,6 +95,7 @@ def add_programs(
   selections: list[str],
   precisions: list[ScorePrecision],
   with_dense: bool,
+  implementation: Implementation,
 ) -> None:
   of = measure.shapes(case, case.dtype)
   f16 = measure.shapes(case, "float16")
@@ -122,12 +124,14 @@ def add_programs(
   for precision in dict.fromkeys(("exact", *precisions)):
     programs.add(
       f"select {precision}",
-      select(case, precision),
+      select(case, precision, implementation),
       of["index_q"],
       of["index_k"],
     )
   if attention:
-    programs.add("sparse", sparse(case), of["q"], of["k"], of["v"], ids)
+    programs.add(
+      "sparse", sparse(case, implementation), of["q"], of["k"], of["v"], ids
+    )
   programs.add("union8", selection_stats.union8, ids)
   programs.add("recall", recall_of_last, ids, ids)
 
@@ -138,6 +142,7 @@ def records(
   ops: list[str],
   selections: list[str],
   precisions: list[ScorePrecision],
+  implementation: Implementation,
 ) -> tuple[list[dict], list[dict]]:
   """The records and recalls of one shape."""
   dense = None
@@ -201,7 +206,7 @@ def records(
             prefill,
             flops=select_flops + sparse_flops,
             peak_bytes=peak,
-            implementation=IMPLEMENTATION,
+            implementation=implementation,
             score_precision=precision,
             dense=dense,
             **about,
@@ -215,7 +220,7 @@ def records(
             functools.partial(choose, *inputs),
             flops=select_flops,
             peak_bytes=measure.program_bytes(choose),
-            implementation=IMPLEMENTATION,
+            implementation=implementation,
             score_precision=precision,
             **about,
           )
@@ -228,7 +233,7 @@ def records(
             functools.partial(programs["sparse"], *qkv, exact),
             flops=sparse_flops,
             peak_bytes=measure.program_bytes(programs["sparse"]),
-            implementation=IMPLEMENTATION,
+            implementation=implementation,
             **about,
           )
         )
@@ -238,10 +243,12 @@ def records(
 # ---- Checks ----
 
 
-def check_select(case: Case, precision: ScorePrecision) -> str | None:
+def check_select(
+  case: Case, precision: ScorePrecision, implementation: Implementation
+) -> str | None:
   """Checks the selection: says what is wrong, or None."""
   inputs = cases.index_inputs(jax.random.key(7), case, "random")
-  got = jax.jit(select(case, precision))(*inputs)
+  got = jax.jit(select(case, precision, implementation))(*inputs)
   want = measure.truth(
     functools.partial(
       reference.select_blocks,
@@ -273,21 +280,21 @@ def sparse_cases(case: Case) -> list[Case]:
   return [case, dataclasses.replace(case, top_k=quarter)]
 
 
-def random_blocks(case: Case) -> Array:
+def random_blocks(case: Case, implementation: Implementation) -> Array:
   """The exact selection of random index inputs."""
   inputs = cases.index_inputs(jax.random.key(9), case, "random")
-  return jax.jit(select(case, "exact"))(*inputs)
+  return jax.jit(select(case, "exact", implementation))(*inputs)
 
 
-def check_sparse(case: Case) -> str | None:
+def check_sparse(case: Case, implementation: Implementation) -> str | None:
   """Checks the attention over given ids: says what is wrong, or None.
 
   The bound is twice the error of the reference with probabilities rounded to
   the working type before their product with v, plus the rounding of the output.
   """
   q, k, v = cases.attention_inputs(jax.random.key(8), case)
-  ids = random_blocks(case)
-  out, lse = jax.jit(sparse(case))(q, k, v, ids)
+  ids = random_blocks(case, implementation)
+  out, lse = jax.jit(sparse(case, implementation))(q, k, v, ids)
 
   @measure.truth
   def truth_and_yardstick(q, k, v, ids):
@@ -323,15 +330,16 @@ def start_checks(
   case: Case,
   ops: list[str],
   precisions: list[ScorePrecision],
+  implementation: Implementation,
 ) -> dict[str, concurrent.futures.Future]:
   """Starts the checks of the ops on a small case, by name."""
   found = {}
   if {"prefill", "select"} & set(ops):
     for precision in precisions:
       name = f"select {precision}"
-      found[name] = pool.submit(check_select, case, precision)
+      found[name] = pool.submit(check_select, case, precision, implementation)
   if {"prefill", "sparse_forward"} & set(ops):
     for of in sparse_cases(case):
       name = f"sparse_forward of {of.top_k} blocks"
-      found[name] = pool.submit(check_sparse, of)
+      found[name] = pool.submit(check_sparse, of, implementation)
   return found

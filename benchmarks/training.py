@@ -28,7 +28,6 @@ from msa_jax.ops import Implementation, Phase
 OPS = ("train", "sparse_backward", "kl", "warmup")
 CASES = cases.CASES | cases.BATCHES
 RESTRICTED = ""
-IMPLEMENTATION: Implementation = "mosaic_gpu"
 MAX_TOKENS = 1 << 19  # at 1M, q, out and their gradients fill the memory
 WARMUP_TOKENS = 1 << 17  # its time grows with the square of the length
 
@@ -112,6 +111,7 @@ def add_programs(
   selections: list[str],
   precisions: list[str],
   with_dense: bool,
+  implementation: Implementation,
 ) -> None:
   ops = ops_of(case, ops, selections, precisions)
   if not ops:
@@ -135,7 +135,9 @@ def add_programs(
     lambda key: cases.normal(key, of["q"].shape, case.dtype),
     of["key"],
   )
-  programs.add("select exact", forward.select(case, "exact"), *index)
+  programs.add(
+    "select exact", forward.select(case, "exact", implementation), *index
+  )
   programs.add("union8", selection_stats.union8, of["ids"])
   if with_dense and {"train", "warmup"} & set(ops):
     programs.add("dense vjp", dense_vjp, *qkv, of["q"])
@@ -143,20 +145,22 @@ def add_programs(
   for op, phase in phases.items():
     if op in ops:
       programs.add(
-        op, layer(case, phase, IMPLEMENTATION), *qkv, *index, of["q"]
+        op, layer(case, phase, implementation), *qkv, *index, of["q"]
       )
   if "sparse_backward" in ops:
-    vjp = attention_vjp(case, IMPLEMENTATION)
+    vjp = attention_vjp(case, implementation)
     programs.add("attention vjp", vjp, *qkv, of["ids"])
     _, pull = jax.eval_shape(vjp, *qkv, of["ids"])
     programs.add(
       "sparse_backward", lambda pull, dout: pull(dout), pull, of["q"]
     )
   if "kl" in ops:
-    programs.add("sparse", forward.sparse(case), *qkv, of["ids"])
+    programs.add(
+      "sparse", forward.sparse(case, implementation), *qkv, of["ids"]
+    )
     programs.add(
       "kl",
-      kl_and_gradients(case, IMPLEMENTATION),
+      kl_and_gradients(case, implementation),
       of["q"],
       of["k"],
       *index,
@@ -187,6 +191,7 @@ def records(
   ops: list[str],
   selections: list[str],
   precisions: list[str],
+  implementation: Implementation,
 ) -> tuple[list[dict], list[dict]]:
   """The records of one shape; no recalls."""
   ops = ops_of(case, ops, selections, precisions)
@@ -224,7 +229,7 @@ def records(
         peak_bytes=measure.program_bytes(programs[op]),
         selection=selection,
         union8=union8,
-        implementation=IMPLEMENTATION,
+        implementation=implementation,
         dense=dense if op in ("train", "warmup") else None,
       )
       kernels = measure.kernel_fields(call)
@@ -236,7 +241,9 @@ def records(
 # ---- Checks ----
 
 
-def check_gradients(case: Case, phase: Phase) -> str | None:
+def check_gradients(
+  case: Case, phase: Phase, implementation: Implementation
+) -> str | None:
   """Checks the KL and gradients of a layer: says what is wrong, or None.
 
   The reference runs in float32 and selects for itself, from the same inputs.
@@ -246,7 +253,7 @@ def check_gradients(case: Case, phase: Phase) -> str | None:
   inputs = cases.index_inputs(jax.random.key(9), case, "random")
   dout = cases.normal(jax.random.key(10), qkv[0].shape, case.dtype)
   operands = (*qkv, *inputs, dout)
-  kl, grads = jax.jit(layer(case, phase, IMPLEMENTATION))(*operands)
+  kl, grads = jax.jit(layer(case, phase, implementation))(*operands)
   wide = tuple(x.astype(jnp.float32) for x in operands)
   want_kl, want = measure.truth(layer(case, phase, "reference"))(*wide)
   if not jnp.abs(kl - want_kl) <= 2e-3 * want_kl:
@@ -263,16 +270,21 @@ def start_checks(
   case: Case,
   ops: list[str],
   precisions: list[str],
+  implementation: Implementation,
 ) -> dict[str, concurrent.futures.Future]:
   """Starts the checks of the ops on a small case, by name."""
   del precisions
   found = {}
   if {"train", "sparse_backward", "kl"} & set(ops):
-    found["train"] = pool.submit(check_gradients, case, "sparse")
+    found["train"] = pool.submit(
+      check_gradients, case, "sparse", implementation
+    )
   if "warmup" in ops:
     # Warm-up needs as many queries as keys, and the reference holds arrays of
     # that size squared.
     tokens = 6 * case.block_size - 5
     case = dataclasses.replace(case, tokens=tokens, kv_tokens=tokens)
-    found["warmup"] = pool.submit(check_gradients, case, "warmup")
+    found["warmup"] = pool.submit(
+      check_gradients, case, "warmup", implementation
+    )
   return found

@@ -53,8 +53,6 @@ def arguments(monkeypatch, tmp_path, pretend_hopper):
   """Arguments of a run over one tiny case, and the file that it writes."""
   sizes = dict(num_heads=4, num_kv_heads=2, head_dim=64, index_dim=64)
   case = cases.Case(tokens=64, block_size=4, top_k=4, **sizes)
-  monkeypatch.setattr(forward, "IMPLEMENTATION", "reference")
-  monkeypatch.setattr(training, "IMPLEMENTATION", "reference")
   monkeypatch.setattr(forward, "cudnn_attention", lambda q, k, v: q)
   monkeypatch.setattr(forward, "mosaic_attention", lambda q, k, v: q)
   monkeypatch.setattr(
@@ -67,7 +65,8 @@ def arguments(monkeypatch, tmp_path, pretend_hopper):
   for group in (forward, training):
     monkeypatch.setitem(group.CASES, "8k", case)
   path = tmp_path / "device.json"
-  return ["--tokens", "8k", "--results", str(path), "--commit", "abc"], path
+  options = ["--results", str(path), "--commit", "abc"]
+  return ["--tokens", "8k", "--implementation", "reference", *options], path
 
 
 def test_forward_ops_write_records(arguments):
@@ -218,7 +217,8 @@ def decode_arguments(arguments, monkeypatch):
   monkeypatch.setattr(decode, "MIN_STEPS", 4)
   monkeypatch.setattr(decode, "cudnn_decode", lambda q, k, v: q)
   arguments, path = arguments
-  return ["--ops", "decode", *arguments, "--tokens", "1x32k"], path
+  options = ["--tokens", "1x32k", "--implementation", "mosaic_gpu"]
+  return ["--ops", "decode", *arguments, *options], path
 
 
 def test_decode_writes_records(decode_arguments):
@@ -270,9 +270,9 @@ def test_no_number_on_a_wrong_attention(arguments, monkeypatch, capsys, top_k):
   arguments, path = arguments
   right = forward.sparse
 
-  def off(case):
+  def off(case, implementation):
     def run(*inputs):
-      out, lse = right(case)(*inputs)
+      out, lse = right(case, implementation)(*inputs)
       return (1.02 if case.top_k == top_k else 1.0) * out, lse
 
     return run
@@ -286,13 +286,12 @@ def test_no_number_on_a_wrong_attention(arguments, monkeypatch, capsys, top_k):
 
 
 @pytest.mark.parametrize("name", ["8k", "small_heads_32k"])
-def test_checks_reach_both_ways_of_the_kernels(name, monkeypatch):
+def test_checks_reach_both_ways_of_the_kernels(name):
   """One check's choices are all walked by row tiles, another's mostly pairs."""
-  monkeypatch.setattr(forward, "IMPLEMENTATION", "xla")
   case = bench.check_case(cases.CASES[name])
   shares = []
   for of in forward.sparse_cases(case):
-    ids = forward.random_blocks(of)
+    ids = forward.random_blocks(of, "xla")
     geometry = sparse_attention_fwd.geometry(
       of.tokens, of.kv_tokens,
       mosaic.Packing(of.num_heads // of.num_kv_heads),
@@ -330,9 +329,9 @@ def test_no_number_on_a_wrong_gradient(arguments, monkeypatch, capsys, wrong):
 
     return worse
 
-  monkeypatch.setattr(training, "IMPLEMENTATION", "xla")
   monkeypatch.setattr(training, "layer", off)
-  assert bench.main([*arguments, "--ops", "train"]) == 1
+  command = [*arguments, "--implementation", "xla", "--ops", "train"]
+  assert bench.main(command) == 1
   out = capsys.readouterr().out
   assert f"train: {wrong}" in out and " ms" not in out
   assert not path.exists()
@@ -382,11 +381,17 @@ def test_lengths_that_were_not_fitted_are_refused_at_once(
     ),
     (
       "--ops train warmup --tokens 1m",
-      "--tokens 1m .*: train has --tokens 8k 32k 128k 512k .*; warmup has"
-      " --tokens 8k 32k 128k small_heads_32k 8x4k .*_16_heads$",
+      "--tokens 1m .*: train has --tokens 256 1k 8k 32k 128k 512k .*; warmup"
+      " has --tokens 256 1k 8k 32k 128k small_heads_32k 8x4k .*_16_heads$",
     ),
-    ("--ops decode --tokens 1x32k --precision fast", "--precision exact or"),
-    ("--ops decode --tokens 1x32k --selection fitted", "--selection random"),
+    *(
+      (
+        f"--ops decode --tokens 1x32k --implementation mosaic_gpu {wrong}",
+        "with --selection random, --precision exact or fp8",
+      )
+      for wrong in ("--precision fast", "--selection fitted")
+    ),
+    ("--ops decode --tokens 1x32k", "--implementation mosaic_gpu"),
   ],
 )
 def test_nothing_to_measure(arguments, options, text):
