@@ -42,6 +42,7 @@ from msa_jax.layers import (
   partial_rope,
   project,
 )
+from msa_jax.meshes import any_mesh_method, spec
 from msa_jax.model_config import IndexConfig, QKNormOver
 from msa_jax.segments import (
   Segments,
@@ -90,6 +91,34 @@ class CachedOutput(NamedTuple):
   out: Float[Array, "B T E"]
   cache: cache_lib.LayerCache
   block_indices: Int32[Array, "B K T P"] | None
+
+
+def selection_specs(
+  sharding: Sharding | None, rows: Any, selection: Selection
+) -> Selection:
+  """PartitionSpecs of a layer's selection, or of all layers' stacked."""
+  heads = None if sharding is None else sharding.heads
+  stacked = (None,) * (selection.block_indices.ndim - 4)
+  whole = (PartitionSpec(),) * 3
+  blocks: Any = PartitionSpec(*stacked, rows, heads)
+  return Selection(blocks, *whole)  # pyright: ignore
+
+
+def _layer_specs(out: MSALayerOutput, self, x: Array, **options):
+  selection = out.selection
+  if selection is not None:
+    selection = selection_specs(self.sharding, spec(x)[0], selection)
+  return MSALayerOutput(spec(x), PartitionSpec(), selection)  # pyright: ignore
+
+
+def _cached_specs(
+  out: CachedOutput, self, x: Array, cache: cache_lib.LayerCache, *args, **named
+):
+  blocks = out.block_indices
+  if blocks is not None:
+    heads = None if self.sharding is None else self.sharding.heads
+    blocks = PartitionSpec(spec(x)[0], heads)
+  return CachedOutput(spec(x), jax.tree.map(spec, cache), blocks)  # pyright: ignore
 
 
 class GQAttention(nnx.Module):
@@ -158,6 +187,7 @@ class GQAttention(nnx.Module):
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
+    sharding = sharding and sharding.present()
     in_features, out_features = check_sizes(
       in_features=in_features,
       out_features=in_features if out_features is None else out_features,
@@ -245,6 +275,7 @@ class GQAttention(nnx.Module):
     k = checkpoint_name(self._rotate(k, positions), "rotated")
     return q, k, self.value(x)
 
+  @any_mesh_method(lambda out, self, x, **options: spec(x))
   def __call__(
     self,
     x: Float[Array, "B T E"],
@@ -316,6 +347,7 @@ class GQAttention(nnx.Module):
     """Size of a cached index key; None for a layer without index keys."""
     return None
 
+  @any_mesh_method(_cached_specs)
   def extend(
     self,
     x: Float[Array, "B T E"],
@@ -493,6 +525,7 @@ class MSAttention(GQAttention):
     index_v = self.index_value(x) if self.index.value_head else None
     return index_q, index_k, index_v
 
+  @any_mesh_method(_layer_specs)
   def __call__(
     self,
     x: Float[Array, "B T E"],
@@ -573,6 +606,7 @@ class MSAttention(GQAttention):
       )
     return self.index.index_dim
 
+  @any_mesh_method(_cached_specs)
   def extend(
     self,
     x: Float[Array, "B T E"],

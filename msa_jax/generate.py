@@ -24,6 +24,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Int32
 
 from msa_jax import cache as cache_lib
@@ -40,6 +41,7 @@ from msa_jax.checks import (
   require,
   wrong,
 )
+from msa_jax.meshes import any_mesh_function, spec
 
 # Tokens of the prompts that one prefill call reads.
 PREFILL_TOKENS = 1024
@@ -181,6 +183,17 @@ class DecodeState(NamedTuple):
   keys: Array
 
 
+def _state_specs(cache: cache_lib.Cache) -> DecodeState:
+  """The PartitionSpecs of a `DecodeState`: the cache stays where it is."""
+  whole: Any = PartitionSpec()
+  return DecodeState(jax.tree.map(spec, cache), whole, whole, whole)
+
+
+def _rows(new: NewTokens) -> NewTokens:
+  """The PartitionSpecs of new tokens, which the host reads: all whole."""
+  return jax.tree.map(lambda _: PartitionSpec(), new)
+
+
 class NewTokens(NamedTuple):
   """The tokens that a compiled call returns to the host.
 
@@ -208,6 +221,9 @@ def _prefill(graphdef, params, tokens, counts, cache, phase):
 
 @functools.partial(
   jax.jit, static_argnames=("sampling",), donate_argnames=("cache",)
+)
+@any_mesh_function(
+  lambda out, logits, cache, *rest: (_state_specs(cache), _rows(out[1]))
 )
 def _start(logits, cache, key, max_new_tokens, sampling, stop_tokens):
   """Draws the first token, and makes the state after it."""
@@ -246,6 +262,12 @@ def _next(
   jax.jit,
   static_argnames=("graphdef", "steps", "sampling", "phase"),
   donate_argnames=("state",),
+)
+@any_mesh_function(
+  lambda out, graphdef, params, state, *rest, **options: (
+    _state_specs(state.cache),
+    _rows(out[1]),
+  )
 )
 def decode_steps(
   graphdef: nnx.GraphDef,

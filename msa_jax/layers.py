@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
@@ -30,10 +31,11 @@ class Sharding:
 
   A module that gets one annotates its parameters, and runs attention inside
   `jax.shard_map` over batch and KV heads. It needs a mesh in context
-  (`jax.set_mesh`) when it is created.
+  (`jax.set_mesh`) when it is created. Axes that this mesh lacks are ignored, so
+  the defaults serve every mesh that has some of them.
 
   Attributes:
-    batch: axes that split the batch; axes that the mesh lacks are ignored.
+    batch: axes that split the batch.
     heads: axis that splits the KV heads, and the MLP's hidden units.
     embed: axis that splits the embedding dimension of stored parameters.
     expert: axis that splits the experts. It also splits a batch whose size it
@@ -44,6 +46,22 @@ class Sharding:
   heads: str | None = "tensor"
   embed: str | None = "fsdp"
   expert: str | None = "expert"
+
+  def present(self) -> Sharding:
+    """These axes without those that the mesh in context lacks."""
+    names = jax.sharding.get_abstract_mesh().axis_names
+    if not names:
+      return self
+
+    def held(axis: str | None) -> str | None:
+      return axis if axis in names else None
+
+    return Sharding(
+      batch=tuple(axis for axis in self.batch if axis in names),
+      heads=held(self.heads),
+      embed=held(self.embed),
+      expert=held(self.expert),
+    )
 
   def batch_axes(self, mesh: Any, batch_size: int) -> tuple[str, ...]:
     """The axes of the mesh that split a batch of this size."""

@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from msa_jax.checks import (
@@ -17,8 +18,10 @@ from msa_jax.checks import (
   check_integers,
   compute_dtype,
 )
+from msa_jax.meshes import any_mesh_function
 
 
+@any_mesh_function(lambda *args, **named: PartitionSpec())
 def head_loss(
   hidden: Float[Array, "B T E"],
   weight: Float[Array, "E V"],

@@ -77,6 +77,8 @@ class SwiGLU(nnx.Module):
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
+    sharding = sharding and sharding.present()
+
     def linear(sizes, names):
       init = nnx.initializers.lecun_normal()
       if sharding is not None:
@@ -184,7 +186,7 @@ class MixtureOfExperts(nnx.Module):
     self.router_kind: Router = router
     self.normalize_weights = normalize_weights
     self.dtype = dtype
-    self.sharding = sharding
+    self.sharding = sharding = sharding and sharding.present()
 
     def param(init: Callable, shape, names, dtype=param_dtype) -> nnx.Param:
       if sharding is not None:

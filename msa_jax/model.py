@@ -23,6 +23,7 @@ from msa_jax.attention import (
   GQAttention,
   MSAttention,
   Selection,
+  selection_specs,
 )
 from msa_jax.checks import (
   check_integers,
@@ -32,6 +33,7 @@ from msa_jax.checks import (
   wrong,
 )
 from msa_jax.layers import Sharding, rms_norm
+from msa_jax.meshes import any_mesh_method, spec
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
 from msa_jax.model_config import LayerKind, MLPKind, ModelConfig
 from msa_jax.segments import Segments, check_segments, with_max_segments
@@ -201,6 +203,29 @@ class DecoderLayer(nnx.Module):
     return x + self.mlp(h), None
 
 
+def _output_specs(out: LMOutput, self, tokens: Array, **options):
+  rows = spec(tokens)[0]
+  selection, experts = out.selection, out.experts
+  if selection is not None:
+    selection = selection_specs(self.sharding, rows, selection)
+  if experts is not None:
+    experts = PartitionSpec(None, rows)
+  split = PartitionSpec(rows)
+  logits = None if out.logits is None else split
+  return LMOutput(logits, PartitionSpec(), selection, experts, split)  # pyright: ignore
+
+
+def _extend_specs(
+  out: ExtendOutput, self, tokens: Array, cache: cache_lib.Cache, **options
+):
+  rows = spec(tokens)[0]
+  blocks = out.block_indices
+  if blocks is not None:
+    heads = None if self.sharding is None else self.sharding.heads
+    blocks = PartitionSpec(None, rows, heads)
+  return ExtendOutput(PartitionSpec(rows), jax.tree.map(spec, cache), blocks)  # pyright: ignore
+
+
 class DecoderLM(nnx.Module):
   """Decoder-only language model: embedding, L layers, RMSNorm, logits.
 
@@ -226,7 +251,7 @@ class DecoderLM(nnx.Module):
   ):
     self.config = config
     self.source: Hashable = None
-    self.sharding = sharding
+    self.sharding = sharding = sharding and sharding.present()
     dtype = jnp.dtype(config.dtype)
     param_dtype = jnp.dtype(config.param_dtype)
     init = nnx.initializers.variance_scaling(
@@ -280,6 +305,7 @@ class DecoderLM(nnx.Module):
     # neighbouring layers of the same kind of attention and MLP.
     self.layers = nnx.List(groups)
 
+  @any_mesh_method(_output_specs)
   def __call__(
     self,
     tokens: Int[Array, "B T"],
@@ -417,6 +443,7 @@ class DecoderLM(nnx.Module):
     places = cache_lib.partition(jax.eval_shape(build), *axes)
     return jax.jit(build, out_shardings=places)()
 
+  @any_mesh_method(_extend_specs)
   def extend(
     self,
     tokens: Int[Array, "B T"],

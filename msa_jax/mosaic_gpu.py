@@ -1,50 +1,61 @@
 """`implementation="mosaic_gpu"`: the Pallas kernels, on a Hopper GPU.
 
 It has the functions of `msa_jax.xla`, computed by `pallas_kernels`. Each raises
-NotImplementedError if the current device is not a Hopper GPU, or if the call is
-beyond the limits in `pallas_kernels.mosaic` or in the kernel's own module. The
-dense attention of the warm-up phase is cuDNN's, which needs as many keys as
-queries and no `kv_lengths`. Pallas is imported at the first call, which keeps
-`import msa_jax` light.
+NotImplementedError if the call is beyond the limits in `pallas_kernels.mosaic`
+or in the kernel's own module; `msa_jax.ops` asks `refusal` first whether there
+is a GPU for them. The dense attention of the warm-up phase is cuDNN's, which
+needs as many keys as queries and no `kv_lengths`. Pallas is imported at the
+first call, which keeps `import msa_jax` light.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
 
 
-def _require_hopper() -> None:
+class Refusal(NamedTuple):
+  """Why the kernels cannot run where this call runs.
+
+  Attributes:
+    reason: the device that is here, and the one that is wanted.
+    ahead: whether the kernels can be lowered here for another machine: no GPU
+      is here that could be the one that is meant.
+  """
+
+  reason: str
+  ahead: bool
+
+
+def refusal() -> Refusal | None:
+  """Why the kernels cannot run on the current device; None if they can."""
   from pallas_kernels import mosaic
 
-  mosaic.require_hopper()
-
-
-def is_possible() -> bool:
-  """Whether the current device has kernels."""
   try:
-    _require_hopper()
-  except NotImplementedError:
-    return False
-  return True
+    mosaic.require_hopper()
+  except NotImplementedError as error:
+    return Refusal(str(error), mosaic.current_device().platform != "gpu")
+  return None
 
 
 def select_blocks(index_q, index_k, **options):
-  _require_hopper()
   from pallas_kernels import select_blocks as kernels
 
   return kernels.select_blocks(index_q, index_k, **options)
 
 
 def sparse_attention(q, k, v, block_indices, **options):
-  _require_hopper()
   from pallas_kernels import sparse_attention as kernels
 
   return kernels.sparse_attention(q, k, v, block_indices, **options)
 
 
 def warmup_attention(q, k, v, *, scale, kv_lengths):
-  _require_hopper()
+  from pallas_kernels import mosaic
+
+  mosaic.require_hopper()  # JAX asks the cuDNN that is here
   if kv_lengths is not None:
     raise NotImplementedError(
       "mosaic_gpu attention of the warm-up phase supports no kv_lengths"
@@ -64,7 +75,6 @@ def index_kl_loss(
   q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
   query_mask, **options,
 ):  # fmt: skip
-  _require_hopper()
   if query_mask is not None and query_mask.dtype != jnp.bool_:
     raise NotImplementedError(
       "mosaic_gpu supports a query_mask of bool, got weights of"
@@ -101,7 +111,6 @@ def index_kl_loss(
 
 
 def decode_attention(q, k, v, index_q, index_k, **options):
-  _require_hopper()
   from pallas_kernels import decode as kernels
 
   return kernels.decode_attention(q, k, v, index_q, index_k, **options)

@@ -41,6 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.ad_checkpoint import checkpoint_name
 from jax.core import Tracer
+from jax.extend.core import Primitive
+from jax.interpreters import ad, batching, mlir
 from jaxtyping import Array, Bool, Float, Float32, Int32, Integer
 
 from msa_jax import mosaic_gpu, reference, xla
@@ -61,6 +63,7 @@ from msa_jax.checks import (
   check_scale,
   wrong,
 )
+from msa_jax.meshes import any_mesh
 from msa_jax.segments import BlockLayout, Segments
 
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
@@ -115,6 +118,14 @@ class SelectionRecall(NamedTuple):
   best_score_recall: Float[Array, ""]
 
 
+@any_mesh(
+  results="B K T P",
+  index_q="B T K I",
+  index_k="B S I",
+  kv_lengths="B",
+  segment_ids="B S",
+  segments="B S",
+)
 def select_blocks(
   index_q: Float[Array, "B T K I"],
   index_k: Float[Array, "B S I"],
@@ -204,6 +215,16 @@ def select_blocks(
   return _none_of_overflow(chosen, layout)
 
 
+@any_mesh(
+  results=("B T H D", "B H T"),
+  q="B T H D",
+  k="B S K D",
+  v="B S K D",
+  block_indices="B K T P",
+  kv_lengths="B",
+  segment_ids="B S",
+  segments="B S",
+)
 def sparse_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -291,6 +312,19 @@ def sparse_attention(
   return (out, lse) if return_lse else out
 
 
+@any_mesh(
+  results="",
+  q="B T H D",
+  k="B S K D",
+  index_q="B T K I",
+  index_k="B S I",
+  block_indices="B K T P",
+  lse="B H T",
+  kv_lengths="B",
+  query_mask="B T",
+  segment_ids="B S",
+  segments="B S",
+)
 def index_kl_loss(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -390,7 +424,7 @@ def index_kl_loss(
   )
   args = (q, k, index_q, index_k, block_indices)
   if not detach_teacher:
-    missing = functools.partial(_only_reference, "detach_teacher=False")
+    missing = _only_reference("detach_teacher=False")
     loss = _dispatch(
       "index_kl_loss",
       implementation,
@@ -413,6 +447,19 @@ def index_kl_loss(
   return _nan_of_any_overflow(loss, layout)
 
 
+@any_mesh(
+  results=MSAOutput("B T H D", "", "B K T P", "B H T"),  # pyright: ignore
+  q="B T H D",
+  k="B S K D",
+  v="B S K D",
+  index_q="B T K I",
+  index_k="B S I",
+  block_indices="B K T P",
+  kv_lengths="B",
+  query_mask="B T",
+  segment_ids="B S",
+  segments="B S",
+)
 def msa_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -577,6 +624,16 @@ def msa_attention(
   )
 
 
+@any_mesh(
+  results=DecodeOutput("B T H D", "B K T P"),  # pyright: ignore
+  q="B T H D",
+  k="B C K D",
+  v="B C K D",
+  index_q="B T K I",
+  index_k="B C I",
+  kv_lengths="B",
+  index_k_scale="B C",
+)
 def decode_attention(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B C K D"],
@@ -755,6 +812,15 @@ def check_block_indices(
   )
 
 
+@any_mesh(
+  results=SelectionRecall("", "", ""),  # pyright: ignore
+  q="B T H D",
+  k="B S K D",
+  block_indices="B K T P",
+  kv_lengths="B",
+  segment_ids="B S",
+  segments="B S",
+)
 def selection_recall(
   q: Float[Array, "B T H D"],
   k: Float[Array, "B S K D"],
@@ -787,8 +853,8 @@ def selection_recall(
   recall is high, then the choice is poor. A choice that must hold the query's
   own block can stay slightly below the best one.
 
-  Takes O(T S) time and memory linear in T. It is a diagnostic without a
-  gradient of its own, and computed by XLA on every backend.
+  Takes O(T S) time and memory linear in T. It is a diagnostic: its gradient is
+  zero, and XLA computes it on every backend.
 
   Args:
     q: queries, the last T of the S tokens.
@@ -822,8 +888,7 @@ def selection_recall(
     segment_ids, segments, max_segments, block_size, kv_lengths, q, k
   )
   recalls = xla.selection_recall(
-    q,
-    k,
+    *jax.lax.stop_gradient((q, k)),
     block_indices,
     block_size=block_size,
     scale=check_scale("scale", scale, q.shape[-1]),
@@ -935,33 +1000,103 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Choice]:
   return list({str(choice): choice for choice in found}.values())
 
 
+class _Unsupported(NamedTuple):
+  """What takes the place of an implementation that takes no such call."""
+
+  reason: str
+
+  def __call__(self) -> NoReturn:
+    raise NotImplementedError(self.reason)
+
+
+def _only_reference(what: str) -> _Unsupported:
+  return _Unsupported(
+    f"{what} needs implementation='reference' or None: xla and mosaic_gpu do"
+    " not support it"
+  )
+
+
+_NO_PACKED_KERNELS = _Unsupported(
+  "mosaic_gpu supports no segment_ids and no segments yet: the kernels of"
+  " selection, attention and KL take plain rows"
+)
+
+
 def _dispatch(
   operation: str,
   implementation: Implementation | None,
   layout: BlockLayout | None,
   **implementations: Callable,
-):
+) -> Any:
   """Calls the named implementation, or the first that supports the call."""
-  names: Sequence[Implementation] = ("mosaic_gpu", "xla", "reference")
-  if layout is not None:
-    implementations["mosaic_gpu"] = _no_packed_kernels
   if implementation is not None:
     check_choice("implementation", implementation, Implementation)
-    names = (implementation,)
+  kernels = implementations["mosaic_gpu"]
+  if layout is not None:
+    kernels = _NO_PACKED_KERNELS
   refused: dict[str, str] = {}
-  for name in names:
+  taken: list[Implementation] = []
+
+  def first_of(*names: Implementation) -> Any:
+    for name in names:
+      try:
+        result = _reverse_mode(implementations[name])
+      except NotImplementedError as error:
+        refused[name] = str(error)
+      else:
+        taken.append(name)
+        return result
+    raise NotImplementedError(
+      "; ".join(f"{k}: {v}" for k, v in refused.items())
+    )
+
+  portable = functools.partial(first_of, "xla", "reference")
+  if implementation is not None:
     try:
-      result = implementations[name]()
+      if implementation == "mosaic_gpu":
+        # What no device supports is said before devices are looked at.
+        if isinstance(kernels, _Unsupported):
+          kernels()
+        result = _on_gpu(kernels, portable, named=True)
+      else:
+        result = _reverse_mode(implementations[implementation])
     except NotImplementedError as error:
-      refused[name] = str(error)
-      if implementation is None:
-        continue
+      reason = str(error)
+      device = mosaic_gpu.refusal() if implementation == "mosaic_gpu" else None
+      if device and not isinstance(kernels, _Unsupported):
+        reason = f"{device.reason}; {reason}"
+      refused = {implementation: reason}
       _note(Choice(operation, None, refused), implementation)
       raise
-    _note(Choice(operation, name, refused), implementation)
+    _note(Choice(operation, implementation, {}), implementation)
     return result
-  _note(Choice(operation, None, refused), implementation)
-  raise NotImplementedError("; ".join(f"{k}: {v}" for k, v in refused.items()))
+
+  refusal = mosaic_gpu.refusal()
+  try:
+    if isinstance(kernels, _Unsupported):
+      kernels()
+    result = _on_gpu(kernels, portable, named=False)
+    kernels_refused = refusal.reason if refusal else None
+  except NotImplementedError as error:
+    taken.clear()
+    refused.clear()
+    device_first = refusal and not isinstance(kernels, _Unsupported)
+    kernels_refused = refusal.reason if device_first else str(error)
+    try:
+      result = portable()
+    except NotImplementedError as error:
+      refused = {"mosaic_gpu": kernels_refused, **refused}
+      _note(Choice(operation, None, refused), implementation)
+      reasons = "; ".join(f"{k}: {v}" for k, v in refused.items())
+      raise NotImplementedError(reasons) from error
+  # Where the program may also be lowered for a GPU, the choice that is told is
+  # the one for the device that is here.
+  choice = Choice(operation, "mosaic_gpu", {})
+  if kernels_refused is not None:
+    refused = {"mosaic_gpu": kernels_refused, **refused}
+    choice = Choice(operation, taken[-1], refused)
+  _note(choice, implementation)
+  return result
 
 
 def _note(choice: Choice, implementation: Implementation | None) -> None:
@@ -973,22 +1108,69 @@ def _note(choice: Choice, implementation: Implementation | None) -> None:
     _said.add(str(choice))
     # Where the device has kernels and the call does not fit them, the user may
     # want to change the call.
-    slow = "mosaic_gpu" in choice.refused and mosaic_gpu.is_possible()
+    slow = "mosaic_gpu" in choice.refused and mosaic_gpu.refusal() is None
     _log.log(logging.WARNING if slow else logging.INFO, "%s", choice)
 
 
-def _only_reference(what: str) -> NoReturn:
-  raise NotImplementedError(
-    f"{what} needs implementation='reference' or None: xla and mosaic_gpu do"
-    " not support it"
+def _reverse_mode(function: Callable) -> Any:
+  try:
+    return function()
+  except TypeError as error:
+    if "custom_vjp" not in str(error):
+      raise
+    raise NotImplementedError(
+      "xla and mosaic_gpu support reverse mode only (jax.grad, jax.vjp), not"
+      " jax.jvp, jax.jacfwd or jax.hessian; implementation='reference' has both"
+    ) from error
+
+
+def _on_gpu(kernels: Callable, portable: Callable, named: bool) -> Any:
+  """The kernels, also in a program that is lowered for a GPU elsewhere.
+
+  Without a GPU here, each platform that the program is lowered for takes what
+  is right for it: CUDA the kernels, and the others `portable`, or an error if
+  the kernels were named. JAX chooses when it lowers the program; in an eager
+  call it chooses at once.
+  """
+  refusal = mosaic_gpu.refusal()
+  if refusal is None:
+    return _reverse_mode(kernels)
+  if not refusal.ahead:
+    raise NotImplementedError(refusal.reason)
+
+  def refuse():
+    # All results and gradients pass through the error, so that no program that
+    # uses one of them can do without it.
+    refused = functools.partial(_refused.bind, reason=refusal.reason)
+    return jax.tree.map(refused, portable())
+
+  return jax.lax.platform_dependent(
+    cuda=functools.partial(_reverse_mode, kernels),
+    default=refuse if named else portable,
   )
 
 
-def _no_packed_kernels() -> NoReturn:
-  raise NotImplementedError(
-    "mosaic_gpu supports no segment_ids and no segments yet: the kernels of"
-    " selection, attention and KL take plain rows"
-  )
+# The identity of an array that no platform can compute: it raises an error when
+# it is run or lowered.
+_refused = Primitive("msa_jax_refused")
+_refused.def_abstract_eval(lambda x, *, reason: x)
+
+
+@_refused.def_impl
+def _(x, *, reason):
+  raise NotImplementedError(reason)
+
+
+def _lower_refused(context, x, *, reason):
+  raise NotImplementedError(reason)
+
+
+mlir.register_lowering(_refused, _lower_refused)
+ad.deflinear(
+  _refused,
+  lambda cotangent, *, reason: [_refused.bind(cotangent, reason=reason)],
+)
+batching.defvectorized(_refused)
 
 
 # --- packed rows --------------------------------------------------------------

@@ -23,7 +23,7 @@ Arguments are checked in `ops`, not here.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -36,12 +36,43 @@ from jaxtyping import Array, Bool, Float, Int
 from msa_jax import reference
 from msa_jax.reference import HIGHEST, QueryMask, clean, compute_dtype
 from msa_jax.segments import BlockLayout
+from pallas_kernels import partition
 
 # Elements of one chunk's largest intermediate array: 64 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 24
 # Matrix rows of a tile: its queries times the heads of a group. 64 are enough
 # for an efficient matmul, and the last tile of each block wastes few of them.
 _TILE_ROWS = 64
+
+# The letters of a layout's arrays, which have batch rows and no heads.
+_LAYOUT = BlockLayout("B N", "B N", "B N", "B N", "B S", "B S", "B")  # pyright: ignore
+
+
+def _by_rows_and_heads(
+  function: Callable, operands: Sequence[Any], results: Sequence[str]
+) -> Callable:
+  """`partition.by_rows_and_heads`, for operands that may be None or a layout.
+
+  Args:
+    function: as there.
+    operands: the letters of each operand's axes; `_LAYOUT` for a layout.
+    results: as there.
+  """
+
+  def run(*args):
+    letters = []
+    for names, x in zip(operands, args, strict=True):
+      if x is not None:
+        letters += names if isinstance(x, BlockLayout) else [names]
+    # None has no leaves.
+    arrays, tree = jax.tree.flatten(args)
+
+    def local(*arrays):
+      return function(*jax.tree.unflatten(tree, arrays))
+
+    return partition.by_rows_and_heads(local, letters, results)(*arrays)
+
+  return run
 
 
 class _Plan(NamedTuple):
@@ -390,10 +421,18 @@ def sparse_attention(
   return result
 
 
+_SPARSE_OPERANDS = (
+  *("B T H D", "B S K D", "B S K D", "B K T P", "B T"),
+  _LAYOUT,
+)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7))
-def _sparse(q, k, v, block_indices, positions, layout, block_size, scale):
-  return _sparse_run(
-    q, k, v, block_indices, positions, layout, block_size, scale
+def _sparse(*args):
+  *operands, block_size, scale = args
+  run = functools.partial(_sparse_run, block_size=block_size, scale=scale)
+  return _by_rows_and_heads(run, _SPARSE_OPERANDS, ("B T H D", "B H T"))(
+    *operands
   )
 
 
@@ -411,7 +450,7 @@ def _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale):
 
 
 def _sparse_run(
-  q, k, v, block_indices, positions, layout, block_size, scale
+  q, k, v, block_indices, positions, layout, *, block_size, scale
 ):  # fmt: skip
   b, t, h, _ = q.shape
   num_kv_heads = k.shape[2]
@@ -454,36 +493,25 @@ def _sparse_run(
     _split(positions, chunk, 1),
   )
   _, (out, lse) = _over_chunks(body, (), xs, chunk)
-  out = _join(out, 1, t)
-  lse = jnp.moveaxis(_join(lse, 1, t), 1, 2)
-  out = checkpoint_name(out, "attention_out")
-  lse = checkpoint_name(lse, "attention_lse")
-  return out, lse
+  return _join(out, 1, t), jnp.moveaxis(_join(lse, 1, t), 1, 2)
 
 
 def _sparse_fwd(
   q, k, v, block_indices, positions, layout, block_size, scale
 ):  # fmt: skip
-  q, k, v, block_indices, positions = (
-    x.value for x in (q, k, v, block_indices, positions)
-  )
+  operands = tuple(x.value for x in (q, k, v, block_indices, positions))
   if layout is not None:
     layout = BlockLayout(*(x.value for x in layout))
-  args = (q, k, v, block_indices, positions, layout)
-  out, lse = _sparse_run(*args, block_size, scale)
-  return (out, lse), (*args, out, lse)
+  result: Any = _sparse(*operands, layout, block_size, scale)
+  out = checkpoint_name(result[0], "attention_out")
+  lse = checkpoint_name(result[1], "attention_lse")
+  return (out, lse), (*operands, layout, out, lse)
 
 
 def _sparse_bwd(block_size, scale, residuals, cotangents):
   q, k, v, block_indices, positions, layout, out, lse = residuals
   d_out, d_lse = cotangents
-  b, t, h, _ = q.shape
-  kv_len, num_kv_heads = k.shape[1], k.shape[2]
-  group_size = h // num_kv_heads
   dtype = compute_dtype(q)
-  chunk = _sparse_chunks(q, block_indices, block_size)
-  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
-  v_blocks, bad_v = clean(_blocks(v, block_size, layout))
   if isinstance(d_out, SymbolicZero):
     d_out = jnp.zeros_like(out)
   delta = jnp.sum(out.astype(dtype) * d_out.astype(dtype), axis=-1)
@@ -491,6 +519,37 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
     # d lse / d score = p, the factor of delta too. Empty rows have no gradient.
     d_lse = jnp.where(lse == -jnp.inf, 0, d_lse)
     delta -= jnp.moveaxis(d_lse, 1, 2)
+  run = functools.partial(_sparse_gradients, block_size=block_size, scale=scale)
+  run = _by_rows_and_heads(
+    run,
+    (*_SPARSE_OPERANDS, "B T H D", "B T H", "B H T"),
+    ("B T H D", "B S K D", "B S K D"),
+  )
+  d_operands = run(q, k, v, block_indices, positions, layout, d_out, delta, lse)
+  return *d_operands, None, None, None
+
+
+def _sparse_gradients(
+  q,
+  k,
+  v,
+  block_indices,
+  positions,
+  layout,
+  d_out,
+  delta,
+  lse,
+  *,
+  block_size,
+  scale,
+):
+  b, t, h, _ = q.shape
+  kv_len, num_kv_heads = k.shape[1], k.shape[2]
+  group_size = h // num_kv_heads
+  dtype = compute_dtype(q)
+  chunk = _sparse_chunks(q, block_indices, block_size)
+  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
+  v_blocks, bad_v = clean(_blocks(v, block_size, layout))
 
   def einsum(spec, a, b):
     return jnp.einsum(
@@ -533,7 +592,7 @@ def _sparse_bwd(block_size, scale, residuals, cotangents):
   (dk, dv), dq = _over_chunks(body, (zeros, zeros), xs, chunk)
   dk = _unblock(dk, b, num_kv_heads, kv_len, layout).astype(k.dtype)
   dv = _unblock(dv, b, num_kv_heads, kv_len, layout).astype(v.dtype)
-  return _join(dq, 1, t), dk, dv, None, None, None
+  return _join(dq, 1, t), dk, dv
 
 
 # With symbolic zeros, the gradient of an lse that is not used costs nothing.
@@ -612,7 +671,31 @@ def _sparse_kl(*args):
   return _sparse_kl_fwd(*args)[0]
 
 
-def _sparse_kl_fwd(
+def _sparse_kl_fwd(*args):
+  *operands, block_size, scale, index_scale = args
+  run = functools.partial(
+    _sparse_kl_run,
+    block_size=block_size,
+    scale=scale,
+    index_scale=index_scale,
+  )
+  run = _by_rows_and_heads(
+    run,
+    (
+      *("B T H D", "B S K D", "B H T", "B T K I", "B S I"),
+      *("B K T P", "B T", "B T", "", _LAYOUT),
+    ),
+    ("", "B T K I", "B S I"),
+  )
+  kl, d_iq, d_ik = run(*operands)
+  d_iq = checkpoint_name(d_iq, "index_kl_gradient")
+  d_ik = checkpoint_name(d_ik, "index_kl_gradient")
+  # Residuals must be arrays; empty ones hold the arguments' dtypes.
+  dtypes = tuple(jnp.zeros((0,), x.dtype) for x in operands[3:5])
+  return kl, (d_iq, d_ik, dtypes)
+
+
+def _sparse_kl_run(
   q,
   k,
   lse,
@@ -623,11 +706,15 @@ def _sparse_kl_fwd(
   weights,
   divisor,
   layout,
+  *,
   block_size,
   scale,
   index_scale,
 ):
-  """The KL and, from the same pass, its gradients for a cotangent of 1."""
+  """The KL and, from the same pass, its gradients for a cotangent of 1.
+
+  Of some batch rows and groups it is their part: `divisor` counts all of them.
+  """
   b, t, h, _ = q.shape
   kv_len, num_kv_heads = k.shape[1], k.shape[2]
   group_size = h // num_kv_heads
@@ -704,11 +791,7 @@ def _sparse_kl_fwd(
   )
   (total, d_ik), d_iq = _over_chunks(body, carry, xs, chunk)
   d_ik = jnp.sum(_unblock(d_ik, b, num_kv_heads, kv_len, layout), axis=2)
-  # Residuals must be arrays; empty ones hold the arguments' dtypes.
-  dtypes = (jnp.zeros((0,), index_q.dtype), jnp.zeros((0,), index_k.dtype))
-  d_iq = checkpoint_name(_join(d_iq, 1, t), "index_kl_gradient")
-  d_ik = checkpoint_name(d_ik, "index_kl_gradient")
-  return total / divisor.astype(dtype), (d_iq, d_ik, dtypes)
+  return total / divisor.astype(dtype), _join(d_iq, 1, t), d_ik
 
 
 def _sparse_kl_bwd(block_size, scale, index_scale, residuals, cotangent):
@@ -746,9 +829,35 @@ def select_blocks(
   layout: BlockLayout | None = None,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, see `msa_jax.select_blocks`."""
+  b, t = index_q.shape[:2]
+  positions = reference.query_positions(
+    t, index_k.shape[1], b, kv_lengths, layout
+  )
+  run = functools.partial(
+    _select_run,
+    block_size=block_size,
+    top_k=top_k,
+    num_local_blocks=num_local_blocks,
+    score_precision=score_precision,
+  )
+  run = _by_rows_and_heads(
+    run, ("B T K I", "B S I", "B T", _LAYOUT), ("B K T P",)
+  )
+  return run(index_q, index_k, positions, layout)[0]
+
+
+def _select_run(
+  index_q,
+  index_k,
+  positions,
+  layout,
+  *,
+  block_size,
+  top_k,
+  num_local_blocks,
+  score_precision,
+):
   b, t, num_kv_heads, _ = index_q.shape
-  s_len = index_k.shape[1]
-  positions = reference.query_positions(t, s_len, b, kv_lengths, layout)
   if score_precision == "fp8":
     index_q = reference.quantise_fp8(index_q)
     index_k = reference.quantise_fp8(index_k)
@@ -770,7 +879,7 @@ def select_blocks(
 
   xs = (_split(index_q, chunk, 1), _split(positions, chunk, 1, fill=-1))
   _, chosen = _over_chunks(body, (), xs, chunk)
-  return _join(chosen, 2, t)
+  return (_join(chosen, 2, t),)
 
 
 def _whole_blocks(
@@ -935,12 +1044,23 @@ def selection_recall(
   layout: BlockLayout | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
   """The fields of `msa_jax.SelectionRecall`, see `msa_jax.selection_recall`."""
+  b, t = q.shape[:2]
+  positions = reference.query_positions(t, k.shape[1], b, kv_lengths, layout)
+  run = functools.partial(_recall_sums, block_size=block_size, scale=scale)
+  run = _by_rows_and_heads(
+    run, ("B T H D", "B S K D", "B K T P", "B T", _LAYOUT), ("",) * 4
+  )
+  block, score, best_score, count = run(q, k, block_indices, positions, layout)
+  count = jnp.maximum(count, 1).astype(score.dtype)
+  return block.astype(score.dtype) / count, score / count, best_score / count
+
+
+def _recall_sums(q, k, block_indices, positions, layout, *, block_size, scale):
+  """The recalls' sums over queries and groups, and how many there are."""
   b, t, h, _ = q.shape
-  s_len = k.shape[1]
   top_k = block_indices.shape[-1]
   k = _whole_blocks(k, block_size, layout)
   num_blocks = k.shape[1] // block_size
-  positions = reference.query_positions(t, s_len, b, kv_lengths, layout)
   chunk = _chunks(t, b * h * num_blocks * block_size)
   ids = lax.expand_dims(jnp.arange(num_blocks), range(3))
 
@@ -974,9 +1094,7 @@ def selection_recall(
     _split(positions, chunk, 1, fill=-1),
   )
   _, sums = _over_chunks(body, (), xs, chunk)
-  block, score, best_score, count = jax.tree.map(jnp.sum, sums)
-  count = jnp.maximum(count, 1).astype(score.dtype)
-  return block.astype(score.dtype) / count, score / count, best_score / count
+  return tuple(map(jnp.sum, sums))
 
 
 # --- decoding: few queries against a cache ----------------------------------
@@ -1051,9 +1169,37 @@ def decode_attention(
 
   Each query gathers the keys and values of its chosen blocks and no others.
   """
+  positions = reference.query_positions(
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths
+  )
+  run = functools.partial(
+    _decode_run,
+    block_size=block_size,
+    top_k=top_k,
+    num_local_blocks=num_local_blocks,
+    scale=scale,
+  )
+  letters = ("B T H D", "B C K D", "B C K D", "B T K I", "B C I", "B T", "B C")
+  run = _by_rows_and_heads(run, letters, ("B T H D", "B K T P"))
+  return run(q, k, v, index_q, index_k, positions, index_k_scale)
+
+
+def _decode_run(
+  q,
+  k,
+  v,
+  index_q,
+  index_k,
+  positions,
+  index_k_scale,
+  *,
+  block_size,
+  top_k,
+  num_local_blocks,
+  scale,
+):
   b, t, h, d = q.shape
-  capacity, num_kv_heads = k.shape[1], k.shape[2]
-  positions = reference.query_positions(t, capacity, b, kv_lengths)
+  num_kv_heads = k.shape[2]
   score = _decode_block_scores(
     index_q, index_k, index_k_scale, positions, block_size
   )

@@ -96,7 +96,7 @@ from jax.experimental.mosaic.gpu import utils as mgpu_utils
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, partition
 from pallas_kernels.select_blocks import sort_network
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -1202,13 +1202,6 @@ def decode_attention(
   index_dim = index_q.shape[-1]
   scale = float(d**-0.5 if scale is None else scale)
   mosaic.check_supported(
-    q,
-    k,
-    v,
-    index_q,
-    index_k,
-    kv_lengths,
-    index_k_scale,
     dtype=q.dtype,
     block_size=block_size,
     top_k=top_k,
@@ -1237,32 +1230,42 @@ def decode_attention(
   if not q.size or not k.size:
     ids = jnp.full((b, num_kv_heads, t, top_k), -1, jnp.int32)
     return jnp.zeros_like(q), ids
-  params = KernelParams(
-    batch=b,
-    tokens=t,
-    num_kv_heads=num_kv_heads,
-    group_size=h // num_kv_heads,
-    head_dim=d,
-    index_dim=index_dim,
-    capacity=capacity,
-    block_size=block_size,
-    top_k=top_k,
-    local_blocks=min(num_local_blocks, top_k, pl.cdiv(capacity, block_size)),
-    scale_log2=scale * mosaic.LOG2E,
-    dtype=jnp.dtype(q.dtype),
-    index_dtype=jnp.dtype(index_q.dtype),
-    key_dtype=jnp.dtype(index_k.dtype),
-    config=config or Config(),
-    interpret=interpret,
-  )
 
   # Under vmap the kernels run once for each entry of the mapped axis.
   @jax.custom_batching.sequential_vmap
-  def run(*args):
-    return _decode(*args, s=params)
+  def run(q, k, v, index_q, index_k, *rest):
+    params = KernelParams(
+      batch=q.shape[0],
+      tokens=t,
+      num_kv_heads=k.shape[2],
+      group_size=h // num_kv_heads,
+      head_dim=d,
+      index_dim=index_dim,
+      capacity=capacity,
+      block_size=block_size,
+      top_k=top_k,
+      local_blocks=min(num_local_blocks, top_k, pl.cdiv(capacity, block_size)),
+      scale_log2=scale * mosaic.LOG2E,
+      dtype=jnp.dtype(q.dtype),
+      index_dtype=jnp.dtype(index_q.dtype),
+      key_dtype=jnp.dtype(index_k.dtype),
+      config=config or Config(),
+      interpret=interpret,
+    )
+    return _decode(q, k, v, index_q, index_k, *rest, s=params)
 
+  scale_letters = "B C"
   if index_k_scale is None:
-    index_k_scale = jnp.zeros((), jnp.float32)
-  return run(
+    index_k_scale, scale_letters = jnp.zeros((), jnp.float32), ""
+  split = partition.by_rows_and_heads(
+    partition.kernel(run, interpret),
+    (
+      *("B T H D", "B C K D", "B C K D", "B T K I", "B C I"),
+      *(scale_letters, "B"),
+    ),
+    ("B T H D", "B K T P"),
+    interpret=interpret,
+  )
+  return split(
     q, k, v, index_q, index_k, index_k_scale, kv_lengths.astype(jnp.int32)
   )

@@ -176,7 +176,7 @@ def attention(
       there are more keys than queries.
   """
   d = q.shape[-1]
-  mosaic.check_supported(q, k, v, dtype=q.dtype, head_dim=d)
+  mosaic.check_supported(dtype=q.dtype, head_dim=d)
   if q.shape[1] != k.shape[1]:
     raise NotImplementedError(
       "mosaic_gpu attention of the warm-up phase supports as many keys as"
@@ -223,7 +223,7 @@ def document_attention(
       is no cuDNN, or the statistics would take more than 1 GiB.
   """
   batch, tokens, num_heads, d = q.shape
-  mosaic.check_supported(q, k, v, dtype=q.dtype, head_dim=d)
+  mosaic.check_supported(dtype=q.dtype, head_dim=d)
   # One document is no packed layout to JAX.
   most = max(starts.shape[1], 2)
   size = 4 * batch * most * num_heads * (tokens + tokens % 2)

@@ -542,6 +542,7 @@ def kl(
   lse: Float[Array, "B H T"],
   kv_lengths: Int[Array, "B"],
   query_mask: Bool[Array, "B T"],
+  counted: Int[Array, ""],
   *,
   scale: float,
   index_scale: float,
@@ -549,11 +550,14 @@ def kl(
   config: Config,
   interpret: bool,
 ) -> tuple[Array, Array, Array]:
-  """The loss, and dindex_q and dindex_k in float32 (else empty arrays)."""
+  """The loss, and dindex_q and dindex_k in float32 (else empty arrays).
+
+  They are means over `counted` queries and groups, which may be more than those
+  of this call.
+  """
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
   i_dim = index_q.shape[-1]
-  counted = jnp.maximum(jnp.sum(query_mask), 1) * num_kv_heads
 
   def round_up(x):
     return -(-x // UNIT) * UNIT

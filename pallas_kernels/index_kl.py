@@ -109,6 +109,7 @@ from pallas_kernels import (
   dense_index_kl,
   kv_block_plan,
   mosaic,
+  partition,
   sparse_attention,
 )
 from pallas_kernels.sparse_attention_bwd import KEYS, sum_extra
@@ -766,17 +767,20 @@ def _kv_blocks(
   ),
 )  # fmt: skip
 def _loss(
-  q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask, *,
-  block_size, scale, index_scale, with_gradients, config, interpret,
+  q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask, counted,
+  *, block_size, scale, index_scale, with_gradients, config, interpret,
 ):  # fmt: skip
-  """The loss, dindex_q and dindex_k (float32; None without gradients)."""
+  """The loss, dindex_q and dindex_k (float32; empty without gradients).
+
+  They are means over `counted` queries and groups, which may be more than those
+  of this call.
+  """
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
   i_dim = index_q.shape[-1]
   group_size = num_heads // num_kv_heads
   top_k = block_indices.shape[-1]
   num_kv_blocks = -(-s_len // kv_block_plan.KV_BLOCK)
-  counted = jnp.maximum(jnp.sum(query_mask), 1) * num_kv_heads
 
   k, _ = sparse_attention.block_major(k, num_kv_blocks, kv_block_plan.KV_BLOCK)
   ik, bad = sparse_attention.block_major(
@@ -991,24 +995,34 @@ def _run(
   index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
   block_size, scale, index_scale, config, interpret, *, with_gradients,
 ):  # fmt: skip
+  options = dict(
+    scale=scale,
+    index_scale=index_scale,
+    with_gradients=with_gradients,
+    config=config,
+    interpret=interpret,
+  )
+
   # Under vmap the kernels run once for each entry.
   @jax.custom_batching.sequential_vmap
-  def run(q, k, index_q, index_k, block_indices, *rest):
-    options = dict(
-      scale=scale,
-      index_scale=index_scale,
-      with_gradients=with_gradients,
-      config=config,
-      interpret=interpret,
-    )
+  def run(*args):
     if block_indices is None:
-      return dense_index_kl.kl(q, k, index_q, index_k, *rest, **options)
-    return _loss(
-      q, k, index_q, index_k, block_indices, *rest, block_size=block_size,
-      **options,
-    )  # fmt: skip
+      return dense_index_kl.kl(*args, **options)
+    return _loss(*args, block_size=block_size, **options)
 
-  return run(q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask)
+  operands = [q, k, index_q, index_k]
+  letters = ["B T H D", "B S K D", "B T K I", "B S I"]
+  if block_indices is not None:
+    operands.append(block_indices)
+    letters.append("B K T P")
+  split = partition.by_rows_and_heads(
+    partition.kernel(run, interpret),
+    (*letters, "B H T", "B", "B T", ""),
+    ("", "B T K I", "B S I"),
+    interpret=interpret,
+  )
+  counted = jnp.maximum(jnp.sum(query_mask), 1) * k.shape[2]
+  return split(*operands, lse, kv_lengths, query_mask, counted)
 
 
 @mosaic.in_32_bits
@@ -1082,14 +1096,6 @@ def index_kl_loss(
   b, t, num_heads, d = q.shape
   check = functools.partial(
     mosaic.check_supported,
-    q,
-    k,
-    index_q,
-    index_k,
-    block_indices,
-    lse,
-    kv_lengths,
-    query_mask,
     dtype=q.dtype,
     head_dim=d,
     index_dim=index_q.shape[-1],

@@ -203,7 +203,7 @@ def pad_head_dim(x: Array) -> Array:
 
 
 def check_supported(
-  *operands: Array | None,
+  *,
   dtype: Any,
   block_size: int | None = None,
   top_k: int = 0,
@@ -216,12 +216,9 @@ def check_supported(
 ) -> None:
   """Raises NotImplementedError for a legal call that no kernel here takes.
 
-  A kernel passes only the arguments that matter to it. A `jax.shard_map` with
-  check_vma=True is refused because Pallas calls do not declare over which mesh
-  axes their results vary.
+  A kernel passes only the arguments that matter to it.
 
   Args:
-    *operands: every array of the call.
     dtype: of the floating-point operands.
     block_size: tokens of a block.
     top_k: P.
@@ -232,13 +229,6 @@ def check_supported(
     num_choices: B x K x T x P.
     scale: of the main scores.
   """
-  for x in operands:
-    varying = () if x is None else jax.typeof(x).manual_axis_type.varying
-    if varying:
-      raise NotImplementedError(
-        "mosaic_gpu supports jax.shard_map with check_vma=False only, got an"
-        f" operand that varies over {', '.join(sorted(map(str, varying)))}"
-      )
 
   def check(name: str, value: Any, supported: tuple) -> None:
     if value is not None and value not in supported:

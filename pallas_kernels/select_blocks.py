@@ -67,6 +67,7 @@ index_q and index_k are taken under stop_gradient.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -75,7 +76,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, partition
 
 _WARPGROUP = 128
 _MAX_PACKED_BLOCKS = 1 << 13
@@ -469,12 +470,8 @@ def select_blocks(
   """
   batch, q_len, num_groups, index_dim = index_q.shape
   kv_len = index_k.shape[1]
-  num_blocks = pl.cdiv(kv_len, block_size)
   index_q, index_k = lax.stop_gradient((index_q, index_k))
   mosaic.check_supported(
-    index_q,
-    index_k,
-    kv_lengths,
     dtype=index_q.dtype,
     block_size=block_size,
     top_k=top_k,
@@ -486,6 +483,40 @@ def select_blocks(
     kv_lengths = jnp.full((batch,), kv_len, jnp.int32)
   else:
     kv_lengths = jnp.clip(kv_lengths.astype(jnp.int32), 0, kv_len)
+  run = functools.partial(
+    _select,
+    block_size=block_size,
+    top_k=top_k,
+    num_local_blocks=num_local_blocks,
+    score_precision=score_precision,
+    config=config,
+    interpret=interpret,
+  )
+  run = partition.by_rows_and_heads(
+    partition.kernel(run, interpret),
+    ("B T K I", "B S I", "B"),
+    ("B K T P",),
+    interpret=interpret,
+  )
+  return run(index_q, index_k, kv_lengths)[0]
+
+
+def _select(
+  index_q: Float[Array, "B T K I"],
+  index_k: Float[Array, "B S I"],
+  kv_lengths: Int[Array, "B"],
+  *,
+  block_size: int,
+  top_k: int,
+  num_local_blocks: int,
+  score_precision: str,
+  config: Config | None,
+  interpret: bool,
+) -> tuple[Int[Array, "B K T P"]]:
+  """`select_blocks` of checked arguments."""
+  batch, q_len, num_groups, index_dim = index_q.shape
+  kv_len = index_k.shape[1]
+  num_blocks = pl.cdiv(kv_len, block_size)
 
   # Forced blocks come first. If they fill all choice slots, there is nothing to
   # rank.
@@ -496,7 +527,7 @@ def select_blocks(
     ids = jnp.broadcast_to(
       ids[:, None], (batch, num_groups, q_len, num_local_blocks)
     )
-    return _pad_axis(ids, 3, top_k, -1)
+    return (_pad_axis(ids, 3, top_k, -1),)
 
   # XLA fuses this with padding or quantising, if there is any. Otherwise it
   # costs a copy of index_q and index_k, linear in T beside quadratic scores.
@@ -562,7 +593,7 @@ def select_blocks(
     kernel_name=f"msa_select_{score_precision}",
   )(*inputs)
   ids = ids[:, :, :num_rows].reshape(batch, -1, q_len, num_groups)
-  return _pad_axis(ids.transpose(0, 3, 2, 1), 3, top_k, -1)
+  return (_pad_axis(ids.transpose(0, 3, 2, 1), 3, top_k, -1),)
 
 
 def _forced_blocks(

@@ -37,6 +37,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import (
   kv_block_plan,
   mosaic,
+  partition,
   sparse_attention_bwd,
   sparse_attention_fwd,
 )
@@ -142,6 +143,9 @@ def _backward(
   return packing.unpack(dq, t, num_kv_heads), dk, dv
 
 
+_Q_K_V = ("B T H D", "B S K D", "B S K D")
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
 def _sparse_attention(
   q, k, v, block_indices, kv_lengths, block_size, scale, config,
@@ -155,7 +159,13 @@ def _sparse_attention(
       interpret=interpret,
     )  # fmt: skip
 
-  return run(q, k, v, block_indices, kv_lengths)
+  split = partition.by_rows_and_heads(
+    partition.kernel(run, interpret),
+    (*_Q_K_V, "B K T P", "B"),
+    ("B T H D", "B H T"),
+    interpret=interpret,
+  )
+  return split(q, k, v, block_indices, kv_lengths)
 
 
 @mosaic.in_32_bits
@@ -176,19 +186,25 @@ def _vjp_backward(
   q, k, v, out, lse, block_indices, kv_lengths = residuals
 
   @jax.custom_batching.sequential_vmap
-  def run(*args):
+  def run(q, k, v, block_indices, kv_lengths, out, lse, dout, dlse=None):
     return _backward(
-      *args, block_size=block_size, scale=scale, config=backward_config,
+      q, k, v, out, lse, dout, dlse, block_indices, kv_lengths,
+      block_size=block_size, scale=scale, config=backward_config,
       interpret=interpret,
     )  # fmt: skip
 
   dout, dlse = cotangents
   if isinstance(dout, SymbolicZero):
     dout = jnp.zeros_like(out)
-  if isinstance(dlse, SymbolicZero):
-    dlse = None
-  grads = run(q, k, v, out, lse, dout, dlse, block_indices, kv_lengths)
-  return *grads, None, None
+  operands = [q, k, v, block_indices, kv_lengths, out, lse, dout]
+  letters = [*_Q_K_V, "B K T P", "B", "B T H D", "B H T", "B T H D"]
+  if not isinstance(dlse, SymbolicZero):
+    operands.append(dlse)
+    letters.append("B H T")
+  split = partition.by_rows_and_heads(
+    partition.kernel(run, interpret), letters, _Q_K_V, interpret=interpret
+  )
+  return *split(*operands), None, None
 
 
 # With symbolic zeros, the gradient of an lse that is not used costs nothing.
@@ -234,11 +250,6 @@ def sparse_attention(
   group_size = q.shape[2] // k.shape[2]
   scale = float(q.shape[-1] ** -0.5 if scale is None else scale)
   mosaic.check_supported(
-    q,
-    k,
-    v,
-    block_indices,
-    kv_lengths,
     dtype=q.dtype,
     block_size=block_size,
     top_k=block_indices.shape[-1],

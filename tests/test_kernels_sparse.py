@@ -426,27 +426,18 @@ def test_64_bit_jax_lowers(name, pretend_hopper, x64):
 
 
 @pytest.mark.parametrize("name", OPERATIONS)
-def test_refuses_tracked_varying_axes(name, pretend_hopper):
+def test_lowers_where_varying_axes_are_tracked(name, pretend_hopper):
+  """Inside of jax.shard_map with its default check_vma=True."""
   mesh = jax.make_mesh(
     (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
   )
   spec = jax.sharding.PartitionSpec("data")
-
-  def mapped(check_vma, **named):
-    operation = functools.partial(OPERATIONS[name], **named)
-    return jax.jit(
-      jax.shard_map(
-        operation, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=check_vma
-      )
-    )
-
-  args = operands()
-  kernels = dict(implementation="mosaic_gpu")
-  with pytest.raises(NotImplementedError, match=r"check_vma=False.*over data"):
-    mapped(True, **kernels)(*args)
-  mapped(True)(*args)  # moves on to xla
-  traced = mapped(False, **kernels).trace(*args)
-  traced.lower(lowering_platforms=("cuda",))
+  operation = functools.partial(OPERATIONS[name], implementation="mosaic_gpu")
+  mapped = jax.shard_map(operation, mesh=mesh, in_specs=spec, out_specs=spec)
+  text = jax.jit(mapped).trace(*operands()).lower(
+    lowering_platforms=("cuda",)
+  ).as_text()  # fmt: skip
+  assert ("mosaic_gpu" in text) == (name not in ("warm-up", "select_blocks"))
 
 
 def test_layer_under_a_mesh_lowers(pretend_hopper):

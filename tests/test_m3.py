@@ -614,14 +614,13 @@ MEMORY = """
 import dataclasses, resource, sys
 import jax
 from flax import nnx
-from msa_jax import IndexConfig, m3, to_msa
-from msa_jax.checkpoints import folders
+from msa_jax import IndexConfig, Sharding, m3, to_msa
 
 mesh, sharding = None, None
 if len(jax.devices()) == 4:
   mesh = jax.make_mesh((2, 2), ("expert", "tensor"),
                        axis_types=(jax.sharding.AxisType.Auto,) * 2)
-  sharding = folders.mesh_sharding(mesh)
+  sharding = Sharding()
 
 def load(folder):
   return m3.load(folder, mesh=mesh)

@@ -465,7 +465,7 @@ def load(
   config = dataclasses.replace(
     about.config, dtype=compute.name, param_dtype=compute.name
   )
-  sharding = None if mesh is None else mesh_sharding(mesh)
+  sharding = None if mesh is None else Sharding()
   with jax.set_mesh(mesh):
     graphdef, shapes, specs = abstract_model(config, sharding)
   leaves = leaves_of(config, shapes, about.family.layouts[layout])
@@ -554,21 +554,6 @@ def _as_dtype(dtype: Any) -> np.dtype:
   if name not in known:
     raise wrong("dtype", f"one of {sorted(known)} or None", repr(dtype))
   return known[name]
-
-
-def mesh_sharding(mesh: Mesh) -> Sharding:
-  """`Sharding()` without the axes that the mesh lacks."""
-  full = Sharding()
-
-  def there(axis: str | None) -> str | None:
-    return axis if axis in mesh.axis_names else None
-
-  return Sharding(
-    batch=tuple(axis for axis in full.batch if there(axis)),
-    heads=there(full.heads),
-    embed=there(full.embed),
-    expert=there(full.expert),
-  )
 
 
 def _place(leaf: Leaf, mesh: Mesh, spec: PartitionSpec) -> NamedSharding:

@@ -1,0 +1,443 @@
+"""Operations, layers, models and generation under meshes of every kind.
+
+The scripts run in processes of four CPU devices.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Case, random_blocks, run_on_devices
+from jax import export
+
+import msa_jax
+from pallas_kernels import sparse_attention as sparse
+from pallas_kernels import sparse_attention_fwd as fwd
+
+# --- operations ---------------------------------------------------------------
+
+OPERATIONS = """
+import functools, re
+import jax, jax.numpy as jnp, numpy as np
+from jax.sharding import AxisType
+import msa_jax
+
+b, t, h, k, d = 4, 24, 4, 2, 8
+keys = jax.random.split(jax.random.key(0), 5)
+shapes = ((b, t, h, d), (b, t, k, d), (b, t, k, d), (b, t, k, d), (b, t, d))
+args = [jax.random.normal(key, x) for key, x in zip(keys, shapes)]
+mask = jax.random.bernoulli(keys[0], 0.6, (b, t)).at[3].set(False)
+specs = (jax.P("data", None, "tensor"),) * 4 + (jax.P("data"),) * 2
+options = dict(block_size=8, top_k=2)
+
+
+def both(q, k, v, iq, ik, mask, phase, implementation):
+  def loss(*args):
+    out = msa_jax.msa_attention(
+      *args, query_mask=mask, with_kl=True, phase=phase,
+      implementation=implementation, **options)
+    weight = jnp.where(out.lse == -jnp.inf, 0, out.lse)
+    total = jnp.sum(jnp.sin(out.out)) + jnp.sum(jnp.cos(weight))
+    return total + 10 * out.kl, out
+  return jax.value_and_grad(loss, range(5), has_aux=True)(q, k, v, iq, ik)
+
+
+def decode(q, k, v, iq, ik, mask, implementation):
+  return msa_jax.decode_attention(
+    q[:, :3], k, v, iq[:, :3], ik, kv_lengths=jnp.array([5, 9, 20, 24]),
+    implementation=implementation, **options)
+
+
+def recall(q, k, v, iq, ik, mask, implementation):
+  blocks = msa_jax.select_blocks(
+    iq, ik, implementation=implementation, **options)
+  return msa_jax.selection_recall(q, k, blocks, block_size=8)
+
+
+# The most all-reduces: those of the loss, the KL, dindex_k, which all groups
+# share, and the count of queries; and those of the recalls.
+CASES = {
+  ("sparse", "xla"): (functools.partial(both, phase="sparse"), 4),
+  ("warmup", "xla"): (functools.partial(both, phase="warmup"), 4),
+  ("decode", "xla"): (decode, 0),
+  ("recall", "xla"): (recall, 4),
+  ("sparse", "reference"): (functools.partial(both, phase="sparse"), 4),
+}
+
+
+def close(got, want):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+
+
+wanted = {}
+for (name, kind), (function, _) in CASES.items():
+  function = functools.partial(function, implementation=kind)
+  wanted[name, kind] = jax.jit(function)(*args, mask)
+for axis_type in (AxisType.Auto, AxisType.Explicit):
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+  placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
+            for x, spec in zip((*args, mask), specs)]
+  for (name, kind), (function, most) in CASES.items():
+    if (kind, axis_type) == ("reference", AxisType.Auto):
+      continue  # XLA's partitioner alone
+    function = functools.partial(function, implementation=kind)
+    compiled = jax.jit(function).lower(*placed).compile()
+    text = compiled.as_text()
+    for collective in ("all-gather", "all-to-all", "collective-permute"):
+      assert f" {collective}" not in text, (axis_type, name, collective)
+    count = len(re.findall(r" all-reduce(?:-start)?\\(", text))
+    assert count <= most, (axis_type, name, count)
+    got = compiled(*placed)
+    close(got, wanted[name, kind])
+    if axis_type == AxisType.Explicit and name == "sparse":
+      out = got[0][1]
+      for x, spec in ((out.out, ("data", None, "tensor", None)),
+                      (out.lse, ("data", "tensor", None))):
+        assert jax.typeof(x).sharding.spec == jax.P(*spec)
+      for x, dx in zip(placed, got[1]):
+        assert jax.typeof(x).sharding == jax.typeof(dx).sharding
+
+# More devices than KV heads: slower, and right.
+mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+function = functools.partial(both, phase="sparse", implementation="xla")
+q = jax.device_put(args[0], jax.NamedSharding(mesh, jax.P(None, None, "x")))
+rest = jax.device_put((*args[1:], mask), jax.NamedSharding(mesh, jax.P()))
+close(jax.jit(function)(q, *rest), wanted["sparse", "xla"])
+
+# A gradient of a gradient.
+def second(q, *rest):
+  def first(q):
+    return both(q, *rest, mask, phase="sparse", implementation="xla")[1][0]
+  return jax.grad(lambda q: jnp.sum(jnp.cos(first(q))))(q)
+mesh = jax.make_mesh(
+  (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
+          for x, spec in zip(args, specs)]
+close(jax.jit(second)(*placed), jax.jit(second)(*args))
+
+# jax.shard_map with check_vma=True: each device's KL is of its own rows and
+# groups, which have the same number of queries here.
+def mapped(*args):
+  def local(*args):
+    out = msa_jax.msa_attention(
+      *args, with_kl=True, implementation="xla", **options)
+    kl = jax.lax.pmean(out.kl, ("data", "tensor"))
+    return out.out, out.lse, kl
+  return jax.shard_map(
+    local, mesh=mesh, in_specs=specs[:5],
+    out_specs=(specs[0], jax.P("data", "tensor"), jax.P()))(*args)
+
+
+def whole(*args):
+  out = msa_jax.msa_attention(
+    *args, with_kl=True, implementation="xla", **options)
+  return out.out, out.lse, out.kl
+
+
+def gradients(function):
+  def loss(*args):
+    out, lse, kl = function(*args)
+    return jnp.sum(jnp.sin(out)) + jnp.sum(jnp.cos(lse)) + 10 * kl
+  return jax.jit(jax.value_and_grad(loss, range(5)))
+
+
+want = gradients(whole)(*args)
+for axis_type in (AxisType.Auto, AxisType.Explicit):
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+  placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
+            for x, spec in zip(args, specs)]
+  close(gradients(mapped)(*placed), want)
+"""
+
+
+def test_operations_split_themselves():
+  """Batch rows and heads split: the same numbers, and nothing is gathered."""
+  run_on_devices(4, OPERATIONS)
+
+
+# --- layers, models, generation -----------------------------------------------
+
+MODELS = """
+import jax, jax.numpy as jnp, numpy as np, optax
+from flax import nnx
+from jax.sharding import AxisType
+import msa_jax
+from msa_jax import DecoderLM, Sharding, generate
+
+index = msa_jax.IndexConfig(index_dim=8, block_size=8, top_k=2)
+config = msa_jax.ModelConfig(
+  vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
+  head_dim=8, mlp_dim=48, layer_kinds=("gqa", "msa"), index=index)
+tokens = jax.random.randint(jax.random.key(0), (4, 24), 0, 64)
+mask = jax.random.bernoulli(jax.random.key(1), 0.6, (4, 24)).at[3].set(False)
+x = jax.random.normal(jax.random.key(2), (4, 24, 16))
+
+
+@nnx.jit
+def train(model, optimizer, tokens, mask):
+  def loss(model):
+    out = model(tokens, with_kl=True, query_mask=mask, with_selection=True)
+    weight = mask.astype(jnp.float32)
+    total = msa_jax.head_loss(
+      out.hidden, model.head_weight(), tokens, weight) / 96
+    return total + out.kl.sum(), out
+  (value, out), grads = nnx.value_and_grad(loss, has_aux=True)(model)
+  optimizer.update(model, grads)
+  return value, out
+
+
+def run_model(sharding, place):
+  model = DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
+  optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
+  steps = [train(model, optimizer, place(tokens), place(mask))
+           for _ in range(2)]
+  rows = generate.generate(
+    model, [[1, 2, 3], [4] * 20, [5], [6] * 9], max_new_tokens=4, steps=3,
+    sampling=generate.Sampling(temperature=0.5), key=jax.random.key(3))
+  return steps, nnx.to_pure_dict(nnx.state(model, nnx.Param)), rows
+
+
+@nnx.jit
+def residual(layer, x):
+  def loss(layer, x):
+    out = layer(x)
+    return jnp.sum(jnp.sin(x + getattr(out, "out", out)))
+  return nnx.value_and_grad(loss, argnums=(0, 1))(layer, x)
+
+
+def run_layer(kind, sharding, place):
+  layer = getattr(msa_jax, kind)(
+    4, 16, 32, 16, 2, sharding=sharding, rngs=nnx.Rngs(0))
+  return residual(layer, place(x))
+
+
+def close(got, want):
+  for a, b in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(a, b, rtol=1e-5, atol=2e-5)
+
+
+KINDS = ("GQAttention", "MSAttention")
+want = run_model(None, lambda x: x)
+wanted = {kind: run_layer(kind, None, lambda x: x) for kind in KINDS}
+MESHES = (
+  (AxisType.Explicit, dict(data=2, fsdp=1, tensor=2), Sharding()),
+  (AxisType.Explicit, dict(data=4), None),
+  (AxisType.Auto, dict(tensor=2, other=2), Sharding()),
+)
+for axis_type, sizes, sharding in MESHES:
+  mesh = jax.make_mesh(
+    (*sizes.values(),), (*sizes,), axis_types=(axis_type,) * len(sizes))
+  rows = "data" if "data" in sizes else None
+  with jax.set_mesh(mesh):
+    place = lambda x: jax.device_put(x, jax.P(rows))
+    if rows:
+      got = run_model(sharding, place)
+      assert jax.typeof(got[0][0][1].hidden).sharding.spec[0] == rows
+      close(got, want)
+    if sharding:
+      for kind in KINDS:
+        close(run_layer(kind, sharding, place), wanted[kind])
+"""
+
+
+def test_models_under_meshes_of_every_kind():
+  """Training, generation and layers give the numbers of one device."""
+  run_on_devices(4, MODELS)
+
+
+# --- kernels, for machines that are not here ----------------------------------
+
+OPTIONS = dict(block_size=64, top_k=2)
+
+
+def operands():
+  case = Case(
+    batch=2, q_len=128, kv_len=128, head_dim=64, index_dim=64, block_size=64
+  )
+  return case.inputs(dtype=jnp.bfloat16)
+
+
+def sparse_training(*args, implementation="mosaic_gpu"):
+  def loss(*args):
+    out = msa_jax.msa_attention(
+      *args, with_kl=True, implementation=implementation, **OPTIONS
+    )
+    return jnp.sum(out.out.astype(jnp.float32)) + jnp.sum(out.lse) + out.kl
+
+  return jax.grad(loss, range(5))(*args)
+
+
+def decoding(q, k, v, iq, ik, implementation="mosaic_gpu"):
+  return msa_jax.decode_attention(
+    q[:, :3], k, v, iq[:, :3], ik, kv_lengths=jnp.array([70, 20]),
+    implementation=implementation, **OPTIONS,
+  )  # fmt: skip
+
+
+PROGRAMS = {"sparse": (sparse_training, 9), "decode": (decoding, 2)}
+
+
+@pytest.mark.parametrize(
+  "name", [pytest.param("sparse", marks=pytest.mark.slow), "decode"]
+)
+def test_export_without_a_gpu(name, no_gpu):
+  """For CUDA alone, and for two platforms that each take what is right."""
+  program, kernels = PROGRAMS[name]
+  args = operands()
+  program = jax.jit(program, static_argnames="implementation")
+  one = export.export(program, platforms=("cuda",))(*args)
+  assert one.mlir_module().count("@mosaic_gpu") == kernels
+  chosen = functools.partial(program, implementation=None)
+  both = export.export(jax.jit(chosen), platforms=("cpu", "cuda"))(*args)
+  assert "@mosaic_gpu" in both.mlir_module()
+  got, want = both.call(*args), program(*args, implementation="xla")
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_array_equal(x, y)
+  with pytest.raises(NotImplementedError, match=r"Hopper GPUs.*run on cpu"):
+    program(*args)
+
+
+def test_warmup_needs_its_gpu(no_gpu):
+  run = functools.partial(
+    msa_jax.msa_attention, phase="warmup", implementation="mosaic_gpu"
+  )
+  with pytest.raises(NotImplementedError, match=r"Hopper GPUs.*run on cpu"):
+    jax.jit(functools.partial(run, **OPTIONS)).trace(*operands())
+
+
+LOWERING = """
+import jax
+from jax.sharding import AxisType
+from test_meshes import decoding, operands, sparse_training
+specs = (jax.P("data", None, "tensor"),) * 4 + (jax.P("data"),)
+
+
+def placed(axis_type):
+  mesh = jax.make_mesh((2, 2), ("data", "tensor"), axis_types=(axis_type,) * 2)
+  return mesh, [jax.device_put(x, jax.NamedSharding(mesh, spec))
+                for x, spec in zip(operands(), specs)]
+
+
+def lower(program, args):
+  traced = jax.jit(program).trace(*args)
+  return traced.lower(lowering_platforms=("cuda",)).as_text()
+
+
+# Kernels are made when XLA asks for one device's part.
+for axis_type, program, calls in ((AxisType.Auto, sparse_training, 4),
+                                  (AxisType.Explicit, decoding, 1)):
+  text = lower(program, placed(axis_type)[1])
+  assert text.count("@CustomSPMDPartitioning") == calls, text
+mesh, args = placed(AxisType.Explicit)
+mapped = jax.shard_map(
+  sparse_training, mesh=mesh, in_specs=specs, out_specs=specs)
+assert lower(mapped, args).count("@mosaic_gpu") == 9
+"""
+
+
+def test_kernels_under_meshes_lower():
+  """Split by themselves, and inside of jax.shard_map with check_vma=True."""
+  run_on_devices(4, LOWERING)
+
+
+def test_forward_mode_says_so(pretend_hopper):
+  q, *rest = operands()
+
+  def out(implementation, q):
+    return msa_jax.msa_attention(
+      q, *rest, implementation=implementation, **OPTIONS
+    ).out.astype(jnp.float32)
+
+  with pytest.raises(NotImplementedError, match="support reverse mode only"):
+    jax.jvp(functools.partial(out, "xla"), (q,), (q,))
+  with pytest.raises(NotImplementedError, match="reverse mode of first order"):
+    gradient = jax.grad(lambda q: jnp.sum(out("mosaic_gpu", q)))
+    jax.eval_shape(jax.grad(lambda q: jnp.sum(gradient(q))), q)
+
+
+def test_varying_axes_change_no_number():
+  """An interpreted kernel inside of jax.shard_map, checked or not."""
+  case = Case(
+    q_len=16, kv_len=64, num_heads=2, num_kv_heads=1, head_dim=64,
+    block_size=64, top_k=1,
+  )  # fmt: skip
+  q, k, v, *_ = case.inputs(dtype=jnp.bfloat16)
+  blocks = random_blocks(case)
+  mesh = jax.make_mesh(
+    (1,), ("data",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+
+  def attend(q, k, v, blocks):
+    return sparse.sparse_attention(
+      q, k, v, blocks, block_size=64, interpret=True,
+      config=fwd.Config(num_ctas=1, pair_warpgroups=2, query_stages=2),
+    )  # fmt: skip
+
+  def run(check_vma):
+    mapped = jax.shard_map(
+      attend, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"),
+      check_vma=check_vma,
+    )  # fmt: skip
+    return jax.jit(mapped)(q, k, v, blocks)
+
+  for x, y in zip(run(True), run(False)):
+    np.testing.assert_array_equal(x, y)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
+def test_kernels_split_themselves_on_gpus(axis_type, hopper):
+  """Two GPUs give the numbers of one, and nothing is gathered."""
+  if jax.device_count() < 2:
+    pytest.skip(f"needs two GPUs, got {jax.device_count()}")
+  kind = getattr(jax.sharding.AxisType, axis_type)
+  args = operands()
+  for shape in ((2, 1), (1, 2)):
+    mesh = jax.make_mesh(
+      shape, ("data", "tensor"), axis_types=(kind,) * 2,
+      devices=jax.devices()[:2],
+    )  # fmt: skip
+    specs = (jax.P("data", None, "tensor"),) * 4 + (jax.P("data"),)
+    placed = [
+      jax.device_put(x, jax.NamedSharding(mesh, spec))
+      for x, spec in zip(args, specs)
+    ]
+    for program in (sparse_training, decoding):
+      compiled = jax.jit(program).lower(*placed).compile()
+      assert "all-gather" not in compiled.as_text()
+      got, want = compiled(*placed), jax.jit(program)(*args)
+      for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want)):
+        x, y = (np.asarray(a, np.float32) for a in (x, y))
+        # bf16, whose sums over devices are split in another way.
+        np.testing.assert_allclose(x, y, rtol=2e-2, atol=2e-2 * np.abs(y).max())
+
+
+# --- what the documentation shows ---------------------------------------------
+
+EXAMPLES = """
+import contextlib, io
+import jax
+from jax.sharding import AxisType
+from test_docs import ROOT, blocks
+
+for axis_type in (AxisType.Auto, AxisType.Explicit):
+  mesh = jax.make_mesh(
+    (jax.device_count(),), ("data",), axis_types=(axis_type,))
+  for page in ("README.md", "docs/generation.md", "docs/training.md"):
+    names = {}
+    for code, printed in blocks(ROOT / page):
+      output = io.StringIO()
+      with jax.set_mesh(mesh), contextlib.redirect_stdout(output):
+        exec(compile(code, page, "exec"), names)
+      assert printed in (None, output.getvalue()), (page, output.getvalue())
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [1, 4])
+def test_examples_run_under_meshes(devices):
+  """As printed, inside of jax.set_mesh, with the output that is printed."""
+  run_on_devices(devices, EXAMPLES)
