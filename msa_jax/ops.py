@@ -32,8 +32,9 @@ from __future__ import annotations
 
 import functools
 import logging
+import os
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
@@ -915,7 +916,9 @@ def _warn_of_padding(kv_lengths: Array | None, q_len: int, kv_len: int) -> None:
   lengths = np.asarray(kv_lengths)
   if ((lengths > 0) & (lengths < kv_len)).any():
     _said.add(_PADDING)
-    warnings.warn(_PADDING, stacklevel=3)
+    # The line of the warning is that of the caller of this package.
+    here = os.path.dirname(__file__)
+    warnings.warn(_PADDING, skip_file_prefixes=(here,))
 
 
 # --- choice of implementation ----------------------------------------------
@@ -1080,8 +1083,9 @@ def _dispatch(
   except NotImplementedError as error:
     taken.clear()
     refused.clear()
-    device_first = refusal and not isinstance(kernels, _Unsupported)
-    kernels_refused = refusal.reason if device_first else str(error)
+    kernels_refused = str(error)
+    if refusal and not isinstance(kernels, _Unsupported):
+      kernels_refused = refusal.reason
     try:
       result = portable()
     except NotImplementedError as error:

@@ -593,8 +593,10 @@ def test_lengths_of_a_right_padded_batch_are_warned_of_once():
     warnings.simplefilter("error")
     call(kv_lengths=jnp.asarray([24]))
     jax.jit(lambda n: call(kv_lengths=n).out)(jnp.asarray([9]))
-  with pytest.warns(UserWarning, match="right-padded training batch"):
+  right_padded = "right-padded training batch"
+  with pytest.warns(UserWarning, match=right_padded) as caught:
     call(kv_lengths=jnp.asarray([9]))
+  assert caught[0].filename == __file__  # the line of the call, and not ours
   with warnings.catch_warnings():
     warnings.simplefilter("error")
     call(kv_lengths=jnp.asarray([9]))
