@@ -1127,6 +1127,11 @@ def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
   if s.queries > 8 and s.queries % 8:  # a swizzle tile has 8 MMA rows
     index_q = jnp.pad(index_q, ((0, 0), (0, -s.queries % 8), (0, 0)))
 
+  # TMA copies up to 8 heads, or whole swizzle tiles of 8.
+  heads = g if g <= 8 else s.heads
+  q = q.reshape(b, t, kv, g, s.head_dim)
+  q = jnp.pad(q, ((0, 0),) * 3 + ((0, heads - g), (0, 0)))
+
   def new(shape, dtype):
     return jax.new_ref(lax.empty(shape, dtype))
 
@@ -1138,19 +1143,18 @@ def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
     _scan(index_q, index_k, index_k_scale, lengths, (codes, ids, counters), s)
   elif s.splits > 1:
     counters[...] = jnp.zeros(counters.shape, jnp.int32)
-  out = new((b, t, kv, g, s.head_dim), s.dtype)
+  out = new(q.shape, s.dtype)
   chosen = new((b, kv, t, s.top_k), jnp.int32)
   outputs = [out, chosen]
   if s.splits > 1:
     part = new((s.all_queries, s.splits, s.heads, s.head_dim), jnp.float32)
     stats = new((s.all_queries, s.splits, 2, ROWS), jnp.float32)
     outputs += [counters, part, stats]
-  _attend(
-    q.reshape(b, t, kv, g, s.head_dim), k, v, lengths, codes, ids, outputs, s
-  )
+  _attend(q, k, v, lengths, codes, ids, outputs, s)
   if s.separate_merge:
     _merge(lengths, part, stats, out, s)
-  return jax.freeze(out).reshape(q.shape), jax.freeze(chosen)
+  out = jax.freeze(out)[..., :g, :].reshape(b, t, kv * g, s.head_dim)
+  return out, jax.freeze(chosen)
 
 
 @mosaic.in_32_bits

@@ -210,6 +210,14 @@ def test_decoding_of_every_group_size(group):
   test_kernels_decode.run_and_check(case)
 
 
+def test_decoding_of_more_heads_than_a_swizzle_tile_lowers():
+  test_kernels_decode.lower(
+    dataclasses.replace(
+      test_kernels_decode.Case(), num_heads=15, num_kv_heads=1
+    )
+  )
+
+
 @pytest.mark.parametrize("name", ["head_dim", "index_dim"])
 def test_decoding_says_why_it_does_not_pad(name):
   case = dataclasses.replace(test_kernels_decode.Case(), **{name: 96})
