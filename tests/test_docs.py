@@ -167,15 +167,13 @@ def test_pages_have_examples():
   assert blocks(ROOT / "README.md")[0][1]
 
 
-@pytest.mark.parametrize(
-  "page", [page for page in PAGES if blocks(page)], ids=by_name
-)
-def test_examples_run(page, tmp_path):
-  """As printed, with a tiny checkpoint and one device in place of eight."""
+def run_examples(page, tmp_path):
+  """Runs a page's examples as printed, on the devices that are here and with a
+  tiny checkpoint; returns their names."""
   stand_ins = {
     '"MiniMax-M3"': repr(str(ROOT / "tests" / "data" / "m3_tiny")),
     '"fine-tuned"': repr(str(tmp_path / "saved")),
-    "(8,)": "(1,)",
+    "(8,)": f"({jax.device_count()},)",
   }
   names = {}
   for code, printed in blocks(page):
@@ -187,6 +185,14 @@ def test_examples_run(page, tmp_path):
       exec(compile(code, page.name, "exec"), names)
     if printed is not None:
       assert output.getvalue() == printed
+  return names
+
+
+@pytest.mark.parametrize(
+  "page", [page for page in PAGES if blocks(page)], ids=by_name
+)
+def test_examples_run(page, tmp_path):
+  names = run_examples(page, tmp_path)
   CHECKS.get(page.name, lambda names, tmp_path: None)(names, tmp_path)
 
 

@@ -318,8 +318,8 @@ import sys
 import jax, numpy as np
 from test_m3 import TINY, TOKENS, check_golden, m3, run, same_bits, tensors_of
 
-Auto = jax.sharding.AxisType.Auto
-mesh = jax.make_mesh((2, 2), ("expert", "tensor"), axis_types=(Auto,) * 2)
+# Explicit axes, which is JAX's default.
+mesh = jax.make_mesh((2, 2), ("expert", "tensor"))
 model = m3.load(TINY, mesh=mesh, implementation="xla")
 layer = model.layers[1]
 specs = (
@@ -334,6 +334,7 @@ with jax.set_mesh(mesh):
   check_golden(run(model, TOKENS[:1]), slice(1))
   m3.save(model, sys.argv[1], layout="released")
 same_bits(tensors_of(TINY), tensors_of(sys.argv[1]))
+Auto = jax.sharding.AxisType.Auto
 fsdp = jax.make_mesh((4,), ("fsdp",), axis_types=(Auto,))
 model = m3.load(TINY, mesh=fsdp, scan_layers=True)
 assert model.layers[1].mlp.gate[...].sharding.spec[2] == "fsdp"

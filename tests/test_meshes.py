@@ -421,26 +421,28 @@ def test_kernels_split_themselves_on_gpus(axis_type, hopper):
 # --- what the documentation shows ---------------------------------------------
 
 EXAMPLES = """
-import contextlib, io
+import pathlib, sys
 import jax
 from jax.sharding import AxisType
-from test_docs import ROOT, blocks
+from test_docs import PAGES, blocks, run_examples
 
-for axis_type in (AxisType.Auto, AxisType.Explicit):
-  mesh = jax.make_mesh(
-    (jax.device_count(),), ("data",), axis_types=(axis_type,))
-  for page in ("README.md", "docs/generation.md", "docs/training.md"):
-    names = {}
-    for code, printed in blocks(ROOT / page):
-      output = io.StringIO()
-      with jax.set_mesh(mesh), contextlib.redirect_stdout(output):
-        exec(compile(code, page, "exec"), names)
-      assert printed in (None, output.getvalue()), (page, output.getvalue())
+mesh = jax.make_mesh(
+  (jax.device_count(),), ("data",), axis_types=(AxisType[sys.argv[1]],))
+for page in filter(blocks, PAGES):
+  with jax.set_mesh(mesh):
+    run_examples(page, pathlib.Path(sys.argv[2], page.stem))
 """
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("devices", [1, 4])
-def test_examples_run_under_meshes(devices):
+@pytest.mark.parametrize(
+  "devices, axis_type",
+  [
+    (4, "Explicit"),
+    pytest.param(4, "Auto", marks=pytest.mark.slow),
+    pytest.param(1, "Explicit", marks=pytest.mark.slow),
+    pytest.param(1, "Auto", marks=pytest.mark.slow),
+  ],
+)
+def test_examples_run_under_meshes(devices, axis_type, tmp_path):
   """As printed, inside of jax.set_mesh, with the output that is printed."""
-  run_on_devices(devices, EXAMPLES)
+  run_on_devices(devices, EXAMPLES, axis_type, tmp_path)

@@ -24,7 +24,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax.sharding import (
-  AxisType,
   Mesh,
   NamedSharding,
   PartitionSpec,
@@ -426,9 +425,8 @@ def load(
       product of an e4m3 code and a power of two (MXFP8) exactly; with float32
       scales (FP8), float32 rounds less.
     mesh: devices to split the parameters over, by the axes of
-      `msa_jax.Sharding` that it has ("fsdp", "expert", "tensor", ...). Every
-      axis must have type Auto. Call the model under `jax.set_mesh(mesh)`. None
-      loads onto one device.
+      `msa_jax.Sharding` that it has ("fsdp", "expert", "tensor", ...). Call the
+      model under `jax.set_mesh(mesh)`. None loads onto one device.
     **options: `implementation`, `gqa_implementation`, `remat` and `scan_layers`
       of `msa_jax.ModelConfig`.
 
@@ -443,12 +441,6 @@ def load(
     raise wrong("options", f"among {OPTIONS}", str(unknown))
   if dtype is not None:
     dtype = _as_dtype(dtype)
-  if mesh is not None and set(mesh.axis_types) != {AxisType.Auto}:
-    raise wrong(
-      "mesh",
-      "a mesh whose axes have type Auto (make_mesh takes axis_types)",
-      str(mesh.axis_types),
-    )
   about, checkpoint, layout = open_checkpoint(folder, dtype=dtype, **options)
   checkpoint.check_tied(folder)
   if checkpoint.skipped:
@@ -684,7 +676,7 @@ def save(
     raise wrong("fields", "fields that describe no model", str(describing))
   config = model.config
   params = {
-    path: leaf.get_value()
+    path: _with_auto_axes(leaf.get_value())
     for path, leaf in nnx.to_flat_state(nnx.state(model, nnx.Param))
   }
   source = model.source if isinstance(model.source, Source) else None
@@ -721,8 +713,9 @@ def save(
     parts = []
     for array, at, layout, part in places[name]:
       back = tuple(int(axis) for axis in np.argsort(layout.axes))
-      value = np.asarray(jnp.transpose(array[at], back).reshape(layout.tensor))
-      value = value.astype(dtype, copy=False)
+      with jax.set_mesh(None):  # the parameters' mesh may be another one
+        value = jnp.transpose(array[at], back).reshape(layout.tensor)
+      value = np.asarray(value).astype(dtype, copy=False)
       if part == ():
         return value
       parts.append((part, value))
@@ -773,6 +766,17 @@ def choose_family(
     "one that the model can be saved in",
     f"{layout!r}:\n  " + "\n  ".join(refusals),
   )
+
+
+def _with_auto_axes(array: jax.Array) -> jax.Array:
+  """The same buffers, of a mesh whose axes have type Auto: JAX reshapes no
+  array whose axes are split over Explicit ones."""
+  place = array.sharding
+  if not isinstance(place, NamedSharding):
+    return array
+  mesh = Mesh(place.mesh.devices, place.mesh.axis_names)
+  place = NamedSharding(mesh, place.spec, memory_kind=place.memory_kind)
+  return jax.device_put(array, place)
 
 
 def _vision(source: Source | None) -> dict[str, Tensor]:
