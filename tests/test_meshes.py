@@ -32,13 +32,22 @@ args = [jax.random.normal(key, x) for key, x in zip(keys, shapes)]
 mask = jax.random.bernoulli(keys[0], 0.6, (b, t)).at[3].set(False)
 specs = (jax.P("data", None, "tensor"),) * 4 + (jax.P("data"),) * 2
 options = dict(block_size=8, top_k=2)
+# Packed rows: documents with padding, and trees.
+ids = jnp.repeat(
+  jnp.array([[1, 1, 2], [3, 3, 3], [0, 0, 0], [1, 4, 0]], jnp.int32), 8, axis=1)
+nodes = [(0, 8), (8, 14), (14, 21)]
+tree = msa_jax.tree_segments(
+  [nodes, nodes, [(0, 24)], nodes],
+  [[-1, 0, 0], [-1, 0, 1], [-1], [-1, -1, 1]], length=t, max_segments=4)
+documents = dict(segment_ids=ids, max_segments=4)
+trees = dict(segments=jax.tree.map(jnp.asarray, tree))
 
 
-def both(q, k, v, iq, ik, mask, phase, implementation):
+def both(q, k, v, iq, ik, mask, phase, implementation, **packed):
   def loss(*args):
     out = msa_jax.msa_attention(
       *args, query_mask=mask, with_kl=True, phase=phase,
-      implementation=implementation, **options)
+      implementation=implementation, **packed, **options)
     weight = jnp.where(out.lse == -jnp.inf, 0, out.lse)
     total = jnp.sum(jnp.sin(out.out)) + jnp.sum(jnp.cos(weight))
     return total + 10 * out.kl, out
@@ -53,15 +62,17 @@ def decode(q, k, v, iq, ik, mask, implementation):
 
 def recall(q, k, v, iq, ik, mask, implementation):
   blocks = msa_jax.select_blocks(
-    iq, ik, implementation=implementation, **options)
-  return msa_jax.selection_recall(q, k, blocks, block_size=8)
+    iq, ik, implementation=implementation, **documents, **options)
+  return msa_jax.selection_recall(q, k, blocks, block_size=8, **documents)
 
 
 # The most all-reduces: those of the loss, the KL, dindex_k, which all groups
-# share, and the count of queries; and those of the recalls.
+# share, the count of queries and whether any row has too many spans; and those
+# of the recalls.
 CASES = {
   ("sparse", "xla"): (functools.partial(both, phase="sparse"), 4),
-  ("warmup", "xla"): (functools.partial(both, phase="warmup"), 4),
+  ("packed", "xla"): (functools.partial(both, phase="sparse", **trees), 5),
+  ("warmup", "xla"): (functools.partial(both, phase="warmup", **documents), 5),
   ("decode", "xla"): (decode, 0),
   ("recall", "xla"): (recall, 4),
   ("sparse", "reference"): (functools.partial(both, phase="sparse"), 4),
@@ -169,6 +180,8 @@ import msa_jax
 from msa_jax import DecoderLM, Sharding, generate
 
 index = msa_jax.IndexConfig(index_dim=8, block_size=8, top_k=2)
+ids = jnp.repeat(
+  jnp.array([[1, 1, 2], [3, 3, 3], [0, 0, 0], [1, 4, 0]], jnp.int32), 8, axis=1)
 config = msa_jax.ModelConfig(
   vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
   head_dim=8, mlp_dim=48, layer_kinds=("gqa", "msa"), index=index)
@@ -178,9 +191,10 @@ x = jax.random.normal(jax.random.key(2), (4, 24, 16))
 
 
 @nnx.jit
-def train(model, optimizer, tokens, mask):
+def train(model, optimizer, tokens, mask, ids):
   def loss(model):
-    out = model(tokens, with_kl=True, query_mask=mask, with_selection=True)
+    out = model(tokens, with_kl=True, query_mask=mask, with_selection=True,
+                segment_ids=ids, max_segments=4)
     weight = mask.astype(jnp.float32)
     total = msa_jax.head_loss(
       out.hidden, model.head_weight(), tokens, weight) / 96
@@ -193,7 +207,7 @@ def train(model, optimizer, tokens, mask):
 def run_model(sharding, place):
   model = DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
   optimizer = nnx.Optimizer(model, optax.sgd(0.1), wrt=nnx.Param)
-  steps = [train(model, optimizer, place(tokens), place(mask))
+  steps = [train(model, optimizer, place(tokens), place(mask), place(ids))
            for _ in range(2)]
   rows = generate.generate(
     model, [[1, 2, 3], [4] * 20, [5], [6] * 9], max_new_tokens=4, steps=3,
