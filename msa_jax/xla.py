@@ -127,10 +127,11 @@ def _plan(
     .at[order]
     .set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
   )
-  start = jnp.searchsorted(
-    key[order], jnp.arange(total_blocks + 1, dtype=key.dtype)
-  ).astype(jnp.int32)
-  count = jnp.diff(start)
+  # Sums of scattered ones, because `jnp.searchsorted` fails inside of a
+  # `jax.shard_map` over some of the mesh's axes with check_vma=True (jax 0.11).
+  count = jnp.zeros((total_blocks + 1,), jnp.int32).at[key].add(1)
+  start = jnp.cumsum(count, dtype=jnp.int32) - count
+  count = count[:-1]
   tiles = -(-count // tile_queries)
   tile_end = jnp.cumsum(tiles).astype(jnp.int32)
   tile_start = tile_end - tiles
@@ -138,7 +139,8 @@ def _plan(
   # Only the last tile of a block can be incomplete, which bounds the number.
   num_tiles = pairs // tile_queries + min(total_blocks, pairs)
   tile = jnp.arange(num_tiles, dtype=jnp.int32)
-  block = jnp.searchsorted(tile_end, tile, side="right").astype(jnp.int32)
+  ends = jnp.zeros((num_tiles,), jnp.int32).at[tile_end].add(1, mode="drop")
+  block = jnp.cumsum(ends, dtype=jnp.int32)
   real = block < total_blocks
   block = jnp.minimum(block, total_blocks - 1)
   at = start[block] + (tile - tile_start[block]) * tile_queries

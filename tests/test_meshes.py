@@ -162,6 +162,19 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
   placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
             for x, spec in zip(args, specs)]
   close(gradients(mapped)(*placed), want)
+
+# Over one of a mesh's axes, with the other left to XLA.
+mesh = jax.make_mesh(
+  (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
+placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
+          for x, spec in zip(args, specs)]
+part = jax.shard_map(
+  lambda *args: whole(*args)[:2], mesh=mesh, axis_names={"data"},
+  in_specs=jax.P("data"), out_specs=jax.P("data"))
+def of_q(function, q, *rest):
+  return jnp.sum(jnp.sin(function(q, *rest)[0]))
+close(*(jax.jit(jax.grad(functools.partial(of_q, function)))(*operands)
+        for function, operands in ((part, placed), (whole, args))))
 """
 
 
