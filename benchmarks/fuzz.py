@@ -59,7 +59,12 @@ highest = functools.partial(jnp.einsum, precision="highest")
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Signature:
-  """An operation with all that is compiled into it."""
+  """An operation with all that is compiled into it.
+
+  Attributes:
+    with_dlse: whether the loss uses attention's lse too; the backward pass of
+      one that does not is another program.
+  """
 
   op: str
   batch: int
@@ -74,6 +79,7 @@ class Signature:
   num_local_blocks: int
   dtype: str
   precision: str = "exact"
+  with_dlse: bool = False
 
   @property
   def num_heads(self) -> int:
@@ -135,6 +141,7 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
         num_local_blocks=min(top_k, pick(1, 1, 2, 0)),
         dtype=pick("bfloat16", "bfloat16", "float16"),
         precision=precision,
+        with_dlse=index % len(OPS) == OPS.index("attention"),
       )
     )
   return found
@@ -213,6 +220,11 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
     clean[name] = jnp.where(hidden & where, 0, clean[name])
   x = {name: value.astype(s.dtype) for name, value in x.items()}
   extra = dict(blocks=blocks, lengths=lengths, mask=mask)
+  if s.with_dlse:
+    # The cotangent of a query's lse that sees nothing is dropped.
+    sees = jnp.repeat(visible.any(-1), s.group_size, axis=1)
+    dlse = normal(b, s.num_heads, t)
+    extra["dlse"] = jnp.where(sees, dlse, jnp.nan)
   if s.op == "decode" and s.precision == "fp8":
     # A key that holds NaN has no scale: it is one of zeros.
     finite = jnp.nan_to_num(x["index_k"].astype(jnp.float32))
@@ -281,8 +293,13 @@ def runner(s: Signature, implementation: str, interpret: bool) -> Callable:
         q, k, v, x["blocks"], **blocks, kv_lengths=x["lengths"]
       )
 
-    out, pull, lse = jax.vjp(attend, x["q"], x["k"], x["v"], has_aux=True)
-    dq, dk, dv = pull(x["dout"])
+    operands, dlse = (x["q"], x["k"], x["v"]), x.get("dlse")
+    if dlse is None:
+      out, pull, lse = jax.vjp(attend, *operands, has_aux=True)
+      dq, dk, dv = pull(x["dout"])
+    else:
+      (out, lse), pull = jax.vjp(attend, *operands)
+      dq, dk, dv = pull((x["dout"], dlse))
     return dict(out=out, lse=lse, dq=dq, dk=dk, dv=dv)
 
   def kl(x):
@@ -433,6 +450,8 @@ def _attention(s: Signature, x: dict, dtype: Any) -> dict[str, Any]:
   q, dout, delta = (x.reshape(sizes) for x in (q, dout, rounded(out) * dout))
   dp = highest("btkgd,bskd->bkgts", dout, v)
   delta = jnp.moveaxis(jnp.sum(delta, axis=-1), 1, -1)
+  if s.with_dlse:
+    delta -= jnp.where(lse == -jnp.inf, 0, x["dlse"]).reshape(delta.shape)
   ds = rounded(p * (dp - delta[..., None]))
   dq = s.scale * highest("bkgts,bskd->btkgd", ds, k)
   parts = s.scale * highest(

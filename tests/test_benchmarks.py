@@ -508,6 +508,8 @@ def test_fuzz_repeats_a_call_and_its_signatures():
   found = fuzz.signatures(5, 100)
   assert found == fuzz.signatures(5, 100) and len(set(found)) > 90
   assert {s.op for s in found} == set(fuzz.OPS)
+  attention = [s.with_dlse for s in found if s.op == "attention"]
+  assert set(attention) == {False, True}
   assert {s.group_size for s in found} == set(range(1, 17))
   assert all(s.q_len <= s.kv_len <= 2048 for s in found)
   s, key = fuzz.signatures(5, 6, tiny=True)[0], jax.random.key(1)
