@@ -774,7 +774,8 @@ def _with_auto_axes(array: jax.Array) -> jax.Array:
   place = array.sharding
   if not isinstance(place, NamedSharding):
     return array
-  mesh = Mesh(place.mesh.devices, place.mesh.axis_names)
+  mesh: Any = place.mesh
+  mesh = Mesh(mesh.devices, mesh.axis_names)
   place = NamedSharding(mesh, place.spec, memory_kind=place.memory_kind)
   return jax.device_put(array, place)
 
