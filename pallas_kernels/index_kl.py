@@ -109,6 +109,7 @@ from pallas_kernels import (
   dense_index_kl,
   kv_block_plan,
   mosaic,
+  packed_rows,
   partition,
   sparse_attention,
 )
@@ -172,34 +173,30 @@ class KernelParams:
     )
 
 
-HALVES_SHIFT = 8  # bits below: up to KV_BLOCK = 128 keys
+LIMIT_BITS = 8  # of the keys that a pair sees in half a KV block, 0 to KEYS
 
 
-def _pack_limit(num_keys, halves):
-  """How many keys of its KV block a pair sees, and which halves it chose.
-
-  Args:
-    num_keys: keys of the block that lie up to the query, 0 to KV_BLOCK.
-    halves: 2 bits, one for each half of the block.
-  """
-  return num_keys | (halves << HALVES_SHIFT)
-
-
-def _visible(limits, key, layout_axis):
-  """Whether pairs see the keys of their KV block.
+def _pack_limits(reach, halves, keys=None):
+  """How many keys a pair sees in each half of its KV block, in one number.
 
   Args:
-    limits: of `_pack_limit`, one a pair.
-    key: numbers of keys in the block, along the other axis.
-    layout_axis: of key's shape, along which the pairs lie.
+    reach: keys of the block that lie up to the query; also below 0 and above
+      KV_BLOCK.
+    halves: 2 bits, which halves of the block it chose.
+    keys: keys of each half of the pair's block, [.., 2]; KEYS if None.
   """
+  limits = 0
+  for half in range(2):
+    most = KEYS if keys is None else keys[..., half]
+    seen = jnp.clip(reach - half * KEYS, 0, most)
+    seen = jnp.where((halves >> half) & 1, seen, 0)
+    limits |= seen << (half * LIMIT_BITS)
+  return limits
 
-  def along(x):
-    return lax.broadcast_in_dim(x, key.shape, [layout_axis])
 
-  half = 1 << (HALVES_SHIFT + key // KEYS)
-  seen = along(limits & ((1 << HALVES_SHIFT) - 1))
-  return (key < seen) & ((along(limits) & half) != 0)
+def _limit_of(limits, half):
+  """How many keys pairs see in half a KV block, from `_pack_limits`."""
+  return (limits >> (half * LIMIT_BITS)) & ((1 << LIMIT_BITS) - 1)
 
 
 def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
@@ -211,7 +208,7 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
       head), first query, number of tasks.
     plan: `kv_block_plan.KVBlockPlan`.
     firsts: each task's first pair tile.
-    limits: for each pair, which keys of its block it sees (`_pack_limit`).
+    limits: for each pair, which keys of its block it sees (`_pack_limits`).
     iq: index queries, gathered in the order of the pair tiles.
     ik: index keys.
     params: static parameters.
@@ -271,7 +268,12 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
         key = plgpu.broadcasted_iota(
           jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
         )
-        visible = _visible(limit, key, 0)
+
+        def along(x):
+          return lax.broadcast_in_dim(x, key.shape, [0])
+
+        first, second = (along(_limit_of(limit, half)) for half in range(2))
+        visible = key < jnp.where(key < KEYS, first, second + KEYS)
         scores = jnp.where(visible, scores, mosaic.FLOOR)
         m = scores.max(axis=1)
         total = jnp.exp2(scores - lax.broadcast_in_dim(m, scores.shape, [0]))
@@ -465,11 +467,8 @@ def _kv_blocks(
       zero = plgpu.layout_cast(
         jnp.full((KEYS, PAIRS), 0.0, jnp.float32), plgpu.Layout.WGMMA
       )
-      key = (
-        plgpu.broadcasted_iota(
-          jnp.int32, (KEYS, PAIRS), 0, layout=plgpu.Layout.WGMMA
-        )
-        + wg * KEYS
+      key = plgpu.broadcasted_iota(
+        jnp.int32, (KEYS, PAIRS), 0, layout=plgpu.Layout.WGMMA
       )
 
       def along(x, size=PAIRS):
@@ -524,7 +523,7 @@ def _kv_blocks(
           scores = pl.run_scoped(index_product, ACC((KEYS, PAIRS), jnp.float32))
           limit = plgpu.load(limit_smem.at[stage], layout=column_layout)
           ilse = plgpu.load(ilse_smem.at[stage], layout=column_layout)
-          visible = _visible(limit, key, 1)
+          visible = key < along(_limit_of(limit, wg))
           log_r = scores * (s.index_scale * mosaic.LOG2E) - along(ilse)
           mean = jnp.where(visible, mean, 0.0)
           r = jnp.where(visible, jnp.exp2(log_r), 0.0)
@@ -768,24 +767,34 @@ def _kv_blocks(
 )  # fmt: skip
 def _loss(
   q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask, counted,
-  *, block_size, scale, index_scale, with_gradients, config, interpret,
+  rows=None, *, block_size, scale, index_scale, with_gradients, config, interpret,
 ):  # fmt: skip
   """The loss, dindex_q and dindex_k (float32; empty without gradients).
 
   They are means over `counted` queries and groups, which may be more than those
-  of this call.
+  of this call. `rows` are the `packed_rows.PackedRows`; None for plain rows.
   """
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
   i_dim = index_q.shape[-1]
   group_size = num_heads // num_kv_heads
   top_k = block_indices.shape[-1]
-  num_kv_blocks = -(-s_len // kv_block_plan.KV_BLOCK)
+  places = s_len
+  if rows is not None:
+    places = rows.source.shape[1]
+    block_indices = rows.seen_blocks(block_indices)
+  num_kv_blocks = -(-places // kv_block_plan.KV_BLOCK)
+  keys_of_halves = None
+  if rows is not None:
+    keys_of_halves = rows.keys_of_halves(num_kv_blocks)
+    keys_of_halves = keys_of_halves.reshape(b, num_kv_blocks, 2)
 
-  k, _ = sparse_attention.block_major(k, num_kv_blocks, kv_block_plan.KV_BLOCK)
+  k, _ = sparse_attention.block_major(
+    k, num_kv_blocks, kv_block_plan.KV_BLOCK, rows
+  )
   ik, bad = sparse_attention.block_major(
     index_k[:, :, None], num_kv_blocks * kv_block_plan.KV_BLOCK // block_size,
-    block_size,
+    block_size, rows,
   )  # fmt: skip
   ik, bad = ik[:, 0], bad[:, 0]
   bad_q = ~jnp.all(jnp.isfinite(index_q), axis=-1)
@@ -867,12 +876,18 @@ def _loss(
 
       ids = cut(block_indices)
       first_positions = kv_lengths[batch_row] - t + first_query
+      query_places = None
+      if rows is not None:
+        query_places = kv_block_plan.query_places(
+          rows, batch_row, first_query, chunk, num_kv_blocks
+        )
       plan = kv_block_plan.plan_kv_blocks(
         ids,
         first_positions,
         block_size=block_size,
         num_blocks=num_kv_blocks * kv_block_plan.KV_BLOCK // block_size,
         task=task,
+        places=query_places,
       )
       # Each task has pair tiles of its own. A pair slot is a position in one of
       # them; the last tile of a task may leave some unused.
@@ -893,11 +908,18 @@ def _loss(
         jnp.where(used, choice_slot, num_pairs)
       ].set(pair_slot, mode="drop", unique_indices=True)
       pair_slot_of = pair_slot_of.reshape(groups, chunk, top_k)
-      first_limit = first_positions[kv_block // num_kv_blocks] + 1
-      first_limit -= kv_block % num_kv_blocks * kv_block_plan.KV_BLOCK
-      limits = first_limit[task_of] + query_of_chunk
+      if plan.reach is None:
+        first_reach = first_positions[kv_block // num_kv_blocks] + 1
+        first_reach -= kv_block % num_kv_blocks * kv_block_plan.KV_BLOCK
+        reach = first_reach[task_of] + query_of_chunk
+        keys = None
+      else:
+        assert keys_of_halves is not None
+        reach = plan.reach[pair]
+        row_of_task = batch_row[kv_block // num_kv_blocks]
+        keys = keys_of_halves[row_of_task, kv_block % num_kv_blocks][task_of]
       halves = 3 if plan.chosen is None else plan.chosen[pair]
-      limits = _pack_limit(jnp.clip(limits, 0, kv_block_plan.KV_BLOCK), halves)
+      limits = _pack_limits(reach, jnp.int32(halves), keys)
       limits = jnp.where(used, limits, 0)
       # Index into [B, T, K]: of the group's first query, then of each pair.
       index_in_iq = (batch_row * t + first_query) * num_kv_heads + kv_head
@@ -916,8 +938,11 @@ def _loss(
       m = jnp.max(parts, axis=-1, initial=mosaic.FLOOR)
       query_lse = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
       known = jnp.clip(ids, 0, bad.shape[1] - 1)
-      offset = jnp.arange(chunk)[None, :, None]
-      q_position = first_positions[:, None, None] + offset
+      if query_places is None:
+        offset = jnp.arange(chunk)[None, :, None]
+        q_position = first_positions[:, None, None] + offset
+      else:
+        q_position = query_places.positions[..., None]
       seen = (ids >= 0) & (ids * block_size <= q_position)
       first_bad = bad[batch_row[:, None, None], known]
       poisoned = jnp.any(seen & (first_bad <= q_position), axis=-1)
@@ -973,26 +998,29 @@ def _loss(
   )
   counted = jnp.asarray(counted, jnp.float32)
   factor = index_scale / counted
+  dik = dik[:, :places]
+  if rows is not None and with_gradients:
+    dik = rows.from_blocks(dik)
   return (
     total * mosaic.LN2 / counted,
     diq[:, :t] * factor,
-    dik[:, :s_len] * factor,
+    dik * factor,
   )
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(8, 9, 10, 11, 12))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11, 12, 13))
 def _kl(
-  index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
+  index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask, rows,
   block_size, scale, index_scale, config, interpret,
 ):  # fmt: skip
   return _run(
-    index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
+    index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask, rows,
     block_size, scale, index_scale, config, interpret, with_gradients=False,
   )[0]  # fmt: skip
 
 
 def _run(
-  index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask,
+  index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask, rows,
   block_size, scale, index_scale, config, interpret, *, with_gradients,
 ):  # fmt: skip
   options = dict(
@@ -1008,21 +1036,23 @@ def _run(
   def run(*args):
     if block_indices is None:
       return dense_index_kl.kl(*args, **options)
-    return _loss(*args, block_size=block_size, **options)
+    args, rows = args[:9], packed_rows.of_arrays(args[9:])
+    return _loss(*args, rows, block_size=block_size, **options)
 
   operands = [q, k, index_q, index_k]
   letters = ["B T H D", "B S K D", "B T K I", "B S I"]
   if block_indices is not None:
     operands.append(block_indices)
     letters.append("B K T P")
+  packed, packed_letters = packed_rows.operands(rows)
   split = partition.by_rows_and_heads(
     partition.kernel(run, interpret),
-    (*letters, "B H T", "B", "B T", ""),
+    (*letters, "B H T", "B", "B T", "", *packed_letters),
     ("", "B T K I", "B S I"),
     interpret=interpret,
   )
   counted = jnp.maximum(jnp.sum(query_mask), 1) * k.shape[2]
-  return split(*operands, lse, kv_lengths, query_mask, counted)
+  return split(*operands, lse, kv_lengths, query_mask, counted, *packed)
 
 
 @mosaic.in_32_bits
@@ -1044,7 +1074,7 @@ def _kl_backward(
   return (
     (diq * cotangent).astype(index_q.dtype),
     (dik * cotangent).astype(index_k.dtype),
-    *[None] * 6,
+    *[None] * 7,
   )
 
 
@@ -1065,6 +1095,7 @@ def index_kl_loss(
   index_scale: float | None = None,
   kv_lengths: Int[Array, "B"] | None = None,
   query_mask: Bool[Array, "B T"] | None = None,
+  layout: packed_rows.Layout | None = None,
   config: Config | dense_index_kl.Config | None = None,
   interpret: bool = False,
 ) -> Float[Array, ""]:
@@ -1087,6 +1118,9 @@ def index_kl_loss(
     index_scale: of the index scores; I^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
     query_mask: queries that count; all if None.
+    layout: blocks of packed rows, whose T is S and whose padding query_mask
+      leaves out; None for plain rows. Ids of blocks that the query does not see
+      contribute nothing.
     config: tile sizes of the phase; the defaults of its `Config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
@@ -1108,6 +1142,7 @@ def index_kl_loss(
       block_size=block_size,
       top_k=block_indices.shape[-1],
       kv_len=k.shape[1],
+      num_blocks=packed_rows.num_blocks(layout),
       group_size=num_heads // k.shape[2],
     )
     config = config or Config()
@@ -1123,7 +1158,7 @@ def index_kl_loss(
   return _kl(
     index_q, index_k, q, k, block_indices, lax.stop_gradient(lse),
     jnp.clip(kv_lengths.astype(jnp.int32), 0, k.shape[1]), query_mask,
-    block_size,
+    packed_rows.of_layout(layout, block_size), block_size,
     float(d**-0.5 if scale is None else scale),
     float(index_dim**-0.5 if index_scale is None else index_scale),
     config,

@@ -32,7 +32,7 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Int, Shaped
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, packed_rows
 
 KV_BLOCK = 128  # keys of a KV block
 
@@ -62,6 +62,8 @@ class KVBlockPlan(NamedTuple):
       chose this half of the KV block.
     is_pair: bool [groups, packs, slots]: which slots of a pack hold a pair; the
       pairs of a pack come first, unless `chosen` is None.
+    reach: int32 [pairs], of packed rows only: how many keys of the KV block lie
+      up to each query of the pack, 0 to KV_BLOCK, in 8 bits a query.
   """
 
   tasks: Int[Array, "tasks 5"]
@@ -71,6 +73,45 @@ class KVBlockPlan(NamedTuple):
   order: Int[Array, "pairs"]
   chosen: Int[Array, "pairs"] | None
   is_pair: Bool[Array, "groups packs slots"]
+  reach: Int[Array, "pairs"] | None
+
+
+class QueryPlaces(NamedTuple):
+  """Where the queries of a chunk stand in packed rows.
+
+  Attributes:
+    positions: of each query of each group among the keys; -1 for a query that
+      sees nothing.
+    unmasked_from: the first query of the chunk from which on no query needs a
+      mask in a KV block.
+  """
+
+  positions: Int[Array, "groups queries"]
+  unmasked_from: Int[Array, "groups kv_blocks"]
+
+
+def query_places(
+  packed: packed_rows.PackedRows,
+  batch_row: Int[Array, "groups"],
+  first_query: Any,
+  queries: int,
+  num_kv_blocks: int,
+) -> QueryPlaces:
+  """The places of a chunk's queries.
+
+  Args:
+    packed: places of all batch rows.
+    batch_row: of each group of the launch.
+    first_query: of the chunk.
+    queries: of the chunk; those behind the row see nothing.
+    num_kv_blocks: KV blocks of a group.
+  """
+  slot = first_query + jnp.arange(queries, dtype=jnp.int32)
+  positions = packed.positions.at[batch_row[:, None], slot[None]].get(
+    mode="fill", fill_value=-1
+  )
+  unmasked_from = packed.unmasked_from(num_kv_blocks)[batch_row] - first_query
+  return QueryPlaces(positions, unmasked_from)
 
 
 def sort_key_fits(num_kv_blocks: int, num_pairs: int) -> bool:
@@ -205,6 +246,7 @@ def plan_kv_blocks(
   num_blocks: int,
   task: int,
   pack: int = 1,
+  places: QueryPlaces | None = None,
 ) -> KVBlockPlan:
   """Sorts the choices of a chunk by KV block and cuts them into tasks.
 
@@ -213,11 +255,14 @@ def plan_kv_blocks(
       order, the P of a query after those of the query before it; ids outside
       0 .. own block are dropped.
     starts: position of each group's first query among the keys; the other
-      queries follow. A query at a negative position sees nothing.
+      queries follow. A query at a negative position sees nothing. Not used
+      with `places`.
     block_size: tokens of a chosen block, KV_BLOCK or half of it.
     num_blocks: N.
     task: upper bound on the pairs of a task, a multiple of 8.
     pack: queries of a pack.
+    places: of the queries of packed rows. The ids must be of blocks that the
+      queries see.
   """
   num_groups, num_packs, slots = ids.shape
   num_pairs = ids.size
@@ -229,8 +274,13 @@ def plan_kv_blocks(
       f"{num_groups * num_packs} packs of {slots} choices among"
       f" {num_kv_blocks} KV blocks do not fit a sort key of 32 bits"
     )
+  if places is None:
+    query = jnp.arange(num_packs * pack, dtype=jnp.int32)[None]
+    positions = query + starts[:, None]
+  else:
+    positions = places.positions
   kv_block, is_pair, chosen = _pairs_of_packs(
-    ids, starts, block_size=block_size, num_blocks=num_blocks, pack=pack
+    ids, positions, block_size=block_size, num_blocks=num_blocks, pack=pack
   )
   group = jnp.arange(num_groups)[:, None]
   kv_block += group[..., None] * group_kv_blocks
@@ -243,7 +293,10 @@ def plan_kv_blocks(
   lists = jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32) << slot_bits
   # The first slot of each block's list whose pack stands behind the block's
   # last key and so needs no causal mask.
-  after = (jnp.arange(group_kv_blocks) + 1)[None] * KV_BLOCK - starts[:, None]
+  if places is None:
+    after = (jnp.arange(group_kv_blocks) + 1)[None] * KV_BLOCK - starts[:, None]
+  else:
+    after = places.unmasked_from
   after = group * num_packs + jnp.clip(-(-after // pack), 0, num_packs)
   after = after.reshape(-1).astype(jnp.uint32) * slots
   bounds, inside = jnp.split(
@@ -257,6 +310,13 @@ def plan_kv_blocks(
   order = (key & ((1 << slot_bits) - 1)).astype(jnp.int32)
   if chosen is not None:
     chosen = chosen.reshape(-1)[order]
+  reach = None
+  if places is not None:
+    block = (key >> slot_bits).astype(jnp.int32) % group_kv_blocks
+    queries = positions.reshape(-1, pack)[order // slots]
+    reach = jnp.clip(queries + 1 - block[:, None] * KV_BLOCK, 0, KV_BLOCK)
+    reach <<= 8 * jnp.arange(pack, dtype=jnp.int32)
+    reach = jnp.sum(reach, axis=-1, dtype=jnp.int32)
 
   counts = bounds[1:] - bounds[:-1]
   task_counts = -(-counts // task)
@@ -285,12 +345,13 @@ def plan_kv_blocks(
     order=order,
     chosen=chosen,
     is_pair=is_pair,
+    reach=reach,
   )
 
 
 def _pairs_of_packs(
   ids: Int[Array, "groups packs slots"],
-  starts: Int[Array, "groups"],
+  positions: Int[Array, "groups queries"],
   *,
   block_size: int,
   num_blocks: int,
@@ -307,9 +368,9 @@ def _pairs_of_packs(
   _, num_packs, slots = ids.shape
   each = KV_BLOCK // block_size
   query = jnp.arange(slots, dtype=jnp.int32)[None, None] // (slots // pack)
-  position = jnp.arange(num_packs, dtype=jnp.int32)[None, :, None]
-  position = position * pack + query
-  position = position + starts[:, None, None]
+  position = jnp.repeat(
+    positions.reshape(-1, num_packs, pack), slots // pack, axis=-1
+  )
   own = jnp.where(position < 0, -1, position // block_size)
   valid = (ids >= 0) & (ids <= own) & (ids < num_blocks)
   known = jnp.clip(ids, 0, num_blocks - 1)

@@ -208,6 +208,7 @@ def check_supported(
   block_size: int | None = None,
   top_k: int = 0,
   kv_len: int = 0,
+  num_blocks: int = 0,
   head_dim: int | None = None,
   index_dim: int | None = None,
   group_size: int | None = None,
@@ -223,6 +224,7 @@ def check_supported(
     block_size: tokens of a block.
     top_k: P.
     kv_len: S.
+    num_blocks: N of packed rows; 0 for plain rows.
     head_dim: D.
     index_dim: I.
     group_size: G.
@@ -253,6 +255,12 @@ def check_supported(
   if top_k > MAX_TOP_K:
     raise NotImplementedError(
       f"mosaic_gpu supports top_k up to {MAX_TOP_K}, got {top_k}"
+    )
+  if num_blocks > MAX_BLOCKS:
+    raise NotImplementedError(
+      f"mosaic_gpu supports up to {MAX_BLOCKS} blocks of keys, got {num_blocks}"
+      f" of packed rows: ceil(S / block_size) + max_segments, with kv_len"
+      f" {kv_len} in blocks of {block_size}"
     )
   if block_size and -(-kv_len // block_size) > MAX_BLOCKS:
     raise NotImplementedError(

@@ -8,7 +8,9 @@ where queries are gathered, and gives them a custom gradient.
 
 K and V are copied once: head-major, padded to whole blocks, and with non-finite
 entries zeroed, because a zero probability times NaN is NaN. A query that sees
-such an entry is set to NaN at the end, and no other query is touched.
+such an entry is set to NaN at the end, and no other query is touched. In packed
+rows the copy moves every block to a whole multiple of the block size
+(`packed_rows`), and the kernels read positions that they count in plain rows.
 
 A TMA copy moves tiles of 8 rows. So the queries are laid out in packs of 8 or
 16 rows (`mosaic.Packing`): one query where a group has more than 4 heads, with
@@ -37,6 +39,7 @@ from jaxtyping import Array, Float, Int
 from pallas_kernels import (
   kv_block_plan,
   mosaic,
+  packed_rows,
   partition,
   sparse_attention_bwd,
   sparse_attention_fwd,
@@ -55,13 +58,22 @@ def pad_heads(x: Array, num_kv_heads: int) -> Array:
   return jnp.pad(x, pad).reshape(b, t, num_kv_heads * rows, d)
 
 
-def block_major(x: Array, num_blocks: int, block_size: int):
+def block_major(
+  x: Array,
+  num_blocks: int,
+  block_size: int,
+  rows: packed_rows.PackedRows | None = None,
+):
   """Head-major copy of keys or values in whole blocks, and where NaN was.
+
+  Packed rows are copied to their places, which positions then mean.
 
   Returns:
     x as [B,K,N*block_size,D], zeroed where it is not finite, and int32 [B,K,N]:
     the position of each block's first non-finite token, or `mosaic.NEVER`.
   """
+  if rows is not None:
+    x = rows.to_blocks(x)
   b, s_len, num_kv_heads, _ = x.shape
   pad = num_blocks * block_size - s_len
   x = jnp.pad(x, ((0, 0), (0, pad), (0, 0), (0, 0))).transpose(0, 2, 1, 3)
@@ -76,19 +88,23 @@ def block_major(x: Array, num_blocks: int, block_size: int):
   jax.jit, static_argnames=("block_size", "scale", "config", "interpret")
 )
 def _forward(
-  q, k, v, block_indices, kv_lengths, *, block_size, scale, config, interpret
-):
+  q, k, v, block_indices, kv_lengths, rows, *, block_size, scale, config,
+  interpret,
+):  # fmt: skip
   b, t, num_heads = q.shape[:3]
   s_len, num_kv_heads = k.shape[1:3]
   group_size = num_heads // num_kv_heads
   num_blocks = -(-s_len // block_size)
+  if rows is not None:
+    num_blocks = rows.num_blocks
+    block_indices = rows.seen_blocks(block_indices)
   packing = mosaic.Packing(group_size)
   q = packing.pack(q, num_kv_heads)
-  k, bad_k = block_major(k, num_blocks, block_size)
-  v, bad_v = block_major(v, num_blocks, block_size)
+  k, bad_k = block_major(k, num_blocks, block_size, rows)
+  v, bad_v = block_major(v, num_blocks, block_size, rows)
   out, lse = sparse_attention_fwd.forward(
     q, k, v, jnp.stack([bad_k, bad_v], axis=2), block_indices,
-    jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len),
+    jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len), rows,
     packing=packing,
     block_size=block_size,
     scale=scale,
@@ -103,15 +119,20 @@ def _forward(
   jax.jit, static_argnames=("block_size", "scale", "config", "interpret")
 )
 def _backward(
-  q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, *, block_size,
+  q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, rows, *, block_size,
   scale, config, interpret,
 ):  # fmt: skip
   t, num_heads = q.shape[1:3]
   s_len, num_kv_heads = k.shape[1:3]
   group_size = num_heads // num_kv_heads
-  num_kv_blocks = -(-s_len // kv_block_plan.KV_BLOCK)
+  places = s_len
+  if rows is not None:
+    places = rows.source.shape[1]
+    block_indices = rows.seen_blocks(block_indices)
+  num_kv_blocks = -(-places // kv_block_plan.KV_BLOCK)
   k, v = (
-    block_major(x, num_kv_blocks, kv_block_plan.KV_BLOCK)[0] for x in (k, v)
+    block_major(x, num_kv_blocks, kv_block_plan.KV_BLOCK, rows)[0]
+    for x in (k, v)
   )
   delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
   # A dout that is not finite goes into lse and so reaches dv of exactly the
@@ -132,63 +153,73 @@ def _backward(
   q, dout, delta = (packing.pack(x, num_kv_heads) for x in (q, dout, delta))
   dq, dk, dv = sparse_attention_bwd.backward(
     q, k, v, dout, rows_lse, delta, block_indices,
-    jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len),
+    jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len), rows,
     packing=packing,
     block_size=block_size,
     scale=scale,
     config=config or sparse_attention_bwd.heuristic_config(),
     interpret=interpret,
   )  # fmt: skip
-  dk, dv = (x[:, :, :s_len].swapaxes(1, 2) for x in (dk, dv))
+  dk, dv = (x[:, :, :places].swapaxes(1, 2) for x in (dk, dv))
+  if rows is not None:
+    dk, dv = (rows.from_blocks(x) for x in (dk, dv))
   return packing.unpack(dq, t, num_kv_heads), dk, dv
 
 
 _Q_K_V = ("B T H D", "B S K D", "B S K D")
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(5, 6, 7, 8, 9))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(6, 7, 8, 9, 10))
 def _sparse_attention(
-  q, k, v, block_indices, kv_lengths, block_size, scale, config,
+  q, k, v, block_indices, kv_lengths, rows, block_size, scale, config,
   backward_config, interpret,
 ):  # fmt: skip
   # Under vmap the kernels run once for each entry of the mapped axis.
   @jax.custom_batching.sequential_vmap
-  def run(*args):
+  def run(q, k, v, block_indices, kv_lengths, *rows):
     return _forward(
-      *args, block_size=block_size, scale=scale, config=config,
-      interpret=interpret,
+      q, k, v, block_indices, kv_lengths, packed_rows.of_arrays(rows),
+      block_size=block_size, scale=scale, config=config, interpret=interpret,
     )  # fmt: skip
 
+  packed, letters = packed_rows.operands(rows)
   split = partition.by_rows_and_heads(
     partition.kernel(run, interpret),
-    (*_Q_K_V, "B K T P", "B"),
+    (*_Q_K_V, "B K T P", "B", *letters),
     ("B T H D", "B H T"),
     interpret=interpret,
   )
-  return split(q, k, v, block_indices, kv_lengths)
+  return split(q, k, v, block_indices, kv_lengths, *packed)
 
 
 @mosaic.in_32_bits
-def _vjp_forward(q, k, v, block_indices, kv_lengths, *options):
+def _vjp_forward(q, k, v, block_indices, kv_lengths, rows, *options):
   q, k, v, block_indices, kv_lengths = (
     x.value for x in (q, k, v, block_indices, kv_lengths)
   )
-  both: Any = _sparse_attention(q, k, v, block_indices, kv_lengths, *options)
+  if rows is not None:
+    rows = packed_rows.PackedRows(*(x.value for x in rows))
+  both: Any = _sparse_attention(
+    q, k, v, block_indices, kv_lengths, rows, *options
+  )
   out = checkpoint_name(both[0], "attention_out")
   lse = checkpoint_name(both[1], "attention_lse")
-  return (out, lse), (q, k, v, out, lse, block_indices, kv_lengths)
+  return (out, lse), (q, k, v, out, lse, block_indices, kv_lengths, rows)
 
 
 @mosaic.in_32_bits
 def _vjp_backward(
   block_size, scale, config, backward_config, interpret, residuals, cotangents
 ):
-  q, k, v, out, lse, block_indices, kv_lengths = residuals
+  q, k, v, out, lse, block_indices, kv_lengths, rows = residuals
+  packed, packed_letters = packed_rows.operands(rows)
 
   @jax.custom_batching.sequential_vmap
-  def run(q, k, v, block_indices, kv_lengths, out, lse, dout, dlse=None):
+  def run(q, k, v, block_indices, kv_lengths, out, lse, dout, *rest):
+    rows = packed_rows.of_arrays(rest[: len(packed)])
+    dlse = rest[-1] if len(rest) > len(packed) else None
     return _backward(
-      q, k, v, out, lse, dout, dlse, block_indices, kv_lengths,
+      q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, rows,
       block_size=block_size, scale=scale, config=backward_config,
       interpret=interpret,
     )  # fmt: skip
@@ -196,15 +227,16 @@ def _vjp_backward(
   dout, dlse = cotangents
   if isinstance(dout, SymbolicZero):
     dout = jnp.zeros_like(out)
-  operands = [q, k, v, block_indices, kv_lengths, out, lse, dout]
+  operands = [q, k, v, block_indices, kv_lengths, out, lse, dout, *packed]
   letters = [*_Q_K_V, "B K T P", "B", "B T H D", "B H T", "B T H D"]
+  letters += packed_letters
   if not isinstance(dlse, SymbolicZero):
     operands.append(dlse)
     letters.append("B H T")
   split = partition.by_rows_and_heads(
     partition.kernel(run, interpret), letters, _Q_K_V, interpret=interpret
   )
-  return *split(*operands), None, None
+  return *split(*operands), None, None, None
 
 
 # With symbolic zeros, the gradient of an lse that is not used costs nothing.
@@ -221,6 +253,7 @@ def sparse_attention(
   block_size: int = 128,
   scale: float | None = None,
   kv_lengths: Int[Array, "B"] | None = None,
+  layout: packed_rows.Layout | None = None,
   config: sparse_attention_fwd.Config | None = None,
   backward_config: sparse_attention_bwd.Config | None = None,
   interpret: bool = False,
@@ -236,6 +269,8 @@ def sparse_attention(
     block_size: tokens of a block.
     scale: of the scores, a positive number; D^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
+    layout: blocks of packed rows, whose T is S; None for plain rows. Ids of
+      blocks that the query does not see contribute nothing.
     config: tile sizes; `heuristic_config` if None.
     backward_config: tile sizes of the backward kernels, likewise.
     interpret: run on the CPU in Pallas's GPU interpret mode.
@@ -254,6 +289,7 @@ def sparse_attention(
     block_size=block_size,
     top_k=block_indices.shape[-1],
     kv_len=k.shape[1],
+    num_blocks=packed_rows.num_blocks(layout),
     head_dim=q.shape[-1],
     group_size=group_size,
     num_choices=block_indices.size,
@@ -268,6 +304,7 @@ def sparse_attention(
   q, k, v = (mosaic.pad_head_dim(x) for x in (q, k, v))
   both: Any = _sparse_attention(
     q, k, v, block_indices, kv_lengths,
+    packed_rows.of_layout(layout, block_size),
     block_size, scale, config, backward_config, interpret,
   )  # fmt: skip
   out, lse = both

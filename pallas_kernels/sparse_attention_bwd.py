@@ -24,6 +24,10 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
   kernel, **sum_pairs**, that reads the pairs alone. Because this warpgroup
   makes dQ, the two compute warpgroups never wait for each other.
 
+Packed rows (`packed_rows`) differ in row tiles that need masks: these read how
+far each query reaches in the block, and how many keys each half of it has. A
+program for plain rows has no code for that.
+
 There are no atomics: a block's first task adds to the block's float32 sum of dK
 and dV. A block that many queries chose has more tasks. They write sums of their
 own, which a second kernel, **sum_extra**, adds in order. So all sums have a
@@ -184,6 +188,7 @@ def _kv_blocks(
   v,
   lse,
   delta,
+  keys,
   *,
   params,
 ):
@@ -201,6 +206,8 @@ def _kv_blocks(
     q, dout, k, v: operands as `backward` takes them.
     lse, delta: float32 as int32, one value for each MMA row in the order of the
       pairs.
+    keys: int32 [B, halves]: keys of each half KV block of packed rows; None for
+      plain rows.
     params: static parameters.
   """
   s, config = params, params.config
@@ -217,7 +224,7 @@ def _kv_blocks(
     *, chunk_gmem, starts_gmem, tasks_gmem, longest_first_gmem, pairs_gmem,
     q_gmem, do_gmem, k_gmem, v_gmem, lse_gmem, delta_gmem, part_gmem, sums_gmem,
     q_smem, do_smem, k_smem, v_smem, ds_smem, dq_smem, small_smem, pairs_ready,
-    q_ring, kv_ring, ds_ring, clean, p_smem=None,
+    q_ring, kv_ring, ds_ring, clean, p_smem=None, keys_gmem=None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = kv_block_plan.num_tasks_of_cta(
@@ -274,6 +281,9 @@ def _kv_blocks(
           - group * s.chunk * pack
           - block * kv_block_plan.KV_BLOCK
         )
+        if keys_gmem is not None:
+          batch_row = (chunk_gmem[0] + group) // s.num_kv_heads
+          last_key = wg * KEYS + keys_gmem[batch_row, 2 * block + wg] - 1
         kv_ring.wait_ready(0)
 
         def over_keys(x):
@@ -322,10 +332,16 @@ def _kv_blocks(
             at = (start + nth_pair(a, nth_tile(j), count)) * FIELDS
             first_query = pairs_gmem[at] * pack
             chosen = pairs_gmem[at + 2]
+            if keys_gmem is not None:
+              reach = pairs_gmem[at + 3]
             for b in range(pack):
-              seen = jnp.minimum(
-                after_key + first_query + b, kv_block_plan.KV_BLOCK - 1
-              )
+              if keys_gmem is None:
+                seen = jnp.minimum(
+                  after_key + first_query + b, kv_block_plan.KV_BLOCK - 1
+                )
+              else:
+                seen = ((reach >> (8 * b)) & 255) - 1
+                seen = jnp.minimum(seen, last_key)
               live = first + a < count
               if masks_choices:
                 live &= ((chosen >> (2 * b + wg)) & 1) == 1
@@ -663,6 +679,7 @@ def _kv_blocks(
       delta_gmem=delta,
       part_gmem=partials,
       sums_gmem=sums,
+      **({} if keys is None else dict(keys_gmem=keys)),
     ),
     name="sparse_kv_blocks",
     num_ctas=config.num_ctas,
@@ -675,7 +692,7 @@ def _kv_blocks(
 
 
 def _describe(plan, slots: int) -> jax.Array:
-  """int32 [pairs * FIELDS]: each pair's pack, slot in the pack, choice bits, 0.
+  """int32 [pairs * FIELDS]: pack, slot in the pack, choice bits, reach of pairs.
 
   The pack is numbered over all groups of the launch. The kernel copies these to
   SMEM ahead of use, because it would wait for each number that it reads from
@@ -687,7 +704,8 @@ def _describe(plan, slots: int) -> jax.Array:
   """
   zero = jnp.zeros_like(plan.order)
   chosen = zero if plan.chosen is None else plan.chosen
-  fields = [plan.order // slots, plan.order % slots, chosen, zero]
+  reach = zero if plan.reach is None else plan.reach
+  fields = [plan.order // slots, plan.order % slots, chosen, reach]
   # The last row tile may reach past the last pair.
   pairs = jnp.pad(jnp.stack(fields, axis=-1), ((0, ROWS // 8), (0, 0)))
   return pairs.reshape(-1)
@@ -806,7 +824,7 @@ def _sum_pairs(dq, partials, counts, *, params):
 
 
 def backward(
-  q, k, v, dout, lse, delta, block_indices, kv_lengths, *, packing,
+  q, k, v, dout, lse, delta, block_indices, kv_lengths, packed=None, *, packing,
   block_size, scale, config, interpret,
 ):  # fmt: skip
   """dq, dk and dv of padded operands.
@@ -819,6 +837,8 @@ def backward(
     delta: float32 [B, U, K * rows]: out.dout - dlse, 0 for padding.
     block_indices: [B, K, T, P].
     kv_lengths: [B], at most S.
+    packed: `packed_rows.PackedRows`, which then say where the queries are, and
+      ids are of blocks that the queries see; None for plain rows.
     packing: of the queries.
     block_size: tokens of a block.
     scale: of the scores.
@@ -875,6 +895,7 @@ def backward(
 
   lse, delta = by_group(lse * mosaic.LOG2E), by_group(delta)
   starts = jnp.repeat(kv_lengths - t, num_kv_heads)
+  keys = None if packed is None else packed.keys_of_halves(num_kv_blocks)
   num_slots = groups * num_kv_blocks
   max_tasks = kv_block_plan.max_tasks(num_slots, num_pairs, task)
 
@@ -895,6 +916,15 @@ def backward(
 
       first_positions = lax.dynamic_slice_in_dim(starts, first, groups)
       first_positions += first_pack * pack
+      places = None
+      if packed is not None:
+        places = kv_block_plan.query_places(
+          packed,
+          (first + jnp.arange(groups, dtype=jnp.int32)) // num_kv_heads,
+          first_pack * pack,
+          chunk * pack,
+          num_kv_blocks,
+        )
       plan = kv_block_plan.plan_kv_blocks(
         cut(block_indices),
         first_positions,
@@ -902,6 +932,7 @@ def backward(
         num_blocks=-(-s_len // block_size),
         task=task,
         pack=pack,
+        places=places,
       )
 
       def by_pair(x, other):
@@ -924,7 +955,7 @@ def backward(
       _kv_blocks(
         partials_ref, sums_ref, chunk_desc.astype(jnp.int32), first_positions,
         plan, _describe(plan, slots), q, dout, k, v, by_pair(cut(lse), jnp.inf),
-        by_pair(cut(delta), 0), params=params,
+        by_pair(cut(delta), 0), keys, params=params,
       )  # fmt: skip
       sum_extra(
         sums_ref, plan.extra, num_kv_blocks=num_slots, interpret=interpret

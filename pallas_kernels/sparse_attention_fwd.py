@@ -65,6 +65,10 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
               free: 0 and 1, which have read their   copy
               half (2)
 
+Packed rows (`packed_rows`) differ in the tile kernel's blocks that need a mask:
+it reads each query's position and each block's number of keys. A program for
+plain rows has no code for that.
+
 Not supported: what `mosaic.check_supported` refuses.
 """
 
@@ -81,7 +85,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic, tile_plan
+from pallas_kernels import mosaic, packed_rows, tile_plan
 from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -382,7 +386,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
 
 
 def _tiles(
-  out, lse, partials, chunk_desc, starts, plan, merges, q, k, v, *,
+  out, lse, partials, chunk_desc, positions, keys, plan, merges, q, k, v, *,
   num_tiles: int, params: KernelParams,
 ):  # fmt: skip
   """Walks the tiles' shared blocks, merges partials, writes out and lse.
@@ -393,7 +397,9 @@ def _tiles(
       then SMEM has room for more blocks.
     chunk_desc: chunk descriptor as in `_pairs`, of which this reads the first
       tile only.
-    starts: position of each batch row's first query among its keys.
+    positions: int32 [B]: position of each batch row's first query among its
+      keys; of packed rows [B, MMA rows]: of each MMA row's query.
+    keys: int32 [B, N]: keys of each block of packed rows; None for plain rows.
     plan: `tile_plan.TilePlan`.
     merges: `tile_plan.plan_merges`; None like `partials`.
     q, k, v: operands as `forward` takes them.
@@ -409,10 +415,10 @@ def _tiles(
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    *, chunk_gmem, starts_gmem, counts_gmem, queries_gmem, shared_gmem,
+    *, chunk_gmem, positions_gmem, counts_gmem, queries_gmem, shared_gmem,
     shared_by_gmem, q_gmem, k_gmem, v_gmem, out_gmem, lse_gmem, q_smem, k_smem,
-    v_smem, q_ready, k_ring, v_ring, merge_gmem: Any = None,
-    part_gmem: Any = None, part_lse_gmem: Any = None, o_smem: Any = None,
+    v_smem, q_ready, k_ring, v_ring, keys_gmem: Any = None,
+    merge_gmem: Any = None, part_gmem: Any = None, part_lse_gmem: Any = None, o_smem: Any = None,
     l_smem: Any = None, o_ring: Any = None, p_smem: Any = None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -461,7 +467,8 @@ def _tiles(
         bad_keys, bad_values, seeing = (
           queries_gmem[index, j, wg] for j in range(3)
         )
-        position = starts_gmem[batch_row] + first_pack * g.pack
+        if keys is None:
+          position = positions_gmem[batch_row] + first_pack * g.pack
         plgpu.barrier_wait(q_ready.at[wg])
 
         def block(j, carry, own: bool):
@@ -482,7 +489,16 @@ def _tiles(
               key = first_key + plgpu.broadcasted_iota(
                 jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
               )
-              last = position + query_of_row
+              if keys is None:
+                last = position + query_of_row
+              else:
+                last = plgpu.load(
+                  positions_gmem.at[batch_row, pl.ds(first_pack * rows, ROWS)],
+                  layout=row_layout,
+                  optimized=False,
+                )
+                num_keys = keys_gmem[batch_row, shared_gmem[index, j]]
+                last = jnp.minimum(last, first_key + num_keys - 1)
               scores = jnp.where(
                 key <= _over_columns(last, s.block_size), scores, -jnp.inf
               )
@@ -660,7 +676,7 @@ def _tiles(
 
   operands = dict(
     chunk_gmem=chunk_desc,
-    starts_gmem=starts,
+    positions_gmem=positions,
     counts_gmem=plan.counts,
     queries_gmem=plan.queries,
     shared_gmem=plan.shared,
@@ -677,6 +693,8 @@ def _tiles(
     k_ring=mosaic.ring(kv_stages, releases=2),
     v_ring=mosaic.ring(kv_stages, releases=2),
   )
+  if keys is not None:
+    operands |= dict(keys_gmem=keys)
   if merging:
     parts, part_lse = partials
     operands |= dict(merge_gmem=merges, part_gmem=parts, part_lse_gmem=part_lse)
@@ -698,7 +716,7 @@ def _tiles(
 
 def geometry(
   q_len: int, kv_len: int, packing: mosaic.Packing, head_dim: int,
-  block_size: int, top_k: int, config: Config,
+  block_size: int, top_k: int, config: Config, *, packed: bool = False,
 ) -> tile_plan.Geometry:  # fmt: skip
   """Sizes of tiles, spans and chunks for one call.
 
@@ -710,6 +728,7 @@ def geometry(
     block_size: tokens of a block.
     top_k: P.
     config: tile sizes.
+    packed: whether rows are packed.
   """
   pack, pack_rows = packing.queries, packing.rows
   tile = 2 * ROWS // pack_rows * pack
@@ -742,6 +761,8 @@ def geometry(
     # A pair costs its bytes, a shared block its MMA rows.
     shared_cost=config.shared_cost * 16 / pack_rows,
     slack=config.slack,
+    # In packed rows every block of a tile may be an own one, or end early.
+    **(dict(masked=tile * top_k) if packed else {}),
   )
 
 
@@ -752,6 +773,7 @@ def forward(
   first_bad: Int[Array, "B K 2 N"],
   block_indices: Int[Array, "B K T P"],
   kv_lengths: Int[Array, "B"],
+  packed: packed_rows.PackedRows | None = None,
   *,
   packing: mosaic.Packing,
   block_size: int,
@@ -769,6 +791,7 @@ def forward(
       block, `mosaic.NEVER` if all are finite.
     block_indices: chosen blocks, in any order.
     kv_lengths: number of keys; the queries are the last of them.
+    packed: places of packed rows, which then say where the queries are.
     packing: of the queries; R is `packing.heads`.
     block_size: tokens of a block.
     scale: of the scores.
@@ -779,7 +802,9 @@ def forward(
   num_kv_heads, s_len = k.shape[1:3]
   t, top_k = block_indices.shape[2:]
   pack, heads = packing.queries, packing.heads
-  g = geometry(t, s_len, packing, d, block_size, top_k, config)
+  g = geometry(
+    t, s_len, packing, d, block_size, top_k, config, packed=packed is not None
+  )
   num_chunks = -(-t // g.chunk)
   params = KernelParams(
     num_packs=num_packs,
@@ -798,13 +823,21 @@ def forward(
     block_indices = jnp.pad(
       block_indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1
     )
-  starts = kv_lengths - t
-  positions = starts[:, None] + jnp.arange(num_chunks * g.chunk)[None]
+  if packed is None:
+    starts, keys = kv_lengths - t, None
+    positions = starts[:, None] + jnp.arange(num_chunks * g.chunk)[None]
+    where = starts
+  else:
+    positions = jnp.pad(
+      packed.positions, ((0, 0), (0, pad)), constant_values=-1
+    )
+    where, keys = jnp.repeat(positions, heads, axis=1), packed.keys
   tiles = tile_plan.plan_tiles(
     block_indices.reshape(-1, num_chunks * g.chunk, top_k),
     jnp.repeat(positions, num_kv_heads, axis=0),
     first_bad.reshape(-1, 2, g.num_blocks),
     g,
+    None if keys is None else jnp.repeat(keys, num_kv_heads, axis=0),
   )
 
   def new(sizes, dtype):
@@ -822,8 +855,8 @@ def forward(
   def walk_all():
     out, lse = results()
     _tiles(
-      out, lse, None, jnp.zeros((1,), jnp.int32), starts, tiles, None, q, k, v,
-      num_tiles=num_tiles, params=params,
+      out, lse, None, jnp.zeros((1,), jnp.int32), where, keys, tiles, None, q, k,
+      v, num_tiles=num_tiles, params=params,
     )  # fmt: skip
     return jax.freeze(out), jax.freeze(lse)
 
@@ -860,7 +893,7 @@ def forward(
         ).astype(jnp.int32)
         _pairs(partials, chunk_desc, pairs, q, k, v, params=params)
         _tiles(
-          out, lse, partials, chunk_desc, starts, tiles, merges, q, k, v,
+          out, lse, partials, chunk_desc, where, keys, tiles, merges, q, k, v,
           num_tiles=chunk_tiles, params=params,
         )  # fmt: skip
         return carry

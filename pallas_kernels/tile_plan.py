@@ -22,7 +22,8 @@ Pairs are processed one *chunk* of queries at a time, which bounds the memory
 for their partial outputs.
 
 A query's own block is always shared, because only the tile kernel applies the
-causal mask: a pair's block lies wholly before its query.
+causal mask: a pair's block lies wholly before its query. So is every block of a
+packed row that ends early, because only the tile kernel knows where it ends.
 
 All shapes are static and everything runs inside jit without a host sync.
 Choices beyond the query's own block and ids that name no block are dropped
@@ -61,6 +62,8 @@ class Geometry:
     task: upper bound on the pairs of a task. A block that many queries chose is
       split into several tasks.
     shared_cost: cost of a shared block for half a tile, measured in pairs.
+    masked: upper bound on the blocks of a tile that must be shared because they
+      need a mask: 2 own ones of neighbouring positions.
     slack: all blocks of a tile become shared if that costs at most `slack`
       times the mixture of shared blocks and pairs, because pairs also need the
       sort and a second kernel.
@@ -76,6 +79,7 @@ class Geometry:
   task: int
   shared_cost: float
   slack: float
+  masked: int = 2
 
   @property
   def half(self) -> int:
@@ -93,9 +97,10 @@ class Geometry:
 
   @property
   def max_shared(self) -> int:
-    """Length of the list of shared blocks: at most 2 own ones and the rest."""
+    """Length of the list of shared blocks."""
     fewest = max(1, int(self.shared_cost))
-    return min(self.tile * self.top_k // fewest + 2, self.tile * self.top_k)
+    slots = self.tile * self.top_k
+    return min(slots // fewest + self.masked, slots)
 
   @property
   def slot_bits(self) -> int:
@@ -124,8 +129,8 @@ class TilePlan(NamedTuple):
   each of the two halves.
 
   Attributes:
-    counts: int32 [tiles, 2]: the number of shared blocks that end before every
-      query's own block, and the number of all shared blocks.
+    counts: int32 [tiles, 2]: the number of shared blocks before the first one
+      that needs a mask, and the number of all shared blocks.
     queries: int32 [tiles, 3, 2]: query bits of the queries that see a
       non-finite key, of those that see a non-finite value, and of those that
       see anything.
@@ -178,6 +183,7 @@ def plan_tiles(
   positions: Int[Array, "groups queries"],
   first_bad: Int[Array, "groups 2 N"],
   geometry: Geometry,
+  keys: Int[Array, "groups N"] | None = None,
 ) -> TilePlan:
   """Splits all choices into shared blocks of tiles and (pack, block) pairs.
 
@@ -188,6 +194,8 @@ def plan_tiles(
     first_bad: position of the first non-finite key (0) and value (1) of each
       block, `mosaic.NEVER` if all are finite.
     geometry: static sizes; `queries` is a multiple of `geometry.tile`.
+    keys: tokens of each block of packed rows, where positions of neighbouring
+      queries need not be neighbours, but ascend.
   """
   g = geometry
   num_groups, num_queries, _ = ids.shape
@@ -205,6 +213,7 @@ def plan_tiles(
     for kind in range(2)
   )
 
+  is_choice = valid
   # Sorting puts choices of the same block by different queries side by side.
   slot = jnp.arange(slots, dtype=jnp.int32)[None]
   choices = jnp.where(
@@ -224,11 +233,20 @@ def plan_tiles(
   halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
   packs = _count_packs(low, g) + _count_packs(high, g)
 
-  oldest_own = own.reshape(num_tiles, g.tile)[:, :1]
+  first_masked = own.reshape(num_tiles, g.tile)
+  if keys is None:
+    first_masked = first_masked[:, :1]
+  else:
+    first_masked = jnp.where(first_masked < 0, mosaic.NEVER, first_masked)
+    short = is_choice & (keys[group, known] < g.block_size)
+    short = jnp.where(short, known, mosaic.NEVER).reshape(num_tiles, slots)
+    first_masked = jnp.minimum(
+      first_masked.min(axis=1), short.min(axis=1)
+    )[:, None]  # fmt: skip
   popular = packs.astype(jnp.float32) >= g.shared_cost * halves.astype(
     jnp.float32
   )
-  popular |= block >= oldest_own
+  popular |= block >= first_masked
   # Costs of sharing all blocks and of the mixture with pairs, in units of one
   # block shared by half a tile.
   walk = jnp.where(first, halves, 0).astype(jnp.float32)
@@ -256,7 +274,7 @@ def plan_tiles(
   return TilePlan(
     counts=jnp.stack(
       [
-        jnp.sum(listed & (block < oldest_own), axis=-1, dtype=jnp.int32),
+        jnp.sum(listed & (block < first_masked), axis=-1, dtype=jnp.int32),
         jnp.sum(listed, axis=-1, dtype=jnp.int32),
       ],
       axis=-1,
