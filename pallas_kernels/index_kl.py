@@ -767,7 +767,8 @@ def _kv_blocks(
 )  # fmt: skip
 def _loss(
   q, k, index_q, index_k, block_indices, lse, kv_lengths, query_mask, counted,
-  rows=None, *, block_size, scale, index_scale, with_gradients, config, interpret,
+  rows=None, *, block_size, scale, index_scale, with_gradients, config,
+  interpret,
 ):  # fmt: skip
   """The loss, dindex_q and dindex_k (float32; empty without gradients).
 

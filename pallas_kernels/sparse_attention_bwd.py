@@ -692,7 +692,7 @@ def _kv_blocks(
 
 
 def _describe(plan, slots: int) -> jax.Array:
-  """int32 [pairs * FIELDS]: pack, slot in the pack, choice bits, reach of pairs.
+  """int32 [pairs * FIELDS]: a pair's pack, slot in it, choice bits and reach.
 
   The pack is numbered over all groups of the launch. The kernel copies these to
   SMEM ahead of use, because it would wait for each number that it reads from

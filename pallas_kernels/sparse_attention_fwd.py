@@ -418,8 +418,9 @@ def _tiles(
     *, chunk_gmem, positions_gmem, counts_gmem, queries_gmem, shared_gmem,
     shared_by_gmem, q_gmem, k_gmem, v_gmem, out_gmem, lse_gmem, q_smem, k_smem,
     v_smem, q_ready, k_ring, v_ring, keys_gmem: Any = None,
-    merge_gmem: Any = None, part_gmem: Any = None, part_lse_gmem: Any = None, o_smem: Any = None,
-    l_smem: Any = None, o_ring: Any = None, p_smem: Any = None,
+    merge_gmem: Any = None, part_gmem: Any = None, part_lse_gmem: Any = None,
+    o_smem: Any = None, l_smem: Any = None, o_ring: Any = None,
+    p_smem: Any = None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tiles = (num_tiles - cta + config.num_ctas - 1) // config.num_ctas
@@ -855,8 +856,8 @@ def forward(
   def walk_all():
     out, lse = results()
     _tiles(
-      out, lse, None, jnp.zeros((1,), jnp.int32), where, keys, tiles, None, q, k,
-      v, num_tiles=num_tiles, params=params,
+      out, lse, None, jnp.zeros((1,), jnp.int32), where, keys, tiles, None, q,
+      k, v, num_tiles=num_tiles, params=params,
     )  # fmt: skip
     return jax.freeze(out), jax.freeze(lse)
 
