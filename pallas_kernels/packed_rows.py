@@ -23,12 +23,16 @@ Gradients of keys go back by the inverse gather.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple, Protocol
 
+import jax
 import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Int, Shaped
+
+from pallas_kernels.mosaic import NEVER
 
 HALF = 64  # keys of half a KV block (`kv_block_plan.KV_BLOCK`)
 
@@ -131,6 +135,68 @@ class PackedRows(NamedTuple):
     """The block of each slot; -1 for padding."""
     positions = self.positions
     return jnp.where(positions < 0, -1, positions // self.block_size)
+
+  def before_on_path(self) -> Int[Array, "B N"]:
+    """The block before each block on its path; -1 for a path's first block.
+
+    It is the last one, among those with lower ids, that has one block less
+    before it.
+    """
+    count = self.num_blocks
+    ids = jnp.arange(count, dtype=jnp.int32)[None]
+    used = self.keys > 0
+    by_depth = jnp.where(used, self.depth * count + ids, NEVER)
+    by_depth = lax.sort(by_depth, dimension=1, is_stable=False)
+    at = jax.vmap(functools.partial(jnp.searchsorted, method="scan_unrolled"))(
+      by_depth, (self.depth - 1) * count + ids
+    ).astype(jnp.int32)
+    before = jnp.take_along_axis(by_depth, jnp.maximum(at - 1, 0), axis=1)
+    return jnp.where(used & (self.depth > 0), before % count, -1)
+
+  def newest_blocks(self, count: int) -> Int[Array, "B count S"]:
+    """The own block of each slot and those before it on its path, then -1."""
+    before = self.before_on_path()
+    blocks = [self.own_block]
+    for _ in range(1, count):
+      known = jnp.maximum(blocks[-1], 0)
+      last = jnp.take_along_axis(before, known, axis=1)
+      blocks.append(jnp.where(blocks[-1] < 0, -1, last))
+    return jnp.stack(blocks, axis=1)
+
+  def path_ranges(
+    self, last: Int[Array, "B tiles"], stop: Int[Array, "B tiles"], most: int
+  ) -> list[tuple[Int[Array, "B tiles"], Int[Array, "B tiles"]]]:
+    """Ranges of ids that hold all blocks which some queries may see.
+
+    Args:
+      last: the own block of the first of the queries that is no padding; -1 if
+        there is none.
+      stop: an id behind the last block that any of them may choose.
+      most: number of ranges. Where a path has more, the lowest range also holds
+        blocks that are on no path.
+
+    Returns:
+      (first, stop) of each range, from the highest to the lowest, disjoint;
+      stop <= first for an empty one.
+    """
+    before = self.before_on_path()
+    ids = jnp.arange(self.num_blocks, dtype=jnp.int32)[None]
+    starts_run = jnp.where(before != ids - 1, ids, 0)
+    run = lax.cummax(starts_run, axis=1)  # where the path gets to ids - 1
+    root = lax.cummax(jnp.where(before < 0, ids, 0), axis=1)
+
+    def take(x, at):
+      return jnp.take_along_axis(x, jnp.maximum(at, 0), axis=1)
+
+    root = take(root, last)
+    ranges = []
+    for i in range(most):
+      first = root if i == most - 1 else take(run, last)
+      first = jnp.where(last < 0, 0, first)
+      end = stop if i == 0 else jnp.minimum(last + 1, stop)
+      ranges.append((first, jnp.where(last < 0, 0, end)))
+      last = jnp.where(last < 0, -1, take(before, first))
+    return ranges
 
   def keys_of_halves(self, num_kv_blocks: int) -> Int[Array, "B halves"]:
     """Keys of each half KV block: 64 places."""

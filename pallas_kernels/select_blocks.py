@@ -60,6 +60,14 @@ SMEM (bf16, I = 128): queries 64 KiB, four key tiles 128 KiB, maxima 4 KiB.
 Index heads of other sizes than 64 and 128 are padded with zeros to the next of
 these, which changes no score.
 
+Packed rows (`packed_rows`): a CTA gets its tile from a list, the one with most
+key tiles first, and with it up to four ranges of key tiles, which hold all
+blocks that a query of the tile may see. Other documents are not among them, and
+other branches of a tree only where a path has more than four runs of blocks.
+The blocks of a row that compete, and its forced blocks, come from a table. A
+block that is shorter than the others repeats its last key, which changes no
+maximum. A program for plain rows has no code for that.
+
 Not supported: what `mosaic.check_supported` refuses. Choosing has no gradient:
 index_q and index_k are taken under stop_gradient.
 """
@@ -68,6 +76,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -76,7 +85,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
-from pallas_kernels import mosaic, partition
+from pallas_kernels import mosaic, packed_rows, partition
 
 _WARPGROUP = 128
 _MAX_PACKED_BLOCKS = 1 << 13
@@ -84,6 +93,7 @@ _LOWEST = float(jnp.finfo(jnp.float32).min)
 _NO_KEY = -(1 << 31)
 _NO_BLOCK = (1 << 31) - 1
 _FP8 = jnp.float8_e4m3fn
+_RANGES = 4  # ranges of key tiles that a tile of packed rows may have
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -179,11 +189,31 @@ def sort_network(length: int) -> list[tuple[int, int]]:
   return comparators
 
 
+class _PackedOperands(NamedTuple):
+  """Operands of packed rows.
+
+  Attributes:
+    tiles: int32 [B * tiles, 2 + 2 * _RANGES], in the order of the CTAs: batch
+      row, first MMA row, number of key tiles, what to add to a key tile's
+      number among these to get the key tile, and then for each further range
+      the number from which on it holds, and what to add there.
+    table: int32 [B, 1 + forced, MMA rows]: the block below which blocks compete
+      for the MMA row, and its forced blocks, `_NO_BLOCK` if there are fewer;
+      without forced blocks the position of its query.
+    until: int32 [B, blocks]: queries at slots from there on do not see a block.
+  """
+
+  tiles: Any
+  table: Any
+  until: Any
+
+
 def _select_kernel(
   q_gmem,
   k_gmem,
   k_scale_gmem,
   kv_lengths_gmem,
+  packed_gmem: _PackedOperands | None,
   out_gmem,
   *,
   q_smem,
@@ -212,11 +242,25 @@ def _select_kernel(
   batch_size = q_gmem.shape[0]
   num_tiles = q_gmem.shape[1] // tile_rows
 
-  # Later queries see more blocks; their tiles start first.
   cta = lax.axis_index("tile")
-  batch = lax.rem(cta, batch_size)
-  base = (num_tiles - 1 - lax.div(cta, batch_size)) * tile_rows
-  first_position = kv_lengths_gmem[batch] - q_len
+  if packed_gmem is None:
+    # Later queries see more blocks; their tiles start first.
+    batch = lax.rem(cta, batch_size)
+    base = (num_tiles - 1 - lax.div(cta, batch_size)) * tile_rows
+    first_position = kv_lengths_gmem[batch] - q_len
+  else:
+    batch, base, num_steps, shift, *ranges = (
+      packed_gmem.tiles[cta, i] for i in range(2 + 2 * _RANGES)
+    )
+
+  def key_tile(i):
+    """The i-th key tile that this CTA walks."""
+    if packed_gmem is None:
+      return i
+    by = shift
+    for first, more in zip(ranges[::2], ranges[1::2], strict=True):
+      by = jnp.where(i >= first, more, by)
+    return i + by
 
   def own_block(row):
     position = first_position + lax.div(row, num_groups)
@@ -224,9 +268,10 @@ def _select_kernel(
 
   # Blocks below own_block(r) + unforced compete for the choice of MMA row r.
   unforced = 1 - num_local_blocks
-  last_row = jnp.minimum(base + tile_rows, q_len * num_groups) - 1
-  limit = jnp.clip(own_block(last_row) + unforced, 0, num_blocks)
-  num_steps = lax.div(limit + step_blocks - 1, step_blocks)
+  if packed_gmem is None:
+    last_row = jnp.minimum(base + tile_rows, q_len * num_groups) - 1
+    limit = jnp.clip(own_block(last_row) + unforced, 0, num_blocks)
+    num_steps = lax.div(limit + step_blocks - 1, step_blocks)
   wg = lax.axis_index("wg")
 
   @pl.when(wg < wgs)
@@ -251,8 +296,17 @@ def _select_kernel(
       if masked:
         r = plgpu.broadcasted_iota(jnp.int32, s.shape, 0, layout=layout)
         c = plgpu.broadcasted_iota(jnp.int32, s.shape, 1, layout=layout)
-        position = first_position + lax.div(row + r, num_groups)
-        s = jnp.where(i * step_keys + c <= position, s, -jnp.inf)
+        if packed_gmem is None:
+          position = first_position + lax.div(row + r, num_groups)
+        else:
+          position = plgpu.load(
+            packed_gmem.table.at[batch, 1, pl.ds(row, rows)],
+            layout=layout.reduce(1),
+            optimized=False,
+          )
+          position = lax.broadcast_in_dim(position, s.shape, [0])
+        key = key_tile(i) * step_keys + c
+        s = jnp.where(key <= position, s, -jnp.inf)
       maxima = [
         s[:, b * block_size : (b + 1) * block_size].max(axis=1)
         for b in range(step_blocks)
@@ -264,7 +318,9 @@ def _select_kernel(
 
     # If the own block is forced, every block that competes is fully visible.
     masked_from = num_steps
-    if num_local_blocks == 0:
+    if num_local_blocks == 0 and packed_gmem is not None:
+      masked_from = 0
+    elif num_local_blocks == 0:
       masked_from = lax.div(jnp.maximum(own_block(base), 0), step_blocks)
       masked_from = jnp.minimum(masked_from, num_steps)
 
@@ -289,7 +345,7 @@ def _select_kernel(
 
     def load_keys(i, slot):
       plgpu.copy_gmem_to_smem(
-        k_gmem.at[batch, pl.ds(i * step_keys, step_keys)],
+        k_gmem.at[batch, pl.ds(key_tile(i) * step_keys, step_keys)],
         k_smem.at[slot],
         k_ready.at[slot],
       )
@@ -297,8 +353,20 @@ def _select_kernel(
     row = base + plgpu.broadcasted_iota(
       jnp.int32, (tile_rows,), 0, layout=layout
     )
-    own = own_block(row)
-    row_limit = own + unforced
+    if packed_gmem is None:
+      own = own_block(row)
+      row_limit = own + unforced
+    else:
+
+      def of_table(i):
+        return plgpu.load(
+          packed_gmem.table.at[batch, i, pl.ds(base, tile_rows)],
+          layout=layout,
+          optimized=False,
+        )
+
+      row_limit = of_table(0)
+      row_slot = lax.div(row, num_groups)
 
     def insert_pair(best, m, block):
       # The list is sorted by descending score. A candidate goes behind equal
@@ -334,11 +402,16 @@ def _select_kernel(
 
     def step(i, best):
       slot = max_ring.slot(i)
+      first_block = key_tile(i) * step_blocks
       scales = []
       if k_scale_gmem is not None:
         # These loads come before the wait, which hides their latency.
         scales = [
-          k_scale_gmem[batch, i * step_blocks + b] for b in range(step_blocks)
+          k_scale_gmem[batch, first_block + b] for b in range(step_blocks)
+        ]
+      if packed_gmem is not None:
+        untils = [
+          packed_gmem.until[batch, first_block + b] for b in range(step_blocks)
         ]
       max_ring.wait_ready(slot)
       maxima = [
@@ -354,13 +427,16 @@ def _select_kernel(
         load_keys(i + stages, slot)
 
       for b in range(step_blocks):
-        m, block = maxima[b], i * step_blocks + b
+        m, block = maxima[b], first_block + b
         if scales:
           m = m * scales[b]
         # NaN is never inserted. A visible block that scores -inf must rank
         # before no block.
         m = jnp.maximum(m, _LOWEST)
-        m = jnp.where(block < row_limit, m, jnp.nan)
+        competes = block < row_limit
+        if packed_gmem is not None:
+          competes &= row_slot < untils[b]
+        m = jnp.where(competes, m, jnp.nan)
         best = insert(best, m, block)
       return best
 
@@ -385,7 +461,10 @@ def _select_kernel(
     else:
       ids = list(best[1])
     for j in range(num_local_blocks):
-      ids.append(jnp.where(own >= j, own - j, _NO_BLOCK))
+      if packed_gmem is None:
+        ids.append(jnp.where(own >= j, own - j, _NO_BLOCK))
+      else:
+        ids.append(of_table(1 + j))
     for a, b in sort_network(len(ids)):
       ids[a], ids[b] = lax.min(ids[a], ids[b]), lax.max(ids[a], ids[b])
     for j, value in enumerate(ids):
@@ -444,6 +523,7 @@ def select_blocks(
   top_k: int = 16,
   num_local_blocks: int = 1,
   kv_lengths: Int[Array, "B"] | None = None,
+  layout: packed_rows.Layout | None = None,
   score_precision: str = "exact",
   config: Config | None = None,
   interpret: bool = False,
@@ -458,6 +538,7 @@ def select_blocks(
     top_k: P, blocks kept for each query and group.
     num_local_blocks: newest blocks, own one included, that are always kept.
     kv_lengths: number of keys of each batch row; S if None.
+    layout: blocks of packed rows, whose T is S; None for plain rows.
     score_precision: "exact", "fast" or "fp8", see the module's docstring.
     config: tile sizes; `heuristic_config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
@@ -476,6 +557,7 @@ def select_blocks(
     block_size=block_size,
     top_k=top_k,
     kv_len=kv_len,
+    num_blocks=packed_rows.num_blocks(layout),
     index_dim=index_dim,
     num_choices=batch * num_groups * q_len * top_k,
   )
@@ -492,20 +574,23 @@ def select_blocks(
     config=config,
     interpret=interpret,
   )
+  rows, letters = packed_rows.operands(
+    packed_rows.of_layout(layout, block_size)
+  )
   run = partition.by_rows_and_heads(
     partition.kernel(run, interpret),
-    ("B T K I", "B S I", "B"),
+    ("B T K I", "B S I", "B", *letters),
     ("B K T P",),
     interpret=interpret,
   )
-  return run(index_q, index_k, kv_lengths)[0]
+  return run(index_q, index_k, kv_lengths, *rows)[0]
 
 
 def _select(
   index_q: Float[Array, "B T K I"],
   index_k: Float[Array, "B S I"],
   kv_lengths: Int[Array, "B"],
-  *,
+  *rows: Array,
   block_size: int,
   top_k: int,
   num_local_blocks: int,
@@ -517,13 +602,22 @@ def _select(
   batch, q_len, num_groups, index_dim = index_q.shape
   kv_len = index_k.shape[1]
   num_blocks = pl.cdiv(kv_len, block_size)
+  packed_row = packed_rows.of_arrays(rows)
+  if packed_row is not None:
+    num_blocks = packed_row.num_blocks
+    kv_len = num_blocks * block_size
 
   # Forced blocks come first. If they fill all choice slots, there is nothing to
   # rank.
   num_local_blocks = min(num_local_blocks, top_k, num_blocks)
   slots = min(top_k, num_blocks) - num_local_blocks
   if slots == 0:
-    ids = _forced_blocks(kv_lengths, q_len, block_size, num_local_blocks)
+    if packed_row is None:
+      ids = _forced_blocks(kv_lengths, q_len, block_size, num_local_blocks)
+    else:
+      ids = packed_row.newest_blocks(num_local_blocks).swapaxes(1, 2)
+      ids = lax.sort(jnp.where(ids < 0, _NO_BLOCK, ids), is_stable=False)
+      ids = jnp.where(ids == _NO_BLOCK, -1, ids)
     ids = jnp.broadcast_to(
       ids[:, None], (batch, num_groups, q_len, num_local_blocks)
     )
@@ -535,6 +629,9 @@ def _select(
     mosaic.pad_head_dim(jnp.where(jnp.isfinite(x), x, jnp.nan))
     for x in (index_q, index_k)
   )
+  if packed_row is not None:
+    index_k = packed_row.to_blocks(index_k, repeat=True)
+    kv_lengths = jnp.full_like(kv_lengths, kv_len)
   index_dim = index_q.shape[-1]
   num_rows = q_len * num_groups
   packed = score_precision != "exact" and num_blocks <= _MAX_PACKED_BLOCKS
@@ -556,14 +653,25 @@ def _select(
   inputs = [index_q, index_k, kv_lengths]
   if k_scale is not None:
     inputs.insert(2, k_scale)
+  if packed_row is not None:
+    inputs += _packed_operands(
+      packed_row,
+      num_groups=num_groups,
+      num_local_blocks=num_local_blocks,
+      padded_rows=padded_rows,
+      config=config,
+    )
 
   def kernel(*refs, **scratch):
-    q_gmem, k_gmem, *k_scale_gmem, kv_lengths_gmem, out_gmem = refs
+    q_gmem, k_gmem, *rest, out_gmem = refs
+    k_scale_gmem = rest.pop(0) if k_scale is not None else None
+    kv_lengths_gmem, *rest = rest
     _select_kernel(
       q_gmem,
       k_gmem,
-      k_scale_gmem[0] if k_scale_gmem else None,
+      k_scale_gmem,
       kv_lengths_gmem,
+      _PackedOperands(*rest) if rest else None,
       out_gmem,
       **scratch,
       config=config,
@@ -594,6 +702,64 @@ def _select(
   )(*inputs)
   ids = ids[:, :, :num_rows].reshape(batch, -1, q_len, num_groups)
   return (_pad_axis(ids.transpose(0, 3, 2, 1), 3, top_k, -1),)
+
+
+def _packed_operands(
+  rows: packed_rows.PackedRows,
+  *,
+  num_groups: int,
+  num_local_blocks: int,
+  padded_rows: int,
+  config: Config,
+) -> _PackedOperands:
+  """What the kernel reads of packed rows."""
+  own = rows.own_block
+  if num_local_blocks:
+    newest = rows.newest_blocks(num_local_blocks)
+    forced = jnp.where(newest < 0, _NO_BLOCK, newest)
+    # What is older than the oldest forced block competes.
+    limit = jnp.maximum(newest[:, -1:], 0)
+  else:
+    limit, forced = own[:, None] + 1, rows.positions[:, None]
+  table = jnp.concatenate([limit, forced], axis=1)
+  table = jnp.repeat(table, num_groups, axis=2)
+  own = jnp.repeat(own, num_groups, axis=1)
+  pad = padded_rows - own.shape[1]
+  # MMA rows behind the last one choose nothing.
+  fill = -1 if num_local_blocks == 0 else _NO_BLOCK
+  table = jnp.pad(table, ((0, 0), (0, 0), (0, pad)), constant_values=fill)
+  table = table.at[:, 0, own.shape[1] :].set(0)
+  own = jnp.pad(own, ((0, 0), (0, pad)), constant_values=-1)
+
+  batch = len(own)
+  own, limit = (
+    x.reshape(batch, -1, config.tile_rows) for x in (own, table[:, 0])
+  )
+  oldest = jnp.min(jnp.where(own < 0, _NO_BLOCK, own), axis=-1)
+  oldest = jnp.where(oldest == _NO_BLOCK, -1, oldest)
+  block_size = rows.block_size
+  each = config.step_keys // block_size  # blocks of a key tile
+  above = None
+  key_tiles = []  # from the highest range to the lowest
+  for first, stop in rows.path_ranges(oldest, limit.max(axis=-1), _RANGES):
+    stop = -(-stop // each)
+    if above is not None:  # a key tile may hold blocks of two ranges
+      stop = jnp.minimum(stop, above)
+    first = above = jnp.minimum(first // each, stop)
+    key_tiles.append((first, stop))
+  total = jnp.zeros_like(oldest)
+  fields = []
+  for first, stop in key_tiles[::-1]:
+    fields += [total, first - total]
+    total = total + stop - first
+  row = jnp.arange(batch, dtype=jnp.int32)[:, None]
+  tile = jnp.arange(oldest.shape[1], dtype=jnp.int32)[None]
+  fields = [row, tile * config.tile_rows, total, *fields[1:]]
+  tiles = jnp.stack([jnp.broadcast_to(x, total.shape) for x in fields], axis=-1)
+  order = jnp.argsort(-total.reshape(-1))
+  tiles = tiles.reshape(-1, tiles.shape[-1])[order]
+  until = _pad_axis(rows.until, 1, pl.cdiv(rows.num_blocks, each) * each)
+  return _PackedOperands(tiles.astype(jnp.int32), table, until)
 
 
 def _forced_blocks(
