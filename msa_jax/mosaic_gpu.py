@@ -2,7 +2,8 @@
 
 It has the functions of `msa_jax.xla`, computed by `pallas_kernels`. Each raises
 NotImplementedError if the call is beyond the limits in `pallas_kernels.mosaic`
-or in the kernel's own module; `msa_jax.ops` asks `refusal` first whether there
+or in the kernel's own module. `layout` is that of packed rows, which the sparse
+phase takes. `msa_jax.ops` asks `refusal` first whether there
 is a GPU for them. The dense attention of the warm-up phase is cuDNN's, which
 needs as many keys as queries and no `kv_lengths`. Pallas is imported at the
 first call, which keeps `import msa_jax` light.
@@ -94,6 +95,7 @@ def index_kl_loss(
       block_size=block_size,
       scale=scale,
       kv_lengths=kv_lengths,
+      layout=options.get("layout"),
     )
   return kernels.index_kl_loss(
     q,

@@ -21,7 +21,7 @@ A packed row's blocks start anew with each document or tree node, and
 block_indices name them in slot order, from 0 along the row; padding has none.
 Packed rows have as many queries as keys and no kv_lengths. They may have
 `max_segments` documents; results of a row with more are NaN (its choices -1).
-The kernels do not support packed rows yet, so None takes "xla" for them.
+The kernels take them in the sparse phase; for the warm-up None takes "xla".
 
 The KL loss trains index_q and index_k alone. Its gradient is stopped at q, k
 and lse in `index_kl_loss` and `msa_attention` (look for "KL gradient stops
@@ -206,12 +206,13 @@ def select_blocks(
   chosen = _dispatch(
     "select_blocks",
     implementation,
-    layout,
     reference=lambda: reference.select_blocks(
       index_q, index_k, **options, layout=layout
     ),
     xla=lambda: xla.select_blocks(index_q, index_k, **options, layout=layout),
-    mosaic_gpu=lambda: mosaic_gpu.select_blocks(index_q, index_k, **options),
+    mosaic_gpu=lambda: mosaic_gpu.select_blocks(
+      index_q, index_k, **options, layout=layout
+    ),
   )
   return _none_of_overflow(chosen, layout)
 
@@ -302,12 +303,13 @@ def sparse_attention(
   out, lse = _dispatch(
     "sparse_attention",
     implementation,
-    layout,
     reference=lambda: reference.sparse_attention(
       *args, **options, layout=layout
     ),
     xla=lambda: xla.sparse_attention(*args, **options, layout=layout),
-    mosaic_gpu=lambda: mosaic_gpu.sparse_attention(*args, **options),
+    mosaic_gpu=lambda: mosaic_gpu.sparse_attention(
+      *args, **options, layout=layout
+    ),
   )
   out, lse = _nan_of_overflow((out, lse), layout)
   return (out, lse) if return_lse else out
@@ -429,7 +431,6 @@ def index_kl_loss(
     loss = _dispatch(
       "index_kl_loss",
       implementation,
-      layout,
       reference=lambda: reference.index_kl_loss(
         *args, **options, detach_teacher=False, layout=layout
       ),
@@ -440,10 +441,12 @@ def index_kl_loss(
   loss = _dispatch(
     "index_kl_loss",
     implementation,
-    layout,
     reference=lambda: reference.index_kl_loss(*args, **options, layout=layout),
     xla=lambda: xla.index_kl_loss(*args, **options, layout=layout),
-    mosaic_gpu=lambda: mosaic_gpu.index_kl_loss(*args, **options),
+    mosaic_gpu=_plain_warmup(
+      None if block_indices is not None else layout,
+      lambda: mosaic_gpu.index_kl_loss(*args, **options, layout=layout),
+    ),
   )
   return _nan_of_any_overflow(loss, layout)
 
@@ -618,10 +621,11 @@ def msa_attention(
   return _dispatch(
     "msa_attention",
     implementation,
-    layout,
     reference=lambda: run(reference),
     xla=lambda: run(xla),
-    mosaic_gpu=lambda: run(mosaic_gpu),
+    mosaic_gpu=_plain_warmup(
+      layout if phase == "warmup" else None, lambda: run(mosaic_gpu)
+    ),
   )
 
 
@@ -717,7 +721,6 @@ def decode_attention(
     *_dispatch(
       "decode_attention",
       implementation,
-      None,
       reference=lambda: reference.decode_attention(*args, **cached, **options),
       xla=lambda: xla.decode_attention(*args, **cached, **options),
       mosaic_gpu=lambda: mosaic_gpu.decode_attention(
@@ -1019,24 +1022,25 @@ def _only_reference(what: str) -> _Unsupported:
   )
 
 
-_NO_PACKED_KERNELS = _Unsupported(
-  "mosaic_gpu supports no segment_ids and no segments yet: the kernels of"
-  " selection, attention and KL take plain rows"
-)
+def _plain_warmup(layout: BlockLayout | None, kernels: Callable) -> Callable:
+  """The kernels of the warm-up phase, which take plain rows."""
+  if layout is None:
+    return kernels
+  return _Unsupported(
+    "mosaic_gpu supports segment_ids and segments in the sparse phase, not in"
+    " the warm-up: its dense attention and KL take plain rows"
+  )
 
 
 def _dispatch(
   operation: str,
   implementation: Implementation | None,
-  layout: BlockLayout | None,
   **implementations: Callable,
 ) -> Any:
   """Calls the named implementation, or the first that supports the call."""
   if implementation is not None:
     check_choice("implementation", implementation, Implementation)
   kernels = implementations["mosaic_gpu"]
-  if layout is not None:
-    kernels = _NO_PACKED_KERNELS
   refused: dict[str, str] = {}
   taken: list[Implementation] = []
 
@@ -1282,10 +1286,11 @@ def dense_attention(
   results = _dispatch(
     "dense_attention",
     implementation,
-    layout,
     reference=lambda: reference.warmup_attention(q, k, v, **options, **packed),
     xla=lambda: xla.warmup_attention(q, k, v, **options, **packed),
-    mosaic_gpu=lambda: mosaic_gpu.warmup_attention(q, k, v, **options),
+    mosaic_gpu=_plain_warmup(
+      layout, lambda: mosaic_gpu.warmup_attention(q, k, v, **options)
+    ),
   )
   return _nan_of_overflow(results, layout)
 

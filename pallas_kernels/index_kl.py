@@ -1136,6 +1136,11 @@ def index_kl_loss(
     index_dim=index_q.shape[-1],
   )
   if block_indices is None:
+    if layout is not None:
+      raise NotImplementedError(
+        "the KL kernel over all tokens supports plain rows, got a layout of"
+        " packed rows"
+      )
     check()
     config = config or dense_index_kl.Config()
   else:

@@ -194,7 +194,7 @@ class _PackedOperands(NamedTuple):
 
   Attributes:
     tiles: int32 [B * tiles, 2 + 2 * _RANGES], in the order of the CTAs: batch
-      row, first MMA row, number of key tiles, what to add to a key tile's
+      row, tile in it, number of key tiles, what to add to a key tile's
       number among these to get the key tile, and then for each further range
       the number from which on it holds, and what to add there.
     table: int32 [B, 1 + forced, MMA rows]: the block below which blocks compete
@@ -249,9 +249,10 @@ def _select_kernel(
     base = (num_tiles - 1 - lax.div(cta, batch_size)) * tile_rows
     first_position = kv_lengths_gmem[batch] - q_len
   else:
-    batch, base, num_steps, shift, *ranges = (
+    batch, tile, num_steps, shift, *ranges = (
       packed_gmem.tiles[cta, i] for i in range(2 + 2 * _RANGES)
     )
+    base = tile * tile_rows
 
   def key_tile(i):
     """The i-th key tile that this CTA walks."""
@@ -754,7 +755,7 @@ def _packed_operands(
     total = total + stop - first
   row = jnp.arange(batch, dtype=jnp.int32)[:, None]
   tile = jnp.arange(oldest.shape[1], dtype=jnp.int32)[None]
-  fields = [row, tile * config.tile_rows, total, *fields[1:]]
+  fields = [row, tile, total, *fields[1:]]
   tiles = jnp.stack([jnp.broadcast_to(x, total.shape) for x in fields], axis=-1)
   order = jnp.argsort(-total.reshape(-1))
   tiles = tiles.reshape(-1, tiles.shape[-1])[order]
