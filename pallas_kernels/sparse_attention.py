@@ -88,7 +88,7 @@ def block_major(
   jax.jit, static_argnames=("block_size", "scale", "config", "interpret")
 )
 def _forward(
-  q, k, v, block_indices, kv_lengths, rows, *, block_size, scale, config,
+  q, k, v, block_indices, kv_lengths, rows=None, *, block_size, scale, config,
   interpret,
 ):  # fmt: skip
   b, t, num_heads = q.shape[:3]
@@ -119,8 +119,8 @@ def _forward(
   jax.jit, static_argnames=("block_size", "scale", "config", "interpret")
 )
 def _backward(
-  q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, rows, *, block_size,
-  scale, config, interpret,
+  q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, rows=None, *,
+  block_size, scale, config, interpret,
 ):  # fmt: skip
   t, num_heads = q.shape[1:3]
   s_len, num_kv_heads = k.shape[1:3]

@@ -84,15 +84,18 @@ def run_twice(function: Callable, check: Callable, *args) -> Any:
   return first
 
 
-def visible_tokens(case: Case, blocks):
-  """Which tokens each query and group sees; `blocks` None: all before it."""
+def visible_tokens(case: Case, blocks, layout=None):
+  """Which tokens each query and group sees; `blocks` None: all before it.
+
+  `layout` is that of packed rows.
+  """
   positions = reference.query_positions(
-    case.q_len, case.kv_len, case.batch, case.lengths
+    case.q_len, case.kv_len, case.batch, case.lengths, layout
   )
   if blocks is None:
-    return reference.causal_tokens(positions, case.kv_len)
+    return reference.visible_tokens(positions, case.kv_len, layout)
   return reference.chosen_tokens(
-    blocks, positions, case.kv_len, case.block_size
+    blocks, positions, case.kv_len, case.block_size, layout
   )
 
 
@@ -112,7 +115,9 @@ def attention_inputs(case: Case, dtype, seed=0):
 
 
 @functools.partial(jax.jit, static_argnames=("case", "dtype"))
-def attention_gradients(case, q, k, v, dout, blocks, dtype=None, dlse=None):
+def attention_gradients(
+  case, q, k, v, dout, blocks, dtype=None, dlse=None, layout=None
+):
   """(dq, dk, dv) in float32, and which entries of them may differ from 0.
 
   `dlse` is the cotangent of lse; None for zeros. `dtype` rounds the operands of
@@ -120,7 +125,7 @@ def attention_gradients(case, q, k, v, dout, blocks, dtype=None, dlse=None):
   """
   rounded = _rounding(dtype)
   q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
-  visible = visible_tokens(case, blocks)
+  visible = visible_tokens(case, blocks, layout)
   scale = case.head_dim**-0.5
   group = case.num_heads // case.num_kv_heads
   sizes = (case.batch, case.q_len, case.num_kv_heads, group, case.head_dim)
@@ -145,14 +150,14 @@ def attention_gradients(case, q, k, v, dout, blocks, dtype=None, dlse=None):
   return (dq, dk, dv), (sees, seen, seen)
 
 
-def check_attention(case, q, k, v, blocks, out, lse):
+def check_attention(case, q, k, v, blocks, out, lse, layout=None):
   """out and lse, NaN and rows that see nothing included."""
   dtype = q.dtype
   assert out.dtype == dtype and out.shape == q.shape
   assert lse.dtype == jnp.float32
   q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
   attend = functools.partial(
-    reference.attend, q, k, v, visible_tokens(case, blocks),
+    reference.attend, q, k, v, visible_tokens(case, blocks, layout),
     case.head_dim**-0.5,
   )  # fmt: skip
   truth, true_lse = (np.asarray(x) for x in attend())
@@ -173,11 +178,13 @@ def check_attention(case, q, k, v, blocks, out, lse):
   )
 
 
-def check_attention_gradients(case, q, k, v, dout, blocks, grads, dlse=None):
+def check_attention_gradients(
+  case, q, k, v, dout, blocks, grads, dlse=None, layout=None
+):
   dtype = q.dtype
   args = (case, q, k, v, dout, blocks)
-  truth, used = attention_gradients(*args, dlse=dlse)
-  near, _ = attention_gradients(*args, dtype, dlse)
+  truth, used = attention_gradients(*args, dlse=dlse, layout=layout)
+  near, _ = attention_gradients(*args, dtype, dlse, layout)
   names = ("dq", "dk", "dv")
   for name, got, *rest, use in zip(
     names, grads, truth, near, used, strict=True
@@ -190,9 +197,9 @@ def check_attention_gradients(case, q, k, v, dout, blocks, grads, dlse=None):
     assert_within_yardstick(name, got, *rest, dtype)
 
 
-def lse_cotangent(case, blocks):
+def lse_cotangent(case, blocks, layout=None):
   """Random; NaN where nothing is seen, as a merge of empty rows gives."""
-  sees = visible_tokens(case, blocks).any(-1)
+  sees = visible_tokens(case, blocks, layout).any(-1)
   sees = jnp.repeat(sees, case.num_heads // sees.shape[1], axis=1)
   dlse = jax.random.normal(jax.random.key(10), sees.shape)
   return jnp.where(sees, dlse, jnp.nan)
@@ -621,7 +628,9 @@ class PortableLse(LseContract):
 
 
 @functools.partial(jax.jit, static_argnames=("case", "dtype"))
-def kl_formula(case, q, k, index_q, index_k, blocks, mask, dtype=None):
+def kl_formula(
+  case, q, k, index_q, index_k, blocks, mask, dtype=None, layout=None
+):
   """KL, its gradients, and the part of them that comes from r, in float32.
 
   `dtype` rounds what an implementation has to round: p of each head, and g =
@@ -631,7 +640,7 @@ def kl_formula(case, q, k, index_q, index_k, blocks, mask, dtype=None):
   q, k, index_q, index_k = (
     x.astype(jnp.float32) for x in (q, k, index_q, index_k)
   )
-  visible = visible_tokens(case, blocks) & mask[:, None, :, None]
+  visible = visible_tokens(case, blocks, layout) & mask[:, None, :, None]
   s = reference.head_scores(q, k, visible, case.head_dim**-0.5)
   p = reference.softmax(s, reference.masked_logsumexp(s))
   p = jnp.mean(rounded(p), axis=2)
@@ -658,8 +667,9 @@ def kl_formula(case, q, k, index_q, index_k, blocks, mask, dtype=None):
 
 
 def kl_and_gradients(
-  case, q, k, index_q, index_k, blocks, mask=None, *, loss: Callable
-):
+  case, q, k, index_q, index_k, blocks, mask=None, *, loss: Callable,
+  layout=None,
+):  # fmt: skip
   """Value and float32 gradients of `loss`, which gets the reference's lse.
 
   Args:
@@ -668,8 +678,12 @@ def kl_and_gradients(
     blocks: chosen blocks; None for all visible tokens.
     mask: queries that count.
     loss: (q, k, index_q, index_k, blocks, **options) -> the KL.
+    layout: of packed rows, which `loss` gets too.
   """
-  attention = dict(scale=case.head_dim**-0.5, kv_lengths=case.lengths)
+  attention = dict(
+    scale=case.head_dim**-0.5, kv_lengths=case.lengths, layout=layout
+  )
+  packed = {} if layout is None else dict(layout=layout)
   if blocks is None:
     _, lse = reference.warmup_attention(q, k, k, **attention)
   else:
@@ -682,7 +696,7 @@ def kl_and_gradients(
   def scaled(index_q, index_k):
     value = loss(
       q, k, index_q, index_k, blocks, lse=lse, block_size=case.block_size,
-      kv_lengths=case.lengths, query_mask=mask,
+      kv_lengths=case.lengths, query_mask=mask, **packed,
     )  # fmt: skip
     return factor * value, value
 
@@ -691,13 +705,13 @@ def kl_and_gradients(
   return value, [x.astype(jnp.float32) / factor for x in grads]
 
 
-def check_kl(case, q, k, index_q, index_k, blocks, got, mask=None):
+def check_kl(case, q, k, index_q, index_k, blocks, got, mask=None, layout=None):
   dtype = q.dtype
   if mask is None:
     mask = jnp.ones((case.batch, case.q_len), bool)
   args = (case, q, k, index_q, index_k, blocks, mask)
-  true, grads, scales = kl_formula(*args)
-  near, near_grads, _ = kl_formula(*args, dtype=dtype)
+  true, grads, scales = kl_formula(*args, layout=layout)
+  near, near_grads, _ = kl_formula(*args, dtype=dtype, layout=layout)
   value, got_grads = got
   assert value.dtype == jnp.float32 and value.shape == ()
   # A sum over all pairs in float32, of terms with p rounded.

@@ -80,7 +80,7 @@ def test_every_choice_is_in_one_pair(kind, block_size, pack, starts):
     num_blocks=num_blocks, task=task, pack=pack,
   )  # fmt: skip
   assert (plan.chosen is None) == (block_size == 128 and pack == 1)
-  tasks, (num_tasks,), longest_first, extra, order, chosen, is_pair = (
+  tasks, (num_tasks,), longest_first, extra, order, chosen, is_pair, _ = (
     np.full(groups * queries * top_k, 3) if x is None else np.asarray(x)
     for x in plan
   )

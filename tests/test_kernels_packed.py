@@ -1,0 +1,618 @@
+"""Kernels on packed rows: planned, interpreted, lowered, run on Hopper."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import op_contract
+import pytest
+from helpers import Case, packed_rows
+from op_contract import (
+  check_attention,
+  check_attention_gradients,
+  check_kl,
+  kl_and_gradients,
+  lse_cotangent,
+)
+
+import msa_jax
+from benchmarks import cases
+from msa_jax import reference
+from msa_jax import segments as segments_lib
+from pallas_kernels import index_kl, kv_block_plan
+from pallas_kernels import packed_rows as packed_lib
+from pallas_kernels import select_blocks as sb
+from pallas_kernels import sparse_attention as sparse
+from pallas_kernels import sparse_attention_bwd as bwd
+from pallas_kernels import sparse_attention_fwd as fwd
+
+# Documents of 1 token, of a block - 1 and of a block + 1 (of 64), with padding
+# in front, between and behind. A tree of depth 4 whose inner nodes are no whole
+# blocks, with padding inside, and a document.
+DOCUMENTS = [(1, 2), (2, 65), (66, 131)]
+TREE = [(1, 12), (12, 80), (80, 83), (83, 86), (88, 100), (100, 108)]
+PARENTS = [-1, 0, 1, 2, 0, -1]
+PAIRS = fwd.Config(shared_cost=1e9, slack=0.0)  # pairs where no mask is needed
+
+
+def segments_of(spans, parents, length, most=8):
+  return msa_jax.tree_segments(spans, parents, length=length, max_segments=most)
+
+
+def roots(spans):
+  return [[-1] * len(row) for row in spans]
+
+
+def random_spans(seed, length, block_size):
+  """Documents of all kinds of lengths, and trees of them with any parents."""
+  rng = np.random.default_rng(seed)
+  spans, parents, path, at = [], [], [], int(rng.integers(5))
+  while at < length:
+    b = block_size
+    size = int(rng.choice([1, b - 1, b, b + 1, 3 * b, rng.integers(1, 5 * b)]))
+    spans.append((at, min(at + size, length)))
+    parents.append(int(rng.choice([-1, *path])))
+    path = path[: path.index(parents[-1]) + 1] if parents[-1] >= 0 else []
+    path.append(len(spans) - 1)
+    at += size + int(rng.choice([0, 0, 0, 7]))
+  return spans, parents
+
+
+def random_choices(case, layout, seed=0, garbage=True):
+  """Random ids of the row; also of blocks that the query does not see."""
+  rng = np.random.default_rng(seed)
+  start, until, own = (
+    np.asarray(x)
+    for x in (layout.block_start, layout.block_until, layout.own_block)
+  )
+  shape = (case.batch, case.num_kv_heads, case.q_len, case.top_k)
+  rows = np.full(shape, -1, np.int32)
+  for b, g, t in np.ndindex(*shape[:3]):
+    sees = (start[b] <= t) & (t < until[b]) & (own[b, t] >= 0)
+    seen = rng.permutation(np.flatnonzero(sees))
+    if garbage and rng.random() < 0.3:  # one or two among the others
+      seen = np.append(seen[: case.top_k - 1], rng.permutation(len(start[b])))
+    ids = np.unique(seen[: case.top_k])
+    rows[b, g, t, : len(ids)] = ids
+  return jnp.asarray(rows)
+
+
+def layout_of(case, kind, seed=0):
+  """A layout for a case's rows."""
+  rows = [
+    random_spans(seed + b, case.kv_len, case.block_size)
+    for b in range(case.batch)
+  ]
+  spans = [row for row, _ in rows]
+  parents = roots(spans) if kind == "documents" else [x for _, x in rows]
+  segments = segments_of(spans, parents, case.kv_len, 64)
+  return segments_lib.block_layout(segments, case.block_size)
+
+
+def attend(case, q, k, v, blocks, layout, *, config, backward=None, **options):
+  return sparse.sparse_attention(
+    q, k, v, blocks, block_size=case.block_size, layout=layout, config=config,
+    backward_config=backward, **options,
+  )  # fmt: skip
+
+
+# ---------------------------------------------------------------- the places
+
+
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_every_block_has_its_places(block_size):
+  for seed in range(3):
+    spans, parents = random_spans(seed, 900, block_size)
+    layout = segments_lib.block_layout(
+      segments_of([spans], [parents], 900, 64), block_size
+    )
+    row = packed_rows([spans], [parents], 900, block_size)[0]
+    rows = packed_lib.of_layout(layout, block_size)
+    assert rows is not None
+    slots = jnp.arange(1, 901)[None]
+    placed, repeated = rows.to_blocks(slots), rows.to_blocks(slots, repeat=True)
+    back = rows.from_blocks(placed)[0]
+    block = np.array(row.block)
+    np.testing.assert_array_equal(back, np.where(block < 0, 0, slots[0]))
+    placed, repeated, keys, before, newest = (
+      np.asarray(x)
+      for x in (
+        placed, repeated, rows.keys, rows.before_on_path(),
+        rows.newest_blocks(3),
+      )
+    )  # fmt: skip
+    before, newest, used = before[0], newest[0], max(block) + 1
+    for n, place in enumerate(placed.reshape(-1, block_size)):
+      mine = np.flatnonzero(block == n)
+      assert keys[0, n] == len(mine)
+      np.testing.assert_array_equal(place[: len(mine)], mine + 1)
+      assert not place[len(mine) :].any()
+      if n < used:
+        again = repeated[0, n * block_size : (n + 1) * block_size]
+        assert set(again.tolist()) == set((mine + 1).tolist())
+    oldest, ranges = np.full(900, -1), {}
+    for t, seen in enumerate(row.seen):
+      path = list(dict.fromkeys(block[j] for j in seen))
+      want = [*path[::-1], -1, -1, -1][:3]
+      np.testing.assert_array_equal(newest[:, t], want)
+      if seen:
+        assert before[path[-1]] == (path[-2] if len(path) > 1 else -1)
+        oldest[t], ranges[t] = path[-1], path
+    # The ranges of the tile of one query, few enough or not.
+    for most in (2, 8):
+      found = rows.path_ranges(
+        jnp.asarray(oldest)[None], jnp.asarray(oldest)[None] + 1, most
+      )
+      found = [(np.asarray(a), np.asarray(b)) for a, b in found]
+      for t, path in ranges.items():
+        held = [n for a, b in found[::-1] for n in range(a[0, t], b[0, t])]
+        assert held == sorted(set(held)) and set(path) <= set(held)
+        if most == 8:
+          assert held == path
+
+
+def test_ids_of_blocks_that_a_query_does_not_see_are_dropped():
+  case = Case(q_len=900, kv_len=900, block_size=64, num_kv_heads=1, top_k=4)
+  layout = layout_of(case, "trees")
+  rows = packed_lib.of_layout(layout, 64)
+  assert rows is not None
+  ids = np.array(random_choices(case, layout))
+  ids[0, 0, ::5, 0], ids[0, 0, ::7, 1] = -7, 1 << 29
+  positions = reference.query_positions(900, 900, 1, None, layout)
+  visible, _ = reference.visible_blocks(
+    positions, rows.num_blocks, 64, 1, layout
+  )
+  visible = np.asarray(visible)[0, 0]
+  known = np.clip(ids, 0, rows.num_blocks - 1)
+  seen = (ids == known) & np.take_along_axis(visible[None, None], known, -1)
+  np.testing.assert_array_equal(rows.seen_blocks(ids), np.where(seen, ids, -1))
+
+
+@pytest.mark.parametrize("block_size, pack", [(64, 1), (128, 1), (64, 4)])
+@pytest.mark.parametrize("kind", ["documents", "trees"])
+def test_pairs_without_a_mask_see_a_whole_kv_block(kind, block_size, pack):
+  case = Case(
+    q_len=900, kv_len=900, block_size=block_size, num_kv_heads=1, top_k=4
+  )
+  layout = layout_of(case, kind, seed=3)
+  rows = packed_lib.of_layout(layout, block_size)
+  assert rows is not None
+  num_kv_blocks = -(-rows.num_blocks * block_size // 128)
+  first, queries = 64, 400  # a chunk
+  places = kv_block_plan.query_places(
+    rows, jnp.zeros((1,), jnp.int32), first, queries, num_kv_blocks
+  )
+  ids = rows.seen_blocks(random_choices(case, layout))
+  ids = ids[0, :, first : first + queries].reshape(1, -1, 4 * pack)
+  plan = kv_block_plan.plan_kv_blocks(
+    ids, jnp.zeros((1,), jnp.int32), block_size=block_size,
+    num_blocks=rows.num_blocks, task=16, pack=pack, places=places,
+  )  # fmt: skip
+  reach, order = np.asarray(plan.reach), np.asarray(plan.order)
+  position = np.asarray(rows.positions)[0]
+  halves = np.asarray(rows.keys_of_halves(num_kv_blocks))[0].reshape(-1, 2)
+  count, tasks = 0, np.asarray(plan.tasks)[: int(plan.num_tasks[0])]
+  for kv_block, start, size, inside, _ in tasks:
+    count += size
+    for i in range(start, start + size):
+      t = first + order[i] // (4 * pack) * pack
+      for query in range(pack):
+        want = np.clip(position[t + query] + 1 - kv_block * 128, 0, 128)
+        assert reach[i] >> 8 * query & 255 == want
+        if i >= start + inside and position[t + query] >= 0:
+          assert want == 128 and halves[kv_block].sum() == 128
+  assert count == plan.is_pair.sum()
+
+
+# ------------------------------------------------------------ interpret mode
+
+KINDS = {
+  # Packs of two queries, in pairs; row 1 is row 0 with NaN in a document.
+  "documents": (Case(
+    batch=2, q_len=132, kv_len=132, num_heads=4, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=64, top_k=2,
+  ), [DOCUMENTS] * 2, roots([DOCUMENTS] * 2)),
+  "trees": (Case(
+    q_len=110, kv_len=110, num_heads=8, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=128, top_k=3,
+  ), [TREE], [PARENTS]),
+}  # fmt: skip
+POISONED = (66, 131)
+
+
+def small(kind):
+  """Case, layout, and which slots are poisoned."""
+  case, spans, parents = KINDS[kind]
+  layout = segments_lib.block_layout(
+    segments_of(spans, parents, case.kv_len), case.block_size
+  )
+  poison = np.zeros((case.batch, case.kv_len), bool)
+  if case.batch > 1:
+    poison[1, slice(*POISONED)] = True
+  return case, layout, poison
+
+
+def poisoned(x, poison):
+  """Row 1 is row 0, with NaN in a document."""
+  if len(x) == 1:
+    return x
+  x = jnp.stack([x[0], x[0]])
+  return jnp.where(
+    poison.reshape(*poison.shape, *[1] * (x.ndim - 2)), jnp.nan, x
+  )
+
+
+def assert_rows_agree(results, poison):
+  """Nothing outside of the poisoned document moved by a bit."""
+  for x in results:
+    first, second = np.asarray(x, np.float32)
+    np.testing.assert_array_equal(first[~poison[1]], second[~poison[1]])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreted_attention_and_gradients(kind):
+  case, layout, poison = small(kind)
+  blocks = random_choices(case, layout)[:1]
+  blocks = jnp.concatenate([blocks] * case.batch)
+  inputs = op_contract.attention_inputs(case, "bfloat16")
+  q, k, v, dout = (poisoned(x, poison) for x in inputs)
+  dlse = lse_cotangent(case, blocks, layout)
+  dlse = jnp.broadcast_to(dlse[:1], dlse.shape)
+  config = dataclasses.replace(
+    PAIRS if kind == "documents" else fwd.Config(), num_ctas=1,
+    pair_warpgroups=2, query_stages=2,
+  )  # fmt: skip
+  (out, lse), pull = jax.vjp(
+    lambda *x: attend(
+      case, *x, blocks, layout, config=config,
+      backward=bwd.Config(stages=2, num_ctas=1), interpret=True,
+    ),
+    q, k, v,
+  )  # fmt: skip
+  grads = pull((dout, dlse))
+  one = dataclasses.replace(case, batch=1)
+  layout, blocks, out, lse, q, k, v, dout, dlse, *first = (
+    jax.tree.map(lambda x: x[:1], x)
+    for x in (layout, blocks, out, lse, q, k, v, dout, dlse, *grads)
+  )
+  check_attention(one, q, k, v, blocks, out, lse, layout)
+  check_attention_gradients(one, q, k, v, dout, blocks, first, dlse, layout)
+  if case.batch > 1:
+    assert_rows_agree(grads, poison)
+    assert np.isnan(np.asarray(grads[0], np.float32)[1][poison[1]]).all()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_interpreted_kl(kind):
+  case, layout, poison = small(kind)
+  blocks = random_choices(case, layout)[:1]
+  blocks = jnp.concatenate([blocks] * case.batch)
+  q, k, _, index_q, index_k = (
+    poisoned(x, poison) for x in case.inputs(dtype=jnp.bfloat16)
+  )
+  mask = layout.own_block >= 0
+  mask &= ~poison.any(0) & (jnp.arange(case.q_len) % 9 != 4)
+  loss = functools.partial(
+    index_kl.index_kl_loss, interpret=True,
+    config=index_kl.Config(stages=2, task=24, num_ctas=1),
+  )  # fmt: skip
+  value, grads = kl_and_gradients(
+    case, q, k, index_q, index_k, blocks, mask, loss=loss, layout=layout
+  )
+  if case.batch > 1:
+    assert_rows_agree(grads, poison)
+  # The mean over one row of two that agree is the mean over both.
+  one = dataclasses.replace(case, batch=1)
+  layout, blocks, q, k, index_q, index_k, mask = (
+    jax.tree.map(lambda x: x[:1], x)
+    for x in (layout, blocks, q, k, index_q, index_k, mask)
+  )
+  grads = [x[:1] * case.batch for x in grads]
+  got = value, grads
+  check_kl(one, q, k, index_q, index_k, blocks, got, mask, layout)
+
+
+DEEP = [(20 * i, 20 * i + 15) for i in range(12)]
+DEEP_PARENTS = [-1, 0, 1, 1, 3, 3, 5, 5, 7, 7, 9, 1]
+
+
+@pytest.mark.parametrize(
+  "kind, num_local, precision",
+  [
+    ("documents", 1, "exact"),
+    ("trees", 2, "exact"),
+    # A path of more runs of blocks than a tile has ranges.
+    ("deep", 1, "exact"),
+    pytest.param("deep", 2, "fast", marks=pytest.mark.slow),
+    pytest.param("trees", 0, "exact", marks=pytest.mark.slow),
+    pytest.param("documents", 0, "fp8", marks=pytest.mark.slow),
+    pytest.param("row", 1, "exact", marks=pytest.mark.slow),
+  ],
+)
+def test_interpreted_choice(kind, num_local, precision):
+  spans, parents, block_size = {
+    "documents": ([DOCUMENTS], roots([DOCUMENTS]), 64),
+    "trees": ([TREE], [PARENTS], 64),
+    "deep": ([DEEP], [DEEP_PARENTS], 64),
+    "row": ([[(0, 300)]], [[-1]], 128),
+  }[kind]
+  length = {"row": 300, "deep": 240, "documents": 132}.get(kind, 110)
+  check_select(
+    spans, parents, length, block_size, num_local, precision,
+    config=sb.Config(warpgroup_rows=64, stages=2), interpret=True,
+  )  # fmt: skip
+
+
+def check_select(
+  spans, parents, length, block_size, num_local, precision, groups=2, top_k=3,
+  **options,
+):  # fmt: skip
+  """The choice of a kernel is the reference's.
+
+  In fp8 the scales of blocks differ from the reference's scales of keys; powers
+  of two of both make no difference.
+  """
+  layout = segments_lib.block_layout(
+    segments_of(spans, parents, length, 64), block_size
+  )
+  case = Case(
+    batch=len(spans), q_len=length, kv_len=length, num_kv_heads=groups,
+    index_dim=64,
+  )  # fmt: skip
+  *_, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  index_k = index_k.at[0, 15].set(jnp.nan)
+  if precision == "fp8":  # what e4m3 holds
+    index_q, index_k = (jnp.round(2 * x) / 2 for x in (index_q, index_k))
+  options = dict(
+    block_size=block_size, top_k=top_k, num_local_blocks=num_local,
+    layout=layout,
+  ) | options  # fmt: skip
+  got = sb.select_blocks(index_q, index_k, score_precision=precision, **options)
+  for name in ("config", "interpret"):
+    options.pop(name, None)
+  want = reference.select_blocks(
+    index_q, index_k, kv_lengths=None, score_precision="exact", **options
+  )
+  if precision == "exact":
+    np.testing.assert_array_equal(got, want)
+    return
+  # Scores that are nearly or, in e4m3, exactly equal may stand for each other.
+  np.testing.assert_array_equal(np.sum(got >= 0, -1), np.sum(want >= 0, -1))
+  assert np.mean(np.asarray(got) != np.asarray(want)) < 0.02
+
+
+# ------------------------------------------------------------------ lowering
+
+
+@pytest.mark.parametrize(
+  "max_segments, num_local",
+  [
+    (2000, 1),
+    *(pytest.param(n, 2, marks=pytest.mark.slow) for n in (1, 8, 64)),
+  ],
+)
+def test_lowers_for_cuda_at_128k(max_segments, num_local):
+  case = cases.CASES["128k"]
+  lead = (case.batch, case.tokens)
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
+  kv = shape((*lead, case.num_kv_heads, case.head_dim))
+  q = shape((*lead, case.num_heads, case.head_dim))
+  index_q = shape((*lead, case.num_kv_heads, case.index_dim))
+  index_k = shape((*lead, case.index_dim))
+
+  def loss(q, k, v, index_q, index_k, ids):
+    layout = segments_lib.block_layout(
+      segments_lib.document_segments(ids, max_segments), case.block_size
+    )
+    options = dict(block_size=case.block_size, layout=layout)
+    blocks = sb.select_blocks(
+      index_q, index_k, num_local_blocks=num_local, **options
+    )
+    out, lse = sparse.sparse_attention(q, k, v, blocks, **options)
+    kl = index_kl.index_kl_loss(
+      q, k, index_q, index_k, blocks, lse=lse, query_mask=ids != 0, **options
+    )
+    return out.astype(jnp.float32).sum() + kl
+
+  text = (
+    jax.jit(jax.grad(loss, tuple(range(5))))
+    .trace(q, kv, kv, index_q, index_k, jax.ShapeDtypeStruct(lead, jnp.int32))
+    .lower(lowering_platforms=("cuda",))
+    .as_text()
+  )
+  for name in (
+    *("msa_select", "sparse_tiles_merge", "sparse_pairs", "sparse_kv_blocks"),
+    *("kl_index_lse", "kl_kv_blocks"),
+  ):
+    assert name in text
+
+
+def test_more_blocks_than_fit_are_refused():
+  case = Case(q_len=256, kv_len=256, num_heads=2, num_kv_heads=1, head_dim=64)
+  q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  ids = jnp.ones((1, 256), jnp.int32)
+  layout = segments_lib.block_layout(
+    segments_lib.document_segments(ids, 1 << 15), 128
+  )
+  blocks = jnp.zeros((1, 1, 256, 2), jnp.int32)
+  text = "up to 32768 blocks of keys, got 32770 of packed rows"
+  index_q, index_k = (jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, 56),))
+                      for x in (index_q, index_k))  # fmt: skip
+  for call in (
+    lambda: sparse.sparse_attention(q, k, v, blocks, layout=layout),
+    lambda: sb.select_blocks(index_q, index_k, layout=layout),
+    lambda: index_kl.index_kl_loss(
+      q, k, index_q, index_k, blocks, lse=jnp.zeros((1, 2, 256)), layout=layout
+    ),
+  ):
+    with pytest.raises(NotImplementedError, match=text):
+      jax.eval_shape(call)
+  with pytest.raises(NotImplementedError, match="KL kernel over all tokens"):
+    index_kl.index_kl_loss(
+      q, k, index_q, index_k, None, lse=jnp.zeros((1, 2, 256)), layout=layout
+    )
+
+
+# ------------------------------------------------------------------- Hopper
+
+GPU_CASES = {
+  "paper_heads": (Case(
+    q_len=1100, kv_len=1100, num_heads=64, num_kv_heads=4, head_dim=128,
+    index_dim=128, block_size=128, top_k=5,
+  ), "bfloat16"),
+  "block_64": (Case(
+    batch=2, q_len=1500, kv_len=1500, num_heads=16, num_kv_heads=2, head_dim=64,
+    index_dim=128, block_size=64, top_k=6,
+  ), "float16"),
+  "group_4": (Case(
+    batch=2, q_len=1300, kv_len=1300, num_heads=8, num_kv_heads=2, head_dim=128,
+    index_dim=64, block_size=128, top_k=4,
+  ), "bfloat16"),
+  "group_2_block_64": (Case(
+    q_len=1301, kv_len=1301, num_heads=4, num_kv_heads=2, head_dim=64,
+    index_dim=64, block_size=64, top_k=9,
+  ), "bfloat16"),
+  "group_6_d96": (Case(
+    q_len=900, kv_len=900, num_heads=12, num_kv_heads=2, head_dim=96,
+    index_dim=80, block_size=128, top_k=3,
+  ), "bfloat16"),
+}  # fmt: skip
+GPU_MATRIX = pytest.mark.parametrize(
+  "name, kind",
+  [(n, kind) for n in GPU_CASES for kind in ("documents", "trees")],
+)
+
+
+@pytest.mark.gpu
+@GPU_MATRIX
+def test_gpu_attention(hopper, name, kind):
+  case, dtype = GPU_CASES[name]
+  args = op_contract.attention_inputs(case, dtype)
+  configs = [None]
+  if name in ("block_64", "group_4"):
+    configs = [*fwd.candidate_configs(), PAIRS]
+  for seed in range(2):
+    layout = layout_of(case, kind, 10 * seed)
+    blocks = random_choices(case, layout, seed)
+    dlse = lse_cotangent(case, blocks, layout)
+    for config in configs:
+
+      @jax.jit
+      def run(q, k, v, dout, blocks, layout, dlse, config=config):
+        both, pull = jax.vjp(
+          lambda *x: attend(case, *x, blocks, layout, config=config), q, k, v
+        )
+        return both, pull((dout, dlse))
+
+      def check(q, k, v, dout, blocks, layout, dlse, got):
+        (out, lse), grads = got
+        check_attention(case, q, k, v, blocks, out, lse, layout)
+        check_attention_gradients(
+          case, q, k, v, dout, blocks, grads, dlse, layout
+        )
+
+      op_contract.run_twice(run, check, *args, blocks, layout, dlse)
+
+
+@pytest.mark.gpu
+@GPU_MATRIX
+def test_gpu_kl(hopper, name, kind):
+  case, dtype = GPU_CASES[name]
+  q, k, _, index_q, index_k = case.inputs(dtype=dtype)
+  for seed in range(2):
+    layout = layout_of(case, kind, 10 * seed)
+    blocks = random_choices(case, layout, seed)
+    mask = layout.own_block >= 0
+    mask &= jnp.arange(case.q_len) % 9 != 4
+
+    @jax.jit
+    def run(q, k, index_q, index_k, blocks, mask, layout):
+      return kl_and_gradients(
+        case, q, k, index_q, index_k, blocks, mask,
+        loss=index_kl.index_kl_loss, layout=layout,
+      )  # fmt: skip
+
+    def check(q, k, index_q, index_k, blocks, mask, layout, got):
+      check_kl(case, q, k, index_q, index_k, blocks, got, mask, layout)
+
+    op_contract.run_twice(
+      run, check, q, k, index_q, index_k, blocks, mask, layout
+    )
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("num_local", [0, 1, 2])
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_gpu_choice(hopper, block_size, num_local, precision):
+  for seed in range(3):
+    rows = [random_spans(10 * seed + b, 1500, block_size) for b in range(2)]
+    spans = [row for row, _ in rows]
+    for parents in (roots(spans), [x for _, x in rows]):
+      for config in (None, sb.Config(warpgroup_rows=64, stages=3)):
+        check_select(
+          spans, parents, 1500, block_size, num_local, precision, groups=3,
+          top_k=4, config=config,
+        )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["documents", "trees"])
+def test_gpu_operation_equals_the_portable_one(hopper, kind):
+  """`None` takes the kernels; a poisoned document stays alone."""
+  case, dtype = GPU_CASES["group_4"]
+  spans, parents = random_spans(5, case.kv_len, 128)
+  spans, parents = (
+    [spans] * 2,
+    [parents if kind == "trees" else roots([spans])[0]] * 2,
+  )
+  segments = segments_of(spans, parents, case.kv_len, 64)
+  inputs = case.inputs(dtype=dtype)
+  (choice,) = msa_jax.explain(
+    msa_jax.msa_attention, *inputs, with_kl=True, segments=segments
+  )
+  assert choice.implementation == "mosaic_gpu"
+
+  @functools.partial(jax.jit, static_argnames="implementation")
+  def run(inputs, blocks, mask, implementation=None):
+    def loss(inputs):
+      result = msa_jax.msa_attention(
+        *inputs, top_k=4, with_kl=True, segments=segments, query_mask=mask,
+        block_indices=blocks, implementation=implementation,
+      )  # fmt: skip
+      return jnp.sum(
+        jnp.sin(result.out.astype(jnp.float32))
+      ) + result.kl, result
+
+    return jax.grad(loss, has_aux=True)(inputs)
+
+  mask = jnp.ones(inputs[0].shape[:2], bool)
+  grads, result = run(inputs, None, mask)
+  want_grads, want = run(inputs, result.block_indices, mask, "xla")
+  for got, expected in zip(
+    (*grads, *result), (*want_grads, *want), strict=True
+  ):
+    got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+    finite = np.isfinite(expected)
+    np.testing.assert_array_equal(np.isfinite(got), finite)
+    error = np.linalg.norm((got - expected)[finite])
+    assert error <= 0.02 * np.linalg.norm(expected[finite])
+  root = parents[1].index(-1)
+  stop = next((i for i in range(root + 1, len(spans[1])) if parents[1][i] < 0),
+              len(spans[1]))  # fmt: skip
+  poison = np.zeros(mask.shape, bool)
+  poison[1, spans[1][root][0] : spans[1][stop - 1][1]] = True
+  mask = jnp.asarray(~poison)
+  grads, result = run(inputs, None, mask)
+  bad = tuple(
+    jnp.where(poison.reshape(*poison.shape, *[1] * (x.ndim - 2)), jnp.nan, x)
+    for x in inputs
+  )
+  bad_grads, bad_result = run(bad, None, mask)
+  assert bad_result.kl == result.kl
+  for got, expected in zip(
+    (*bad_grads, bad_result.out), (*grads, result.out), strict=True
+  ):
+    np.testing.assert_array_equal(got[~poison], expected[~poison])
