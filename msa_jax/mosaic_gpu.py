@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import jax.numpy as jnp
 from jax import lax
 
 
@@ -76,11 +75,6 @@ def index_kl_loss(
   q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
   query_mask, **options,
 ):  # fmt: skip
-  if query_mask is not None and query_mask.dtype != jnp.bool_:
-    raise NotImplementedError(
-      "mosaic_gpu supports a query_mask of bool, got weights of"
-      f" {query_mask.dtype}"
-    )
   from pallas_kernels import index_kl as kernels
 
   q, k = lax.stop_gradient((q, k))

@@ -11,7 +11,9 @@ exp(index_scale index_q.index_k_j - index_lse) (KL loss; arXiv 2606.13392):
   dindex_q = index_scale sum_j g_j index_k_j
   dindex_k_j = index_scale sum over queries and groups of g_j index_q
 
-all divided by the number of queries that count, times the number of groups.
+all divided by the number of queries that count, times the number of groups. If
+queries have weights, value and g are multiplied by them, and the divisor is the
+sum of the weights, times the number of groups.
 Both log sum exps are needed before p, r and g; with them, one pass gives the
 value and the gradients, so the gradients are computed with the loss.
 
@@ -65,7 +67,8 @@ warpgroup (arrivals in brackets):
               free: 0 and 1 (2)                      copy
   kv_ring     ready: both halves of K, index_k (4)   0 and 1
               free: 0 and 1, after the task (2)      copy
-  iq_ring     ready: index_q, its lse, limits (3)    0 and 1
+  iq_ring     ready: index_q, its lse, limits, and   0 and 1
+              weights if there are any (3 or 4)
               free: 0 and 1 (2): when dindex_q,      copy
               which is written over index_q, is
               stored; without gradients after r
@@ -421,7 +424,7 @@ def _sum_heads(p, sums, tile, *, q_rows, interpret):
 
 def _kv_blocks(
   values, partials, sums, chunk_desc, plan, firsts, queries, limits, index_lse,
-  iq, lse, q, k, ik, *, params,
+  weights, iq, lse, q, k, ik, *, params,
 ):  # fmt: skip
   """Computes values, dindex_q partials and sums of dindex_k of a chunk.
 
@@ -432,6 +435,7 @@ def _kv_blocks(
     chunk_desc, plan, firsts, limits, iq, ik, params: as for `_index_lse`.
     queries: each pair's query in the chunk, in the order that row tiles gather.
     index_lse: base-2 log sum exp of each pair's query over all its choices.
+    weights: float32, of each pair's query; None if all are 1.
     lse: float32 [row tiles, ROWS]: base-2 log sum exp of the gathered rows,
       plus the log of the number of heads.
     q, k: operands, padded, k head-major.
@@ -446,7 +450,7 @@ def _kv_blocks(
     limit_gmem, ilse_gmem, iq_gmem, lse_gmem, q_gmem, k_gmem, ik_gmem,
     value_gmem, part_gmem, sums_gmem, q_smem, lse_smem, k_smem, ik_smem,
     iq_smem, ilse_smem, limit_smem, g_smem, q_ring, lse_ring, kv_ring, iq_ring,
-    g_ready, g_read, diq_ready, tensor_turn,
+    g_ready, g_read, diq_ready, tensor_turn, weight_gmem=None, weight_smem=None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = kv_block_plan.num_tasks_of_cta(
@@ -530,9 +534,15 @@ def _kv_blocks(
           # 0 log 0 = 0; a NaN of r stays.
           log_p = jnp.log2(jnp.where(mean > 0.0, mean, 1.0))
           term = jnp.where(visible, mean * (log_p - log_r), 0.0)
+          g = r - mean
+          if weight_smem is not None:
+            weight = along(
+              plgpu.load(weight_smem.at[stage], layout=column_layout)
+            )
+            term, g = term * weight, g * weight
           value += term.sum(axis=1)
           if s.with_gradients:
-            g = (r - mean).astype(s.dtype)
+            g = g.astype(s.dtype)
             g_smem[wg] = g
             plgpu.commit_smem()
             plgpu.barrier_arrive(g_ready)
@@ -659,11 +669,14 @@ def _kv_blocks(
         def copy_index(j, pair_step):
           stage = iq_ring.wait_free(pair_step)
           first_pair = pl.multiple_of((first + j) * PAIRS, PAIRS)
-          for x_gmem, x_smem in (
+          copies = [
             (iq_gmem, iq_smem),
             (ilse_gmem, ilse_smem),
             (limit_gmem, limit_smem),
-          ):
+          ]
+          if weight_gmem is not None:
+            copies.append((weight_gmem, weight_smem))
+          for x_gmem, x_smem in copies:
             plgpu.copy_gmem_to_smem(
               x_gmem.at[pl.ds(first_pair, PAIRS)],
               x_smem.at[stage],
@@ -713,6 +726,7 @@ def _kv_blocks(
   def operand(*sizes):
     return plgpu.SMEM(sizes, s.dtype, transforms=mosaic.OPERAND)
 
+  weight_smem = plgpu.SMEM((2, PAIRS), jnp.float32)
   mosaic.launch(
     body,
     dict(
@@ -731,6 +745,7 @@ def _kv_blocks(
       value_gmem=values,
       part_gmem=partials,
       sums_gmem=sums,
+      **({} if weights is None else dict(weight_gmem=weights)),
     ),
     name="kl_kv_blocks",
     num_ctas=config.num_ctas,
@@ -749,11 +764,12 @@ def _kv_blocks(
       q_ring=mosaic.ring(config.stages, fills=s.queries, releases=2),
       lse_ring=mosaic.ring(2, releases=2),
       kv_ring=mosaic.ring(fills=4, releases=2),
-      iq_ring=mosaic.ring(2, fills=3, releases=2),
+      iq_ring=mosaic.ring(2, fills=3 if weights is None else 4, releases=2),
       g_ready=plgpu.Barrier(num_arrivals=2),
       g_read=plgpu.Barrier(num_arrivals=2),
       diq_ready=plgpu.Barrier(num_arrivals=2),
       tensor_turn=plgpu.Barrier(num_barriers=2),
+      **({} if weights is None else dict(weight_smem=weight_smem)),
     ),
   )
 
@@ -827,6 +843,10 @@ def _loss(
   )
   groups, chunk = split.groups, split.chunk
   pad = split.num_chunks * chunk - t
+  weights = None
+  if query_mask.dtype != jnp.bool_:
+    weights = jnp.pad(query_mask.astype(jnp.float32), ((0, 0), (0, pad)))
+    query_mask = query_mask != 0
   block_indices = jnp.where(query_mask[:, None, :, None], block_indices, -1)
   lse, bad_lse = lse.swapaxes(2, 3), bad_lse[..., None]
   bad_q = bad_q.swapaxes(1, 2)[..., None]
@@ -954,10 +974,15 @@ def _loss(
       partials = jax.new_ref(lax.empty((partial_rows, i_dim), q.dtype))
       sums = jax.new_ref(sums)
       gathered = _gather_order(query)
+      pair_weights = None
+      if weights is not None:
+        pair_weights = weights[
+          batch_row[query_group], first_query + query_of_chunk
+        ]
       _kv_blocks(
         values, partials, sums, chunk_desc, plan, firsts,
-        gathered % chunk, limits, query_lse.reshape(-1)[query], iq,
-        cut(lse).reshape(-1, q_rows)[gathered].reshape(-1, ROWS), q, k, ik,
+        gathered % chunk, limits, query_lse.reshape(-1)[query], pair_weights,
+        iq, cut(lse).reshape(-1, q_rows)[gathered].reshape(-1, ROWS), q, k, ik,
         params=params,
       )  # fmt: skip
       total += jnp.sum(jax.freeze(values))
@@ -1052,7 +1077,10 @@ def _run(
     ("", "B T K I", "B S I"),
     interpret=interpret,
   )
-  counted = jnp.maximum(jnp.sum(query_mask), 1) * k.shape[2]
+  counted = jnp.sum(query_mask)
+  if query_mask.dtype == jnp.bool_:
+    counted = jnp.maximum(counted, 1)
+  counted = jnp.where(counted == 0, 1, counted * k.shape[2])
   return split(*operands, lse, kv_lengths, query_mask, counted, *packed)
 
 
@@ -1095,7 +1123,7 @@ def index_kl_loss(
   scale: float | None = None,
   index_scale: float | None = None,
   kv_lengths: Int[Array, "B"] | None = None,
-  query_mask: Bool[Array, "B T"] | None = None,
+  query_mask: Bool[Array, "B T"] | Float[Array, "B T"] | None = None,
   layout: packed_rows.Layout | None = None,
   config: Config | dense_index_kl.Config | None = None,
   interpret: bool = False,
@@ -1118,7 +1146,8 @@ def index_kl_loss(
     scale: of the scores; D^-0.5 if None.
     index_scale: of the index scores; I^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
-    query_mask: queries that count; all if None.
+    query_mask: queries that count, or their weights w (with block_indices): the
+      loss is then sum w KL_t / (K sum w). All if None.
     layout: blocks of packed rows, whose T is S and whose padding query_mask
       leaves out; None for plain rows. Ids of blocks that the query does not see
       contribute nothing.
@@ -1136,6 +1165,11 @@ def index_kl_loss(
     index_dim=index_q.shape[-1],
   )
   if block_indices is None:
+    if query_mask is not None and query_mask.dtype != jnp.bool_:
+      raise NotImplementedError(
+        "mosaic_gpu supports a query_mask of bool in the warm-up phase, got"
+        f" weights of {query_mask.dtype}"
+      )
     if layout is not None:
       raise NotImplementedError(
         "the KL kernel over all tokens supports plain rows, got a layout of"

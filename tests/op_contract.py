@@ -634,13 +634,15 @@ def kl_formula(
   """KL, its gradients, and the part of them that comes from r, in float32.
 
   `dtype` rounds what an implementation has to round: p of each head, and g =
-  r - p.
+  r - p. `mask` may be weights of the queries.
   """
   rounded = _rounding(dtype)
   q, k, index_q, index_k = (
     x.astype(jnp.float32) for x in (q, k, index_q, index_k)
   )
-  visible = visible_tokens(case, blocks, layout) & mask[:, None, :, None]
+  visible = visible_tokens(case, blocks, layout)
+  visible = visible & (mask != 0)[:, None, :, None]
+  weight = mask.astype(jnp.float32)[:, None, :, None]
   s = reference.head_scores(q, k, visible, case.head_dim**-0.5)
   p = reference.softmax(s, reference.masked_logsumexp(s))
   p = jnp.mean(rounded(p), axis=2)
@@ -653,10 +655,10 @@ def kl_formula(
   )
   log_p = jnp.log(jnp.where(p > 0, p, 1))
   counted = jnp.maximum(mask.sum(), 1) * case.num_kv_heads
-  value = jnp.sum(p * (log_p - log_r)) / counted
+  value = jnp.sum(weight * p * (log_p - log_r)) / counted
 
   def gradients(g):
-    g = g * (case.index_dim**-0.5 / counted)
+    g = g * weight * (case.index_dim**-0.5 / counted)
     einsum = functools.partial(jnp.einsum, precision="highest")
     return (
       einsum("bkts,bsi->btki", g, index_k),

@@ -294,6 +294,8 @@ def test_interpreted_kl(kind):
   )
   mask = layout.own_block >= 0
   mask &= ~poison.any(0) & (jnp.arange(case.q_len) % 9 != 4)
+  if kind == "trees":  # each token's weight is the number of its sequences
+    mask = jnp.where(mask, 1.0 + jnp.arange(case.q_len) % 4, 0.0)
   loss = functools.partial(
     index_kl.index_kl_loss, interpret=True,
     config=index_kl.Config(stages=2, task=24, num_ctas=1),
@@ -526,6 +528,8 @@ def test_gpu_kl(hopper, name, kind):
     blocks = random_choices(case, layout, seed)
     mask = layout.own_block >= 0
     mask &= jnp.arange(case.q_len) % 9 != 4
+    if kind == "trees":
+      mask = jnp.where(mask, 1.0 + jnp.arange(case.q_len) % 4, 0.0)
 
     @jax.jit
     def run(q, k, index_q, index_k, blocks, mask, layout):
