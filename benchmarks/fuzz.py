@@ -47,12 +47,14 @@ from jax import lax
 
 import msa_jax
 from msa_jax import reference
+from msa_jax import segments as segments_lib
 
 OPS = ("attention", "kl", "attention", "select", "decode", "warmup_kl")
 # A signature's place in the list decides its operation, so every op is there.
 CHOICES = ("random", "shared", "hot", "own", "empty", "garbage")
 POISONS = ("none", "none", "query", "key", "unseen")
 SCALES = (0.5, 1.0, 2.0, 0.0)  # of queries; 0 makes all scores equal
+MAX_SPANS = 16  # of a packed row
 MARGINS = {"exact": 2.0**-18, "fast": 2.0**-9}
 highest = functools.partial(jnp.einsum, precision="highest")
 
@@ -80,6 +82,7 @@ class Signature:
   dtype: str
   precision: str = "exact"
   with_dlse: bool = False
+  packed: str = ""  # or "documents", or "trees"
 
   @property
   def num_heads(self) -> int:
@@ -87,7 +90,8 @@ class Signature:
 
   @property
   def num_blocks(self) -> int:
-    return -(-self.kv_len // self.block_size)
+    spans = MAX_SPANS if self.packed else 0
+    return -(-self.kv_len // self.block_size) + spans
 
   @property
   def scale(self) -> float:
@@ -97,6 +101,7 @@ class Signature:
 def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
   """Random signatures; those of one seed are the same in every run."""
   rng = np.random.default_rng(seed)
+  packing = np.random.default_rng([seed, 1])
 
   def pick(*values: Any) -> Any:
     return values[int(rng.integers(len(values)))]
@@ -120,6 +125,11 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
       kv_len = q_len
     if op == "decode":
       q_len = min(q_len, int(rng.integers(1, 5 if tiny else 17)))
+    packed = str(packing.choice(["", "", "documents", "trees"]))
+    if op in ("decode", "warmup_kl"):
+      packed = ""
+    if packed:
+      q_len = kv_len = min(kv_len, 100 if tiny else 700)
     top_k = pick(1, 2, 3) if tiny else pick(1, 2, 3, 4, 6, 8, 16, 16, 24)
     precision = "exact"
     if op == "select":
@@ -142,9 +152,72 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
         dtype=pick("bfloat16", "bfloat16", "float16"),
         precision=precision,
         with_dlse=index % len(OPS) == OPS.index("attention"),
+        packed=packed,
       )
     )
   return found
+
+
+def draw_segments(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
+  """The spans of packed rows; nothing for plain rows.
+
+  Half of a row's spans end about a whole number of blocks after a cut, and one
+  in five is padding. In trees, each span is at most one level below the one
+  before it, which makes any forest in depth-first order.
+  """
+  if not s.packed:
+    return {}
+  keys = iter(jax.random.split(key, 8))
+
+  def integer(low: int, high: int, shape: tuple) -> jax.Array:
+    return jax.random.randint(next(keys), shape, low, high)
+
+  b, n, cuts = s.batch, s.kv_len, (MAX_SPANS - 2) // 2
+  cut = integer(0, n, (b, cuts))
+  size = s.block_size * integer(0, 4, (b, cuts)) + integer(-1, 2, (b, cuts))
+  slot = jnp.arange(n)
+  starts = jnp.any(jnp.concatenate([cut, cut + size], 1)[..., None] == slot, 1)
+  run = jnp.cumsum(starts, axis=1)  # 0 to MAX_SPANS - 2
+  padding = integer(0, 5, (b, MAX_SPANS)) == 0
+  real = ~jnp.take_along_axis(padding, run, axis=1)
+  segments = segments_lib.document_segments(
+    jnp.where(real, run + 1, 0).astype(jnp.int32), MAX_SPANS
+  )
+  until = segments.visible_until
+  if s.packed == "trees":
+    steps = integer(-2, 2, (b, MAX_SPANS))
+    depths = [jnp.zeros((b,), jnp.int32)]
+    for i in range(1, MAX_SPANS):
+      depths.append(jnp.maximum(depths[-1] + steps[:, i], 0))
+    depth = jnp.take_along_axis(
+      jnp.stack(depths, axis=1), jnp.maximum(segments.span, 0), axis=1
+    )
+    # A span is seen until the next one that is not below it.
+    opens = real & jnp.diff(segments.span, axis=1, prepend=-1).astype(bool)
+    ends = opens[:, None] & (depth[:, None] <= depth[..., None])
+    ends &= slot > slot[:, None]
+    until = jnp.min(jnp.where(ends, slot, n), axis=-1)
+    until = jnp.where(real, until, 0)
+  return dict(span=segments.span, until=until.astype(jnp.int32))
+
+
+def segments_of(s: Signature, x: dict) -> msa_jax.Segments | None:
+  if not s.packed:
+    return None
+  return msa_jax.Segments(
+    x["span"],
+    x["until"],
+    jnp.zeros_like(x["span"]),  # rotary positions, which no operation reads
+    max_segments=MAX_SPANS,
+    has_trees=s.packed == "trees",
+  )
+
+
+def layout_of(s: Signature, x: dict) -> segments_lib.BlockLayout | None:
+  segments = segments_of(s, x)
+  if segments is None:
+    return None
+  return segments_lib.block_layout(segments, s.block_size)
 
 
 # ---- Inputs ----
@@ -176,15 +249,21 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   x = {name: value.astype(s.dtype) for name, value in x.items()}
   # Half of the rows are full; the others end anywhere.
   lengths = jnp.where(integer(0, 2, (b,)) == 0, n, integer(0, n + 1, (b,)))
-  positions = reference.query_positions(t, n, b, lengths)
-  blocks = _choices(s, choice, positions, normal, integer)
+  spans = draw_segments(s, jax.random.fold_in(key, 1))
+  layout = layout_of(s, spans)
+  if layout is not None:
+    lengths = jnp.full((b,), n)
+  positions = reference.query_positions(t, n, b, lengths, layout)
+  blocks = _choices(s, choice, positions, layout, normal, integer)
   mask = (integer(0, 5, (b, t)) > 0) | (integer(0, 2) == 0)
-  if s.op == "warmup_kl":
-    visible = reference.causal_tokens(positions, n)
-  elif s.op in ("attention", "kl"):
-    visible = reference.chosen_tokens(blocks, positions, n, s.block_size)
+  if layout is not None:
+    mask &= layout.own_block >= 0
+  if s.op in ("attention", "kl"):
+    visible = reference.chosen_tokens(
+      blocks, positions, n, s.block_size, layout
+    )
   else:
-    visible = reference.causal_tokens(positions, n)
+    visible = reference.visible_tokens(positions, n, layout)
   shape = (b, s.num_kv_heads, t, n)
   visible = jnp.broadcast_to(visible, shape)
   if s.op in ("kl", "warmup_kl"):
@@ -219,7 +298,7 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
     x[name] = jnp.where(hidden & where, bad, x[name])
     clean[name] = jnp.where(hidden & where, 0, clean[name])
   x = {name: value.astype(s.dtype) for name, value in x.items()}
-  extra = dict(blocks=blocks, lengths=lengths, mask=mask)
+  extra = dict(blocks=blocks, lengths=lengths, mask=mask) | spans
   if s.with_dlse:
     # The cotangent of a query's lse that sees nothing is dropped.
     sees = jnp.repeat(visible.any(-1), s.group_size, axis=1)
@@ -249,23 +328,21 @@ def _kind(poison: jax.Array) -> jax.Array:
 
 
 def _choices(
-  s: Signature, choice: jax.Array, positions: jax.Array, normal: Callable,
-  integer: Callable,
+  s: Signature, choice: jax.Array, positions: jax.Array,
+  layout: segments_lib.BlockLayout | None, normal: Callable, integer: Callable,
 ) -> jax.Array:  # fmt: skip
   """Block ids: ascending, then -1."""
   b, t, n, p = s.batch, s.q_len, s.num_blocks, s.top_k
-  own = jnp.where(positions < 0, -1, positions // s.block_size)
-  own = own[:, None, :, None]
+  visible, own = reference.visible_blocks(positions, n, s.block_size, 1, layout)
   scores = normal(b, s.num_kv_heads, t, n)
   alike = scores[:, :, jnp.arange(t) // 8 * 8]
   scores = jnp.where(choice == CHOICES.index("shared"), alike, scores)
-  block = jnp.arange(n)
-  hot = (block == 0) | (block == own)
+  hot = (jnp.cumsum(visible, axis=-1) == 1) | own  # the first one that it sees
   scores += jnp.where((choice == CHOICES.index("hot")) & hot, 100, 0)
-  scores = jnp.where(
-    (choice == CHOICES.index("own")) & (block != own), -jnp.inf, scores
-  )
-  scores = jnp.where(block <= own, scores, -jnp.inf)
+  scores = jnp.where((choice == CHOICES.index("own")) & ~own, -jnp.inf, scores)
+  # In packed rows garbage is also a block that the query does not see.
+  unseen = layout is not None and choice == CHOICES.index("garbage")
+  scores = jnp.where(visible | unseen, scores, -jnp.inf)
   rows = integer(0, 3, (b, s.num_kv_heads, t, 1)) == 0
   rows &= choice == CHOICES.index("empty")
   scores = jnp.where(rows, -jnp.inf, scores)
@@ -287,11 +364,17 @@ def runner(s: Signature, implementation: str, interpret: bool) -> Callable:
   f = _kernels() if interpret else _public(implementation)
   blocks = dict(block_size=s.block_size)
 
+  def keys_of(x):
+    """Options that say which keys exist."""
+    if not s.packed:
+      return dict(kv_lengths=x["lengths"])
+    if interpret:
+      return dict(layout=layout_of(s, x))
+    return dict(segments=segments_of(s, x))
+
   def attention(x):
     def attend(q, k, v):
-      return f["attention"](
-        q, k, v, x["blocks"], **blocks, kv_lengths=x["lengths"]
-      )
+      return f["attention"](q, k, v, x["blocks"], **blocks, **keys_of(x))
 
     operands, dlse = (x["q"], x["k"], x["v"]), x.get("dlse")
     if dlse is None:
@@ -311,7 +394,7 @@ def runner(s: Signature, implementation: str, interpret: bool) -> Callable:
     def loss(index_q, index_k):
       value = f["kl"](
         x["q"], x["k"], index_q, index_k, ids, **blocks, lse=lse,
-        kv_lengths=x["lengths"], query_mask=x["mask"],
+        query_mask=x["mask"], **keys_of(x),
       )  # fmt: skip
       return factor * value, value
 
@@ -324,8 +407,8 @@ def runner(s: Signature, implementation: str, interpret: bool) -> Callable:
   def select(x):
     ids = f["select"](
       x["index_q"], x["index_k"], **blocks, top_k=s.top_k,
-      num_local_blocks=s.num_local_blocks, kv_lengths=x["lengths"],
-      score_precision=s.precision,
+      num_local_blocks=s.num_local_blocks, score_precision=s.precision,
+      **keys_of(x),
     )  # fmt: skip
     return dict(ids=ids)
 
@@ -426,11 +509,10 @@ def _rounder(dtype: Any) -> Callable:
 def _by_block(s: Signature, x: jax.Array, axis: int) -> jax.Array:
   """Splits an axis of key slots into blocks, N first."""
   pad = [(0, 0)] * x.ndim
-  pad[axis] = (0, s.num_blocks * s.block_size - s.kv_len)
+  num_blocks = -(-s.kv_len // s.block_size)  # also of packed rows
+  pad[axis] = (0, num_blocks * s.block_size - s.kv_len)
   x = jnp.pad(x, pad)
-  x = x.reshape(
-    *x.shape[:axis], s.num_blocks, s.block_size, *x.shape[axis + 1 :]
-  )
+  x = x.reshape(*x.shape[:axis], num_blocks, s.block_size, *x.shape[axis + 1 :])
   return jnp.moveaxis(x, axis, 0)
 
 
@@ -656,19 +738,19 @@ def _without_nan_calls(x: dict, report: dict) -> dict:
 
 def _choice(s: Signature, x: dict, ids, scores, size) -> dict[str, jax.Array]:
   """What a choice must satisfy; `bound` is the margin of near ties."""
+  layout = layout_of(s, x)
   n, positions = s.num_blocks, reference.query_positions(
-    s.q_len, s.kv_len, s.batch, x["lengths"]
+    s.q_len, s.kv_len, s.batch, x["lengths"], layout
   )  # fmt: skip
-  causal = reference.causal_tokens(positions, s.kv_len)
+  causal = reference.visible_tokens(positions, s.kv_len, layout)
   scores = jnp.where(causal, scores, -jnp.inf)
-  best = reference.block_max(jnp.moveaxis(_pad_blocks(s, scores), 3, 0))
+  best = reference.block_max(jnp.moveaxis(_pad_blocks(s, scores, layout), 3, 0))
   best = jnp.moveaxis(best, 0, 3)
   size = jnp.max(jnp.where(causal, size, 0), axis=-1)
-  own = jnp.where(positions < 0, -1, positions // s.block_size)
-  own = own[:, None, :, None]
   block = jnp.arange(n)
-  visible = block <= own
-  forced = visible & (block > own - s.num_local_blocks)
+  visible, forced = reference.visible_blocks(
+    positions, n, s.block_size, s.num_local_blocks, layout
+  )
   competing = visible & ~forced & ~jnp.isnan(best)
   count = jnp.sum(ids >= 0, axis=-1)
   room = jnp.minimum(s.top_k, forced.sum(-1) + competing.sum(-1))
@@ -702,8 +784,18 @@ def _choice(s: Signature, x: dict, ids, scores, size) -> dict[str, jax.Array]:
   )
 
 
-def _pad_blocks(s: Signature, scores: jax.Array) -> jax.Array:
+def _pad_blocks(
+  s: Signature, scores: jax.Array, layout: segments_lib.BlockLayout | None
+) -> jax.Array:
   """[B, K, T, S] -> [B, K, T, N, block_size], -inf where no key is."""
+  if layout is not None:
+    slots, inside = (
+      x.reshape(s.batch, 1, 1, -1)
+      for x in reference.block_slots(layout, s.block_size)
+    )
+    scores = jnp.take_along_axis(scores, slots, axis=-1)
+    scores = jnp.where(inside, scores, -jnp.inf)
+    return scores.reshape(*scores.shape[:3], s.num_blocks, s.block_size)
   pad = s.num_blocks * s.block_size - s.kv_len
   scores = jnp.pad(scores, ((0, 0),) * 3 + ((0, pad),), constant_values=-np.inf)
   return scores.reshape(*scores.shape[:3], s.num_blocks, s.block_size)

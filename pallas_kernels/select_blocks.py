@@ -359,9 +359,11 @@ def _select_kernel(
       row_limit = own + unforced
     else:
 
+      table_gmem = packed_gmem.table
+
       def of_table(i):
         return plgpu.load(
-          packed_gmem.table.at[batch, i, pl.ds(base, tile_rows)],
+          table_gmem.at[batch, i, pl.ds(base, tile_rows)],
           layout=layout,
           optimized=False,
         )
