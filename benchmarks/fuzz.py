@@ -129,7 +129,7 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
     if op in ("decode", "warmup_kl"):
       packed = ""
     if packed:
-      q_len = kv_len = min(kv_len, 100 if tiny else 700)
+      q_len = kv_len = min(kv_len, 80 if tiny else 700)
     top_k = pick(1, 2, 3) if tiny else pick(1, 2, 3, 4, 6, 8, 16, 16, 24)
     precision = "exact"
     if op == "select":

@@ -7,6 +7,7 @@ import time
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 import msa_jax
@@ -17,6 +18,7 @@ from benchmarks import (
   forward,
   fuzz,
   measure,
+  packed,
   records,
   training,
   worth,
@@ -517,6 +519,54 @@ def test_fuzz_repeats_a_call_and_its_signatures():
     jax.tree.leaves(fuzz.draw(s, key)), jax.tree.leaves(fuzz.draw(s, key))
   ):
     assert a.tobytes() == b.tobytes()
+
+
+# --- Packed rows --------------------------------------------------------------
+
+
+def test_packed_rows_are_checked_and_measured(tmp_path, monkeypatch, capsys):
+  def small(tokens, batch=1):
+    return cases.Case(
+      tokens=tokens, batch=batch, num_heads=4, num_kv_heads=2, head_dim=8,
+      index_dim=8, block_size=16, top_k=2, dtype="float32",
+    )  # fmt: skip
+
+  monkeypatch.setattr(packed, "case_of", small)
+  rows = {
+    "tree": packed.Row(lengths=(32, 9, 20), prefix=True, alone=(50, 1, 2))
+  }
+  monkeypatch.setattr(packed, "ROWS", rows)
+  monkeypatch.setattr(
+    packed, "CHECKED", {"documents": packed.Row(lengths=(1, 15, 17))}
+  )
+  path = tmp_path / "packed.json"
+  command = ["--implementation", "reference", "--no-dense", "--results", path]
+  command = [*map(str, command), "--ops", "select", "prefill"]
+  assert packed.main(command) == 0
+  found = json.loads(path.read_text())["rows"]
+  assert [(x["row"], x["op"], x["spans"]) for x in found] == [
+    ("tree", "select", 3),
+    ("tree", "prefill", 3),
+  ]
+  assert all(x["ms"] > 0 and x["alone_ms"] > 0 for x in found)
+  right = packed.program
+
+  def wrong(op, case, implementation):
+    run = right(op, case, implementation)
+    factor = 1.1 if implementation == "reference" else 1.0
+    return lambda *x: jax.tree.map(lambda y: y * factor, run(*x))
+
+  monkeypatch.setattr(packed, "program", wrong)
+  assert packed.main([*command[:-2], "prefill"]) == 1
+  assert "documents prefill: result 0 is off" in capsys.readouterr().out
+  for row in packed.ROWS.values():
+    assert row.tokens == row.segments().span.shape[1]
+
+
+def test_long_tailed_documents_fill_their_row():
+  lengths = packed.long_tailed(1 << 17, 2048)
+  assert sum(lengths) == 1 << 17 and min(lengths) > 0
+  assert max(lengths) > 8 * np.median(lengths)
 
 
 # --- Is it worth it? ----------------------------------------------------------

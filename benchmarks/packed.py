@@ -1,0 +1,292 @@
+"""Times of packed rows: documents and prefix trees, beside other ways.
+
+  python -m benchmarks.packed
+  python -m benchmarks.packed --rows 8x16k tree_8x4k_on_32k --ops train
+
+Each row is checked against `msa_jax`'s portable path on a short row of the same
+kind first. A record has the time of a packed row (`ms`) and, from the same run,
+
+  alone_ms   of its documents or sequences in rows of their own: a batch of
+             equal documents, one long row for `plain`, and for a tree one of
+             its sequences times their number;
+  dense_ms   of dense attention inside the documents, cuDNN's packed layout.
+
+Ops: `select`; `prefill`, selection and attention; `train`, selection, attention
+and KL with all gradients. Choices are trained_like. Records replace those of
+the same row and op in results/<device>_packed.json.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import datetime
+import functools
+import pathlib
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import msa_jax
+from benchmarks import cases, measure, records
+from benchmarks.cases import Case
+from msa_jax import ops as ops_lib
+from msa_jax.ops import Implementation
+
+OPS = ("select", "prefill", "train")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Row:
+  """A packed row.
+
+  Attributes:
+    lengths: tokens of each span.
+    prefix: the first span is the parent of the others.
+    alone: tokens, batch rows and number of calls of what it is compared with;
+      None: nothing.
+  """
+
+  lengths: tuple[int, ...]
+  prefix: bool = False
+  alone: tuple[int, int, int] | None = None
+
+  @property
+  def tokens(self) -> int:
+    return sum(self.lengths)
+
+  def segments(self) -> msa_jax.Segments:
+    ends = np.cumsum(self.lengths)
+    starts = ends - self.lengths
+    spans = list(zip(starts.tolist(), ends.tolist(), strict=True))
+    parents = [-1] + [0 if self.prefix else -1] * (len(spans) - 1)
+    return msa_jax.tree_segments([spans], [parents], length=self.tokens)
+
+
+def long_tailed(tokens: int, median: int) -> tuple[int, ...]:
+  """Lengths of documents that fill a row, log-normal with a sigma of 1.5."""
+  rng = np.random.default_rng(0)
+  lengths, left = [], tokens
+  while left:
+    size = int(np.ceil(rng.lognormal(np.log(median), 1.5)))
+    lengths.append(min(size, left))
+    left -= lengths[-1]
+  return tuple(lengths)
+
+
+K = 1024
+ROWS = {
+  "plain": Row(lengths=(128 * K,), alone=(128 * K, 1, 1)),
+  "8x16k": Row(lengths=(16 * K,) * 8, alone=(16 * K, 8, 1)),
+  "64x2k": Row(lengths=(2 * K,) * 64, alone=(2 * K, 64, 1)),
+  "long_tailed_128k": Row(lengths=long_tailed(128 * K, 2 * K)),
+  "tree_8x4k_on_32k": Row(
+    lengths=(32 * K, *(4 * K,) * 8), prefix=True, alone=(36 * K, 1, 8)
+  ),
+  "tree_16x2k_on_32k": Row(
+    lengths=(32 * K, *(2 * K,) * 16), prefix=True, alone=(34 * K, 1, 16)
+  ),
+}
+# Short rows of each kind, on which every op is checked.
+CHECKED = {
+  "documents": Row(lengths=(1, 127, 128, 129, 900, 515)),
+  "tree": Row(lengths=(640, 300, 1, 259), prefix=True),
+}
+
+
+def case_of(tokens: int, batch: int = 1) -> Case:
+  return Case(tokens=tokens, batch=batch)
+
+
+def program(
+  op: str, case: Case, implementation: Implementation | None
+) -> Callable:
+  """(q, k, v, index_q, index_k, dout, segments) -> results."""
+
+  def run(q, k, v, index_q, index_k, dout, segments):
+    options: dict[str, Any] = dict(
+      block_size=case.block_size,
+      segments=segments,
+      implementation=implementation,
+    )
+    select = functools.partial(
+      msa_jax.select_blocks, index_q, index_k, top_k=case.top_k
+    )
+    if op == "select":
+      return select(**options)
+    if op == "prefill":
+      return msa_jax.sparse_attention(q, k, v, select(**options), **options)
+
+    def loss(*inputs):
+      result = msa_jax.msa_attention(
+        *inputs, top_k=case.top_k, with_kl=True, **options
+      )
+      return result.out, result.kl
+
+    (_, kl), pull = jax.vjp(loss, q, k, v, index_q, index_k)
+    return kl, pull((dout, jnp.ones_like(kl)))
+
+  return run
+
+
+def dense_program(op: str) -> Callable:
+  """(q, k, v, dout, segments) -> results of cuDNN's packed attention."""
+
+  def run(q, k, v, dout, segments):
+    attend = functools.partial(ops_lib.document_attention, segments=segments)
+    if op == "prefill":
+      return attend(q, k, v)
+    _, pull = jax.vjp(lambda *x: attend(*x), q, k, v)
+    return pull(dout)
+
+  return run
+
+
+def operands(case: Case) -> tuple[jax.Array, ...]:
+  """q, k, v, index_q, index_k and dout."""
+  qkv = cases.attention_inputs(jax.random.key(0), case)
+  selection = "trained_like" if case.tokens >= 8 * K else "random"
+  index = cases.index_inputs(jax.random.key(1), case, selection)
+  return *qkv, *index, cases.normal(jax.random.key(2), qkv[0].shape, case.dtype)
+
+
+def compiled(function: Callable, *arguments: Any) -> Callable:
+  return jax.jit(function).lower(*arguments).compile()
+
+
+def check(op: str, row: Row, implementation: Implementation) -> str | None:
+  """Compares a short row with the portable path: what is wrong, or None.
+
+  A choice must have 99.9 % of the other's blocks: of scores that are nearly
+  equal, different sums choose different ones.
+  """
+  case = case_of(row.tokens)
+  case = dataclasses.replace(case, top_k=4)
+  inputs, segments = operands(case), row.segments()
+  got, want = (
+    jax.jit(program(op, case, each))(*inputs, segments)
+    for each in (implementation, "xla")
+  )
+  if op == "select":
+    shared = jnp.mean((got == want).astype(jnp.float32))
+    return None if shared >= 0.999 else f"{shared:.5f} of the ids are the same"
+  for i, (x, y) in enumerate(zip(*map(jax.tree.leaves, (got, want)))):
+    x, y = (jnp.where(jnp.isfinite(z), z, 0) for z in (x, y))
+    x, y = x.astype(jnp.float32), y.astype(jnp.float32)
+    error = jnp.linalg.norm(x - y) / jnp.maximum(jnp.linalg.norm(y), 1e-30)
+    # Both are rounded to 8 bits, and differ in a few choices.
+    if not error < 0.02:
+      return f"result {i} is off by {error:.4f} of its norm"
+  return None
+
+
+def measure_row(
+  name: str,
+  row: Row,
+  ops: Sequence[str],
+  implementation: Implementation,
+  with_dense: bool,
+) -> list[dict[str, Any]]:
+  """The records of a row."""
+  case, segments = case_of(row.tokens), row.segments()
+  inputs = operands(case)
+  found = []
+  for op in ops:
+    run = compiled(program(op, case, implementation), *inputs, segments)
+    seconds, spread = measure.measure(functools.partial(run, *inputs, segments))
+    record: dict[str, Any] = dict(
+      row=name,
+      op=op,
+      tokens=row.tokens,
+      spans=len(row.lengths),
+      implementation=implementation,
+      ms=round(seconds * 1e3, 3),
+      spread_ms=round((spread or 0) * 1e3, 3),
+    )
+    if row.alone:
+      tokens, batch, count = row.alone
+      other = case_of(tokens, batch)
+      others = operands(other)
+      run = compiled(program(op, other, implementation), *others, None)
+      alone, _ = measure.measure(functools.partial(run, *others, None))
+      record["alone_ms"] = round(count * alone * 1e3, 3)
+      del others, run
+    if with_dense and op != "select" and not row.prefix:
+      peer = (*inputs[:3], inputs[5], segments)
+      try:
+        run = compiled(dense_program(op), *peer)
+        dense, _ = measure.measure(functools.partial(run, *peer))
+      except NotImplementedError as error:
+        measure.log(f"  cuDNN does not take {name}: {error}")
+      else:
+        record["dense_ms"] = round(dense * 1e3, 3)
+    measure.log(f"  {record}")
+    found.append(record)
+  return found
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.packed",
+    description=(__doc__ or "").split("\n\n")[0],
+  )
+  parser.add_argument("--rows", nargs="+", choices=list(ROWS))
+  parser.add_argument("--ops", nargs="+", choices=OPS, default=list(OPS))
+  parser.add_argument(
+    "--implementation",
+    choices=get_args(Implementation),
+    default="mosaic_gpu",
+    help="which one to measure (default: mosaic_gpu)",
+  )
+  parser.add_argument(
+    "--no-dense", action="store_true", help="do not time dense attention"
+  )
+  parser.add_argument(
+    "--results",
+    type=pathlib.Path,
+    help="JSON file (default: results/<device>_packed.json)",
+  )
+  parser.add_argument("--commit", help="commit to record (default: HEAD)")
+  return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  args = parse(argv)
+  name = f"{records.device_slug()}_packed.json"
+  path = args.results or records.FOLDER / name
+  old = records.read_own(path)
+  measure.log(f"checking {', '.join(args.ops)}")
+  failed = [
+    f"{kind} {op}: {wrong}"
+    for kind, row in CHECKED.items()
+    for op in args.ops
+    if (wrong := check(op, row, args.implementation))
+  ]
+  if failed:
+    print("\n".join(["check failed, nothing measured:", *failed]))
+    return 1
+  note = dict(
+    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    commit=args.commit or records.commit_name(),
+    jax=jax.__version__,
+  )
+  rows = old.get("rows", [])
+  for name in args.rows or ROWS:
+    measure.log(f"{name}:")
+    found = measure_row(
+      name, ROWS[name], args.ops, args.implementation, not args.no_dense
+    )
+    found = [record | note for record in found]
+    rows = records.merge(rows, found, ["row", "op", "implementation"])
+    content = dict(device=jax.devices()[0].device_kind, rows=rows)
+    records.write_json(path, content)
+  measure.log(f"wrote {path}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())
