@@ -444,7 +444,7 @@ def index_kl_loss(
     reference=lambda: reference.index_kl_loss(*args, **options, layout=layout),
     xla=lambda: xla.index_kl_loss(*args, **options, layout=layout),
     mosaic_gpu=_plain_warmup(
-      None if block_indices is not None else layout,
+      layout if block_indices is None and lse is None else None,
       lambda: mosaic_gpu.index_kl_loss(*args, **options, layout=layout),
     ),
   )
@@ -1028,7 +1028,7 @@ def _plain_warmup(layout: BlockLayout | None, kernels: Callable) -> Callable:
     return kernels
   return _Unsupported(
     "mosaic_gpu supports segment_ids and segments in the sparse phase, not in"
-    " the warm-up: its dense attention and KL take plain rows"
+    " the warm-up: its dense attention takes plain rows"
   )
 
 

@@ -57,6 +57,11 @@ nothing else. Index keys that are not finite are zeroed, and queries that see
 one are made NaN through index_lse. Keys that a query does not see are masked
 after the sum over heads.
 
+Packed rows (`msa_jax.segments`): the query at slot t sees key j iff j <= t <
+until[j]. Both kernels compare with `until` too, index_lse starts at the first
+key that a tile's queries may see, and the units of other documents, or of
+branches of a tree that ended before, are skipped. Keys stay where they are.
+
 Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
@@ -140,13 +145,32 @@ def _scores(q_smem, k_smem):
   return pl.run_scoped(product, ACC((ROWS, KEYS), jnp.float32))
 
 
+def _along_queries(x):
+  return lax.broadcast_in_dim(x, (ROWS, KEYS), [1])
+
+
+def _seen_later(until_gmem, batch_row, first_query, first_key):
+  """Whether keys of packed rows are still seen at the queries' slots."""
+  until = plgpu.load(
+    until_gmem.at[batch_row, _span(first_key, KEYS)],
+    layout=plgpu.Layout.WGMMA.reduce(0),
+    optimized=False,
+  )
+  row = plgpu.broadcasted_iota(
+    jnp.int32, (ROWS, KEYS), 0, layout=plgpu.Layout.WGMMA
+  )
+  return first_query + row < _along_queries(until)
+
+
 def _key_of_column():
   return plgpu.broadcasted_iota(
     jnp.int32, (ROWS, KEYS), 1, layout=plgpu.Layout.WGMMA
   )
 
 
-def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
+def _index_lse(
+  out, spans, limits, packed, iq, ik, *, params: KernelParams
+):  # fmt: skip
   """log2 sum exp2 of every query's index scores; undefined if it sees none.
 
   Args:
@@ -154,6 +178,8 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
     spans: int32 [B, 2]: position of each batch row's first query, and number of
       its keys.
     limits: int32 [B, queries]: how many keys each query sees.
+    packed: of packed rows: `until`, int32 [B, keys], and the first key tile of
+      each query tile, int32 [B, query tiles]; None for plain rows.
     iq, ik: index queries and keys, padded.
     params: static parameters.
   """
@@ -165,13 +191,13 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
 
   def body(
     *, spans_gmem, limits_gmem, iq_gmem, ik_gmem, out_gmem, iq_smem, ik_smem,
-    iq_ring, ik_ring,
+    iq_ring, ik_ring, until_gmem=None, first_tile_gmem=None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_items = (tiles * groups - cta + config.num_ctas - 1) // config.num_ctas
 
     def locate(i):
-      """Batch row, group, first query and number of key tiles of a tile."""
+      """Batch row, group, first query, first and number of key tiles."""
       index = cta + i * config.num_ctas
       # The last queries see most keys; their tiles start first.
       first = (tiles - 1 - index // groups) * 2 * ROWS
@@ -180,12 +206,17 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
         spans_gmem[batch_row, 0] + first + 2 * ROWS, spans_gmem[batch_row, 1]
       )
       key_tiles = jnp.maximum(seen + KEYS - 1, 0) // KEYS
-      return batch_row, lax.rem(index, s.num_kv_heads), first, key_tiles
+      first_tile = 0
+      if first_tile_gmem is not None:
+        first_tile = first_tile_gmem[batch_row, tiles - 1 - index // groups]
+        first_tile = jnp.minimum(first_tile, key_tiles)
+      group = lax.rem(index, s.num_kv_heads)
+      return batch_row, group, first, first_tile, key_tiles - first_tile
 
     @pl.when(wg < 2)
     def _compute():
       def tile(i, step):
-        batch_row, group, first, key_tiles = locate(i)
+        batch_row, group, first, first_tile, key_tiles = locate(i)
         queries = _span(first + wg * ROWS, ROWS)
         limit = plgpu.load(
           limits_gmem.at[batch_row, queries], layout=row_layout, optimized=False
@@ -198,7 +229,12 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
           ik_ring.wait_ready(slot)
           scores = _scores(iq_smem.at[wg], ik_smem.at[slot])
           ik_ring.release(slot)
-          visible = _key_of_column() < _along_keys(limit - j * KEYS)
+          first_key = (first_tile + j) * KEYS
+          visible = _key_of_column() < _along_keys(limit - first_key)
+          if until_gmem is not None:
+            visible &= _seen_later(
+              until_gmem, batch_row, first + wg * ROWS, first_key
+            )
           scores = scores * (s.index_scale * mosaic.LOG2E)
           scores = jnp.where(visible, scores, FLOOR)
           m_new = jnp.maximum(m_i, scores.max(axis=1))
@@ -217,7 +253,7 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
     @pl.when(wg == 2)
     def _copy():
       def tile(i, step):
-        batch_row, group, first, key_tiles = locate(i)
+        batch_row, group, first, first_tile, key_tiles = locate(i)
         ready = iq_ring.ready_at(iq_ring.wait_free(i))
         for h in range(2):
           plgpu.copy_gmem_to_smem(
@@ -233,7 +269,7 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
         def block(j, step):
           slot = ik_ring.wait_free(step)
           plgpu.copy_gmem_to_smem(
-            ik_gmem.at[batch_row, _span(j * KEYS, KEYS)],
+            ik_gmem.at[batch_row, _span((first_tile + j) * KEYS, KEYS)],
             ik_smem.at[slot],
             ik_ring.ready_at(slot),
           )
@@ -253,6 +289,11 @@ def _index_lse(out, spans, limits, iq, ik, *, params: KernelParams):
       iq_gmem=iq,
       ik_gmem=ik,
       out_gmem=out,
+      **(
+        {}
+        if packed is None
+        else dict(until_gmem=packed[0], first_tile_gmem=packed[1])
+      ),
     ),
     name="dense_kl_index_lse",
     num_ctas=config.num_ctas,
@@ -273,6 +314,7 @@ def _units(
   chunk_desc,
   units,
   limits,
+  until,
   index_lse,
   lse,
   iq,
@@ -292,6 +334,7 @@ def _units(
     units: int32 [units, 3]: batch row in the launch, and the unit's indices
       along the chunk's queries and along the keys.
     limits: int32 [B, queries]: how many keys each query sees.
+    until: int32 [B, keys], of packed rows; None for plain rows.
     index_lse: base-2 log sum exp of the index scores.
     lse: base-2 log sum exp of the scores.
     iq, q, k, ik: operands, padded, with heads and channels on one axis.
@@ -304,7 +347,7 @@ def _units(
   def body(
     *, chunk_gmem, units_gmem, limits_gmem, ilse_gmem, lse_gmem, iq_gmem,
     q_gmem, k_gmem, ik_gmem, values_gmem, g_gmem, q_smem, lse_smem, k_smem,
-    ik_smem, iq_smem, g_smem, q_ring, k_ring, ik_ring, iq_ring,
+    ik_smem, iq_smem, g_smem, q_ring, k_ring, ik_ring, iq_ring, until_gmem=None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     origin, per_head = chunk_gmem[1], chunk_gmem[2]
@@ -380,6 +423,10 @@ def _units(
             ik_ring.release(0)
 
           visible = _key_of_column() < _along_keys(limit - my_key)
+          if until_gmem is not None:
+            visible &= _seen_later(
+              until_gmem, batch_row, origin + first_query + j * ROWS, my_key
+            )
           p = jnp.where(visible, mean * (1.0 / s.group_size), 0.0)
           log_r = scores * (s.index_scale * mosaic.LOG2E) - _along_keys(ilse)
           # 0 log 0 = 0, while a NaN of p or r is kept.
@@ -480,6 +527,7 @@ def _units(
       ik_gmem=ik,
       values_gmem=values,
       g_gmem=g,
+      **({} if until is None else dict(until_gmem=until)),
     ),
     name="dense_kl_units",
     num_ctas=config.num_ctas,
@@ -528,6 +576,39 @@ def _visible_units(
   return units, ends[-1]
 
 
+def _packed_units(
+  limits: Int[Array, "batch queries"], until: Int[Array, "batch keys"],
+  first_query: Any,
+) -> tuple[Int[Array, "units 3"], Int[Array, ""]]:  # fmt: skip
+  """`_visible_units` of packed rows, and some in which no query sees a key.
+
+  Args:
+    limits: of a chunk's queries.
+    until: of all keys.
+    first_query: slot of the chunk's first query.
+  """
+  batch, chunk = limits.shape
+  slot = first_query + jnp.arange(chunk, dtype=jnp.int32)
+  sees = (limits > 0).reshape(batch, -1, UNIT)
+  slot = jnp.broadcast_to(slot, limits.shape).reshape(sees.shape)
+  first = jnp.min(jnp.where(sees, slot, mosaic.NEVER), axis=-1)
+  last = jnp.max(jnp.where(sees, slot, -1), axis=-1)
+  until = until.reshape(batch, 1, -1, UNIT).max(axis=-1)
+  key = jnp.arange(until.shape[-1], dtype=jnp.int32) * UNIT
+  flags = (first[..., None] < until) & (key <= last[..., None])
+  units = jnp.argwhere(flags, size=flags.size, fill_value=0)
+  return units.astype(jnp.int32), jnp.sum(flags, dtype=jnp.int32)
+
+
+def _first_seen(until: Int[Array, "B S"]) -> Int[Array, "B S"]:
+  """Where the document or tree of each slot starts."""
+  slot = jnp.arange(until.shape[1], dtype=jnp.int32)[None]
+  seen = lax.cummax(until, axis=1)
+  seen = jnp.pad(seen, ((0, 0), (1, 0)))[:, :-1]
+  starts = (until > 0) & (seen <= slot)
+  return lax.cummax(jnp.where(starts, slot, 0), axis=1)
+
+
 @functools.partial(
   jax.jit,
   static_argnames=(
@@ -543,6 +624,7 @@ def kl(
   kv_lengths: Int[Array, "B"],
   query_mask: Bool[Array, "B T"],
   counted: Int[Array, ""],
+  until: Int[Array, "B S"] | None = None,
   *,
   scale: float,
   index_scale: float,
@@ -553,7 +635,8 @@ def kl(
   """The loss, and dindex_q and dindex_k in float32 (else empty arrays).
 
   They are means over `counted` queries and groups, which may be more than those
-  of this call.
+  of this call. Of packed rows, `until` is the slot from which on each key is
+  not seen any more, 0 for padding; None for plain rows.
   """
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
@@ -578,12 +661,19 @@ def kl(
     return jnp.pad(x, widths) if x.shape[axis] < size else x
 
   positions = (kv_lengths - t)[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
+  if until is not None:
+    query_mask &= until > positions  # a query of packed rows sees its own key
   limits = jnp.where(query_mask, jnp.maximum(positions + 1, 0), 0)
   index_q, bad_q = mosaic.zero_non_finite(index_q)
   index_k, bad_k = mosaic.zero_non_finite(index_k)
   slot = jnp.arange(s_len, dtype=jnp.int32)
-  first_bad = jnp.min(jnp.where(bad_k, slot, mosaic.NEVER), axis=1)
-  poisoned = bad_q | (limits > first_bad[:, None])[..., None]
+  if until is None:
+    first_bad = jnp.min(jnp.where(bad_k, slot, mosaic.NEVER), axis=1)
+    sees_bad = limits > first_bad[:, None]
+  else:
+    sees_bad = lax.cummax(jnp.where(bad_k, until, 0), axis=1) > slot
+    sees_bad &= limits > 0
+  poisoned = bad_q | sees_bad[..., None]
   poisoned = pad(jnp.moveaxis(poisoned, 1, 2), 2, queries)
 
   limits = pad(limits, 1, queries)
@@ -606,7 +696,15 @@ def kl(
   )
   index_lse = jax.new_ref(lax.empty((b, num_kv_heads, queries), jnp.float32))
   spans = jnp.stack([kv_lengths - t, kv_lengths], axis=-1)
-  _index_lse(index_lse, spans, limits, iq, ik, params=params)
+  packed = None
+  if until is not None:
+    first = jnp.where(query_mask, _first_seen(until), mosaic.NEVER)
+    first = jnp.pad(
+      first, ((0, 0), (0, queries - t)), constant_values=mosaic.NEVER
+    ).reshape(b, -1, 2 * ROWS)
+    until = pad(until, 1, keys)
+    packed = until, first.min(axis=-1) // KEYS
+  _index_lse(index_lse, spans, limits, packed, iq, ik, params=params)
   index_lse = jnp.where(poisoned, jnp.nan, jax.freeze(index_lse))
 
   def einsum(spec, x, y):
@@ -620,16 +718,27 @@ def kl(
 
     def step(i, carry):
       total, diq, dik, g = carry
-      ends = launch_part(kv_lengths)
-      units, num_units = _visible_units(ends - t + i * chunk, ends, chunk, keys)
+      if until is None:
+        ends = launch_part(kv_lengths)
+        units, num_units = _visible_units(
+          ends - t + i * chunk, ends, chunk, keys
+        )
+      else:
+        of_chunk = lax.dynamic_slice_in_dim(
+          launch_part(limits), i * chunk, chunk, 1
+        )
+        units, num_units = _packed_units(
+          of_chunk, launch_part(until), i * chunk
+        )
+        g = jnp.zeros_like(g)
       chunk_desc = jnp.stack([first_row, i * chunk, num_units]).astype(
         jnp.int32
       )
       values = jax.new_ref(lax.empty((config.num_ctas, 2, ROWS), jnp.float32))
       g = jax.new_ref(g)
       _units(
-        values, g, chunk_desc, units, limits, index_lse, lse, iq, q, k, ik,
-        params=params,
+        values, g, chunk_desc, units, limits, until, index_lse, lse, iq, q, k,
+        ik, params=params,
       )  # fmt: skip
       total += jnp.sum(jax.freeze(values))
       g = jax.freeze(g)
@@ -651,7 +760,8 @@ def kl(
       return total, diq, dik, g
 
     # A unit that is skipped in one chunk was skipped in all chunks before it,
-    # because later queries see more keys. So g still holds its zeros there.
+    # because later queries see more keys. So g still holds its zeros there. In
+    # packed rows it is zeroed in each chunk.
     sizes = (1, ROWS, KEYS)
     if with_gradients:
       sizes = (batch_rows * num_kv_heads, chunk, keys)

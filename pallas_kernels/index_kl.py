@@ -1070,7 +1070,10 @@ def _run(
   if block_indices is not None:
     operands.append(block_indices)
     letters.append("B K T P")
-  packed, packed_letters = packed_rows.operands(rows)
+  if block_indices is None:
+    packed, packed_letters = ((), ()) if rows is None else ((rows,), ("B S",))
+  else:
+    packed, packed_letters = packed_rows.operands(rows)
   split = partition.by_rows_and_heads(
     partition.kernel(run, interpret),
     (*letters, "B H T", "B", "B T", "", *packed_letters),
@@ -1170,11 +1173,6 @@ def index_kl_loss(
         "mosaic_gpu supports a query_mask of bool in the warm-up phase, got"
         f" weights of {query_mask.dtype}"
       )
-    if layout is not None:
-      raise NotImplementedError(
-        "the KL kernel over all tokens supports plain rows, got a layout of"
-        " packed rows"
-      )
     check()
     config = config or dense_index_kl.Config()
   else:
@@ -1190,6 +1188,10 @@ def index_kl_loss(
     kv_lengths = jnp.full((b,), k.shape[1], jnp.int32)
   if query_mask is None:
     query_mask = jnp.ones((b, t), bool)
+  if block_indices is None:
+    rows = None if layout is None else layout.visible_until
+  else:
+    rows = packed_rows.of_layout(layout, block_size)
   index_dim = index_q.shape[-1]
   q, k, index_q, index_k = (
     mosaic.pad_head_dim(x)
@@ -1198,7 +1200,7 @@ def index_kl_loss(
   return _kl(
     index_q, index_k, q, k, block_indices, lax.stop_gradient(lse),
     jnp.clip(kv_lengths.astype(jnp.int32), 0, k.shape[1]), query_mask,
-    packed_rows.of_layout(layout, block_size), block_size,
+    rows, block_size,
     float(d**-0.5 if scale is None else scale),
     float(index_dim**-0.5 if index_scale is None else index_scale),
     config,

@@ -358,7 +358,6 @@ def _select_kernel(
       own = own_block(row)
       row_limit = own + unforced
     else:
-
       table_gmem = packed_gmem.table
 
       def of_table(i):

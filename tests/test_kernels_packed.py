@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,7 @@ import msa_jax
 from benchmarks import cases
 from msa_jax import reference
 from msa_jax import segments as segments_lib
-from pallas_kernels import index_kl, kv_block_plan
+from pallas_kernels import dense_index_kl, index_kl, kv_block_plan
 from pallas_kernels import packed_rows as packed_lib
 from pallas_kernels import select_blocks as sb
 from pallas_kernels import sparse_attention as sparse
@@ -210,21 +211,52 @@ def test_pairs_without_a_mask_see_a_whole_kv_block(kind, block_size, pack):
 
 KINDS = {
   # Packs of two queries, in pairs; row 1 is row 0 with NaN in a document.
-  "documents": (Case(
-    batch=2, q_len=132, kv_len=132, num_heads=4, num_kv_heads=1, head_dim=64,
-    index_dim=64, block_size=64, top_k=2,
-  ), [DOCUMENTS] * 2, roots([DOCUMENTS] * 2)),
-  "trees": (Case(
-    q_len=110, kv_len=110, num_heads=8, num_kv_heads=1, head_dim=64,
-    index_dim=64, block_size=128, top_k=3,
-  ), [TREE], [PARENTS]),
-}  # fmt: skip
+  "documents": (
+    Case(
+      batch=2,
+      q_len=132,
+      kv_len=132,
+      num_heads=4,
+      num_kv_heads=1,
+      head_dim=64,
+      index_dim=64,
+      block_size=64,
+      top_k=2,
+    ),
+    [DOCUMENTS] * 2,
+    roots([DOCUMENTS] * 2),
+  ),
+  "trees": (
+    Case(
+      q_len=110,
+      kv_len=110,
+      num_heads=8,
+      num_kv_heads=1,
+      head_dim=64,
+      index_dim=64,
+      block_size=128,
+      top_k=3,
+    ),
+    [TREE],
+    [PARENTS],
+  ),
+}
+# Several units and key tiles of the dense KL: a tree with a branch that ended
+# before the last key tile, and a document.
+LONG = (
+  Case(
+    q_len=600, kv_len=600, num_heads=2, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=64,
+  ),
+  [[(3, 200), (200, 300), (300, 415), (420, 600)]],
+  [[-1, 0, 0, -1]],
+)  # fmt: skip
 POISONED = (66, 131)
 
 
 def small(kind):
   """Case, layout, and which slots are poisoned."""
-  case, spans, parents = KINDS[kind]
+  case, spans, parents = (KINDS | {"long": LONG})[kind]
   layout = segments_lib.block_layout(
     segments_of(spans, parents, case.kv_len), case.block_size
   )
@@ -284,22 +316,34 @@ def test_interpreted_attention_and_gradients(kind):
     assert np.isnan(np.asarray(grads[0], np.float32)[1][poison[1]]).all()
 
 
-@pytest.mark.parametrize("kind", KINDS)
-def test_interpreted_kl(kind):
+@pytest.mark.parametrize(
+  "kind, dense",
+  [
+    ("documents", False),
+    ("trees", False),
+    ("long", True),
+    pytest.param("documents", True, marks=pytest.mark.slow),
+  ],
+)
+def test_interpreted_kl(kind, dense):
   case, layout, poison = small(kind)
-  blocks = random_choices(case, layout)[:1]
-  blocks = jnp.concatenate([blocks] * case.batch)
+  blocks = None
+  if not dense:
+    blocks = random_choices(case, layout)[:1]
+    blocks = jnp.concatenate([blocks] * case.batch)
   q, k, _, index_q, index_k = (
     poisoned(x, poison) for x in case.inputs(dtype=jnp.bfloat16)
   )
   mask = layout.own_block >= 0
   mask &= ~poison.any(0) & (jnp.arange(case.q_len) % 9 != 4)
-  if kind == "trees":  # each token's weight is the number of its sequences
+  if kind == "trees" and not dense:  # how many sequences hold a token
     mask = jnp.where(mask, 1.0 + jnp.arange(case.q_len) % 4, 0.0)
+  config: Any = index_kl.Config(stages=2, task=24, num_ctas=1)
+  if dense:
+    config = dense_index_kl.Config(stages=2, workspace=1, num_ctas=1)
   loss = functools.partial(
-    index_kl.index_kl_loss, interpret=True,
-    config=index_kl.Config(stages=2, task=24, num_ctas=1),
-  )  # fmt: skip
+    index_kl.index_kl_loss, config=config, interpret=True
+  )
   value, grads = kl_and_gradients(
     case, q, k, index_q, index_k, blocks, mask, loss=loss, layout=layout
   )
@@ -385,6 +429,31 @@ def check_select(
   assert np.mean(np.asarray(got) != np.asarray(want)) < 0.02
 
 
+@pytest.mark.parametrize("kind", ["documents", "trees"])
+def test_units_hold_every_visible_pair(kind):
+  case = Case(batch=2, q_len=1500, kv_len=1500, block_size=64)
+  layout = layout_of(case, kind, seed=7)
+  positions = reference.query_positions(1500, 1500, 2, None, layout)
+  visible = np.asarray(reference.visible_tokens(positions, 1500, layout))[:, 0]
+  limits = np.pad(np.asarray(positions) + 1, ((0, 0), (0, 36)))[:, 512:1024]
+  until = np.pad(np.asarray(layout.visible_until), ((0, 0), (0, 36)))
+  units, count = dense_index_kl._packed_units(
+    jnp.asarray(limits), jnp.asarray(until), jnp.int32(512)
+  )
+  pairs = np.pad(visible, ((0, 0), (0, 36), (0, 36)))[:, 512:1024]
+  pairs = pairs.reshape(2, 2, 256, 6, 256).any((2, 4))
+  found = {tuple(unit) for unit in np.asarray(units)[:count].tolist()}
+  assert len(found) == count
+  wanted = {tuple(unit) for unit in np.argwhere(pairs).tolist()}
+  assert wanted <= found
+  if kind == "documents":
+    assert len(found) < 2 * 2 * 4  # of all before the chunk's last query
+  first = np.where(visible.any(-1), visible.argmax(-1), 0)
+  got = np.asarray(dense_index_kl._first_seen(layout.visible_until))
+  real = np.asarray(layout.own_block) >= 0
+  np.testing.assert_array_equal(got[real], first[real])
+
+
 # ------------------------------------------------------------------ lowering
 
 
@@ -431,6 +500,36 @@ def test_lowers_for_cuda_at_128k(max_segments, num_local):
     assert name in text
 
 
+@pytest.mark.slow
+def test_kl_of_all_tokens_lowers_for_cuda():
+  case = cases.CASES["32k"]
+  lead = (case.batch, case.tokens)
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
+
+  def loss(q, k, index_q, index_k, lse, ids):
+    layout = segments_lib.block_layout(
+      segments_lib.document_segments(ids, 64), case.block_size
+    )
+    return index_kl.index_kl_loss(
+      q, k, index_q, index_k, None, lse=lse, layout=layout
+    )
+
+  text = (
+    jax.jit(jax.grad(loss, (2, 3)))
+    .trace(
+      shape((*lead, case.num_heads, case.head_dim)),
+      shape((*lead, case.num_kv_heads, case.head_dim)),
+      shape((*lead, case.num_kv_heads, case.index_dim)),
+      shape((*lead, case.index_dim)),
+      jax.ShapeDtypeStruct((1, case.num_heads, case.tokens), jnp.float32),
+      jax.ShapeDtypeStruct(lead, jnp.int32),
+    )
+    .lower(lowering_platforms=("cuda",))
+    .as_text()
+  )
+  assert "dense_kl_units" in text and "dense_kl_index_lse" in text
+
+
 def test_more_blocks_than_fit_are_refused():
   case = Case(q_len=256, kv_len=256, num_heads=2, num_kv_heads=1, head_dim=64)
   q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
@@ -451,10 +550,6 @@ def test_more_blocks_than_fit_are_refused():
   ):
     with pytest.raises(NotImplementedError, match=text):
       jax.eval_shape(call)
-  with pytest.raises(NotImplementedError, match="KL kernel over all tokens"):
-    index_kl.index_kl_loss(
-      q, k, index_q, index_k, None, lse=jnp.zeros((1, 2, 256)), layout=layout
-    )
 
 
 # ------------------------------------------------------------------- Hopper
@@ -543,6 +638,11 @@ def test_gpu_kl(hopper, name, kind):
 
     op_contract.run_twice(
       run, check, q, k, index_q, index_k, blocks, mask, layout
+    )
+    if kind == "trees":
+      mask = mask != 0
+    op_contract.run_twice(
+      run, check, q, k, index_q, index_k, None, mask, layout
     )
 
 
