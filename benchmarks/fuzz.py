@@ -126,7 +126,7 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
     if op == "decode":
       q_len = min(q_len, int(rng.integers(1, 5 if tiny else 17)))
     packed = str(packing.choice(["", "", "documents", "trees"]))
-    if op in ("decode", "warmup_kl"):
+    if op == "decode":
       packed = ""
     if packed:
       q_len = kv_len = min(kv_len, 80 if tiny else 700)
@@ -486,11 +486,12 @@ def _kernels() -> dict[str, Callable]:
 def _teacher_lse(s: Signature, x: dict) -> jax.Array:
   q, k = (x[name].astype(jnp.float32) for name in ("q", "clean_k"))
   if s.op == "warmup_kl":
+    layout = layout_of(s, x)
     positions = reference.query_positions(
-      s.q_len, s.kv_len, s.batch, x["lengths"]
+      s.q_len, s.kv_len, s.batch, x["lengths"], layout
     )
     visible = jnp.broadcast_to(
-      reference.causal_tokens(positions, s.kv_len), x["visible"].shape
+      reference.visible_tokens(positions, s.kv_len, layout), x["visible"].shape
     )
   else:
     visible = x["visible"]
