@@ -701,7 +701,7 @@ def test_gpu_operation_equals_the_portable_one(hopper, kind):
     got, expected = (np.asarray(x, np.float32) for x in (got, expected))
     finite = np.isfinite(expected)
     np.testing.assert_array_equal(np.isfinite(got), finite)
-    error = np.linalg.norm((got - expected)[finite])
+    error = np.linalg.norm(got[finite] - expected[finite])
     assert error <= 0.02 * np.linalg.norm(expected[finite])
   root = parents[1].index(-1)
   stop = next((i for i in range(root + 1, len(spans[1])) if parents[1][i] < 0),
@@ -715,8 +715,14 @@ def test_gpu_operation_equals_the_portable_one(hopper, kind):
     for x in inputs
   )
   bad_grads, bad_result = run(bad, None, mask)
-  assert bad_result.kl == result.kl
+  # Which blocks are shared by a tile depends on all choices, so the order of
+  # sums may change.
+  np.testing.assert_allclose(bad_result.kl, result.kl, rtol=1e-3)
   for got, expected in zip(
     (*bad_grads, bad_result.out), (*grads, result.out), strict=True
   ):
-    np.testing.assert_array_equal(got[~poison], expected[~poison])
+    got, expected = (
+      np.asarray(x, np.float32)[~poison] for x in (got, expected)
+    )
+    error = np.linalg.norm(got - expected)
+    assert error <= 0.005 * np.linalg.norm(expected)
