@@ -13,7 +13,6 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from jax import lax
 
 
 class Refusal(NamedTuple):
@@ -77,7 +76,6 @@ def index_kl_loss(
 ):  # fmt: skip
   from pallas_kernels import index_kl as kernels
 
-  q, k = lax.stop_gradient((q, k))
   if lse is None and block_indices is None:
     _, lse = warmup_attention(q, k, k, scale=scale, kv_lengths=kv_lengths)
   elif lse is None:

@@ -561,11 +561,15 @@ def msa_attention(
   query_mask = _without_padding(query_mask, layout)
   packed = {} if layout is None else dict(layout=layout)
 
+  # Outside of `run`, so that kernels refuse a call before any operation on its
+  # arrays. JAX would count them as leaked.
+  selectors = jax.lax.stop_gradient((index_q, index_k))
+
   def run(module) -> MSAOutput:
     chosen = block_indices
     if chosen is None:
       chosen = module.select_blocks(
-        *jax.lax.stop_gradient((index_q, index_k)),
+        *selectors,
         block_size=block_size,
         top_k=top_k,
         num_local_blocks=num_local_blocks,

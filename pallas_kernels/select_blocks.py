@@ -553,7 +553,6 @@ def select_blocks(
   """
   batch, q_len, num_groups, index_dim = index_q.shape
   kv_len = index_k.shape[1]
-  index_q, index_k = lax.stop_gradient((index_q, index_k))
   mosaic.check_supported(
     dtype=index_q.dtype,
     block_size=block_size,
@@ -563,6 +562,7 @@ def select_blocks(
     index_dim=index_dim,
     num_choices=batch * num_groups * q_len * top_k,
   )
+  index_q, index_k = lax.stop_gradient((index_q, index_k))
   if kv_lengths is None:
     kv_lengths = jnp.full((batch,), kv_len, jnp.int32)
   else:

@@ -32,9 +32,11 @@ def strict():
     yield
 
 
-def every_operation(implementation, phase):
+INPUTS = CASE.inputs(dtype=jnp.bfloat16)
+
+
+def every_operation(implementation, phase, inputs=INPUTS):
   """Outputs and gradients of all operations, in bfloat16."""
-  inputs = CASE.inputs(dtype=jnp.bfloat16)
   q, k, v, index_q, index_k = inputs
   lengths = jnp.asarray([25])
   with_lengths = dict(kv_lengths=lengths)
@@ -83,6 +85,13 @@ def test_operations_under_strict_settings(implementation, phase):
     got = every_operation(implementation, phase)
   for a, b in zip(got, every_operation(implementation, phase), strict=True):
     np.testing.assert_array_equal(a, b)
+
+
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+def test_nothing_leaks_from_a_choice_of_implementation(phase):
+  """JAX counts what is traced before a kernel refuses a call as leaked."""
+  with jax.checking_leaks():
+    jax.jit(functools.partial(every_operation, None, phase)).trace(INPUTS)
 
 
 @pytest.mark.parametrize("group_size", [2, 16])
