@@ -15,6 +15,7 @@ from jax import export
 
 import msa_jax
 from pallas_kernels import sparse_attention as sparse
+from pallas_kernels import sparse_attention_bwd as bwd
 from pallas_kernels import sparse_attention_fwd as fwd
 
 # --- operations ---------------------------------------------------------------
@@ -120,10 +121,12 @@ rest = jax.device_put((*args[1:], mask), jax.NamedSharding(mesh, jax.P()))
 close(jax.jit(function)(q, *rest), wanted["sparse", "xla"])
 
 # A gradient of a gradient.
-def second(q, *rest):
+def second(q, k, v, iq, ik):
+  blocks = msa_jax.select_blocks(iq, ik, implementation="xla", **options)
   def first(q):
-    return both(q, *rest, mask, phase="sparse", implementation="xla")[1][0]
-  return jax.grad(lambda q: jnp.sum(jnp.cos(first(q))))(q)
+    return jnp.sum(jnp.sin(msa_jax.sparse_attention(
+      q, k, v, blocks, block_size=8, implementation="xla")))
+  return jax.grad(lambda q: jnp.sum(jnp.cos(jax.grad(first)(q))))(q)
 mesh = jax.make_mesh(
   (2, 2), ("data", "tensor"), axis_types=(AxisType.Auto,) * 2)
 placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
@@ -387,8 +390,11 @@ def test_forward_mode_says_so(pretend_hopper):
     jax.eval_shape(jax.grad(lambda q: jnp.sum(gradient(q))), q)
 
 
-def test_varying_axes_change_no_number():
-  """An interpreted kernel inside of jax.shard_map, checked or not."""
+@pytest.mark.parametrize(
+  "gradient", [False, pytest.param(True, marks=pytest.mark.slow)]
+)
+def test_varying_axes_change_no_number(gradient):
+  """Interpreted kernels inside of jax.shard_map, with and without check_vma."""
   case = Case(
     q_len=16, kv_len=64, num_heads=2, num_kv_heads=1, head_dim=64,
     block_size=64, top_k=1,
@@ -403,6 +409,7 @@ def test_varying_axes_change_no_number():
     return sparse.sparse_attention(
       q, k, v, blocks, block_size=64, interpret=True,
       config=fwd.Config(num_ctas=1, pair_warpgroups=2, query_stages=2),
+      backward_config=bwd.Config(num_ctas=1, stages=2),
     )  # fmt: skip
 
   def run(check_vma):
@@ -410,9 +417,18 @@ def test_varying_axes_change_no_number():
       attend, mesh=mesh, in_specs=jax.P("data"), out_specs=jax.P("data"),
       check_vma=check_vma,
     )  # fmt: skip
-    return jax.jit(mapped)(q, k, v, blocks)
 
-  for x, y in zip(run(True), run(False)):
+    def loss(*args):
+      out, lse = mapped(*args)
+      weight = jnp.where(lse == -jnp.inf, 0, jnp.cos(lse))
+      return jnp.sum(jnp.sin(out.astype(jnp.float32))) + jnp.sum(weight)
+
+    run = jax.value_and_grad(loss, range(3)) if gradient else mapped
+    return jax.jit(run)(q, k, v, blocks)
+
+  got, want = run(True), run(False)
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    assert jnp.any(x)
     np.testing.assert_array_equal(x, y)
 
 
