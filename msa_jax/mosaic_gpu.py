@@ -14,7 +14,6 @@ from __future__ import annotations
 from typing import NamedTuple
 
 
-
 class Refusal(NamedTuple):
   """Why the kernels cannot run where this call runs.
 
