@@ -5,6 +5,8 @@
   python -m benchmarks.portable    the "xla" and "reference" implementations and
                                    generation, on any device
   python -m benchmarks.packed      packed rows of documents and prefix trees
+  python -m benchmarks.context_parallel
+                                   one layer over all devices of a host
   python -m benchmarks.fuzz        random calls against the reference
   python -m benchmarks.worth       writes docs/worth.md from those results
   python -m benchmarks.fit RUN     makes inputs whose choices share as much as

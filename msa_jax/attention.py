@@ -24,6 +24,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 
 from msa_jax import cache as cache_lib
+from msa_jax import context as context_lib
 from msa_jax import ops
 from msa_jax.checks import (
   check_choice,
@@ -94,20 +95,23 @@ class CachedOutput(NamedTuple):
 
 
 def selection_specs(
-  sharding: Sharding | None, rows: Any, selection: Selection
+  sharding: Sharding | None, tokens: PartitionSpec, selection: Selection
 ) -> Selection:
-  """PartitionSpecs of a layer's selection, or of all layers' stacked."""
+  """PartitionSpecs of a layer's selection, or of all layers' stacked.
+
+  `tokens` are those of the batch rows and the tokens.
+  """
   heads = None if sharding is None else sharding.heads
   stacked = (None,) * (selection.block_indices.ndim - 4)
   whole = (PartitionSpec(),) * 3
-  blocks: Any = PartitionSpec(*stacked, rows, heads)
+  blocks: Any = PartitionSpec(*stacked, tokens[0], heads, tokens[1])
   return Selection(blocks, *whole)  # pyright: ignore
 
 
 def _layer_specs(out: MSALayerOutput, self, x: Array, **options):
   selection = out.selection
   if selection is not None:
-    selection = selection_specs(self.sharding, spec(x)[0], selection)
+    selection = selection_specs(self.sharding, spec(x), selection)
   return MSALayerOutput(spec(x), PartitionSpec(), selection)  # pyright: ignore
 
 
@@ -284,6 +288,7 @@ class GQAttention(nnx.Module):
     segment_ids: Int32[Array, "B T"] | None = None,
     segments: Segments | None = None,
     max_segments: int | None = None,
+    zigzag: bool = False,
   ) -> Float[Array, "B T E"]:
     """Attends causally.
 
@@ -300,22 +305,32 @@ class GQAttention(nnx.Module):
         token sees its own document alone.
       segments: the same for prefix trees, from `tree_segments`; not both.
       max_segments: the most documents of a row, see `msa_jax.ops`.
+      zigzag: where a mesh axis splits the tokens, x and positions are in zigzag
+        order, and so is the result, see `msa_jax.context`. False: they are in
+        the order of the sequence, and the layer moves them there and back.
+        Segments are always in the order of the sequence.
 
     Raises:
-      ValueError: an argument is wrong, or the mesh does not divide KV heads.
+      ValueError: an argument is wrong, or the mesh does not divide KV heads or
+        tokens.
       NotImplementedError: cuDNN was named and does not support the call.
     """
     _check_input(x)
+    split = self.context_split("x", *x.shape[:2])
     segments, positions = _packed(
-      x, positions, segment_ids, segments, max_segments
+      x, positions, segment_ids, segments, max_segments, split, zigzag
     )
     attend = functools.partial(
       _attend_dense, scale=self.scale, implementation=self.implementation
     )
     axes = self.mesh_axes(x.shape[0])
+    if split is not None:
+      attend = functools.partial(_attend_dense_split, attend, split)
+      x = x if zigzag else split.zigzag(x)
     if axes is not None:
       # Inside shard_map, GSPMD need not know how to split a cuDNN call.
-      tokens: Any = PartitionSpec(axes[0], None, axes[1], None)
+      context = None if split is None else split.axis
+      tokens: Any = PartitionSpec(axes[0], context, axes[1], None)
       heads = PartitionSpec(axes[1])
       attend = jax.shard_map(
         attend,
@@ -324,7 +339,8 @@ class GQAttention(nnx.Module):
         check_vma=False,
       )
     q, k, v = self._qkv(x, positions)
-    return self.out(attend(q, k, v, self._sinks(), segments))
+    out = self.out(attend(q, k, v, self._sinks(), segments))
+    return out if split is None or zigzag else split.natural(out)
 
   def _sinks(self) -> Array | None:
     return None if self.sinks is None else self.sinks[...]
@@ -353,26 +369,64 @@ class GQAttention(nnx.Module):
     x: Float[Array, "B T E"],
     cache: cache_lib.LayerCache,
     span: cache_lib.Span,
+    *,
+    zigzag: bool = False,
   ) -> CachedOutput:
     """Caches the next T tokens of each batch row and attends from them.
+
+    Where a mesh axis splits the slots of the cache, each device attends to its
+    own ones with implementation "xla" or None, and they merge what they get;
+    "cudnn", and many tokens, gather the cache's keys and values first.
 
     Args:
       x: input.
       cache: the layer's cache of the earlier tokens.
       span: where the tokens go, from `msa_jax.Cache.reserve`.
+      zigzag: x is in zigzag order, and so is the result, if the devices share
+        T tokens (`spreads`).
 
     Raises:
-      ValueError: x has another rank, or the mesh does not divide KV heads.
+      ValueError: x has another rank, or the mesh does not divide KV heads or
+        the cache.
       NotImplementedError: cuDNN was named and does not support the call.
     """
     _check_input(x)
-    q, k, v = self._qkv(x, span.positions)
+    split = self._check_cache_split(x, cache)
+    spread = spreads(split, x.shape[1])
+    x, positions = _spread(x, span, spread, zigzag)
+    q, k, v = self._qkv(x, positions)
     extend = functools.partial(
-      _extend_dense, scale=self.scale, implementation=self.implementation
+      _extend_dense,
+      scale=self.scale,
+      implementation=self.implementation,
+      split=split,
+      spread=spread is not None,
     )
-    extend = self._over_mesh_cached(extend, x.shape[0])
+    extend = self._over_mesh_cached(extend, x.shape[0], split, spread)
     result = extend(q, k, v, None, None, self._sinks(), cache, span)
-    return result._replace(out=self.out(result.out))
+    out = self.out(result.out)
+    if spread is not None and not zigzag:
+      out = spread.natural(out)
+    return result._replace(out=out)
+
+  def _check_cache_split(
+    self, x: Array, cache: cache_lib.LayerCache
+  ) -> context_lib.Split | None:
+    split = self.cache_split(x.shape[0])
+    if split is not None:
+      unit = split.devices * self.cache_unit()
+      require(
+        cache.k.shape[1] % unit == 0,
+        "cache",
+        f"one whose capacity is a multiple of {unit}, whole blocks on each of"
+        f" the {split.devices} devices that share a sequence",
+        cache.k.shape[1],
+      )
+    return split
+
+  def cache_unit(self) -> int:
+    """The slots that may not lie on different devices."""
+    return 1
 
   def mesh_axes(self, batch: int) -> tuple[tuple[str, ...], str | None] | None:
     """The mesh axes that split a batch of this size, and the KV heads.
@@ -398,22 +452,54 @@ class GQAttention(nnx.Module):
     )
     return batch_axes, heads
 
-  def _over_mesh_cached(self, extend: Callable, batch_size: int) -> Callable:
+  def context_split(
+    self, name: str, batch: int, length: int
+  ) -> context_lib.Split | None:
+    """How a mesh axis splits the tokens of sequences; None if none does.
+
+    Raises:
+      ValueError: the axis does not divide the tokens; `name` is theirs.
+    """
+    split = self.cache_split(batch)
+    if split is not None:
+      context_lib.check_length(name, length, split.devices)
+    return split
+
+  def cache_split(self, batch: int) -> context_lib.Split | None:
+    """How a mesh axis splits the slots of a cache; None if none does."""
+    axes = self.mesh_axes(batch)
+    if axes is None or self.sharding is None:
+      return None
+    mesh = jax.sharding.get_abstract_mesh()
+    axis = self.sharding.context_axis(mesh)
+    if axis is None:
+      return None
+    return context_lib.Split(axis, mesh.shape[axis], axes[0])
+
+  def _over_mesh_cached(
+    self,
+    extend: Callable,
+    batch_size: int,
+    split: context_lib.Split | None,
+    spread: context_lib.Split | None,
+  ) -> Callable:
     """Maps `extend` over each device's batch rows and KV heads.
 
     `extend(q, k, v, index_q, index_k, sinks, cache, span)` returns a
-    `CachedOutput` of heads. Each device writes and reads its own part of the
-    cache, so nothing moves between devices.
+    `CachedOutput` of heads. Each device writes its own part of the cache. Only
+    where a mesh axis splits its slots, something moves between devices.
     """
     axes = self.mesh_axes(batch_size)
     if axes is None:
       return extend
     batch, heads = axes
-    tokens: Any = PartitionSpec(batch, None, heads, None)
-    shared = PartitionSpec(batch, None, None)
-    cache = cache_lib.layer_partition(batch, heads)
+    slots = None if split is None else split.axis
+    shares = None if spread is None else spread.axis
+    tokens: Any = PartitionSpec(batch, shares, heads, None)
+    shared = PartitionSpec(batch, shares, None)
+    cache = cache_lib.layer_partition(batch, heads, slots)
     span: Any = (PartitionSpec(batch, None), PartitionSpec(batch))
-    blocks: Any = PartitionSpec(batch, heads, None, None)
+    blocks: Any = PartitionSpec(batch, heads, shares, None)
     return jax.shard_map(
       extend,
       in_specs=(
@@ -539,6 +625,7 @@ class MSAttention(GQAttention):
     segments: Segments | None = None,
     max_segments: int | None = None,
     block_indices: Int32[Array, "B K T P"] | None = None,
+    zigzag: bool = False,
   ) -> MSALayerOutput:
     """Attends causally to the chosen blocks, or to all tokens in the warm-up.
 
@@ -560,15 +647,30 @@ class MSAttention(GQAttention):
       max_segments: the most documents of a row, see `msa_jax.ops`.
       block_indices: given choices, see `msa_jax.msa_attention`; None: the Index
         Branch chooses. The warm-up does not attend to them.
+      zigzag: where a mesh axis splits the tokens, x, positions, query_mask and
+        block_indices are in zigzag order, and so are the results, see
+        `msa_jax.context`. False: they are in the order of the sequence, and the
+        layer moves them there and back. Segments are always in the order of the
+        sequence.
 
     Raises:
-      ValueError: an argument is wrong, or the mesh does not divide KV heads.
+      ValueError: an argument is wrong, or the mesh does not divide KV heads or
+        tokens.
       NotImplementedError: the named implementation does not support the call.
     """
     _check_input(x)
+    split = self.context_split("x", *x.shape[:2])
     segments, positions = _packed(
-      x, positions, segment_ids, segments, max_segments
+      x, positions, segment_ids, segments, max_segments, split, zigzag
     )
+    blocks_spec = self._blocks_spec(x.shape[0], split)
+    moved = None if zigzag else split
+    if moved is not None:
+      x = moved.zigzag(x)
+      if query_mask is not None:
+        query_mask = moved.zigzag(query_mask)
+      if block_indices is not None:
+        block_indices = moved.zigzag(block_indices, blocks_spec)
     q, k, v = self._qkv(x, positions)
     index_q, index_k, index_v = self._project_index(
       x.astype(q.dtype), positions
@@ -586,12 +688,27 @@ class MSAttention(GQAttention):
       *(q, k, v, index_q, index_k, index_v),
       *(query_mask, self._sinks(), segments, block_indices),
     )
-    attend = self._over_mesh(attend, x.shape[0], with_selection)
+    attend = self._over_mesh(
+      attend, x.shape[0], with_selection, split, blocks_spec, phase
+    )
     out, index_out, kl, selection = attend(*args)
     out = self.out(out)
     if index_out is not None:
       out = out + self.index_out(index_out)
+    if moved is not None:
+      out = moved.natural(out)
+      if selection is not None:
+        blocks = moved.natural(selection.block_indices, blocks_spec)
+        selection = selection._replace(block_indices=blocks)
     return MSALayerOutput(out, kl, selection)
+
+  def _blocks_spec(
+    self, batch: int, split: context_lib.Split | None
+  ) -> PartitionSpec:
+    """How block_indices [B, K, T, P] are split over the mesh."""
+    rows, heads = self.mesh_axes(batch) or (None, None)
+    tokens = None if split is None else split.axis
+    return PartitionSpec(rows, heads, tokens, None)
 
   def _cached_index_dim(self) -> int | None:
     if (
@@ -614,6 +731,7 @@ class MSAttention(GQAttention):
     span: cache_lib.Span,
     *,
     phase: ops.Phase = "sparse",
+    zigzag: bool = False,
   ) -> CachedOutput:
     """Caches the next T tokens of each batch row and attends from them.
 
@@ -621,6 +739,11 @@ class MSAttention(GQAttention):
     `decode_attention`. More tokens, the warm-up phase, and layers with sinks,
     which need the lse that decoding does not return, go through
     `msa_attention`.
+
+    Where a mesh axis splits the slots of the cache, few tokens go through
+    `decode_attention` with axis_name, which sends next to nothing, with
+    implementation "xla" or None. All other calls gather the cache first, and
+    more tokens are shared by the devices, if 2 n divides them.
 
     Args:
       x: input.
@@ -632,9 +755,12 @@ class MSAttention(GQAttention):
       phase: "sparse", or "warmup" for dense attention. mosaic_gpu has no kernel
         for dense attention over a cache, so "warmup" needs
         implementation="xla", "reference" or None.
+      zigzag: x is in zigzag order, and so is the result, if the devices share
+        T tokens (`spreads`).
 
     Raises:
-      ValueError: an argument is wrong, or the mesh does not divide KV heads.
+      ValueError: an argument is wrong, or the mesh does not divide KV heads or
+        the cache.
       NotImplementedError: the named implementation does not support the call,
         or the layer is an ablation without a cached form.
     """
@@ -645,13 +771,25 @@ class MSAttention(GQAttention):
         "mosaic_gpu supports no cache in the warm-up phase: generating in it"
         " needs a model with implementation='xla', 'reference' or None"
       )
-    q, k, v = self._qkv(x, span.positions)
-    index_q, index_k, _ = self._project_index(x.astype(q.dtype), span.positions)
-    extend = functools.partial(self._extend, phase=phase)
-    result = self._over_mesh_cached(extend, x.shape[0])(
+    split = self._check_cache_split(x, cache)
+    spread = spreads(split, x.shape[1])
+    x, positions = _spread(x, span, spread, zigzag)
+    q, k, v = self._qkv(x, positions)
+    index_q, index_k, _ = self._project_index(x.astype(q.dtype), positions)
+    extend = functools.partial(
+      self._extend, phase=phase, split=split, spread=spread is not None
+    )
+    result = self._over_mesh_cached(extend, x.shape[0], split, spread)(
       q, k, v, index_q, index_k, self._sinks(), cache, span
     )
-    return result._replace(out=self.out(result.out))
+    out, blocks = self.out(result.out), result.block_indices
+    if spread is not None and not zigzag:
+      out = spread.natural(out)
+      blocks = spread.natural(blocks, self._blocks_spec(x.shape[0], spread))
+    return CachedOutput(out, result.cache, blocks)
+
+  def cache_unit(self) -> int:
+    return self.index.block_size
 
   def _extend(
     self,
@@ -665,42 +803,51 @@ class MSAttention(GQAttention):
     span: cache_lib.Span,
     *,
     phase: ops.Phase,
+    split: context_lib.Split | None,
+    spread: bool,
   ) -> CachedOutput:
-    """`extend` for one device's batch rows and KV heads."""
-    cache = cache.write(span.slots, k, v, index_k)
-    cached_index_k: Any = cache.index_k
+    """`extend` for one device's batch rows, KV heads, slots and queries."""
+    num_tokens = span.slots.shape[1]
+    few = num_tokens <= ops.MAX_DECODE_TOKENS
+    decode = phase == "sparse" and few and sinks is None
+    cache = held = _write(cache, span, k, v, index_k, split, spread)
+    own_blocks = decode and self.implementation in (None, "xla")
+    if split is not None and not own_blocks:
+      held = context_lib.gather_slots(cache, split.axis)
     options: dict[str, Any] = dict(
-      kv_lengths=span.lengths,
       block_size=self.index.block_size,
       top_k=self.index.top_k,
       num_local_blocks=self.index.num_local_blocks,
       scale=self.scale,
       implementation=self.implementation,
     )
-    few = q.shape[1] <= ops.MAX_DECODE_TOKENS
-    if phase == "sparse" and few and sinks is None:
+    if decode:
+      cached_index_k: Any = held.index_k
       result = ops.decode_attention(
         q,
-        cache.k,
-        cache.v,
+        held.k,
+        held.v,
         index_q,
         cached_index_k,
-        index_k_scale=cache.index_k_scale,
+        index_k_scale=held.index_k_scale,
+        kv_lengths=span.lengths,
+        axis_name=split.axis if split is not None and own_blocks else None,
         **options,
       )
     else:
-      keys: Any = cache.index_keys()
+      keys: Any = held.index_keys()
       precision = self.index.score_precision
-      if cache.index_k_scale is not None:
+      if held.index_k_scale is not None:
         precision = "fp8"
       elif precision == "fp8" or few:
         precision = "exact"
       result = ops.msa_attention(
         q,
-        cache.k,
-        cache.v,
+        held.k,
+        held.v,
         index_q,
         keys,
+        **_where(span, split if spread else None),
         phase=phase,
         score_precision=precision,
         **options,
@@ -725,8 +872,13 @@ class MSAttention(GQAttention):
     phase: ops.Phase,
     with_kl: bool,
     with_selection: bool,
+    query_pieces: ops.QueryPieces | None = None,
+    heads_over: str | None = None,
   ):
-    """`__call__` for one device's batch rows and KV heads.
+    """`__call__` for one device's batch rows, KV heads and queries.
+
+    In the warm-up, `heads_over` is the mesh axis of the tokens, over whose
+    devices dense attention splits the query heads.
 
     Returns:
       (out, index_out, kl, selection), with out and index_out in heads.
@@ -735,12 +887,14 @@ class MSAttention(GQAttention):
       block_size=self.index.block_size,
       implementation=self.implementation,
       segments=segments,
+      query_pieces=query_pieces,
     )
     # The ablations choose blocks by themselves and pass them to the operations.
     plain = self.index.selection == "index" and not self.index.force_first_block
-    fused_kl = plain and self.index.detach_teacher
+    fused = plain and heads_over is None
+    fused_kl = fused and self.index.detach_teacher
     kl = jnp.zeros((), compute_dtype(q.dtype))
-    if plain:
+    if fused:
       result = ops.msa_attention(
         q,
         k,
@@ -760,18 +914,26 @@ class MSAttention(GQAttention):
       out, kl, block_indices, lse = result
     else:
       block_indices = given
-      if block_indices is None:
-        block_indices = self._forced_blocks(index_q, index_k, segments)
-      if phase == "warmup":
-        out, lse = ops.dense_attention(
-          q,
-          k,
-          v,
-          scale=self.scale,
-          segments=segments,
-          block_size=self.index.block_size,
-          implementation=self.implementation,
+      if block_indices is None and plain:
+        block_indices = ops.select_blocks(
+          index_q,
+          index_k,
+          top_k=self.index.top_k,
+          num_local_blocks=self.index.num_local_blocks,
+          score_precision=self.index.score_precision,
+          **options,
         )
+        block_indices = checkpoint_name(block_indices, "block_indices")
+      elif block_indices is None:
+        block_indices = self._forced_blocks(
+          index_q, index_k, segments, query_pieces
+        )
+      if heads_over is not None:
+        out, lse = _dense_by_heads(
+          q, k, v, heads_over, scale=self.scale, **options
+        )
+      elif phase == "warmup":
+        out, lse = ops.dense_attention(q, k, v, scale=self.scale, **options)
       else:
         out, lse = ops.sparse_attention(
           q,
@@ -791,6 +953,7 @@ class MSAttention(GQAttention):
         index_q,
         index_k,
         None if phase == "warmup" else block_indices,
+        lse=lse if self.index.detach_teacher else None,
         query_mask=query_mask,
         detach_teacher=self.index.detach_teacher,
         scale=self.scale,
@@ -811,6 +974,7 @@ class MSAttention(GQAttention):
         block_size=self.index.block_size,
         scale=self.scale,
         segments=segments,
+        query_pieces=query_pieces,
       )
       selection = Selection(block_indices, *recalls)
     return out, index_out, kl, selection
@@ -838,7 +1002,11 @@ class MSAttention(GQAttention):
     return ops.sparse_attention(index_q, k, v, block_indices, **options)
 
   def _forced_blocks(
-    self, index_q: Array, index_k: Array, segments: Segments | None
+    self,
+    index_q: Array,
+    index_k: Array,
+    segments: Segments | None,
+    query_pieces: ops.QueryPieces | None,
   ) -> Int32[Array, "B K T P"]:
     """The blocks that the ablations choose.
 
@@ -848,15 +1016,20 @@ class MSAttention(GQAttention):
     """
     b, t, num_kv_heads, _ = index_q.shape
     if segments is not None:
-      return self._forced_blocks_packed(index_q, index_k, segments)
+      return self._forced_blocks_packed(
+        index_q, index_k, segments, query_pieces
+      )
     if self.index.selection == "window":
-      own = jnp.arange(t) // self.index.block_size
+      pieces = ((0, t),) if query_pieces is None else query_pieces
+      slots = [start + jnp.arange(length) for start, length in pieces]
+      own = jnp.concatenate(slots) // self.index.block_size
       ids = own[:, None] - jnp.arange(self.index.top_k - 1)[None]
-      # t stands for "no block": it sorts behind all ids and becomes -1 below.
-      ids = jnp.where(ids > 0, ids, t)
+      # It stands for "no block", sorts behind all ids and becomes -1 below.
+      none = index_k.shape[1]
+      ids = jnp.where(ids > 0, ids, none)
       ids = jnp.concatenate([jnp.zeros((t, 1), ids.dtype), ids], axis=-1)
       ids = jnp.sort(ids, axis=-1)
-      ids = jnp.where(ids == t, -1, ids).astype(jnp.int32)
+      ids = jnp.where(ids == none, -1, ids).astype(jnp.int32)
       return jnp.broadcast_to(ids, (b, num_kv_heads, t, self.index.top_k))
     select = functools.partial(
       ops.select_blocks,
@@ -865,6 +1038,7 @@ class MSAttention(GQAttention):
       block_size=self.index.block_size,
       num_local_blocks=self.index.num_local_blocks,
       score_precision=self.index.score_precision,
+      query_pieces=query_pieces,
       implementation=self.implementation,
     )
     chosen = select(top_k=self.index.top_k)
@@ -874,7 +1048,11 @@ class MSAttention(GQAttention):
     return jnp.where(chosen[..., :1] == 0, chosen, rest)
 
   def _forced_blocks_packed(
-    self, index_q: Array, index_k: Array, segments: Segments
+    self,
+    index_q: Array,
+    index_k: Array,
+    segments: Segments,
+    query_pieces: ops.QueryPieces | None,
   ) -> Int32[Array, "B K T P"]:
     """`_forced_blocks` for packed rows.
 
@@ -884,6 +1062,7 @@ class MSAttention(GQAttention):
     options: dict[str, Any] = dict(
       block_size=self.index.block_size,
       segments=segments,
+      query_pieces=query_pieces,
       implementation=self.implementation,
     )
     top_k = self.index.top_k
@@ -906,9 +1085,15 @@ class MSAttention(GQAttention):
     return jnp.where(chosen[..., :1] == first, chosen, rest)
 
   def _over_mesh(
-    self, attend: Callable, batch_size: int, with_selection: bool
+    self,
+    attend: Callable,
+    batch_size: int,
+    with_selection: bool,
+    split: context_lib.Split | None,
+    blocks: PartitionSpec,
+    phase: ops.Phase,
   ) -> Callable:
-    """Maps `attend` over each device's batch rows and KV heads.
+    """Maps `attend` over each device's batch rows, KV heads and tokens.
 
     GSPMD cannot split a Pallas call and splits a sort badly, hence shard_map.
     The KL is a mean, so the devices' means are weighed by the number of
@@ -919,33 +1104,55 @@ class MSAttention(GQAttention):
       return attend
     batch, heads = mesh_axes
     axes = batch + (() if heads is None else (heads,))
+    if split is not None:
+      axes += (split.axis,)
 
     def local(*args):
+      restore, pieces, heads_over = _identity, None, None
+      if split is not None:
+        # Whole sequences are plain to cuDNN's dense attention. The KL needs all
+        # query heads of a group together, so groups cannot be shared.
+        dense = phase == "warmup"
+        num_heads, num_kv_heads = (x.shape[2] for x in args[:2])
+        if dense and num_kv_heads % split.devices == 0:
+          args, restore = _whole_sequences(args, split.axis)
+        else:
+          args, pieces = _all_keys(args, split.axis)
+          if dense and _heads_for_all(num_heads, num_kv_heads, split.devices):
+            heads_over = split.axis
       q, k, *_, query_mask, _, segments, _ = args
-      out, index_out, kl, selection = attend(*args)
+      out, index_out, kl, selection = attend(
+        *args, query_pieces=pieces, heads_over=heads_over
+      )
 
       def mean(x, count):
         count = count.astype(x.dtype)
         total = lax.psum(count, axes)
         return lax.psum(x * count, axes) / jnp.where(total == 0, 1, total)
 
+      count = functools.partial(
+        ops.count_kl_queries, q, k, segments=segments, query_pieces=pieces
+      )
       if axes:
-        kl = mean(kl, ops.count_kl_queries(q, k, query_mask, segments))
-        if selection is not None and segments is None:
-          recalls = lax.pmean(selection[1:], axes)
-          selection = Selection(selection.block_indices, *recalls)
-        elif selection is not None:
+        kl = mean(kl, count(query_mask))
+      if selection is not None:
+        chosen = jnp.moveaxis(selection.block_indices, 1, 2)
+        chosen = jnp.moveaxis(restore(chosen), 1, 2)
+        recalls = selection[1:]
+        if axes and segments is None:
+          recalls = lax.pmean(recalls, axes)
+        elif axes:
           # Recalls are means over the queries that see anything, of which
           # devices have more or fewer.
-          count = ops.count_kl_queries(q, k, None, segments)
-          recalls = (mean(x, count) for x in selection[1:])
-          selection = Selection(selection.block_indices, *recalls)
-      return out, index_out, kl, selection
+          recalls = (mean(x, count(None)) for x in recalls)
+        selection = Selection(chosen, *recalls)
+      index_out = None if index_out is None else restore(index_out)
+      return restore(out), index_out, kl, selection
 
-    tokens = PartitionSpec(batch, None, heads, None)
-    shared = PartitionSpec(batch, None, None)
+    context = None if split is None else split.axis
+    tokens = PartitionSpec(batch, context, heads, None)
+    shared = PartitionSpec(batch, context, None)
     scalar = PartitionSpec()
-    blocks = PartitionSpec(batch, heads, None, None)
     specs: Any = (blocks, *(scalar,) * 3)
     selection = Selection(*specs) if with_selection else None
     return jax.shard_map(
@@ -954,7 +1161,7 @@ class MSAttention(GQAttention):
         *(tokens,) * 4,
         shared,
         shared,
-        PartitionSpec(batch, None),
+        PartitionSpec(batch, context),
         PartitionSpec(heads),
         PartitionSpec(batch),
         blocks,
@@ -962,6 +1169,43 @@ class MSAttention(GQAttention):
       out_specs=(tokens, tokens, scalar, selection),
       check_vma=False,
     )
+
+
+def _identity(x: Array) -> Array:
+  return x
+
+
+def _all_keys(args: tuple, axis: str) -> tuple[tuple, ops.QueryPieces]:
+  """`MSAttention._attend`'s operands with the keys of all devices, and where
+  the device's queries stand."""
+  q, k, v, index_q, index_k, index_v, *rest = args
+  k, v, index_k, index_v = (
+    None if x is None else context_lib.gather_keys(x, axis)
+    for x in (k, v, index_k, index_v)
+  )
+  pieces = context_lib.query_pieces(axis, q.shape[1])
+  return (q, k, v, index_q, index_k, index_v, *rest), pieces
+
+
+def _whole_sequences(args: tuple, axis: str) -> tuple[tuple, Callable]:
+  """`MSAttention._attend`'s operands with all tokens of the device's share of
+  the heads, and a function that undoes that to an array [B, T, H, *A]."""
+  q, k, v, index_q, index_k, index_v, mask, sinks, segments, given = args
+  q, k, v, index_q = (context_lib.to_heads(x, axis) for x in (q, k, v, index_q))
+  index_k, index_v = (
+    None if x is None else context_lib.gather_keys(x, axis)
+    for x in (index_k, index_v)
+  )
+  if mask is not None:
+    mask = context_lib.gather_tokens(mask, axis)
+  if sinks is not None:
+    sinks = context_lib.share_of_heads(sinks, axis, 0)
+  if given is not None:
+    given = context_lib.to_heads(jnp.moveaxis(given, 1, 2), axis)
+    given = jnp.moveaxis(given, 2, 1)
+  restore = functools.partial(context_lib.from_heads, axis_name=axis)
+  args = (q, k, v, index_q, index_k, index_v, mask, sinks, segments, given)
+  return args, restore
 
 
 def _with_sinks(
@@ -987,12 +1231,85 @@ def _packed(
   segment_ids: Array | None,
   segments: Segments | None,
   max_segments: int | None,
+  split: context_lib.Split | None,
+  zigzag: bool,
 ) -> tuple[Segments | None, Array | None]:
-  """A layer's segments and rotary positions; both may be None."""
+  """A layer's segments and rotary positions; both may be None.
+
+  Where a mesh axis splits the tokens, positions are in zigzag order.
+  """
   segments = check_segments(segment_ids, segments, max_segments, *x.shape[:2])
+  given = positions is not None
   if segments is not None and positions is None:
     positions = segments.positions
-  return segments, positions
+  if split is None:
+    return segments, positions
+  positions = split.positions(positions, x.shape[1])
+  return segments, positions if given and zigzag else split.zigzag(positions)
+
+
+def _dense_by_heads(
+  q: Array,
+  k: Array,
+  v: Array,
+  axis: str,
+  *,
+  query_pieces: ops.QueryPieces | None,
+  **options: Any,
+) -> tuple[Array, Array]:
+  """(out, lse) of a device's queries, by dense attention of its share of heads.
+
+  Args:
+    q: the device's queries, in zigzag order.
+    k: all keys, in the order of the sequence.
+    v: all values.
+    axis: the mesh axis of the tokens.
+    query_pieces: not needed, because the exchange brings all queries.
+    **options: of `msa_jax.ops.dense_attention`.
+  """
+  del query_pieces
+  share = functools.partial(context_lib.share_of_heads, axis_name=axis, axis=2)
+  out, lse = ops.dense_attention(
+    context_lib.to_heads(q, axis), share(k), share(v), **options
+  )
+  lse = context_lib.from_heads(jnp.moveaxis(lse, 1, 2), axis)
+  return context_lib.from_heads(out, axis), jnp.moveaxis(lse, 2, 1)
+
+
+def _heads_for_all(num_heads: int, num_kv_heads: int, devices: int) -> bool:
+  """Whether each device can take an equal share of the query heads, and the KV
+  heads that these read."""
+  whole = num_kv_heads % devices == 0 or devices % num_kv_heads == 0
+  return num_heads % devices == 0 and whole
+
+
+def _attend_dense_split(
+  attend: Callable,
+  split: context_lib.Split,
+  q: Array,
+  k: Array,
+  v: Array,
+  sinks: Array | None,
+  segments: Segments | None,
+) -> Array:
+  """`_attend_dense` where a mesh axis splits the tokens."""
+  num_heads, num_kv_heads = q.shape[2], k.shape[2]
+  gather: Any = context_lib.gather_keys
+  if not _heads_for_all(num_heads, num_kv_heads, split.devices):
+    k, v = (gather(x, split.axis) for x in (k, v))
+    pieces = context_lib.query_pieces(split.axis, q.shape[1])
+    return attend(q, k, v, sinks, segments, query_pieces=pieces)
+  q = context_lib.to_heads(q, split.axis)
+  if num_kv_heads % split.devices == 0:
+    k, v = (context_lib.to_heads(x, split.axis) for x in (k, v))
+  else:
+    k, v = (
+      context_lib.share_of_heads(gather(x, split.axis), split.axis, 2)
+      for x in (k, v)
+    )
+  if sinks is not None:
+    sinks = context_lib.share_of_heads(sinks, split.axis, 0)
+  return context_lib.from_heads(attend(q, k, v, sinks, segments), split.axis)
 
 
 def _attend_dense(
@@ -1004,17 +1321,19 @@ def _attend_dense(
   *,
   scale: float | None,
   implementation: Any,
+  query_pieces: ops.QueryPieces | None = None,
 ) -> Array:
   """Causal dense attention, with sinks or without, in plain or packed rows.
 
   `jax.nn.dot_product_attention` has no form of packed rows that is free of a
   T x T mask.
   """
-  if segments is None and not _needs_own_attention(q, sinks):
+  whole = query_pieces is None
+  if whole and segments is None and not _needs_own_attention(q, sinks):
     return _dot_product_attention(
       q, k, v, is_causal=True, scale=scale, implementation=implementation
     )
-  kernel = sinks is None and scale is None and implementation != "xla"
+  kernel = whole and sinks is None and scale is None and implementation != "xla"
   if segments is not None and kernel:
     try:
       return ops.document_attention(q, k, v, segments)
@@ -1027,6 +1346,7 @@ def _attend_dense(
     v,
     scale=scale,
     segments=segments,
+    query_pieces=query_pieces,
     implementation="mosaic_gpu"
     if implementation == "cudnn"
     else implementation,
@@ -1036,6 +1356,61 @@ def _attend_dense(
 
 # Keys that cuDNN reads at once: its last tile can reach past a batch row's end.
 _CUDNN_TILE = 256
+
+
+def spreads(
+  split: context_lib.Split | None, length: int
+) -> context_lib.Split | None:
+  """`split` if the devices share the T tokens that go into a cache; each has
+  all of few tokens, and of numbers that it does not divide."""
+  if split is None or length <= ops.MAX_DECODE_TOKENS:
+    return None
+  return None if length % (2 * split.devices) else split
+
+
+def _spread(
+  x: Array,
+  span: cache_lib.Span,
+  spread: context_lib.Split | None,
+  zigzag: bool,
+) -> tuple[Array, Array]:
+  """x and its rotary positions, in zigzag order if the devices share them."""
+  if spread is None:
+    return x, span.positions
+  return x if zigzag else spread.zigzag(x), spread.zigzag(span.positions)
+
+
+def _write(
+  cache: cache_lib.LayerCache,
+  span: cache_lib.Span,
+  k: Array,
+  v: Array,
+  index_k: Array | None,
+  split: context_lib.Split | None,
+  spread: bool,
+) -> cache_lib.LayerCache:
+  """The cache with the tokens in it, or a device's part of both."""
+  if split is None:
+    return cache.write(span.slots, k, v, index_k)
+  new: list[Any] = [k, v, index_k]
+  if spread:
+    new = [
+      None if x is None else context_lib.gather_keys(x, split.axis) for x in new
+    ]
+  slots = context_lib.own_slots(span.slots, cache.k.shape[1], split.axis)
+  return cache.write(slots, *new)
+
+
+def _where(
+  span: cache_lib.Span, spread: context_lib.Split | None
+) -> dict[str, Any]:
+  """Where the queries stand, as the operations take it."""
+  if spread is None:
+    return dict(kv_lengths=span.lengths)
+  num_tokens = span.slots.shape[1]
+  first = span.lengths - num_tokens
+  pieces = context_lib.query_pieces(spread.axis, num_tokens // spread.devices)
+  return dict(query_pieces=tuple((first + start, n) for start, n in pieces))
 
 
 def _extend_dense(
@@ -1050,8 +1425,61 @@ def _extend_dense(
   *,
   scale: float | None,
   implementation: Any,
+  split: context_lib.Split | None,
+  spread: bool,
 ) -> CachedOutput:
-  """`GQAttention.extend` for one device's batch rows and KV heads.
+  """`GQAttention.extend` for one device's batch rows, KV heads and slots."""
+  del index_q, index_k
+  cache = _write(cache, span, k, v, None, split, spread)
+  over_cache = functools.partial(
+    _attend_over_cache, scale=scale, implementation=implementation
+  )
+  if split is None:
+    out, cache = over_cache(q, cache, sinks, span)
+    return CachedOutput(out, cache, None)
+  if not spread and implementation != "cudnn":
+    out, lse = ops.dense_attention(
+      q,
+      cache.k,
+      cache.v,
+      scale=scale,
+      kv_lengths=span.lengths,
+      axis_name=split.axis,
+    )
+    out = out if sinks is None else _with_sinks(out, lse, sinks)
+    return CachedOutput(out, cache, None)
+  whole = context_lib.gather_slots(cache, split.axis)
+  if not spread:
+    return CachedOutput(over_cache(q, whole, sinks, span)[0], cache, None)
+  if not _heads_for_all(q.shape[2], k.shape[2], split.devices):
+    out, lse = ops.dense_attention(
+      q,
+      whole.k,
+      whole.v,
+      scale=scale,
+      implementation="mosaic_gpu" if implementation == "cudnn" else None,
+      **_where(span, split),
+    )
+    out = out if sinks is None else _with_sinks(out, lse, sinks)
+    return CachedOutput(out, cache, None)
+  share = functools.partial(context_lib.share_of_heads, axis_name=split.axis)
+  whole = cache_lib.LayerCache(share(whole.k, axis=2), share(whole.v, axis=2))
+  sinks = None if sinks is None else share(sinks, axis=0)
+  q = context_lib.to_heads(q, split.axis)
+  out, _ = over_cache(q, whole, sinks, span)
+  return CachedOutput(context_lib.from_heads(out, split.axis), cache, None)
+
+
+def _attend_over_cache(
+  q: Array,
+  cache: cache_lib.LayerCache,
+  sinks: Array | None,
+  span: cache_lib.Span,
+  *,
+  scale: float | None,
+  implementation: Any,
+) -> tuple[Array, cache_lib.LayerCache]:
+  """Dense attention from the last tokens to a cache that holds them.
 
   Unused slots may hold NaN, and a weight of zero times NaN is NaN, so the
   values of unused slots must be zero. XLA gets a masked copy of the values.
@@ -1060,7 +1488,6 @@ def _extend_dense(
   tile, which costs next to nothing. So cuDNN reads the same bits whatever the
   unused slots held before.
   """
-  cache = cache.write(span.slots, k, v)
   if _needs_own_attention(q, sinks):
     if implementation == "cudnn":
       raise NotImplementedError(
@@ -1078,7 +1505,7 @@ def _extend_dense(
     )
     if sinks is not None:
       out = _with_sinks(out, lse, sinks)
-    return CachedOutput(out, cache, None)
+    return out, cache
   q_len, capacity = q.shape[1], cache.k.shape[1]
   slot = jnp.arange(capacity)[None]
   if implementation == "cudnn":
@@ -1086,7 +1513,7 @@ def _extend_dense(
     # A length of 0 may mark a batch row that has overflowed: its cache still
     # holds tokens and must not be changed.
     unused = (tail < capacity) & (span.lengths[:, None] > 0)
-    zeros = jnp.zeros((*tail.shape, *k.shape[2:]), k.dtype)
+    zeros = jnp.zeros((*tail.shape, *cache.k.shape[2:]), cache.k.dtype)
     cache = cache.write(jnp.where(unused, tail, capacity + tail), zeros, zeros)
     values = cache.v
   else:
@@ -1105,7 +1532,7 @@ def _extend_dense(
   )
   # Padding, and the tokens of batch rows that have overflowed, get zeros.
   out = jnp.where((span.positions >= 0)[..., None, None], out, 0)
-  return CachedOutput(out, cache, None)
+  return out, cache
 
 
 def _dot_product_attention(q: Array, k: Array, v: Array, **options) -> Array:

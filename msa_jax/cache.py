@@ -15,7 +15,9 @@ last counts[b] are real. Padding is never stored. In a jitted function that
 donates the cache, writing happens in place.
 
 Batch rows may be split over devices, and keys and values also by KV head
-(`partition`). Index keys serve all heads, so heads do not split them.
+(`partition`). Index keys serve all heads, so heads do not split them. A mesh
+axis for the tokens of a sequence splits the slots: each device holds C / n of
+them, whole blocks, one device's after another's.
 """
 
 from __future__ import annotations
@@ -273,15 +275,21 @@ def empty(layers: tuple[LayerCache, ...]) -> Cache:
   return Cache(layers, jnp.zeros(batch, jnp.int32), jnp.zeros(batch, jnp.bool_))
 
 
-def partition(cache: Cache, batch: tuple[str, ...], heads: str | None) -> Cache:
+def partition(
+  cache: Cache,
+  batch: tuple[str, ...],
+  heads: str | None,
+  context: str | None,
+) -> Cache:
   """Mesh axes of each array of a cache, as a tree of `PartitionSpec`s.
 
   Args:
     cache: the cache, or its shapes.
     batch: mesh axes that split the batch rows.
     heads: mesh axis that splits the KV heads; None leaves them whole.
+    context: mesh axis that splits the slots; None leaves them whole.
   """
-  whole: Any = layer_partition(batch, heads)
+  whole: Any = layer_partition(batch, heads, context)
   layers = tuple(
     whole._replace(**{n: None for n, x in layer._asdict().items() if x is None})
     for layer in cache.layers
@@ -290,9 +298,11 @@ def partition(cache: Cache, batch: tuple[str, ...], heads: str | None) -> Cache:
   return Cache(layers, rows, rows)
 
 
-def layer_partition(batch: tuple[str, ...], heads: str | None) -> LayerCache:
+def layer_partition(
+  batch: tuple[str, ...], heads: str | None, context: str | None
+) -> LayerCache:
   """Mesh axes of each array of a layer's cache."""
-  tokens: Any = PartitionSpec(batch, None, heads, None)
-  index: Any = PartitionSpec(batch, None, None)
-  scale: Any = PartitionSpec(batch, None)
+  tokens: Any = PartitionSpec(batch, context, heads, None)
+  index: Any = PartitionSpec(batch, context, None)
+  scale: Any = PartitionSpec(batch, context)
   return LayerCache(tokens, tokens, index, scale)

@@ -386,6 +386,44 @@ def check_kv_lengths(kv_lengths: Array | None, batch: int) -> None:
     check_integers("kv_lengths", kv_lengths)
 
 
+def check_query_pieces(
+  query_pieces: Any, batch: int, q_len: int, kv_len: int
+) -> list[tuple[Any, int]]:
+  """The (start, length) of each piece of the queries, lengths as Python ints.
+
+  Raises:
+    ValueError: they are not one or two such pairs, they do not add up to the
+      queries, or a start that is an integer leaves the keys.
+  """
+  name, want = "query_pieces", "one or two pairs (start, length)"
+  if not isinstance(query_pieces, (tuple, list)) or not all(
+    isinstance(piece, (tuple, list)) and len(piece) == 2
+    for piece in query_pieces
+  ):
+    raise wrong(name, want, repr(query_pieces))
+  require(len(query_pieces) in (1, 2), name, want, query_pieces)
+  pieces = []
+  for i, (start, length) in enumerate(query_pieces):
+    length = check_integer(f"{name}[{i}][1]", length)
+    if is_integer(start):
+      most = kv_len - length
+      want = f"an integer from 0 to S - length = {most}"
+      start = check_integer(f"{name}[{i}][0]", start, 0)
+      require(start <= most, f"{name}[{i}][0]", want, start)
+    else:
+      shape = getattr(start, "shape", None)
+      if shape not in ((), (batch,)):
+        want = f"an integer, or integers of shape () or [B] = ({batch},)"
+        got = type(start).__name__ if shape is None else f"shape {shape}"
+        raise wrong(f"{name}[{i}][0]", want, got)
+      check_integers(f"{name}[{i}][0]", start)
+    pieces.append((start, length))
+  total = sum(length for _, length in pieces)
+  want = f"pairs whose lengths add up to T = {q_len}"
+  require(total == q_len, name, want, total)
+  return pieces
+
+
 def check_query_mask(query_mask: Array | None, q: Array) -> None:
   """Raises ValueError unless query_mask is None, or bool or float32 [B, T]."""
   if query_mask is None:

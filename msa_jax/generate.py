@@ -377,6 +377,7 @@ def stream(
   needed = longest + max_new_tokens - 1
   if capacity is None:
     unit = max(128, model.config.index.block_size)
+    unit = math.lcm(unit, model.cache_unit(len(rows)))
     capacity = -(-needed // unit) * unit
   else:
     capacity = check_integer("capacity", capacity)

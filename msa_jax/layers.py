@@ -40,12 +40,15 @@ class Sharding:
     embed: axis that splits the embedding dimension of stored parameters.
     expert: axis that splits the experts. It also splits a batch whose size it
       divides.
+    context: axis that splits the tokens of each sequence, see
+      `msa_jax.context`.
   """
 
   batch: tuple[str, ...] = ("data", "fsdp")
   heads: str | None = "tensor"
   embed: str | None = "fsdp"
   expert: str | None = "expert"
+  context: str | None = "context"
 
   def present(self) -> Sharding:
     """These axes without those that the mesh in context lacks."""
@@ -61,6 +64,7 @@ class Sharding:
       heads=held(self.heads),
       embed=held(self.embed),
       expert=held(self.expert),
+      context=held(self.context),
     )
 
   def batch_axes(self, mesh: Any, batch_size: int) -> tuple[str, ...]:
@@ -72,6 +76,18 @@ class Sharding:
     split = (*axes, expert)
     parts = math.prod(mesh.shape[axis] for axis in split)
     return split if batch_size % parts == 0 else axes
+
+  def context_axis(self, mesh: Any, length: int | None = None) -> str | None:
+    """The axis of the mesh that splits the tokens of a sequence, or None.
+
+    Also None if it does not divide `length`, as with the tokens of decoding.
+    """
+    axis = self.context
+    if axis not in mesh.axis_names or mesh.shape[axis] == 1:
+      return None
+    if length is not None and length % mesh.shape[axis]:
+      return None
+    return axis
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from msa_jax.checks import (
   check_integers,
   compute_dtype,
 )
+from msa_jax.layers import Sharding
 from msa_jax.meshes import any_mesh_function
 
 
@@ -28,6 +30,8 @@ def head_loss(
   targets: Int[Array, "B T"],
   target_weights: Float[Array, "B T"],
   chunk_tokens: int = 8192,
+  *,
+  sharding: Sharding | None = None,
 ) -> Float[Array, ""]:
   """Weighted sum of the cross-entropy of softmax(hidden weight), in nats.
 
@@ -45,6 +49,9 @@ def head_loss(
     targets: the next token of each position.
     target_weights: w, how much each target counts. They have no gradient.
     chunk_tokens: tokens, over the whole batch, whose logits exist at once.
+    sharding: of the model. Where a mesh axis splits the tokens of a sequence,
+      each device takes the loss of its own ones. None leaves the division to
+      XLA, which gathers such tokens.
 
   Raises:
     ValueError: an argument is wrong.
@@ -57,8 +64,28 @@ def head_loss(
   check_integers("targets", targets)
   check_array("target_weights", target_weights, shape, "[B, T]")
   chunk_tokens = check_integer("chunk_tokens", chunk_tokens)
-  loss: Any = _head_loss(hidden, weight, targets, target_weights, chunk_tokens)
-  return loss
+  args = (hidden, weight, targets, target_weights)
+  mesh = jax.sharding.get_abstract_mesh()
+  axis = None
+  if sharding is not None and not mesh.empty:
+    axis = sharding.context_axis(mesh, shape[1])
+  if sharding is None or axis is None:
+    loss: Any = _head_loss(*args, chunk_tokens)
+    return loss
+  rows = sharding.batch_axes(mesh, shape[0])
+  axes = (*rows, axis)
+  chunk = max(chunk_tokens // math.prod(mesh.shape[name] for name in axes), 1)
+
+  def local(*args):
+    return lax.psum(_head_loss(*args, chunk), axes)
+
+  tokens = PartitionSpec(rows, axis)
+  return jax.shard_map(
+    local,
+    in_specs=(tokens, PartitionSpec(), tokens, tokens),
+    out_specs=PartitionSpec(),
+    check_vma=False,
+  )(*args)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

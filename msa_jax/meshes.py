@@ -79,6 +79,7 @@ def _axes_of(letters: Mapping[str, str], arrays: Any) -> tuple[Axes, Axes]:
     (letters[name].split(), leaf)
     for name, x in arrays.items()
     for leaf in jax.tree.leaves(x)
+    if isinstance(leaf, jax.Array)
   ]
   for names, x in named:
     for letter, axes in zip(names, jax.typeof(x).sharding.spec):
@@ -114,7 +115,7 @@ def any_mesh(results: Any, **operands: str) -> Callable:
       arrays = {
         name: x
         for name, x in call.items()
-        if name in operands and _of_arrays(x)
+        if name in operands and _has_arrays(x)
       }
       arrays = _vary_together(arrays)
       call.update(arrays)
@@ -141,9 +142,9 @@ def any_mesh(results: Any, **operands: str) -> Callable:
   return decorate
 
 
-def _of_arrays(tree: Any) -> bool:
-  leaves = jax.tree.leaves(tree)
-  return bool(leaves) and all(isinstance(x, jax.Array) for x in leaves)
+def _has_arrays(tree: Any) -> bool:
+  """Whether an operand holds arrays, as query_pieces do beside integers."""
+  return any(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
 
 
 def _vary_together(arrays: dict[str, Any]) -> dict[str, Any]:
@@ -151,12 +152,17 @@ def _vary_together(arrays: dict[str, Any]) -> dict[str, Any]:
 
   Loops and custom gradients want that of what they carry and return.
   """
-  leaves = jax.tree.leaves(arrays)
   every = frozenset().union(
-    *(jax.typeof(x).manual_axis_type.varying for x in leaves)
+    *(
+      jax.typeof(x).manual_axis_type.varying
+      for x in jax.tree.leaves(arrays)
+      if isinstance(x, jax.Array)
+    )
   )
 
   def vary(x):
+    if not isinstance(x, jax.Array):
+      return x
     missing = every - jax.typeof(x).manual_axis_type.varying
     return lax.pcast(x, tuple(missing), to="varying") if missing else x
 

@@ -265,7 +265,7 @@ class MixtureOfExperts(nnx.Module):
       ValueError: the mesh does not divide the experts.
     """
     weights = (self.gate, self.up, self.down)
-    out, experts = self._over_mesh(x.shape[0])(
+    out, experts = self._over_mesh(*x.shape[:2])(
       x.astype(self.dtype),
       self.router[...],
       self._bias(),
@@ -275,7 +275,7 @@ class MixtureOfExperts(nnx.Module):
       out = out + self.shared(x)
     return out, experts
 
-  def _over_mesh(self, batch_size: int) -> Callable:
+  def _over_mesh(self, batch_size: int, length: int) -> Callable:
     """Maps `_local` over each device's tokens and experts."""
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
@@ -293,7 +293,8 @@ class MixtureOfExperts(nnx.Module):
         f"a multiple of mesh axis {expert!r} = {mesh.shape[expert]}",
         self.num_experts,
       )
-    tokens = PartitionSpec(batch, None, None)
+    context = self.sharding.context_axis(mesh, length)
+    tokens = PartitionSpec(batch, context, None)
     return jax.shard_map(
       functools.partial(
         self._local, expert=expert, heads=heads, gather=expert in batch

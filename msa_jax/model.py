@@ -24,6 +24,7 @@ from msa_jax.attention import (
   MSAttention,
   Selection,
   selection_specs,
+  spreads,
 )
 from msa_jax.checks import (
   check_integers,
@@ -161,7 +162,10 @@ class DecoderLayer(nnx.Module):
     segments: Segments | None,
   ) -> _LayerOutput:
     h = self.attention_norm(x)
-    rows: dict[str, Any] = dict(positions=positions, segments=segments)
+    # The model has put the tokens in zigzag order, if a mesh axis splits them.
+    rows: dict[str, Any] = dict(
+      positions=positions, segments=segments, zigzag=True
+    )
     if isinstance(self.attention, MSAttention):
       out, kl, selection = self.attention(
         h,
@@ -188,9 +192,9 @@ class DecoderLayer(nnx.Module):
     """Runs the next T tokens of each batch row and puts them into the cache."""
     h = self.attention_norm(x)
     if isinstance(self.attention, MSAttention):
-      result = self.attention.extend(h, cache, span, phase=phase)
+      result = self.attention.extend(h, cache, span, phase=phase, zigzag=True)
     else:
-      result = self.attention.extend(h, cache, span)
+      result = self.attention.extend(h, cache, span, zigzag=True)
     x, _ = self._add_mlp(x + result.out)
     return result._replace(out=x)
 
@@ -204,13 +208,12 @@ class DecoderLayer(nnx.Module):
 
 
 def _output_specs(out: LMOutput, self, tokens: Array, **options):
-  rows = spec(tokens)[0]
+  split = spec(tokens)
   selection, experts = out.selection, out.experts
   if selection is not None:
-    selection = selection_specs(self.sharding, rows, selection)
+    selection = selection_specs(self.sharding, split, selection)
   if experts is not None:
-    experts = PartitionSpec(None, rows)
-  split = PartitionSpec(rows)
+    experts = PartitionSpec(None, *split)
   logits = None if out.logits is None else split
   return LMOutput(logits, PartitionSpec(), selection, experts, split)  # pyright: ignore
 
@@ -354,6 +357,14 @@ class DecoderLM(nnx.Module):
       # All layers take the same number, whatever their attention.
       segments = with_max_segments(segments, self.config.index.block_size)
       positions = segments.positions if positions is None else positions
+    split = next(self._each_layer()).attention.context_split(
+      "tokens", *tokens.shape
+    )
+    if split is not None:
+      positions = split.zigzag(split.positions(positions, tokens.shape[1]))
+      tokens = split.zigzag(tokens)
+      if query_mask is not None:
+        query_mask = split.zigzag(query_mask)
     x = self._split_batch(self.embed(tokens))
     kls, selections, experts = [], [], []
     for group in self.layers:
@@ -383,14 +394,26 @@ class DecoderLM(nnx.Module):
       selections.append(selection)
       experts.append(chosen)
     x = self.norm(x)
-    logits = self._logits(x) if with_logits else None
     kl = jnp.concatenate(kls)
     selection = None
     if with_selection:
       selection = self._stack_selections(selections, tokens.shape)
-    return LMOutput(
-      logits, kl, selection, self._stack_experts(experts, tokens.shape), x
-    )
+    chosen = self._stack_experts(experts, tokens.shape)
+    if split is not None:
+      x = split.natural(x)
+      if selection is not None:
+        heads = None if self.sharding is None else self.sharding.heads
+        blocks = split.natural(
+          selection.block_indices,
+          PartitionSpec(None, split.rows, heads, split.axis),
+        )
+        selection = selection._replace(block_indices=blocks)
+      if chosen is not None:
+        chosen = split.natural(
+          chosen, PartitionSpec(None, split.rows, split.axis)
+        )
+    logits = self._logits(x) if with_logits else None
+    return LMOutput(logits, kl, selection, chosen, x)
 
   def init_cache(
     self, batch: int, capacity: int, *, index_dtype: Any = None
@@ -440,8 +463,30 @@ class DecoderLM(nnx.Module):
       f"a multiple of mesh axes {axes[0]} = {split}",
       batch,
     )
-    places = cache_lib.partition(jax.eval_shape(build), *axes)
+    unit = self.cache_unit(batch)
+    require(
+      capacity % unit == 0,
+      "capacity",
+      f"a multiple of {unit}: whole blocks on each device that shares a"
+      " sequence",
+      capacity,
+    )
+    context = self.sharding and self.sharding.context_axis(
+      jax.sharding.get_abstract_mesh()
+    )
+    places = cache_lib.partition(jax.eval_shape(build), *axes, context)
     return jax.jit(build, out_shardings=places)()
+
+  def cache_unit(self, batch: int) -> int:
+    """What the capacity of a cache must be a multiple of.
+
+    1, unless the mesh in context has an axis that splits sequences.
+    """
+    layers = [layer.attention for layer in self._each_layer()]
+    split = layers[0].cache_split(batch)
+    if split is None:
+      return 1
+    return split.devices * max(layer.cache_unit() for layer in layers)
 
   @any_mesh_method(_extend_specs)
   def extend(
@@ -480,12 +525,17 @@ class DecoderLM(nnx.Module):
     _check_tokens(tokens)
     self._check_cache(cache, tokens.shape)
     cache, span = cache.reserve(tokens.shape[1], counts)
-    x = self._split_batch(self.embed(tokens))
+    first = next(self._each_layer()).attention
+    spread = spreads(first.cache_split(tokens.shape[0]), tokens.shape[1])
+    ordered = tokens if spread is None else spread.zigzag(tokens)
+    x = self.embed(ordered)
+    x = self._split_batch(x, spread is not None)
     layers, choices = [], []
     for layer, held in zip(self._each_layer(), cache.layers):
       x, held, blocks = layer.extend(x, held, span, phase=phase)
       layers.append(held)
       choices.append(blocks)
+    x = x if spread is None else spread.natural(x)
     logits = self._logits(self.norm(x[:, -1:] if last_only else x))
     block_indices = None
     if with_selection:
@@ -494,6 +544,11 @@ class DecoderLM(nnx.Module):
       shape = (b, config.num_kv_heads, t, config.index.top_k)
       none = jnp.full(shape, -1, jnp.int32)
       block_indices = jnp.stack([none if c is None else c for c in choices])
+      if spread is not None:
+        heads = None if self.sharding is None else self.sharding.heads
+        block_indices = spread.natural(
+          block_indices, PartitionSpec(None, spread.rows, heads, spread.axis)
+        )
     cache = cache._replace(layers=tuple(layers))
     return ExtendOutput(logits, cache, block_indices)
 
@@ -553,12 +608,14 @@ class DecoderLM(nnx.Module):
       preferred_element_type=compute_dtype(hidden.dtype),
     )
 
-  def _split_batch(self, x: Array) -> Array:
+  def _split_batch(self, x: Array, tokens: bool = True) -> Array:
+    """Splits the batch rows, and the tokens where a mesh axis does."""
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return x
     batch = self.sharding.batch_axes(mesh, x.shape[0])
-    return lax.with_sharding_constraint(x, PartitionSpec(batch, None, None))
+    context = self.sharding.context_axis(mesh) if tokens else None
+    return lax.with_sharding_constraint(x, PartitionSpec(batch, context, None))
 
   def _stack_selections(
     self, selections: Sequence[Selection | None], shape: tuple[int, ...]

@@ -3,15 +3,23 @@
 It has the functions of `msa_jax.xla`, computed by `pallas_kernels`. Each raises
 NotImplementedError if the call is beyond the limits in `pallas_kernels.mosaic`
 or in the kernel's own module. `layout` is that of packed rows, which the sparse
-phase takes. `msa_jax.ops` asks `refusal` first whether there
-is a GPU for them. The dense attention of the warm-up phase is cuDNN's, which
-needs as many keys as queries and no `kv_lengths`. Pallas is imported at the
+phase takes, but not with `query_pieces`. `msa_jax.ops` asks `refusal` first
+whether there is a GPU for them. The dense attention of the warm-up phase is
+cuDNN's, which needs as many keys as queries, no `kv_lengths` and no
+`query_pieces`. The other functions call a kernel for each piece, with the
+kv_lengths whose last keys the piece's queries are. Pallas is imported at the
 first call, which keeps `import msa_jax` light.
 """
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import functools
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array
 
 
 class Refusal(NamedTuple):
@@ -38,21 +46,77 @@ def refusal() -> Refusal | None:
   return None
 
 
-def select_blocks(index_q, index_k, **options):
+def _pieces(
+  query_pieces: Sequence[tuple[Array, int]],
+) -> Iterator[tuple[slice, Array]]:
+  """For each piece its queries, and the kv_lengths whose last keys they are."""
+  first = 0
+  for start, length in query_pieces:
+    yield slice(first, first + length), start + length
+    first += length
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _for_each_piece(x: Array, count: int) -> Any:
+  """An operand that all pieces read; its gradients add up in float32."""
+  return (x,) * count
+
+
+def _for_each_piece_fwd(x, count):
+  return (x,) * count, None
+
+
+def _for_each_piece_bwd(count, residuals, cotangents):
+  del count, residuals
+  total = functools.reduce(jnp.add, (x.astype(jnp.float32) for x in cotangents))
+  return (total.astype(cotangents[0].dtype),)
+
+
+_for_each_piece.defvjp(_for_each_piece_fwd, _for_each_piece_bwd)
+
+
+def select_blocks(
+  index_q, index_k, *, kv_lengths, query_pieces=None, **options
+):
   from pallas_kernels import select_blocks as kernels
 
-  return kernels.select_blocks(index_q, index_k, **options)
+  if query_pieces is None:
+    return kernels.select_blocks(
+      index_q, index_k, kv_lengths=kv_lengths, **options
+    )
+  parts = [
+    kernels.select_blocks(index_q[:, at], index_k, kv_lengths=ends, **options)
+    for at, ends in _pieces(query_pieces)
+  ]
+  return jnp.concatenate(parts, axis=2)
 
 
-def sparse_attention(q, k, v, block_indices, **options):
+def sparse_attention(
+  q, k, v, block_indices, *, kv_lengths, query_pieces=None, **options
+):
   from pallas_kernels import sparse_attention as kernels
 
-  return kernels.sparse_attention(q, k, v, block_indices, **options)
+  run = functools.partial(kernels.sparse_attention, **options)
+  if query_pieces is None:
+    return run(q, k, v, block_indices, kv_lengths=kv_lengths)
+  ks: Any = _for_each_piece(k, len(query_pieces))
+  vs: Any = _for_each_piece(v, len(query_pieces))
+  parts = [
+    run(q[:, at], k, v, block_indices[:, :, at], kv_lengths=ends)
+    for (at, ends), k, v in zip(_pieces(query_pieces), ks, vs)
+  ]
+  out, lse = zip(*parts)
+  return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=2)
 
 
-def warmup_attention(q, k, v, *, scale, kv_lengths):
+def warmup_attention(q, k, v, *, scale, kv_lengths, query_pieces=None):
   from pallas_kernels import mosaic
 
+  if query_pieces is not None:
+    raise NotImplementedError(
+      "mosaic_gpu attention of the warm-up phase supports no query_pieces:"
+      " split the heads over the devices, and not the tokens"
+    )
   mosaic.require_hopper()  # JAX asks the cuDNN that is here
   if kv_lengths is not None:
     raise NotImplementedError(
@@ -71,10 +135,31 @@ def document_attention(q, k, v, document, starts, ends):
 
 def index_kl_loss(
   q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
-  query_mask, **options,
+  query_mask, query_pieces=None, **options,
 ):  # fmt: skip
   from pallas_kernels import index_kl as kernels
 
+  if query_pieces is not None:
+    total = count = jnp.zeros((), jnp.float32)
+    index_ks: Any = _for_each_piece(index_k, len(query_pieces))
+    for (at, ends), index_k in zip(_pieces(query_pieces), index_ks):
+      mask = None if query_mask is None else query_mask[:, at]
+      kl = index_kl_loss(
+        q[:, at],
+        k,
+        index_q[:, at],
+        index_k,
+        None if block_indices is None else block_indices[:, :, at],
+        block_size=block_size,
+        scale=scale,
+        lse=None if lse is None else lse[:, :, at],
+        kv_lengths=ends,
+        query_mask=mask,
+        **options,
+      )
+      counted = at.stop - at.start if mask is None else jnp.sum(mask)
+      total, count = total + kl * counted, count + counted
+    return total / jnp.where(count == 0, 1, count)
   if lse is None and block_indices is None:
     _, lse = warmup_attention(q, k, k, scale=scale, kv_lengths=kv_lengths)
   elif lse is None:

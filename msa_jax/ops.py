@@ -19,9 +19,18 @@ Rows may be packed with documents (`segment_ids`) or prefix trees (`segments`,
 see `msa_jax.tree_segments`): `msa_jax.segments` has the rule of what sees what.
 A packed row's blocks start anew with each document or tree node, and
 block_indices name them in slot order, from 0 along the row; padding has none.
-Packed rows have as many queries as keys and no kv_lengths. They may have
-`max_segments` documents; results of a row with more are NaN (its choices -1).
-The kernels take them in the sparse phase; for the warm-up None takes "xla".
+Packed rows have no kv_lengths, and as many queries as keys unless query_pieces
+say where the queries stand. They may have `max_segments` documents; results of
+a row with more are NaN (its choices -1). The kernels take packed rows in the
+sparse phase and without query_pieces; for others None takes "xla".
+
+The queries are the last T of the S tokens. `query_pieces` says otherwise, for a
+sequence that is split over devices (`msa_jax.context`): at most two pairs
+(start, length), in the order in which the T queries come. The queries of a
+piece stand at slots start .. start + length - 1 and see no later key. A start
+is an integer, or an array of integers, () or [B], which may be traced; a length
+is static. A piece that ends behind the S keys sees nothing, and neither does a
+slot before 0. There are no kv_lengths with query_pieces.
 
 The KL loss trains index_q and index_k alone. Its gradient is stopped at q, k
 and lse in `index_kl_loss` and `msa_attention` (look for "KL gradient stops
@@ -34,7 +43,7 @@ import functools
 import logging
 import os
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Literal, NamedTuple, NoReturn
 
 import jax
@@ -61,7 +70,9 @@ from msa_jax.checks import (
   check_kv_lengths,
   check_lse,
   check_query_mask,
+  check_query_pieces,
   check_scale,
+  require,
   wrong,
 )
 from msa_jax.meshes import any_mesh
@@ -70,6 +81,9 @@ from msa_jax.segments import BlockLayout, Segments
 Implementation = Literal["reference", "xla", "mosaic_gpu"]
 Phase = Literal["sparse", "warmup"]
 ScorePrecision = Literal["exact", "fast", "fp8"]
+
+# (start, length) of each piece of the queries, see the module's text.
+QueryPieces = Sequence[tuple[int | Integer[Array, "..."], int]]
 
 # The most query tokens of a batch row that `decode_attention` takes.
 MAX_DECODE_TOKENS = 16
@@ -126,6 +140,7 @@ class SelectionRecall(NamedTuple):
   kv_lengths="B",
   segment_ids="B S",
   segments="B S",
+  query_pieces="B",
 )
 def select_blocks(
   index_q: Float[Array, "B T K I"],
@@ -138,6 +153,7 @@ def select_blocks(
   segment_ids: Int32[Array, "B S"] | None = None,
   segments: Segments | None = None,
   max_segments: int | None = None,
+  query_pieces: QueryPieces | None = None,
   score_precision: ScorePrecision = "exact",
   implementation: Implementation | None = None,
 ) -> Int32[Array, "B K T P"]:
@@ -165,6 +181,8 @@ def select_blocks(
     segments: the same for prefix trees, from `tree_segments`; not both.
     max_segments: the most documents of a row, static. None: 64, or as many as
       there are blocks in a row, if that is more.
+    query_pieces: where the queries stand if they are not the last T of S, see
+      the module's text.
     score_precision: "exact" ranks float32 scores. "fast" may rank by fewer
       mantissa bits (at least 10). "fp8" also rounds the operands to e4m3 with
       a scale each. Only "exact" is the same for every implementation.
@@ -186,32 +204,32 @@ def select_blocks(
   check_kv_lengths(kv_lengths, index_q.shape[0])
   _warn_of_padding(kv_lengths, index_q.shape[1], index_k.shape[1])
   check_choice("score_precision", score_precision, ScorePrecision)
+  queries = _queries(index_q, index_k, kv_lengths, query_pieces)
   layout = _block_layout(
-    segment_ids,
-    segments,
-    max_segments,
-    block_size,
-    kv_lengths,
-    index_q,
-    index_k,
+    segment_ids, segments, max_segments, block_size, queries, index_q, index_k
   )
   index_q, index_k = jax.lax.stop_gradient((index_q, index_k))
   options = dict(
     block_size=block_size,
     top_k=top_k,
     num_local_blocks=num_local_blocks,
-    kv_lengths=kv_lengths,
     score_precision=score_precision,
   )
   chosen = _dispatch(
     "select_blocks",
     implementation,
     reference=lambda: reference.select_blocks(
-      index_q, index_k, **options, layout=layout
+      index_q, index_k, **options, **queries.portable, layout=layout
     ),
-    xla=lambda: xla.select_blocks(index_q, index_k, **options, layout=layout),
-    mosaic_gpu=lambda: mosaic_gpu.select_blocks(
-      index_q, index_k, **options, layout=layout
+    xla=lambda: xla.select_blocks(
+      index_q, index_k, **options, **queries.portable, layout=layout
+    ),
+    mosaic_gpu=_kernels(
+      layout,
+      queries,
+      lambda: mosaic_gpu.select_blocks(
+        index_q, index_k, **options, **queries.kernels, layout=layout
+      ),
     ),
   )
   return _none_of_overflow(chosen, layout)
@@ -226,6 +244,7 @@ def select_blocks(
   kv_lengths="B",
   segment_ids="B S",
   segments="B S",
+  query_pieces="B",
 )
 def sparse_attention(
   q: Float[Array, "B T H D"],
@@ -239,6 +258,7 @@ def sparse_attention(
   segment_ids: Int32[Array, "B S"] | None = None,
   segments: Segments | None = None,
   max_segments: int | None = None,
+  query_pieces: QueryPieces | None = None,
   return_lse: bool = False,
   implementation: Implementation | None = None,
 ) -> (
@@ -271,6 +291,8 @@ def sparse_attention(
     segments: the same for prefix trees, from `tree_segments`; not both.
     max_segments: the most documents of a row, static. None: 64, or as many as
       there are blocks in a row, if that is more.
+    query_pieces: where the queries stand if they are not the last T of S, see
+      the module's text.
     return_lse: also return the log sum exp (natural log) of the scaled scores,
       with its gradient: d lse / d q = scale sum_j p_j k_j. With it, attention
       can be merged with attention over other tokens, or get a sink:
@@ -291,24 +313,27 @@ def sparse_attention(
   check_chosen_blocks(block_indices, q, k)
   check_kv_lengths(kv_lengths, q.shape[0])
   _warn_of_padding(kv_lengths, q.shape[1], k.shape[1])
+  queries = _queries(q, k, kv_lengths, query_pieces)
   layout = _block_layout(
-    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+    segment_ids, segments, max_segments, block_size, queries, q, k
   )
   options = dict(
     block_size=block_size,
     scale=check_scale("scale", scale, q.shape[-1]),
-    kv_lengths=kv_lengths,
   )
   args = (q, k, v, block_indices)
+  portable = options | queries.portable | dict(layout=layout)
   out, lse = _dispatch(
     "sparse_attention",
     implementation,
-    reference=lambda: reference.sparse_attention(
-      *args, **options, layout=layout
-    ),
-    xla=lambda: xla.sparse_attention(*args, **options, layout=layout),
-    mosaic_gpu=lambda: mosaic_gpu.sparse_attention(
-      *args, **options, layout=layout
+    reference=lambda: reference.sparse_attention(*args, **portable),
+    xla=lambda: xla.sparse_attention(*args, **portable),
+    mosaic_gpu=_kernels(
+      layout,
+      queries,
+      lambda: mosaic_gpu.sparse_attention(
+        *args, **options, **queries.kernels, layout=layout
+      ),
     ),
   )
   out, lse = _nan_of_overflow((out, lse), layout)
@@ -327,6 +352,7 @@ def sparse_attention(
   query_mask="B T",
   segment_ids="B S",
   segments="B S",
+  query_pieces="B",
 )
 def index_kl_loss(
   q: Float[Array, "B T H D"],
@@ -344,6 +370,7 @@ def index_kl_loss(
   segment_ids: Int32[Array, "B S"] | None = None,
   segments: Segments | None = None,
   max_segments: int | None = None,
+  query_pieces: QueryPieces | None = None,
   detach_teacher: bool = True,
   implementation: Implementation | None = None,
 ) -> Float[Array, ""]:
@@ -378,6 +405,8 @@ def index_kl_loss(
     segments: the same for prefix trees, from `tree_segments`; not both.
     max_segments: the most documents of a row, static. None: 64, or as many as
       there are blocks in a row, if that is more.
+    query_pieces: where the queries stand if they are not the last T of S, see
+      the module's text.
     detach_teacher: stop the gradient at q, k and lse. False lets it reach q and
       k (an ablation of the paper); only "reference" supports this, and lse
       must be None.
@@ -410,10 +439,11 @@ def index_kl_loss(
         "None with detach_teacher=False, which differentiates it",
         "an array",
       )
+  queries = _queries(q, k, kv_lengths, query_pieces)
   layout = _block_layout(
-    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+    segment_ids, segments, max_segments, block_size, queries, q, k
   )
-  query_mask = _without_padding(query_mask, layout)
+  query_mask = _without_padding(query_mask, layout, queries)
   if detach_teacher:
     # The KL gradient stops here: it trains the Index Branch alone.
     q, k, lse = jax.lax.stop_gradient((q, k, lse))
@@ -422,17 +452,17 @@ def index_kl_loss(
     scale=check_scale("scale", scale, q.shape[-1]),
     index_scale=check_scale("index_scale", index_scale, index_q.shape[-1]),
     lse=lse,
-    kv_lengths=kv_lengths,
     query_mask=query_mask,
   )
   args = (q, k, index_q, index_k, block_indices)
+  portable = options | queries.portable | dict(layout=layout)
   if not detach_teacher:
     missing = _only_reference("detach_teacher=False")
     loss = _dispatch(
       "index_kl_loss",
       implementation,
       reference=lambda: reference.index_kl_loss(
-        *args, **options, detach_teacher=False, layout=layout
+        *args, **portable, detach_teacher=False
       ),
       xla=missing,
       mosaic_gpu=missing,
@@ -441,11 +471,15 @@ def index_kl_loss(
   loss = _dispatch(
     "index_kl_loss",
     implementation,
-    reference=lambda: reference.index_kl_loss(*args, **options, layout=layout),
-    xla=lambda: xla.index_kl_loss(*args, **options, layout=layout),
-    mosaic_gpu=_plain_warmup(
-      layout if block_indices is None and lse is None else None,
-      lambda: mosaic_gpu.index_kl_loss(*args, **options, layout=layout),
+    reference=lambda: reference.index_kl_loss(*args, **portable),
+    xla=lambda: xla.index_kl_loss(*args, **portable),
+    mosaic_gpu=_kernels(
+      layout,
+      queries,
+      lambda: mosaic_gpu.index_kl_loss(
+        *args, **options, **queries.kernels, layout=layout
+      ),
+      warmup=block_indices is None and lse is None,
     ),
   )
   return _nan_of_any_overflow(loss, layout)
@@ -463,6 +497,7 @@ def index_kl_loss(
   query_mask="B T",
   segment_ids="B S",
   segments="B S",
+  query_pieces="B",
 )
 def msa_attention(
   q: Float[Array, "B T H D"],
@@ -483,6 +518,7 @@ def msa_attention(
   segment_ids: Int32[Array, "B S"] | None = None,
   segments: Segments | None = None,
   max_segments: int | None = None,
+  query_pieces: QueryPieces | None = None,
   block_indices: Int32[Array, "B K T P"] | None = None,
   score_precision: ScorePrecision = "exact",
   implementation: Implementation | None = None,
@@ -519,6 +555,8 @@ def msa_attention(
     segments: the same for prefix trees, from `tree_segments`; not both.
     max_segments: the most documents of a row, static. None: 64, or as many as
       there are blocks in a row, if that is more.
+    query_pieces: where the queries stand if they are not the last T of S, see
+      the module's text.
     block_indices: given choices, of any P, as `sparse_attention` takes them;
       None: the Index Branch chooses. With given choices, top_k,
       num_local_blocks and score_precision are not used, and attention and KL
@@ -555,17 +593,19 @@ def msa_attention(
   scale = check_scale("scale", scale, q.shape[-1])
   index_scale = check_scale("index_scale", index_scale, index_q.shape[-1])
 
+  queries = _queries(q, k, kv_lengths, query_pieces)
   layout = _block_layout(
-    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+    segment_ids, segments, max_segments, block_size, queries, q, k
   )
-  query_mask = _without_padding(query_mask, layout)
+  query_mask = _without_padding(query_mask, layout, queries)
   packed = {} if layout is None else dict(layout=layout)
 
   # Outside of `run`, so that kernels refuse a call before any operation on its
   # arrays. JAX would count them as leaked.
   selectors = jax.lax.stop_gradient((index_q, index_k))
 
-  def run(module) -> MSAOutput:
+  def run(module, where: dict[str, Any]) -> MSAOutput:
+    where = where | packed
     chosen = block_indices
     if chosen is None:
       chosen = module.select_blocks(
@@ -573,16 +613,13 @@ def msa_attention(
         block_size=block_size,
         top_k=top_k,
         num_local_blocks=num_local_blocks,
-        kv_lengths=kv_lengths,
         score_precision=score_precision,
-        **packed,
+        **where,
       )
       chosen = checkpoint_name(chosen, "block_indices")
     if phase == "warmup":
       attended = None
-      out, lse = module.warmup_attention(
-        q, k, v, scale=scale, kv_lengths=kv_lengths, **packed
-      )
+      out, lse = module.warmup_attention(q, k, v, scale=scale, **where)
     else:
       attended = chosen
       out, lse = module.sparse_attention(
@@ -592,8 +629,7 @@ def msa_attention(
         chosen,
         block_size=block_size,
         scale=scale,
-        kv_lengths=kv_lengths,
-        **packed,
+        **where,
       )
     if with_kl:
       # The KL gradient stops here: it trains the Index Branch alone.
@@ -608,9 +644,8 @@ def msa_attention(
         scale=scale,
         index_scale=index_scale,
         lse=jax.lax.stop_gradient(lse),
-        kv_lengths=kv_lengths,
         query_mask=query_mask,
-        **packed,
+        **where,
       )
     else:
       kl = jnp.zeros((), reference.compute_dtype(q))
@@ -625,10 +660,13 @@ def msa_attention(
   return _dispatch(
     "msa_attention",
     implementation,
-    reference=lambda: run(reference),
-    xla=lambda: run(xla),
-    mosaic_gpu=_plain_warmup(
-      layout if phase == "warmup" else None, lambda: run(mosaic_gpu)
+    reference=lambda: run(reference, queries.portable),
+    xla=lambda: run(xla, queries.portable),
+    mosaic_gpu=_kernels(
+      layout,
+      queries,
+      lambda: run(mosaic_gpu, queries.kernels),
+      warmup=phase == "warmup",
     ),
   )
 
@@ -656,6 +694,7 @@ def decode_attention(
   top_k: int = 16,
   num_local_blocks: int = 1,
   scale: float | None = None,
+  axis_name: str | None = None,
   implementation: Implementation | None = None,
 ) -> DecodeOutput:
   """Sparse attention from each batch row's last 1 to 16 tokens to a cache.
@@ -684,6 +723,12 @@ def decode_attention(
     top_k: blocks kept, P.
     num_local_blocks: blocks forced, counted back from the query's own.
     scale: factor of the main scores; None: D^-0.5.
+    axis_name: inside `jax.shard_map`, the mesh axis over whose devices the
+      slots of the cache are split: each holds C of them, whole blocks, one
+      device's after another's. The queries, kv_lengths and the results are the
+      same on all. Each device scores its own blocks, and attends to those of
+      them that are among the best of all; it sends P candidates and a partial
+      result for each query. Only "xla" supports it.
     implementation: see the module's text.
 
   Raises:
@@ -712,26 +757,34 @@ def decode_attention(
   if kv_lengths is None:
     raise wrong("kv_lengths", "an array of shape [B]", "None")
   check_kv_lengths(kv_lengths, q.shape[0])
-  options = dict(
+  options: dict[str, Any] = dict(
     block_size=block_size,
     top_k=top_k,
     num_local_blocks=num_local_blocks,
     scale=check_scale("scale", scale, q.shape[-1]),
   )
 
+  if axis_name is not None:
+    require(
+      k.shape[1] % block_size == 0,
+      "k",
+      f"whole blocks of {block_size} slots on each device of {axis_name!r}",
+      k.shape[1],
+    )
   args = _without_gradient((q, k, v, index_q, index_k))
   cached = dict(kv_lengths=kv_lengths, index_k_scale=index_k_scale)
-  return DecodeOutput(
-    *_dispatch(
-      "decode_attention",
-      implementation,
-      reference=lambda: reference.decode_attention(*args, **cached, **options),
-      xla=lambda: xla.decode_attention(*args, **cached, **options),
-      mosaic_gpu=lambda: mosaic_gpu.decode_attention(
-        *args, **cached, **options
-      ),
-    )
+  options |= cached
+  calls: dict[str, Callable] = dict(
+    reference=lambda: reference.decode_attention(*args, **options),
+    xla=lambda: xla.decode_attention(*args, **options, axis_name=axis_name),
+    mosaic_gpu=lambda: mosaic_gpu.decode_attention(*args, **options),
   )
+  if axis_name is not None:
+    calls["reference"] = calls["mosaic_gpu"] = _Unsupported(
+      "a cache that is split over devices (axis_name) needs"
+      " implementation='xla' or None"
+    )
+  return DecodeOutput(*_dispatch("decode_attention", implementation, **calls))
 
 
 # The custom_jvp wraps the operands and not the operation, because JAX cannot
@@ -828,6 +881,7 @@ def check_block_indices(
   kv_lengths="B",
   segment_ids="B S",
   segments="B S",
+  query_pieces="B",
 )
 def selection_recall(
   q: Float[Array, "B T H D"],
@@ -840,6 +894,7 @@ def selection_recall(
   segment_ids: Int32[Array, "B S"] | None = None,
   segments: Segments | None = None,
   max_segments: int | None = None,
+  query_pieces: QueryPieces | None = None,
 ) -> SelectionRecall:
   """How much of the Main Branch's dense attention a selection covers.
 
@@ -879,6 +934,8 @@ def selection_recall(
     segments: the same for prefix trees, from `tree_segments`; not both.
     max_segments: the most documents of a row, static. None: 64, or as many as
       there are blocks in a row, if that is more.
+    query_pieces: where the queries stand if they are not the last T of S, see
+      the module's text.
 
   Returns:
     The recalls.
@@ -892,15 +949,16 @@ def selection_recall(
   check_chosen_blocks(block_indices, q, k)
   check_kv_lengths(kv_lengths, q.shape[0])
   _warn_of_padding(kv_lengths, q.shape[1], k.shape[1])
+  queries = _queries(q, k, kv_lengths, query_pieces)
   layout = _block_layout(
-    segment_ids, segments, max_segments, block_size, kv_lengths, q, k
+    segment_ids, segments, max_segments, block_size, queries, q, k
   )
   recalls = xla.selection_recall(
     *jax.lax.stop_gradient((q, k)),
     block_indices,
     block_size=block_size,
     scale=check_scale("scale", scale, q.shape[-1]),
-    kv_lengths=kv_lengths,
+    **queries.portable,
     layout=layout,
   )
   return SelectionRecall(*(_nan_of_any_overflow(x, layout) for x in recalls))
@@ -1026,14 +1084,27 @@ def _only_reference(what: str) -> _Unsupported:
   )
 
 
-def _plain_warmup(layout: BlockLayout | None, kernels: Callable) -> Callable:
-  """The kernels of the warm-up phase, which take plain rows."""
+def _kernels(
+  layout: BlockLayout | None,
+  queries: _Queries,
+  call: Callable,
+  *,
+  warmup: bool = False,
+) -> Callable:
+  """The call of the kernels, or what packed rows may not have with them."""
   if layout is None:
-    return kernels
-  return _Unsupported(
-    "mosaic_gpu supports segment_ids and segments in the sparse phase, not in"
-    " the warm-up: its dense attention takes plain rows"
-  )
+    return call
+  if warmup:
+    return _Unsupported(
+      "mosaic_gpu supports segment_ids and segments in the sparse phase, not in"
+      " the warm-up: its dense attention takes plain rows"
+    )
+  if queries.slots is not None:
+    return _Unsupported(
+      "mosaic_gpu supports segment_ids and segments without query_pieces: its"
+      " kernels of packed rows want as many queries as keys"
+    )
+  return call
 
 
 def _dispatch(
@@ -1185,7 +1256,46 @@ ad.deflinear(
 batching.defvectorized(_refused)
 
 
-# --- packed rows --------------------------------------------------------------
+# --- where the queries stand, and packed rows ---------------------------------
+
+
+class _Queries(NamedTuple):
+  """Where the queries stand, as the implementations take it.
+
+  Attributes:
+    portable: arguments of the functions of `reference` and `xla`.
+    kernels: those of `mosaic_gpu`.
+    slots: of the queries, with query_pieces; else None.
+  """
+
+  portable: dict[str, Any]
+  kernels: dict[str, Any]
+  slots: Int32[Array, "B T"] | None
+
+
+def _queries(
+  q: Array,
+  k: Array,
+  kv_lengths: Array | None,
+  query_pieces: QueryPieces | None,
+) -> _Queries:
+  lengths: dict[str, Any] = dict(kv_lengths=kv_lengths)
+  if query_pieces is None:
+    return _Queries(lengths, lengths, None)
+  if kv_lengths is not None:
+    raise wrong("kv_lengths", "None with query_pieces", "both")
+  b, t, s = *q.shape[:2], k.shape[1]
+  pieces, slots = [], []
+  for start, length in check_query_pieces(query_pieces, b, t, s):
+    start = jnp.broadcast_to(jnp.asarray(start, jnp.int32), (b,))
+    # A piece that ends behind the keys sees nothing.
+    start = jnp.where(start <= s - length, start, -length)
+    pieces.append((start, length))
+    slots.append(start[:, None] + jnp.arange(length, dtype=jnp.int32)[None])
+  at = jnp.concatenate(slots, axis=1)
+  return _Queries(
+    lengths | dict(query_slots=at), lengths | dict(query_pieces=pieces), at
+  )
 
 
 def _block_layout(
@@ -1193,7 +1303,7 @@ def _block_layout(
   segments: Segments | None,
   max_segments: int | None,
   block_size: int,
-  kv_lengths: Array | None,
+  queries: _Queries,
   q: Array,
   k: Array,
 ) -> BlockLayout | None:
@@ -1204,25 +1314,28 @@ def _block_layout(
   if packed is None:
     return None
   name = "segments" if segment_ids is None else "segment_ids"
-  if kv_lengths is not None:
+  if queries.portable["kv_lengths"] is not None:
     raise NotImplementedError(
       f"{name} supports no kv_lengths and no cache, got both"
     )
-  if q.shape[1] != k.shape[1]:
+  if q.shape[1] != k.shape[1] and queries.slots is None:
     raise NotImplementedError(
-      f"{name} supports as many queries as keys, got T = {q.shape[1]} and S ="
-      f" {k.shape[1]}"
+      f"{name} supports as many queries as keys, or query_pieces, got T ="
+      f" {q.shape[1]} and S = {k.shape[1]}"
     )
   return segments_lib.block_layout(packed, block_size)
 
 
 def _without_padding(
-  query_mask: Array | None, layout: BlockLayout | None
+  query_mask: Array | None, layout: BlockLayout | None, queries: _Queries
 ) -> Array | None:
   """The query mask of the KL without the padding of packed rows."""
   if layout is None:
     return query_mask
-  real = layout.own_block >= 0
+  own = layout.own_block
+  if queries.slots is not None:
+    own = reference.own_blocks(layout, queries.slots)
+  real = own >= 0
   if query_mask is None:
     return real
   return jnp.where(real, query_mask, jnp.zeros((), query_mask.dtype))
@@ -1270,30 +1383,38 @@ def dense_attention(
   scale: float | None = None,
   kv_lengths: Integer[Array, "B"] | None = None,
   segments: Segments | None = None,
+  query_pieces: QueryPieces | None = None,
   block_size: int = 128,
+  axis_name: str | None = None,
   implementation: Implementation | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """The warm-up phase's attention by itself: causal and dense.
 
   Unlike `jax.nn.dot_product_attention` it returns lse with its gradient, and
-  float64 stays float64.
+  float64 stays float64. `axis_name` is as in `decode_attention`.
 
   Returns:
     (out, lse), as `msa_attention` has them.
   """
-  options = dict(
-    scale=check_scale("scale", scale, q.shape[-1]), kv_lengths=kv_lengths
-  )
+  scale = check_scale("scale", scale, q.shape[-1])
+  queries = _queries(q, k, kv_lengths, query_pieces)
   # The block size matters only for how many segments a row may have.
-  layout = _block_layout(None, segments, None, block_size, kv_lengths, q, k)
-  packed = {} if layout is None else dict(layout=layout)
+  layout = _block_layout(None, segments, None, block_size, queries, q, k)
+  portable = dict(scale=scale, layout=layout) | queries.portable
+  if axis_name is not None:
+    return xla.warmup_attention(q, k, v, **portable, axis_name=axis_name)
   results = _dispatch(
     "dense_attention",
     implementation,
-    reference=lambda: reference.warmup_attention(q, k, v, **options, **packed),
-    xla=lambda: xla.warmup_attention(q, k, v, **options, **packed),
-    mosaic_gpu=_plain_warmup(
-      layout, lambda: mosaic_gpu.warmup_attention(q, k, v, **options)
+    reference=lambda: reference.warmup_attention(q, k, v, **portable),
+    xla=lambda: xla.warmup_attention(q, k, v, **portable),
+    mosaic_gpu=_kernels(
+      layout,
+      queries,
+      lambda: mosaic_gpu.warmup_attention(
+        q, k, v, scale=scale, **queries.kernels
+      ),
+      warmup=True,
     ),
   )
   return _nan_of_overflow(results, layout)
@@ -1304,6 +1425,7 @@ def count_kl_queries(
   k: Float[Array, "B S K D"],
   query_mask: Bool[Array, "B T"] | Float32[Array, "B T"] | None,
   segments: Segments | None = None,
+  query_pieces: QueryPieces | None = None,
 ) -> Float[Array, ""]:
   """The number of (query, group) pairs that `index_kl_loss` averages over.
 
@@ -1312,7 +1434,8 @@ def count_kl_queries(
   shape = (q.shape[0], k.shape[2], q.shape[1])
   if segments is not None:
     layout = segments_lib.block_layout(segments, 1)
-    query_mask = _without_padding(query_mask, layout)
+    queries = _queries(q, k, None, query_pieces)
+    query_mask = _without_padding(query_mask, layout, queries)
   return reference.counted_queries(shape, query_mask)
 
 

@@ -49,20 +49,34 @@ def query_positions(
   batch: int,
   kv_lengths: Int[Array, "B"] | None,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B T"]:
-  """Slots of the queries, which are the last `q_len` keys of each batch row.
+  """Slots of the queries; by default the last `q_len` keys of each batch row.
 
-  Positions are negative where a batch row holds fewer than `q_len` keys, and
-  for the padding of packed rows.
+  They are negative where a batch row holds fewer than `q_len` keys, and for the
+  padding of packed rows. `query_slots` are those of queries that stand
+  elsewhere.
   """
-  if layout is not None:
-    slot = jnp.arange(kv_len, dtype=jnp.int32)
-    return jnp.where(layout.own_block >= 0, slot, -1)
-  if kv_lengths is None:
-    ends = jnp.full((batch,), kv_len, jnp.int32)
+  if query_slots is not None:
+    slots = query_slots
   else:
-    ends = jnp.clip(kv_lengths.astype(jnp.int32), 0, kv_len)
-  return ends[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)[None]
+    if kv_lengths is None:
+      ends = jnp.full((batch,), kv_len, jnp.int32)
+    else:
+      ends = jnp.clip(kv_lengths.astype(jnp.int32), 0, kv_len)
+    slots = ends[:, None] - q_len + jnp.arange(q_len, dtype=jnp.int32)[None]
+  if layout is None:
+    return slots
+  return jnp.where(own_blocks(layout, slots) >= 0, slots, -1)
+
+
+def own_blocks(
+  layout: BlockLayout, slots: Int[Array, "B T"]
+) -> Int[Array, "B T"]:
+  """The block in which each query's slot lies; -1 for padding."""
+  at = jnp.clip(slots, 0, layout.own_block.shape[1] - 1)
+  own = jnp.take_along_axis(layout.own_block, at, axis=1)
+  return jnp.where(slots >= 0, own, -1)
 
 
 def clean(
@@ -404,10 +418,16 @@ def select_blocks(
   kv_lengths: Int[Array, "B"] | None,
   score_precision: str,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, see `msa_jax.select_blocks`."""
   positions = query_positions(
-    index_q.shape[1], index_k.shape[1], index_q.shape[0], kv_lengths, layout
+    index_q.shape[1],
+    index_k.shape[1],
+    index_q.shape[0],
+    kv_lengths,
+    layout,
+    query_slots,
   )
   if score_precision == "fp8":
     index_q, index_k = quantise_fp8(index_q), quantise_fp8(index_k)
@@ -476,10 +496,11 @@ def sparse_attention(
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """Attention over chosen blocks, see `msa_jax.sparse_attention`."""
   positions = query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout, query_slots
   )
   visible = chosen_tokens(
     block_indices, positions, k.shape[1], block_size, layout
@@ -506,10 +527,11 @@ def index_kl_loss(
   query_mask: QueryMask | None,
   detach_teacher: bool = True,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
   """Mean KL(main || index), see `msa_jax.index_kl_loss`."""
   positions = query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout, query_slots
   )
   if block_indices is None:
     visible = visible_tokens(positions, k.shape[1], layout)
@@ -549,10 +571,11 @@ def warmup_attention(
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """Dense attention to all visible tokens, as the warm-up phase has it."""
   positions = query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout, query_slots
   )
   visible = visible_tokens(positions, k.shape[1], layout)
   return attend(q, k, v, visible, scale, mask_probs=layout is not None)

@@ -412,10 +412,11 @@ def sparse_attention(
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
   """Attention over chosen blocks, see `msa_jax.sparse_attention`."""
   positions = reference.query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout, query_slots
   )
   result: Any = _sparse(
     q, k, v, block_indices, positions, layout, block_size, scale
@@ -621,6 +622,7 @@ def index_kl_loss(
   kv_lengths: Int[Array, "B"] | None,
   query_mask: QueryMask | None,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> Float[Array, ""]:
   """Mean KL(main || index), see `msa_jax.index_kl_loss`."""
   if block_indices is None:
@@ -636,10 +638,11 @@ def index_kl_loss(
       kv_lengths=kv_lengths,
       query_mask=query_mask,
       layout=layout,
+      query_slots=query_slots,
     )
     return kl
   positions = reference.query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout
+    q.shape[1], k.shape[1], q.shape[0], kv_lengths, layout, query_slots
   )
   weights = None
   if query_mask is not None:
@@ -829,11 +832,12 @@ def select_blocks(
   kv_lengths: Int[Array, "B"] | None,
   score_precision: str,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> Int[Array, "B K T P"]:
   """The P blocks of each query and group, see `msa_jax.select_blocks`."""
   b, t = index_q.shape[:2]
   positions = reference.query_positions(
-    t, index_k.shape[1], b, kv_lengths, layout
+    t, index_k.shape[1], b, kv_lengths, layout, query_slots
   )
   run = functools.partial(
     _select_run,
@@ -916,8 +920,13 @@ def _best_blocks(
   visible: Bool[Array, "B 1 T N"],
   forced: Bool[Array, "B 1 T N"],
   top_k: int,
+  axis_name: str | None = None,
 ) -> Int[Array, "B K T P"]:
-  """The P blocks of each query and group, from every block's score."""
+  """The P blocks of each query and group, from every block's score.
+
+  With `axis_name`, each device of this mesh axis has the scores of its own N
+  blocks, which lie one device's after another's, and ids count all blocks.
+  """
   num_blocks = score.shape[-1]
   # Finite scores leave +inf for forced blocks and -inf for excluded ones. -0
   # becomes 0, because the two are a tie.
@@ -927,11 +936,37 @@ def _best_blocks(
   key = jnp.where(forced, jnp.inf, key)
   # Ties go to the lower index, as `lax.top_k` promises.
   value, chosen = lax.top_k(key, min(top_k, num_blocks))
+  if axis_name is not None:
+    # Only a device's best P can be among the best P of all. Of candidates with
+    # equal scores, those of a lower id come first.
+    chosen += lax.axis_index(axis_name) * num_blocks
+    num_blocks *= lax.axis_size(axis_name)
+    value, chosen = (
+      lax.all_gather(x, axis_name, axis=3, tiled=True) for x in (value, chosen)
+    )
+    value, at = lax.top_k(value, min(top_k, num_blocks))
+    chosen = jnp.take_along_axis(chosen, at, axis=-1)
   chosen = jnp.where(value == -jnp.inf, num_blocks, chosen)
   chosen = jnp.sort(chosen, axis=-1)
   chosen = jnp.where(chosen == num_blocks, -1, chosen)
   pad = max(top_k - num_blocks, 0)
   return jnp.pad(chosen, ((0, 0),) * 3 + ((0, pad),), constant_values=-1)
+
+
+def _merge_parts(
+  out: Float[Array, "*A D"], lse: Float[Array, "*A"], axis_name: str
+) -> tuple[Float[Array, "*A D"], Float[Array, "*A"]]:
+  """Attention over all devices' keys, from that over each device's own.
+
+  out = sum of exp(lse - max) out / sum of exp(lse - max).
+  """
+  top = lax.pmax(lse, axis_name)
+  weight = jnp.exp(lse - _finite_lse(top))
+  total = lax.psum(weight, axis_name)
+  out = lax.psum(weight[..., None] * out, axis_name)
+  out = out / jnp.where(total == 0, 1, total)[..., None]
+  lse = jnp.log(jnp.where(total == 0, 1, total)) + _finite_lse(top)
+  return out, jnp.where(total == 0, -jnp.inf, lse)
 
 
 def _dense(
@@ -947,6 +982,7 @@ def _dense(
   kv_lengths: Int[Array, "B"] | None,
   query_mask: QueryMask | None,
   layout: BlockLayout | None,
+  query_slots: Int[Array, "B T"] | None,
 ) -> tuple[Any, Any, Any]:
   """Attention and KL over all visible tokens, each only if it is asked for.
 
@@ -958,7 +994,9 @@ def _dense(
   """
   b, t, h, _ = q.shape
   num_kv_heads = k.shape[2]
-  positions = reference.query_positions(t, k.shape[1], b, kv_lengths, layout)
+  positions = reference.query_positions(
+    t, k.shape[1], b, kv_lengths, layout, query_slots
+  )
   chunk = _chunks(t, b * h * k.shape[1])
 
   def body(carry, x):
@@ -1003,7 +1041,7 @@ def _dense(
 
 @functools.partial(
   jax.jit,
-  static_argnames=("scale",),
+  static_argnames=("scale", "axis_name"),
 )
 def warmup_attention(
   q: Float[Array, "B T H D"],
@@ -1013,8 +1051,20 @@ def warmup_attention(
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
+  axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
-  """Dense attention to all visible tokens, in memory linear in T."""
+  """Dense attention to all visible tokens, in memory linear in T.
+
+  With `axis_name`, each device of this mesh axis holds S of the keys, one
+  device's after another's.
+  """
+  if axis_name is not None:
+    s = k.shape[1]
+    query_slots = reference.query_positions(
+      q.shape[1], s * lax.axis_size(axis_name), q.shape[0], kv_lengths
+    )
+    query_slots -= lax.axis_index(axis_name) * s
   out, lse, _ = _dense(
     q,
     k,
@@ -1027,8 +1077,14 @@ def warmup_attention(
     kv_lengths=kv_lengths,
     query_mask=None,
     layout=layout,
+    query_slots=query_slots,
   )
-  return out, lse
+  if axis_name is None:
+    return out, lse
+  parts = _merge_parts(
+    jnp.moveaxis(out, 1, 2).astype(lse.dtype), lse, axis_name
+  )
+  return jnp.moveaxis(parts[0], 1, 2).astype(q.dtype), parts[1]
 
 
 @functools.partial(
@@ -1044,10 +1100,13 @@ def selection_recall(
   scale: float,
   kv_lengths: Int[Array, "B"] | None,
   layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
 ) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
   """The fields of `msa_jax.SelectionRecall`, see `msa_jax.selection_recall`."""
   b, t = q.shape[:2]
-  positions = reference.query_positions(t, k.shape[1], b, kv_lengths, layout)
+  positions = reference.query_positions(
+    t, k.shape[1], b, kv_lengths, layout, query_slots
+  )
   run = functools.partial(_recall_sums, block_size=block_size, scale=scale)
   run = _by_rows_and_heads(
     run, ("B T H D", "B S K D", "B K T P", "B T", _LAYOUT), ("",) * 4
@@ -1151,7 +1210,9 @@ def _decode_block_scores(
 
 @functools.partial(
   jax.jit,
-  static_argnames=("block_size", "top_k", "num_local_blocks", "scale"),
+  static_argnames=(
+    *("block_size", "top_k", "num_local_blocks", "scale", "axis_name"),
+  ),
 )
 def decode_attention(
   q: Float[Array, "B T H D"],
@@ -1166,13 +1227,15 @@ def decode_attention(
   top_k: int,
   num_local_blocks: int,
   scale: float,
+  axis_name: str | None = None,
 ) -> tuple[Float[Array, "B T H D"], Int[Array, "B K T P"]]:
   """Selection and attention over a cache, see `msa_jax.decode_attention`.
 
   Each query gathers the keys and values of its chosen blocks and no others.
   """
+  devices = 1 if axis_name is None else lax.axis_size(axis_name)
   positions = reference.query_positions(
-    q.shape[1], k.shape[1], q.shape[0], kv_lengths
+    q.shape[1], k.shape[1] * devices, q.shape[0], kv_lengths
   )
   run = functools.partial(
     _decode_run,
@@ -1180,6 +1243,7 @@ def decode_attention(
     top_k=top_k,
     num_local_blocks=num_local_blocks,
     scale=scale,
+    axis_name=axis_name,
   )
   letters = ("B T H D", "B C K D", "B C K D", "B T K I", "B C I", "B T", "B C")
   run = _by_rows_and_heads(run, letters, ("B T H D", "B K T P"))
@@ -1199,16 +1263,19 @@ def _decode_run(
   top_k,
   num_local_blocks,
   scale,
+  axis_name,
 ):
   b, t, h, d = q.shape
   num_kv_heads = k.shape[2]
+  first = 0 if axis_name is None else lax.axis_index(axis_name) * k.shape[1]
   score = _decode_block_scores(
-    index_q, index_k, index_k_scale, positions, block_size
+    index_q, index_k, index_k_scale, positions - first, block_size
   )
-  visible, forced = reference.visible_blocks(
-    positions, score.shape[-1], block_size, num_local_blocks
-  )
-  block_indices = _best_blocks(score, visible, forced, top_k)
+  ids = first // block_size + jnp.arange(score.shape[-1], dtype=jnp.int32)
+  own = jnp.where(positions < 0, -1, positions // block_size)
+  own = own[:, None, :, None]
+  visible, forced = ids <= own, (ids <= own) & (ids > own - num_local_blocks)
+  block_indices = _best_blocks(score, visible, forced, top_k, axis_name)
   tokens = top_k * block_size
   offset = lax.expand_dims(jnp.arange(block_size), range(4))
   chunk = _chunks(t, b * num_kv_heads * tokens * d)
@@ -1217,10 +1284,11 @@ def _decode_run(
 
   def body(carry, x):
     q, idx, pos = x
-    slot = idx[..., None] * block_size + offset
+    slot = idx[..., None] * block_size + offset - first
     slot = slot.reshape(*idx.shape[:3], tokens)
     visible = jnp.repeat(idx >= 0, block_size, axis=-1)
-    visible &= slot <= pos[:, None, :, None]
+    visible &= slot <= pos[:, None, :, None] - first
+    visible &= (slot >= 0) & (slot < k.shape[1])
     slot = jnp.where(visible, slot, 0)
     # Like `reference.attend`, but each query has its own keys and values.
     q, bad_q = clean(q.reshape(b, -1, num_kv_heads, h // num_kv_heads, d))
@@ -1240,7 +1308,8 @@ def _decode_run(
     bad_q = jnp.moveaxis(bad_q, 1, 2)[..., None]
     s = jnp.where(bad_q | bad_k[:, :, :, None], jnp.nan, s)
     s = jnp.where(visible[:, :, :, None], s, -jnp.inf)
-    p = reference.softmax(s, reference.masked_logsumexp(s))
+    lse = reference.masked_logsumexp(s)
+    p = reference.softmax(s, lse)
     out = jnp.einsum(
       "bktgj,bktjd->btkgd",
       p.astype(v.dtype),
@@ -1251,6 +1320,8 @@ def _decode_run(
     poisoned = jnp.any(visible & bad_v, axis=-1)
     poisoned = jnp.moveaxis(poisoned, 1, 2)[..., None, None]
     out = jnp.where(poisoned, jnp.nan, out)
+    if axis_name is not None:
+      out, _ = _merge_parts(out, jnp.moveaxis(lse, 2, 1), axis_name)
     return carry, out.reshape(b, -1, h, d).astype(v.dtype)
 
   xs = (

@@ -37,11 +37,11 @@ def test_meshes():
   found = devices.meshes(2, 2)
   assert found["tensor"] == MeshConfig(tensor=2)
   assert [mesh.shape(2) for mesh in found.values()] == [
-    *((1, 1, 1, 1), (2, 1, 1, 1)),
-    *((1, 2, 1, 1), (1, 1, 1, 2)),
+    *((1, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
+    *((1, 2, 1, 1, 1), (1, 1, 1, 1, 2), (1, 1, 1, 2, 1)),
   ]
   assert devices.meshes(4, 6)["tensor"] == MeshConfig(data=3, tensor=2)
-  assert list(devices.meshes(1, 2)) == ["one", "data", "fsdp"]
+  assert list(devices.meshes(1, 2)) == ["one", "data", "fsdp", "context"]
 
 
 def test_devices_compute_their_own_rows_at_a_time():
@@ -51,6 +51,7 @@ def test_devices_compute_their_own_rows_at_a_time():
     MeshConfig(data=4): 1,
     MeshConfig(fsdp=4): 1,
     MeshConfig(data=2, tensor=2): 2,
+    MeshConfig(data=2, context=2): 2,
   }.items():
     spread = devices._on(run, mesh, 4)
     assert (spread.batch_size, spread.grad_accumulation) == (8, parts)
@@ -105,7 +106,10 @@ def test_the_command_on_two_devices(tmp_path):
   assert {"started", "commit", "command", "versions"} <= set(found)
   assert (found["device_count"], found["steps"]) == (2, 3)
   losses = {row["mesh"]: row for row in found["losses"]}
-  assert list(losses) == ["one", "one, rows in another order", "fsdp", "tensor"]
+  assert list(losses) == [
+    *("one", "one, rows in another order"),
+    *("fsdp", "context", "tensor"),
+  ]
   for row in losses.values():
     assert len(row["loss"]) == len(row["kl"]) == 3
     # Float32, whose sums are split in another way.
@@ -116,7 +120,7 @@ def test_the_command_on_two_devices(tmp_path):
   assert len(set(losses["one"]["loss"])) == 3
   speed = {row["mesh"]: row for row in found["speed"]}
   sizes = {mesh: row["batch_size"] for mesh, row in speed.items()}
-  assert sizes == {"one": 2, "fsdp": 4, "tensor": 4}
+  assert sizes == {"one": 2, "fsdp": 4, "context": 4, "tensor": 4}
   for row in speed.values():
     assert (row["phase"], row["implementation"]) == ("sparse", "reference")
     rate = 1e3 * row["batch_size"] * 128 / row["step_ms"]
@@ -128,7 +132,7 @@ def test_the_command_on_two_devices(tmp_path):
       row["tokens_per_second"] / ideal, abs=1e-4
     )
   generation = {row["mesh"]: row for row in found["generation"]}
-  assert list(generation) == ["one", "fsdp", "tensor"]
+  assert list(generation) == ["one", "fsdp", "context", "tensor"]
   for row in generation.values():
     assert (row["rows"], row["prompt_tokens"]) == (4, 64)
     assert row["equal_tokens"] == 1
@@ -136,9 +140,8 @@ def test_the_command_on_two_devices(tmp_path):
   assert f"{'tensor':26} 100.0% of tokens equal" in shown
 
 
-# Two devices for each of the data, fsdp and tensor axes.
 LOWERING = """
-import json
+import json, sys
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from pallas_kernels import mosaic
 from train import config, configs, devices
@@ -148,7 +151,7 @@ cudnn.check_cudnn_version = lambda: 91000
 cudnn.check_compute_capability = lambda _: True
 comparison = configs.preset("lm73m_16k")
 gqa, msa, _ = config.with_fields(comparison, ["model.num_layers=1"]).runs
-mesh = config.MeshConfig(data=2, fsdp=2, tensor=2)
+mesh = config.MeshConfig(**dict.fromkeys(sys.argv[1:], 2))
 for run in (gqa, msa):
   program = Program(compile_key(devices._on(run, mesh, 8)))
   generation = devices.Generation(program)
@@ -170,9 +173,14 @@ for run in (gqa, msa):
 
 
 @pytest.mark.slow  # test_layer_under_a_mesh_lowers is the quick one
-def test_kernels_lower_for_several_gpus():
-  """Each on its device's rows and KV heads: training and generation."""
-  rows = map(json.loads, run_script(LOWERING, 8).splitlines())
+@pytest.mark.parametrize("other", ["data", "context"])
+def test_kernels_lower_for_several_gpus(other):
+  """Each on its device's rows, KV heads and tokens: training and generation.
+
+  Two devices for each of three axes.
+  """
+  printed = run_script(LOWERING, 8, "fsdp", "tensor", other)
+  rows = map(json.loads, printed.splitlines())
   found = {row["what"]: row for row in rows}
   for what, row in found.items():
     assert row["mapped"] and not row["unmapped"], row

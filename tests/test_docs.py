@@ -160,6 +160,7 @@ def test_pages_have_examples():
   assert with_examples == {
     "README.md",
     "checkpoints.md",
+    "context.md",
     "generation.md",
     "layers.md",
     "training.md",
@@ -290,6 +291,7 @@ PROGRAMS = {
   "train",
   "train.report.thin",
   "benchmarks",
+  "benchmarks.context_parallel",
   "benchmarks.portable",
   "msa_jax.checkpoints",
 }

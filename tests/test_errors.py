@@ -135,6 +135,28 @@ WRONG = {
   "kv_lengths must be an array of shape [B] = (1), got (2,)": lambda: select(
     INDEX_Q, INDEX_K, kv_lengths=jnp.zeros(2, jnp.int32)
   ),
+  "query_pieces must be one or two pairs (start, length), got ((0, 24, 1),)": (
+    lambda: select(INDEX_Q, INDEX_K, query_pieces=((0, 24, 1),))
+  ),
+  "query_pieces must be one or two pairs (start, length), got ()": (
+    lambda: select(INDEX_Q, INDEX_K, query_pieces=())
+  ),
+  "query_pieces[0][1] must be an integer of at least 1, got 0": (
+    lambda: msa(*INPUTS, query_pieces=((0, 0), (0, 24)))
+  ),
+  "query_pieces[1][0] must be an integer from 0 to S - length = 12, got 13": (
+    lambda: msa(*INPUTS, query_pieces=((0, 12), (13, 12)))
+  ),
+  "query_pieces[0][0] must be an integer, or integers of shape () or [B] = (1,)"
+  ", got shape (2,)": lambda: sparse(
+    Q, K, V, BLOCKS, query_pieces=((jnp.zeros(2, jnp.int32), 24),)
+  ),
+  "query_pieces must be pairs whose lengths add up to T = 24, got 20": (
+    lambda: sparse(Q, K, V, BLOCKS, query_pieces=((0, 20),))
+  ),
+  "kv_lengths must be None with query_pieces, got both": lambda: msa(
+    *INPUTS, query_pieces=((0, 24),), kv_lengths=jnp.int32([24])
+  ),
   "kv_lengths must be an array of integers, got float32": lambda: select(
     INDEX_Q, INDEX_K, kv_lengths=jnp.zeros(1)
   ),
@@ -351,7 +373,10 @@ def test_what_packed_rows_do_not_go_with(options):
     NotImplementedError, match=f"{name} supports no kv_lengths"
   ):
     msa(*INPUTS, kv_lengths=lengths, **options)
-  text = f"{name} supports as many queries as keys, got T = 20 and S = 24"
+  text = (
+    f"{name} supports as many queries as keys, or query_pieces, got T = 20 and"
+    " S = 24"
+  )
   with pytest.raises(NotImplementedError, match=text):
     select(INDEX_Q[:, 4:], INDEX_K, **options)
   text = "mosaic_gpu supports segment_ids and segments in the sparse phase, not"
@@ -362,6 +387,16 @@ def test_what_packed_rows_do_not_go_with(options):
     lambda: kl_loss(
       Q, K, INDEX_Q, INDEX_K, None, implementation="mosaic_gpu", **options
     ),
+  ):
+    with pytest.raises(NotImplementedError, match=text):
+      call()
+  text = "mosaic_gpu supports segment_ids and segments without query_pieces"
+  options = options | dict(implementation="mosaic_gpu", query_pieces=((0, 24),))
+  for call in (
+    lambda: select(INDEX_Q, INDEX_K, **options),
+    lambda: sparse(Q, K, V, BLOCKS, **options),
+    lambda: kl_loss(Q, K, INDEX_Q, INDEX_K, BLOCKS, **options),
+    lambda: msa(*INPUTS, **options),
   ):
     with pytest.raises(NotImplementedError, match=text):
       call()

@@ -199,13 +199,16 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference):
   assert environment["resumed"][-1]["step"] >= 8
 
 
-def test_two_processes_go_on_as_one(place, run, reference):
+@pytest.mark.parametrize(
+  "axis", ["data", pytest.param("context", marks=pytest.mark.slow)]
+)
+def test_two_processes_go_on_as_one(place, run, reference, axis):
   """Two processes with a device each are killed; one device ends their run."""
-  folder = place / "two"
+  folder = place / f"two_{axis}"
   run = dataclasses.replace(
-    run, folder=str(folder), mesh=config_lib.MeshConfig(data=2)
+    run, folder=str(folder), mesh=config_lib.MeshConfig(**{axis: 2})
   )
-  config = write_config(place / "two.json", run)
+  config = write_config(place / f"two_{axis}.json", run)
   with socket.socket() as free:
     free.bind(("localhost", 0))
     address = f"localhost:{free.getsockname()[1]}"

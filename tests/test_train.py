@@ -423,7 +423,7 @@ from train import program as program_lib
 from train.config import MeshConfig
 jax.config.update("jax_disable_most_optimizations", True)
 run = tiny_run(pathlib.Path(sys.argv[1]))
-mesh = MeshConfig(data=2, fsdp=2, tensor=2)
+mesh = MeshConfig(fsdp=2, tensor=2, context=2)
 run = dataclasses.replace(run, mesh=mesh)
 program = program_lib.Program(program_lib.compile_key(run))
 state, steps = first_steps(program, run, data.load(run.data))
@@ -450,7 +450,7 @@ def first_steps(
 
 
 def test_eight_devices_give_the_losses_of_one(place, program, source):
-  """Two for each of the data, fsdp and tensor axes."""
+  """Two for each of the fsdp, tensor and context axes."""
   folder, arrays = place / "many", place / "many.npz"
   printed = run_on_devices(8, EIGHT_DEVICES, place, folder, arrays)
   many = json.loads(printed.splitlines()[-1])
@@ -815,7 +815,7 @@ def test_more_contradictions(place):
       config_lib.MeshConfig(data=wrong)  # pyright: ignore
   with pytest.raises(ValueError, match="wants 6 devices, 4 are here"):
     config_lib.MeshConfig(data=3, fsdp=2).shape(4)
-  assert config_lib.MeshConfig(data=-1, tensor=2).shape(8) == (4, 1, 1, 2)
+  assert config_lib.MeshConfig(data=-1, tensor=2).shape(8) == (4, 1, 1, 2, 1)
   run = tiny_run(place)
   small = dataclasses.replace(run.model, vocab_size=100)
   with pytest.raises(ValueError, match=r"vocab_size=100: the data have 256"):

@@ -166,9 +166,9 @@ class RecipeConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class MeshConfig:
-  """A mesh of data * fsdp * expert * tensor devices. The mesh does not change
-  what is computed (but for the order of sums), and a run may resume on
-  another one."""
+  """A mesh of data * fsdp * expert * tensor * context devices. The mesh does
+  not change what is computed (but for the order of sums), and a run may resume
+  on another one."""
 
   data: int = 1
   """Copies of the model, among which the batch is split; -1: as many as there
@@ -183,8 +183,11 @@ class MeshConfig:
   tensor: int = 1
   """Shards of the heads and of the MLPs' hidden units."""
 
+  context: int = 1
+  """Shards of the tokens of each sequence (see `msa_jax.context`)."""
+
   def __post_init__(self):
-    _check_integers(self, 1, "fsdp", "expert", "tensor")
+    _check_integers(self, 1, "fsdp", "expert", "tensor", "context")
     data = as_integer(self.data)
     if data is None or (data != -1 and data < 1):
       raise ValueError(
@@ -193,17 +196,17 @@ class MeshConfig:
       )
     keep(self, data=data)
 
-  def shape(self, num_devices: int) -> tuple[int, int, int, int]:
-    """Sizes of the axes (data, fsdp, expert, tensor) on num_devices devices."""
-    rest = self.fsdp * self.expert * self.tensor
+  def shape(self, num_devices: int) -> tuple[int, int, int, int, int]:
+    """Sizes of the axes on num_devices devices, in the order of the fields."""
+    rest = self.fsdp * self.expert * self.tensor * self.context
     data = num_devices // rest if self.data == -1 else self.data
     _check(
       1 <= data * rest <= num_devices,
       f"mesh (data={self.data}, fsdp={self.fsdp}, expert={self.expert},"
-      f" tensor={self.tensor}) wants {max(data, 1) * rest} devices,"
-      f" {num_devices} are here.",
+      f" tensor={self.tensor}, context={self.context}) wants"
+      f" {max(data, 1) * rest} devices, {num_devices} are here.",
     )
-    return data, self.fsdp, self.expert, self.tensor
+    return data, self.fsdp, self.expert, self.tensor, self.context
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

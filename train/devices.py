@@ -15,7 +15,7 @@ device and meshes of all devices:
 
 Each device computes batch_size / grad_accumulation batch rows at a time, so the
 batch is that times the number of devices. One device, and devices that share
-batch rows ("tensor"), take it in parts.
+batch rows ("tensor", "context"), take it in parts.
 The results file also counts the kernels in the program: in a mesh they must lie
 inside `jax.shard_map` ("mapped"), each on its device's batch rows and KV heads.
 
@@ -72,6 +72,8 @@ NEW_TOKENS = 64
 def meshes(model_heads: int, count: int) -> dict[str, MeshConfig]:
   """One device, and meshes of all devices.
 
+  "context" splits the tokens of each sequence.
+
   The "tensor" mesh splits the KV heads over as many devices as divide both
   their number and `count`, and the batch rows over the rest. If only 1 divides
   both, there is no such mesh.
@@ -80,6 +82,7 @@ def meshes(model_heads: int, count: int) -> dict[str, MeshConfig]:
     "one": MeshConfig(),
     "data": MeshConfig(data=count),
     "fsdp": MeshConfig(fsdp=count),
+    "context": MeshConfig(context=count),
   }
   split = math.gcd(model_heads, count)
   if split > 1:
@@ -167,6 +170,7 @@ class Generation:
     model = nnx.merge(graphdef, flat)
     rows, chunks, size = self.shape
     unit = max(128, model.config.index.block_size)
+    unit = math.lcm(unit, model.cache_unit(rows))
     needed = chunks * size + NEW_TOKENS
     cache = model.init_cache(rows, -(-needed // unit) * unit)
 

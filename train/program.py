@@ -35,7 +35,7 @@ from train import config as config_lib
 from train import data as data_lib
 from train.checkpoint import Checkpoints, read_config
 
-_AXES = ("data", "fsdp", "expert", "tensor")
+_AXES = ("data", "fsdp", "expert", "tensor", "context")
 _GROUPS = ("backbone", "index")
 _LOWERING = threading.Lock()
 Params = dict[str, jax.Array]
@@ -190,15 +190,16 @@ class Program:
       out_shardings=self.replicated,
     )
 
-  def _check_mesh(self, shape: tuple[int, int, int, int]) -> None:
-    data, fsdp, expert, tensor = shape
+  def _check_mesh(self, shape: tuple[int, int, int, int, int]) -> None:
+    data, fsdp, expert, tensor, context = shape
     model = self.model_config
     moe = model.moe if "moe" in model.mlps else None
     if jax.process_count() > 1 and math.prod(shape) != jax.device_count():
       raise ValueError(
-        f"mesh (data={data}, fsdp={fsdp}, expert={expert}, tensor={tensor})"
-        f" uses {math.prod(shape)} devices: {jax.process_count()} processes"
-        f" need all {jax.device_count()} (mesh.data=-1 takes what is left)."
+        f"mesh (data={data}, fsdp={fsdp}, expert={expert}, tensor={tensor},"
+        f" context={context}) uses {math.prod(shape)} devices:"
+        f" {jax.process_count()} processes need all {jax.device_count()}"
+        " (mesh.data=-1 takes what is left)."
       )
     wide = jnp.dtype("float64").name in (model.dtype, model.param_dtype)
     if wide and not jax.config.jax_enable_x64:
@@ -232,6 +233,12 @@ class Program:
       raise ValueError(
         f"model.num_kv_heads={self.model_config.num_kv_heads} cannot be split"
         f" over mesh.tensor={tensor}."
+      )
+    if context > 1 and self.config.context % (2 * context):
+      raise ValueError(
+        f"context={self.config.context} tokens cannot be split over"
+        f" mesh.context={context}: wanted a multiple of {2 * context}, two"
+        " pieces for each of its devices."
       )
 
   def context(self):
@@ -415,7 +422,13 @@ class Program:
         with_kl=self.has_index,
         with_logits=False,
       )
-      lm = head_loss(out.hidden, model.head_weight(), tokens[:, 1:], weights)
+      lm = head_loss(
+        out.hidden,
+        model.head_weight(),
+        tokens[:, 1:],
+        weights,
+        sharding=self.sharding,
+      )
       lm = lm / count
       kl = jnp.sum(out.kl)
       if segment_ids is None:

@@ -1,0 +1,533 @@
+"""Measures one layer's attention over several devices, and over one of them.
+
+  python -m benchmarks.context_parallel --tokens 64k 256k 1m
+  python -m benchmarks.context_parallel --tokens 256k --heads 32x8x128
+
+The tokens of one sequence are split over all devices of the host, as
+`msa_jax.context` has it. Op `context_prefill` is selection and attention, op
+`context_train` those with the KL and the gradients of all five inputs. Both
+hold what the devices send each other: the keys of all tokens, and in training
+the gradients of the keys. `context_gather` is the first alone, so it says what
+sending costs if nothing hides it. `context_decode` is a decoding step of one
+token against a cache of that many tokens, whose slots are split over the
+devices, by "xla"; its yardstick on one device is the named implementation.
+
+Each op is first checked against `msa_jax.reference` on a short sequence, and
+its choices against those of one device, bit for bit. If a check fails, no
+number is printed. "efficiency" is one device's time over n times that of n
+devices; it is null where one device has no memory for the program.
+"sent_bytes" are those that a device receives, and so sends, in a step, counted
+in the compiled program; "formula_bytes" are those of the keys of the other
+devices' tokens, 2,304 S (n - 1) / n in the paper's heads for the forward pass.
+
+Records go to results/<device>_x<n>.json, as those of `python -m benchmarks`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import concurrent.futures
+import dataclasses
+import datetime
+import math
+import pathlib
+import re
+import sys
+from collections.abc import Callable
+from typing import Any, get_args
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+import msa_jax
+from benchmarks import cases, measure, records, training
+from benchmarks.__main__ import heads, with_heads
+from benchmarks.cases import Case
+from msa_jax import context
+from msa_jax.ops import Implementation
+
+AXIS = "context"
+OPS = (
+  "context_prefill", "context_train", "context_gather", "context_decode"
+)  # fmt: skip
+# Decoding steps of a call, one after another.
+_STEPS = 16
+CASES = {
+  f"{n}k" if n % 1024 else f"{n >> 10}m": Case(tokens=n << 10)
+  for n in (64, 128, 256, 512, 1024, 1536, 2048, 3072, 4096)
+}
+TOKENS = PartitionSpec(None, AXIS)
+# What a device may take of its memory; the rest is XLA's and other programs'.
+_SHARE = 0.92
+
+
+# ---- The layer ----
+
+
+def layer(
+  case: Case,
+  devices: int,
+  op: str,
+  implementation: Implementation,
+  steps: int = _STEPS,
+) -> Callable:
+  """(q, k, v, index_q, index_k, dout) -> what the op gives, of one device.
+
+  Decoding takes `steps` steps, one after another. With more than one device it
+  is called inside `jax.shard_map`.
+  """
+
+  def keys(x) -> Any:
+    return context.gather_keys(x, AXIS) if devices > 1 else x
+
+  def forward(q, k, v, index_q, index_k, **options):
+    if devices > 1:
+      options["query_pieces"] = context.query_pieces(AXIS, q.shape[1])
+    return msa_jax.msa_attention(
+      q,
+      keys(k),
+      keys(v),
+      index_q,
+      keys(index_k),
+      block_size=case.block_size,
+      top_k=case.top_k,
+      implementation=implementation,
+      **options,
+    )
+
+  def prefill(*operands):
+    out = forward(*operands[:5])
+    return out.out, out.block_indices
+
+  def train(*operands):
+    *inputs, dout = operands
+
+    def loss(*inputs):
+      out = forward(*inputs, with_kl=True)
+      return out.out, out.kl
+
+    (_, kl), pull = jax.vjp(loss, *inputs)
+    # The mean over all queries is the mean of the devices' means.
+    gradients = pull((dout, jnp.full_like(kl, 1 / devices)))
+    return jnp.broadcast_to(kl, (1,)), gradients
+
+  def gather(q, k, v, index_q, index_k, dout):
+    del q, index_q, dout
+    # A few numbers of each, so that nothing but sending takes time.
+    return tuple(keys(x)[:, :: case.block_size] for x in (k, v, index_k))
+
+  def decode(q, k, v, index_q, index_k, dout):
+    del dout
+    # The queries are those of one token, the same on all devices.
+    q, index_q = q[:, :1], index_q[:, :1]
+    if devices > 1:
+      first = jax.lax.axis_index(AXIS) == 0
+      q, index_q = (
+        jax.lax.psum(jnp.where(first, x, 0), AXIS) for x in (q, index_q)
+      )
+
+    def step(_, q):
+      return msa_jax.decode_attention(
+        q,
+        k,
+        v,
+        index_q,
+        index_k,
+        kv_lengths=jnp.full((case.batch,), case.kv_tokens, jnp.int32),
+        block_size=case.block_size,
+        top_k=case.top_k,
+        axis_name=AXIS if devices > 1 else None,
+        implementation="xla" if devices > 1 else implementation,
+      ).out
+
+    return jax.lax.fori_loop(0, steps, step, q)
+
+  return dict(
+    context_prefill=prefill,
+    context_train=train,
+    context_gather=gather,
+    context_decode=decode,
+  )[op]
+
+
+def program(
+  case: Case,
+  mesh: Mesh,
+  op: str,
+  implementation: Implementation,
+  steps: int = _STEPS,
+) -> Callable:
+  """The layer over the devices of a mesh, on whole arrays in zigzag order."""
+  run = layer(case, mesh.size, op, implementation, steps)
+  if mesh.size == 1:
+    return run
+  blocks = PartitionSpec(None, None, AXIS)
+  results = dict(
+    context_prefill=(TOKENS, blocks),
+    context_train=(PartitionSpec(AXIS), (TOKENS,) * 5),
+    context_gather=(PartitionSpec(AXIS),) * 3,
+    context_decode=PartitionSpec(),
+  )
+  return jax.shard_map(
+    run,
+    mesh=mesh,
+    in_specs=(TOKENS,) * 6,
+    out_specs=results[op],
+    check_vma=False,
+  )
+
+
+def mesh_of(count: int) -> Mesh:
+  return jax.make_mesh(
+    (count,),
+    (AXIS,),
+    axis_types=(AxisType.Auto,),
+    devices=jax.devices()[:count],
+  )
+
+
+def operands(case: Case, mesh: Mesh, selection: str) -> tuple[Any, ...]:
+  """q, k, v, index_q, index_k and dout, in zigzag order.
+
+  Each device makes its own part, but for the index inputs, whose choices are
+  about the whole sequence.
+  """
+  local = dataclasses.replace(
+    case,
+    tokens=case.tokens // mesh.size,
+    kv_tokens=case.kv_tokens // mesh.size,
+  )
+
+  def own():
+    device = jax.lax.axis_index(AXIS)
+    key, other = jax.random.split(jax.random.fold_in(jax.random.key(0), device))
+    qkv = cases.attention_inputs(key, local)
+    return *qkv, cases.normal(other, qkv[0].shape, case.dtype)
+
+  make = jax.shard_map(
+    own, mesh=mesh, in_specs=(), out_specs=(TOKENS,) * 4, check_vma=False
+  )
+  q, k, v, dout = jax.jit(make)()
+  order = context.zigzag_order(case.tokens, mesh.size)
+  index = cases.index_inputs(jax.random.key(1), case, selection)
+  place = NamedSharding(mesh, TOKENS)
+  index_q, index_k = (jax.device_put(x[:, order], place) for x in index)
+  return q, k, v, index_q, index_k, dout
+
+
+# ---- What the devices send ----
+
+_COLLECTIVE = re.compile(
+  r"= (?P<shape>.*?) (?P<name>all-gather|all-reduce|reduce-scatter|all-to-all"
+  r"|collective-permute)(?:-start)?\("
+)
+_ARRAY = re.compile(r"(?P<dtype>[a-z]+[0-9]+)[a-z0-9]*\[(?P<sizes>[0-9,]*)\]")
+
+
+def sent_bytes(text: str, devices: int) -> dict[str, int]:
+  """Bytes that a device receives in each kind of collective of a program.
+
+  A collective of n devices moves to each (n - 1) / n of what it gathers, of
+  what it scatters or of what it exchanges, and twice that for a sum that all of
+  them get.
+
+  Args:
+    text: of a compiled program, in XLA's words.
+    devices: that take part in each collective.
+  """
+  found: dict[str, int] = {}
+  for match in _COLLECTIVE.finditer(text):
+    arrays = [
+      int(re.sub("[a-z]", "", array["dtype"]))
+      // 8
+      * math.prod(int(n) for n in array["sizes"].split(",") if n)
+      for array in _ARRAY.finditer(match["shape"])
+    ]
+    name = match["name"]
+    started = "-start(" in match[0]
+    # An all-gather that starts lists what it reads before what it gives.
+    size = sum(arrays[len(arrays) // 2 :] if started else arrays)
+    if started and name == "all-reduce":
+      size = sum(arrays)
+    if name == "reduce-scatter":
+      size *= devices
+    share = (devices - 1) / devices
+    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}
+    moved = round(size * factor.get(name, share))
+    found[name] = found.get(name, 0) + moved
+  return found
+
+
+def formula_bytes(case: Case, devices: int, op: str) -> int | None:
+  """Bytes of the keys of other devices' tokens; and their float32 gradients.
+
+  None for decoding, which sends candidates and partial results.
+  """
+  if op == "context_decode":
+    return None
+  numbers = 2 * case.num_kv_heads * case.head_dim + case.index_dim
+  size = jnp.dtype(case.dtype).itemsize
+  if op == "context_train":
+    size += 4
+  tokens = case.batch * case.kv_tokens
+  return numbers * size * tokens * (devices - 1) // devices
+
+
+# ---- Checks and measuring ----
+
+
+def check(case: Case, devices: int, implementation: Implementation) -> None:
+  """Raises AssertionError unless n devices give what one gives."""
+  one, many = mesh_of(1), mesh_of(devices)
+
+  def run(op, case, mesh, arrays):
+    arrays = [jax.device_put(x, NamedSharding(mesh, TOKENS)) for x in arrays]
+    return jax.device_get(
+      jax.jit(program(case, mesh, op, implementation, steps=1))(*arrays)
+    )
+
+  # The last block is not full.
+  unit = 2 * devices
+  tokens = (case.top_k + 2) * case.block_size // unit * unit - unit
+  short = dataclasses.replace(case, tokens=tokens, kv_tokens=tokens)
+  order = context.zigzag_order(tokens, devices)
+  whole = operands(short, one, "random")
+  zigzag = [np.asarray(x)[:, order] for x in whole]
+  _, want = run("context_prefill", short, one, whole)
+  _, got = run("context_prefill", short, many, zigzag)
+  np.testing.assert_array_equal(got, want[:, :, order])
+  kl, gradients = run("context_train", short, many, zigzag)
+  truth = measure.truth(training.layer(short, "sparse", "reference"))
+  true_kl, wanted = truth(*(x.astype(jnp.float32) for x in whole))
+  assert abs(kl.mean() - true_kl) <= 2e-3 * true_kl, (kl.mean(), true_kl)
+  names = ("dq", "dk", "dv", "dindex_q", "dindex_k")
+  for name, got, want in zip(names, gradients, wanted, strict=True):
+    want = jnp.asarray(np.asarray(want)[:, order])
+    wrong = measure.check_rms(name, jnp.asarray(got), want)
+    assert wrong is None, wrong
+  # A cache holds whole blocks on each device, in the order of the sequence.
+  tokens = -(-tokens // (devices * case.block_size)) * devices * case.block_size
+  short = dataclasses.replace(case, tokens=tokens, kv_tokens=tokens)
+  cache = operands(short, one, "random")
+  got, want = (
+    run("context_decode", short, mesh, cache) for mesh in (many, one)
+  )
+  wrong = measure.check_rms(
+    "decode", jnp.asarray(got), jnp.asarray(want, jnp.float32)
+  )
+  assert wrong is None, wrong
+
+
+def flops(case: Case, op: str) -> float:
+  if op == "context_gather":
+    return 0.0
+  if op == "context_decode":
+    case = dataclasses.replace(case, tokens=1)
+  if op == "context_train":
+    return training.flops("train", case)
+  return measure.main_flops(case) + measure.index_flops(case)
+
+
+class _Compiled:
+  """An op's program on a mesh, and how much memory and sending it takes."""
+
+  def __init__(self, case, mesh, op, implementation):
+    of = measure.shapes(case, case.dtype)
+    place = NamedSharding(mesh, TOKENS)
+    arrays = (
+      jax.ShapeDtypeStruct(of[name].shape, of[name].dtype, sharding=place)
+      for name in ("q", "k", "v", "index_q", "index_k", "q")
+    )
+    run = jax.jit(program(case, mesh, op, implementation))
+    self.run = run.lower(*arrays).compile()
+    self.peak_bytes = measure.program_bytes(self.run)
+    self.sent = sent_bytes(self.run.as_text() or "", mesh.size)
+
+  def fits(self) -> bool:
+    limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
+    return limit is None or self.peak_bytes <= _SHARE * limit
+
+
+def measured(
+  compiled: _Compiled, arrays: tuple[jax.Array, ...]
+) -> tuple[float, float | None] | None:
+  """Seconds and spread; None if the memory is not there."""
+  if not compiled.fits():
+    return None
+  try:
+    return measure.measure(lambda: compiled.run(*arrays))
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+    return None
+
+
+def record(
+  case: Case,
+  op: str,
+  selection: str,
+  programs: dict[int, Any],
+  implementation: Implementation,
+) -> dict[str, Any] | None:
+  """Times one op on one device and on all; None if those lack the memory."""
+  seconds: dict[int, tuple[float, float | None] | None] = {}
+  count = max(programs)
+  for devices, future in programs.items():
+    try:
+      compiled = future.result()
+    except jax.errors.JaxRuntimeError as error:
+      if "RESOURCE_EXHAUSTED" not in str(error):
+        raise
+      seconds[devices] = None  # XLA finds no schedule that fits
+      continue
+    if not compiled.fits():
+      seconds[devices] = None
+      continue
+    arrays = operands(case, mesh_of(devices), selection)
+    seconds[devices] = measured(compiled, arrays)
+    del arrays
+  if seconds[count] is None:
+    measure.log(f"  {op} {selection}: no memory on {count} devices")
+    return None
+  compiled = programs[count].result()
+  if op == "context_decode":
+    seconds = {
+      n: found and (found[0] / _STEPS, found[1] and found[1] / _STEPS)
+      for n, found in seconds.items()
+    }
+  one, many = seconds.get(1), seconds[count]
+  assert many is not None
+  efficiency = None if one is None else one[0] / count / many[0]
+  if op == "context_gather":
+    efficiency = None
+  formula = formula_bytes(case, count, op)
+  sent = sum(compiled.sent.values())
+  measure.log(
+    f"  {op} {selection}: {many[0] * 1e3:.2f} ms on {count},"
+    f" {'no memory' if one is None else f'{one[0] * 1e3:.2f} ms'} on one,"
+    f" efficiency {efficiency and round(efficiency, 3)}, sent {sent / 1e6:.1f}"
+    f" MB, formula {formula and round(formula / 1e6, 1)} MB"
+  )
+  return dict(
+    op=op,
+    **dataclasses.asdict(case),
+    selection=selection,
+    score_precision="exact",
+    implementation=implementation,
+    devices=count,
+    ms=round(many[0] * 1e3, 4),
+    spread_ms=None if many[1] is None else round(many[1] * 1e3, 4),
+    one_ms=None if one is None else round(one[0] * 1e3, 4),
+    efficiency=efficiency and round(efficiency, 4),
+    tflops=round(flops(case, op) / count / many[0] / 1e12, 1),
+    peak_bytes=compiled.peak_bytes,
+    sent_bytes=sent,
+    formula_bytes=formula,
+    collectives=compiled.sent,
+  )
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+  parser = argparse.ArgumentParser(
+    prog="python -m benchmarks.context_parallel",
+    description=(__doc__ or "").split("\n\n")[0],
+  )
+  parser.add_argument(
+    "--ops", nargs="+", choices=OPS, default=list(OPS), help="default: all"
+  )
+  parser.add_argument(
+    "--tokens", nargs="+", choices=list(CASES), default=["64k", "256k", "1m"],
+    help="lengths (default: 64k 256k 1m)",
+  )  # fmt: skip
+  parser.add_argument(
+    "--heads", nargs="+", type=heads, metavar="HxKxD",
+    help="heads instead of the paper's, such as 32x8x128",
+  )  # fmt: skip
+  parser.add_argument(
+    "--selection", nargs="+", choices=("random", "trained_like"),
+    default=["trained_like"],
+    help="kind of index queries and keys (default: trained_like)",
+  )  # fmt: skip
+  parser.add_argument(
+    "--implementation", choices=get_args(Implementation), default="mosaic_gpu"
+  )
+  parser.add_argument(
+    "--no-one", action="store_true", help="do not time one device"
+  )
+  parser.add_argument("--results", type=pathlib.Path, help="JSON file")
+  parser.add_argument("--commit", help="commit to record (default: HEAD)")
+  return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> int:
+  args = parse(argv)
+  count = jax.device_count()
+  if count < 2:
+    print(
+      "context_parallel: wanted at least 2 devices, 1 is here (on a CPU:"
+      " XLA_FLAGS=--xla_force_host_platform_device_count=2).",
+      file=sys.stderr,
+    )
+    return 1
+  path = args.results or (
+    records.FOLDER / f"{records.device_slug()}_x{count}.json"
+  )
+  records.read_own(path)
+  chosen = {
+    each: case
+    for name in args.tokens
+    for each, case in with_heads(name, CASES[name], args.heads).items()
+  }
+  for case in chosen.values():
+    context.check_length("--tokens", case.tokens, count)
+  note = dict(
+    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+    commit=args.commit or records.commit_name(),
+  )
+  with concurrent.futures.ThreadPoolExecutor(6) as pool:
+    checked = {
+      dataclasses.replace(case, tokens=1, kv_tokens=1)
+      for case in chosen.values()
+    }
+    # One after another: programs of several GPUs that start in another order on
+    # each of them wait for each other for ever.
+    checks = pool.submit(
+      lambda: [check(case, count, args.implementation) for case in checked]
+    )
+    meshes = {n: mesh_of(n) for n in ([count] if args.no_one else [1, count])}
+    ordered = sorted(chosen.items(), key=lambda item: -item[1].tokens)
+    programs = {
+      (name, op): {
+        n: pool.submit(_Compiled, case, mesh, op, args.implementation)
+        for n, mesh in meshes.items()
+        if n > 1 or op != "context_gather"
+      }
+      for name, case in ordered
+      for op in args.ops
+    }
+    try:
+      checks.result()
+    except AssertionError as error:
+      pool.shutdown(cancel_futures=True)
+      print(f"check failed, nothing measured:\n{error}")
+      return 1
+    # Compiling takes the processors that the other programs' calls need.
+    concurrent.futures.wait(
+      [future for each in programs.values() for future in each.values()]
+    )
+    for name, case in ordered:
+      measure.log(name)
+      for selection in args.selection:
+        found = [
+          record(case, op, selection, programs[name, op], args.implementation)
+          for op in args.ops
+        ]
+        records.store(path, [each | note for each in found if each], [])
+  measure.log(f"wrote {path}")
+  return 0
+
+
+if __name__ == "__main__":
+  sys.exit(main())

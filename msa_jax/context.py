@@ -1,0 +1,304 @@
+"""Context parallelism: the tokens of a sequence split over a mesh axis.
+
+Over n devices, the T tokens of a row are cut into 2 n pieces of equal length.
+Device c holds pieces c and 2 n - 1 - c, so that causal work is the same for
+each device: a query at slot t sees t + 1 keys, and the two pieces' means add up
+to T. In *zigzag order* the tokens stand as the devices hold them: pieces 0,
+2 n - 1, 1, 2 n - 2, and so on.
+
+Everything that acts on one token at a time stays where its token is. Attention
+takes one of two ways, each inside `jax.shard_map`:
+
+- Keys to the queries. `gather_keys` gives each device the keys of all tokens,
+  and `query_pieces` says where its own queries stand. A token's keys, values
+  and index key are few bytes (2,304 in the paper's shape) beside its queries
+  and activations, and with MSA each query reads P blocks of them. The gradients
+  of the keys are summed over the devices in float32.
+- Tokens to the heads. `to_heads` gives each device all tokens of H / n heads,
+  and `from_heads` undoes it. Dense attention takes this way where n divides the
+  KV heads, because it is plain attention to the kernels.
+
+`to_zigzag` and `from_zigzag` move tokens between the order of the sequence and
+zigzag order; each device sends and receives two pieces. `zigzag_order` is the
+same as a permutation.
+
+These functions are called inside `jax.shard_map`, with the axis's name, on what
+a device holds. `zigzag_order` can be called anywhere, and the methods of
+`Split` are for whole arrays under a mesh.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float, Int
+
+from msa_jax.checks import check_integer, compute_dtype, require
+
+
+def check_length(name: str, length: int, devices: int) -> None:
+  """Raises ValueError unless a row of `length` tokens can be split."""
+  require(
+    length % (2 * devices) == 0,
+    name,
+    f"a number of tokens that is a multiple of {2 * devices}, two pieces for"
+    f" each of the {devices} devices that share a sequence (pad it on the right"
+    " and leave the padding out of the loss and of query_mask)",
+    length,
+  )
+
+
+def zigzag_order(length: int, devices: int) -> Int[np.ndarray, "T"]:
+  """The token at each place of the zigzag order.
+
+  x[:, zigzag_order(T, n)] has the tokens as n devices hold them, and
+  numpy.argsort of it undoes that.
+
+  Raises:
+    ValueError: 2 n does not divide T.
+  """
+  length = check_integer("length", length)
+  devices = check_integer("devices", devices)
+  check_length("length", length, devices)
+  slots = np.arange(length).reshape(2 * devices, -1)
+  return np.stack([slots[:devices], slots[devices:][::-1]], 1).reshape(-1)
+
+
+def imbalance(positions: Int[np.ndarray, "*B T"], devices: int) -> float:
+  """The most index scores of a device over the mean of all, 1 if balanced.
+
+  A query scores the keys that it sees: as many as its position in its document,
+  or along its tree's path, and one.
+
+  Args:
+    positions: rotary positions, such as `Segments.positions`, on the host, in
+      the order of the sequence.
+    devices: that share the sequences.
+  """
+  seen = np.atleast_2d(np.asarray(positions)) + 1.0
+  order = zigzag_order(seen.shape[1], devices)
+  work = seen[:, order].reshape(len(seen), devices, -1).sum((0, 2))
+  return float(work.max() / work.mean())
+
+
+def _whole_to_natural(x: Array, devices: int, axis: int = 1) -> Array:
+  """Whole rows in zigzag order, in the order of the sequence."""
+  shape = x.shape
+  x = x.reshape(*shape[:axis], devices, 2, -1, *shape[axis + 1 :])
+  early, late = (lax.index_in_dim(x, i, axis + 1, False) for i in (0, 1))
+  return lax.concatenate([early, lax.rev(late, (axis,))], axis).reshape(shape)
+
+
+def _whole_to_zigzag(x: Array, devices: int, axis: int = 1) -> Array:
+  """Undoes `_whole_to_natural`."""
+  shape = x.shape
+  x = x.reshape(*shape[:axis], 2, devices, -1, *shape[axis + 1 :])
+  early, late = (lax.index_in_dim(x, i, axis, False) for i in (0, 1))
+  x = jnp.stack([early, lax.rev(late, (axis,))], axis + 1)
+  return x.reshape(shape)
+
+
+def query_pieces(axis_name: str, length: int) -> tuple[tuple[Any, int], ...]:
+  """Where a device's `length` tokens stand, as the operations take it."""
+  device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
+  size = length // 2
+  return (device * size, size), ((2 * devices - 1 - device) * size, size)
+
+
+def _two_pieces(
+  first: Array, second: Array, axis: int, axis_name: str
+) -> Array:
+  """One after the other on devices of even number, the reverse on odd ones."""
+  odd = lax.axis_index(axis_name) % 2 == 1
+  early = jnp.where(odd, second, first)
+  late = jnp.where(odd, first, second)
+  return lax.concatenate([early, late], axis)
+
+
+def _zigzag_owners(devices: int) -> tuple[list[tuple[int, int]], ...]:
+  """Who sends the first and the second half of what it holds to whom.
+
+  Device c holds pieces 2 c and 2 c + 1 of the sequence. The pieces of even
+  number go to the devices of even number below n and to those of odd number,
+  counted from the end, so each device receives one piece of each half.
+  """
+
+  def owner(piece):
+    return piece if piece < devices else 2 * devices - 1 - piece
+
+  return tuple(
+    [(c, owner(2 * c + half)) for c in range(devices)] for half in (0, 1)
+  )
+
+
+def to_zigzag(x: Array, axis_name: str, axis: int = 1) -> Array:
+  """The part of a row that a device holds in zigzag order.
+
+  Args:
+    x: the device's part in the order of the sequence.
+    axis_name: of the mesh axis.
+    axis: of the tokens in x.
+  """
+  firsts, seconds = _zigzag_owners(lax.axis_size(axis_name))
+  size = x.shape[axis] // 2
+  first = lax.slice_in_dim(x, 0, size, axis=axis)
+  second = lax.slice_in_dim(x, size, None, axis=axis)
+  return _two_pieces(
+    lax.ppermute(first, axis_name, firsts),
+    lax.ppermute(second, axis_name, seconds),
+    axis,
+    axis_name,
+  )
+
+
+def from_zigzag(x: Array, axis_name: str, axis: int = 1) -> Array:
+  """Undoes `to_zigzag`."""
+  firsts, seconds = _zigzag_owners(lax.axis_size(axis_name))
+  size = x.shape[axis] // 2
+  early = lax.slice_in_dim(x, 0, size, axis=axis)
+  late = lax.slice_in_dim(x, size, None, axis=axis)
+  odd = lax.axis_index(axis_name) % 2 == 1
+  first, second = jnp.where(odd, late, early), jnp.where(odd, early, late)
+  back = [[(b, a) for a, b in pairs] for pairs in (firsts, seconds)]
+  first = lax.ppermute(first, axis_name, back[0])
+  second = lax.ppermute(second, axis_name, back[1])
+  return lax.concatenate([first, second], axis)
+
+
+class Split(NamedTuple):
+  """How arrays [B, T, *A] are split over the mesh in context.
+
+  Attributes:
+    axis: the mesh axis that splits the tokens.
+    devices: its size, n.
+    rows: the mesh axes that split the batch rows.
+  """
+
+  axis: str
+  devices: int
+  rows: tuple[str, ...]
+
+  def zigzag(self, x: Array, spec: PartitionSpec | None = None) -> Array:
+    """The array in zigzag order.
+
+    Args:
+      x: the array.
+      spec: the mesh axes that split it; None: rows and tokens come first. A
+        single row stands for all of them and is not split.
+    """
+    return self._move(to_zigzag, x, spec)
+
+  def natural(self, x: Array, spec: PartitionSpec | None = None) -> Array:
+    """Undoes `zigzag`."""
+    return self._move(from_zigzag, x, spec)
+
+  def _move(self, function, x, spec):
+    if spec is None:
+      spec = PartitionSpec(self.rows if x.shape[0] > 1 else None, self.axis)
+    axis = list(spec).index(self.axis)
+    return jax.shard_map(
+      functools.partial(function, axis_name=self.axis, axis=axis),
+      in_specs=spec,
+      out_specs=spec,
+      check_vma=False,
+    )(x)
+
+  def positions(self, positions: Array | None, length: int) -> Array:
+    """Positions [T] or [B, T] as [1 or B, T]; None: 0 to T - 1."""
+    if positions is None:
+      positions = jnp.arange(length, dtype=jnp.int32)
+    return jnp.atleast_2d(positions)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def gather_keys(x: Float[Array, "B T *A"], axis_name: str) -> Any:
+  """All tokens of the rows, in the order of the sequence.
+
+  The devices' gradients are summed in float32 (float64 for float64), in the
+  order of the collective, and rounded to x's dtype once.
+
+  Args:
+    x: what the device holds of the rows, in zigzag order.
+    axis_name: of the mesh axis.
+  """
+  whole = lax.all_gather(x, axis_name, axis=1, tiled=True)
+  return _whole_to_natural(whole, lax.axis_size(axis_name))
+
+
+def _gather_keys_fwd(x, axis_name):
+  return gather_keys(x, axis_name), None
+
+
+def _gather_keys_bwd(axis_name, residuals, cotangent):
+  del residuals
+  total = cotangent.astype(compute_dtype(cotangent.dtype))
+  total = _whole_to_zigzag(total, lax.axis_size(axis_name))
+  total = lax.psum_scatter(total, axis_name, scatter_dimension=1, tiled=True)
+  return (total.astype(cotangent.dtype),)
+
+
+gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
+
+
+def gather_tokens(x: Array, axis_name: str) -> Array:
+  """`gather_keys` of an array [B, T, *A] without a gradient, such as a mask."""
+  whole = lax.all_gather(x, axis_name, axis=1, tiled=True)
+  return _whole_to_natural(whole, lax.axis_size(axis_name))
+
+
+def to_heads(x: Array, axis_name: str) -> Array:
+  """All tokens of a device's share of the heads.
+
+  Args:
+    x: [B, T / n, H, *A] in zigzag order. n must divide H.
+    axis_name: of the mesh axis.
+
+  Returns:
+    [B, T, H / n, *A] in the order of the sequence.
+  """
+  x = lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True)
+  return _whole_to_natural(x, lax.axis_size(axis_name))
+
+
+def from_heads(x: Array, axis_name: str) -> Array:
+  """Undoes `to_heads`."""
+  x = _whole_to_zigzag(x, lax.axis_size(axis_name))
+  return lax.all_to_all(x, axis_name, split_axis=1, concat_axis=2, tiled=True)
+
+
+def gather_slots(tree: Any, axis_name: str) -> Any:
+  """Arrays [B, C, *A] of a cache whose slots are split over the devices, one
+  device's C after another's."""
+  return jax.tree.map(
+    lambda x: lax.all_gather(x, axis_name, axis=1, tiled=True), tree
+  )
+
+
+def own_slots(
+  slots: Int[Array, "B T"], capacity: int, axis_name: str
+) -> Int[Array, "B T"]:
+  """Slots among the `capacity` ones that a device has of a cache that is split.
+
+  Slots of other devices become distinct ones at or behind `capacity`, which
+  writing drops.
+  """
+  own = slots - lax.axis_index(axis_name) * capacity
+  token = jnp.arange(slots.shape[1], dtype=slots.dtype)[None]
+  return jnp.where((own >= 0) & (own < capacity), own, capacity + token)
+
+
+def share_of_heads(x: Array, axis_name: str, axis: int) -> Array:
+  """A device's share of an axis of heads that every device holds whole.
+
+  Where there are fewer heads than devices, neighbouring devices share one.
+  """
+  heads, devices = x.shape[axis], lax.axis_size(axis_name)
+  size = max(heads // devices, 1)
+  first = lax.axis_index(axis_name) * heads // devices
+  return lax.dynamic_slice_in_dim(x, first, size, axis)

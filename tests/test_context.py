@@ -1,0 +1,641 @@
+"""Context parallelism: one sequence over many devices."""
+
+import functools
+import json
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from helpers import Case, run_on_devices
+
+import msa_jax
+from msa_jax import context, mosaic_gpu, xla
+
+OPTIONS = dict(block_size=8, top_k=2)
+T = 40
+# An early and a late piece of the queries, neither of them whole blocks.
+PIECES = ((3, 10), (24, 15))
+SLOTS = np.concatenate([np.arange(s, s + n) for s, n in PIECES])
+
+
+def operands(dtype=jnp.float32):
+  return Case(batch=2, q_len=T, kv_len=T, block_size=8).inputs(dtype=dtype)
+
+
+def documents():
+  ids = np.zeros((2, T), np.int32)
+  ids[0, 2:9], ids[0, 9:33], ids[0, 35:] = 1, 2, 3
+  ids[1] = 4
+  return jnp.asarray(ids)
+
+
+def with_gradients(args, slots=None, **options):
+  """What the queries at `slots` get, and the gradients of all operands.
+
+  With query_pieces among the options, only these queries are in the call;
+  without, all are, and the others have no part in the loss.
+  """
+
+  def loss(q, k, v, index_q, index_k):
+    if slots is not None and "query_pieces" in options:
+      q, index_q = q[:, slots], index_q[:, slots]
+    out = msa_jax.msa_attention(
+      q, k, v, index_q, index_k, with_kl=True, **OPTIONS, **options
+    )
+    o, lse, blocks = out.out, out.lse, out.block_indices
+    if slots is not None and "query_pieces" not in options:
+      o, lse, blocks = o[:, slots], lse[:, :, slots], blocks[:, :, slots]
+    finite = jnp.where(lse == -jnp.inf, 0, lse)
+    total = jnp.sum(jnp.sin(o)) + jnp.sum(jnp.cos(finite)) + 10 * out.kl
+    return total, (o, lse, blocks, out.kl)
+
+  return jax.jit(jax.value_and_grad(loss, range(5), has_aux=True))(*args)
+
+
+def close(got, want, tolerance=1e-5):
+  for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
+    np.testing.assert_allclose(x, y, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+@pytest.mark.parametrize("packed", [False, True])
+def test_pieces_get_what_the_whole_row_gets(implementation, phase, packed):
+  """Values, choices, KL and every gradient; traced starts, one for each row."""
+  args = operands()
+  options = dict(phase=phase, implementation=implementation)
+  if packed:
+    options["segment_ids"] = documents()
+  mask = jnp.zeros((2, T), bool).at[:, SLOTS].set(True).at[1, 5].set(False)
+  want = with_gradients(args, SLOTS, query_mask=mask, **options)
+
+  @jax.jit
+  def pieces(starts, *args):
+    pieces = tuple(zip(starts, (n for _, n in PIECES)))
+    return with_gradients(
+      args, SLOTS, query_pieces=pieces, query_mask=mask[:, SLOTS], **options
+    )
+
+  close(pieces((jnp.full((2,), 3), jnp.int32(24)), *args), want)
+
+
+def test_recalls_of_pieces():
+  q, k, _, index_q, index_k = operands()
+  recall = functools.partial(msa_jax.selection_recall, block_size=8)
+  for options in ({}, dict(segment_ids=documents())):
+    pieces = options | dict(query_pieces=PIECES)
+    blocks = msa_jax.select_blocks(
+      index_q[:, SLOTS], index_k, **OPTIONS, **pieces
+    )
+    got = recall(q[:, SLOTS], k, blocks, **pieces)
+    # The same queries among the whole row; the others read nothing.
+    parts = []
+    for start, n in PIECES:
+      at = slice(start, start + n)
+      part = options | dict(query_pieces=((jnp.int32(start), n),))
+      chosen = msa_jax.select_blocks(index_q[:, at], index_k, **OPTIONS, **part)
+      ids = options.get("segment_ids")
+      count = 2 * n if ids is None else int((ids[:, at] != 0).sum())
+      parts.append((recall(q[:, at], k, chosen, **part), count))
+    total = sum(count for _, count in parts)
+    want = sum(np.array(x) * count for x, count in parts) / total
+    np.testing.assert_allclose(np.array(got), want, rtol=1e-6)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "xla"])
+def test_a_piece_beyond_the_keys_sees_nothing(implementation):
+  q, k, v, index_q, index_k = operands()
+
+  @jax.jit
+  def run(start):
+    return msa_jax.msa_attention(
+      q[:, :5], k, v, index_q[:, :5], index_k, **OPTIONS,
+      query_pieces=((start, 5),), implementation=implementation,
+    )  # fmt: skip
+
+  assert (np.asarray(run(T - 5).lse) > -np.inf).all()
+  for start, blind in ((T - 4, 5), (-2, 2)):
+    out = run(start)
+    assert (np.asarray(out.lse[..., :blind]) == -np.inf).all()
+    assert (np.asarray(out.out[:, :blind]) == 0).all()
+    assert (np.asarray(out.block_indices[:, :, :blind]) == -1).all()
+
+
+def test_kernels_get_a_call_for_each_piece(monkeypatch):
+  """`mosaic_gpu`'s division into calls, with xla in the kernels' place."""
+  from pallas_kernels import index_kl, select_blocks, sparse_attention
+
+  calls = []
+
+  def instead(module, name):
+    def call(*args, **options):
+      calls.append((name, options["kv_lengths"]))
+      options.pop("num_warpgroups", None)
+      return getattr(xla, name)(*args, **options)
+
+    monkeypatch.setattr(module, name, call)
+
+  instead(select_blocks, "select_blocks")
+  instead(sparse_attention, "sparse_attention")
+  instead(index_kl, "index_kl_loss")
+  monkeypatch.setattr(mosaic_gpu, "refusal", lambda: None)
+  args = operands()
+  mask = jnp.ones((2, len(SLOTS)), bool).at[1, 3].set(False)
+  options = dict(query_pieces=PIECES, query_mask=mask)
+  want = with_gradients(args, SLOTS, implementation="xla", **options)
+  got = with_gradients(args, SLOTS, implementation="mosaic_gpu", **options)
+  close(got, want)
+  assert [name for name, _ in calls] == [
+    *("select_blocks",) * 2, *("sparse_attention",) * 2,
+    *("index_kl_loss",) * 2,
+  ]  # fmt: skip
+  with pytest.raises(NotImplementedError, match="no query_pieces"):
+    msa_jax.ops.dense_attention(
+      *args[:3], query_pieces=((0, T),), implementation="mosaic_gpu"
+    )
+
+
+def test_zigzag_balances_a_plain_row_alone():
+  assert context.imbalance(np.arange(64), 8) == 1
+  # The last document of four is long, and device 0 has most of it.
+  rows = np.concatenate([np.arange(n) for n in (8, 8, 16, 32)])
+  owner = np.zeros(64, int)
+  for device, (early, late) in enumerate(((0, 7), (1, 6), (2, 5), (3, 4))):
+    for piece in (early, late):
+      owner[8 * piece : 8 * piece + 8] = device
+  work = np.bincount(owner, weights=rows + 1)
+  assert context.imbalance(rows, 4) == work.max() / work.mean() > 1.2
+
+
+# --- layers and models under a mesh -------------------------------------------
+
+LAYERS = """
+import functools, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+import msa_jax
+from msa_jax import context, Sharding
+from test_context import close
+
+jax.config.update("jax_disable_most_optimizations", True)
+n, T = jax.device_count(), 48
+x = jax.random.normal(jax.random.key(0), (2, T, 16))
+mask = jax.random.bernoulli(jax.random.key(1), 0.6, (2, T))
+ids = np.zeros((2, T), np.int32)
+ids[0, 2:9], ids[0, 9:33], ids[0, 35:] = 1, 2, 3
+ids[1] = 4
+PACKED = dict(segment_ids=jnp.asarray(ids))
+index = msa_jax.IndexConfig(index_dim=8, block_size=8, top_k=2)
+
+
+@functools.partial(nnx.jit, static_argnames=("phase", "zigzag"))
+def run(layer, x, phase, zigzag=False, **options):
+  def loss(layer, x):
+    kl = 0.0
+    if phase == "dense":
+      everything = out = layer(x, zigzag=zigzag, **options)
+    else:
+      everything = layer(
+        x, phase=phase, with_kl=True, with_selection=True, zigzag=zigzag,
+        query_mask=mask, **options)
+      out, kl = everything.out, everything.kl
+    return jnp.sum(jnp.sin(x + out)) + 10 * kl, everything
+  return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
+
+
+def make(kind, sharding, heads, kv_heads, **options):
+  if kind == "MSAttention":
+    options["index"] = index
+  return getattr(msa_jax, kind)(
+    heads, 16, 8 * heads, 16, kv_heads, sharding=sharding, rngs=nnx.Rngs(0),
+    **options)
+
+
+# Two devices and 2 KV heads: one each; 3: no share; 1: a share of both.
+LAYERS = [
+  ("MSAttention", "sparse", 4, 2, {}, PACKED),
+  ("MSAttention", "warmup", 4, 2, {}, PACKED),
+  ("GQAttention", "dense", 4, 1, dict(sinks=True), {}),
+  ("MSAttention", "warmup", 4, 1, dict(sinks=True), PACKED),
+  ("MSAttention", "warmup", 6, 3, {}, {}),
+  ("MSAttention", "sparse", 6, 3, dict(sinks=True), {}),
+  ("GQAttention", "dense", 4, 2, {}, {}),
+  ("GQAttention", "dense", 6, 3, {}, PACKED),
+]
+MESHES = {
+  2: [(AxisType.Auto, dict(context=2), LAYERS[:3])],
+  4: [(AxisType.Explicit, dict(data=2, context=2), LAYERS)],
+  8: [(AxisType.Auto, dict(context=8), [
+         ("MSAttention", "sparse", 4, 2, {}, PACKED),
+         ("MSAttention", "warmup", 16, 8, {}, {}),
+         ("GQAttention", "dense", 8, 2, {}, {})]),
+      (AxisType.Explicit, dict(data=2, context=2, tensor=2), [
+         ("MSAttention", "sparse", 4, 2, {}, PACKED),
+         ("MSAttention", "warmup", 8, 4, dict(sinks=True), PACKED),
+         ("GQAttention", "dense", 8, 4, {}, {})])],
+}
+for axis_type, sizes, layers in MESHES[n]:
+  mesh = jax.make_mesh(
+    (*sizes.values(),), (*sizes,), axis_types=(axis_type,) * len(sizes))
+  for kind, phase, heads, kv_heads, extra, options in layers:
+    want = run(make(kind, None, heads, kv_heads, **extra), x, phase, **options)
+    with jax.set_mesh(mesh):
+      spec = jax.P("data" if "data" in sizes else None, "context")
+      layer = make(kind, Sharding(), heads, kv_heads, **extra)
+      got = run(layer, jax.device_put(x, spec), phase, **options)
+      close(got, want, 2e-5)
+      out = got[0][1] if phase == "dense" else got[0][1].out
+      if axis_type == AxisType.Explicit:
+        assert jax.typeof(out).sharding.spec == jax.P(*spec, None)
+
+# An operation of one's own inside of jax.shard_map, with check_vma=True.
+KEYS = jax.random.split(jax.random.key(2), 5)
+SHAPES = ((4, 8), (2, 8), (2, 8), (2, 8), (8,))
+args = [jax.random.normal(key, (2, T, *a)) for key, a in zip(KEYS, SHAPES)]
+attention = functools.partial(
+  msa_jax.msa_attention, block_size=8, top_k=2, with_kl=True,
+  implementation="xla")
+
+
+def attend(q, k, v, index_q, index_k):
+  k, v, index_k = (
+    context.gather_keys(x, "context") for x in (k, v, index_k))
+  out = attention(q, k, v, index_q, index_k, query_pieces=context.query_pieces(
+    "context", q.shape[1]))
+  return out.out, jax.lax.pmean(out.kl, "context")
+
+
+def gradients(function, *args):
+  def loss(*args):
+    out, kl = function(*args)[:2]
+    return jnp.sum(jnp.sin(out)) + 10 * kl
+  return jax.jit(jax.value_and_grad(loss, range(5)))(*args)
+
+
+if n == 4:
+  value, want = gradients(attention, *args)
+  order = context.zigzag_order(T, n)
+  for axis_type in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh((n,), ("context",), axis_types=(axis_type,))
+    tokens = jax.P(None, "context")
+    mapped = jax.shard_map(
+      attend, mesh=mesh, in_specs=tokens, out_specs=(tokens, jax.P()))
+    place = jax.NamedSharding(mesh, tokens)
+    got = gradients(mapped, *(jax.device_put(x[:, order], place) for x in args))
+    close(got, (value, [x[:, order] for x in want]))
+
+# Tokens that stand in zigzag order already.
+if n == 2:
+  order = context.zigzag_order(T, n)
+  mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Auto,))
+  want = make("GQAttention", None, 4, 2)(x)
+  with jax.set_mesh(mesh):
+    layer = make("GQAttention", Sharding(), 4, 2)
+    held = jax.device_put(x[:, order], jax.P(None, "context"))
+    got = layer(held, zigzag=True)
+  close(got, want[:, order])
+"""
+
+
+@pytest.mark.parametrize(
+  "devices",
+  [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))],
+)
+def test_layers_give_the_numbers_of_one_device(devices):
+  """Outputs, KL, choices, recalls and all gradients, in both phases."""
+  run_on_devices(devices, LAYERS)
+
+
+MODEL = """
+import dataclasses, re
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+import msa_jax
+from msa_jax import DecoderLM, Sharding
+from test_context import close
+
+jax.config.update("jax_disable_most_optimizations", True)
+n = jax.device_count()
+index = msa_jax.IndexConfig(index_dim=8, block_size=8, top_k=2)
+config = msa_jax.ModelConfig(
+  vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
+  head_dim=8, mlp_dim=48, layer_kinds=("gqa", "msa"),
+  mlp_kinds=("dense", "moe"), index=index,
+  moe=msa_jax.MoEConfig(num_experts=4, top_k=2, expert_dim=16))
+tokens = jax.random.randint(jax.random.key(0), (2, 48), 0, 64)
+mask = jax.random.bernoulli(jax.random.key(1), 0.6, (2, 48))
+
+
+def train(model, tokens, sharding):
+  def loss(model):
+    out = model(tokens, with_kl=True, query_mask=mask, with_selection=True)
+    lm = msa_jax.head_loss(
+      out.hidden, model.head_weight(), tokens, mask.astype(jnp.float32), 16,
+      sharding=sharding)
+    return lm + out.kl.sum(), out
+  return nnx.value_and_grad(loss, has_aux=True)(model)
+
+
+def run(sharding, tokens):
+  model = DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
+  graphdef, state = nnx.split(model)
+  compiled = jax.jit(
+    lambda state, tokens: train(nnx.merge(graphdef, state), tokens, sharding)
+  ).lower(state, tokens).compile()
+  return compiled(state, tokens), compiled.as_text()
+
+
+want, _ = run(None, tokens)
+sizes = dict(context=2) if n == 2 else dict(fsdp=2, context=2, expert=n // 4)
+axis_type = AxisType.Explicit if n == 4 else AxisType.Auto
+mesh = jax.make_mesh(
+  (*sizes.values(),), (*sizes,), axis_types=(axis_type,) * len(sizes))
+with jax.set_mesh(mesh):
+  got, text = run(Sharding(), jax.device_put(tokens, jax.P(None, "context")))
+  close(got, want, 2e-5)
+  if n == 2:
+    # Nothing but keys is gathered: [2, 48, 2, 8] at most, and no activations.
+    shapes = re.findall(r"= \\w+\\[([0-9,]*)\\]\\S* all-gather", text)
+    assert len(shapes) >= 3
+    assert max(np.prod([*map(int, x.split(","))]) for x in shapes) == 1536
+  hidden = got[0][1].hidden
+  assert hidden.sharding.shard_shape(hidden.shape)[1] == 24, hidden.sharding
+"""
+
+
+@pytest.mark.parametrize(
+  "devices",
+  [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))],
+)
+def test_model_gives_the_numbers_of_one_device(devices):
+  """Loss, KL, choices, experts and gradients of a model of both attentions."""
+  run_on_devices(devices, MODEL)
+
+
+# --- a cache that is split ---------------------------------------------------
+
+CACHE = """
+import dataclasses, sys
+import jax, jax.numpy as jnp, numpy as np
+from flax import nnx
+from jax.sharding import AxisType
+import msa_jax
+from msa_jax import DecoderLM, Sharding, generate
+from test_context import close
+
+jax.config.update("jax_disable_most_optimizations", True)
+n = jax.device_count()
+index = msa_jax.IndexConfig(index_dim=8, block_size=8, top_k=2)
+config = msa_jax.ModelConfig(
+  vocab_size=64, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
+  head_dim=8, mlp_dim=48, layer_kinds=("gqa", "msa"), index=index)
+# 4 blocks on each device. The first chunk is shared by the devices, the second
+# is not, since 2 n does not divide it; then come decoding steps.
+CAPACITY = 32 * n
+tokens = jax.random.randint(jax.random.key(0), (2, 56), 0, 64)
+STEPS = [(32, (32, 21)), (18, (18, 18)), (3, (3, 2)), (1, (1, 1)), (1, (0, 1))]
+
+
+def run(config, sharding, index_dtype=None):
+  model = DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
+  extend = nnx.jit(lambda model, tokens, cache, counts: model.extend(
+    tokens, cache, counts=counts, with_selection=True))
+  cache = model.init_cache(2, CAPACITY, index_dtype=index_dtype)
+  found, first = [], 0
+  for count, counts in STEPS:
+    out = extend(model, tokens[:, first:first + count], cache,
+                 jnp.asarray(counts))
+    real = np.arange(count) >= count - np.asarray(counts)[:, None]
+    found.append((np.where(real[..., None], out.logits, 0),
+                  np.where(real[:, None, :, None], out.block_indices, -1)))
+    cache, first = out.cache, first + count
+  return found, cache.lengths
+
+
+fp8 = jnp.float8_e4m3fn
+CASES = {  # what takes each way through a layer
+  "own blocks": (dict(), None),
+  "gathered": (dict(implementation="reference"), fp8),
+  "fp8": (dict(), fp8),
+}
+sizes = dict(context=2) if n == 2 else dict(data=2, context=2)
+axis_type = AxisType.Auto if n == 2 else AxisType.Explicit
+mesh = jax.make_mesh(
+  (*sizes.values(),), (*sizes,), axis_types=(axis_type,) * len(sizes))
+for name in sys.argv[1:]:
+  changes, index_dtype = CASES[name]
+  changed = dataclasses.replace(config, **changes)
+  want = run(changed, None, index_dtype)
+  with jax.set_mesh(mesh):
+    close(run(changed, Sharding(), index_dtype), want, 2e-5)
+
+model = DecoderLM(config, rngs=nnx.Rngs(0))
+prompts = [[1, 2, 3], [4] * 40]
+want = generate.generate(model, prompts, max_new_tokens=6, steps=3)
+with jax.set_mesh(mesh):
+  model = DecoderLM(config, rngs=nnx.Rngs(0), sharding=Sharding())
+  got = generate.generate(model, prompts, max_new_tokens=6, steps=3)
+  cache = model.init_cache(2, CAPACITY)
+  held = cache.layers[1].index_k
+  assert held.sharding.shard_shape(held.shape)[1] == CAPACITY // 2
+  try:
+    model.init_cache(2, 40)
+  except ValueError as error:
+    assert "capacity must be a multiple of 16" in str(error), error
+for a, b in zip(got, want):
+  np.testing.assert_array_equal(a, b)
+"""
+
+
+def test_cache_over_two_devices():
+  """Prefill and decoding steps give logits and choices of one device."""
+  run_on_devices(2, CACHE, "own blocks")
+
+
+@pytest.mark.slow
+def test_cache_over_two_of_four_devices():
+  """Also with e4m3 index keys, and with a cache that is gathered."""
+  run_on_devices(4, CACHE, "own blocks", "gathered", "fp8")
+
+
+# --- kernels under a mesh -----------------------------------------------------
+
+KERNELS = """
+import jax
+from benchmarks import context_parallel as benchmark
+from benchmarks.cases import Case
+
+mesh = benchmark.mesh_of(2)
+case = Case(tokens=512, num_heads=8, num_kv_heads=2, head_dim=64, index_dim=64,
+            block_size=64, top_k=2)
+of = [jax.ShapeDtypeStruct(x.shape, x.dtype)
+      for x in benchmark.operands(case, mesh, "random")]
+# Both pieces call the same kernels, but for the choice of blocks.
+for op, kernels in (("context_prefill", 5), ("context_train", 11)):
+  run = benchmark.program(case, mesh, op, "mosaic_gpu")
+  text = jax.jit(run).trace(*of).lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("@mosaic_gpu") == kernels, (op, text.count("@mosaic_gpu"))
+  assert "CustomSPMDPartitioning" not in text
+"""
+
+
+def test_kernels_lower_under_a_mesh():
+  run_on_devices(2, KERNELS)
+
+
+def test_interpreted_kernels_take_the_pieces_of_two_devices(monkeypatch):
+  """One device after the other: the interpreter has one memory for all."""
+  from pallas_kernels import select_blocks, sparse_attention
+  from pallas_kernels import sparse_attention_fwd as fwd
+
+  case = Case(
+    q_len=256, kv_len=256, num_heads=2, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=64,
+  )  # fmt: skip
+  q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  for module, name, options in (
+    (select_blocks, "select_blocks", {}),
+    (sparse_attention, "sparse_attention",
+     dict(config=fwd.Config(num_ctas=1, pair_warpgroups=2, query_stages=2))),
+  ):  # fmt: skip
+    call = functools.partial(getattr(module, name), interpret=True, **options)
+    monkeypatch.setattr(module, name, call)
+  select = dict(
+    block_size=64, top_k=2, num_local_blocks=1, score_precision="exact"
+  )
+  attend = dict(block_size=64, scale=0.125)
+  where: dict = dict(kv_lengths=None)
+  want_blocks = xla.select_blocks(index_q, index_k, **select, **where)
+  want = xla.sparse_attention(q, k, v, want_blocks, **attend, **where)
+  order = context.zigzag_order(256, 2).reshape(2, 128)
+  for device, slots in enumerate(order):
+    starts = (64 * device, 64 * (3 - device))
+    where["query_pieces"] = [(jnp.int32([start]), 64) for start in starts]
+    blocks = mosaic_gpu.select_blocks(
+      index_q[:, slots], index_k, **select, **where
+    )
+    np.testing.assert_array_equal(blocks, want_blocks[:, :, slots])
+    out, lse = mosaic_gpu.sparse_attention(
+      q[:, slots], k, v, blocks, **attend, **where
+    )
+    close(np.float32(out), np.float32(want[0][:, slots]), 2e-2)
+    close(lse, want[1][:, :, slots], 2e-3)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [(64, 4), (32, 8)])
+def test_two_gpus_give_the_numbers_of_one(heads, hopper):
+  """Choices bit for bit; KL, gradients and decoding within rounding."""
+  from benchmarks import cases, context_parallel
+
+  if jax.device_count() < 2:
+    pytest.skip(f"needs two GPUs, got {jax.device_count()}")
+  case = cases.Case(tokens=1, num_heads=heads[0], num_kv_heads=heads[1])
+  context_parallel.check(case, 2, "mosaic_gpu")
+
+
+# --- errors -------------------------------------------------------------------
+
+ERRORS = """
+import pathlib, sys
+import jax, jax.numpy as jnp, pytest
+from flax import nnx
+from jax.sharding import AxisType
+import msa_jax
+from msa_jax import DecoderLM, Sharding
+from train import config, program
+from test_train import tiny_run
+
+mesh = jax.make_mesh((2,), ("context",), axis_types=(AxisType.Auto,))
+with jax.set_mesh(mesh):
+  for kind in (msa_jax.MSAttention, msa_jax.GQAttention):
+    layer = kind(4, 16, 32, 16, 2, sharding=Sharding(), rngs=nnx.Rngs(0))
+    with pytest.raises(ValueError, match="x must be a number of tokens that is"
+                       " a multiple of 4, two pieces for each of the 2 dev"):
+      layer(jnp.ones((1, 46, 16)))
+  layer = msa_jax.GQAttention(
+    6, 16, 48, 16, 3, implementation="cudnn", sharding=Sharding(),
+    rngs=nnx.Rngs(0))
+  with pytest.raises(NotImplementedError, match="supports no query_pieces"):
+    layer(jnp.ones((1, 48, 16)))
+  model = DecoderLM(
+    msa_jax.ModelConfig(vocab_size=8, num_layers=1, embed_dim=16, num_heads=2,
+                        num_kv_heads=1, head_dim=8, mlp_dim=16),
+    rngs=nnx.Rngs(0), sharding=Sharding())
+  with pytest.raises(ValueError, match="tokens must be a number of tokens"):
+    model(jnp.ones((1, 6), jnp.int32))
+with pytest.raises(ValueError, match="must be .* multiple of 6, two pieces"):
+  msa_jax.context.zigzag_order(8, 3)
+with pytest.raises(ValueError, match=r"context=0: wanted an integer"):
+  config.MeshConfig(context=0)
+run = config.with_fields(
+  tiny_run(pathlib.Path(sys.argv[1])), ["mesh.context=2", "context=62"])
+with pytest.raises(ValueError, match="context=62 tokens cannot be split over"
+                   " mesh.context=2: wanted a multiple of 4"):
+  program.Program(program.compile_key(run))
+"""
+
+
+def test_what_cannot_be_split_is_said(tmp_path):
+  run_on_devices(2, ERRORS, tmp_path)
+
+
+# --- the benchmark ------------------------------------------------------------
+
+BENCHMARK = """
+import json, pathlib, sys
+import jax
+from benchmarks import context_parallel as benchmark
+from benchmarks.cases import Case
+jax.config.update("jax_disable_most_optimizations", True)
+# XLA on a CPU sends bfloat16 as float32.
+benchmark.CASES["64k"] = Case(
+  tokens=96, num_heads=4, num_kv_heads=2, head_dim=8, index_dim=8,
+  block_size=8, top_k=2, dtype="float32")
+path = pathlib.Path(sys.argv[1])
+assert benchmark.main(
+  ["--tokens", "64k", "--implementation", "xla", "--results", str(path)]) == 0
+print(json.dumps(json.loads(path.read_text())["rows"]))
+"""
+
+
+def test_benchmark_counts_what_the_formula_says(tmp_path):
+  """Two devices: checked, timed, and the bytes of the compiled program."""
+  printed = run_on_devices(2, BENCHMARK, tmp_path / "found.json")
+  rows = {row["op"]: row for row in json.loads(printed.splitlines()[-1])}
+  decode = rows.pop("context_decode")
+  assert list(rows) == ["context_prefill", "context_train", "context_gather"]
+  # 2 K D + I = 40 numbers of 4 bytes for each of the other device's 48 tokens.
+  keys = 40 * 4 * 48
+  assert rows["context_gather"]["collectives"] == {"all-gather": keys}
+  assert rows["context_prefill"]["collectives"] == {"all-gather": keys}
+  assert rows["context_train"]["collectives"] == {
+    "all-gather": keys, "reduce-scatter": keys,
+  }  # fmt: skip
+  for row in rows.values():
+    assert row["sent_bytes"] == row["formula_bytes"]
+    assert row["devices"] == 2 and row["ms"] > 0
+  assert rows["context_train"]["efficiency"] > 0
+  # Candidates, partial results and their maxima and sums, but no keys.
+  assert 0 < decode["sent_bytes"] < keys / 4
+
+
+def test_bytes_are_counted_in_the_words_of_a_gpu_program():
+  from benchmarks.context_parallel import sent_bytes
+
+  text = """
+    %a = (bf16[1,64,4]{2,1,0}, bf16[1,128,4]{2,1,0}) all-gather-start(%x)
+    %b = bf16[1,128,4]{2,1,0} all-gather-done(%a)
+    %c = f32[1,64,4]{2,1,0} reduce-scatter(%y), dimensions={1}
+    %d = (s8[8]{0}, f8e4m3fn[16]{0}) all-to-all(%z, %w)
+    %e = f32[]{} all-reduce-start(%k)
+  """
+  assert sent_bytes(text, 2) == {
+    "all-gather": 128 * 4 * 2 // 2,
+    "reduce-scatter": 64 * 4 * 4,
+    "all-to-all": 12,
+    "all-reduce": 4,
+  }
