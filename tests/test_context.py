@@ -59,8 +59,15 @@ def close(got, want, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("implementation", ["reference", "xla"])
-@pytest.mark.parametrize("phase", ["sparse", "warmup"])
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize(
+  ("phase", "packed"),
+  [
+    ("sparse", True),
+    ("warmup", False),
+    pytest.param("sparse", False, marks=pytest.mark.slow),
+    pytest.param("warmup", True, marks=pytest.mark.slow),
+  ],
+)
 def test_pieces_get_what_the_whole_row_gets(implementation, phase, packed):
   """Values, choices, KL and every gradient; traced starts, one for each row."""
   args = operands()
@@ -299,10 +306,8 @@ if n == 2:
 """
 
 
-@pytest.mark.parametrize(
-  "devices",
-  [2, *(pytest.param(n, marks=pytest.mark.slow) for n in (4, 8))],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [2, 4, 8])
 def test_layers_give_the_numbers_of_one_device(devices):
   """Outputs, KL, choices, recalls and all gradients, in both phases."""
   run_on_devices(devices, LAYERS)
@@ -482,6 +487,7 @@ for op, kernels in (("context_prefill", 5), ("context_train", 11)):
 """
 
 
+@pytest.mark.slow
 def test_kernels_lower_under_a_mesh():
   run_on_devices(2, KERNELS)
 
@@ -602,6 +608,7 @@ print(json.dumps(json.loads(path.read_text())["rows"]))
 """
 
 
+@pytest.mark.slow
 def test_benchmark_counts_what_the_formula_says(tmp_path):
   """Two devices: checked, timed, and the bytes of the compiled program."""
   printed = run_on_devices(2, BENCHMARK, tmp_path / "found.json")
