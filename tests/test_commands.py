@@ -166,6 +166,17 @@ def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
   assert ("__cudnn$fmha" in text) == (phase != "sparse")
 
 
+def test_own_text_replaces_that_of_the_text_tasks():
+  own = config_lib.with_text(configs.preset("demo"), "texts")
+  paths = [getattr(run.data, "path", None) for run in own.runs]
+  assert paths == ["texts", "texts", None, None]
+  text = config_lib.only_task(own, "text")
+  assert [run.side for run in text.runs] == ["gqa", "msa"]
+  for run in config_lib.with_text(configs.preset("lm73m_16k"), "t").runs:
+    assert isinstance(run.data, data.MixConfig)
+    assert run.data.text.path == "t" and not run.data.text.installed
+
+
 # -------------------------------------------------------------- commands
 
 
@@ -193,7 +204,7 @@ def compared(place, tiny, compiled_once) -> pathlib.Path:
   with pytest.MonkeyPatch.context() as patch:
     without_extras(patch)
     patch.setattr(plan, "_measure_run", measured)
-    options = ["--out", str(out), "--no-report", "--sides", "gqa", "msa_cpt"]
+    options = ["--folder", str(out), "--no-report", "--sides", "gqa", "msa_cpt"]
     command = ["compare", "lm73m_16k", "--plan", "2.6", "--minutes", "0"]
     assert cli.main([*command, *options, "--set", *tiny]) == cli.STOPPED
     assert cli.main(["compare", "--config", file, *options]) == 0
@@ -353,7 +364,7 @@ def test_runs_hold_what_the_report_needs(compared):
 
 def test_speed_times_sides_at_each_length(compared):
   file = str(compared / "comparison.json")
-  command = ["speed", "--config", file, "--out", str(compared)]
+  command = ["speed", "--config", file, "--folder", str(compared)]
   assert cli.main([*command, "--lengths", "128"]) == 0
   found = json.loads((compared / "speed.json").read_text())
   assert {"device", "commit", "command", "versions"} <= set(found)
@@ -390,11 +401,13 @@ def test_report_of_it_all(compared):
 def test_commands_refuse(compared, capsys):
   file = str(compared / "comparison.json")
   for command, words in {
-    f"plan --config {file} --out {compared} --minutes 1": "has runs already",
+    f"plan --config {file} --folder {compared} --minutes 1": "has runs already",
     "compare lm73m_16k --sides mla": "sides=['mla']: the comparison has gqa",
     "compare lm73m_16k --minutes 1 --distributed": "--minutes: wanted one",
     "compare lm73m_16k --plan 1 --distributed": "--plan: wanted one",
     "speed lm73m_16k --set context": "wanted FIELD=VALUE",
+    "compare demo --task texts": "task='texts': wanted one of text, recall",
+    "compare demo --task recall --text t": "text='t': wanted a comparison",
   }.items():
     assert cli.main(command.split()) == 1
     assert words in capsys.readouterr().err
@@ -484,7 +497,7 @@ def test_a_missing_package_of_the_report_is_said_before_training(
   for name in [name for name in sys.modules if name.startswith("train.report")]:
     monkeypatch.delitem(sys.modules, name)
   out = place / "never"
-  assert cli.main(["compare", "smoke", "--out", str(out)]) == 1
+  assert cli.main(["compare", "smoke", "--folder", str(out)]) == 1
   said = capsys.readouterr().err
   assert "the report needs the package 'matplotlib'" in said
   assert "--no-report" in said and not out.exists()

@@ -497,7 +497,7 @@ def compared(place, comparison) -> pathlib.Path:
   file = place / "comparison.json"
   checkpoint.write_json(file, config_lib.to_dict(comparison))
   out = place / "compared"
-  command = ["compare", "--config", str(file), "--out", str(out)]
+  command = ["compare", "--config", str(file), "--folder", str(out)]
   assert cli.main(command) == 0
   return out
 
@@ -901,7 +901,7 @@ def test_presets_are_comparable(name):
 def test_help(capsys):
   for command, words in {
     "--help": ("train", "compare", "report"),
-    "compare --help": ("--seeds", "--out", "smoke", "demo"),
+    "compare --help": ("--seeds", "--folder", "smoke", "demo"),
     "train smoke --task text --side msa --help": (
       "--model.num-layers",
       "--optimizer.index-learning-rate-factor",

@@ -1,6 +1,7 @@
 """Command line: train one run, compare sides, write a report, sample.
 
 python -m train compare demo
+python -m train compare demo --task text --text MY_TEXTS --folder runs/mine
 python -m train train demo --task text --side msa --seed 0
 python -m train report runs/demo
 python -m train sample runs/demo/text/msa/seed0 --prompt "import "
@@ -132,9 +133,22 @@ def _add_set(parser: argparse.ArgumentParser) -> None:
   )
 
 
-def _add_out(parser: argparse.ArgumentParser) -> None:
+def _add_comparison(parser: argparse.ArgumentParser) -> None:
+  """What to compare: a preset or a file, and what is changed in it."""
+  _add_config(parser)
+  _add_set(parser)
+  parser.add_argument("--task", help="only this task, such as text")
   parser.add_argument(
-    "--out",
+    "--text",
+    metavar="PATH",
+    help="your own text, for the tasks that read text: a text, json, jsonl or"
+    " parquet file, or a folder of them",
+  )
+
+
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+  parser.add_argument(
+    "--folder",
     type=pathlib.Path,
     help="folder of the comparison (default: runs/NAME)",
   )
@@ -168,10 +182,9 @@ def _add_train_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_compare_options(parser: argparse.ArgumentParser) -> None:
-  _add_config(parser)
+  _add_comparison(parser)
   _add_distributed(parser)
-  _add_out(parser)
-  _add_set(parser)
+  _add_folder(parser)
   _add_sides(parser)
   add = parser.add_argument
   add(
@@ -208,9 +221,8 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_plan_options(parser: argparse.ArgumentParser) -> None:
-  _add_config(parser)
-  _add_out(parser)
-  _add_set(parser)
+  _add_comparison(parser)
+  _add_folder(parser)
   parser.add_argument(
     "--minutes",
     type=float,
@@ -220,9 +232,8 @@ def _add_plan_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_speed_options(parser: argparse.ArgumentParser) -> None:
-  _add_config(parser)
-  _add_out(parser)
-  _add_set(parser)
+  _add_comparison(parser)
+  _add_folder(parser)
   parser.add_argument(
     "--lengths",
     type=int,
@@ -238,8 +249,7 @@ def _add_speed_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_devices_options(parser: argparse.ArgumentParser) -> None:
-  _add_config(parser)
-  _add_set(parser)
+  _add_comparison(parser)
   _add_sides(parser)
   parser.add_argument(
     "--steps",
@@ -325,12 +335,16 @@ def _default_folder(comparison: config_lib.ComparisonConfig) -> pathlib.Path:
 
 
 def _comparison(args: argparse.Namespace) -> config_lib.ComparisonConfig:
-  """The comparison that the arguments name, with the fields of --set."""
+  """The comparison that the arguments name, with --task, --text and --set."""
   _need_one_source(args)
   if args.config is None:
     comparison = configs.preset(args.preset)
   else:
     comparison = config_lib.load(config_lib.ComparisonConfig, args.config)
+  if args.task is not None:
+    comparison = config_lib.only_task(comparison, args.task)
+  if args.text is not None:
+    comparison = config_lib.with_text(comparison, args.text)
   return config_lib.with_fields(comparison, args.set)
 
 
@@ -406,7 +420,7 @@ def _compare(args: argparse.Namespace) -> int:
   if not args.no_report:
     # Before --plan, which takes minutes.
     report.check_packages()
-  folder = args.out or _default_folder(comparison)
+  folder = args.folder or _default_folder(comparison)
   compiled = None
   if args.plan is not None:
     from train import plan
@@ -437,7 +451,7 @@ def _plan(args: argparse.Namespace) -> None:
   from train import plan
 
   comparison = _comparison(args)
-  folder = args.out or _default_folder(comparison)
+  folder = args.folder or _default_folder(comparison)
   plan.plan(comparison, folder, args.minutes)
   print(folder / "comparison.json")
 
@@ -446,7 +460,7 @@ def _speed(args: argparse.Namespace) -> None:
   from train import speed
 
   comparison = _comparison(args)
-  folder = args.out or _default_folder(comparison)
+  folder = args.folder or _default_folder(comparison)
   path = speed.speed(
     comparison, folder, args.lengths, random_tokens=args.random_tokens
   )

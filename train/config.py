@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from msa_jax.checks import as_integer, is_integer, keep
 from msa_jax.model_config import ModelConfig
-from train.data import DataConfig
+from train.data import DataConfig, MixConfig, TextConfig
 
 
 def _check(ok: bool, text: str) -> None:
@@ -425,6 +425,42 @@ class ComparisonConfig:
           yield dataclasses.replace(
             run, seed=seed, folder=str(run_folder), recipe=recipe
           )
+
+
+def only_task(comparison: ComparisonConfig, task: str) -> ComparisonConfig:
+  """The comparison with one of its tasks.
+
+  Raises:
+    ValueError: it has no such task.
+  """
+  tasks = comparison.tasks()
+  _check(task in tasks, f"task={task!r}: wanted one of {', '.join(tasks)}.")
+  runs = tuple(run for run in comparison.runs if run.task == task)
+  return dataclasses.replace(comparison, runs=runs)
+
+
+def with_text(comparison: ComparisonConfig, path: str) -> ComparisonConfig:
+  """The comparison with another text in each task that has one.
+
+  Raises:
+    ValueError: no task has any text.
+  """
+
+  def changed(data: DataConfig) -> DataConfig:
+    if isinstance(data, MixConfig):
+      text = dataclasses.replace(data.text, path=path, installed=False)
+      return dataclasses.replace(data, text=text)
+    if isinstance(data, TextConfig):
+      return dataclasses.replace(data, path=path, installed=False)
+    return data
+
+  _check(
+    any(isinstance(r.data, TextConfig | MixConfig) for r in comparison.runs),
+    f"text={path!r}: wanted a comparison with a task that reads text; its"
+    f" tasks are {', '.join(comparison.tasks())}.",
+  )
+  runs = (dataclasses.replace(r, data=changed(r.data)) for r in comparison.runs)
+  return dataclasses.replace(comparison, runs=tuple(runs))
 
 
 # The fields of a run that count steps, all but log_every.

@@ -120,7 +120,9 @@ def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
   if there is not None and there < config.eval_batches:
     raise ValueError(
       f"eval_batches={config.eval_batches}: the held-out data give {there}"
-      f" batches of {rows} batch rows with context={config.context}."
+      f" batches of {rows} batch rows with context={config.context}. Wanted"
+      " more data, a shorter context, or fewer eval_batches"
+      " (--set eval_batches=...)."
     )
 
 

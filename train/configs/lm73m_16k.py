@@ -34,7 +34,7 @@ size in 20 steps a side.
 
   export JAX_COMPILATION_CACHE_DIR=runs/.compiled
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
-  python -m train compare lm73m_16k --out runs/try --unit 1 --set log_every=1 \
+  python -m train compare lm73m_16k --folder runs/try --unit 1 --set log_every=1 \
     eval_every=800 layers_every=1600 eval_batches=2 final_probe_batches=4
   python -m train compare lm73m_16k --plan 20 --minutes 8.9 --no-report
   # until it says no more that it is not finished:
@@ -57,7 +57,7 @@ can be run with choices of the same statistics:
 A tiny and short version runs in a minute on a CPU. It must ask for the portable
 implementation:
 
-  python -m train compare lm73m_16k --out runs/try --unit 1 --set \
+  python -m train compare lm73m_16k --folder runs/try --unit 1 --set \
     model.implementation=xla model.gqa_implementation=xla model.dtype=float32 \
     model.num_layers=2 model.embed_dim=64 model.num_heads=4 model.head_dim=16 \
     model.rope_dim=16 model.index.index_dim=16 model.index.block_size=16 \
