@@ -19,6 +19,7 @@ from msa_jax.model import (
   ExtendOutput,
   LMOutput,
   is_index_param,
+  param_groups,
 )
 from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 from msa_jax.ops import (
@@ -80,6 +81,7 @@ __all__ = [
   "is_index_param",
   "merge_prefixes",
   "msa_attention",
+  "param_groups",
   "partial_rope",
   "select_blocks",
   "selection_recall",

@@ -767,6 +767,26 @@ def is_index_param(path: Sequence[Any]) -> bool:
   return any(str(name).startswith("index_") for name in names)
 
 
+def param_groups(params: Any) -> Any:
+  """The group of each parameter, as `optax.multi_transform` wants labels.
+
+  The KL loss alone trains the Index Branch, so it wants a gradient clip and a
+  learning rate of its own:
+
+    optax.multi_transform({"rest": a, "index": b}, msa_jax.param_groups)
+
+  Args:
+    params: a pytree of parameters, such as `nnx.state(model, nnx.Param)`.
+
+  Returns:
+    The tree with "index" for parameters of the Index Branch (`is_index_param`)
+    and "rest" for all others.
+  """
+  return jax.tree_util.tree_map_with_path(
+    lambda path, _: "index" if is_index_param(path) else "rest", params
+  )
+
+
 def abstract_model(
   config: ModelConfig, sharding: Sharding | None
 ) -> tuple[Any, dict[tuple, Any], dict[tuple, PartitionSpec]]:

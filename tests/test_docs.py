@@ -163,7 +163,7 @@ def test_pages_have_examples():
     "context.md",
     "generation.md",
     "layers.md",
-    "training.md",
+    "own_loop.md",
   }
   assert blocks(ROOT / "README.md")[0][1]
 
@@ -241,7 +241,22 @@ def check_layers(names, tmp_path):
   assert names["taken"] in ("xla", "mosaic_gpu")
 
 
+def check_own_loop(names, tmp_path):
+  """The loop has trained; the index is what the KL trains, in every form."""
+  assert 0 < names["score"] <= names["best"] * (1 + 1e-6)
+  assert np.isfinite(names["lm"]) and names["kl"] > 0
+  gradients = names["kl_gradient"]
+  for labels in (names["labels"], names["linen_labels"]):
+    for name, label in labels.items():
+      assert label == ("index" if name.startswith("index_") else "rest")
+      assert bool(jnp.any(gradients[name])) == (label == "index"), name
+  assert names["linen_kl"] > 0
+  assert names["sharded"].out.shape == names["x"].shape
+  assert names["sharded"].kl > 0
+
+
 CHECKS = {
+  "own_loop.md": check_own_loop,
   "layers.md": check_layers,
   "README.md": check_readme,
   "generation.md": check_generation,

@@ -12,6 +12,7 @@ SMALL = {
   "01_what_msa_selects": dict(STEPS=6, WARMUP=3, EVAL_BATCHES=1),
   "02_the_kernels": dict(KEY_TOKENS=1 << 13, RUN_TOKENS=128),
   "03_gqa_against_msa": dict(),
+  "05_msa_in_your_own_model": dict(STEPS=4, WARMUP=2, CONTEXT=64, BATCH=1),
 }
 each_notebook = pytest.mark.parametrize(
   "source", build.sources(), ids=lambda path: path.stem

@@ -35,7 +35,8 @@ size in 20 steps a side.
   export JAX_COMPILATION_CACHE_DIR=runs/.compiled
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
   python -m train compare lm73m_16k --folder runs/try --unit 1 --set \
-    log_every=1 eval_every=800 layers_every=1600 eval_batches=2 final_probe_batches=4
+    log_every=1 eval_every=800 layers_every=1600 eval_batches=2 \
+    final_probe_batches=4
   python -m train compare lm73m_16k --plan 20 --minutes 8.9 --no-report
   # until it says no more that it is not finished:
   python -m train compare --config runs/lm73m_16k/comparison.json --minutes 8.9
