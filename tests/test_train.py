@@ -3,12 +3,14 @@
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import subprocess
 import sys
 
 import jax
 import numpy as np
+import optax
 import pytest
 from flax import nnx
 from helpers import run_on_devices
@@ -303,6 +305,55 @@ def test_weight_decay_leaves_norms_alone(program, params):
       assert np.any(update) == (not name.endswith("scale")), name
 
 
+def own_optimizer(config, group):
+  """Signs of gradients, twice as long for the index."""
+  return optax.sign_sgd(2.0 if group == "index" else 1.0)
+
+
+def test_an_optimizer_of_ones_own(place, params):
+  run = tiny_run(place)
+  run = with_field(
+    run, "optimizer.algorithm", lambda _: f"{__name__}:own_optimizer"
+  )
+  program = program_of(run)
+  for group, length in (("backbone", 1.0), ("index", 2.0)):
+    mine = program.group(params, group)
+    transform = program._transforms[group]
+    updates, _ = transform.update(mine, transform.init(mine), mine)
+    for name, update in updates.items():
+      np.testing.assert_allclose(update, length * np.sign(mine[name]))
+
+
+@pytest.mark.parametrize("scan", [False, True])
+def test_muon_orthogonalises_whole_matrices_alone(place, scan):
+  run = with_field(tiny_run(place), "optimizer.algorithm", lambda _: "muon")
+  run = with_field(run, "optimizer.weight_decay", lambda _: 0.0)
+  run = with_field(run, "model.scan_layers", lambda _: scan)
+  program = program_of(run)
+  params = program.init(0).params
+  adam = program_of(with_field(run, "optimizer.algorithm", lambda _: "adamw"))
+  for group in ("backbone", "index"):
+    mine = program.group(params, group)
+    found = {}
+    for made in (program, adam):
+      transform = made._transforms[group]
+      found[made], _ = transform.update(mine, transform.init(mine), mine)
+    for name, update in found[program].items():
+      if not name.startswith("layers") or not name.endswith("kernel"):
+        np.testing.assert_allclose(update, found[adam][name], rtol=1e-6)
+        continue
+      update = np.asarray(update).reshape(-1, *update.shape[scan:])[:1]
+      update = update[0] if scan else np.asarray(found[program][name])
+      shape = update.shape
+      inputs = math.prod(shape[:-1]) if ".out." in name else shape[0]
+      size = np.linalg.svd(update.reshape(inputs, -1), compute_uv=False)
+      # Nearly all directions of a matrix get about the same length (of a random
+      # one's, a tenth have less than a fifth of the longest), and the whole
+      # about the root mean square of AdamW's updates.
+      assert size.max() < 2.5 * np.quantile(size, 0.1), name
+      assert np.sqrt((update**2).mean()) == pytest.approx(0.2, rel=0.25), name
+
+
 # --- Sharing a program --------------------------------------------------------
 
 
@@ -313,7 +364,9 @@ def other_value(value):
   if isinstance(value, config_lib.MeshConfig):
     return dataclasses.replace(value, data=-1)
   if isinstance(value, str):
-    return {"stream": "files"}[value]
+    return {"stream": "files", "adamw": "muon"}[value]
+  if value is None:
+    return "muon"
   return value * 2 if isinstance(value, int) else value / 2
 
 
@@ -326,7 +379,14 @@ RUN_FIELDS = {
   **{
     name: f"optimizer.{name}"
     for name in (
-      *("beta1", "beta2", "eps", "weight_decay"),
+      *(
+        "algorithm",
+        "index_algorithm",
+        "beta1",
+        "beta2",
+        "eps",
+        "weight_decay",
+      ),
       *("clip_norm", "index_clip_norm", "router_bias_rate"),
     )
   },
@@ -868,11 +928,40 @@ def test_schedule():
   optimizer = config_lib.OptimizerConfig(
     learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.1
   )
-  rates = [optimizer.schedule(step, 10) for step in range(1, 11)]
+  rates = [optimizer.learning_rate_at(step, 10) for step in range(1, 11)]
   np.testing.assert_allclose(rates[:4], [0.5, 1.0, 1.5, 2.0])
   assert rates[6] == pytest.approx(2.0 * 0.55) and rates[-1] == pytest.approx(
     0.2
   )
+
+
+def own_schedule(optimizer, num_steps):
+  return lambda done: optimizer.learning_rate * done / num_steps
+
+
+def test_other_schedules():
+  make = functools.partial(
+    config_lib.OptimizerConfig,
+    learning_rate=2.0,
+    warmup_steps=2,
+    min_lr_ratio=0.5,
+    decay_share=0.4,
+  )
+
+  def rates(schedule):
+    made = make(schedule=schedule)
+    return [made.learning_rate_at(step, 10) for step in range(1, 11)]
+
+  assert rates("constant") == [1.0] + [2.0] * 9
+  np.testing.assert_allclose(
+    rates("wsd"), [1.0, *[2.0] * 5, 1.75, 1.5, 1.25, 1.0]
+  )
+  own = f"{__name__}:own_schedule"
+  np.testing.assert_allclose(rates(own), 2 * np.arange(10) / 10)
+  with pytest.raises(ValueError, match="schedule='linear': wanted one of"):
+    make(schedule="linear")
+  with pytest.raises(ValueError, match="cannot be imported"):
+    rates("no_such_module:f")
 
 
 # --- Command line -------------------------------------------------------------

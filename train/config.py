@@ -3,6 +3,7 @@ and are saved as JSON."""
 
 import dataclasses
 import functools
+import importlib
 import json
 import math
 import pathlib
@@ -47,15 +48,55 @@ def _check_numbers(config: Any, least: float, *names: str) -> None:
     )
 
 
+def import_function(field: str, name: str) -> Any:
+  """The function that a field names as "module:function".
+
+  Raises:
+    ValueError: there is no such module or function.
+  """
+  module, _, function = name.partition(":")
+  try:
+    return getattr(importlib.import_module(module), function)
+  except (ImportError, AttributeError, ValueError) as error:
+    raise ValueError(
+      f"{field}={name!r} cannot be imported ({error}): wanted"
+      " 'module:function' of an importable module, such as one in the current"
+      " folder."
+    ) from error
+
+
+ALGORITHMS = ("adamw", "muon")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-  """AdamW under a cosine schedule with a linear warm-up."""
+  """An optimizer for each parameter group, under one schedule with a linear
+  warm-up."""
+
+  algorithm: str = "adamw"
+  """"adamw"; "muon", which takes Muon for the matrices of attention and MLPs,
+  at AdamW's scale of updates, and AdamW for the rest; or "module:function". The
+  function is called with this config and the group, "backbone" or "index", and
+  returns an optax transformation as with learning_rate=1.0: the run scales its
+  updates by the schedule. The run clips gradients before it."""
+
+  index_algorithm: str | None = None
+  """The same for the Index Branch; None: algorithm."""
+
+  schedule: str = "cosine"
+  """"cosine"; "wsd" (warm-up, stable, decay: constant, then linear in the last
+  decay_share of the steps); "constant"; or "module:function". The function is
+  called with this config and num_steps, and returns an optax schedule: the
+  learning rate as a function of the steps done."""
+
+  decay_share: float = 0.2
+  """Share of the steps in which the "wsd" schedule decays."""
 
   learning_rate: float = 3e-3
   """The schedule's peak."""
 
   min_lr_ratio: float = 0.1
-  """The schedule's last value, as a fraction of its peak."""
+  """The last value of "cosine" and "wsd", as a fraction of the peak."""
 
   warmup_steps: int = 50
   """Steps in which the learning rate rises linearly."""
@@ -105,15 +146,42 @@ class OptimizerConfig:
     for name in ("beta1", "beta2"):
       value = getattr(self, name)
       _check(0 <= value < 1, f"{name}={value!r}: wanted 0 <= {name} < 1.")
+    _check(
+      0 < self.decay_share <= 1,
+      f"decay_share={self.decay_share}: wanted a share above 0, at most 1.",
+    )
+    for name, known in (
+      ("algorithm", ALGORITHMS),
+      ("index_algorithm", (*ALGORITHMS, None)),
+      ("schedule", ("cosine", "wsd", "constant")),
+    ):
+      value = getattr(self, name)
+      _check(
+        value in known or (isinstance(value, str) and ":" in value),
+        f"{name}={value!r}: wanted one of {known}, or 'module:function'.",
+      )
 
-  def schedule(self, step: int, num_steps: int) -> float:
+  def learning_rate_at(self, step: int, num_steps: int) -> float:
     """The learning rate of a step (counted from 1) of num_steps."""
+    if ":" in self.schedule:
+      made = import_function("optimizer.schedule", self.schedule)
+      rate = float(made(self, num_steps)(step - 1))
+      _check(
+        math.isfinite(rate) and rate >= 0,
+        f"optimizer.schedule={self.schedule!r} gives {rate} for step {step}:"
+        " wanted a number of at least 0.",
+      )
+      return rate
     if step <= self.warmup_steps:
       return self.learning_rate * step / self.warmup_steps
+    if self.schedule == "constant":
+      return self.learning_rate
     done = (step - self.warmup_steps) / max(num_steps - self.warmup_steps, 1)
-    wave = 0.5 * (1 + math.cos(math.pi * done))
+    share = 0.5 * (1 + math.cos(math.pi * done))
+    if self.schedule == "wsd":
+      share = min(1.0, (num_steps - step) / (self.decay_share * num_steps))
     return self.learning_rate * (
-      self.min_lr_ratio + (1 - self.min_lr_ratio) * wave
+      self.min_lr_ratio + (1 - self.min_lr_ratio) * share
     )
 
 
@@ -362,7 +430,7 @@ class RunConfig:
 
   def learning_rates(self, step: int) -> dict[str, float]:
     """Learning rate of each parameter group in a step (counted from 1)."""
-    rate = self.optimizer.schedule(step, self.num_steps)
+    rate = self.optimizer.learning_rate_at(step, self.num_steps)
     factor = self.optimizer.index_learning_rate_factor
     return {"backbone": rate, "index": rate * factor}
 

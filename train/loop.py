@@ -253,7 +253,7 @@ class _Run:
         metrics["loss"] * pending.targets, [pending.bytes]
       ),
       "kl": metrics["kl"] if index else None,
-      "learning_rate": config.optimizer.schedule(step, config.num_steps),
+      "learning_rate": config.learning_rates(step)["backbone"],
       "grad_norm": metrics["grad_norm"],
       "index_grad_norm": metrics["index_grad_norm"] if index else None,
       "tokens_per_second": speed,

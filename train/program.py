@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import optax.contrib
 from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Pspec
@@ -37,6 +38,9 @@ from train.checkpoint import Checkpoints, read_config
 
 _AXES = ("data", "fsdp", "expert", "tensor", "context")
 _GROUPS = ("backbone", "index")
+# Muon's updates of a matrix get this root mean square, about that of AdamW's,
+# so that both take the same learning rate.
+_ADAM_RMS = 0.2
 _LOWERING = threading.Lock()
 Params = dict[str, jax.Array]
 
@@ -72,7 +76,9 @@ class ProgramConfig:
   kl_weight: float
   """lambda: the loss is LM + lambda * the sum of the layers' KL."""
 
-  # AdamW, as in `OptimizerConfig`.
+  # As in `OptimizerConfig`.
+  algorithm: str
+  index_algorithm: str | None
   beta1: float
   beta2: float
   eps: float
@@ -97,6 +103,8 @@ def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
     grad_accumulation=run.grad_accumulation,
     context=run.context,
     kl_weight=run.recipe.kl_weight,
+    algorithm=optimizer.algorithm,
+    index_algorithm=optimizer.index_algorithm,
     beta1=optimizer.beta1,
     beta2=optimizer.beta2,
     eps=optimizer.eps,
@@ -150,12 +158,15 @@ class Program:
     self._transforms = self._make_transforms()
     with self.context():
       state = jax.eval_shape(lambda: self._fresh_state(0))
-    self.state_shardings = jax.tree_util.tree_map_with_path(
-      lambda path, _: self._param_shardings.get(
-        str(getattr(path[-1], "key", "")), self.replicated
-      ),
-      state,
-    )
+
+    def sharding(path: tuple, leaf: jax.ShapeDtypeStruct) -> NamedSharding:
+      # Of an optimizer's state, what has a parameter's name and shape.
+      name = str(getattr(path[-1], "key", ""))
+      if name in self.shapes and leaf.shape == self.shapes[name].shape:
+        return self._param_shardings[name]
+      return self.replicated
+
+    self.state_shardings = jax.tree_util.tree_map_with_path(sharding, state)
     self.abstract_state = jax.tree.map(
       lambda leaf, sharding: jax.ShapeDtypeStruct(
         leaf.shape, leaf.dtype, sharding=sharding
@@ -268,21 +279,82 @@ class Program:
 
   def _make_transforms(self) -> dict[str, optax.GradientTransformation]:
     config = self.config
+    return {
+      "backbone": self._transform(
+        "backbone", config.algorithm, config.clip_norm
+      ),
+      "index": self._transform(
+        "index",
+        config.index_algorithm or config.algorithm,
+        config.index_clip_norm,
+      ),
+    }
+
+  def _transform(
+    self, group: str, algorithm: str, clip_norm: float
+  ) -> optax.GradientTransformation:
+    """Gradients to directions, which `_step` scales by the learning rate and
+    subtracts."""
+    config = self.config
 
     def decayed(tree: Any) -> dict[str, bool]:
       return {name: _decays(name) for name in tree}
 
-    def adam(clip_norm: float) -> optax.GradientTransformation:
-      return optax.chain(
-        optax.clip_by_global_norm(clip_norm),
-        optax.scale_by_adam(config.beta1, config.beta2, config.eps),
-        optax.add_decayed_weights(config.weight_decay, mask=decayed),
-      )
+    def axes(tree: Any) -> dict[str, Any]:
+      return {name: self._matrix(name) for name in tree}
 
-    return {
-      "backbone": adam(config.clip_norm),
-      "index": adam(config.index_clip_norm),
-    }
+    def labels(tree: Any) -> dict[str, str]:
+      return {n: "matrix" if self._matrix(n) else "rest" for n in tree}
+
+    clip = optax.clip_by_global_norm(clip_norm)
+    if ":" in algorithm:
+      made = config_lib.import_function("optimizer.algorithm", algorithm)
+      own = made(self._optimizer_config(), group)
+      if not isinstance(own, optax.GradientTransformation):
+        raise ValueError(
+          f"optimizer.algorithm={algorithm!r} gave a {type(own).__name__}:"
+          " wanted an optax.GradientTransformation."
+        )
+      return optax.chain(clip, own, optax.scale(-1.0))
+    scale = optax.scale_by_adam(config.beta1, config.beta2, config.eps)
+    if algorithm == "muon":
+      # optax's Muon would give the other parameters Nesterov's momentum.
+      muon = optax.contrib.muon(
+        learning_rate=1.0,
+        muon_weight_dimension_numbers=axes,
+        consistent_rms=_ADAM_RMS,
+      )
+      scale = optax.partition(
+        {"matrix": optax.chain(muon, optax.scale(-1.0)), "rest": scale},
+        labels,
+      )
+    decay = optax.add_decayed_weights(config.weight_decay, mask=decayed)
+    return optax.chain(clip, scale, decay)
+
+  def _optimizer_config(self) -> config_lib.OptimizerConfig:
+    """The fields that the program sees, for an optimizer of a user's own."""
+    fields = dataclasses.fields(config_lib.OptimizerConfig)
+    names = {field.name for field in fields}
+    seen = dataclasses.asdict(self.config)
+    return config_lib.OptimizerConfig(
+      **{name: value for name, value in seen.items() if name in names}
+    )
+
+  def _matrix(self, name: str) -> Any:
+    """The input and output axes of a matrix that Muon trains; None for other
+    parameters."""
+    rank = len(self.shapes[name].shape)
+    if not name.startswith("layers.") or not name.endswith("kernel"):
+      return None
+    stacked = int(self.model_config.scan_layers)
+    if "attention" not in name:
+      # The last two axes; experts and stacked layers are separate matrices.
+      reduction, output = [rank - 2], [rank - 1]
+    elif ".out." in name:
+      reduction, output = list(range(stacked, rank - 1)), [rank - 1]
+    else:
+      reduction, output = [stacked], list(range(stacked + 1, rank))
+    return optax.contrib.MuonDimensionNumbers(reduction, output)
 
   def _state(self, params: Params) -> TrainState:
     opt = {g: self._transforms[g].init(self.group(params, g)) for g in _GROUPS}
@@ -320,6 +392,13 @@ class Program:
       raise ValueError(
         f"recipe.init_from={recipe.init_from!r}: no run folder (it has no"
         " config.json)."
+      )
+    algorithm = source["optimizer"].get("algorithm", "adamw")
+    if algorithm != self.config.algorithm:
+      raise ValueError(
+        f"recipe.init_from={recipe.init_from!r} has optimizer.algorithm="
+        f"{algorithm!r}, whose state optimizer.algorithm="
+        f"{self.config.algorithm!r} cannot continue: wanted the same."
       )
     # Scanned layers are stored as stacks; the conversion takes either form.
     twin = dataclasses.replace(
@@ -363,16 +442,31 @@ class Program:
         return _flatten_model(model)
 
       fresh = self._state(to_msa(state.params, recipe.index_init))
-      clip, adam, decay = state.opt["backbone"]
+
+      def moved(new: Any, old: Any) -> Any:
+        """A leaf of the optimizer's state, or its dict by parameter name."""
+        if not isinstance(new, dict):
+          return old
+        # The conversion wants all parameters; some have no such state.
+        full = {
+          name: old[name] if isinstance(old.get(name), jax.Array) else value
+          for name, value in state.params.items()
+        }
+        own = to_msa(full)
+        return {
+          name: own[name] if isinstance(leaf, jax.Array) else leaf
+          for name, leaf in new.items()
+        }
+
       # Moments have the parameters' names and shapes, so the same conversion
       # puts them in place; only the backbone's are kept.
-      adam = adam._replace(
-        mu=self.group(to_msa(adam.mu), "backbone"),
-        nu=self.group(to_msa(adam.nu), "backbone"),
+      backbone = jax.tree.map(
+        moved,
+        fresh.opt["backbone"],
+        state.opt["backbone"],
+        is_leaf=lambda x: isinstance(x, dict),
       )
-      return TrainState(
-        fresh.params, fresh.opt | {"backbone": (clip, adam, decay)}
-      )
+      return TrainState(fresh.params, fresh.opt | {"backbone": backbone})
 
     with self.context():
       return jax.jit(graft, out_shardings=self.state_shardings)(state)
