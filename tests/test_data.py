@@ -946,3 +946,105 @@ def test_answers_weigh_their_share_of_the_loss(mix):
 def test_mix_config_refuses(mix, changes, text):
   with pytest.raises(ValueError, match=text):
     dataclasses.replace(mix, **changes)
+
+
+# --- Tokens and sources of one's own -----------------------------------------
+
+
+def own_documents(count):
+  rng = np.random.default_rng(count)
+  sizes = rng.integers(3, 40, count)
+  return [rng.integers(70_000, size=size) for size in sizes]
+
+
+def test_own_tokens_are_packed_by_their_documents(tmp_path):
+  train, held_out = own_documents(30), own_documents(7)
+  corpus.write_tokens(
+    tmp_path,
+    train=train,
+    held_out=held_out,
+    vocab_size=70_000,
+    token_bytes=np.arange(70_000),
+  )
+  source = data.load(data.TokensConfig(path=str(tmp_path)))
+  assert source.vocab_size == 70_000
+  np.testing.assert_array_equal(source.token_bytes, np.arange(70_000))
+  found = []
+  rows = source.num_eval_batches(batch_size=1, context=63)
+  for i in range(rows):
+    batch = source.eval_batch(i, batch_size=1, context=63)
+    ids = batch.segment_ids[0]
+    found += [
+      batch.tokens[0, ids == j].tolist() for j in range(1, ids.max() + 1)
+    ]
+  assert sorted(found) == sorted(x.tolist() for x in held_out)
+  stream = data.load(data.TokensConfig(path=str(tmp_path), rows="stream"))
+  batch = stream.eval_batch(0, batch_size=1, context=63)
+  np.testing.assert_array_equal(batch.tokens[0], np.concatenate(held_out)[:64])
+
+
+def test_a_header_of_ones_own_names_the_end_of_text(tmp_path):
+  tokens = np.array([5, 6, 9, 7, 9, 8, 8], np.uint16)
+  for name in ("a.bin", "b.bin"):
+    tokens.tofile(tmp_path / name)
+  header = {
+    "vocab_size": 10, "dtype": "uint16", "train": "a.bin",
+    "held_out": "b.bin", "end_of_text": 9,
+  }  # fmt: skip
+  path = tmp_path / "tokens.json"
+  path.write_text(json.dumps(header))
+  config = data.TokensConfig(path=str(tmp_path))
+  opened = corpus.open_corpus(config)
+  assert opened.train_ends.tolist() == [3, 5, 7]
+  assert data.load(config).token_bytes is None
+  for change, text in (
+    ({"vocab_size": 9}, "has the id 9: wanted ids below vocab_size = 9"),
+    ({"dtype": "int16"}, "dtype 'int16': wanted 'uint16'"),
+    ({"dtype": "uint32"}, "has 14 bytes: wanted a file of uint32"),
+    ({"train": "c.bin"}, "c.bin has 0 bytes"),
+    ({"vocab": 3}, r"unknown fields \['vocab'\]"),
+    ({"document_ends": {}}, "either end_of_text or document_ends"),
+  ):
+    path.write_text(json.dumps(header | change))
+    with pytest.raises(ValueError, match=text):
+      corpus.open_corpus(config)
+  with pytest.raises(ValueError, match="document 0 has ids from 5 to 9"):
+    corpus.write_tokens(
+      tmp_path / "w", train=[tokens], held_out=[tokens], vocab_size=9
+    )
+
+
+class OwnSource(data.Source):
+  vocab_size = 50
+
+  def __init__(self, argument):
+    self.fingerprint = {"name": argument}
+
+  def _batch(self, key, batch_size, context):
+    rng = np.random.default_rng(key)
+    return data.Batch.of(rng.integers(50, size=(batch_size, context + 1)))
+
+  def train_batch(self, seed, step, *, batch_size, context):
+    return self._batch((0, seed, step), batch_size, context)
+
+  def eval_batch(self, index, *, batch_size, context):
+    return self._batch((1, index), batch_size, context)
+
+
+def test_a_source_of_ones_own():
+  name = f"{__name__}:OwnSource"
+  config = data.FactoryConfig(factory=name, argument="mine")
+  source = data.load(config)
+  assert source.fingerprint == {"name": "mine"} and source.chance is None
+  assert source.num_eval_batches(batch_size=1, context=8) is None
+  batch = source.train_batch(0, 1, batch_size=2, context=8)
+  assert batch.loss_mask.all() and batch.tokens.dtype == np.int32
+  assert not data.is_packed(config) and not data.asks_for_facts(config)
+  with pytest.raises(ValueError, match="wanted 0 to 9"):
+    batch.check_ids(10)
+  for wrong, text in (
+    ("no_module_here:f", "cannot be imported"),
+    (f"{__name__}:own_documents", "gave a list: wanted a train.data.Source"),
+  ):
+    with pytest.raises(ValueError, match=text):
+      data.load(data.FactoryConfig(factory=wrong, argument=4))

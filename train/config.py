@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from msa_jax.checks import as_integer, is_integer, keep
 from msa_jax.model_config import ModelConfig
+from train.corpus import TOKENS_HEADER, TokensConfig, read_tokens_header
 from train.data import DataConfig, MixConfig, TextConfig
 
 
@@ -510,25 +511,39 @@ def only_task(comparison: ComparisonConfig, task: str) -> ComparisonConfig:
 def with_text(comparison: ComparisonConfig, path: str) -> ComparisonConfig:
   """The comparison with another text in each task that has one.
 
+  A folder with a tokens.json (see `TokensConfig`) also sets the vocabulary, and
+  is not for mixes of text and retrieval.
+
   Raises:
     ValueError: no task has any text.
   """
 
-  def changed(data: DataConfig) -> DataConfig:
-    if isinstance(data, MixConfig):
-      text = dataclasses.replace(data.text, path=path, installed=False)
-      return dataclasses.replace(data, text=text)
-    if isinstance(data, TextConfig):
-      return dataclasses.replace(data, path=path, installed=False)
-    return data
+  header = None
+  if (pathlib.Path(path) / TOKENS_HEADER).exists():
+    header = read_tokens_header(path)
 
+  def changed(run: RunConfig) -> RunConfig:
+    data = run.data
+    if header is not None and isinstance(data, TextConfig):
+      rows = "stream" if data.rows == "stream" else "files"
+      data = TokensConfig(path=path, rows=rows)
+      model = dataclasses.replace(run.model, vocab_size=header["vocab_size"])
+      return dataclasses.replace(run, data=data, model=model)
+    if header is None and isinstance(data, MixConfig):
+      text = dataclasses.replace(data.text, path=path, installed=False)
+      return dataclasses.replace(run, data=dataclasses.replace(data, text=text))
+    if header is None and isinstance(data, TextConfig):
+      data = dataclasses.replace(data, path=path, installed=False)
+    return dataclasses.replace(run, data=data)
+
+  runs = tuple(map(changed, comparison.runs))
   _check(
-    any(isinstance(r.data, TextConfig | MixConfig) for r in comparison.runs),
-    f"text={path!r}: wanted a comparison with a task that reads text; its"
-    f" tasks are {', '.join(comparison.tasks())}.",
+    runs != comparison.runs,
+    f"text={path!r}: wanted a comparison with a task that reads"
+    f" {'tokens alone' if header else 'text'}; its tasks are"
+    f" {', '.join(comparison.tasks())}.",
   )
-  runs = (dataclasses.replace(r, data=changed(r.data)) for r in comparison.runs)
-  return dataclasses.replace(comparison, runs=tuple(runs))
+  return dataclasses.replace(comparison, runs=runs)
 
 
 # The fields of a run that count steps, all but log_every.

@@ -24,11 +24,11 @@ import sysconfig
 import tempfile
 import warnings
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
-from jaxtyping import Int32, UInt
+from jaxtyping import Int32, Int64, UInt
 
 # Part of every cache key. Raise it when this module makes other token streams
 # of the same text.
@@ -129,33 +129,238 @@ class TextConfig:
       raise ValueError("text_field is empty: wanted the name of a field.")
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TokensConfig:
+  """Tokens that were made elsewhere, in a folder with a tokens.json.
+
+  `write_tokens` writes such a folder. tokens.json holds
+
+    vocab_size     ids are below this
+    dtype          "uint16" or "uint32", of the tokens in the files
+    train          name of a file with the training documents, one after another
+    held_out       the same of the held-out documents
+    end_of_text    the id that ends each document; or
+    document_ends  {"train": name, "held_out": name} of .npy files with the end
+                   of each document, as integers that grow
+    token_bytes    name of a .npy file with the bytes of text that each id
+                   stands for; without it, losses are reported for each token
+  """
+
+  path: str
+  """The folder."""
+
+  rows: Literal["files", "stream"] = "files"
+  """What a batch row holds. files: whole documents, packed; stream: a window of
+  all documents one after another (see `TextConfig`)."""
+
+  def __post_init__(self):
+    if not self.path:
+      raise ValueError("path='': wanted a folder with a tokens.json.")
+    if self.rows not in ("files", "stream"):
+      raise ValueError(f"rows={self.rows!r}: wanted 'files' or 'stream'.")
+
+
+TOKENS_HEADER = "tokens.json"
+_TOKEN_FIELDS = (
+  *("vocab_size", "dtype", "train", "held_out"),
+  *("end_of_text", "document_ends", "token_bytes"),
+)
+
+
+def write_tokens(
+  folder: str | pathlib.Path,
+  *,
+  train: Iterable[np.ndarray],
+  held_out: Iterable[np.ndarray],
+  vocab_size: int,
+  token_bytes: np.ndarray | None = None,
+) -> None:
+  """Writes tokens for `TokensConfig`.
+
+  Args:
+    folder: to write.
+    train: the token ids of each training document, [tokens].
+    held_out: the same of each held-out document.
+    vocab_size: ids are below this, V.
+    token_bytes: bytes of text that each id stands for, [V]; None: unknown.
+
+  Raises:
+    ValueError: an id is out of range, or a split has no tokens.
+  """
+  folder = pathlib.Path(folder)
+  folder.mkdir(parents=True, exist_ok=True)
+  dtype = np.dtype(_token_dtype(vocab_size))
+  header: dict[str, Any] = {"vocab_size": vocab_size, "dtype": dtype.name}
+  header["document_ends"] = {}
+  for split, documents in {"train": train, "held_out": held_out}.items():
+    ends, end = [], 0
+    with open(folder / f"{split}.bin", "wb") as file:
+      for number, document in enumerate(documents):
+        ids = np.asarray(document)
+        if ids.size and not 0 <= ids.min() <= ids.max() < vocab_size:
+          raise ValueError(
+            f"{split}: document {number} has ids from {ids.min()} to"
+            f" {ids.max()}: wanted 0 to vocab_size - 1 = {vocab_size - 1}."
+          )
+        file.write(ids.astype(dtype).tobytes())
+        end += ids.size
+        ends.append(end)
+    if not end:
+      raise ValueError(f"{split}: no tokens; wanted at least one document.")
+    np.save(folder / f"{split}_ends.npy", np.array(ends, np.int64))
+    header[split] = f"{split}.bin"
+    header["document_ends"][split] = f"{split}_ends.npy"
+  if token_bytes is not None:
+    np.save(folder / "token_bytes.npy", np.asarray(token_bytes, np.int32))
+    header["token_bytes"] = "token_bytes.npy"
+  (folder / TOKENS_HEADER).write_text(json.dumps(header, indent=2) + "\n")
+
+
+def read_tokens_header(folder: str | pathlib.Path) -> dict[str, Any]:
+  """The content of a folder's tokens.json (see `TokensConfig`).
+
+  Raises:
+    ValueError: it cannot be read, or a field is missing, unknown or wrong.
+  """
+  path = pathlib.Path(folder) / TOKENS_HEADER
+  try:
+    header = json.loads(path.read_text())
+  except (OSError, ValueError) as error:
+    raise ValueError(f"path: {path} cannot be read ({error}).") from error
+  needed = _TOKEN_FIELDS[:4]
+  missing = [name for name in needed if name not in header]
+  unknown = [name for name in header if name not in _TOKEN_FIELDS]
+  if missing or unknown:
+    raise ValueError(
+      f"path: {path} lacks {missing} and has unknown fields {unknown}: wanted"
+      f" {', '.join(needed)}, and may have {', '.join(_TOKEN_FIELDS[4:])}."
+    )
+  if header["dtype"] not in ("uint16", "uint32"):
+    raise ValueError(
+      f"path: {path} has dtype {header['dtype']!r}: wanted 'uint16' or"
+      " 'uint32'."
+    )
+  if ("end_of_text" in header) == ("document_ends" in header):
+    raise ValueError(
+      f"path: {path}: wanted either end_of_text or document_ends."
+    )
+  return header
+
+
 class Corpus(NamedTuple):
   """Token streams of both splits, memory-mapped.
 
   Attributes:
     train: the training documents' tokens.
     held_out: the held-out documents' tokens.
-    train_folders: number of the folder of each training document.
+    train_ends: where each training document ends in `train`.
+    held_out_ends: the same of the held-out documents.
+    train_folders: number of the folder of each training document; None for
+      tokens without folders.
     held_out_folders: the same of the held-out documents.
-    token_bytes: bytes of text that each id stands for; 0 for end-of-text.
+    token_bytes: bytes of text that each id stands for; 0 for end-of-text. None
+      if unknown.
     fingerprint: JSON values that identify the text and its tokens.
   """
 
   train: UInt[np.ndarray, "N"]
   held_out: UInt[np.ndarray, "M"]
-  train_folders: Int32[np.ndarray, "D"]
-  held_out_folders: Int32[np.ndarray, "F"]
-  token_bytes: Int32[np.ndarray, "V"]
+  train_ends: Int64[np.ndarray, "D"]
+  held_out_ends: Int64[np.ndarray, "F"]
+  train_folders: Int32[np.ndarray, "D"] | None
+  held_out_folders: Int32[np.ndarray, "F"] | None
+  token_bytes: Int32[np.ndarray, "V"] | None
   fingerprint: dict[str, Any]
 
 
-def open_corpus(config: TextConfig) -> Corpus:
+def _open_tokens(config: TokensConfig) -> Corpus:
+  """Maps the tokens of a folder into memory.
+
+  Its fingerprint is of the header, the sizes and 64 pieces of each file: to
+  read all of a large file would take minutes.
+
+  Raises:
+    ValueError: the folder is not as `TokensConfig` says.
+  """
+  folder = pathlib.Path(config.path)
+  header = read_tokens_header(folder)
+  vocab_size, dtype = header["vocab_size"], np.dtype(header["dtype"])
+
+  def array(name: str) -> np.ndarray:
+    try:
+      return np.load(folder / name)
+    except (OSError, ValueError) as error:
+      raise ValueError(
+        f"path: {folder / name} cannot be read as .npy ({error})."
+      ) from error
+
+  streams, ends, about = {}, {}, {}
+  for split in ("train", "held_out"):
+    path = folder / header[split]
+    size = path.stat().st_size if path.is_file() else 0
+    if not size or size % dtype.itemsize:
+      raise ValueError(
+        f"path: {path} has {size} bytes: wanted a file of {dtype.name} tokens."
+      )
+    stream = streams[split] = np.memmap(path, mode="r", dtype=dtype)
+    if "end_of_text" in header:
+      found = np.flatnonzero(stream == header["end_of_text"]) + 1
+      # What follows the last end is a document too.
+      ends[split] = np.union1d(found, [stream.size])
+    else:
+      ends[split] = array(header["document_ends"][split]).astype(np.int64)
+    last = ends[split][-1] if ends[split].size else 0
+    if last != stream.size or (np.diff(ends[split], prepend=0) < 0).any():
+      raise ValueError(
+        f"path: the document ends of {path} end at {last}: wanted integers"
+        f" that grow up to its {stream.size} tokens."
+      )
+    starts = np.linspace(0, max(stream.size - 4096, 0), 64).astype(int)
+    pieces = [stream[start : start + 4096] for start in starts.tolist()]
+    largest = max(int(piece.max()) for piece in pieces)
+    if largest >= vocab_size:
+      raise ValueError(
+        f"path: {path} has the id {largest}: wanted ids below vocab_size ="
+        f" {vocab_size}."
+      )
+    about[split] = {
+      "documents": int(ends[split].size),
+      "tokens": int(stream.size),
+      "sha256": hashlib.sha256(
+        b"".join(p.tobytes() for p in pieces)
+      ).hexdigest(),
+    }
+  token_bytes = None
+  if "token_bytes" in header:
+    token_bytes = array(header["token_bytes"]).astype(np.int32)
+    if token_bytes.shape != (vocab_size,):
+      raise ValueError(
+        f"path: {header['token_bytes']} has shape {token_bytes.shape}: wanted"
+        f" ({vocab_size},), a number for each id."
+      )
+  return Corpus(
+    **streams,
+    train_ends=ends["train"],
+    held_out_ends=ends["held_out"],
+    train_folders=None,
+    held_out_folders=None,
+    token_bytes=token_bytes,
+    fingerprint={
+      "name": _printable(folder.resolve().name), "vocab_size": vocab_size,
+      **about,
+    },
+  )  # fmt: skip
+
+
+def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
   """Reads and hashes the text; tokenizes it unless the cache has its tokens.
 
   Raises:
     ValueError: the path holds no text, cannot be read, or is not what its
       name says.
   """
+  if isinstance(config, TokensConfig):
+    return _open_tokens(config)
   files = _find_files(config)
   content = _digest(
     [(name, hashlib.sha256(_read(path)).hexdigest()) for name, path in files]
@@ -193,9 +398,16 @@ def open_corpus(config: TextConfig) -> Corpus:
     name = f"Python {platform.python_version()} standard library"
   else:
     name = _printable(pathlib.Path(config.path).resolve().name)
+  streams = {split: stream(split) for split in ("train", "held_out")}
+  # Both tokenizers end a document with their last id.
+  end_of_text = meta["vocab_size"] - 1
+  ends = {
+    f"{split}_ends": np.flatnonzero(tokens == end_of_text) + 1
+    for split, tokens in streams.items()
+  }
   return Corpus(
-    train=stream("train"),
-    held_out=stream("held_out"),
+    **streams,
+    **ends,
     train_folders=np.load(folder / "train_folders.npy"),
     held_out_folders=np.load(folder / "held_out_folders.npy"),
     token_bytes=np.load(folder / "token_bytes.npy"),

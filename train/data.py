@@ -1,12 +1,14 @@
 """Training data: batches that are a pure function of (seed, step).
 
-There are three kinds of data behind one interface, `Source`:
+There are these kinds of data behind one interface, `Source`:
 
 - `TextConfig`: real text (see `train.corpus`). Rows hold whole documents, which
   see nothing of each other; an epoch visits every row once. With rows="stream"
   there is one token stream for each split: training windows start anywhere in
   it with equal probability, and held-out windows lie side by side and never
   overlap.
+- `TokensConfig`: tokens that were made elsewhere, in rows like those of text.
+- `FactoryConfig`: a `Source` of your own.
 - `RecallConfig`: associative recall. Facts (key -> value) lie scattered over
   the context, a later query names a key, and only the value that answers it is
   a target. The distance back to the fact is log-uniform, so that accuracy can
@@ -23,13 +25,14 @@ import abc
 import dataclasses
 import functools
 import hashlib
+import importlib
 import itertools
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from train.corpus import TextConfig, open_corpus
+from train.corpus import TextConfig, TokensConfig, open_corpus
 
 _TRAIN_STREAM, _EVAL_STREAM, _MIX_STREAM = 0, 1, 2
 
@@ -50,6 +53,35 @@ class Batch(NamedTuple):
   loss_mask: Bool[np.ndarray, "B T"]
   distance: Int32[np.ndarray, "B T"]
   segment_ids: Int32[np.ndarray, "B T+1"] | None = None
+
+  @classmethod
+  def of(
+    cls,
+    tokens: Int32[np.ndarray, "B T+1"],
+    segment_ids: Int32[np.ndarray, "B T+1"] | None = None,
+  ) -> "Batch":
+    """A batch of text, in which all targets count but padding and the first
+    token of each document: what stands before it is the end of another one."""
+    counted = np.ones((len(tokens), tokens.shape[1] - 1), np.bool_)
+    if segment_ids is not None:
+      left, right = segment_ids[:, :-1], segment_ids[:, 1:]
+      counted = (left == right) & (right > 0)
+    distance = np.full(counted.shape, -1, np.int32)
+    return cls(tokens.astype(np.int32), counted, distance, segment_ids)
+
+  def check_ids(self, vocab_size: int) -> None:
+    """Refuses ids that a model does not have: on a device they would silently
+    count as others.
+
+    Raises:
+      ValueError: an id is out of range.
+    """
+    low, high = int(self.tokens.min()), int(self.tokens.max())
+    if low < 0 or high >= vocab_size:
+      raise ValueError(
+        f"data: a batch has ids from {low} to {high}: wanted 0 to"
+        f" {vocab_size - 1} (model.vocab_size={vocab_size})."
+      )
 
   def positions(self) -> Int32[np.ndarray, "B T"]:
     """Tokens before each input in its document; anything for padding."""
@@ -160,7 +192,27 @@ class MixConfig:
       )
 
 
-DataConfig = TextConfig | RecallConfig | MixConfig
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class FactoryConfig:
+  """Data of your own: a function that makes a `Source`."""
+
+  factory: str
+  """"module:function", called with `argument`."""
+
+  argument: str = ""
+  """Given to the function: a path, say."""
+
+  packed: bool = False
+  """Whether the batches hold several documents a row, with segment_ids."""
+
+  def __post_init__(self):
+    if ":" not in self.factory:
+      raise ValueError(f"factory={self.factory!r}: wanted 'module:function'.")
+
+
+DataConfig = (
+  TextConfig | TokensConfig | RecallConfig | MixConfig | FactoryConfig
+)
 
 
 def loss_weights(
@@ -185,8 +237,11 @@ def loss_weights(
 
 def is_packed(config: DataConfig) -> bool:
   """Whether batch rows hold several documents, which `segment_ids` names."""
+  if isinstance(config, FactoryConfig):
+    return config.packed
   text = config.text if isinstance(config, MixConfig) else config
-  return isinstance(text, TextConfig) and text.rows != "stream"
+  packs = isinstance(text, TextConfig | TokensConfig)
+  return packs and text.rows != "stream"
 
 
 def max_documents(context: int) -> int:
@@ -203,7 +258,7 @@ def probes_of(config: DataConfig) -> tuple[str, ...]:
 def asks_for_facts(config: DataConfig) -> bool:
   """Whether the probes ask for facts, or the held-out batches if there are no
   probes."""
-  return not isinstance(config, TextConfig)
+  return isinstance(config, RecallConfig | MixConfig)
 
 
 class Source(abc.ABC):
@@ -219,9 +274,9 @@ class Source(abc.ABC):
   """
 
   vocab_size: int
-  token_bytes: Int32[np.ndarray, "V"] | None
+  token_bytes: Int32[np.ndarray, "V"] | None = None
   fingerprint: dict[str, Any]
-  chance: float | None
+  chance: float | None = None
   probes: tuple[str, ...] = ()
 
   @abc.abstractmethod
@@ -247,9 +302,9 @@ class Source(abc.ABC):
     """
     raise ValueError(f"name={name!r}: wanted one of {self.probes}.")
 
-  @abc.abstractmethod
   def num_eval_batches(self, *, batch_size: int, context: int) -> int | None:
     """The number of held-out batches; None: there is no limit."""
+    return None
 
 
 def load(config: DataConfig) -> Source:
@@ -264,14 +319,34 @@ def load(config: DataConfig) -> Source:
   """
   if isinstance(config, RecallConfig):
     return _RecallSource(config)
-  if isinstance(config, TextConfig):
+  if isinstance(config, TextConfig | TokensConfig):
     return _text_source(config)
   if isinstance(config, MixConfig):
     return _MixSource(config)
+  if isinstance(config, FactoryConfig):
+    return _factory_source(config)
   raise ValueError(
-    f"config is a {type(config).__name__}: wanted TextConfig, RecallConfig or"
-    " MixConfig."
+    f"config is a {type(config).__name__}: wanted TextConfig, TokensConfig,"
+    " RecallConfig, MixConfig or FactoryConfig."
   )
+
+
+def _factory_source(config: FactoryConfig) -> Source:
+  module, _, name = config.factory.partition(":")
+  try:
+    function = getattr(importlib.import_module(module), name)
+  except (ImportError, AttributeError) as error:
+    raise ValueError(
+      f"data.factory={config.factory!r} cannot be imported ({error}): wanted"
+      " 'module:function' of an importable module."
+    ) from error
+  source = function(config.argument)
+  if not isinstance(source, Source):
+    raise ValueError(
+      f"data.factory={config.factory!r} gave a {type(source).__name__}: wanted"
+      " a train.data.Source."
+    )
+  return source
 
 
 def _check_batch(batch_size: int, context: int, **counters: int):
@@ -286,7 +361,9 @@ def _check_batch(batch_size: int, context: int, **counters: int):
 # --- Text --------------------------------------------------------------------
 
 
-def _text_source(config: TextConfig) -> "_StreamSource | _PackedSource":
+def _text_source(
+  config: TextConfig | TokensConfig,
+) -> "_StreamSource | _PackedSource":
   return (_StreamSource if config.rows == "stream" else _PackedSource)(config)
 
 
@@ -295,11 +372,11 @@ class _TextSource(Source):
 
   chance = None
 
-  def __init__(self, config: TextConfig):
+  def __init__(self, config: TextConfig | TokensConfig):
     self._corpus = open_corpus(config)
     self.fingerprint = self._corpus.fingerprint
     self.token_bytes = self._corpus.token_bytes
-    self.vocab_size = self.token_bytes.size
+    self.vocab_size = self.fingerprint["vocab_size"]
 
   def _held_out_rows(
     self, index: int, batch_size: int, context: int, there: int, unit: str
@@ -356,12 +433,8 @@ class _StreamSource(_TextSource):
 
 
 def _windows(stream: np.ndarray, starts: np.ndarray, context: int) -> Batch:
-  tokens = np.stack([stream[s : s + context + 1] for s in starts.tolist()])
-  shape = (len(starts), context)
-  return Batch(
-    tokens=tokens.astype(np.int32),
-    loss_mask=np.ones(shape, np.bool_),
-    distance=np.full(shape, -1, np.int32),
+  return Batch.of(
+    np.stack([stream[s : s + context + 1] for s in starts.tolist()])
   )
 
 
@@ -372,7 +445,7 @@ class _PackedSource(_TextSource):
   seed. An epoch visits every row once, in an order that the seed decides.
   """
 
-  def __init__(self, config: TextConfig):
+  def __init__(self, config: TextConfig | TokensConfig):
     super().__init__(config)
     self.fingerprint = self.fingerprint | {"rows": config.rows}
     self._joins_folders = config.rows == "folders"
@@ -383,8 +456,7 @@ class _PackedSource(_TextSource):
     key = split, context
     if key not in self._packed:
       stream: np.ndarray = getattr(self._corpus, split)
-      # Both tokenizers end a document with their last id.
-      ends = np.flatnonzero(stream == self.vocab_size - 1) + 1
+      ends = getattr(self._corpus, f"{split}_ends")
       if self._joins_folders:
         folders = getattr(self._corpus, f"{split}_folders")
         stream, ends = _join_folders(stream, ends, folders)
@@ -461,11 +533,7 @@ class _PackedRows:
         tokens[b, at:to] = self._stream[start:end]
         ids[b, at:to] = number
         at = to
-    # The first token of a document is no target: what stands before it is the
-    # end of another one.
-    counted = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
-    distance = np.full(counted.shape, -1, np.int32)
-    return Batch(tokens, counted, distance, ids)
+    return Batch.of(tokens, ids)
 
 
 # Rows that wait for a document that fits, while others are packed.
@@ -570,9 +638,6 @@ class _RecallSource(Source):
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     _check_batch(batch_size, context, index=index)
     return self.make((_EVAL_STREAM, index), batch_size, context)
-
-  def num_eval_batches(self, *, batch_size, context) -> None:
-    _check_batch(batch_size, context)
 
   def make(
     self,

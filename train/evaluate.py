@@ -117,6 +117,7 @@ def _evaluate_batches(
 
   before = None
   for batch in batches:
+    batch.check_ids(program.model_config.vocab_size)
     tokens, mask = program.put(batch.tokens), program.put(batch.loss_mask)
     ids = program.put_segments(batch.segment_ids)
     result = program.call("evaluate", phase, params, tokens, mask, *ids)

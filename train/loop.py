@@ -114,7 +114,18 @@ def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
       f" {source.vocab_size} different tokens."
     )
   # Raises if the training data cannot fill the context.
-  source.train_batch(config.seed, 0, batch_size=1, context=config.context)
+  batch = source.train_batch(
+    config.seed, 0, batch_size=1, context=config.context
+  )
+  packed = data_lib.is_packed(config.data)
+  shape = (1, config.context + 1)
+  if batch.tokens.shape != shape or packed != (batch.segment_ids is not None):
+    raise ValueError(
+      f"data: a batch has tokens {batch.tokens.shape} and segment_ids"
+      f" {'None' if batch.segment_ids is None else batch.segment_ids.shape}:"
+      f" wanted tokens {shape} (batch_size, context + 1), and"
+      f" {'segment_ids' if packed else 'no segment_ids'}."
+    )
   rows = config.batch_size // config.grad_accumulation
   there = source.num_eval_batches(batch_size=rows, context=config.context)
   if there is not None and there < config.eval_batches:

@@ -817,6 +817,7 @@ def train_step(
 ) -> tuple[TrainState, dict[str, jax.Array]]:
   """`Program.step` with the loss weights, learning rates and phase that a run
   has in a step (counted from 1)."""
+  batch.check_ids(program.model_config.vocab_size)
   return program.step(
     state,
     batch.tokens,
