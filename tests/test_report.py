@@ -50,7 +50,8 @@ def _records(task, side, final_loss):
     clock["seconds"] = step / 10
     loss = final_loss + (40 - step) / 20
     bits = loss * _BITS if task == "text" else None
-    speed = 1.0 if step in (10, 30) else 1000.0 + step
+    first = step == 10 or (step == 30 and side != "gqa")  # of its phase
+    speed = 1.0 if first else 1000.0 + step
     records.append(
       {
         "kind": "train",
@@ -161,11 +162,13 @@ def test_report_is_one_file_with_every_picture(pair):
     "recall_loss_time.png",
     "recall_msa_blocks.png",
     "recall_msa_layers.png",
+    "recall_train_loss.png",
     "text_bits_per_byte_gap.png",
     "text_bits_per_byte_steps.png",
     "text_bits_per_byte_time.png",
     "text_msa_blocks.png",
     "text_msa_layers.png",
+    "text_train_loss.png",
   ]
   assert page.count('src="data:image/png;base64,') == len(pictures)
   assert not re.search(r'(src|href)="(?!data:)', page)
@@ -217,7 +220,9 @@ def test_report_names_what_differs_and_what_msa_adds(pair):
 def test_speed_leaves_compilation_out(pair):
   rows = _summary(pair.parent.parent)["tasks"]["text"]["table"]
   # The records at steps 10 and 30, first of their phases, say 1 token/s.
-  assert rows[1]["tokens/s"] == "warm-up 1,020, sparse 1,040"
+  assert rows[1]["tokens/s"] == (
+    "warm-up 1,020 (1,020 to 1,020), sparse 1,040 (1,040 to 1,040)"
+  )
 
 
 def test_one_seed_gives_no_interval(tmp_path):
@@ -562,6 +567,84 @@ def test_seeds_of_unlike_speed_are_warned_of(tmp_path, times):
   warnings = page.find_warnings(tasks, tmp_path)
   said = "text/msa: tokens/s of its seeds differ by up to 1.4x"
   assert [said in w for w in warnings] == [True] * (times > 1.3)
+
+
+def _set_speeds(folder, side, speeds):
+  """Gives the log intervals of seed 0, but for the first, these tokens/s."""
+  path = folder / "text" / side / "seed0" / "metrics.jsonl"
+  rows = _read(path)
+  _, *train = [row for row in rows if row["kind"] == "train"]
+  for row, speed in zip(train, speeds, strict=True):
+    row["tokens_per_second"] = speed
+  _write(path, rows)
+
+
+@pytest.mark.parametrize("dense", [900.0, 250.0])
+def test_sides_of_unlike_conditions_are_warned_of(tmp_path, dense):
+  """A warm-up computes all that the baseline does, so it cannot be faster."""
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.0]}})
+  _set_speeds(tmp_path, "gqa", [dense] * 3)
+  report.write(tmp_path)
+  said = "GQA ran at 250 tokens/s and the warm-up of MSA at 1,020"
+  summary = _summary(tmp_path)
+  assert [said in w for w in summary["warnings"]] == [True] * (dense < 900)
+  # The table of the speeds says it too.
+  text = _page_text(tmp_path / "report" / "report.html")
+  assert text.count(said) == 2 * (dense < 900)
+
+
+def test_a_run_of_changing_speed_is_warned_of(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.0]}})
+  _set_speeds(tmp_path, "gqa", [1000.0, 1500.0, 2000.0])
+  report.write(tmp_path)
+  summary = _summary(tmp_path)
+  (warning,) = summary["warnings"]
+  assert "text: tokens/s changed during these runs" in warning
+  assert "gqa/seed0 (dense) 1,250 to 1,750." in warning
+  rows = summary["tasks"]["text"]["table"]
+  assert rows[0]["tokens/s"] == "dense 1,500 (1,250 to 1,750)"
+
+
+def test_a_side_without_an_index_shows_none_of_its_fields(pair):
+  page, text = pair.read_text(), _page_text(pair)
+  assert "<td>optimizer.index_clip_norm</td><td>–</td><td>2.0</td>" in page
+  assert "<td>recipe.index_warmup_steps</td><td>–</td><td>20</td>" in page
+  config = text.split("<summary>Config of GQA")[1].split("</details>")[0]
+  assert "learning_rate" in config
+  assert "index" not in config and "recipe" not in config
+  (gqa, msa) = _summary(pair.parent.parent)["tasks"]["text"]["table"]
+  assert gqa["of these, index branch"] == "–"
+  assert msa["of these, index branch"].startswith("24 (")
+
+
+def test_training_loss_is_drawn_and_steps_are_whole(tmp_path):
+  _make(tmp_path, {"text": {"gqa": [1.0, 1.2], "msa": [1.1, 1.3]}})
+  sides = runs.group_by_side(runs.read_runs(tmp_path))
+  colors = figures.side_colors(sides)
+  figure = figures.train_figure("text", sides, colors)
+  assert figure is not None
+  (axes,) = figure.axes
+  lines = {line.get_label(): line for line in axes.lines}
+  mean = np.asarray(lines["GQA (2 seeds)"].get_ydata())
+  np.testing.assert_allclose(mean, [2.6, 2.1, 1.6, 1.1])
+  for count in (1, 3, 5):  # a short run must not get ticks such as 0.5
+    axes.set_xlim(0, count)
+    ticks = axes.xaxis.get_major_locator()()
+    assert all(float(tick).is_integer() for tick in ticks)
+
+
+def test_words_of_pictures_are_not_cut(tmp_path):
+  """Titles and legends that are wider than a figure widen its picture."""
+  from matplotlib import image
+
+  out = page._Page(tmp_path, {})
+  figure = figures.Figure(figsize=(2, 2), dpi=100, layout="constrained")
+  figure.suptitle("a title of many more words than two inches have room for")
+  out.add_figure(figure, "narrow", "")
+  picture = image.imread(tmp_path / "narrow.png")[..., :3]
+  assert picture.shape[1] > 300
+  # Nothing is drawn on the edges: no word goes on beyond them.
+  assert (picture[:, [0, -1]] == 1).all() and (picture < 0.5).any()
 
 
 def test_one_seed_has_an_interval_over_held_out_batches(tmp_path):

@@ -14,7 +14,12 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
-from matplotlib.ticker import EngFormatter, FuncFormatter, NullLocator
+from matplotlib.ticker import (
+  EngFormatter,
+  FuncFormatter,
+  MaxNLocator,
+  NullLocator,
+)
 
 from train.report.gaps import paired_runs, t_interval
 from train.report.runs import (
@@ -124,6 +129,13 @@ def _mean_curve(runs: list[Run], get: Callable[[dict], Any], kind="eval"):
   return steps, np.array([np.mean(by_step[s], axis=0) for s in steps])
 
 
+def _step_axis(axes) -> None:
+  """Labels the x axis as training steps, with ticks at whole numbers."""
+  axes.set_xlabel("Training steps")
+  ticks = MaxNLocator("auto", steps=(1, 2, 2.5, 5, 10), integer=True)
+  axes.xaxis.set_major_locator(ticks)
+
+
 def _late_limits(axes, curves: Iterable[tuple[Sequence, Sequence]]) -> None:
   """Limits the y axis to the values after the first quarter of training."""
   late = []
@@ -225,7 +237,7 @@ def curves(task, sides, colors, metric: Metric, clock: str) -> Figure:
   if clock == "step":
     _draw_curves(axes, sides, colors, metric, clock)
     _mark_switch(axes, sides, colors)
-    axes.set_xlabel("Training steps")
+    _step_axis(axes)
     # Batch and context are equal, so tokens are steps times a constant.
     ratio = max(final["tokens"] / final["step"] for final in finals)
     top = axes.secondary_xaxis(
@@ -248,6 +260,38 @@ def curves(task, sides, colors, metric: Metric, clock: str) -> Figure:
     against = "wall time"
   axes.set_xlim(left=0)
   axes.set_title(f"{task}: {metric.title.lower()} against {against}")
+  _legend(figure, axes)
+  return figure
+
+
+def train_figure(task, sides, colors) -> Figure | None:
+  """The loss on the training batches. Thin lines are single seeds, thick lines
+  the mean; a run that has not finished is dotted."""
+  figure, ((axes,),) = _figure()
+  drawn = []
+  for side, runs in sides.items():
+    runs = [run for run in runs if run.records["train"]]
+    done = [run for run in runs if run.finished]
+    for run in runs:
+      x = [record["step"] for record in run.records["train"]]
+      y = [_number(record["loss"]) for record in run.records["train"]]
+      drawn.append((x, y))
+      style = "-" if run.finished else ":"
+      axes.plot(x, y, color=colors[side], lw=0.8, alpha=0.55, ls=style)
+    label = _label(side_name(side), done)
+    if done:
+      steps, mean = _mean_curve(done, lambda r: _number(r["loss"]), "train")
+      axes.plot(steps, mean, color=colors[side], lw=_width(side), label=label)
+    elif runs:
+      axes.plot([], [], color=colors[side], ls=":", label=label)
+  if not any(len(x) > 1 for x, _ in drawn):
+    return None
+  _late_limits(axes, drawn)
+  _mark_switch(axes, sides, colors)
+  _step_axis(axes)
+  axes.set_xlim(left=0)
+  axes.set_ylabel("Training loss (nats per target)")
+  axes.set_title(f"{task}: loss on the training batches")
   _legend(figure, axes)
   return figure
 
@@ -290,7 +334,7 @@ def gap_figure(task, sides, colors, metric: Metric) -> Figure | None:
   axes.axhline(0, color="black", lw=1)
   good = "above" if metric.higher_is_better else "below"
   axes.set_ylabel(f"Gap ({metric.gap_unit})")
-  axes.set_xlabel("Training steps")
+  _step_axis(axes)
   axes.set_title(
     f"{task}: gap in {metric.title.lower()} "
     f"({good} 0: better than {side_name(BASELINE)})"
@@ -344,7 +388,7 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
     if warmup := runs[0].warmup():
       axis.axvspan(*warmup, color="#eeeeee", zorder=0, lw=0, label="warm-up")
     axis.set_title(title)
-    axis.set_xlabel("Training steps")
+    _step_axis(axis)
     axis.set_xlim(left=0)
     axis.set_ylim(*((0, None) if column == 0 else (0, 1.02)))
   if np.isfinite(values[..., -1]).any():
@@ -614,7 +658,7 @@ def overview_figure(
       title = f"{task}: {probe.name or 'accuracy'} by distance"
     else:
       _draw_curves(axis, sides, colors, metric, "step")
-      axis.set_xlabel("Training steps")
+      _step_axis(axis)
       title = f"{task}: {metric.title.lower()}"
     axis.set_title(title, pad=18)
     # The labels drop their numbers of seeds, which may differ by task.

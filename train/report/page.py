@@ -15,6 +15,7 @@ import json
 import math
 import os
 import shutil
+import statistics
 import tempfile
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -36,6 +37,7 @@ from train.report.figures import (
   side_colors,
   side_name,
   speed_figure,
+  train_figure,
 )
 from train.report.gaps import (
   gaps_by_distance,
@@ -55,6 +57,7 @@ from train.report.runs import (
   metrics_of,
   planned_runs,
   probes_of,
+  quartiles,
   read_runs,
   recall_beyond,
   speeds,
@@ -256,10 +259,52 @@ def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
       )
 
 
-# Seeds whose speeds differ by more than this factor did not have the device
-# under the same conditions: one of them shared it, say. That all of them shared
-# it cannot be seen from their speeds.
+# Speeds that should be equal and differ by more than this factor were not
+# measured under the same conditions: one run shared the device, say. That all
+# runs shared it all the time cannot be seen from their speeds.
 _ALIKE = 1.3
+
+
+def _unlike_speeds(task: str, sides: dict[str, list[Run]]) -> Iterable[str]:
+  """Says which speeds of a task cannot be compared, and how that is known."""
+  no_measure = "wall times and tokens/s are no measure of speed."
+  changed = []
+  for side, runs in sides.items():
+    unlike = max((max(v) / min(v) for v in speeds(runs).values()), default=1)
+    if unlike > _ALIKE:
+      yield (
+        f"{task}/{side}: tokens/s of its seeds differ by up to"
+        f" {unlike:.1f}x, so they shared a device or ran on different ones."
+        f" Their {no_measure}"
+      )
+    for run in runs:
+      for phase, values in run.interval_speeds().items():
+        low, _, high = quartiles(values)
+        if high > _ALIKE * low:
+          changed.append(
+            f"{run.side}/seed{run.seed} ({phase.replace('warmup', 'warm-up')})"
+            f" {low:,.0f} to {high:,.0f}"
+          )
+  if changed:
+    yield (
+      f"{task}: tokens/s changed during these runs, which probably shared the"
+      " device with other work (quartiles of the log intervals): "
+      f"{', '.join(changed)}. Their {no_measure}"
+    )
+  # A warm-up step does all that a step of the baseline does, and more.
+  dense = speeds(sides.get(BASELINE, [])).get("dense")
+  for side, runs in sides.items():
+    warmup = speeds(runs).get("warmup")
+    if not dense or not warmup:
+      continue
+    slow, fast = statistics.median(dense), statistics.median(warmup)
+    if fast > _ALIKE * slow:
+      yield (
+        f"{task}: {side_name(BASELINE)} ran at {slow:,.0f} tokens/s and the"
+        f" warm-up of {side_name(side)} at {fast:,.0f}, although a warm-up step"
+        " does the same work and more. The sides did not run under like"
+        f" conditions: their {no_measure}"
+      )
 
 
 def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
@@ -280,14 +325,7 @@ def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
         f"{task}: the sides differ in parameters outside the index branch: "
         + ", ".join(f"{n:,}" for n in sorted(rest))
       )
-    for side, runs in sides.items():
-      unlike = max((max(v) / min(v) for v in speeds(runs).values()), default=1)
-      if unlike > _ALIKE:
-        words.append(
-          f"{task}/{side}: tokens/s of its seeds differ by up to"
-          f" {unlike:.1f}x, so they shared a device or ran on different ones."
-          " Their wall times and tokens/s are no measure of speed."
-        )
+    words += _unlike_speeds(task, sides)
   for run in every:
     if run.broken and not run.finished:
       words.append(
@@ -473,11 +511,15 @@ class _Page:
     if figure is None:
       return
     path = self.out / f"{name}.png"
-    figure.savefig(path)
+    # The layout leaves no room for titles and legends that are wider than the
+    # figure, so the picture is cut around all that is drawn.
+    figure.draw_without_rendering()
+    box = figure.get_tightbbox().padded(0.1)
+    figure.savefig(path, bbox_inches=box)
     data = base64.b64encode(path.read_bytes()).decode()
     caption = html.escape(caption)
     # Pixels by inches give text the same size in all figures.
-    width = round(96 * figure.get_figwidth())
+    width = round(96 * box.width)
     self.add(
       f'<figure><img width="{width}" alt="{caption}" '
       f'src="data:image/png;base64,{data}">'
@@ -583,8 +625,11 @@ def _add_results(page: _Page, task: _Task) -> None:
   page.add("<h3>Results, speed and size</h3>", _rows(table))
   page.add_small(
     "± is the standard deviation over seeds. Tokens/s is the median over log "
-    "intervals of each phase, without the first, which holds the compilation. "
-    + html.escape(" ".join(_notes(task.sides)))
+    "intervals of each phase, without the first, which holds the compilation; "
+    "in brackets the quartiles. "
+    + html.escape(
+      " ".join([*_unlike_speeds(task.name, task.sides), *_notes(task.sides)])
+    )
   )
   task.summary |= {
     "table": table,
@@ -657,6 +702,12 @@ def _add_curves(page: _Page, task: _Task) -> None:
   if any(len(pairs) > 1 for pairs in task.pairs.values()):
     band = " The band is the Student-t 95 % interval of the mean at each step."
   about = task.name, task.sides, page.colors
+  page.add_figure(
+    train_figure(*about),
+    f"{task.name}_train_loss",
+    "Loss on the training batch of each logged step, without the KL."
+    f" {spread} The vertical axis shows the values after the first quarter.",
+  )
   for metric in task.metrics if task.has_results else ():
     name = f"{task.name}_{metric.key}"
     cut = " The vertical axis shows the values after the first quarter."
@@ -771,15 +822,34 @@ def _add_layer_tables(page: _Page, task: _Task) -> None:
   )
 
 
+def _of_index(field: str) -> bool:
+  """Whether a config's field is about the Index Branch alone."""
+  return field.startswith(("model.index", "optimizer.index_", "recipe"))
+
+
+def _without_index(config: dict, prefix: str = "") -> dict:
+  """A run's config without the fields of the Index Branch."""
+  return {
+    name: _without_index(value, f"{prefix}{name}.")
+    if isinstance(value, dict)
+    else value
+    for name, value in config.items()
+    if not _of_index(prefix + name)
+  }
+
+
 def _add_differences(page: _Page, task: _Task) -> None:
   """The config fields in which the sides differ, and the whole first config."""
   different = task.different
 
-  def value(field: str, side: str) -> Any:
+  def value(field: str, side: str) -> str:
+    if _of_index(field) and not task.sides[side][0].uses_msa:
+      return "–"
     if field in different[side]:
-      return different[side][field][1]
+      return json.dumps(different[side][field][1])
     # A side that does not differ in a field has the first side's value.
-    return next(d[field][0] for d in different.values() if field in d)
+    found = (d[field][0] for d in different.values() if field in d)
+    return json.dumps(next(found))
 
   fields = sorted({field for own in different.values() for field in own})
   page.add(
@@ -787,7 +857,7 @@ def _add_differences(page: _Page, task: _Task) -> None:
     _table(
       ["field", *map(side_name, task.sides)],
       [
-        [field, *(json.dumps(value(field, side)) for side in task.sides)]
+        [field, *(value(field, side) for side in task.sides)]
         for field in fields
       ],
     ),
@@ -797,7 +867,9 @@ def _add_differences(page: _Page, task: _Task) -> None:
     "are refused."
   )
   first = next(iter(task.sides))
-  config = json.dumps(task.sides[first][0].config, indent=2)
+  run = task.sides[first][0]
+  shown = run.config if run.uses_msa else _without_index(run.config)
+  config = json.dumps(shown, indent=2)
   page.add(
     f"<details><summary>Config of {html.escape(side_name(first))}"
     f"</summary><pre>{html.escape(config)}</pre></details>"

@@ -115,8 +115,8 @@ class Run:
     """A config value by its dotted path."""
     return flatten(self.config).get(path, default)
 
-  def speed(self) -> dict[str, float]:
-    """Median tokens per second of each phase.
+  def interval_speeds(self) -> dict[str, list[float]]:
+    """Tokens per second of each log interval, by phase.
 
     The first record of a phase is left out because its time includes what
     compiling and warming up cost.
@@ -126,7 +126,16 @@ class Run:
       speed = record["tokens_per_second"]
       if speed is not None:
         phases.setdefault(record["phase"], []).append(speed)
-    return {k: statistics.median(v[1:]) for k, v in phases.items() if v[1:]}
+    return {phase: v[1:] for phase, v in phases.items() if v[1:]}
+
+  def speed(self) -> dict[str, float]:
+    """Median tokens per second of each phase (see `interval_speeds`)."""
+    return {k: statistics.median(v) for k, v in self.interval_speeds().items()}
+
+  @property
+  def uses_msa(self) -> bool:
+    """Whether any layer of the model has an Index Branch."""
+    return "msa" in (self.get("model.layer_kinds") or ())
 
   def warmup(self) -> tuple[int, int] | None:
     """The numbers of steps done before the warm-up and at its end; None for a
@@ -352,6 +361,14 @@ def speeds(runs: list[Run]) -> dict[str, list[float]]:
     for phase, speed in run.speed().items():
       phases.setdefault(phase, []).append(speed)
   return phases
+
+
+def quartiles(values: Sequence[float]) -> tuple[float, float, float]:
+  """The first quartile, the median and the third quartile."""
+  if len(values) == 1:
+    return values[0], values[0], values[0]
+  low, middle, high = statistics.quantiles(values, n=4, method="inclusive")
+  return low, middle, high
 
 
 def recall_beyond(

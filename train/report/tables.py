@@ -13,7 +13,7 @@ import numpy as np
 
 from train.report.figures import side_name
 from train.report.gaps import paired_gap
-from train.report.runs import BASELINE, Metric, Probe, Run, speeds
+from train.report.runs import BASELINE, Metric, Probe, Run, quartiles
 
 Rows = list[dict[str, str]]
 
@@ -66,21 +66,34 @@ def performance_rows(
         "side": side_name(side),
         "finished runs": f"{len(done)} of {len(runs)}",
         **{_column(m): _spread_of([r.final for r in done], m) for m in metrics},
-        "tokens/s": ", ".join(
-          f"{phase.replace('warmup', 'warm-up')} {statistics.median(v):,.0f}"
-          for phase, v in speeds(runs).items()
-        )
-        or "–",
+        "tokens/s": _speed_text(runs),
         "training time": spread([r.final["seconds"] / 60 for r in done], 1)
         + " min",
         "peak memory": bytes_text(max(peaks, default=None)),
         "parameters": f"{size['total']:,}" if size else "–",
         "of these, index branch": (
-          f"{index:,} ({100 * index / size['total']:.2f} %)" if size else "–"
+          f"{index:,} ({100 * index / size['total']:.2f} %)" if index else "–"
         ),
       }
     )
   return rows
+
+
+def _speed_text(runs: list[Run]) -> str:
+  """Tokens/s of each phase: the median, and the quartiles over the log
+  intervals of all runs."""
+  phases: dict[str, list[float]] = {}
+  for run in runs:
+    for phase, values in run.interval_speeds().items():
+      phases.setdefault(phase, []).extend(values)
+  texts = []
+  for phase, values in phases.items():
+    low, middle, high = quartiles(values)
+    text = f"{phase.replace('warmup', 'warm-up')} {middle:,.0f}"
+    if len(values) > 1:
+      text += f" ({low:,.0f} to {high:,.0f})"
+    texts.append(text)
+  return ", ".join(texts) or "–"
 
 
 def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
