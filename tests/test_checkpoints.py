@@ -8,6 +8,7 @@ transformers itself, if that is installed.
 
 import dataclasses
 import json
+import pathlib
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +32,7 @@ from msa_jax.checkpoints import commands
 from msa_jax.checkpoints.families import FAMILIES
 from msa_jax.checkpoints.tensor_files import write
 
+FAMILIES_DATA = pathlib.Path(__file__).parent / "data" / "families"
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 24))
 SIZES = dict(
   vocab_size=40,
@@ -1030,6 +1032,18 @@ def transformers_model(name):
       if "norm" in key or "e_score" in key:
         value.add_(0.2 * torch.randn_like(value))
   return model
+
+
+@pytest.mark.parametrize("name", [*CONFIGS, "m2_fp8"])
+def test_folders_of_transformers_have_its_logits(name):
+  """`make_checkpoints.py` made the folders; tests/test_m3.py has MiniMax-M3."""
+  folder = FAMILIES_DATA / name
+  with np.load(folder / "golden.npz") as golden:
+    want = golden["logits"]
+  got = logits_of(checkpoints.load(folder), jnp.asarray(TOKENS))
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  # The logits are those of this folder, not of any.
+  assert np.std(want) > 0.1
 
 
 @pytest.mark.slow
