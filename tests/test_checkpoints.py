@@ -1001,6 +1001,101 @@ def test_chat(tmp_path, capsys):
   assert commands.chat_prompt(folder, "hello") == "J"
 
 
+# --- GGUF ---------------------------------------------------------------------
+
+
+def gguf_file(path, tensors, config, changes=()):
+  """A file of a Llama model, with Q8_0 projections and pairs of rotary dims."""
+  gguf = pytest.importorskip("gguf")
+  writer = gguf.GGUFWriter(path, "llama")
+  heads = {"q_proj": config["num_attention_heads"]}
+  heads["k_proj"] = config["num_key_value_heads"]
+  fields = {
+    "llama.block_count": config["num_hidden_layers"],
+    "llama.context_length": 512,
+    "llama.embedding_length": config["hidden_size"],
+    "llama.feed_forward_length": config["intermediate_size"],
+    "llama.attention.head_count": config["num_attention_heads"],
+    "llama.attention.head_count_kv": config["num_key_value_heads"],
+    "llama.vocab_size": config["vocab_size"],
+    "tokenizer.ggml.eos_token_id": 1,
+    **dict(changes),
+  }
+  for name, value in fields.items():
+    writer.add_uint32(name, value)
+  writer.add_float32("llama.rope.freq_base", config["rope_theta"])
+  writer.add_float32("llama.attention.layer_norm_rms_epsilon", 1e-5)
+  words = ["<s>", "<e>", *map(chr, range(ord("a"), ord("z") + 1)), "ab", "abc"]
+  words += [str(digit) for digit in range(10)]
+  writer.add_tokenizer_model("gpt2")
+  writer.add_tokenizer_pre("smollm")
+  writer.add_token_list(words)
+  writer.add_token_types([3, 3, *[1] * (len(words) - 2)])
+  writer.add_token_merges(["a b", "ab c"])
+  inner = {
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "o_proj": "attn_output",
+  }
+  inner |= {f"{n}_proj": f"attn_{n}" for n in "qkv"}
+  inner |= {f"{n}_proj": f"ffn_{n}" for n in ("gate", "up", "down")}
+  outer = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+  }
+  q8 = gguf.GGMLQuantizationType.Q8_0
+  values = {}
+  for name, value in tensors.items():
+    parts = name.split(".")
+    theirs = outer.get(name) or f"blk.{parts[2]}.{inner[parts[-2]]}.weight"
+    count = heads.get(parts[-2])
+    if count:
+      halves = value.reshape(count, 2, -1, value.shape[1])
+      value = halves.swapaxes(1, 2).reshape(value.shape)
+    if parts[-2].endswith("_proj") and value.shape[1] % 32 == 0:
+      codes = gguf.quantize(value, q8)
+      writer.add_tensor(theirs, codes, raw_dtype=q8)
+      value = gguf.dequantize(codes, q8)
+    else:
+      writer.add_tensor(theirs, value)
+    if count:
+      pairs = value.reshape(count, -1, 2, value.shape[1])
+      value = pairs.swapaxes(1, 2).reshape(value.shape)
+    values[name] = value
+  writer.write_header_to_file()
+  writer.write_kv_data_to_file()
+  writer.write_tensors_to_file()
+  writer.close()
+  return values
+
+
+def test_gguf_file_becomes_a_folder(tmp_path, capsys):
+  config = CONFIGS["llama"] | dict(rope_scaling=None, intermediate_size=64)
+  tensors = random_tensors(config)
+  file = tmp_path / "model.gguf"
+  values = gguf_file(file, tensors, config)
+  words = ["from-gguf", str(file), str(tmp_path / "out")]
+  assert commands.main(words) == 0
+  same_bits(values, tensors_of(tmp_path / "out"))
+  check(tmp_path / "out", oracle(values, config))
+  import tokenizers
+
+  saved = str(tmp_path / "out" / "tokenizer.json")
+  tokenizer = tokenizers.Tokenizer.from_file(saved)
+  ids = tokenizer.encode("abc12<e>ba").ids
+  assert ids == [29, 31, 32, 1, 3, 2]
+  assert tokenizer.decode(ids, skip_special_tokens=False) == "abc12<e>ba"
+  # What is not known is refused by its name, and nothing is written.
+  gguf_file(file, tensors, config, {"llama.expert_count": 4})
+  words = ["from-gguf", str(file), str(tmp_path / "refused")]
+  assert commands.main(words) == 1
+  assert "llama.expert_count=4: not known" in capsys.readouterr().err
+  assert not (tmp_path / "refused").exists()
+  file.write_bytes(b"no such file format")
+  assert commands.main(words) == 1
+  assert "is no GGUF file" in capsys.readouterr().err
+
+
 # --- Against transformers -----------------------------------------------------
 
 

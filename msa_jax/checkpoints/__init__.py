@@ -11,10 +11,12 @@ from msa_jax.checkpoints.folders import (
   read_config,
   save,
 )
+from msa_jax.checkpoints.gguf_files import from_gguf
 
 __all__ = [
   "ParameterCounts",
   "count_parameters",
+  "from_gguf",
   "load",
   "read_config",
   "save",

@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from msa_jax import generate
-from msa_jax.checkpoints import folders
+from msa_jax.checkpoints import folders, gguf_files
 from msa_jax.checkpoints.fields import read_json
 from msa_jax.checkpoints.quantised import Quantised
 from msa_jax.checks import wrong
@@ -385,7 +385,10 @@ def _parser() -> argparse.ArgumentParser:
   show = commands.add_parser("show", help=about, description=about)
   about = "Continue a prompt with a checkpoint's model."
   sample = commands.add_parser("sample", help=about, description=about)
-  for command in (show, sample):
+  about = "Write a GGUF file of a Llama model as a checkpoint folder."
+  convert = commands.add_parser("from-gguf", help=about, description=about)
+  convert.add_argument("file", type=pathlib.Path)
+  for command in (show, sample, convert):
     command.add_argument("folder", type=pathlib.Path)
   add = sample.add_argument
   add("--text", help="the prompt; needs the folder's tokenizer.json")
@@ -424,6 +427,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if args.command == "show":
       for line in describe(args.folder):
         print(line)
+      return 0
+    if args.command == "from-gguf":
+      gguf_files.from_gguf(args.file, args.folder)
       return 0
     sampling = None
     given = (args.temperature, args.top_k, args.top_p)
