@@ -59,7 +59,7 @@ def from_gguf(path: str | os.PathLike, folder: str | os.PathLike) -> None:
       package is missing.
   """
   try:
-    import gguf
+    import gguf  # pyright: ignore[reportMissingImports]
     import tokenizers  # noqa: F401  (before anything is written)
   except ModuleNotFoundError as error:
     raise ValueError(
