@@ -21,7 +21,7 @@ from msa_jax.layers import Sharding
 from msa_jax.model import DecoderLM, abstract_model, group_sizes, is_index_param
 from msa_jax.model_config import ModelConfig
 
-IndexInit = Literal["main", "random"]
+IndexInit = Literal["main", "leading", "random"]
 
 
 class _Layers:
@@ -67,18 +67,30 @@ def index_kernels_from_main(
   *,
   index_dim: int,
   rope_dim: int | None = None,
+  shared_key: Literal["mean", "leading"] = "mean",
 ) -> tuple[Float[Array, "*L E K J"], Float[Array, "*L E J"]]:
   """Index projections made from a layer's query and key projections.
 
-  Each group's index query is the mean of its query heads, the index key the
-  mean of the key heads. Of their D dims the index heads take those that
-  `index_dims` names.
+  Each group's index query is the mean of its query heads, q_g. Of a head's D
+  dims the index heads take those that `index_dims` names. All groups share one
+  index key:
+
+    "mean": the mean of the key heads.
+    "leading": for each rotary pair, the key heads k_g are vectors of complex
+      numbers, since a rotation multiplies the pair by a number of modulus 1.
+      With v the leading left singular vector of the matrix of columns |q_g|
+      k_g, and c_g = <v, k_g>, the index key is v sqrt|c| and group g's index
+      query q_g conj(c_g) / sqrt|c|, whose scores are those of q_g and c_g v,
+      the part of k_g along v. Dims that do not rotate do the same in real
+      numbers. With one key head, or with key heads that are multiples of each
+      other, the scores are those of q_g and k_g.
 
   Args:
     query: kernel of the query projection.
     key: kernel of the key projection.
     index_dim: size of an index head, I.
     rope_dim: dims of a main head that rotate, as in `GQAttention`; None: all.
+    shared_key: how the groups' keys become one, see above.
 
   Returns:
     Kernels of the index query and the index key. They have J = min(I, dims with
@@ -96,10 +108,54 @@ def index_kernels_from_main(
   if lead != key_lead or head_dim != key_dim or num_heads % num_kv_heads:
     want = f"a kernel like query's {tuple(query.shape)}, with heads that divide"
     raise wrong("key", f"{want} its {num_heads}", str(tuple(key.shape)))
+  check_choice("shared_key", shared_key, Literal["mean", "leading"])
   dims = index_dims(head_dim, index_dim, rope_dim)
   groups = query.reshape(*lead, num_kv_heads, -1, head_dim)
   index_query = jnp.mean(groups, axis=-2)[..., dims]
-  return index_query, jnp.mean(key, axis=-2)[..., dims]
+  if shared_key == "mean":
+    return index_query, jnp.mean(key, axis=-2)[..., dims]
+  rope_dim = check_rope_dim(rope_dim, head_dim)
+  rotary = min(rope_dim, index_dim // 2 * 2)
+  half = rotary // 2
+
+  def pairs(x: Array) -> Array:
+    return lax.complex(x[..., :half], x[..., half:rotary])
+
+  def flat(x: Array, plain: Array) -> Array:
+    return jnp.concatenate([x.real, x.imag, plain], -1).astype(query.dtype)
+
+  wide_query = index_query.astype(jnp.promote_types(query.dtype, jnp.float32))
+  wide_key = key[..., dims].astype(wide_query.dtype)
+  turning = _leading_key(pairs(wide_query), pairs(wide_key))
+  still = _leading_key(wide_query[..., rotary:], wide_key[..., rotary:])
+  return flat(turning[0], still[0]), flat(turning[1], still[1])
+
+
+def _leading_key(query: Array, key: Array) -> tuple[Array, Array]:
+  """One key for all groups, for each dim alone; `index_kernels_from_main`.
+
+  Args:
+    query: real or complex [..., E, K, J].
+    key: like query.
+
+  Returns:
+    Queries [..., E, K, J] and the key [..., E, J].
+  """
+
+  def norm(x: Array, axis: int) -> Array:
+    return jnp.linalg.norm(x, axis=axis, keepdims=True)
+
+  def divide(x: Array, by: Array) -> Array:
+    return x / jnp.where(by == 0, 1, by)
+
+  weighted = key * norm(query, -3)
+  gram = jnp.einsum("...egj,...ehj->...jgh", weighted.conj(), weighted)
+  mix = jnp.linalg.eigh(gram)[1][..., -1]  # of the largest eigenvalue, [J, K]
+  along = jnp.einsum("...egj,...jg->...ej", weighted, mix)
+  along = divide(along, norm(along, -2))
+  parts = jnp.einsum("...ej,...egj->...gj", along.conj(), key)
+  root = jnp.sqrt(norm(parts, -2))  # [..., 1, J]
+  return query * divide(parts.conj(), root)[..., None, :, :], along * root
 
 
 def index_dims(
@@ -133,7 +189,11 @@ def index_dims(
 
 
 def _index_from_main(
-  name: tuple[str, str], source: _Layers, layer: int, config: ModelConfig
+  name: tuple[str, str],
+  source: _Layers,
+  layer: int,
+  config: ModelConfig,
+  shared_key: Literal["mean", "leading"],
 ) -> Array | None:
   """Makes an index projection or norm of a layer from its main branch.
 
@@ -142,6 +202,7 @@ def _index_from_main(
     source: parameters of the model that has no Index Branch.
     layer: number of the layer.
     config: config of the model that gets the index parameter.
+    shared_key: see `index_kernels_from_main`.
 
   Returns:
     Values of the first index dims, see `index_dims`. None if the main branch
@@ -175,7 +236,11 @@ def _index_from_main(
   match name:
     case ("index_query" | "index_key", "kernel"):
       kernels = index_kernels_from_main(
-        heads("query"), heads("key"), index_dim=index_dim, rope_dim=rope_dim
+        heads("query"),
+        heads("key"),
+        index_dim=index_dim,
+        rope_dim=rope_dim,
+        shared_key=shared_key,
       )
       return kernels[name[0] == "index_key"]
     case ("index_query_norm" | "index_key_norm" as norm, "scale"):
@@ -218,6 +283,10 @@ def to_msa(
     "random"    0.555         0.562         0.68
     "main"      0.666         0.604         0.26
 
+  index_init="leading" makes one key for all groups in a better way, see
+  `index_kernels_from_main`; docs/checkpoints.md compares the three on
+  SmolLM2-135M. It is not for models with QK-norm: a norm undoes its scales.
+
   Args:
     model: a model whose layers are GQA where `config`'s are MSA.
     config: config of the new model; must equal `model.config` in everything but
@@ -225,13 +294,18 @@ def to_msa(
       `scan_layers`, `remat` and `dtype`.
     rngs: random streams for the index projections.
     sharding: mesh axes of the new model's parameters.
-    index_init: "main", see above, or "random" for freshly initialised index
-      projections.
+    index_init: "main" or "leading", see above, or "random" for freshly
+      initialised index projections.
 
   Raises:
-    ValueError: the configs differ in another field, which the text names.
+    ValueError: the configs differ in another field, which the text names; or
+      index_init="leading" and the model has QK-norm.
   """
   check_choice("index_init", index_init, IndexInit)
+  if index_init == "leading" and config.qk_norm:
+    raise wrong(
+      "index_init", "'main' or 'random' for a model with qk_norm", "'leading'"
+    )
   free = {
     "layer_kinds",
     "index",
@@ -283,8 +357,9 @@ def to_msa(
     if path in source.paths(layer):
       return source.get(layer, path)
     value = None
-    if index_init == "main" and path[0] == "attention":
-      value = _index_from_main(path[1:], source, layer, config)
+    if index_init != "random" and path[0] == "attention":
+      shared_key = "leading" if index_init == "leading" else "mean"
+      value = _index_from_main(path[1:], source, layer, config, shared_key)
     assert start is not None, path
     if value is None:
       return start

@@ -1053,9 +1053,11 @@ def test_index_of_one_head_ranks_as_the_head_does():
   out = run(to_msa(gqa, index, index_init="random"), tokens, "warmup")
   assert np.all(out.selection.block_recall < 0.7)
   with pytest.raises(
-    ValueError, match="index_init must be one of 'main', 'ran"
+    ValueError, match="index_init must be one of 'main', 'lea"
   ):
     to_msa(gqa, index, index_init="mean")
+  with pytest.raises(ValueError, match="'random' for a model with qk_norm"):
+    to_msa(gqa, index, index_init="leading")
 
 
 @nnx.jit

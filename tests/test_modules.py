@@ -316,6 +316,89 @@ def test_index_kernels_from_main():
     msa_jax.index_kernels_from_main(query[0], key, index_dim=8)
 
 
+def test_one_index_key_for_all_groups():
+  """Key heads that one key can stand for: each group's scores are kept."""
+  query = jax.random.normal(jax.random.key(0), (5, 4, 8))
+  first = jax.random.normal(jax.random.key(1), (5, 8))
+  # A complex number for each of 2 rotary pairs, a real one for the 4 others.
+  turn, size = jnp.array([0.3, 2.0]), jnp.array([-0.7, 3.0])
+  real, imag = first[:, :2], first[:, 2:4]
+  second = jnp.concatenate(
+    [
+      size * (real * jnp.cos(turn) - imag * jnp.sin(turn)),
+      size * (real * jnp.sin(turn) + imag * jnp.cos(turn)),
+      first[:, 4:] * jnp.array([1.0, -2, 0, 0.5]),
+    ],
+    axis=-1,
+  )
+  key = jnp.stack([first, second], 1)
+  x = jax.random.normal(jax.random.key(2), (7, 5))
+  positions = jnp.arange(7)
+
+  def scores(query, key):
+    q, k = (
+      msa_jax.partial_rope(
+        jnp.einsum("te,ehd->thd", x, kernel)[None],
+        positions,
+        rope_dim=4,
+        theta=100.0,
+      )[0]
+      for kernel in (query, key)
+    )
+    return jnp.einsum("tgd,sgd->gts", q, jnp.broadcast_to(k, q.shape))
+
+  got = msa_jax.index_kernels_from_main(
+    query, key, index_dim=8, rope_dim=4, shared_key="leading"
+  )
+  want = scores(query.reshape(5, 2, 2, 8).mean(2), key)
+  close = dict(atol=1e-4 * float(jnp.abs(want).max()), rtol=0)
+  np.testing.assert_allclose(scores(got[0], got[1][:, None]), want, **close)
+  mean = msa_jax.index_kernels_from_main(query, key, index_dim=8, rope_dim=4)
+  wrong = scores(mean[0], mean[1][:, None])
+  assert jnp.abs(wrong - want).max() > 0.1 * jnp.abs(want).max()
+  # A pair that nothing reads gives zeros, not NaN.
+  got = msa_jax.index_kernels_from_main(
+    query.at[..., :4].set(0), key, index_dim=8, rope_dim=4, shared_key="leading"
+  )
+  assert jnp.isfinite(got[0]).all() and not jnp.any(got[1][:, :4])
+  with pytest.raises(ValueError, match="shared_key must be one of 'mean'"):
+    msa_jax.index_kernels_from_main(
+      query,
+      key,
+      index_dim=8,
+      shared_key="max",  # pyright: ignore[reportArgumentType]
+    )
+
+
+def test_to_msa_starts_from_leading_keys():
+  config = ModelConfig(
+    vocab_size=16,
+    num_layers=1,
+    embed_dim=16,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=16,
+    rope_dim=4,
+    qk_norm=False,
+  )
+  gqa = DecoderLM(config, rngs=nnx.Rngs(0))
+  index = IndexConfig(index_dim=8, block_size=4, top_k=2)
+  config = dataclasses.replace(config, layer_kinds=("msa",), index=index)
+  made = msa_jax.to_msa(gqa, config, rngs=nnx.Rngs(1), index_init="leading")
+  attention = made.layers[0].attention
+  want = msa_jax.index_kernels_from_main(
+    attention.query.kernel[...],
+    attention.key.kernel[...],
+    index_dim=8,
+    rope_dim=4,
+    shared_key="leading",
+  )
+  got = attention.index_query.kernel[...], attention.index_key.kernel[...]
+  for x, y in zip(got, want):
+    np.testing.assert_allclose(x.reshape(y.shape), y, atol=1e-5)
+
+
 def test_rope_scaling_slows_the_slow_pairs():
   """Llama 3.1's rule, one pair at a time."""
   scaling = msa_jax.RopeScaling(
