@@ -477,15 +477,9 @@ for page in filter(blocks, PAGES):
 """
 
 
-@pytest.mark.parametrize(
-  "devices, axis_type",
-  [
-    (4, "Explicit"),
-    pytest.param(4, "Auto", marks=pytest.mark.slow),
-    pytest.param(1, "Explicit", marks=pytest.mark.slow),
-    pytest.param(1, "Auto", marks=pytest.mark.slow),
-  ],
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("devices", [4, 1])
+@pytest.mark.parametrize("axis_type", ["Explicit", "Auto"])
 def test_examples_run_under_meshes(devices, axis_type, tmp_path):
   """As printed, inside of jax.set_mesh, with the output that is printed."""
   run_on_devices(devices, EXAMPLES, axis_type, tmp_path)
