@@ -320,7 +320,7 @@ def test_interpreted_attention_and_gradients(kind):
   "kind, dense",
   [
     ("documents", False),
-    ("trees", False),
+    pytest.param("trees", False, marks=pytest.mark.slow),
     ("long", True),
     pytest.param("documents", True, marks=pytest.mark.slow),
   ],
@@ -368,7 +368,7 @@ DEEP_PARENTS = [-1, 0, 1, 1, 3, 3, 5, 5, 7, 7, 9, 1]
   "kind, num_local, precision",
   [
     ("documents", 1, "exact"),
-    ("trees", 2, "exact"),
+    pytest.param("trees", 2, "exact", marks=pytest.mark.slow),
     # A path of more runs of blocks than a tile has ranges.
     ("deep", 1, "exact"),
     pytest.param("deep", 2, "fast", marks=pytest.mark.slow),

@@ -274,6 +274,7 @@ for axis_type, sizes, sharding in MESHES:
 """
 
 
+@pytest.mark.slow
 def test_models_under_meshes_of_every_kind():
   """Training, generation and layers give the numbers of one device."""
   run_on_devices(4, MODELS)
