@@ -170,6 +170,9 @@ def test_own_text_replaces_that_of_the_text_tasks():
   own = config_lib.with_text(configs.preset("demo"), "texts")
   paths = [getattr(run.data, "path", None) for run in own.runs]
   assert paths == ["texts", "texts", None, None]
+  assert all(getattr(run.data, "max_bytes", None) is None for run in own.runs)
+  smoke = config_lib.with_text(configs.preset("smoke"), "texts")
+  assert all(getattr(run.data, "max_bytes", None) is None for run in smoke.runs)
   text = config_lib.only_task(own, "text")
   assert [run.side for run in text.runs] == ["gqa", "msa"]
   for run in config_lib.with_text(configs.preset("lm73m_16k"), "t").runs:

@@ -511,6 +511,7 @@ def only_task(comparison: ComparisonConfig, task: str) -> ComparisonConfig:
 def with_text(comparison: ComparisonConfig, path: str) -> ComparisonConfig:
   """The comparison with another text in each task that has one.
 
+  All of the text is read: a preset's `max_bytes` was chosen for its own text.
   A folder with a tokens.json (see `TokensConfig`) also sets the vocabulary, and
   is not for mixes of text and retrieval.
 
@@ -530,10 +531,14 @@ def with_text(comparison: ComparisonConfig, path: str) -> ComparisonConfig:
       model = dataclasses.replace(run.model, vocab_size=header["vocab_size"])
       return dataclasses.replace(run, data=data, model=model)
     if header is None and isinstance(data, MixConfig):
-      text = dataclasses.replace(data.text, path=path, installed=False)
+      text = dataclasses.replace(
+        data.text, path=path, installed=False, max_bytes=None
+      )
       return dataclasses.replace(run, data=dataclasses.replace(data, text=text))
     if header is None and isinstance(data, TextConfig):
-      data = dataclasses.replace(data, path=path, installed=False)
+      data = dataclasses.replace(
+        data, path=path, installed=False, max_bytes=None
+      )
     return dataclasses.replace(run, data=data)
 
   runs = tuple(map(changed, comparison.runs))
