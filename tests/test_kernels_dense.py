@@ -384,7 +384,9 @@ def test_no_gradient_of_gradients(pretend_hopper, phase, kl):
 
   inputs = shapes(cases.PAPER["8k"])[:-1]
   assert len(jax.eval_shape(first, *inputs)) == len(which)
-  with pytest.raises(NotImplementedError, match="reverse mode of first order only"):
+  # Attention of the warm-up is cuDNN's, whose refusal is JAX's own.
+  wanted = "reverse mode of first order only|Differentiation rule"
+  with pytest.raises(NotImplementedError, match=wanted):
     jax.eval_shape(jax.grad(norm, which), *inputs)
 
 
