@@ -1272,6 +1272,7 @@ def _decode_run(
     index_q, index_k, index_k_scale, positions - first, block_size
   )
   ids = first // block_size + jnp.arange(score.shape[-1], dtype=jnp.int32)
+  ids = lax.expand_dims(ids, range(3))
   own = jnp.where(positions < 0, -1, positions // block_size)
   own = own[:, None, :, None]
   visible, forced = ids <= own, (ids <= own) & (ids > own - num_local_blocks)
