@@ -175,6 +175,8 @@ def test_a_step_asks_the_compiler_for_its_memory_once(monkeypatch):
     clip_norm=1.0,
     index_clip_norm=1.0,
     router_bias_rate=0.0,
+    algorithm="adamw",
+    index_algorithm=None,
   )
   program = program_lib.Program(config)
   for _ in range(3):
