@@ -255,13 +255,16 @@ class GQAttention(nnx.Module):
   ) -> None:
     """Makes the parameters that a subclass adds to the main branch."""
 
-  def _rotate(self, x: Array, positions: Array | None) -> Array:
+  def _rotate(
+    self, x: Array, positions: Array | None, rope_dim: int | None = None
+  ) -> Array:
+    """Rotates the first rope_dim dims; None: as many as of a main head."""
     if positions is None:
       positions = jnp.arange(x.shape[1])
     return partial_rope(
       x,
       positions,
-      rope_dim=min(self.rope_dim, x.shape[-1] // 2 * 2),
+      rope_dim=self.rope_dim if rope_dim is None else rope_dim,
       theta=self.rope_theta,
       scaling=self.rope_scaling,
     )
@@ -534,10 +537,10 @@ class MSAttention(GQAttention):
     **gqa_options: the other options of `GQAttention`: rope_dim, rope_theta,
       rope_scaling, normalize_qk, qk_norm_over, norm_eps, zero_centered_norm,
       sinks, use_bias, scale, dtype, param_dtype, kernel_init, sharding and
-      rngs. The index heads rotate their first min(rope_dim, index_dim) dims,
-      and are normalised one by one whatever qk_norm_over is; they have no bias,
-      and their factor in the KL is I^-0.5. The KL's teacher is the softmax
-      without the sinks.
+      rngs. The index heads rotate their first min(rope_dim, index_dim) dims
+      unless `index.rope_dim` says otherwise, and are normalised one by one
+      whatever qk_norm_over is; they have no bias, and their factor in the KL is
+      I^-0.5. The KL's teacher is the softmax without the sinks.
 
   Raises:
     ValueError: an argument is wrong, or does not fit another.
@@ -606,8 +609,9 @@ class MSAttention(GQAttention):
     if self.index_query_norm is not None and self.index_key_norm is not None:
       index_q = self.index_query_norm(index_q)
       index_k = self.index_key_norm(index_k)
-    index_q = self._rotate(index_q, positions)
-    index_k = self._rotate(index_k[:, :, None], positions)[:, :, 0]
+    rope_dim = self.index.rotated(self.rope_dim)
+    index_q = self._rotate(index_q, positions, rope_dim)
+    index_k = self._rotate(index_k[:, :, None], positions, rope_dim)[:, :, 0]
     index_v = self.index_value(x) if self.index.value_head else None
     return index_q, index_k, index_v
 

@@ -150,7 +150,9 @@ def check_blocks(
   return block_size, top_k, local
 
 
-def check_rope_dim(rope_dim: Any, head_dim: int) -> int:
+def check_rope_dim(
+  rope_dim: Any, head_dim: int, head_dim_name: str = "head_dim"
+) -> int:
   """The number of dims that rotate; None stands for all of head_dim.
 
   Raises:
@@ -158,7 +160,7 @@ def check_rope_dim(rope_dim: Any, head_dim: int) -> int:
   """
   dims = head_dim if rope_dim is None else as_integer(rope_dim)
   if dims is None or dims % 2 or not 0 <= dims <= head_dim:
-    want = f"even and from 0 to head_dim = {head_dim}"
+    want = f"even and from 0 to {head_dim_name} = {head_dim}"
     raise wrong("rope_dim", want, repr(rope_dim))
   return dims
 

@@ -16,10 +16,16 @@ from jax.core import Tracer
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float
 
-from msa_jax.checks import check_choice, check_rope_dim, check_sizes, wrong
+from msa_jax.checks import (
+  check_choice,
+  check_rope_dim,
+  check_sizes,
+  require,
+  wrong,
+)
 from msa_jax.layers import Sharding
 from msa_jax.model import DecoderLM, abstract_model, group_sizes, is_index_param
-from msa_jax.model_config import ModelConfig
+from msa_jax.model_config import IndexConfig, ModelConfig
 
 IndexInit = Literal["main", "leading", "random"]
 
@@ -67,6 +73,7 @@ def index_kernels_from_main(
   *,
   index_dim: int,
   rope_dim: int | None = None,
+  index_rope_dim: int | None = None,
   shared_key: Literal["mean", "leading"] = "mean",
 ) -> tuple[Float[Array, "*L E K J"], Float[Array, "*L E J"]]:
   """Index projections made from a layer's query and key projections.
@@ -90,6 +97,7 @@ def index_kernels_from_main(
     key: kernel of the key projection.
     index_dim: size of an index head, I.
     rope_dim: dims of a main head that rotate, as in `GQAttention`; None: all.
+    index_rope_dim: dims of an index head that rotate, see `IndexConfig`.
     shared_key: how the groups' keys become one, see above.
 
   Returns:
@@ -109,13 +117,14 @@ def index_kernels_from_main(
     want = f"a kernel like query's {tuple(query.shape)}, with heads that divide"
     raise wrong("key", f"{want} its {num_heads}", str(tuple(key.shape)))
   check_choice("shared_key", shared_key, Literal["mean", "leading"])
-  dims = index_dims(head_dim, index_dim, rope_dim)
+  dims = index_dims(head_dim, index_dim, rope_dim, index_rope_dim)
   groups = query.reshape(*lead, num_kv_heads, -1, head_dim)
   index_query = jnp.mean(groups, axis=-2)[..., dims]
   if shared_key == "mean":
     return index_query, jnp.mean(key, axis=-2)[..., dims]
   rope_dim = check_rope_dim(rope_dim, head_dim)
-  rotary = min(rope_dim, index_dim // 2 * 2)
+  index = IndexConfig(index_dim=index_dim, rope_dim=index_rope_dim)
+  rotary = index.rotated(rope_dim)
   half = rotary // 2
 
   def pairs(x: Array) -> Array:
@@ -159,26 +168,37 @@ def _leading_key(query: Array, key: Array) -> tuple[Array, Array]:
 
 
 def index_dims(
-  head_dim: int, index_dim: int, rope_dim: int | None = None
+  head_dim: int,
+  index_dim: int,
+  rope_dim: int | None = None,
+  index_rope_dim: int | None = None,
 ) -> np.ndarray:
   """The dim of a main head that each dim of an index head is made from.
 
-  If I < D, the index heads take the rotary pairs of matching frequency and the
-  first of the dims that do not rotate. If I > D, the last index dims have no
-  counterpart, and the result is shorter than I. Norms of index heads are made
-  from those of main heads by the same dims.
+  The index heads take the rotary pairs of matching frequency and the first of
+  the dims that do not rotate. Where they have more dims than that, the last
+  have no counterpart, and the result is shorter than I. Norms of index heads
+  are made from those of main heads by the same dims.
 
   Args:
     head_dim: size of a main head, D.
     index_dim: size of an index head, I.
     rope_dim: dims of a main head that rotate; None: all.
+    index_rope_dim: dims of an index head that rotate, see `IndexConfig`.
 
   Raises:
     ValueError: an argument is wrong.
   """
   head_dim, index_dim = check_sizes(head_dim=head_dim, index_dim=index_dim)
   rope_dim = check_rope_dim(rope_dim, head_dim)
-  half, index_half = rope_dim // 2, min(rope_dim, index_dim // 2 * 2) // 2
+  index = IndexConfig(index_dim=index_dim, rope_dim=index_rope_dim)
+  half, index_half = rope_dim // 2, index.rotated(rope_dim) // 2
+  require(
+    half > 0 or index_half == 0,
+    "index_rope_dim",
+    "0 or None where no dim of a main head rotates",
+    index_rope_dim,
+  )
   # Pair i of the index heads has the rotary frequency theta^(-i / index_half).
   pairs = [i * half // index_half for i in range(index_half)]
   plain = min(index_dim - 2 * index_half, head_dim - rope_dim)
@@ -232,15 +252,18 @@ def _index_from_main(
     scale, shared = scales(name)
     return kernel * (scale / jnp.where(shared == 0, 1, shared))
 
-  index_dim, rope_dim = config.index.index_dim, config.rope_dim
+  sizes: dict[str, Any] = dict(
+    index_dim=config.index.index_dim,
+    rope_dim=config.rope_dim,
+    index_rope_dim=config.index.rope_dim,
+  )
   match name:
     case ("index_query" | "index_key", "kernel"):
       kernels = index_kernels_from_main(
         heads("query"),
         heads("key"),
-        index_dim=index_dim,
-        rope_dim=rope_dim,
         shared_key=shared_key,
+        **sizes,
       )
       return kernels[name[0] == "index_key"]
     case ("index_query_norm" | "index_key_norm" as norm, "scale"):
@@ -249,7 +272,7 @@ def _index_from_main(
         value = scales(branch)[1] - config.zero_centered_norm
       else:
         value = main(norm.removeprefix("index_"), "scale")
-      return value[..., index_dims(config.head_dim, index_dim, rope_dim)]
+      return value[..., index_dims(config.head_dim, **sizes)]
     case _:
       return None
 

@@ -149,8 +149,8 @@ def partial_rope(
   """Rotary embedding of the first `rope_dim` dims; the others stay as they are.
 
   This is the rotation of `GQAttention` and `MSAttention`: of their queries and
-  keys after the norm, and of the index queries and keys with
-  rope_dim = min(rope_dim, index_dim).
+  keys after the norm, and of the index queries and keys with the rope_dim of
+  `IndexConfig.rotated`.
 
   Dims i and i + rope_dim / 2 form a pair, which is rotated by the angle
   position * theta^(-2 i / rope_dim), or by position times what `scaling` makes

@@ -15,6 +15,7 @@ from msa_jax.checks import (
   check_choice,
   check_heads,
   check_positive,
+  check_rope_dim,
   check_sizes,
   keep,
   require,
@@ -33,11 +34,13 @@ QKNormOver = Literal["head", "projection"]
 class IndexConfig:
   """Options of the Index Branch of `MSAttention`.
 
-  The first five fields are the method, the others the paper's ablations of it
+  The first six fields are the method, the others the paper's ablations of it
   (paper arXiv 2606.13392).
 
   Attributes:
     index_dim: size of an index head, I.
+    rope_dim: dims of an index head that rotate, the first ones, at most I;
+      None: as many as of a main head, at most I.
     block_size: tokens of a block of keys.
     top_k: blocks that each query and group keeps, P.
     num_local_blocks: blocks that are always kept, counted back from the query's
@@ -60,6 +63,7 @@ class IndexConfig:
   """
 
   index_dim: int = 128
+  rope_dim: int | None = None
   block_size: int = 128
   top_k: int = 16
   num_local_blocks: int = 1
@@ -72,12 +76,16 @@ class IndexConfig:
 
   def __post_init__(self):
     (index_dim,) = check_sizes(index_dim=self.index_dim)
+    rope_dim = self.rope_dim
+    if rope_dim is not None:
+      rope_dim = check_rope_dim(rope_dim, index_dim, "index_dim")
     block_size, top_k, num_local_blocks = check_blocks(
       self.block_size, self.top_k, self.num_local_blocks
     )
     keep(
       self,
       index_dim=index_dim,
+      rope_dim=rope_dim,
       block_size=block_size,
       top_k=top_k,
       num_local_blocks=num_local_blocks,
@@ -91,6 +99,7 @@ class IndexConfig:
       self.top_k,
     )
     for name, plain in (
+      ("rope_dim", None),
       ("force_first_block", False),
       ("detach_input", True),
       ("detach_teacher", True),
@@ -103,6 +112,12 @@ class IndexConfig:
         f"{plain} with selection='window', which has no Index Branch",
         value,
       )
+
+  def rotated(self, rope_dim: int) -> int:
+    """Dims of an index head that rotate where rope_dim of a main head do."""
+    if self.rope_dim is not None:
+      return self.rope_dim
+    return min(rope_dim, self.index_dim // 2 * 2)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

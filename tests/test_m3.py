@@ -1208,7 +1208,7 @@ def test_show(capsys, tmp_path):
   for text in (
     "4 layers, width 64, vocabulary 128, untied output",
     "8/2 heads of 32, rotary 16, theta 5e+06, QK-norm, norms scale by 1 + w",
-    "blocks of 16, top 3 with 1 local, index 2 heads of 32",
+    "blocks of 16, top 3 with 1 local, index 2 heads of 32, rotary 16",
     "4 experts of 48, top 2, scale 2, shared 40, swiglu_oai",
     "0        gqa dense  59,584 parameters each",
     "1-3      msa moe    92,164 parameters each",

@@ -88,6 +88,33 @@ def test_msa_with_every_block_equals_gqa(changes):
     np.testing.assert_allclose(msa(x, phase=phase).out, gqa(x), atol=2e-6)
 
 
+def test_the_index_rotates_as_many_dims_as_it_is_told():
+  """None rotates as many as the main heads do; 0 leaves scores that know no
+  position."""
+  options = dict(num_kv_heads=2, implementation="xla", rope_dim=4)
+  x = jax.random.normal(jax.random.key(0), (1, 16, 32))
+  positions = jnp.arange(16)
+
+  def keys(rope_dim, positions):
+    layer = msa_jax.MSAttention(
+      *(4, 32),
+      index=dataclasses.replace(INDEX, rope_dim=rope_dim),
+      rngs=nnx.Rngs(0),
+      **options,
+    )
+    return layer._project_index(x, positions)[1]
+
+  np.testing.assert_array_equal(keys(None, positions), keys(4, positions))
+  np.testing.assert_array_equal(keys(0, positions), keys(0, positions + 7))
+  for rope_dim in (4, 8):
+    same = np.isclose(keys(rope_dim, positions)[0, 3], keys(0, positions)[0, 3])
+    assert not same[:rope_dim].any() and same[rope_dim:].all()
+  with pytest.raises(
+    ValueError, match="even and from 0 to index_dim"
+  ):
+    IndexConfig(index_dim=8, rope_dim=10)
+
+
 @pytest.mark.parametrize("phase", ["sparse", "warmup"])
 @pytest.mark.parametrize("selection", ["index", "window"])
 def test_sinks_take_a_share_of_each_head_and_none_of_the_kl(phase, selection):
@@ -303,6 +330,11 @@ def test_index_kernels_from_main():
   assert dims(12, 10, rope_dim=8).tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8, 9]
   # More index dims than main ones: the last two have no counterpart.
   assert dims(8, 10, rope_dim=4).tolist() == [0, 1, 2, 3, 4, 5, 6, 7]
+  # An index that rotates less than the main heads do, and not at all.
+  assert dims(12, 8, 8, index_rope_dim=4).tolist() == [0, 2, 4, 6, 8, 9, 10, 11]
+  assert dims(12, 8, 8, index_rope_dim=0).tolist() == [8, 9, 10, 11]
+  with pytest.raises(ValueError, match="index_rope_dim must be 0 or None"):
+    dims(8, 8, 0, index_rope_dim=4)
   query = jax.random.normal(jax.random.key(0), (5, 4, 8))
   key = jax.random.normal(jax.random.key(1), (5, 2, 8))
   index_query, index_key = msa_jax.index_kernels_from_main(

@@ -26,7 +26,7 @@ from msa_jax import generate
 from msa_jax.checkpoints import folders, gguf_files
 from msa_jax.checkpoints.fields import read_json
 from msa_jax.checkpoints.quantised import Quantised
-from msa_jax.checks import wrong
+from msa_jax.checks import check_rope_dim, wrong
 
 
 def describe(folder: str | os.PathLike) -> Iterator[str]:
@@ -70,10 +70,11 @@ def describe(folder: str | os.PathLike) -> Iterator[str]:
     f" scale by {'1 + w' if config.zero_centered_norm else 'w'}"
   )
   if "msa" in config.kinds:
+    rotary = check_rope_dim(config.rope_dim, config.head_dim)
     yield (
       f"sparse     blocks of {index.block_size}, top {index.top_k} with"
       f" {index.num_local_blocks} local, index {config.num_kv_heads} heads of"
-      f" {index.index_dim}"
+      f" {index.index_dim}, rotary {index.rotated(rotary)}"
     )
   else:
     yield "sparse     none: every layer is full attention"

@@ -85,6 +85,8 @@ class M3(Family):
     return "transformers" if fused else "released"
 
   def refusal(self, config: ModelConfig, layout: str) -> str | None:
+    if "msa" in config.kinds and config.index.rope_dim is not None:
+      return "MiniMax-M3 has no index.rope_dim of its own"
     if layout == "transformers":
       if "msa" in config.kinds and config.index.force_first_block:
         return (
