@@ -12,7 +12,9 @@ kind first. A record has the time of a packed row (`ms`) and, from the same run,
   dense_ms   of dense attention inside the documents, cuDNN's packed layout.
 
 Ops: `select`; `prefill`, selection and attention; `train`, selection, attention
-and KL with all gradients. Choices are trained_like. Records replace those of
+and KL with all gradients; `dense` and `dense_train`, dense attention under the
+row's mask, which has `tflops` too: 4 D FLOP a visible (query, key) pair and
+head, 14 D with gradients. Choices are trained_like. Records replace those of
 the same row and op in results/<device>_packed.json.
 """
 
@@ -37,7 +39,7 @@ from benchmarks.cases import Case
 from msa_jax import ops as ops_lib
 from msa_jax.ops import Implementation
 
-OPS = ("select", "prefill", "train")
+OPS = ("select", "prefill", "train", "dense", "dense_train")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -118,6 +120,13 @@ def program(
     )
     if op == "select":
       return select(**options)
+    if op.startswith("dense"):
+      # Without segments the block size says nothing.
+      attend = functools.partial(ops_lib.dense_attention, **options)
+      if op == "dense":
+        return attend(q, k, v)
+      (_, lse), pull = jax.vjp(attend, q, k, v)
+      return pull((dout, jnp.zeros_like(lse)))
     if op == "prefill":
       return msa_jax.sparse_attention(q, k, v, select(**options), **options)
 
@@ -138,7 +147,7 @@ def dense_program(op: str) -> Callable:
 
   def run(q, k, v, dout, segments):
     attend = functools.partial(ops_lib.document_attention, segments=segments)
-    if op == "prefill":
+    if op in ("prefill", "dense"):
       return attend(q, k, v)
     _, pull = jax.vjp(lambda *x: attend(*x), q, k, v)
     return pull(dout)
@@ -207,6 +216,11 @@ def measure_row(
       ms=round(seconds * 1e3, 3),
       spread_ms=round((spread or 0) * 1e3, 3),
     )
+    if op.startswith("dense"):
+      pairs = int(np.sum(np.asarray(segments.positions, np.int64) + 1))
+      each = 14 if op == "dense_train" else 4
+      flops = each * pairs * case.num_heads * case.head_dim
+      record["tflops"] = round(flops / seconds / 1e12, 1)
     if row.alone:
       tokens, batch, count = row.alone
       other = case_of(tokens, batch)

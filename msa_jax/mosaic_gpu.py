@@ -2,13 +2,13 @@
 
 It has the functions of `msa_jax.xla`, computed by `pallas_kernels`. Each raises
 NotImplementedError if the call is beyond the limits in `pallas_kernels.mosaic`
-or in the kernel's own module. `layout` is that of packed rows, which the sparse
-phase takes, but not with `query_pieces`. `msa_jax.ops` asks `refusal` first
+or in the kernel's own module. `layout` is that of packed rows; only dense
+attention takes it with `query_pieces`. `msa_jax.ops` asks `refusal` first
 whether there is a GPU for them. The dense attention of the warm-up phase is
-cuDNN's, which needs as many keys as queries, no `kv_lengths` and no
-`query_pieces`. The other functions call a kernel for each piece, with the
-kv_lengths whose last keys the piece's queries are. Pallas is imported at the
-first call, which keeps `import msa_jax` light.
+cuDNN's for plain rows with as many keys as queries and no `kv_lengths`, and a
+kernel of our own for all others. With `query_pieces` a kernel is called for
+each piece, with the kv_lengths whose last keys the piece's queries are. Pallas
+is imported at the first call, which keeps `import msa_jax` light.
 """
 
 from __future__ import annotations
@@ -109,22 +109,30 @@ def sparse_attention(
   return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=2)
 
 
-def warmup_attention(q, k, v, *, scale, kv_lengths, query_pieces=None):
-  from pallas_kernels import mosaic
+def warmup_attention(
+  q, k, v, *, scale, kv_lengths, query_pieces=None, layout=None
+):
+  from pallas_kernels import dense_attention, masked_attention, mosaic
 
-  if query_pieces is not None:
-    raise NotImplementedError(
-      "mosaic_gpu attention of the warm-up phase supports no query_pieces:"
-      " split the heads over the devices, and not the tokens"
-    )
-  mosaic.require_hopper()  # JAX asks the cuDNN that is here
-  if kv_lengths is not None:
-    raise NotImplementedError(
-      "mosaic_gpu attention of the warm-up phase supports no kv_lengths"
-    )
-  from pallas_kernels import dense_attention as kernels
-
-  return kernels.attention(q, k, v, scale=scale)
+  plain = layout is None and kv_lengths is None and query_pieces is None
+  if plain and q.shape[1] == k.shape[1]:
+    mosaic.require_hopper()  # JAX asks the cuDNN that is here
+    return dense_attention.attention(q, k, v, scale=scale)
+  run = functools.partial(
+    masked_attention.attention,
+    scale=scale,
+    until=None if layout is None else layout.visible_until,
+  )
+  if query_pieces is None:
+    return run(q, k, v, kv_lengths=kv_lengths)
+  ks: Any = _for_each_piece(k, len(query_pieces))
+  vs: Any = _for_each_piece(v, len(query_pieces))
+  parts = [
+    run(q[:, at], k, v, kv_lengths=ends)
+    for (at, ends), k, v in zip(_pieces(query_pieces), ks, vs)
+  ]
+  out, lse = zip(*parts)
+  return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=2)
 
 
 def document_attention(q, k, v, document, starts, ends):
@@ -161,7 +169,12 @@ def index_kl_loss(
       total, count = total + kl * counted, count + counted
     return total / jnp.where(count == 0, 1, count)
   if lse is None and block_indices is None:
-    _, lse = warmup_attention(q, k, k, scale=scale, kv_lengths=kv_lengths)
+    _, lse = warmup_attention(
+      *(q, k, k),
+      scale=scale,
+      kv_lengths=kv_lengths,
+      layout=options.get("layout"),
+    )
   elif lse is None:
     _, lse = sparse_attention(
       q,

@@ -479,7 +479,6 @@ def index_kl_loss(
       lambda: mosaic_gpu.index_kl_loss(
         *args, **options, **queries.kernels, layout=layout
       ),
-      warmup=block_indices is None and lse is None,
     ),
   )
   return _nan_of_any_overflow(loss, layout)
@@ -666,7 +665,6 @@ def msa_attention(
       layout,
       queries,
       lambda: run(mosaic_gpu, queries.kernels),
-      warmup=phase == "warmup",
     ),
   )
 
@@ -1085,21 +1083,10 @@ def _only_reference(what: str) -> _Unsupported:
 
 
 def _kernels(
-  layout: BlockLayout | None,
-  queries: _Queries,
-  call: Callable,
-  *,
-  warmup: bool = False,
+  layout: BlockLayout | None, queries: _Queries, call: Callable
 ) -> Callable:
   """The call of the kernels, or what packed rows may not have with them."""
-  if layout is None:
-    return call
-  if warmup:
-    return _Unsupported(
-      "mosaic_gpu supports segment_ids and segments in the sparse phase, not in"
-      " the warm-up: its dense attention takes plain rows"
-    )
-  if queries.slots is not None:
+  if layout is not None and queries.slots is not None:
     return _Unsupported(
       "mosaic_gpu supports segment_ids and segments without query_pieces: its"
       " kernels of packed rows want as many queries as keys"
@@ -1408,13 +1395,8 @@ def dense_attention(
     implementation,
     reference=lambda: reference.warmup_attention(q, k, v, **portable),
     xla=lambda: xla.warmup_attention(q, k, v, **portable),
-    mosaic_gpu=_kernels(
-      layout,
-      queries,
-      lambda: mosaic_gpu.warmup_attention(
-        q, k, v, scale=scale, **queries.kernels
-      ),
-      warmup=True,
+    mosaic_gpu=lambda: mosaic_gpu.warmup_attention(
+      q, k, v, scale=scale, layout=layout, **queries.kernels
     ),
   )
   return _nan_of_overflow(results, layout)

@@ -126,6 +126,8 @@ def attention_gradients(
   rounded = _rounding(dtype)
   q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
   visible = visible_tokens(case, blocks, layout)
+  all_groups = (case.batch, case.num_kv_heads, case.q_len, case.kv_len)
+  visible = jnp.broadcast_to(visible, all_groups)
   scale = case.head_dim**-0.5
   group = case.num_heads // case.num_kv_heads
   sizes = (case.batch, case.q_len, case.num_kv_heads, group, case.head_dim)

@@ -541,13 +541,14 @@ def test_packed_rows_are_checked_and_measured(tmp_path, monkeypatch, capsys):
   )
   path = tmp_path / "packed.json"
   command = ["--implementation", "reference", "--no-dense", "--results", path]
-  command = [*map(str, command), "--ops", "select", "prefill"]
+  command = [*map(str, command), "--ops", "dense", "prefill"]
   assert packed.main(command) == 0
   found = json.loads(path.read_text())["rows"]
   assert [(x["row"], x["op"], x["spans"]) for x in found] == [
-    ("tree", "select", 3),
+    ("tree", "dense", 3),
     ("tree", "prefill", 3),
   ]
+  assert ["tflops" in x for x in found] == [True, False]
   assert all(x["ms"] > 0 and x["alone_ms"] > 0 for x in found)
   right = packed.program
 

@@ -131,7 +131,12 @@ def test_a_piece_beyond_the_keys_sees_nothing(implementation):
 
 def test_kernels_get_a_call_for_each_piece(monkeypatch):
   """`mosaic_gpu`'s division into calls, with xla in the kernels' place."""
-  from pallas_kernels import index_kl, select_blocks, sparse_attention
+  from pallas_kernels import (
+    index_kl,
+    masked_attention,
+    select_blocks,
+    sparse_attention,
+  )
 
   calls = []
 
@@ -157,10 +162,25 @@ def test_kernels_get_a_call_for_each_piece(monkeypatch):
     *("select_blocks",) * 2, *("sparse_attention",) * 2,
     *("index_kl_loss",) * 2,
   ]  # fmt: skip
-  with pytest.raises(NotImplementedError, match="no query_pieces"):
+  calls.clear()
+
+  def masked(q, k, v, *, until, **options):
+    assert until is None
+    calls.append(("masked_attention", options["kv_lengths"]))
+    return xla.warmup_attention(q, k, v, **options)
+
+  monkeypatch.setattr(masked_attention, "attention", masked)
+  got, want = (
     msa_jax.ops.dense_attention(
-      *args[:3], query_pieces=((0, T),), implementation="mosaic_gpu"
+      args[0][:, SLOTS],
+      *args[1:3],
+      query_pieces=PIECES,
+      implementation=implementation,
     )
+    for implementation in ("mosaic_gpu", "xla")
+  )
+  close(got, want)
+  assert [name for name, _ in calls] == ["masked_attention"] * 2
 
 
 def test_zigzag_balances_a_plain_row_alone():
@@ -565,7 +585,7 @@ with jax.set_mesh(mesh):
   layer = msa_jax.GQAttention(
     6, 16, 48, 16, 3, implementation="cudnn", sharding=Sharding(),
     rngs=nnx.Rngs(0))
-  with pytest.raises(NotImplementedError, match="supports no query_pieces"):
+  with pytest.raises(NotImplementedError, match="mosaic_gpu supports dtype in"):
     layer(jnp.ones((1, 48, 16)))
   model = DecoderLM(
     msa_jax.ModelConfig(vocab_size=8, num_layers=1, embed_dim=16, num_heads=2,

@@ -379,17 +379,6 @@ def test_what_packed_rows_do_not_go_with(options):
   )
   with pytest.raises(NotImplementedError, match=text):
     select(INDEX_Q[:, 4:], INDEX_K, **options)
-  text = "mosaic_gpu supports segment_ids and segments in the sparse phase, not"
-  for call in (
-    lambda: msa(
-      *INPUTS, implementation="mosaic_gpu", phase="warmup", **options
-    ),
-    lambda: kl_loss(
-      Q, K, INDEX_Q, INDEX_K, None, implementation="mosaic_gpu", **options
-    ),
-  ):
-    with pytest.raises(NotImplementedError, match=text):
-      call()
   text = "mosaic_gpu supports segment_ids and segments without query_pieces"
   options = options | dict(implementation="mosaic_gpu", query_pieces=((0, 24),))
   for call in (

@@ -195,7 +195,7 @@ def launches(jaxpr, found=None):
     if name == "mpmd_map":
       name = str(eqn.params["name"])
     if name.startswith(
-      ("dot_product_attention", "kl_", "sparse_", "dense_kl_")
+      ("dot_product_attention", "kl_", "masked_", "sparse_", "dense_kl_")
     ):
       found[name] = found.get(name, 0) + 1
       continue
@@ -264,22 +264,29 @@ def test_kl_without_lse_computes_it(pretend_hopper):
     assert {name: found[name] for name in names} == names
 
 
-def test_unsupported_warm_up_is_named(pretend_hopper):
-  case = cases.PAPER["8k"]
-  q, k, v, index_q, index_k, _ = shapes(case)
+def test_a_warm_up_that_cudnn_does_not_take_has_a_kernel(pretend_hopper):
+  q, k, v, index_q, index_k, _ = shapes(cases.PAPER["8k"])
   run = functools.partial(
-    msa_jax.msa_attention, phase="warmup", implementation="mosaic_gpu"
+    msa_jax.msa_attention,
+    phase="warmup",
+    with_kl=True,
+    implementation="mosaic_gpu",
   )
-  with pytest.raises(NotImplementedError, match="no kv_lengths"):
-    jax.eval_shape(
-      functools.partial(run, kv_lengths=jnp.ones(1, jnp.int32)),
-      q, k, v, index_q, index_k,
-    )  # fmt: skip
   short = [
     jax.ShapeDtypeStruct((1, 5, *x.shape[2:]), x.dtype) for x in (q, index_q)
   ]
-  with pytest.raises(NotImplementedError, match="8192 keys and 5 queries"):
-    jax.eval_shape(run, short[0], k, v, short[1], index_k)
+  ids = jnp.ones((1, 8192), jnp.int32)
+  for call, inputs in (
+    (
+      functools.partial(run, kv_lengths=jnp.full(1, 8192)),
+      (q, k, v, index_q, index_k),
+    ),
+    (run, (short[0], k, v, short[1], index_k)),
+    (functools.partial(run, segment_ids=ids), (q, k, v, index_q, index_k)),
+  ):
+    found = launches(jax.jit(call).trace(*inputs).jaxpr.jaxpr)
+    assert found["masked_attention"] == 1
+    assert not any("dot_product" in name for name in found)
 
 
 def kernels(*inputs, with_kl=True, **options):

@@ -109,9 +109,7 @@ def test_the_index_rotates_as_many_dims_as_it_is_told():
   for rope_dim in (4, 8):
     same = np.isclose(keys(rope_dim, positions)[0, 3], keys(0, positions)[0, 3])
     assert not same[:rope_dim].any() and same[rope_dim:].all()
-  with pytest.raises(
-    ValueError, match="even and from 0 to index_dim"
-  ):
+  with pytest.raises(ValueError, match="even and from 0 to index_dim"):
     IndexConfig(index_dim=8, rope_dim=10)
 
 

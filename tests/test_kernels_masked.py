@@ -1,0 +1,180 @@
+"""Dense attention under a column mask: planned, interpreted, lowered, run."""
+
+import dataclasses
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import op_contract
+import pytest
+from helpers import Case
+from op_contract import (
+  check_attention,
+  check_attention_gradients,
+  lse_cotangent,
+)
+from test_kernels_packed import (
+  GPU_CASES,
+  assert_rows_agree,
+  layout_of,
+  poisoned,
+  random_spans,
+  segments_of,
+  small,
+)
+
+from msa_jax import segments as segments_lib
+from pallas_kernels import masked_attention as masked
+
+
+@pytest.mark.parametrize("q_len, first", [(900, 0), (300, 600), (300, -100)])
+def test_a_plan_lists_what_is_seen_and_nothing_twice(q_len, first):
+  for seed in range(4):
+    spans, parents = random_spans(seed, 900, 64)
+    until = segments_of([spans], [parents], 900, 64).visible_until
+    until = np.pad(np.asarray(until), ((0, 0), (0, 124)))
+    slots = first + np.arange(q_len)[:, None]
+    key = np.arange(until.shape[1])
+    seen = (key <= slots) & (slots < until[0])
+
+    def tiles(fill, seen=seen):
+      pad = ((0, -q_len % masked.TILE), (0, 0))
+      seen = np.pad(seen, pad, constant_values=fill)
+      return seen.reshape(-1, masked.TILE, 8, masked.TILE).swapaxes(1, 2)
+
+    # What is behind the last query is cut off, so it needs no mask.
+    some = tiles(False).any((-1, -2))
+    every = some & tiles(True).all((-1, -2))
+    plans = jax.jit(masked.plan_tiles, static_argnums=2)(
+      jnp.asarray(until), jnp.array([first], jnp.int32), q_len
+    )
+    for plan, seen, whole in zip(plans, (some, some.T), (every, every.T)):
+      assert sorted(plan.order.tolist()) == list(range(len(seen)))
+      work = plan.counts[plan.order, 1]
+      assert (np.diff(work) <= 0).all()
+      for i, (plain, count) in enumerate(plan.counts.tolist()):
+        listed = plan.tiles[i, :count].tolist()
+        assert len(set(listed)) == count
+        assert set(listed) >= set(np.flatnonzero(seen[i]).tolist())
+        assert whole[i, listed[:plain]].all()
+      # No more than the tiles whose rectangle of slots the mask meets, and of
+      # a plain causal row exactly those that are seen.
+      assert plan.counts[:, 1].sum() <= 2 * seen.sum() + len(seen)
+  plan, _ = masked.plan_tiles(
+    jnp.full((1, 1024), 1024), jnp.array([1024 - q_len], jnp.int32), q_len
+  )
+  want = (1024 - q_len + np.arange(0, q_len, 128) + 127) // 128 + 1
+  np.testing.assert_array_equal(plan.counts[:, 1], np.minimum(want, 8))
+
+
+FEW_QUERIES = Case(
+  batch=2, q_len=70, kv_len=150, num_heads=2, num_kv_heads=1, head_dim=64,
+  kv_lengths=(150, 40),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+  "kind",
+  ["documents", pytest.param("long", marks=pytest.mark.slow), "few_queries"],
+)
+def test_interpreted_attention_and_gradients(kind):
+  """A document of NaN, a tree of several tiles, and rows with kv_lengths."""
+  if kind == "few_queries":
+    case, layout, poison = FEW_QUERIES, None, np.zeros((2, 150), bool)
+    q, k, v, dout = op_contract.attention_inputs(case, "bfloat16")
+  else:
+    case, layout, poison = small(kind)
+    inputs = op_contract.attention_inputs(case, "bfloat16")
+    q, k, v, dout = (poisoned(x, poison) for x in inputs)
+  dlse = lse_cotangent(case, None, layout)
+  if layout is not None:
+    dlse = jnp.broadcast_to(dlse[:1], dlse.shape)
+  (out, lse), pull = jax.vjp(
+    lambda *x: masked.attention(
+      *x,
+      kv_lengths=case.lengths,
+      until=None if layout is None else layout.visible_until,
+      config=masked.Config(num_ctas=2),
+      interpret=True,
+    ),
+    *(q, k, v),
+  )
+  grads = pull((dout, dlse))
+  if layout is not None and case.batch > 1:
+    assert_rows_agree((out, *grads), poison)
+    assert np.isnan(np.asarray(grads[0], np.float32)[1][poison[1]]).all()
+    case = dataclasses.replace(case, batch=1)
+    layout, out, lse, q, k, v, dout, dlse, *grads = (
+      jax.tree.map(lambda x: x[:1], x)
+      for x in (layout, out, lse, q, k, v, dout, dlse, *grads)
+    )
+  check_attention(case, q, k, v, None, out, lse, layout)
+  check_attention_gradients(case, q, k, v, dout, None, grads, dlse, layout)
+
+
+def test_lowers_for_cuda_at_128k():
+  """With gradients, in the paper's shape."""
+  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
+
+  def loss(q, k, v, ids):
+    segments = segments_lib.document_segments(ids, 64)
+    out, lse = masked.attention(q, k, v, until=segments.visible_until)
+    return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
+
+  text = (
+    jax.jit(jax.grad(loss, (0, 1, 2)))
+    .trace(
+      shape((1, 1 << 17, 64, 128)),
+      *[shape((1, 1 << 17, 4, 128))] * 2,
+      jax.ShapeDtypeStruct((1, 1 << 17), jnp.int32),
+    )
+    .lower(lowering_platforms=("cuda",))
+    .as_text()
+  )
+  for name in ("masked_attention", "_dq", "_dkv"):
+    assert name in text
+
+
+CONFIGS = (
+  masked.Config(),
+  masked.Config(columns=128),
+  masked.Config(query_stages=2),
+)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", ["documents", "trees", "lengths"])
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_attention(hopper, name, kind):
+  case, dtype = GPU_CASES[name]
+  if kind == "lengths":
+    lengths = (case.kv_len, case.kv_len // 3)[: case.batch]
+    case = dataclasses.replace(
+      case, q_len=case.kv_len - 333, kv_lengths=lengths
+    )
+  q, k, v, dout = op_contract.attention_inputs(case, dtype)
+  for seed in range(2):
+    layout = None if kind == "lengths" else layout_of(case, kind, 10 * seed)
+    dlse = lse_cotangent(case, None, layout)
+    for config in CONFIGS:
+
+      @jax.jit
+      def run(q, k, v, dout, layout, dlse, config=config):
+        until = None if layout is None else layout.visible_until
+        both, pull = jax.vjp(
+          lambda *x: masked.attention(
+            *x, kv_lengths=case.lengths, until=until, config=config
+          ),
+          *(q, k, v),
+        )
+        return both, pull((dout, dlse))
+
+      def check(q, k, v, dout, layout, dlse, got):
+        (out, lse), grads = got
+        check_attention(case, q, k, v, None, out, lse, layout)
+        check_attention_gradients(
+          case, q, k, v, dout, None, grads, dlse, layout
+        )
+
+      op_contract.run_twice(run, check, q, k, v, dout, layout, dlse)
