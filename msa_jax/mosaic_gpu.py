@@ -2,13 +2,13 @@
 
 It has the functions of `msa_jax.xla`, computed by `pallas_kernels`. Each raises
 NotImplementedError if the call is beyond the limits in `pallas_kernels.mosaic`
-or in the kernel's own module. `layout` is that of packed rows; only dense
-attention takes it with `query_pieces`. `msa_jax.ops` asks `refusal` first
-whether there is a GPU for them. The dense attention of the warm-up phase is
-cuDNN's for plain rows with as many keys as queries and no `kv_lengths`, and a
-kernel of our own for all others. With `query_pieces` a kernel is called for
-each piece, with the kv_lengths whose last keys the piece's queries are. Pallas
-is imported at the first call, which keeps `import msa_jax` light.
+or in the kernel's own module. `layout` is that of packed rows. `msa_jax.ops`
+asks `refusal` first whether there is a GPU for them. The dense attention of the
+warm-up phase is cuDNN's for plain rows with as many keys as queries and no
+`kv_lengths`, and a kernel of our own for all others. With `query_pieces` a
+kernel is called for each piece, with the kv_lengths whose last keys the piece's
+queries are. Pallas is imported at the first call, which keeps `import msa_jax`
+light.
 """
 
 from __future__ import annotations

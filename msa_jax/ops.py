@@ -21,8 +21,7 @@ A packed row's blocks start anew with each document or tree node, and
 block_indices name them in slot order, from 0 along the row; padding has none.
 Packed rows have no kv_lengths, and as many queries as keys unless query_pieces
 say where the queries stand. They may have `max_segments` documents; results of
-a row with more are NaN (its choices -1). The kernels take packed rows in the
-sparse phase and without query_pieces; for others None takes "xla".
+a row with more are NaN (its choices -1).
 
 The queries are the last T of the S tokens. `query_pieces` says otherwise, for a
 sequence that is split over devices (`msa_jax.context`): at most two pairs
@@ -224,12 +223,8 @@ def select_blocks(
     xla=lambda: xla.select_blocks(
       index_q, index_k, **options, **queries.portable, layout=layout
     ),
-    mosaic_gpu=_kernels(
-      layout,
-      queries,
-      lambda: mosaic_gpu.select_blocks(
-        index_q, index_k, **options, **queries.kernels, layout=layout
-      ),
+    mosaic_gpu=lambda: mosaic_gpu.select_blocks(
+      index_q, index_k, **options, **queries.kernels, layout=layout
     ),
   )
   return _none_of_overflow(chosen, layout)
@@ -328,12 +323,8 @@ def sparse_attention(
     implementation,
     reference=lambda: reference.sparse_attention(*args, **portable),
     xla=lambda: xla.sparse_attention(*args, **portable),
-    mosaic_gpu=_kernels(
-      layout,
-      queries,
-      lambda: mosaic_gpu.sparse_attention(
-        *args, **options, **queries.kernels, layout=layout
-      ),
+    mosaic_gpu=lambda: mosaic_gpu.sparse_attention(
+      *args, **options, **queries.kernels, layout=layout
     ),
   )
   out, lse = _nan_of_overflow((out, lse), layout)
@@ -473,12 +464,8 @@ def index_kl_loss(
     implementation,
     reference=lambda: reference.index_kl_loss(*args, **portable),
     xla=lambda: xla.index_kl_loss(*args, **portable),
-    mosaic_gpu=_kernels(
-      layout,
-      queries,
-      lambda: mosaic_gpu.index_kl_loss(
-        *args, **options, **queries.kernels, layout=layout
-      ),
+    mosaic_gpu=lambda: mosaic_gpu.index_kl_loss(
+      *args, **options, **queries.kernels, layout=layout
     ),
   )
   return _nan_of_any_overflow(loss, layout)
@@ -661,11 +648,7 @@ def msa_attention(
     implementation,
     reference=lambda: run(reference, queries.portable),
     xla=lambda: run(xla, queries.portable),
-    mosaic_gpu=_kernels(
-      layout,
-      queries,
-      lambda: run(mosaic_gpu, queries.kernels),
-    ),
+    mosaic_gpu=lambda: run(mosaic_gpu, queries.kernels),
   )
 
 
@@ -1080,18 +1063,6 @@ def _only_reference(what: str) -> _Unsupported:
     f"{what} needs implementation='reference' or None: xla and mosaic_gpu do"
     " not support it"
   )
-
-
-def _kernels(
-  layout: BlockLayout | None, queries: _Queries, call: Callable
-) -> Callable:
-  """The call of the kernels, or what packed rows may not have with them."""
-  if layout is not None and queries.slots is not None:
-    return _Unsupported(
-      "mosaic_gpu supports segment_ids and segments without query_pieces: its"
-      " kernels of packed rows want as many queries as keys"
-    )
-  return call
 
 
 def _dispatch(

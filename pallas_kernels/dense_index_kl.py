@@ -58,9 +58,10 @@ one are made NaN through index_lse. Keys that a query does not see are masked
 after the sum over heads.
 
 Packed rows (`msa_jax.segments`): the query at slot t sees key j iff j <= t <
-until[j]. Both kernels compare with `until` too, index_lse starts at the first
-key that a tile's queries may see, and the units of other documents, or of
-branches of a tree that ended before, are skipped. Keys stay where they are.
+until[j]. Both kernels compare with `until` too, which they count in queries:
+less the slot of the first one. index_lse starts at the first key that a tile's
+queries may see, and the units of other documents, or of branches of a tree that
+ended before, are skipped. Keys stay where they are.
 
 Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
@@ -77,7 +78,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import mosaic
+from pallas_kernels import mosaic, packed_rows
 from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -584,18 +585,17 @@ def _packed_units(
 
   Args:
     limits: of a chunk's queries.
-    until: of all keys.
-    first_query: slot of the chunk's first query.
+    until: of all keys, counted in queries.
+    first_query: number of the chunk's first query.
   """
   batch, chunk = limits.shape
-  slot = first_query + jnp.arange(chunk, dtype=jnp.int32)
-  sees = (limits > 0).reshape(batch, -1, UNIT)
-  slot = jnp.broadcast_to(slot, limits.shape).reshape(sees.shape)
-  first = jnp.min(jnp.where(sees, slot, mosaic.NEVER), axis=-1)
-  last = jnp.max(jnp.where(sees, slot, -1), axis=-1)
+  query = first_query + jnp.arange(chunk, dtype=jnp.int32)
+  limits = limits.reshape(batch, -1, UNIT)
+  query = jnp.where(limits > 0, query.reshape(-1, UNIT), mosaic.NEVER)
+  first, limit = jnp.min(query, axis=-1), jnp.max(limits, axis=-1)
   until = until.reshape(batch, 1, -1, UNIT).max(axis=-1)
   key = jnp.arange(until.shape[-1], dtype=jnp.int32) * UNIT
-  flags = (first[..., None] < until) & (key <= last[..., None])
+  flags = (first[..., None] < until) & (key < limit[..., None])
   units = jnp.argwhere(flags, size=flags.size, fill_value=0)
   return units.astype(jnp.int32), jnp.sum(flags, dtype=jnp.int32)
 
@@ -660,9 +660,14 @@ def kl(
     widths[axis] = (0, size - x.shape[axis])
     return jnp.pad(x, widths) if x.shape[axis] < size else x
 
-  positions = (kv_lengths - t)[:, None] + jnp.arange(t, dtype=jnp.int32)[None]
-  if until is not None:
-    query_mask &= until > positions  # a query of packed rows sees its own key
+  first_slot = (kv_lengths - t)[:, None]
+  positions = first_slot + jnp.arange(t, dtype=jnp.int32)[None]
+
+  def of_queries(x, fill):
+    return packed_rows.at_slots(x, first_slot, t, fill)
+
+  if until is not None:  # a query of packed rows sees its own key
+    query_mask &= of_queries(until, 0) > positions
   limits = jnp.where(query_mask, jnp.maximum(positions + 1, 0), 0)
   index_q, bad_q = mosaic.zero_non_finite(index_q)
   index_k, bad_k = mosaic.zero_non_finite(index_k)
@@ -671,8 +676,8 @@ def kl(
     first_bad = jnp.min(jnp.where(bad_k, slot, mosaic.NEVER), axis=1)
     sees_bad = limits > first_bad[:, None]
   else:
-    sees_bad = lax.cummax(jnp.where(bad_k, until, 0), axis=1) > slot
-    sees_bad &= limits > 0
+    last_bad = lax.cummax(jnp.where(bad_k, until, 0), axis=1)
+    sees_bad = (of_queries(last_bad, 0) > positions) & (limits > 0)
   poisoned = bad_q | sees_bad[..., None]
   poisoned = pad(jnp.moveaxis(poisoned, 1, 2), 2, queries)
 
@@ -698,11 +703,12 @@ def kl(
   spans = jnp.stack([kv_lengths - t, kv_lengths], axis=-1)
   packed = None
   if until is not None:
-    first = jnp.where(query_mask, _first_seen(until), mosaic.NEVER)
+    first = of_queries(_first_seen(until), 0)
+    first = jnp.where(query_mask, first, mosaic.NEVER)
     first = jnp.pad(
       first, ((0, 0), (0, queries - t)), constant_values=mosaic.NEVER
     ).reshape(b, -1, 2 * ROWS)
-    until = pad(until, 1, keys)
+    until = pad(until - first_slot, 1, keys)
     packed = until, first.min(axis=-1) // KEYS
   _index_lse(index_lse, spans, limits, packed, iq, ik, params=params)
   index_lse = jnp.where(poisoned, jnp.nan, jax.freeze(index_lse))

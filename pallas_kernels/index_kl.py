@@ -1151,9 +1151,8 @@ def index_kl_loss(
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
     query_mask: queries that count, or their weights w (with block_indices): the
       loss is then sum w KL_t / (K sum w). All if None.
-    layout: blocks of packed rows, whose T is S and whose padding query_mask
-      leaves out; None for plain rows. Ids of blocks that the query does not see
-      contribute nothing.
+    layout: blocks of packed rows, whose padding query_mask leaves out; None for
+      plain rows. Ids of blocks that the query does not see contribute nothing.
     config: tile sizes of the phase; the defaults of its `Config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
@@ -1191,7 +1190,7 @@ def index_kl_loss(
   if block_indices is None:
     rows = None if layout is None else layout.visible_until
   else:
-    rows = packed_rows.of_layout(layout, block_size)
+    rows = packed_rows.of_layout(layout, block_size, t, kv_lengths)
   index_dim = index_q.shape[-1]
   q, k, index_q, index_k = (
     mosaic.pad_head_dim(x)

@@ -1,9 +1,10 @@
 """Dense attention under a column mask on Hopper, with gradients.
 
 Query t of a row stands at slot first_slot + t, and sees the key at slot j iff
-j <= slot < until[j]. For a plain row `until` is the number of keys, for packed
-documents the end of j's document, for prefix trees the end of the subtree of
-j's node (`msa_jax.segments`). For query t and head h, over the visible keys J:
+j <= slot < until[j], unless it is padding: a query sees its own key or nothing.
+For a plain row `until` is the number of keys, for packed documents the end of
+j's document, for prefix trees the end of the subtree of j's node
+(`msa_jax.segments`). For query t and head h, over the visible keys J:
 
   out = softmax_J(scale q.k) v      lse = log sum_J exp(scale q.k)
 
@@ -71,7 +72,7 @@ from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Bool, Float, Int
 
-from pallas_kernels import mosaic, partition
+from pallas_kernels import mosaic, packed_rows, partition
 from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
@@ -814,10 +815,13 @@ def _attention(q, k, v, until, first_slot, scale, config, interpret) -> Any:
     seeing = functools.partial(
       _seeing, until=until, first_slot=first_slot, q_len=t, num_heads=num_heads
     )
-    # A query that sees nothing has no score that could be bad.
-    sees = jnp.moveaxis(lse > -jnp.inf, 1, 2)
-    bad_scores = sees & (bad_q | seeing(bad_k))
-    bad_out = bad_scores | seeing(bad_v)
+    # Padding inside of a tree stands where others see keys.
+    slot = first_slot[:, None] + jnp.arange(t, dtype=jnp.int32)
+    real = packed_rows.at_slots(until, first_slot[:, None], t, 0) > slot
+    out = jnp.where(real[..., None, None], out, 0)
+    lse = jnp.where(real[:, None], lse, -jnp.inf)
+    bad_scores = real[..., None] & (bad_q | seeing(bad_k))
+    bad_out = bad_scores | (real[..., None] & seeing(bad_v))
     lse = jnp.where(jnp.moveaxis(bad_scores, 1, 2), jnp.nan, lse)
     return _poison(out, bad_out), lse
 

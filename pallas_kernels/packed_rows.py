@@ -4,9 +4,10 @@ In a packed row (`msa_jax.segments`) blocks start anew with each document or
 tree node, at any slot. The kernels find block n at n * block_size. So keys are
 copied once: block n of the row goes to the *places* n * block_size onwards, and
 a block that is shorter than block_size has zeros behind it. There are
-N * block_size places. Queries are not copied. A query's position is the place
-of its own key, so its own block is position // block_size, and the causal mask
-in its own block is a comparison of places, as in plain rows.
+N * block_size places. Queries are not copied; they are those of T slots one
+after another, all S or some of them (`query_pieces`). A query's position is the
+place of its own key, so its own block is position // block_size, and the causal
+mask in its own block is a comparison of places, as in plain rows.
 
 What differs from a plain row is then
 
@@ -25,7 +26,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -58,16 +59,19 @@ class PackedRows(NamedTuple):
   """Places of a layout's tokens; a pytree.
 
   Attributes:
-    positions: place of each slot's token; -1 for padding.
+    positions: place of each query's token; -1 for padding.
+    places: place of each slot's token; -1 for padding.
     source: the slot that each place copies. Behind the last key of a block that
       is the slot of this key, so that every entry is inside the row.
     keys: tokens of each block; 0 for an unused id.
-    end: the slot after each block's last one.
-    until: queries at slots from there on do not see the block.
+    end: number of the query whose slot is after each block's last one; like
+      `until` it may be negative, or more than T.
+    until: queries from this number on do not see the block.
     depth: blocks before each block on its path.
   """
 
-  positions: Int[Array, "B S"]
+  positions: Int[Array, "B T"]
+  places: Int[Array, "B S"]
   source: Int[Array, "B places"]
   keys: Int[Array, "B N"]
   end: Int[Array, "B N"]
@@ -115,9 +119,9 @@ class PackedRows(NamedTuple):
   ) -> Shaped[Array, "B S *X"]:
     """The value of each slot; 0 for padding."""
     row = jnp.arange(x.shape[0], dtype=jnp.int32)[:, None]
-    at = jnp.maximum(self.positions, 0)
+    at = jnp.maximum(self.places, 0)
     out = x.at[row, at].get(mode="promise_in_bounds")
-    real = lax.expand_dims(self.positions >= 0, range(2, x.ndim))
+    real = lax.expand_dims(self.places >= 0, range(2, x.ndim))
     return jnp.where(real, out, 0)
 
   def seen_blocks(
@@ -125,16 +129,16 @@ class PackedRows(NamedTuple):
   ) -> Int[Array, "B K T P"]:
     """Replaces ids of blocks that the query does not see by -1."""
     ids = block_indices
-    slot = jnp.arange(ids.shape[2], dtype=jnp.int32)[None, None, :, None]
+    query = jnp.arange(ids.shape[2], dtype=jnp.int32)[None, None, :, None]
     own = self.own_block[:, None, :, None]
     row = jnp.arange(ids.shape[0], dtype=jnp.int32)[:, None, None, None]
     known = jnp.clip(ids, 0, self.num_blocks - 1)
     until = self.until.at[row, known].get(mode="promise_in_bounds")
-    return jnp.where((ids >= 0) & (ids <= own) & (slot < until), ids, -1)
+    return jnp.where((ids >= 0) & (ids <= own) & (query < until), ids, -1)
 
   @property
-  def own_block(self) -> Int[Array, "B S"]:
-    """The block of each slot; -1 for padding."""
+  def own_block(self) -> Int[Array, "B T"]:
+    """The block of each query; -1 for padding."""
     positions = self.positions
     return jnp.where(positions < 0, -1, positions // self.block_size)
 
@@ -155,8 +159,8 @@ class PackedRows(NamedTuple):
     before = jnp.take_along_axis(by_depth, jnp.maximum(at - 1, 0), axis=1)
     return jnp.where(used & (self.depth > 0), before % count, -1)
 
-  def newest_blocks(self, count: int) -> Int[Array, "B count S"]:
-    """The own block of each slot and those before it on its path, then -1."""
+  def newest_blocks(self, count: int) -> Int[Array, "B count T"]:
+    """The own block of each query and those before it on its path, then -1."""
     before = self.before_on_path()
     blocks = [self.own_block]
     for _ in range(1, count):
@@ -211,20 +215,20 @@ class PackedRows(NamedTuple):
     return jnp.pad(keys, ((0, 0), (0, 2 * num_kv_blocks - keys.shape[1])))
 
   def unmasked_from(self, num_kv_blocks: int) -> Int[Array, "B kv_blocks"]:
-    """The first slot from which on no query needs a mask in a KV block.
+    """The number of the query from which on none needs a mask in a KV block.
 
-    That is the slot behind the block; S if the block is a short one.
+    Its slot is the one behind the block; T if the block is a short one.
     """
     never = self.positions.shape[1]
-    slot = jnp.where(self.keys < self.block_size, never, self.end)
+    query = jnp.where(self.keys < self.block_size, never, self.end)
     each = 2 * HALF // self.block_size
     pad = num_kv_blocks * each - self.num_blocks
-    slot = jnp.pad(slot, ((0, 0), (0, pad)), constant_values=never)
-    return slot.reshape(len(slot), num_kv_blocks, each).max(axis=-1)
+    query = jnp.pad(query, ((0, 0), (0, pad)), constant_values=never)
+    return query.reshape(len(query), num_kv_blocks, each).max(axis=-1)
 
 
 # Letters of the arrays, for `partition.by_rows_and_heads`.
-_LETTERS = ("B T", "B M", "B N", "B N", "B N", "B N")
+_LETTERS = ("B T", "B S", "B M", "B N", "B N", "B N", "B N")
 
 
 def operands(
@@ -244,8 +248,20 @@ def num_blocks(layout: Layout | None) -> int:
   return 0 if layout is None else layout.block_start.shape[1]
 
 
-def of_layout(layout: Layout | None, block_size: int) -> PackedRows | None:
-  """The places of a layout's tokens; None for plain rows."""
+def of_layout(
+  layout: Layout | None,
+  block_size: int,
+  q_len: int,
+  kv_lengths: Int[Array, "B"],
+) -> PackedRows | None:
+  """The places of a layout's tokens; None for plain rows.
+
+  Args:
+    layout: blocks of packed rows.
+    block_size: tokens of a block.
+    q_len: queries, T.
+    kv_lengths: the slot after that of the last query, in each batch row.
+  """
   if layout is None:
     return None
   start, end, own = layout.block_start, layout.block_end, layout.own_block
@@ -258,11 +274,25 @@ def of_layout(layout: Layout | None, block_size: int) -> PackedRows | None:
   offset = jnp.arange(block_size, dtype=jnp.int32)
   source = jnp.minimum(start[..., None] + offset, end[..., None] - 1)
   source = jnp.clip(source, 0, length - 1)
+  places = jnp.where(real, own * block_size + place, -1)
+  first_slot = kv_lengths[:, None].astype(jnp.int32) - q_len
   return PackedRows(
-    positions=jnp.where(real, own * block_size + place, -1),
+    positions=at_slots(places, first_slot, q_len, -1),
+    places=places,
     source=source.reshape(len(source), -1),
     keys=jnp.clip(end - start, 0, block_size),
-    end=end,
-    until=layout.block_until,
+    end=end - first_slot,
+    until=layout.block_until - first_slot,
     depth=layout.block_depth,
   )
+
+
+def at_slots(
+  x: Shaped[Array, "B S"], first_slot: Int[Array, "B 1"], q_len: int, fill: Any
+) -> Shaped[Array, "B T"]:
+  """The values of T slots from first_slot on; `fill` where there is no slot."""
+  slot = first_slot + jnp.arange(q_len, dtype=jnp.int32)
+  row = jnp.arange(len(x), dtype=jnp.int32)[:, None]
+  # A negative index would count from the end.
+  slot = jnp.where(slot < 0, x.shape[1], slot)
+  return x.at[row, slot].get(mode="fill", fill_value=fill)

@@ -200,7 +200,7 @@ class _PackedOperands(NamedTuple):
     table: int32 [B, 1 + forced, MMA rows]: the block below which blocks compete
       for the MMA row, and its forced blocks, `_NO_BLOCK` if there are fewer;
       without forced blocks the position of its query.
-    until: int32 [B, blocks]: queries at slots from there on do not see a block.
+    until: int32 [B, blocks]: queries from this number on do not see a block.
   """
 
   tiles: Any
@@ -540,7 +540,7 @@ def select_blocks(
     top_k: P, blocks kept for each query and group.
     num_local_blocks: newest blocks, own one included, that are always kept.
     kv_lengths: number of keys of each batch row; S if None.
-    layout: blocks of packed rows, whose T is S; None for plain rows.
+    layout: blocks of packed rows; None for plain rows.
     score_precision: "exact", "fast" or "fp8", see the module's docstring.
     config: tile sizes; `heuristic_config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
@@ -577,7 +577,7 @@ def select_blocks(
     interpret=interpret,
   )
   rows, letters = packed_rows.operands(
-    packed_rows.of_layout(layout, block_size)
+    packed_rows.of_layout(layout, block_size, q_len, kv_lengths)
   )
   run = partition.by_rows_and_heads(
     partition.kernel(run, interpret),

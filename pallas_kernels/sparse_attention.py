@@ -269,8 +269,8 @@ def sparse_attention(
     block_size: tokens of a block.
     scale: of the scores, a positive number; D^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
-    layout: blocks of packed rows, whose T is S; None for plain rows. Ids of
-      blocks that the query does not see contribute nothing.
+    layout: blocks of packed rows; None for plain rows. Ids of blocks that the
+      query does not see contribute nothing.
     config: tile sizes; `heuristic_config` if None.
     backward_config: tile sizes of the backward kernels, likewise.
     interpret: run on the CPU in Pallas's GPU interpret mode.
@@ -304,7 +304,7 @@ def sparse_attention(
   q, k, v = (mosaic.pad_head_dim(x) for x in (q, k, v))
   both: Any = _sparse_attention(
     q, k, v, block_indices, kv_lengths,
-    packed_rows.of_layout(layout, block_size),
+    packed_rows.of_layout(layout, block_size, q.shape[1], kv_lengths),
     block_size, scale, config, backward_config, interpret,
   )  # fmt: skip
   out, lse = both

@@ -379,16 +379,6 @@ def test_what_packed_rows_do_not_go_with(options):
   )
   with pytest.raises(NotImplementedError, match=text):
     select(INDEX_Q[:, 4:], INDEX_K, **options)
-  text = "mosaic_gpu supports segment_ids and segments without query_pieces"
-  options = options | dict(implementation="mosaic_gpu", query_pieces=((0, 24),))
-  for call in (
-    lambda: select(INDEX_Q, INDEX_K, **options),
-    lambda: sparse(Q, K, V, BLOCKS, **options),
-    lambda: kl_loss(Q, K, INDEX_Q, INDEX_K, BLOCKS, **options),
-    lambda: msa(*INPUTS, **options),
-  ):
-    with pytest.raises(NotImplementedError, match=text):
-      call()
 
 
 def test_cudnn_takes_documents_and_no_trees(no_gpu):

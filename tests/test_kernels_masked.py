@@ -76,10 +76,15 @@ FEW_QUERIES = Case(
 
 @pytest.mark.parametrize(
   "kind",
-  ["documents", pytest.param("long", marks=pytest.mark.slow), "few_queries"],
+  [
+    "documents",
+    "trees",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("long", "few_queries")),
+  ],
 )
 def test_interpreted_attention_and_gradients(kind):
-  """A document of NaN, a tree of several tiles, and rows with kv_lengths."""
+  """A document of NaN, trees with padding inside, of one tile and of several,
+  and rows with kv_lengths."""
   if kind == "few_queries":
     case, layout, poison = FEW_QUERIES, None, np.zeros((2, 150), bool)
     q, k, v, dout = op_contract.attention_inputs(case, "bfloat16")

@@ -10,6 +10,7 @@ import numpy as np
 import op_contract
 import pytest
 from helpers import Case, packed_rows
+from jax import lax
 from op_contract import (
   check_attention,
   check_attention_gradients,
@@ -20,9 +21,10 @@ from op_contract import (
 
 import msa_jax
 from benchmarks import cases
-from msa_jax import reference
+from msa_jax import mosaic_gpu, reference, xla
 from msa_jax import segments as segments_lib
 from pallas_kernels import dense_index_kl, index_kl, kv_block_plan
+from pallas_kernels import masked_attention as masked
 from pallas_kernels import packed_rows as packed_lib
 from pallas_kernels import select_blocks as sb
 from pallas_kernels import sparse_attention as sparse
@@ -110,7 +112,7 @@ def test_every_block_has_its_places(block_size):
       segments_of([spans], [parents], 900, 64), block_size
     )
     row = packed_rows([spans], [parents], 900, block_size)[0]
-    rows = packed_lib.of_layout(layout, block_size)
+    rows = packed_lib.of_layout(layout, block_size, 900, jnp.array([900]))
     assert rows is not None
     slots = jnp.arange(1, 901)[None]
     placed, repeated = rows.to_blocks(slots), rows.to_blocks(slots, repeat=True)
@@ -157,7 +159,7 @@ def test_every_block_has_its_places(block_size):
 def test_ids_of_blocks_that_a_query_does_not_see_are_dropped():
   case = Case(q_len=900, kv_len=900, block_size=64, num_kv_heads=1, top_k=4)
   layout = layout_of(case, "trees")
-  rows = packed_lib.of_layout(layout, 64)
+  rows = packed_lib.of_layout(layout, 64, 900, jnp.array([900]))
   assert rows is not None
   ids = np.array(random_choices(case, layout))
   ids[0, 0, ::5, 0], ids[0, 0, ::7, 1] = -7, 1 << 29
@@ -178,7 +180,7 @@ def test_pairs_without_a_mask_see_a_whole_kv_block(kind, block_size, pack):
     q_len=900, kv_len=900, block_size=block_size, num_kv_heads=1, top_k=4
   )
   layout = layout_of(case, kind, seed=3)
-  rows = packed_lib.of_layout(layout, block_size)
+  rows = packed_lib.of_layout(layout, block_size, 900, jnp.array([900]))
   assert rows is not None
   num_kv_blocks = -(-rows.num_blocks * block_size // 128)
   first, queries = 64, 400  # a chunk
@@ -452,6 +454,94 @@ def test_units_hold_every_visible_pair(kind):
   got = np.asarray(dense_index_kl._first_seen(layout.visible_until))
   real = np.asarray(layout.own_block) >= 0
   np.testing.assert_array_equal(got[real], first[real])
+
+
+# -------------------------------------------------------- pieces of the queries
+
+
+@pytest.mark.parametrize(
+  "kind, phase",
+  [
+    ("documents", "sparse"),
+    pytest.param("trees", "sparse", marks=pytest.mark.slow),
+    pytest.param("trees", "warmup", marks=pytest.mark.slow),
+    pytest.param("documents", "warmup", marks=pytest.mark.slow),
+  ],
+)
+def test_interpreted_pieces_of_a_packed_row(monkeypatch, kind, phase):
+  """An early and a late piece of the queries, as context parallelism has them.
+
+  The operation of the kernels against that of xla, with the same choices.
+  """
+  case, layout, _ = small(kind)
+  case = dataclasses.replace(case, batch=1)
+  layout = jax.tree.map(lambda x: x[:1], layout)
+  pieces = ((5, 30), (70, 37))
+  slots = np.concatenate([np.arange(s, s + n) for s, n in pieces])
+  q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  q, index_q = q[:, slots], index_q[:, slots]
+  small_grid = dict(num_ctas=1)
+  for module, name, options in (
+    (sb, "select_blocks", {}),
+    (sparse, "sparse_attention", dict(
+      config=fwd.Config(pair_warpgroups=2, query_stages=2, **small_grid),
+      backward_config=bwd.Config(stages=2, **small_grid),
+    )),
+    (masked, "attention", dict(config=masked.Config(**small_grid))),
+    (index_kl, "index_kl_loss", dict(
+      config=index_kl.Config(stages=2, task=24, **small_grid)
+      if phase == "sparse"
+      else dense_index_kl.Config(stages=2, **small_grid),
+    )),
+  ):  # fmt: skip
+    call = functools.partial(getattr(module, name), interpret=True, **options)
+    monkeypatch.setattr(module, name, call)
+  size = dict(block_size=case.block_size)
+  select = dict(top_k=case.top_k, num_local_blocks=1, score_precision="exact")
+  scale = dict(scale=case.head_dim**-0.5)
+  weights = jnp.where(layout.own_block[:, slots] >= 0, 1.0, 0.0)
+  mask = weights != 0
+
+  def run(module, blocks=None, **where):
+    where = dict(layout=layout, kv_lengths=None, **where)
+    if blocks is None:
+      blocks = module.select_blocks(index_q, index_k, **size, **select, **where)
+
+    def loss(q, k, v, index_q, index_k):
+      if phase == "warmup":
+        attended = None
+        out, lse = module.warmup_attention(q, k, v, **scale, **where)
+      else:
+        attended = blocks
+        out, lse = module.sparse_attention(
+          q, k, v, blocks, **size, **scale, **where
+        )
+      kl = module.index_kl_loss(
+        *lax.stop_gradient((q, k)), index_q, index_k, attended, **size,
+        **scale, index_scale=case.index_dim**-0.5,
+        lse=lax.stop_gradient(lse), query_mask=mask, **where,
+      )  # fmt: skip
+      total = jnp.sum(jnp.sin(out.astype(jnp.float32))) + 10 * kl
+      total += jnp.sum(jnp.cos(jnp.where(lse == -jnp.inf, 0, lse)))
+      return total, (out, lse, kl)
+
+    args = q, k, v, index_q, index_k
+    grads, results = jax.grad(loss, range(5), has_aux=True)(*args)
+    return blocks, (*results, *grads)
+
+  blocks, got = run(
+    mosaic_gpu,
+    query_pieces=[(jnp.int32([start]), n) for start, n in pieces],
+  )
+  want_blocks, want = run(xla, query_slots=jnp.asarray(slots)[None])
+  np.testing.assert_array_equal(blocks, want_blocks)
+  names = ("out", "lse", "kl", "dq", "dk", "dv", "dindex_q", "dindex_k")
+  for name, x, y in zip(names, got, want, strict=True):
+    x, y = np.asarray(x, np.float32), np.asarray(y, np.float32)
+    np.testing.assert_array_equal(np.isneginf(x), np.isneginf(y), name)
+    seen = np.isfinite(y)
+    error = np.linalg.norm(x[seen] - y[seen])
+    assert error <= 0.01 * np.linalg.norm(y[seen]), name
 
 
 # ------------------------------------------------------------------ lowering
