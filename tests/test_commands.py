@@ -180,6 +180,27 @@ def test_own_text_replaces_that_of_the_text_tasks():
     assert run.data.text.path == "t" and not run.data.text.installed
 
 
+def test_an_own_tokenizer_sets_the_vocabulary_of_the_text_tasks(tmp_path):
+  import tokenizers
+
+  path = str(tmp_path / "tokenizer.json")
+  model = tokenizers.models.WordLevel({"a": 0, "END": 3, "b": 1}, "a")
+  tokenizers.Tokenizer(model).save(path)
+  demo = config_lib.with_tokenizer(configs.preset("demo"), path, "END")
+  assert [run.model.vocab_size for run in demo.runs] == [4, 4, 298, 298]
+  for run in demo.runs[:2]:
+    assert (run.data.tokenizer, run.data.end_of_text) == (path, "END")
+  before = configs.preset("lm73m_16k")
+  facts = data.load(before.runs[0].data.recall).vocab_size
+  for run in config_lib.with_tokenizer(before, path, "END").runs:
+    assert run.model.vocab_size == 4 + facts
+    assert run.data.text.tokenizer == path
+  with pytest.raises(ValueError, match="a task that reads text; its tasks are"):
+    config_lib.with_tokenizer(config_lib.only_task(demo, "recall"), path, "END")
+  with pytest.raises(ValueError, match=r"end_of_text=None.*it has none"):
+    config_lib.with_tokenizer(demo, path)
+
+
 # -------------------------------------------------------------- commands
 
 

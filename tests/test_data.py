@@ -365,6 +365,135 @@ def test_installed_packages_are_a_corpus(tmp_path, monkeypatch):
     data.TextConfig(installed=True, path="x")
 
 
+# --- A tokenizer of one's own ------------------------------------------------
+
+
+def save_tokenizer(path, **changes):
+  """Byte-level BPE with a special end-of-text, and a token before each text."""
+  import tokenizers
+
+  alphabet = tokenizers.pre_tokenizers.ByteLevel.alphabet()
+  model = tokenizers.Tokenizer(tokenizers.models.BPE())
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(
+    add_prefix_space=False
+  )
+  model.decoder = tokenizers.decoders.ByteLevel()
+  trainer = tokenizers.trainers.BpeTrainer(
+    vocab_size=300, initial_alphabet=sorted(alphabet), show_progress=False
+  )
+  model.train_from_iterator(TEXTS, trainer=trainer)
+  model.add_special_tokens(["<bos>", "<|endoftext|>"])
+  model.add_tokens(["猫"])
+  model.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<bos> $A", special_tokens=[("<bos>", model.token_to_id("<bos>"))]
+  )
+  model.enable_truncation(4)
+  path.write_text(json.dumps(json.loads(model.to_str()) | changes))
+  return tokenizers.Tokenizer.from_str(path.read_text())
+
+
+def test_an_own_tokenizer_gives_its_tokens_and_every_byte(folder):
+  path = folder.parent / "tokenizer.json"
+  theirs = save_tokenizer(path)
+  theirs.no_truncation()
+  tricky = "<|endoftext|> <bos> 猫" * 3
+  (folder / "tricky.txt").write_text(tricky)
+  config = config_of(folder, tokenizer=str(path), rows="files")
+  opened = corpus.open_corpus(config)
+  end = theirs.token_to_id("<|endoftext|>")
+  texts = set()
+  for stream, ends in (
+    (opened.train, opened.train_ends),
+    (opened.held_out, opened.held_out_ends),
+  ):
+    for document in np.split(stream, ends)[:-1]:
+      ids, last = document[:-1].tolist(), document[-1]
+      text = theirs.decode(ids)
+      texts.add(text)
+      assert last == end and opened.token_bytes[end] == 0
+      assert opened.token_bytes[document].sum() == len(text.encode())
+      if text != tricky:
+        assert ids == theirs.encode(text, add_special_tokens=False).ids
+  assert texts == {*TEXTS, tricky}
+  assert data.load(config).vocab_size == theirs.get_vocab_size() == 303
+  # What the run needs later does not need the file.
+  path.rename(folder.parent / "moved.json")
+  saved = corpus.read_tokenizer(config, opened.tokenizer)
+  (ids,) = saved.encode([tricky])
+  assert saved.decode(np.append(ids, 999)) == tricky + "\ufffd"
+
+
+def test_an_own_tokenizer_is_known_by_its_content(folder):
+  path = folder.parent / "tokenizer.json"
+  save_tokenizer(path)
+  config = config_of(folder, tokenizer=str(path))
+  first = data.load(config).fingerprint
+  moved = path.rename(folder.parent / "moved.json")
+  config = dataclasses.replace(config, tokenizer=str(moved))
+  assert data.load(config).fingerprint == first
+  lower = {"normalizer": {"type": "Replace", "pattern": {"String": "def"},
+                          "content": ""}}  # fmt: skip
+  save_tokenizer(moved, **lower)
+  with pytest.warns(UserWarning, match="do not add up .* for each token"):
+    changed = data.load(config)
+  assert changed.token_bytes is None
+  assert changed.fingerprint["settings"] != first["settings"]
+
+
+def test_bytes_of_tokens_with_byte_fallback(tmp_path):
+  """As SentencePiece writes them: a space as U+2581, other bytes by number."""
+  vocab = {"</s>": 0, "a": 1, "\u2581a": 2, "\u2581": 3}
+  vocab |= {f"<0x{i:02X}>": 4 + i for i in range(256)}
+  document = {
+    "version": "1.0",
+    "added_tokens": [
+      {"id": 0, "content": "</s>", "special": True, "single_word": False,
+       "lstrip": False, "rstrip": False, "normalized": False},
+    ],
+    "normalizer": {"type": "Replace", "pattern": {"String": " "},
+                   "content": "\u2581"},
+    "pre_tokenizer": None,
+    "post_processor": None,
+    "decoder": {"type": "Sequence", "decoders": [{"type": "ByteFallback"}]},
+    "model": {"type": "BPE", "vocab": vocab, "merges": [["\u2581", "a"]],
+              "byte_fallback": True},
+  }  # fmt: skip
+  path = tmp_path / "tokenizer.json"
+  path.write_text(json.dumps(document))
+  (tmp_path / "text").mkdir()
+  for i in range(9):
+    (tmp_path / "text" / f"{i}.txt").write_text(" aé" * (i + 1))
+  opened = corpus.open_corpus(config_of(tmp_path / "text", tokenizer=str(path)))
+  assert opened.token_bytes[:5].tolist() == [0, 1, 2, 1, 1]
+  total = opened.token_bytes[opened.train].sum()
+  assert total == opened.fingerprint["train"]["bytes"]
+
+
+@pytest.mark.parametrize(
+  ("name", "changes", "text"),
+  [
+    ("none.json", {}, r"tokenizer='.*none.json' cannot be read"),
+    ("text.json", {}, r"text.json' cannot be read.*wanted a tokenizer.json"),
+    ("own.json", {"end_of_text": "</s>"}, r"end_of_text='</s>'.*the name of"),
+    ("two.json", {}, r"end_of_text=None.*it has \['<\|endof.*', '</s>'\]"),
+    (
+      "own.json",
+      {"end_of_text": "x"},
+      r"end_of_text='x': .* spells this token",
+    ),
+  ],
+)
+def test_a_wrong_tokenizer_is_refused(folder, name, changes, text):
+  place = folder.parent
+  (place / "text.json").write_text('{"a": 1}')
+  own = save_tokenizer(place / "own.json")
+  own.add_special_tokens(["</s>"])
+  own.save(str(place / "two.json"))
+  config = config_of(folder, tokenizer=str(place / name), **changes)
+  with pytest.raises(ValueError, match=text):
+    data.load(config)
+
+
 # --- The cache ---------------------------------------------------------------
 
 
@@ -464,7 +593,8 @@ def test_a_damaged_cache_is_refused(folder):
 @pytest.mark.parametrize(
   ("changes", "text"),
   [
-    ({"tokenizer": "word"}, r"tokenizer='word'.*'byte' or 'bpe'"),
+    ({"tokenizer": "word"}, r"tokenizer='word'.*'byte', 'bpe' or the path"),
+    ({"end_of_text": "</s>"}, r"end_of_text='</s>': wanted None with"),
     ({"tokenizer": "bpe", "vocab_size": 257}, r"vocab_size=257.*at least 258"),
     ({"held_out": 0.0}, r"held_out=0.0.*0 < held_out < 1"),
     ({"held_out": 1.0}, r"held_out=1.0.*0 < held_out < 1"),

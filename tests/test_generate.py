@@ -372,9 +372,9 @@ def test_wrong_calls_fail_before_anything_runs(text):
 
 def save(run, state, steps=(4,)):
   """A run folder with checkpoints of a state."""
-  fingerprint = data.load(run.data).fingerprint
-  folder = checkpoint.RunFolder(run, fingerprint)
-  folder.write_environment(fingerprint, {})
+  source = data.load(run.data)
+  folder = checkpoint.RunFolder(run, source.fingerprint)
+  folder.write_environment(source.fingerprint, {}, source.tokenizer)
   for step in steps:
     folder.save(step, state, 0.0)
   folder.close()
@@ -536,36 +536,77 @@ def test_a_run_of_a_gpu_is_sampled_here(trained, place, no_gpu, capsys):
   assert "--implementation=auto" in capsys.readouterr().err
 
 
-def test_a_bpe_tokenizer_comes_back(place):
-  run = tiny_run(place)
-  config = dataclasses.replace(
-    run.data,
-    tokenizer="bpe",
-    vocab_size=300,
-    cache_dir=str(place / "bpe"),
-    path=str(place / "bpe_text"),
-  )
-  shutil.copytree(run.data.path, config.path)
-  fingerprint = data.load(config).fingerprint
-  fingerprint = json.loads(json.dumps(fingerprint))  # as in environment.json
+@pytest.fixture
+def no_text_left(trained, tmp_path):
+  """Makes the run folder of a tokenizer, and removes what it was made from."""
+  run, _, state = trained
+
+  def made(**changes):
+    paths = {"cache_dir": tmp_path / "cache", "path": tmp_path / "text"}
+    shutil.copytree(run.data.path, paths["path"])
+    config = dataclasses.replace(
+      run.data, **changes, **{name: str(path) for name, path in paths.items()}
+    )
+    own = dataclasses.replace(run, data=config, folder=str(tmp_path / "run"))
+    save(own, state)
+    for path in paths.values():
+      shutil.rmtree(path)
+    return own
+
+  return made
+
+
+def test_a_bpe_tokenizer_comes_back(no_text_left):
+  run = no_text_left(tokenizer="bpe", vocab_size=300)
+  folder = pathlib.Path(run.folder)
+  tokenizer = sample_lib.load_tokenizer(folder, run)
   text = "def naïve(x): return '😀' * x"
+  (ids,) = tokenizer.encode([text])
+  assert tokenizer.decode(ids) == text and max(ids) > 255
+  with_end = np.append(ids, tokenizer.end_of_text)
+  assert tokenizer.decode(with_end) == text + "\ufffd"
+  (folder / "tokenizer.json").unlink()
+  with pytest.raises(ValueError, match=r"tokenizer.json is missing: wanted"):
+    sample_lib.load_tokenizer(folder, run)
 
-  def round_trip():
-    tokenizer = corpus.open_tokenizer(config, fingerprint)
-    (ids,) = tokenizer.encode([text])
-    assert tokenizer.decode(ids) == text and max(ids) > 255
-    with_end = np.append(ids, tokenizer.end_of_text)
-    assert tokenizer.decode(with_end) == text + "\ufffd"
-    return ids.tolist()
 
-  ids = round_trip()
-  # Made again from the same text, refused from another.
-  shutil.rmtree(config.cache_dir)
-  assert round_trip() == ids
-  shutil.rmtree(config.cache_dir)
-  (place / "bpe_text" / "more.txt").write_text("more")
-  with pytest.raises(ValueError, match=r"tokenizer .* is gone, and the text"):
-    corpus.open_tokenizer(config, fingerprint)
+def test_a_run_keeps_its_own_tokenizer(no_text_left, tmp_path, capsys):
+  """It samples and is exported without the user's file."""
+  import tokenizers
+
+  made = tokenizers.Tokenizer(tokenizers.models.BPE())
+  made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel()
+  made.decoder = tokenizers.decoders.ByteLevel()
+  names = ["def", "ab", " x", "\n"]
+  trainer = tokenizers.trainers.BpeTrainer(vocab_size=120, show_progress=False)
+  made.train_from_iterator([*names, *map(chr, range(32, 127))], trainer)
+  made.add_special_tokens(["<bos>", "[END]"])
+  # Untrained weights choose any of the model's 256 ids.
+  made.add_tokens([f"t{i}" for i in range(256 - made.get_vocab_size())])
+  made.post_processor = tokenizers.processors.TemplateProcessing(
+    single="<bos> $A", special_tokens=[("<bos>", made.token_to_id("<bos>"))]
+  )
+  path = tmp_path / "tokenizer.json"
+  made.save(str(path))
+  run = no_text_left(tokenizer=str(path), end_of_text="[END]")
+  path.unlink()
+  words = ["--prompt=def", "--temperature=0", "--max_new_tokens=5"]
+  assert not cli(["sample", run.folder, *words])
+  sampled = capsys.readouterr().out
+  assert sampled.startswith("def")
+  assert not cli(["export", run.folder, str(tmp_path / "out")])
+  capsys.readouterr()
+  folder = pathlib.Path(run.folder)
+  (ids,) = sample_lib.load_tokenizer(folder, run).encode(["def ab"])
+  theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))
+  assert theirs.encode("def ab").ids == ids.tolist()
+  end = made.token_to_id("[END]")
+  for name, key, value in (
+    ("generation_config.json", "eos_token_id", end),
+    ("tokenizer_config.json", "eos_token", "[END]"),
+    ("tokenizer.json", "post_processor", None),
+  ):
+    assert json.loads((tmp_path / "out" / name).read_text())[key] == value
 
 
 def test_wrong_samples(trained, place, capsys):

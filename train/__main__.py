@@ -144,6 +144,17 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     help="your own text, for the tasks that read text: a text, json, jsonl or"
     " parquet file, or a folder of them",
   )
+  parser.add_argument(
+    "--tokenizer",
+    metavar="PATH",
+    help="your own tokenizer.json, for the tasks that read text",
+  )
+  parser.add_argument(
+    "--end-of-text",
+    metavar="TOKEN",
+    help="the token of --tokenizer that ends each document, if it has none of"
+    " the usual names",
+  )
 
 
 def _add_folder(parser: argparse.ArgumentParser) -> None:
@@ -335,7 +346,8 @@ def _default_folder(comparison: config_lib.ComparisonConfig) -> pathlib.Path:
 
 
 def _comparison(args: argparse.Namespace) -> config_lib.ComparisonConfig:
-  """The comparison that the arguments name, with --task, --text and --set."""
+  """The comparison that the arguments name, with --task, --text,
+  --tokenizer and --set."""
   _need_one_source(args)
   if args.config is None:
     comparison = configs.preset(args.preset)
@@ -345,6 +357,12 @@ def _comparison(args: argparse.Namespace) -> config_lib.ComparisonConfig:
     comparison = config_lib.only_task(comparison, args.task)
   if args.text is not None:
     comparison = config_lib.with_text(comparison, args.text)
+  if args.end_of_text is not None and args.tokenizer is None:
+    raise ValueError("--end-of-text: wanted --tokenizer with it.")
+  if args.tokenizer is not None:
+    comparison = config_lib.with_tokenizer(
+      comparison, args.tokenizer, args.end_of_text
+    )
   return config_lib.with_fields(comparison, args.set)
 
 

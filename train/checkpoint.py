@@ -348,11 +348,22 @@ class RunFolder:
     replace_file(path, "".join(kept).encode())
     return open(path, "a")
 
-  def write_environment(self, data: dict, parameters: dict) -> None:
+  def write_environment(
+    self, data: dict, parameters: dict, tokenizer: str | None = None
+  ) -> None:
     """Writes environment.json: device, versions, data and parameters of the
-    run. A resumed run adds its own start to the list "resumed"."""
+    run. A resumed run adds its own start to the list "resumed".
+
+    Args:
+      data: fingerprint of the run's data.
+      parameters: their numbers.
+      tokenizer: content of the tokenizer.json of the data, which is kept beside
+        it; None: there is none.
+    """
     if not self._writes:
       return
+    if tokenizer is not None:
+      replace_file(self.path / "tokenizer.json", tokenizer.encode())
     path = self.path / "environment.json"
     now = provenance()
     if path.exists():

@@ -14,7 +14,13 @@ from typing import Any, Literal
 
 from msa_jax.checks import as_integer, is_integer, keep
 from msa_jax.model_config import ModelConfig
-from train.corpus import TOKENS_HEADER, TokensConfig, read_tokens_header
+from train import data as data_lib
+from train.corpus import (
+  TOKENS_HEADER,
+  TokensConfig,
+  open_tokenizer,
+  read_tokens_header,
+)
 from train.data import DataConfig, MixConfig, TextConfig
 
 
@@ -549,6 +555,44 @@ def with_text(comparison: ComparisonConfig, path: str) -> ComparisonConfig:
     f" {', '.join(comparison.tasks())}.",
   )
   return dataclasses.replace(comparison, runs=runs)
+
+
+def with_tokenizer(
+  comparison: ComparisonConfig, path: str, end_of_text: str | None = None
+) -> ComparisonConfig:
+  """The comparison with a tokenizer.json in each task that reads text.
+
+  The models' vocabulary becomes the tokenizer's, and in a mix also has the ids
+  of facts.
+
+  Args:
+    comparison: what to change.
+    path: of the tokenizer.json.
+    end_of_text: as in `TextConfig`.
+
+  Raises:
+    ValueError: the file is no tokenizer, or no task reads text.
+  """
+  runs = []
+  for run in comparison.runs:
+    text = run.data.text if isinstance(run.data, MixConfig) else run.data
+    if isinstance(text, TextConfig):
+      data = text = dataclasses.replace(
+        text, tokenizer=path, end_of_text=end_of_text
+      )
+      vocab_size = open_tokenizer(text).vocab_size
+      if isinstance(run.data, MixConfig):
+        data = dataclasses.replace(run.data, text=text)
+        vocab_size += data_lib.load(data.recall).vocab_size
+      model = dataclasses.replace(run.model, vocab_size=vocab_size)
+      run = dataclasses.replace(run, data=data, model=model)
+    runs.append(run)
+  _check(
+    any(new is not old for new, old in zip(runs, comparison.runs)),
+    f"tokenizer={path!r}: wanted a comparison with a task that reads text; its"
+    f" tasks are {', '.join(comparison.tasks())}.",
+  )
+  return dataclasses.replace(comparison, runs=tuple(runs))
 
 
 # The fields of a run that count steps, all but log_every.

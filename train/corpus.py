@@ -18,6 +18,7 @@ import lzma
 import os
 import pathlib
 import platform
+import re
 import shutil
 import stat
 import sysconfig
@@ -39,6 +40,9 @@ _BPE_BYTES = 1 << 26
 # BPE cuts longer words, because training takes the length of a word times the
 # number of merges in it. Text with spaces has hardly any such words.
 _BPE_WORD_BYTES = 256
+# Bits per byte are reported if the bytes of all tokens are those of the text up
+# to this share: a tokenizer may add a space before each text, say.
+_BYTES_OFF = 1e-3
 # This byte never occurs in UTF-8, so the byte tokenizer can end texts with it.
 _BYTE_END_OF_TEXT = 0xFF
 _COMPRESSED = {
@@ -64,12 +68,19 @@ class TextConfig:
   """With path=None: whether the text is the Python source of the packages that
   are installed for the running Python, instead of its standard library."""
 
-  tokenizer: Literal["byte", "bpe"] = "byte"
-  """byte: 256 ids; bpe: byte-level BPE trained on the training split."""
+  tokenizer: str = "byte"
+  """byte: 256 ids; bpe: byte-level BPE trained on the training split; or the
+  path of a tokenizer.json of your own, a file of Hugging Face's tokenizers. Its
+  truncation, padding and post-processor (which adds a token that begins a text,
+  say) are not used, and text never becomes one of its special tokens."""
 
   vocab_size: int = 4096
   """Number of ids of the bpe tokenizer, including the 256 bytes and
   end-of-text."""
+
+  end_of_text: str | None = None
+  """The token of a tokenizer.json that ends each document. None: its only one
+  of <|endoftext|>, <|end_of_text|>, </s> and <eos>."""
 
   held_out: float = 0.05
   """Share of the documents that is held out, chosen by a hash of their names.
@@ -95,9 +106,16 @@ class TextConfig:
   """Where tokens and tokenizers are kept. The folder can be deleted."""
 
   def __post_init__(self):
-    if self.tokenizer not in ("byte", "bpe"):
+    own = self.tokenizer.endswith(".json")
+    if not own and self.tokenizer not in ("byte", "bpe"):
       raise ValueError(
-        f"tokenizer={self.tokenizer!r} is unknown: wanted 'byte' or 'bpe'."
+        f"tokenizer={self.tokenizer!r} is unknown: wanted 'byte', 'bpe' or the"
+        " path of a tokenizer.json."
+      )
+    if self.end_of_text is not None and not own:
+      raise ValueError(
+        f"end_of_text={self.end_of_text!r}: wanted None with"
+        f" tokenizer={self.tokenizer!r}, which has an end-of-text of its own."
       )
     if self.tokenizer == "bpe" and not 258 <= self.vocab_size <= 2**31:
       raise ValueError(
@@ -261,6 +279,8 @@ class Corpus(NamedTuple):
     token_bytes: bytes of text that each id stands for; 0 for end-of-text. None
       if unknown.
     fingerprint: JSON values that identify the text and its tokens.
+    tokenizer: what `read_tokenizer` makes the tokenizer from; None if it needs
+      nothing.
   """
 
   train: UInt[np.ndarray, "N"]
@@ -271,6 +291,7 @@ class Corpus(NamedTuple):
   held_out_folders: Int32[np.ndarray, "F"] | None
   token_bytes: Int32[np.ndarray, "V"] | None
   fingerprint: dict[str, Any]
+  tokenizer: str | None = None
 
 
 def _open_tokens(config: TokensConfig) -> Corpus:
@@ -362,6 +383,9 @@ def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
   if isinstance(config, TokensConfig):
     return _open_tokens(config)
   files = _find_files(config)
+  own = None
+  if config.tokenizer not in ("byte", "bpe"):
+    own = open_tokenizer(config)
   content = _digest(
     [(name, hashlib.sha256(_read(path)).hexdigest()) for name, path in files]
   )
@@ -369,16 +393,24 @@ def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
   if config.tokenizer == "bpe":
     fields.append("vocab_size")
   settings: dict[str, Any] = {name: getattr(config, name) for name in fields}
+  kind = config.tokenizer
+  if own is not None:
+    kind = "own"
+    # The content of the file counts, not where it lies.
+    digest = hashlib.sha256(own.source.encode()).hexdigest()
+    settings["tokenizer"] = f"sha256:{digest}"
+    settings["end_of_text"] = own.end_name
   about: dict[str, Any] = {}
   if config.installed:
     about["packages"] = _installed_packages()
-  if config.tokenizer == "bpe":
+  if config.tokenizer != "byte":
     import tokenizers  # an extra
 
     settings["tokenizers"] = tokenizers.__version__
-  folder = _cache_folder(config, content, settings)
+  key = _digest([_CACHE_VERSION, content, settings])
+  folder = pathlib.Path(config.cache_dir) / f"{kind}-{key[:32]}"
   if not folder.exists():
-    _write_cache(folder, files, config)
+    _write_cache(folder, files, config, own)
   meta = json.loads((folder / "meta.json").read_text())
 
   def stream(split: str) -> np.ndarray:
@@ -399,8 +431,19 @@ def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
   else:
     name = _printable(pathlib.Path(config.path).resolve().name)
   streams = {split: stream(split) for split in ("train", "held_out")}
-  # Both tokenizers end a document with their last id.
-  end_of_text = meta["vocab_size"] - 1
+  # The tokenizers that are made here end a document with their last id.
+  end_of_text = meta["vocab_size"] - 1 if own is None else own.end_of_text
+  token_bytes = None
+  if meta.get("bytes_known", True):
+    token_bytes = np.load(folder / "token_bytes.npy")
+  else:
+    warnings.warn(
+      f"tokenizer={config.tokenizer!r}: the bytes of its tokens do not add up"
+      " to those of the text, which it changes, so losses are reported for each"
+      " token and not for each byte.",
+      stacklevel=4,
+    )
+  saved = folder / "tokenizer.json"
   ends = {
     f"{split}_ends": np.flatnonzero(tokens == end_of_text) + 1
     for split, tokens in streams.items()
@@ -410,7 +453,7 @@ def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
     **ends,
     train_folders=np.load(folder / "train_folders.npy"),
     held_out_folders=np.load(folder / "held_out_folders.npy"),
-    token_bytes=np.load(folder / "token_bytes.npy"),
+    token_bytes=token_bytes,
     fingerprint={
       "name": name,
       "sha256": content,
@@ -418,42 +461,44 @@ def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
       **about,
       **meta,
     },
+    tokenizer=saved.read_text() if saved.exists() else None,
   )
 
 
-def _cache_folder(
-  config: TextConfig, content: str, settings: dict[str, Any]
-) -> pathlib.Path:
-  key = _digest([_CACHE_VERSION, content, settings])
-  return pathlib.Path(config.cache_dir) / f"{config.tokenizer}-{key[:32]}"
-
-
-def open_tokenizer(
-  config: TextConfig, fingerprint: dict[str, Any]
-) -> "_ByteTokenizer | _BPETokenizer":
-  """The tokenizer of a run.
-
-  Args:
-    config: the run's data.
-    fingerprint: of the `Corpus` that the run was trained on.
+def open_tokenizer(config: TextConfig) -> "_OwnTokenizer":
+  """The tokenizer of the user's that a config names.
 
   Raises:
-    ValueError: a bpe tokenizer is not in the cache, and cannot be made again
-      because the text has changed.
+    ValueError: it cannot be read, or has no end-of-text token.
+  """
+  try:
+    source = pathlib.Path(config.tokenizer).read_text()
+  except (OSError, UnicodeDecodeError) as error:
+    raise ValueError(
+      f"tokenizer={config.tokenizer!r} cannot be read ({error}): wanted the"
+      " path of a tokenizer.json."
+    ) from error
+  return _OwnTokenizer(source, config)
+
+
+def read_tokenizer(
+  config: TextConfig, saved: str | None
+) -> "_ByteTokenizer | _BPETokenizer":
+  """The tokenizer with which a corpus was tokenized.
+
+  Args:
+    config: of the corpus.
+    saved: its `Corpus.tokenizer`.
   """
   if config.tokenizer == "byte":
     return _ByteTokenizer()
-  content, settings = fingerprint["sha256"], fingerprint["settings"]
-  path = _cache_folder(config, content, settings) / "tokenizer.json"
-  if not path.exists():
-    open_corpus(config)
-  if not path.exists():
+  if saved is None:
     raise ValueError(
-      f"cache_dir={config.cache_dir!r}: the run's tokenizer {path} is gone, and"
-      " the text or the tokenizers package is another now. Wanted the file, or"
-      " both as they were."
+      f"saved=None: wanted a tokenizer.json for tokenizer={config.tokenizer!r}."
     )
-  return _BPETokenizer(path.read_text(), config.vocab_size)
+  if config.tokenizer == "bpe":
+    return _BPETokenizer(saved, config.vocab_size)
+  return _OwnTokenizer(saved, config)
 
 
 def _installed_packages() -> list[str]:
@@ -805,6 +850,7 @@ END_OF_TEXT = "<|end_of_text|>"
 class _ByteTokenizer:
   vocab_size = 256
   end_of_text = _BYTE_END_OF_TEXT
+  end_name = END_OF_TEXT
   token_bytes = np.where(np.arange(256) == _BYTE_END_OF_TEXT, 0, 1)
 
   def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
@@ -845,10 +891,13 @@ class _BPETokenizer:
   text, with the smallest n that stays within `_BPE_BYTES`.
   """
 
+  end_name = END_OF_TEXT
+
   def __init__(self, saved: str, vocab_size: int):
-    """Reads the JSON text of a `tokenizers` object."""
+    """Reads the JSON text of a `tokenizers` object, kept as `source`."""
     import tokenizers
 
+    self.source = saved
     self.model = tokenizers.Tokenizer.from_str(saved)
     self.vocab_size = vocab_size
     self.end_of_text = vocab_size - 1
@@ -875,17 +924,19 @@ class _BPETokenizer:
     )
     every = -(-sum(map(len, texts)) // _BPE_BYTES)
     model.train_from_iterator(texts[:: max(every, 1)], trainer=trainer)
-    return cls(model.to_str(), vocab_size)
+    return cls(model.to_str(pretty=True), vocab_size)
 
   def encode(self, texts: list[str]) -> Iterator[np.ndarray]:
-    return (np.array(e.ids) for e in self.model.encode_batch_fast(texts))
+    found = self.model.encode_batch_fast(texts, add_special_tokens=False)
+    return (np.array(e.ids, np.int64) for e in found)
 
   def decode(self, ids: np.ndarray) -> str:
     """The text of ids, with U+FFFD for ids that are not text."""
     parts, start = [], 0
     known = np.isin(ids, list(self.model.get_vocab().values()))
     for stop in [*np.flatnonzero(~known), len(ids)]:
-      parts.append(self.model.decode(ids[start:stop].tolist()))
+      part = ids[start:stop].tolist()
+      parts.append(self.model.decode(part, skip_special_tokens=False))
       start = stop + 1
     return "\ufffd".join(parts)
 
@@ -902,14 +953,115 @@ class _BPETokenizer:
     return model.to_str()
 
 
+# Names of the token that ends a document, in tokenizers of others.
+_ENDS = ("<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+
+
+class _OwnTokenizer(_BPETokenizer):
+  """A tokenizer.json of the user's.
+
+  Text never becomes one of its special tokens, whatever it spells.
+  """
+
+  def __init__(self, source: str, config: TextConfig):
+    """Reads the content of a tokenizer.json.
+
+    Raises:
+      ValueError: it is none, or does not have the end-of-text token.
+    """
+    import tokenizers
+
+    name = f"tokenizer={config.tokenizer!r}"
+    try:
+      self.model = tokenizers.Tokenizer.from_str(source)
+    except Exception as error:  # the package raises no narrower one
+      raise ValueError(
+        f"{name} cannot be read ({error}): wanted a tokenizer.json of Hugging"
+        " Face's tokenizers."
+      ) from error
+    self.source = source
+    self.model.no_truncation()
+    self.model.no_padding()
+    self.model.encode_special_tokens = True
+    vocab = self.model.get_vocab()
+    if config.end_of_text is not None:
+      ends = [config.end_of_text] if config.end_of_text in vocab else []
+      wanted = "the name of one of its tokens"
+    else:
+      ends = [end for end in _ENDS if end in vocab]
+      wanted = f"the name of the token that ends a document; of {_ENDS} it has"
+      wanted += f" {ends or 'none'}"
+    if len(ends) != 1:
+      raise ValueError(
+        f"end_of_text={config.end_of_text!r} with {name}: wanted {wanted}."
+      )
+    (self.end_name,) = ends
+    self.end_of_text = vocab[self.end_name]
+    self.vocab_size = max(vocab.values()) + 1
+    self.token_bytes = self._token_bytes(vocab)
+
+  def _token_bytes(self, vocab: dict[str, int]) -> np.ndarray:
+    """Bytes of text that each id stands for, by its name: 0 for special tokens.
+
+    A tokenizer that changes text, to lower case say, has tokens that stand for
+    other numbers of bytes. `_write_files` compares with the text.
+    """
+    import tokenizers
+
+    parts = json.loads(self.model.to_str())
+    kinds = _types([parts["pre_tokenizer"], parts["decoder"]])
+    alphabet = set(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    added = self.model.get_added_tokens_decoder()
+
+    def size(token: str, index: int) -> int:
+      if index in added:
+        literal = not added[index].special and index != self.end_of_text
+        return len(token.encode()) if literal else 0
+      if index == self.end_of_text:
+        return 0
+      if "ByteLevel" in kinds and alphabet.issuperset(token):
+        return len(token)  # each character stands for a byte
+      if "ByteFallback" in kinds and re.fullmatch("<0x[0-9A-F]{2}>", token):
+        return 1
+      # SentencePiece writes a space as this character.
+      return len(token.replace("\u2581", " ").encode())
+
+    sizes = np.zeros(self.vocab_size)
+    for token, index in vocab.items():
+      sizes[index] = size(token, index)
+    return sizes
+
+  def saved(self) -> str:
+    """The file's content, without tokens that it would add to texts: a run's
+    documents have none but end-of-text."""
+    parts = json.loads(self.source)
+    if self.model.num_special_tokens_to_add(False):
+      parts["post_processor"] = None
+    return json.dumps(parts, ensure_ascii=False)
+
+
+def _types(parts: Any) -> set[str]:
+  """The names of all parts of a `tokenizers` object that JSON values hold."""
+  if isinstance(parts, dict):
+    parts, own = list(parts.values()), {str(parts.get("type"))}
+  else:
+    own = set()
+  if isinstance(parts, list):
+    return own.union(*map(_types, parts))
+  return own
+
+
 def _write_cache(
   folder: pathlib.Path,
   files: list[tuple[str, pathlib.Path]],
   config: TextConfig,
+  own: _OwnTokenizer | None = None,
 ):
   """Writes tokens, tokenizer and their metadata. A failure leaves no files."""
   splits, left_out = _split(files, config)
-  if config.tokenizer == "byte":
+  if own is not None:
+    tokenizer = own
+  elif config.tokenizer == "byte":
     tokenizer = _ByteTokenizer()
   else:
     texts = [text for _, text in splits["train"]]
@@ -947,12 +1099,21 @@ def _write_files(
 ):
   """Writes the files of a cache entry, and then puts them in its place."""
   dtype = _token_dtype(tokenizer.vocab_size)
+  own = isinstance(tokenizer, _OwnTokenizer)
   for split, parts in splits.items():
-    num_tokens = 0
+    num_tokens, num_bytes = 0, 0
     with open(temporary / f"{split}.bin", "wb") as file:
       for first in range(0, len(parts), 256):
         texts = [text for _, text in parts[first : first + 256]]
-        for ids in tokenizer.encode(texts):
+        for number, ids in enumerate(tokenizer.encode(texts), first):
+          if own and (ids == tokenizer.end_of_text).any():
+            raise ValueError(
+              f"end_of_text={tokenizer.end_name!r}: {parts[number][0]} spells"
+              " this token, which ends documents. Wanted one that text cannot"
+              " become, such as a special token."
+            )
+          if own:
+            num_bytes += tokenizer.token_bytes[ids].sum()
           ids = np.append(ids, tokenizer.end_of_text).astype(dtype)
           num_tokens += ids.size
           file.write(ids.tobytes())
@@ -966,12 +1127,14 @@ def _write_files(
       "tokens": num_tokens,
       "names_sha256": _digest(names),
     }
+    there = meta[split]["bytes"]
+    if own and abs(num_bytes - there) > _BYTES_OFF * there:
+      meta["bytes_known"] = False
     if split == "held_out":
       meta[split]["first_names"] = names[:500]
   np.save(temporary / "token_bytes.npy", tokenizer.token_bytes.astype(np.int32))
   if isinstance(tokenizer, _BPETokenizer):
-    saved = tokenizer.model.to_str(pretty=True)
-    (temporary / "tokenizer.json").write_text(saved)
+    (temporary / "tokenizer.json").write_text(tokenizer.source)
   (temporary / "meta.json").write_text(json.dumps(meta, indent=2))
   try:
     os.replace(temporary, folder)

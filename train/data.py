@@ -267,7 +267,9 @@ class Source(abc.ABC):
   Attributes:
     vocab_size: ids are below this.
     token_bytes: how many bytes of text each id stands for (0 for
-      end-of-text); None if the data are not text.
+      end-of-text); None if the data are not text, or if it is not known.
+    tokenizer: content of the tokenizer.json that `sample` and `export` need,
+      which runs keep (see `corpus.read_tokenizer`); None if they need none.
     fingerprint: JSON values that are equal for equal data.
     chance: accuracy of a model that does not see the facts; None for text.
     probes: names of the probes (see `probes_of`).
@@ -275,6 +277,7 @@ class Source(abc.ABC):
 
   vocab_size: int
   token_bytes: Int32[np.ndarray, "V"] | None = None
+  tokenizer: str | None = None
   fingerprint: dict[str, Any]
   chance: float | None = None
   probes: tuple[str, ...] = ()
@@ -376,6 +379,7 @@ class _TextSource(Source):
     self._corpus = open_corpus(config)
     self.fingerprint = self._corpus.fingerprint
     self.token_bytes = self._corpus.token_bytes
+    self.tokenizer = self._corpus.tokenizer
     self.vocab_size = self.fingerprint["vocab_size"]
 
   def _held_out_rows(
@@ -769,8 +773,10 @@ class _MixSource(Source):
     self._recall = _RecallSource(config.recall)
     text_ids = self._text.vocab_size
     self.vocab_size = text_ids + self._recall.vocab_size
-    self.token_bytes = np.zeros(self.vocab_size, np.int32)
-    self.token_bytes[:text_ids] = self._text.token_bytes
+    self.tokenizer = self._text.tokenizer
+    if self._text.token_bytes is not None:
+      self.token_bytes = np.zeros(self.vocab_size, np.int32)
+      self.token_bytes[:text_ids] = self._text.token_bytes
     self.chance = self._recall.chance
     settings = ("recall_share", "num_needles", "asks", "answer_share")
     self.fingerprint = {

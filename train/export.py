@@ -8,7 +8,6 @@ import pathlib
 from typing import Any
 
 from msa_jax import checkpoints
-from train import corpus
 from train.sample import load_config, load_model, load_tokenizer
 
 
@@ -29,7 +28,7 @@ def export(
 
   Raises:
     ValueError: there is no such run or checkpoint, `out` is not empty, or the
-      run's tokenizer is gone.
+      run's tokenizer.json is missing.
   """
   config = load_config(folder)
   tokenizer = load_tokenizer(folder, config)
@@ -44,7 +43,7 @@ def export(
       "tokenizer.json": json.loads(tokenizer.saved()),
       "tokenizer_config.json": {
         "clean_up_tokenization_spaces": False,
-        "eos_token": corpus.END_OF_TEXT,
+        "eos_token": tokenizer.end_name,
         "model_max_length": config.context,
         "tokenizer_class": "PreTrainedTokenizerFast",
       },

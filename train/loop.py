@@ -111,7 +111,8 @@ def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
   if source.vocab_size > config.model.vocab_size:
     raise ValueError(
       f"model.vocab_size={config.model.vocab_size}: the data have"
-      f" {source.vocab_size} different tokens."
+      f" {source.vocab_size} different tokens. Wanted at least as many (--set"
+      f" model.vocab_size={source.vocab_size})."
     )
   # Raises if the training data cannot fill the context.
   batch = source.train_batch(
@@ -176,7 +177,7 @@ class _Run:
     self.clock = _Clock(seconds)
     self.logged = (self.first, seconds)
     folder.write_environment(
-      source.fingerprint, self.program.count_parameters()
+      source.fingerprint, self.program.count_parameters(), source.tokenizer
     )
 
   def tokens(self, step: int) -> int:

@@ -4,7 +4,6 @@ python -m train sample runs/demo/text/msa/seed0 --prompt "import "
 """
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -85,16 +84,19 @@ def load_tokenizer(
     config: the run's config.
 
   Raises:
-    ValueError: the tokenizer is gone and cannot be made again.
+    ValueError: the run's tokenizer.json is missing.
   """
-  data = config.data
-  if not isinstance(data, TextConfig | MixConfig):
+  data = config.data.text if isinstance(config.data, MixConfig) else config.data
+  if not isinstance(data, TextConfig):
     return None
-  environment = json.loads((folder / "environment.json").read_text())
-  fingerprint = environment["data"]
-  if isinstance(data, MixConfig):  # the ids of facts follow the text's
-    data, fingerprint = data.text, fingerprint["text"]
-  return corpus.open_tokenizer(data, fingerprint)
+  path = folder / "tokenizer.json"
+  saved = path.read_text() if path.exists() else None
+  if saved is None and data.tokenizer != "byte":
+    raise ValueError(
+      f"{path} is missing: wanted the tokenizer of the run's data, which is in"
+      f" a folder of data.cache_dir={data.cache_dir!r} too."
+    )
+  return corpus.read_tokenizer(data, saved)
 
 
 class _Plain:
