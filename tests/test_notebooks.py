@@ -34,7 +34,7 @@ def test_a_notebook_holds_its_sources_cells_and_their_outputs(source):
       kinds = {output["output_type"] for output in cell["outputs"]}
       assert "error" not in kinds
   # Each execution adds as much to the history of the repository.
-  assert source.with_suffix(".ipynb").stat().st_size < 1_500_000
+  assert source.with_suffix(".ipynb").stat().st_size < 500_000
 
 
 @each_notebook
