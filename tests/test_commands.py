@@ -18,8 +18,8 @@ import pytest
 from msa_jax import selection_stats
 from msa_jax.model_config import IndexConfig, MoEConfig
 from train import __main__ as cli
+from train import compare, configs, data, evaluate, plan, program, speed
 from train import config as config_lib
-from train import configs, data, evaluate, plan, program, speed
 
 PRESETS = ("lm73m_16k", "lm13m_4k", "lm13m_4k_ablations")
 TINY = (
@@ -420,6 +420,79 @@ def test_report_of_it_all(compared):
   summary = json.loads((compared / "report" / "summary.json").read_text())
   gaps = summary["tasks"]["mix"]["needle_by_distance"]["msa_cpt"]
   assert [row["low"] for row in gaps] == [1, 2, 4, 8, 16, 32, 64]
+
+
+COMMANDS = {
+  "compare": ["compare", "--folder", "mine"],
+  "compare --plan": ["compare", "--plan", "1", "--folder", "mine"],
+  "plan": ["plan", "--minutes", "1", "--folder", "mine"],
+  "speed": ["speed", "--lengths", "64", "--folder", "mine"],
+  "devices": ["devices", "--results", "mine"],
+}
+
+
+@pytest.mark.parametrize("name", [*COMMANDS, "train"])
+def test_wrong_data_are_an_error_before_anything_compiles(
+  name, place, tmp_path, monkeypatch, capsys
+):
+  def compiled(*_):
+    raise AssertionError("compiled")
+
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(program.Program, "compile", compiled)
+  monkeypatch.setattr(program.Program, "init", compiled)
+  monkeypatch.setattr(jax, "device_count", lambda: 2)
+  folders = {name: tmp_path / name for name in ("empty", "tokens", "short")}
+  for folder in folders.values():
+    folder.mkdir()
+  (tmp_path / "tokens" / "tokens.json").write_text('{"vocab_size": 9}')
+  (tmp_path / "short" / "a.txt").write_text("too short" * 9)
+  (tmp_path / "tokenizer.json").write_text("{}")
+  text = str(place / "text")
+  cases = {
+    "there": "does not exist",
+    "empty": "holds no files",
+    "tokens": "lacks ['dtype', 'train', 'held_out']",
+    "short": "takes 1025 tokens, but the training split has only",
+    "tokenizer": "cannot be read",
+  }
+  if name == "train":
+    del cases["tokens"]
+  for case, words in cases.items():
+    path = text if case == "tokenizer" else case
+    if name == "train":
+      command = ["train", "demo", "--task", "text", "--side", "msa"]
+      command += ["--folder", "mine", "--data.path", path]
+      tokenizer = ["--data.tokenizer", "tokenizer.json"]
+    else:
+      first, *rest = COMMANDS[name]
+      command = [first, "demo", "--task", "text", *rest, "--text", path]
+      tokenizer = ["--tokenizer", "tokenizer.json"]
+    if case == "short" and name == "speed":
+      command += ["--lengths", "1024"]
+    command += tokenizer * (case == "tokenizer")
+    assert cli.main(command) == 1
+    assert words in capsys.readouterr().err, case
+    assert not (tmp_path / "mine").exists()
+
+
+def test_the_data_of_every_task_are_opened_before_the_first_is_trained(
+  place, tmp_path, monkeypatch
+):
+  monkeypatch.setattr(program.Program, "compile", None)
+  monkeypatch.chdir(tmp_path)
+  demo = configs.preset("demo")
+  own = config_lib.with_text(demo, str(place / "text"))
+  text = [dataclasses.replace(run, eval_batches=2) for run in own.runs[:2]]
+  # The text comes last, with too few ids for its tokenizer's.
+  text = [
+    dataclasses.replace(r, model=dataclasses.replace(r.model, vocab_size=255))
+    for r in text
+  ]
+  both = dataclasses.replace(demo, runs=(*demo.runs[2:], *text))
+  for call in (compare.compare, lambda *args: plan.plan(*args, minutes=1)):
+    with pytest.raises(ValueError, match=r"vocab_size=255: .*--set model.voc"):
+      call(both, tmp_path / "runs")
 
 
 def test_commands_refuse(compared, capsys):

@@ -10,7 +10,7 @@ import jax
 
 from train import checkpoint, data, loop, report
 from train import config as config_lib
-from train.program import CompiledTask, compile_key, compile_task
+from train.program import CompiledTask, compile_key, compile_task, open_data
 from train.report import runs
 
 
@@ -38,8 +38,8 @@ def compare(
     before the last run was finished.
 
   Raises:
-    ValueError: the sides of a task differ in more than attention, or a run
-      cannot start. Nothing is trained then.
+    ValueError: the sides of a task differ in more than attention, data cannot
+      be opened or used, or a run cannot start. Nothing is trained then.
     ModuleNotFoundError: a package that the report needs is missing. Nothing is
       trained then.
     FloatingPointError: a run broke down. The other runs are trained, and the
@@ -51,19 +51,31 @@ def compare(
   _check_sides(resolved, sides)
   _check_comparable(comparison, resolved)
   _check_starts(resolved)
+  wanted = {
+    task: runs
+    for task in comparison.tasks()
+    if (
+      runs := [
+        run
+        for run in resolved
+        if run.task == task and (sides is None or run.side in sides)
+      ]
+    )
+  }
+  # Of all tasks, before the first one is compiled and trained.
+  made = dict(compiled or {})
+  sources = {
+    task: made[task].source if task in made else open_data(runs)
+    for task, runs in wanted.items()
+  }
   folder.mkdir(parents=True, exist_ok=True)
   if jax.process_index() == 0:
     checkpoint.write_json(
       folder / "comparison.json", config_lib.to_dict(comparison)
     )
   training = _Training(stop_at)
-  for task in comparison.tasks():
-    wanted = [
-      run
-      for run in resolved
-      if run.task == task and (sides is None or run.side in sides)
-    ]
-    if wanted and not training.train(wanted, (compiled or {}).get(task)):
+  for task, members in wanted.items():
+    if not training.train(members, sources.pop(task), made.get(task)):
       return None
   path = folder
   if with_report and jax.process_index() == 0:
@@ -141,6 +153,7 @@ class _Training:
   def train(
     self,
     wanted: Sequence[config_lib.RunConfig],
+    source: data.Source,
     compiled: CompiledTask | None,
   ) -> bool:
     """Trains the runs of a task; returns whether all of them have ended."""
@@ -148,16 +161,15 @@ class _Training:
       return False
     waiting = [run for run in wanted if not _is_finished(run)]
     if compiled is None and waiting:
-      compiled = compile_task(waiting)
-    elif compiled is None:
-      compiled = CompiledTask(data.load(wanted[0].data), {})
+      compiled = compile_task(waiting, source)
+    programs = {} if compiled is None else compiled.programs
     for run in wanted:
       if self._must_stop():
         return False
       self._advanced |= not _is_finished(run)
-      program = compiled.programs.get(compile_key(run))
+      program = programs.get(compile_key(run))
       try:
-        if loop.run(run, compiled.source, program, self._stop_at) is None:
+        if loop.run(run, source, program, self._stop_at) is None:
           return False
       except loop.NonFiniteError as error:
         # A run that breaks down is a result; train the others.

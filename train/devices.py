@@ -57,9 +57,9 @@ from train.program import (
   Params,
   Program,
   TrainState,
+  compile_all,
   compile_key,
   lower,
-  open_and_compile,
   train_step,
 )
 from train.speed import time_steps
@@ -414,8 +414,8 @@ def devices(
     The path of the results file.
 
   Raises:
-    ValueError: there is only one device, a side is unknown, or a run does not
-      fit the meshes.
+    ValueError: there is only one device, a side is unknown, the data cannot
+      be opened, or a run does not fit them or the meshes.
   """
   count = jax.device_count()
   if count < 2:
@@ -433,6 +433,13 @@ def devices(
   if unknown:
     raise ValueError(f"sides={sorted(unknown)}: wanted {', '.join(runs)}.")
   runs = {name: run for name, run in runs.items() if name in (sides or runs)}
+  source = data_lib.load(next(iter(runs.values())).data)
+  for run in runs.values():  # before programs are compiled for minutes
+    rows = _on(run, MeshConfig(), count).batch_size
+    batch = source.train_batch(
+      run.seed, 0, batch_size=rows, context=run.context
+    )
+    batch.check_ids(run.model.vocab_size)
   start = time.monotonic()
   made = {name: _side(run, steps, count) for name, run in runs.items()}
   calls = [
@@ -446,8 +453,8 @@ def devices(
     for name, side in made.items():
       for mesh, generation in side.generations.items():
         kernels[name][mesh] = pool.submit(generation.compile)
-    source = open_and_compile(next(iter(runs.values())).data, calls)
-  print(f"data and programs after {time.monotonic() - start:.0f} s", flush=True)
+    compile_all(calls)
+  print(f"programs after {time.monotonic() - start:.0f} s", flush=True)
   result: dict[str, Any] = {
     **provenance(),
     "preset": comparison.name,

@@ -17,6 +17,7 @@ from train import evaluate
 from train.checkpoint import RunFolder, replace_file
 from train.program import (
   Program,
+  check_data,
   compile_key,
   flatten_state,
   functions_called,
@@ -89,7 +90,7 @@ def run(
       f" {_different_fields(program.config, key)}."
     )
   source = data_lib.load(config.data) if source is None else source
-  _check_data(config, source)
+  check_data(config, source)
   folder = RunFolder(config, source.fingerprint)
   try:
     finished = folder.read_done()
@@ -105,37 +106,6 @@ def run(
 def _different_fields(a: Any, b: Any) -> str:
   fields = (field.name for field in dataclasses.fields(a))
   return ", ".join(n for n in fields if getattr(a, n) != getattr(b, n))
-
-
-def _check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
-  if source.vocab_size > config.model.vocab_size:
-    raise ValueError(
-      f"model.vocab_size={config.model.vocab_size}: the data have"
-      f" {source.vocab_size} different tokens. Wanted at least as many (--set"
-      f" model.vocab_size={source.vocab_size})."
-    )
-  # Raises if the training data cannot fill the context.
-  batch = source.train_batch(
-    config.seed, 0, batch_size=1, context=config.context
-  )
-  packed = data_lib.is_packed(config.data)
-  shape = (1, config.context + 1)
-  if batch.tokens.shape != shape or packed != (batch.segment_ids is not None):
-    raise ValueError(
-      f"data: a batch has tokens {batch.tokens.shape} and segment_ids"
-      f" {'None' if batch.segment_ids is None else batch.segment_ids.shape}:"
-      f" wanted tokens {shape} (batch_size, context + 1), and"
-      f" {'segment_ids' if packed else 'no segment_ids'}."
-    )
-  rows = config.batch_size // config.grad_accumulation
-  there = source.num_eval_batches(batch_size=rows, context=config.context)
-  if there is not None and there < config.eval_batches:
-    raise ValueError(
-      f"eval_batches={config.eval_batches}: the held-out data give {there}"
-      f" batches of {rows} batch rows with context={config.context}. Wanted"
-      " more data, a shorter context, or fewer eval_batches"
-      " (--set eval_batches=...)."
-    )
 
 
 class _Pending(NamedTuple):

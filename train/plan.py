@@ -25,6 +25,7 @@ from train.program import (
   compile_key,
   compile_task,
   flatten_state,
+  open_data,
 )
 from train.speed import time_steps
 
@@ -46,19 +47,24 @@ def plan(
     The comparison, and its compiled tasks by name, for `compare`.
 
   Raises:
-    ValueError: the folder has runs already, or not one unit of steps fits.
+    ValueError: the folder has runs already, data cannot be opened or used, or
+      not one unit of steps fits.
   """
   started = sorted(folder.glob("*/*/seed*/config.json"))
   if started:
     raise ValueError(f"{folder} has runs already, such as {started[0].parent}.")
   times: dict[tuple[str, ModelConfig], dict[str, Any]] = {}
   compiled: dict[str, CompiledTask] = {}
+  opened = {}  # of all tasks, before the first one is compiled
   for task in comparison.tasks():
+    members = [run for run in comparison.runs if run.task == task]
+    opened[task] = members, open_data(members)
+  for task, (members, source) in opened.items():
     start = time.monotonic()
-    made = compile_task([r for r in comparison.runs if r.task == task])
+    made = compile_task(members, source)
     compiled[task] = made
     seconds = time.monotonic() - start
-    print(f"{task}: data and programs after {seconds:.0f} s", flush=True)
+    print(f"{task}: programs after {seconds:.0f} s", flush=True)
     for model, run in _longest_runs(comparison, task).items():
       program = made.programs[compile_key(run)]
       found = _measure_run(program, run, made.source)

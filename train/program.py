@@ -864,8 +864,61 @@ def functions_called(run: config_lib.RunConfig) -> tuple[str, ...]:
   return names
 
 
-def compile_task(runs: Sequence[config_lib.RunConfig]) -> CompiledTask:
-  """Opens the data of a task's runs and compiles all functions they call."""
+def check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
+  """Refuses data that a run cannot be trained on.
+
+  Raises:
+    ValueError: ids are beyond the model's vocabulary, batches have another form
+      than the run's, or there is too little text.
+  """
+  if source.vocab_size > config.model.vocab_size:
+    raise ValueError(
+      f"model.vocab_size={config.model.vocab_size}: the data have"
+      f" {source.vocab_size} different tokens. Wanted at least as many (--set"
+      f" model.vocab_size={source.vocab_size})."
+    )
+  # Raises if the training data cannot fill the context.
+  batch = source.train_batch(
+    config.seed, 0, batch_size=1, context=config.context
+  )
+  packed = data_lib.is_packed(config.data)
+  shape = (1, config.context + 1)
+  if batch.tokens.shape != shape or packed != (batch.segment_ids is not None):
+    raise ValueError(
+      f"data: a batch has tokens {batch.tokens.shape} and segment_ids"
+      f" {'None' if batch.segment_ids is None else batch.segment_ids.shape}:"
+      f" wanted tokens {shape} (batch_size, context + 1), and"
+      f" {'segment_ids' if packed else 'no segment_ids'}."
+    )
+  rows = config.batch_size // config.grad_accumulation
+  there = source.num_eval_batches(batch_size=rows, context=config.context)
+  if there is not None and there < config.eval_batches:
+    raise ValueError(
+      f"eval_batches={config.eval_batches}: the held-out data give {there}"
+      f" batches of {rows} batch rows with context={config.context}. Wanted"
+      " more data, a shorter context, or fewer eval_batches"
+      " (--set eval_batches=...)."
+    )
+
+
+def open_data(runs: Sequence[config_lib.RunConfig]) -> data_lib.Source:
+  """Opens the data of a task's runs, and checks that each can use them.
+
+  It comes before programs are compiled, which may take minutes.
+
+  Raises:
+    ValueError: the data cannot be opened or do not fit a run.
+  """
+  source = data_lib.load(runs[0].data)
+  for run in runs:
+    check_data(run, source)
+  return source
+
+
+def compile_task(
+  runs: Sequence[config_lib.RunConfig], source: data_lib.Source
+) -> CompiledTask:
+  """Compiles all functions that the runs of a task call."""
   programs: dict[ProgramConfig, Program] = {}
   calls = []
   for run in runs:
@@ -877,36 +930,26 @@ def compile_task(runs: Sequence[config_lib.RunConfig]) -> CompiledTask:
       for phase in run.phases()
       for function in functions_called(run)
     ]
-  return CompiledTask(open_and_compile(runs[0].data, calls), programs)
+  compile_all(calls)
+  return CompiledTask(source, programs)
 
 
-def open_and_compile(
-  data: data_lib.DataConfig | None,
-  calls: Iterable[tuple[Program, str, str]],
-) -> Any:
-  """Opens data and compiles functions of programs at the same time.
-
-  Each takes tens of seconds in which a GPU would be idle.
+def compile_all(calls: Iterable[tuple[Program, str, str]]) -> None:
+  """Compiles functions of programs at the same time.
 
   Args:
-    data: what to open; None: nothing.
     calls: (program, phase, function) triples; those that occur twice are
       compiled once.
-
-  Returns:
-    The opened `data.Source`; None if there was nothing to open.
   """
   # All processes of a run must compile in the same order, hence one thread.
   workers = 12 if jax.process_count() == 1 else 1
   with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    source = data and pool.submit(data_lib.load, data)
     tasks = [
       pool.submit(program.compile, phase, function)
       for program, phase, function in dict.fromkeys(calls)
     ]
     for task in tasks:
       task.result()
-    return source and source.result()
 
 
 def _bytes_needed(compiled: jax.stages.Compiled) -> int | None:

@@ -26,8 +26,8 @@ from train.config import ComparisonConfig, RunConfig
 from train.program import (
   Program,
   TrainState,
+  compile_all,
   compile_key,
-  open_and_compile,
   read_state,
   train_step,
 )
@@ -182,7 +182,14 @@ def _at_length(run: RunConfig, context: int, tokens: int) -> RunConfig:
   )
 
 
-def _random_batch(run: RunConfig) -> data_lib.Batch:
+def _batch(run: RunConfig, source: data_lib.Source | None) -> data_lib.Batch:
+  """A batch of a run's data, or of random tokens without them."""
+  if source is not None:
+    batch = source.train_batch(
+      0, 0, batch_size=run.batch_size, context=run.context
+    )
+    batch.check_ids(run.model.vocab_size)
+    return batch
   shape = (run.batch_size, run.context)
   tokens = np.random.default_rng(0).integers(
     0, run.model.vocab_size, (shape[0], shape[1] + 1), np.int32
@@ -218,6 +225,9 @@ def speed(
 
   Returns:
     The path of speed.json.
+
+  Raises:
+    ValueError: the data cannot be opened, or do not fit a length or the model.
   """
   task, seed = comparison.tasks()[0], comparison.seeds[0]
   sides = [
@@ -229,24 +239,20 @@ def speed(
   timed = [
     _at_length(run, length, tokens) for run in sides for length in lengths
   ]
+  # Before programs are compiled, which takes minutes.
+  source = None if random_tokens else data_lib.load(sides[0].data)
+  batches = [_batch(run, source) for run in timed]
   programs = [Program(compile_key(run)) for run in timed]
-  source = open_and_compile(
-    None if random_tokens else sides[0].data,
-    (
-      (program, phase, "step")
-      for run, program in zip(timed, programs)
-      for phase in run.phases()
-    ),
+  compile_all(
+    (program, phase, "step")
+    for run, program in zip(timed, programs)
+    for phase in run.phases()
   )
   records = []
   rate = peak_flops()
-  for run, program in zip(timed, programs):
+  for run, program, batch in zip(timed, programs, batches):
     length = run.context
     shape = (run.batch_size, length)
-    if source is None:
-      batch = _random_batch(run)
-    else:
-      batch = source.train_batch(0, 0, batch_size=shape[0], context=length)
     for phase in run.phases():
       state, trained = _trained_state(program, run)
       times, kernels = time_steps(program, run, phase, batch, state)
