@@ -16,24 +16,24 @@
 #
 # This notebook trains a model of one layer, which takes about a minute on two
 # CPU cores, and looks at each of these steps: first in heat maps, then for a
-# single query.
+# single query. `notebooks/pictures.py` draws the pictures; the cells compute what
+# they show.
 
 # %%
 import dataclasses
+import sys
 
 import jax
 import jax.numpy as jnp
-import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path[:0] = [".", ".."]  # the repository, seen from itself or from notebooks
 import msa_jax
 from msa_jax.layers import partial_rope
+from notebooks import pictures
 from train import config, configs, data, evaluate, program
-from train.report.figures import COLORS, STYLE
 
-plt.rcParams.update(STYLE)
-BLUE, ORANGE, GREEN, PINK, *_ = COLORS
-GREY = "#bbbbbb"
+pictures.setup()
 
 # %%
 STEPS = 240  # of training
@@ -99,25 +99,7 @@ measured["after training"] = evaluate.layer_metrics(
 loss, kl = np.array(jax.device_get(curves)).T
 
 # %%
-figure, panels = plt.subplots(1, 2, figsize=(11, 3.4), layout="constrained")
-for axes, values, title in (
-  (panels[0], loss, "Loss of the answers (nats)"),
-  (panels[1], kl, "KL loss of the Index Branch (nats)"),
-):
-  axes.axvspan(0, WARMUP, color="#eeeeee", lw=0)
-  axes.plot(np.arange(1, STEPS + 1), values, color=BLUE, lw=1)
-  axes.annotate(
-    "warm-up: dense", (WARMUP / 2, 0.96), xycoords=("data", "axes fraction"),
-    ha="center", va="top", fontsize=10, color="#555555",
-  )
-  axes.set(title=title, xlabel="training step", xlim=(0, STEPS))
-  axes.set_ylim(bottom=0)
-panels[0].axhline(np.log(8), color="#555555", ls="--", lw=1)
-panels[0].annotate(
-  "chance: one of 8 values", (STEPS, np.log(8)), xytext=(0, -4),
-  textcoords="offset points", ha="right", va="top", fontsize=10,
-)
-plt.show()
+pictures.training(loss, kl, WARMUP, chance=np.log(run.data.num_values))
 
 # %% [markdown]
 # ## Same weights, dense and sparse
@@ -128,36 +110,16 @@ plt.show()
 # (left of the first mark) does not depend on the choice.
 
 # %%
-figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
-for phase, label, colour in (
-  ("warmup", "dense attention", GREY),
-  ("sparse", "MSA: 4 of 16 blocks", ORANGE),
-):
-  result = evaluate.held_out_metrics(
+results = {
+  label: evaluate.held_out_metrics(
     trainer, state.params, source, phase, batches=EVAL_BATCHES, probe_batches=0
   )
-  bins = result["by_distance"]
-  axes.plot(
-    [np.sqrt(b["low"] * b["high"]) for b in bins],
-    [100 * b["accuracy"] for b in bins],
-    "o-", color=colour, lw=2.2,
-    label=f"{label}: {100 * result['accuracy']:.0f} % in all",
+  for phase, label in (
+    ("warmup", "dense attention"), ("sparse", "MSA: 4 of 16 blocks")
   )
-axes.axhline(100 / 8, color="#555555", ls="--", lw=1, label="chance")
-for name, x in (("own block", block_size), ("tokens read", 4 * block_size)):
-  axes.axvline(x, color="#999999", lw=1, ls=":")
-  axes.annotate(
-    name, (x, 1.01), xycoords=("data", "axes fraction"), ha="center",
-    fontsize=9, color="#555555",
-  )
-axes.set_xscale("log", base=2)
-axes.set(
-  xlabel="distance back to the fact (tokens)", ylabel="answers right (%)",
-  ylim=(0, 103),
-)
-axes.xaxis.set_major_formatter(lambda x, _: f"{x:g}")
-axes.legend(loc="lower left", bbox_to_anchor=(0, 0.15))
-plt.show()
+}
+marks = {"own block": block_size, "tokens read": top_k * block_size}
+pictures.answers(results, marks, chance=source.chance)
 
 # %% [markdown]
 # ## A sequence, and the query that we will follow
@@ -182,32 +144,7 @@ far = facts // block_size < asked // block_size - 2
 t = int(asked[np.lexsort((asked, right, far))[-1]])
 fact = int(t - distance[t])
 
-grid = np.zeros(run.context, int)
-grid[facts], grid[asked] = 1, 2
-figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-axes.pcolormesh(
-  grid.reshape(num_blocks, block_size), edgecolors="white", lw=1.2,
-  cmap=plt.matplotlib.colors.ListedColormap(["#eeeeee", BLUE, ORANGE]),
-)
-center = {
-  name: (token % block_size + 0.5, token // block_size + 0.5)
-  for name, token in (("fact", fact), ("query", t))
-}
-axes.annotate(
-  "", center["fact"], center["query"],
-  arrowprops=dict(arrowstyle="->", lw=2, color="black", shrinkA=6, shrinkB=6),
-)
-axes.invert_yaxis()
-axes.grid(False)
-axes.set_yticks(np.arange(num_blocks) + 0.5, range(num_blocks))
-axes.set_xticks([])
-axes.tick_params(length=0)
-axes.set(
-  xlabel="token of the block", ylabel="block",
-  title="grey: filler, blue: facts, orange: questions;  arrow: the question"
-  " that we follow",
-)
-plt.show()
+pictures.sequence(facts, asked, fact, t, block_size, num_blocks)
 print(
   f"followed: the question at token {t} (block {t // block_size}); its fact is"
   f" {distance[t]} tokens back,\nat token {fact} (block {fact // block_size})."
@@ -253,6 +190,8 @@ assert (chosen == output.selection.block_indices[0]).all()
 # Each line of a map is one question of the sequence, and each column is one of
 # the 16 blocks. A ring marks the block of the question's fact.
 #
+# The two groups share the colours of a map, so that they can be compared.
+#
 # * **Left**: dense attention's weight on each block (mean of the group's
 #   heads). The blocks with most weight are those that *should* be read.
 # * **Middle**: the Index Branch's score of each block, which is the maximum
@@ -289,55 +228,10 @@ is_wanted = np.zeros_like(is_chosen)
 np.put_along_axis(is_wanted, order[..., :top_k], True, axis=-1)
 is_wanted &= visible
 
-hidden = ~visible[asked]
-lines = np.arange(len(asked)) + 0.5
-dark = plt.get_cmap("viridis").with_extremes(bad="white")
-agree = plt.matplotlib.colors.ListedColormap(
-  ["#eeeeee", "#999999", ORANGE, GREEN]
+pictures.block_maps(
+  asked, facts // block_size, mass[:, asked], block_max[:, asked],
+  is_chosen[:, asked], is_wanted[:, asked], hidden=~visible[asked],
 )
-figure, panels = plt.subplots(
-  num_groups, 3, figsize=(12, 8.5), sharex=True, sharey=True,
-  layout="constrained",
-)
-for g, (left, middle, end) in enumerate(panels):
-  cells = dict(edgecolors="white", lw=0.8)
-  image = left.pcolormesh(
-    np.ma.masked_array(mass[g, asked], hidden), cmap=dark, vmin=0, vmax=0.5,
-    **cells,
-  )
-  figure.colorbar(image, ax=left, extend="max", label="attention weight")
-  image = middle.pcolormesh(
-    np.ma.masked_array(block_max[g, asked], hidden), cmap=dark, **cells
-  )
-  figure.colorbar(image, ax=middle, label="score of the block")
-  query, block = np.nonzero(is_chosen[g, asked])
-  middle.plot(block + 0.5, query + 0.5, "o", ms=5, color="white", mec="black")
-  end.pcolormesh(
-    np.ma.masked_array((is_chosen[g] + 2 * is_wanted[g])[asked], hidden),
-    cmap=agree, vmin=0, vmax=3, **cells,
-  )
-  for axes, colour in ((left, "white"), (end, "black")):
-    axes.plot(
-      facts // block_size + 0.5, lines, "o", ms=11, mfc="none", mec=colour,
-      mew=1.8,
-    )
-  left.set_ylabel(f"group {g}: question at token")
-  for axes in (left, middle, end):
-    axes.grid(False)
-    axes.set_xticks(np.arange(0, num_blocks, 3) + 0.5, range(0, num_blocks, 3))
-    axes.set_yticks(lines, asked)
-for axes, title in zip(
-  panels[0],
-  (
-    "dense attention by block", "index score by block",
-    "wanted and chosen (green)",
-  ),
-):
-  axes.set_title(title)
-for axes in panels[-1]:
-  axes.set_xlabel("block of keys")
-panels[0, 0].invert_yaxis()
-plt.show()
 
 # %% [markdown]
 # ## One query, step by step
@@ -388,61 +282,15 @@ library_kl = msa_jax.index_kl_loss(
 np.testing.assert_allclose(library_kl, terms.sum(), atol=1e-5)
 
 # %%
-x = np.arange(t + 1)
-block_of = x // block_size
-figure, panels = plt.subplots(
-  4, 1, figsize=(11, 10), sharex=True, layout="constrained"
+seen = slice(t + 1)
+pictures.one_query(
+  index_scores[g, t, seen], block_max[g, t, : own + 1], picked, fact,
+  dense[g, t, seen], teacher[seen], student[seen], terms.sum(),
 )
-for axes in panels:
-  for block in picked:
-    axes.axvspan(
-      block * block_size - 0.5, (block + 1) * block_size - 0.5,
-      color="#e8f1f8", lw=0, zorder=0,
-    )
-  axes.grid(False)
-  axes.axvline(fact, color="black", ls=":", lw=1, zorder=1)
-panels[0].bar(x, index_scores[g, t, x], 1, color=ORANGE)
-panels[0].set_title(
-  f"1. Index scores of the {t + 1} visible tokens", loc="left"
+print(
+  f"KL of this query: {terms.sum():.3f} nats, of which the fact's token"
+  f" {terms[fact]:+.3f}"
 )
-panels[0].annotate(
-  "the fact", (fact, 0.97), xycoords=("data", "axes fraction"), xytext=(5, 0),
-  textcoords="offset points", va="top",
-)
-ids = np.arange(own + 1)
-panels[1].bar(
-  ids * block_size + block_size / 2 - 0.5, block_max[g, t, ids],
-  block_size - 1.5,
-  color=[BLUE if i in picked else GREY for i in ids],
-  hatch=["///" if i == own else "" for i in ids], edgecolor="white",
-)
-panels[1].set_title(
-  f"2. Block max, and the top {top_k}: blocks {', '.join(map(str, picked))}"
-  f" (own: {own}, hatched)", loc="left",
-)
-panels[2].bar(x, teacher[x], 1, color=BLUE, label="sparse")
-panels[2].step(
-  x, dense[g, t, x], where="mid", color="black", lw=1, label="dense"
-)
-panels[2].set_title(
-  "3. Attention weights (mean of the group's heads): dense puts"
-  f" {100 * mass[g, t, picked].sum():.0f} % on the chosen blocks", loc="left",
-)
-panels[2].legend(loc="upper right")
-panels[3].bar(x, teacher[x], 1, color=BLUE, label="teacher: attention")
-panels[3].step(
-  x, student[x], where="mid", color=ORANGE, lw=1.5,
-  label="student: softmax of index scores",
-)
-panels[3].set_title(
-  f"4. KL of this query: {terms.sum():.3f} nats, of which the fact's token"
-  f" {terms[fact]:+.3f}", loc="left",
-)
-panels[3].legend(loc="upper right")
-panels[3].set(xlabel="token (shaded: the chosen blocks)", xlim=(-1, t + 1))
-for axes, label in zip(panels, ("score", "score", "weight", "probability")):
-  axes.set_ylabel(label)
-plt.show()
 
 # %% [markdown]
 # ## Is this query typical?
