@@ -21,9 +21,11 @@
 # %%
 import json
 import pathlib
+import sys
 
 import matplotlib.pyplot as plt
 
+sys.path[:0] = [".", ".."]  # the repository, seen from itself or from notebooks
 import train
 from benchmarks import cases, records
 from train.report import figures, gaps, runs

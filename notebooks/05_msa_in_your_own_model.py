@@ -2,9 +2,10 @@
 # # MSA in your own model
 #
 # A model of your own, trained with optax on packed rows: a warm-up with dense
-# attention, then sparse attention. The page
-# [MSA in your own model](../docs/own_loop.md) explains each line, and has the
-# same for pure functions, Linen and meshes.
+# attention, then sparse attention. It trains on a mesh of as many devices as
+# there are. The page [MSA in your own model](../docs/own_loop.md) explains each
+# line, and has the same for pure functions, Linen and sequences that are split
+# over devices.
 
 # %%
 import functools
@@ -12,14 +13,14 @@ import json
 import pathlib
 import sys
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
 from matplotlib import pyplot as plt
 
-# The repository is the parent of this folder.
-sys.path.insert(0, str(pathlib.Path.cwd()))
+sys.path[:0] = [".", ".."]  # the repository, seen from itself or from notebooks
 import msa_jax
 
 # %%
@@ -28,6 +29,9 @@ WARMUP = 160  # steps with dense attention
 LOG_EVERY = 10
 CONTEXT = 256
 BATCH = 8
+# Devices of the two axes of the mesh. "fsdp" splits the batch and the stored
+# parameters, "tensor" the KV heads: (4, 2) would take eight devices.
+MESH = (jax.device_count(), 1)
 
 # %% [markdown]
 # **Data.** The source of Python's `json` package and its neighbours, as bytes.
@@ -59,7 +63,8 @@ def batch(step):
 
 # %% [markdown]
 # **Model.** `MSAttention` takes the place of the attention of each layer. The
-# model adds up the KL losses that the layers return.
+# model adds up the KL losses that the layers return. `sharding` tells a layer
+# which axes of the mesh split what; without a mesh, leave it out.
 
 
 # %%
@@ -72,6 +77,7 @@ class Block(nnx.Module):
       in_features=width,
       normalize_qk=True,
       index=msa_jax.IndexConfig(index_dim=16, block_size=16, top_k=4),
+      sharding=msa_jax.Sharding(),
       rngs=rngs,
     )
     self.up = nnx.Linear(width, 4 * width, rngs=rngs)
@@ -101,7 +107,7 @@ class Model(nnx.Module):
 # %% [markdown]
 # **Loss and optimizer.** The loss is the language-model loss plus the KL. The
 # Index Branch has a clip and a learning rate of its own, because its gradient
-# comes from the KL alone.
+# comes from the KL alone. Model and optimizer are made with the mesh in context.
 
 
 # %%
@@ -120,14 +126,18 @@ def adam(rate):
   return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(rate))
 
 
-model = Model(256, 64, 2, nnx.Rngs(0))
-optimizer = nnx.Optimizer(
-  model,
-  optax.multi_transform(
-    {"rest": adam(3e-3), "index": adam(6e-3)}, msa_jax.param_groups
-  ),
-  wrt=nnx.Param,
+mesh = jax.make_mesh(
+  MESH, ("fsdp", "tensor"), axis_types=(jax.sharding.AxisType.Auto,) * 2
 )
+with jax.set_mesh(mesh):
+  model = Model(256, 64, 2, nnx.Rngs(0))
+  optimizer = nnx.Optimizer(
+    model,
+    optax.multi_transform(
+      {"rest": adam(3e-3), "index": adam(6e-3)}, msa_jax.param_groups
+    ),
+    wrt=nnx.Param,
+  )
 
 
 @functools.partial(nnx.jit, static_argnames="phase")
@@ -155,12 +165,14 @@ def recalls(model, tokens, ids):
 
 # %%
 log = []
-for i in range(STEPS):
-  phase = "warmup" if i < WARMUP else "sparse"
-  lm, kl = step(model, optimizer, *batch(i), phase)
-  if i % LOG_EVERY == 0 or i == STEPS - 1:
-    score, best = recalls(model, *batch(10**6))
-    log.append([i + 1, *(float(jnp.mean(x)) for x in (lm, kl, score, best))])
+with jax.set_mesh(mesh):
+  for i in range(STEPS):
+    phase = "warmup" if i < WARMUP else "sparse"
+    data = jax.device_put(batch(i), jax.P("fsdp"))
+    lm, kl = step(model, optimizer, *data, phase)
+    if i % LOG_EVERY == 0 or i == STEPS - 1:
+      score, best = recalls(model, *batch(10**6))
+      log.append([i + 1, *(float(jnp.mean(x)) for x in (lm, kl, score, best))])
 steps, lm, kl, score, best = np.array(log).T
 print(f"loss {lm[-1]:.2f}, of which KL {kl[-1] / (lm[-1] + kl[-1]):.1%}")
 print(f"recall {score[-1]:.3f} of at most {best[-1]:.3f}")
@@ -170,7 +182,8 @@ print(f"recall {score[-1]:.3f} of at most {best[-1]:.3f}")
 # goes sparse (dotted line). The KL is over all visible tokens before it and
 # over the chosen blocks after it, so that its two parts are different
 # quantities. The recall belongs below the best possible one, and close to it:
-# a warm-up may end when the gap no longer shrinks.
+# a warm-up may end when the gap no longer shrinks. Each point is one batch, so
+# the losses go up and down.
 
 # %%
 figure, axes = plt.subplots(1, 3, figsize=(11, 3.2), layout="constrained")
