@@ -533,6 +533,44 @@ def test_eight_devices_give_the_losses_of_one(place, program, source):
   assert np.isfinite(metrics["loss"])
 
 
+MUON_ON_A_MESH = """
+import dataclasses, pathlib, sys
+import jax, numpy as np
+from test_train import first_steps, tiny_run
+from train import data
+from train import program as program_lib
+from train.config import MeshConfig, OptimizerConfig, RecipeConfig
+jax.config.update("jax_disable_most_optimizations", True)
+optimizer = OptimizerConfig(
+  algorithm="muon", learning_rate=1.0, warmup_steps=0, weight_decay=0.0)
+run = tiny_run(
+  pathlib.Path(sys.argv[1]), optimizer=optimizer, recipe=RecipeConfig())
+model = dataclasses.replace(run.model, num_layers=1, layer_kinds=("gqa",))
+source = data.load(run.data)
+found = []
+for mesh in (MeshConfig(), MeshConfig(fsdp=2, tensor=2)):
+  program = program_lib.Program(
+    program_lib.compile_key(dataclasses.replace(run, model=model, mesh=mesh)))
+  before = jax.device_get(program.init(0).params)
+  state, _ = first_steps(program, run, source, 1)
+  found.append({n: state.params[n] - before[n] for n in before})
+one, many = found
+split = [name for name, x in many.items() if not x.is_fully_replicated]
+assert {"query", "down"} <= {name.split(".")[-2] for name in split}, split
+for name, wanted in one.items():
+  size = np.sqrt(np.mean(np.square(wanted)))
+  assert size > 0.1
+  # Muon enlarges rounding where a gradient is small.
+  np.testing.assert_allclose(
+    many[name], wanted, rtol=0, atol=1e-3 * size, err_msg=name)
+"""
+
+
+def test_muon_on_a_mesh_takes_the_step_of_one_device(place):
+  """It makes whole matrices orthogonal, not what a device has of them."""
+  run_on_devices(4, MUON_ON_A_MESH, place)
+
+
 # --- A comparison, end to end -------------------------------------------------
 
 
