@@ -577,7 +577,7 @@ class MSAttention(GQAttention):
   def _build(
     self, linear: Callable, norm: Callable, in_features: int, out_features: int
   ) -> None:
-    if self.index.selection == "window":
+    if self.index.selection != "index":
       return
     heads = (self.num_kv_heads, self.index.index_dim)
     self.index_query = linear(in_features, heads)
@@ -596,7 +596,7 @@ class MSAttention(GQAttention):
     index_q is [B, T, K, I], index_k [B, S, I]; index_v, of the value head, is
     [B, S, I] or None.
     """
-    if self.index.selection == "window":
+    if self.index.selection != "index":
       b, t = x.shape[:2]
       shape = (b, t, self.num_kv_heads, self.index.index_dim)
       # Nothing reads these zeros, but the operations' checks want the shapes.
@@ -639,8 +639,8 @@ class MSAttention(GQAttention):
         and along the path in a tree. Positions alone separate nothing: tokens
         of other documents are hidden by segment_ids or segments.
       phase: "sparse" or "warmup".
-      with_kl: whether to compute the KL loss; it is 0 with selection="window",
-        which has no Index Branch to train.
+      with_kl: whether to compute the KL loss; it is 0 with selection="window"
+        and "oracle", which have no Index Branch to train.
       with_selection: whether to return the chosen blocks and their recalls,
         which takes the time of dense attention scores.
       query_mask: queries that count in the KL, or float32 weights of them, see
@@ -928,6 +928,16 @@ class MSAttention(GQAttention):
           **options,
         )
         block_indices = checkpoint_name(block_indices, "block_indices")
+      elif block_indices is None and self.index.selection == "oracle":
+        block_indices = ops.best_blocks(
+          q,
+          k,
+          block_size=self.index.block_size,
+          top_k=self.index.top_k,
+          scale=self.scale,
+          segments=segments,
+          query_pieces=query_pieces,
+        )
       elif block_indices is None:
         block_indices = self._forced_blocks(
           index_q, index_k, segments, query_pieces

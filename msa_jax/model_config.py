@@ -25,7 +25,7 @@ from msa_jax.mlp import Activation, Router
 
 LayerKind = Literal["gqa", "msa"]
 MLPKind = Literal["dense", "moe"]
-SelectionRule = Literal["index", "window"]
+SelectionRule = Literal["index", "window", "oracle"]
 GQAKernel = Literal["xla", "cudnn"]
 QKNormOver = Literal["head", "projection"]
 
@@ -47,7 +47,10 @@ class IndexConfig:
       own block and inside `top_k`; 0 forces none.
     score_precision: see `msa_jax.select_blocks`.
     selection: "index" lets the Index Branch choose. "window" keeps block 0 and
-      the last P - 1 blocks; the layer then has no Index Branch.
+      the last P - 1 blocks. "oracle" keeps the P blocks with the most dense
+      attention of the main branch (`msa_jax.best_blocks`), at dense attention's
+      cost: it shows what the best choice of blocks would give. With both, the
+      layer has no Index Branch.
     force_first_block: always keep block 0, inside `top_k`.
     detach_input: stop the KL's gradient at the input of the index projections,
       so that it does not reach the layers below.
@@ -109,7 +112,7 @@ class IndexConfig:
       require(
         self.selection == "index" or value == plain,
         name,
-        f"{plain} with selection='window', which has no Index Branch",
+        f"{plain} with selection={self.selection!r}, which has no Index Branch",
         value,
       )
 

@@ -945,6 +945,77 @@ def selection_recall(
   return SelectionRecall(*(_nan_of_any_overflow(x, layout) for x in recalls))
 
 
+@any_mesh(
+  results="B K T P",
+  q="B T H D",
+  k="B S K D",
+  kv_lengths="B",
+  segment_ids="B S",
+  segments="B S",
+  query_pieces="B",
+)
+def best_blocks(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  *,
+  block_size: int = 128,
+  top_k: int = 16,
+  scale: float | None = None,
+  kv_lengths: Integer[Array, "B"] | None = None,
+  segment_ids: Int32[Array, "B S"] | None = None,
+  segments: Segments | None = None,
+  max_segments: int | None = None,
+  query_pieces: QueryPieces | None = None,
+) -> Int32[Array, "B K T P"]:
+  """The blocks with the most dense attention: the oracle of a selection.
+
+  These are the best blocks of `selection_recall`: the P blocks of largest
+  mass = mean over the group's heads of softmax(scale q k^T) summed over the
+  block, ties to the lower block. No choice of P blocks has a higher score
+  recall. No block is forced.
+
+  Takes O(T S) time and memory linear in T. It is for evaluation: it has no
+  gradient, and XLA computes it on every backend.
+
+  Args:
+    q: queries, the last T of the S tokens.
+    k: keys.
+    block_size: tokens a block.
+    top_k: blocks kept, P.
+    scale: factor of the scores; None: D^-0.5.
+    kv_lengths: as in `selection_recall`.
+    segment_ids: as in `selection_recall`.
+    segments: as in `selection_recall`.
+    max_segments: as in `selection_recall`.
+    query_pieces: where the queries stand if they are not the last T of S, see
+      the module's text.
+
+  Returns:
+    Ascending block ids without duplicates, then -1.
+
+  Raises:
+    ValueError: an argument is wrong.
+  """
+  check_floats(q=(q, "B T H D"), k=(k, "B S K D"))
+  check_attention(q, k, k)
+  block_size, top_k, _ = check_blocks(block_size, top_k, 0)
+  check_kv_lengths(kv_lengths, q.shape[0])
+  _warn_of_padding(kv_lengths, q.shape[1], k.shape[1])
+  queries = _queries(q, k, kv_lengths, query_pieces)
+  layout = _block_layout(
+    segment_ids, segments, max_segments, block_size, queries, q, k
+  )
+  chosen = xla.best_blocks(
+    *jax.lax.stop_gradient((q, k)),
+    block_size=block_size,
+    top_k=top_k,
+    scale=check_scale("scale", scale, q.shape[-1]),
+    **queries.portable,
+    layout=layout,
+  )
+  return _none_of_overflow(chosen, layout)
+
+
 _PADDING = (
   "kv_lengths has a length below S although T = S. The first queries of that"
   " row see nothing, and the others stand at earlier slots than their own. If"

@@ -1116,6 +1116,71 @@ def selection_recall(
   return block.astype(score.dtype) / count, score / count, best_score / count
 
 
+@functools.partial(jax.jit, static_argnames=("block_size", "top_k", "scale"))
+def best_blocks(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B S K D"],
+  *,
+  block_size: int,
+  top_k: int,
+  scale: float,
+  kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
+) -> Int[Array, "B K T P"]:
+  """The P blocks of largest attention mass, see `msa_jax.best_blocks`."""
+  b, t = q.shape[:2]
+  positions = reference.query_positions(
+    t, k.shape[1], b, kv_lengths, layout, query_slots
+  )
+  run = functools.partial(
+    _best_run, block_size=block_size, top_k=top_k, scale=scale
+  )
+  run = _by_rows_and_heads(
+    run, ("B T H D", "B S K D", "B T", _LAYOUT), ("B K T P",)
+  )
+  return run(q, k, positions, layout)[0]
+
+
+def _best_run(q, k, positions, layout, *, block_size, top_k, scale):
+  b, t, h, _ = q.shape
+  k = _whole_blocks(k, block_size, layout)
+  num_blocks = k.shape[1] // block_size
+  chunk = _chunks(t, b * h * num_blocks * block_size)
+
+  def body(carry, x):
+    q, pos = x
+    mass, seen = _block_mass(q, k, pos, block_size, layout, scale)
+    return carry, _best_blocks(mass, seen, jnp.zeros_like(seen), top_k)
+
+  xs = (_split(q, chunk, 1), _split(positions, chunk, 1, fill=-1))
+  _, chosen = _over_chunks(body, (), xs, chunk)
+  return (_join(chosen, 2, t),)
+
+
+def _block_mass(
+  q: Float[Array, "B T H D"],
+  k: Float[Array, "B N*bs K D"],
+  positions: Int[Array, "B T"],
+  block_size: int,
+  layout: BlockLayout | None,
+  scale: float,
+) -> tuple[Float[Array, "B K T N"], Bool[Array, "B 1 T N"]]:
+  """Attention mass of each block, and the blocks that each query sees.
+
+  The mass is a mean over the heads of a group.
+  """
+  num_blocks = k.shape[1] // block_size
+  visible = _visible_in_blocks(positions, num_blocks, block_size, layout)
+  s = reference.head_scores(q, k, visible, scale)
+  p = jnp.mean(reference.softmax(s, reference.masked_logsumexp(s)), axis=2)
+  mass = jnp.sum(p.reshape(*p.shape[:-1], num_blocks, block_size), axis=-1)
+  seen, _ = reference.visible_blocks(
+    positions, num_blocks, block_size, 0, layout
+  )
+  return mass, seen
+
+
 def _recall_sums(q, k, block_indices, positions, layout, *, block_size, scale):
   """The recalls' sums over queries and groups, and how many there are."""
   b, t, h, _ = q.shape
@@ -1127,11 +1192,7 @@ def _recall_sums(q, k, block_indices, positions, layout, *, block_size, scale):
 
   def body(carry, x):
     q, idx, pos = x
-    visible = _visible_in_blocks(pos, num_blocks, block_size, layout)
-    s = reference.head_scores(q, k, visible, scale)
-    p = jnp.mean(reference.softmax(s, reference.masked_logsumexp(s)), axis=2)
-    mass = jnp.sum(p.reshape(*p.shape[:-1], num_blocks, block_size), axis=-1)
-    seen, _ = reference.visible_blocks(pos, num_blocks, block_size, 0, layout)
+    mass, seen = _block_mass(q, k, pos, block_size, layout, scale)
     _, best = lax.top_k(jnp.where(seen, mass, -1), min(top_k, num_blocks))
     # Both choices become masks over all blocks, so that equal choices sum the
     # same numbers in the same order and give equal bits.

@@ -578,6 +578,7 @@ def test_selection_of_each_layer():
 
 ABLATIONS = {
   "window": dict(selection="window", top_k=3),
+  "oracle": dict(selection="oracle"),
   "force_first_block": dict(force_first_block=True),
   "own_not_forced": dict(num_local_blocks=0),
   "input_attached": dict(detach_input=False),
@@ -623,13 +624,20 @@ def test_ablations(name):
       }
 
     attached = name in ("input_attached", "teacher_attached")
-    want = set() if name == "window" else {True, False} if attached else {True}
+    want = {True, False} if attached else {True}
+    if name in ("window", "oracle"):
+      want = set()
     assert reached(kl) == want
     assert reached(lm) == ({True, False} if name == "value_head" else {False})
     blocks = np.asarray(out.selection.block_indices)
     own = np.arange(40) // 8
     holds_own = (blocks == own[:, None]).any(-1)
     holds_first = (blocks == 0).any(-1)
+    if name == "oracle":
+      recalls = out.selection[1:]
+      np.testing.assert_allclose(recalls[0], 1, rtol=1e-6)
+      np.testing.assert_array_equal(recalls[1], recalls[2])
+      continue
     assert holds_own.all() == (name != "own_not_forced")
     assert holds_first.all() == (name in ("window", "force_first_block"))
     if name == "window":
