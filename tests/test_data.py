@@ -1010,6 +1010,58 @@ def test_needles_lie_in_the_text_and_only_answers_are_asked(mix):
   assert all(np.array_equal(a, b) for a, b in zip(batch, again))
 
 
+def test_facts_can_be_words_that_the_tokenizer_has(mix, tmp_path):
+  """Batches are those of facts with ids of their own, with words instead."""
+  import tokenizers
+
+  alphabet = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+  words = [f"\u0120{a}{b}word" for a in "abcdefg" for b in "abcdefg"]
+  vocab = {name: i for i, name in enumerate([*alphabet, *words])}
+  model = tokenizers.Tokenizer(tokenizers.models.BPE(vocab, []))
+  model.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(False)
+  model.decoder = tokenizers.decoders.ByteLevel()
+  model.add_special_tokens(["<|endoftext|>"])
+  path = tmp_path / "tokenizer.json"
+  model.save(str(path))
+  recall = data.RecallConfig(
+    num_keys=8, num_values=4, num_fillers=20, num_facts=8, tokens_per_fact=2
+  )
+  text = dataclasses.replace(mix.text, tokenizer=str(path))
+  own = dataclasses.replace(mix, text=text, recall=recall, num_needles=4)
+  new, known = (
+    data.load(dataclasses.replace(own, facts=facts))
+    for facts in ("tokens", "words")
+  )
+  assert known.vocab_size == model.get_vocab_size() == 256 + 49 + 1
+  ids = np.array(known.fingerprint["words"])
+  names = [model.id_to_token(int(i)) for i in ids]
+  assert names[0] == "<|endoftext|>" and len(set(names)) == 1 + 20 + 8 + 4
+  assert set(names[1:]) <= set(words)
+  shape = dict(batch_size=4, context=128)
+  for a, b in (
+    (new.train_batch(1, 3, **shape), known.train_batch(1, 3, **shape)),
+    (
+      new.probe_batch("needle", 0, **shape),
+      known.probe_batch("needle", 0, **shape),
+    ),
+    (
+      new.probe_batch("recall", 1, **shape),
+      known.probe_batch("recall", 1, **shape),
+    ),
+  ):
+    facts = a.tokens - known.vocab_size
+    assert (facts >= 0).any()
+    want = np.where(facts >= 0, ids[np.maximum(facts, 0)], a.tokens)
+    np.testing.assert_array_equal(b.tokens, want)
+    np.testing.assert_array_equal(b.loss_mask, a.loss_mask)
+    np.testing.assert_array_equal(b.distance, a.distance)
+  with pytest.raises(ValueError, match=r"49 words .* wanted 50 for recall's"):
+    data.single_token_words(path.read_text(), 50)
+  for wrong in (dict(text=mix.text), dict(recall=mix.recall)):
+    with pytest.raises(ValueError, match="facts='words' with tokenizer="):
+      dataclasses.replace(own, facts="words", **wrong)
+
+
 def test_held_out_text_is_clean_and_probes_ask_for_facts(mix):
   source = data.load(mix)
   shape = dict(batch_size=2, context=128)

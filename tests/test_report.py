@@ -477,6 +477,8 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
         # a sparse query reads too, stays; that of the second is 0.1 lower.
         dense_bins = {"loss_by_position": bins(loss, loss + 0.1)}
         added.append(last | {"kind": "dense_eval", "loss": loss} | dense_bins)
+        oracle = {"kind": "oracle_eval", "bits_per_byte": 0.5 + seed / 4}
+        added.append(last | oracle)
       _write(path, [*earlier, *added])
   report.write(folder)
   task = _summary(folder)["tasks"]["text"]
@@ -491,7 +493,12 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
     assert found == pytest.approx((base, gap, dense))
   (row,) = task["dense"]
   assert (row["side"], row["seeds"]) == ("MSA", "3")
-  assert "held-out loss (bits per byte), with dense attention" in row
+  metric = "held-out loss (bits per byte)"
+  oracle = f"{metric}, with the oracle's blocks"
+  assert list(row) == [
+    *("side", "seeds", metric, oracle, f"{metric}, with dense attention")
+  ]
+  assert row[oracle].startswith("0.7500 ")
   assert (folder / "report" / "text_position.png").exists()
   page = (folder / "report" / "report.html").read_text()
   assert "What choosing blocks costs after training" in page

@@ -15,9 +15,20 @@ import pytest
 from flax import nnx
 from helpers import run_on_devices
 
+from msa_jax import DecoderLM, checkpoints, to_msa
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import __main__ as cli
-from train import checkpoint, compare, configs, data, evaluate, loop, sample
+from train import (
+  checkpoint,
+  compare,
+  configs,
+  corpus,
+  data,
+  evaluate,
+  loop,
+  pretrained,
+  sample,
+)
 from train import config as config_lib
 from train import program as program_lib
 
@@ -359,6 +370,8 @@ def test_muon_orthogonalises_whole_matrices_alone(place, scan):
 
 def other_value(value):
   """A legal value of a config's field other than the given one."""
+  if isinstance(value, bool):
+    return not value
   if isinstance(value, ModelConfig):
     return dataclasses.replace(value, mlp_dim=2 * value.mlp_dim)
   if isinstance(value, config_lib.MeshConfig):
@@ -375,6 +388,7 @@ RUN_FIELDS = {
   **{name: name for name in ("model", "mesh", "batch_size", "context")},
   "grad_accumulation": "grad_accumulation",
   "kl_weight": "recipe.kl_weight",
+  "freeze_backbone": "recipe.freeze_backbone",
   "packed": "data.rows",
   **{
     name: f"optimizer.{name}"
@@ -652,6 +666,175 @@ def test_compare_fills_the_run_folders(compared):
     parameters = environment["parameters"]
     assert (parameters["index"] == 0) == (side == "gqa")
     assert (folder / "selection.npz").exists() == (side != "gqa")
+
+
+@pytest.fixture(scope="module")
+def trained(place) -> tuple[DecoderLM, str]:
+  """A GQA model, and its checkpoint folder with a tokenizer."""
+  run = tiny_run(place)
+  config = dataclasses.replace(
+    run.model,
+    layer_kinds=("gqa",),
+    index=IndexConfig(),
+    num_layers=1,
+    qk_norm=False,
+  )
+  model = DecoderLM(config, rngs=nnx.Rngs(7))
+  tokenizer = json.loads(corpus._ByteTokenizer().saved())
+  folder = place / "trained"
+  checkpoints.save(model, folder, documents={"tokenizer.json": tokenizer})
+  return model, str(folder)
+
+
+@pytest.fixture(scope="module")
+def from_trained(place, trained) -> config_lib.ComparisonConfig:
+  """One step that trains the Index Branch alone, and one with all."""
+  model, folder = trained
+  run = tiny_run(place)
+  gqa = dataclasses.replace(
+    run,
+    side="gqa",
+    model=model.config,
+    data=dataclasses.replace(run.data, tokenizer="pretrained"),
+    recipe=config_lib.RecipeConfig(pretrained=folder, init_step=1),
+    num_steps=2,
+    eval_every=1,
+    checkpoint_every=1,
+    oracle_at_end=True,
+  )
+  recipe = config_lib.RecipeConfig(
+    pretrained=folder,
+    index_init="leading",
+    index_warmup_steps=1,
+    freeze_backbone=True,
+  )
+  msa = dataclasses.replace(
+    gqa,
+    side="msa",
+    model=dataclasses.replace(
+      gqa.model, layer_kinds=("msa",), index=run.model.index
+    ),
+    recipe=recipe,
+  )
+  return config_lib.ComparisonConfig(name="trained", runs=(gqa, msa))
+
+
+def test_a_trained_model_becomes_msa(place, trained, from_trained):
+  model, _ = trained
+  out = place / "from_trained"
+  compare.compare(from_trained, out, with_report=False)
+  gqa, msa = (out / "text" / side / "seed0" for side in ("gqa", "msa"))
+  records = {folder: read_records(folder) for folder in (gqa, msa)}
+
+  def losses(folder, kind):
+    return {r["step"]: r["loss"] for r in records[folder] if r["kind"] == kind}
+
+  run = sample.load_config(msa)
+  assert run.data.tokenizer.endswith("trained/tokenizer.json")
+  source = data.load(run.data)
+  for step, folder in ((1, msa), (2, gqa)):
+    # Until then both are the trained model.
+    batch = source.train_batch(0, step - 1, batch_size=4, context=64)
+    logits = model(batch.tokens[:, :-1]).logits
+    want = optax.softmax_cross_entropy_with_integer_labels(
+      logits, batch.tokens[:, 1:]
+    )
+    got = losses(folder, "train")
+    assert min(got) == step
+    np.testing.assert_allclose(got[step], want.mean(), rtol=1e-5)
+  # The warm-up changes nothing but the Index Branch.
+  program = program_of(run)
+  kept = program_lib.read_state(program, msa, 1)[0]
+  begun = program.start_from_pretrained(run.recipe, 0)
+  converted = to_msa(
+    model, run.model, rngs=nnx.Rngs(jax.random.key(0)), index_init="leading"
+  )
+  start = program_lib._flatten_model(converted)
+  for name, group in program.groups.items():
+    np.testing.assert_array_equal(begun.params[name], start[name], name)
+    same = np.array_equal(kept.params[name], start[name])
+    assert same == (group == "backbone"), name
+  # Both sides' backbones have taken one step then, with the same rate.
+  ends = [
+    program_lib.read_state(program_of(sample.load_config(folder)), folder, 2)[0]
+    for folder in (gqa, msa)
+  ]
+  counts = [
+    [x for x in jax.tree.leaves(end.opt["backbone"]) if x.dtype == np.int32]
+    for end in ends
+  ]
+  assert counts == [[1], [1]]
+  rates = [sample.load_config(f).learning_rates(2) for f in (gqa, msa)]
+  assert rates[0] == rates[1] and rates[0]["backbone"] > 0
+  # The best possible choice, beside the index's own: the blocks that both read
+  # in any case come first.
+  assert not losses(gqa, "oracle_eval")
+  assert losses(msa, "oracle_eval").keys() == {2}
+  oracle, own = (
+    [r for r in records[msa] if r["kind"] == kind][-1]["loss_by_position"]
+    for kind in ("oracle_eval", "eval")
+  )
+  found = [abs(a["loss"] - b["loss"]) for a, b in zip(oracle, own)]
+  assert max(found[:-1]) < 1e-5 < found[-1]
+
+
+def test_backbones_that_begin_later_have_a_warm_up_of_their_own(from_trained):
+  optimizer = config_lib.OptimizerConfig(
+    warmup_steps=4, schedule="constant", learning_rate=1.0
+  )
+  gqa, msa = (
+    dataclasses.replace(
+      run,
+      optimizer=optimizer,
+      num_steps=20,
+      recipe=dataclasses.replace(
+        run.recipe, **{"init_step" if run.side == "gqa" else length: 6}
+      ),
+    )
+    for length in ("index_warmup_steps",)
+    for run in from_trained.runs
+  )
+  rates = [msa.learning_rates(step) for step in (1, 6, 7, 8, 10, 20)]
+  assert [r["backbone"] for r in rates] == [0, 0, 0.25, 0.5, 1, 1]
+  assert [r["index"] for r in rates] == [0.25, 1, 1, 1, 1, 1]
+  assert gqa.learning_rates(8)["backbone"] == 0.5
+
+
+def test_what_a_run_starts_from_is_checked(place, trained, from_trained):
+  _, folder = trained
+  gqa, _ = from_trained.runs
+  wide = dataclasses.replace(gqa.model, mlp_dim=99)
+  wrong = dataclasses.replace(
+    from_trained, runs=(dataclasses.replace(gqa, model=wide),)
+  )
+  with pytest.raises(
+    ValueError, match=r"another model .*\n  mlp_dim: 48 there"
+  ):
+    compare.compare(wrong, place / "refused", with_report=False)
+  with pytest.raises(ValueError, match="'no/model' is not there: wanted a ch"):
+    pretrained.folder_of("no/model")
+  with pytest.raises(ValueError, match="'json' is a package with 0 GGUF files"):
+    pretrained.folder_of("json")
+  with pytest.raises(ValueError, match="tokenizer='pretrained': wanted a run"):
+    data.load(gqa.data)
+  bare = place / "no_tokenizer"
+  checkpoints.save(trained[0], bare)
+  recipe = dataclasses.replace(gqa.recipe, pretrained=str(bare))
+  with pytest.raises(ValueError, match=r"tokenizer.json is missing: wanted"):
+    pretrained.resolve_run(dataclasses.replace(gqa, recipe=recipe))
+  with pytest.raises(ValueError, match="wanted one of them at most"):
+    config_lib.RecipeConfig(pretrained="a", init_from="b", init_step=1)
+  with pytest.raises(ValueError, match="freeze_backbone=True with index_warm"):
+    config_lib.RecipeConfig(freeze_backbone=True)
+  # The preset takes the sizes of another model, and keeps its own index.
+  preset = configs.preset("smollm2_to_msa")
+  dense, sparse = pretrained.with_pretrained(preset, folder).runs
+  assert dense.model.mlp_dim == sparse.model.mlp_dim == 48
+  assert dense.model.dtype == "bfloat16" and sparse.recipe.pretrained == folder
+  assert sparse.model.index == preset.runs[1].model.index
+  pretrained.check_model(folder, sparse.model)
+  with pytest.raises(ValueError, match="starts from no trained model; wanted"):
+    pretrained.with_pretrained(configs.preset("smoke"), folder)
 
 
 def test_sides_share_the_backbone_and_the_batches(compared):

@@ -150,6 +150,12 @@ def _add_comparison(parser: argparse.ArgumentParser) -> None:
     help="your own tokenizer.json, for the tasks that read text",
   )
   parser.add_argument(
+    "--pretrained",
+    metavar="FOLDER",
+    help="for comparisons that start from a trained model: another checkpoint"
+    " folder, GGUF file or package that holds one",
+  )
+  parser.add_argument(
     "--end-of-text",
     metavar="TOKEN",
     help="the token of --tokenizer that ends each document, if it has none of"
@@ -328,7 +334,7 @@ def _pick_run(args: argparse.Namespace) -> config_lib.RunConfig:
     if args.seed is not None:
       run = dataclasses.replace(run, seed=args.seed)
     return run
-  comparison = configs.preset(args.preset)
+  comparison = _resolved(configs.preset(args.preset))
   if args.seed is not None:
     comparison = dataclasses.replace(comparison, seeds=(args.seed,))
   for run in comparison.resolve(_default_folder(comparison)):
@@ -347,7 +353,7 @@ def _default_folder(comparison: config_lib.ComparisonConfig) -> pathlib.Path:
 
 def _comparison(args: argparse.Namespace) -> config_lib.ComparisonConfig:
   """The comparison that the arguments name, with --task, --text,
-  --tokenizer and --set."""
+  --tokenizer, --pretrained and --set."""
   _need_one_source(args)
   if args.config is None:
     comparison = configs.preset(args.preset)
@@ -363,7 +369,22 @@ def _comparison(args: argparse.Namespace) -> config_lib.ComparisonConfig:
     comparison = config_lib.with_tokenizer(
       comparison, args.tokenizer, args.end_of_text
     )
-  return config_lib.with_fields(comparison, args.set)
+  if args.pretrained is not None:
+    from train import pretrained
+
+    comparison = pretrained.with_pretrained(comparison, args.pretrained)
+  return _resolved(config_lib.with_fields(comparison, args.set))
+
+
+def _resolved(
+  comparison: config_lib.ComparisonConfig,
+) -> config_lib.ComparisonConfig:
+  """The comparison with the folders of trained models that runs start from."""
+  if all(run.recipe.pretrained is None for run in comparison.runs):
+    return comparison
+  from train import pretrained  # imports JAX, for which --help should not wait
+
+  return pretrained.resolve(comparison)
 
 
 def _start_devices(args: argparse.Namespace) -> None:

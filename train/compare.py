@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 
 import jax
 
-from train import checkpoint, data, loop, report
+from train import checkpoint, data, loop, pretrained, report
 from train import config as config_lib
 from train.program import CompiledTask, compile_key, compile_task, open_data
 from train.report import runs
@@ -47,6 +47,7 @@ def compare(
   """
   if with_report:
     report.check_packages()
+  comparison = pretrained.resolve(comparison)
   resolved = list(comparison.resolve(folder))
   _check_sides(resolved, sides)
   _check_comparable(comparison, resolved)
@@ -113,9 +114,11 @@ def _check_comparable(
 
 def _check_starts(resolved: Sequence[config_lib.RunConfig]) -> None:
   """Refuses runs that start from a folder which is neither a run of this
-  comparison nor there already."""
+  comparison nor there already, or from a trained model other than theirs."""
   planned = {run.folder for run in resolved}
   for run in resolved:
+    if run.recipe.pretrained is not None:
+      pretrained.check_model(run.recipe.pretrained, run.model)
     start = run.recipe.init_from
     if (
       start

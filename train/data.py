@@ -27,12 +27,18 @@ import functools
 import hashlib
 import importlib
 import itertools
+import re
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from jaxtyping import Bool, Float32, Int32
 
-from train.corpus import TextConfig, TokensConfig, open_corpus
+from train.corpus import (
+  TextConfig,
+  TokensConfig,
+  open_corpus,
+  open_tokenizer,
+)
 
 _TRAIN_STREAM, _EVAL_STREAM, _MIX_STREAM = 0, 1, 2
 
@@ -174,6 +180,12 @@ class MixConfig:
   position. Probes ask once, because a later query can be answered from an
   earlier one."""
 
+  facts: Literal["tokens", "words"] = "tokens"
+  """What facts, queries and fillers are made of. tokens: ids of their own,
+  which follow those of the text. words: words that are one token each in the
+  text's tokenizer, for models that know them already; a document's end starts a
+  batch row of recall. Needs a tokenizer.json and recall.tokens_per_fact=2."""
+
   answer_share: float = 0.2
   """The weight of all answers of a batch together, as a share of the loss,
   whatever their number."""
@@ -183,6 +195,16 @@ class MixConfig:
       value = getattr(self, name)
       if not 0.0 < value < 1.0:
         raise ValueError(f"{name}={value}: wanted 0 < {name} < 1.")
+    if self.facts not in ("tokens", "words"):
+      raise ValueError(f"facts={self.facts!r}: wanted 'tokens' or 'words'.")
+    if self.facts == "words" and (
+      self.recall.tokens_per_fact != 2 or self.text.tokenizer in ("byte", "bpe")
+    ):
+      raise ValueError(
+        f"facts='words' with tokenizer={self.text.tokenizer!r} and"
+        f" recall.tokens_per_fact={self.recall.tokens_per_fact}: wanted a"
+        " tokenizer.json, whose words the facts take, and 2."
+      )
     if self.asks < 1:
       raise ValueError(f"asks={self.asks}: wanted at least 1.")
     if not 1 <= self.num_needles <= self.recall.num_keys:
@@ -763,8 +785,41 @@ class _RecallSource(Source):
 # --- Mix ---------------------------------------------------------------------
 
 
+# A word of one token, in byte-level BPE (which writes a space as the first of
+# these characters) and in SentencePiece.
+_WORD = re.compile("[\u0120\u2581][a-z]{4,8}")
+
+
+def single_token_words(tokenizer: str, count: int) -> list[int]:
+  """Ids of lower-case words of 4 to 8 letters that are one token each.
+
+  Args:
+    tokenizer: content of a tokenizer.json.
+    count: of the words. They lie at equal distances in the order of ids, in
+      which frequent words come first.
+
+  Raises:
+    ValueError: the tokenizer has fewer of them.
+  """
+  import tokenizers
+
+  vocab = tokenizers.Tokenizer.from_str(tokenizer).get_vocab()
+  ids = sorted(i for name, i in vocab.items() if _WORD.fullmatch(name))
+  if len(ids) < count:
+    raise ValueError(
+      f"facts='words': the tokenizer has {len(ids)} words of 4 to 8 lower-case"
+      f" letters with one token each; wanted {count} for recall's fillers, keys"
+      " and values."
+    )
+  return [ids[i * len(ids) // count] for i in range(count)]
+
+
 class _MixSource(Source):
-  """Text with needles, and recall. The ids of facts follow those of text."""
+  """Text with needles, and recall.
+
+  The ids of facts follow those of text. With facts="words" they are written so
+  first, and then replaced by those of words.
+  """
 
   def __init__(self, config: MixConfig):
     self._config = config
@@ -774,6 +829,13 @@ class _MixSource(Source):
     text_ids = self._text.vocab_size
     self.vocab_size = text_ids + self._recall.vocab_size
     self.tokenizer = self._text.tokenizer
+    self._words: np.ndarray | None = None
+    if config.facts == "words":
+      self.vocab_size = text_ids
+      assert self.tokenizer is not None
+      start = open_tokenizer(config.text).end_of_text
+      words = single_token_words(self.tokenizer, self._recall.vocab_size - 1)
+      self._words = np.array([start, *words], np.int32)
     if self._text.token_bytes is not None:
       self.token_bytes = np.zeros(self.vocab_size, np.int32)
       self.token_bytes[:text_ids] = self._text.token_bytes
@@ -782,6 +844,7 @@ class _MixSource(Source):
     self.fingerprint = {
       "name": "text and retrieval",
       **{name: getattr(config, name) for name in settings},
+      **({} if self._words is None else {"words": self._words.tolist()}),
       "vocab_size": self.vocab_size,
       "chance": self.chance,
       "text": self._text.fingerprint,
@@ -838,7 +901,16 @@ class _MixSource(Source):
     # Where facts and queries lie cannot be predicted, so they are no targets.
     planted = tokens[:, 1:] >= self._text.vocab_size
     counted = text.loss_mask & ~planted | (distance >= 0)
+    tokens = self._as_words(tokens)
     return Batch(tokens, counted, distance, text.segment_ids)
 
   def _moved(self, recall: Batch) -> Batch:
-    return recall._replace(tokens=recall.tokens + self._text.vocab_size)
+    tokens = recall.tokens + self._text.vocab_size
+    return recall._replace(tokens=self._as_words(tokens))
+
+  def _as_words(self, tokens: np.ndarray) -> np.ndarray:
+    """The tokens with words in the places of facts' ids."""
+    if self._words is None:
+      return tokens
+    facts = tokens - self._text.vocab_size
+    return np.where(facts >= 0, self._words[np.maximum(facts, 0)], tokens)

@@ -142,6 +142,10 @@ class _Run:
       self.first = folder.start
     elif config.recipe.init_from is not None:
       self.state = self.program.start_from_dense(config.recipe, config.seed)
+    elif config.recipe.pretrained is not None:
+      self.state = self.program.start_from_pretrained(
+        config.recipe, config.seed
+      )
     else:
       self.state = self.program.init(config.seed)
     self.clock = _Clock(seconds)
@@ -290,6 +294,10 @@ class _Run:
           f" {result['loss']}: no dense_eval record.",
           flush=True,
         )
+    if last and config.evaluates_oracle:
+      result = self._evaluate(step, "oracle")
+      if np.isfinite(result["loss"]):
+        self._log(self._stamp("oracle_eval", step, "oracle") | result)
     if self.program.msa_layers and (step % config.layers_every == 0 or last):
       metrics = evaluate.layer_metrics(
         self.program, self.state.params, self.source, phase

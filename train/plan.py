@@ -179,6 +179,9 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
       seconds = times["evaluate"][phase]
       if last and run.dense_at_end:
         seconds += times["evaluate"]["warmup"]
+      if last and run.evaluates_oracle:
+        # Finding the blocks takes about as long as dense attention.
+        seconds += 2 * times["evaluate"][phase]
       total += (run.eval_batches + probed) * seconds
       if last and times["measure"] and data_lib.asks_for_facts(run.data):
         # The chosen blocks come from a second forward pass over the batches

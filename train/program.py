@@ -17,7 +17,7 @@ import math
 import pathlib
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -28,12 +28,13 @@ from flax import nnx
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as Pspec
 
-from msa_jax import convert, mlp
+from msa_jax import checkpoints, convert, mlp
 from msa_jax import model as model_lib
 from msa_jax.losses import head_loss
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import config as config_lib
 from train import data as data_lib
+from train import pretrained
 from train.checkpoint import Checkpoints, read_config
 
 _AXES = ("data", "fsdp", "expert", "tensor", "context")
@@ -89,6 +90,9 @@ class ProgramConfig:
   router_bias_rate: float
   """Step of the MoE routers' choice biases, as in `OptimizerConfig`."""
 
+  freeze_backbone: bool = False
+  """Whether the warm-up trains the Index Branch alone."""
+
   packed: bool = False
   """Whether batch rows hold several documents (see `data.is_packed`)."""
 
@@ -103,6 +107,7 @@ def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
     grad_accumulation=run.grad_accumulation,
     context=run.context,
     kl_weight=run.recipe.kl_weight,
+    freeze_backbone=run.recipe.freeze_backbone,
     algorithm=optimizer.algorithm,
     index_algorithm=optimizer.index_algorithm,
     beta1=optimizer.beta1,
@@ -152,6 +157,7 @@ class Program:
       for name, path in self._paths.items()
     }
     self.has_index = "index" in self.groups.values()
+    self._oracle: tuple[Any, dict[str, tuple]] | None = None
     # Sorted by path, which is the order of the layers.
     biases = [path for path in self._paths.values() if "choice_bias" in path]
     self._choice_biases = [_name(path) for path in sorted(biases)]
@@ -272,6 +278,22 @@ class Program:
     """The model with these parameters."""
     items = [(path, params[name]) for name, path in self._paths.items()]
     return nnx.merge(self._graphdef, nnx.from_flat_state(items))
+
+  def merge_oracle(self, params: Params) -> model_lib.DecoderLM:
+    """The model with these parameters, whose layers choose the blocks with the
+    most dense attention. It has no Index Branch."""
+    if self._oracle is None:
+      index = IndexConfig(
+        block_size=self.model_config.index.block_size,
+        top_k=self.model_config.index.top_k,
+        selection="oracle",
+      )
+      config = dataclasses.replace(self.model_config, index=index)
+      graphdef, shapes, _ = model_lib.abstract_model(config, self.sharding)
+      self._oracle = graphdef, {_name(path): path for path in shapes}
+    graphdef, paths = self._oracle
+    items = [(path, params[name]) for name, path in paths.items()]
+    return nnx.merge(graphdef, nnx.from_flat_state(items))
 
   def group(self, tree: dict[str, Any], name: str) -> dict[str, Any]:
     """The entries of one parameter group."""
@@ -430,7 +452,7 @@ class Program:
 
     def graft(state: TrainState) -> TrainState:
       def to_msa(
-        tree: Params, index_init: Literal["main", "random"] = "random"
+        tree: Params, index_init: convert.IndexInit = "random"
       ) -> Params:
         model = convert.to_msa(
           dense.merge(tree),
@@ -471,6 +493,50 @@ class Program:
     with self.context():
       return jax.jit(graft, out_shardings=self.state_shardings)(state)
 
+  def start_from_pretrained(
+    self, recipe: config_lib.RecipeConfig, seed: int
+  ) -> TrainState:
+    """The state of the first step of a run that starts from a trained model.
+
+    Args:
+      recipe: says which (pretrained), and how the index projections start
+        (index_init).
+      seed: of the index projections that start from random values.
+
+    Raises:
+      ValueError: it cannot be read, or is another model than the run's.
+    """
+    assert recipe.pretrained is not None
+    config = self.model_config
+    folder = pretrained.check_model(recipe.pretrained, config)
+    model = checkpoints.load(
+      folder,
+      dtype=config.param_dtype,
+      mesh=self.mesh if self.mesh.size > 1 else None,
+      scan_layers=config.scan_layers,
+    )
+    with self.context():
+      if "msa" in config.kinds:
+        model = convert.to_msa(
+          model,
+          # None means as many as a loaded model names.
+          dataclasses.replace(config, rope_dim=model.config.rope_dim),
+          rngs=nnx.Rngs(jax.random.key(seed)),
+          sharding=self.sharding,
+          index_init=recipe.index_init,
+        )
+
+      def state(params: Params) -> TrainState:
+        # Routers keep the checkpoint's dtype when it is loaded.
+        dtypes = self.abstract_state.params
+        return self._state(
+          {name: x.astype(dtypes[name].dtype) for name, x in params.items()}
+        )
+
+      return jax.jit(state, out_shardings=self.state_shardings)(
+        _flatten_model(model)
+      )
+
   # --- What is computed -----------------------------------------------------
 
   def loss(
@@ -482,6 +548,7 @@ class Program:
     segment_ids: jax.Array | None = None,
     *,
     phase: str,
+    groups: Sequence[str] = _GROUPS,
   ):
     """LM loss + kl_weight * the sum of the layers' KL, of a batch in parts.
 
@@ -494,6 +561,7 @@ class Program:
       segment_ids: int32 [part, batch row, context + 1], documents of packed
         rows; None for plain ones.
       phase: "dense", "warmup" or "sparse".
+      groups: the parameter groups to differentiate.
 
     Returns:
       ((loss, {"loss": LM loss, "kl": sum of KL}), gradients). They do not
@@ -506,8 +574,10 @@ class Program:
     if segment_ids is not None:
       inputs = jnp.maximum(jnp.sum(segment_ids[..., :-1] > 0), 1)
 
-    def part_loss(params, tokens, weights, segment_ids):
-      model = self.merge(params)
+    trained = {n: x for n, x in params.items() if self.groups[n] in groups}
+
+    def part_loss(trained, tokens, weights, segment_ids):
+      model = self.merge({**params, **trained})
       out = self._apply(
         model,
         tokens,
@@ -542,12 +612,12 @@ class Program:
     xs = (tokens, weights, segment_ids)
     first = jax.tree.map(lambda x: x[0], xs)
     if parts == 1:
-      return grad(params, *first)
+      return grad(trained, *first)
 
     def add(total, part):
-      return jax.tree.map(jnp.add, total, grad(params, *part)), None
+      return jax.tree.map(jnp.add, total, grad(trained, *part)), None
 
-    shapes = jax.eval_shape(grad, params, *first)
+    shapes = jax.eval_shape(grad, trained, *first)
     zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), shapes)
     return jax.lax.scan(add, zeros, xs)[0]
 
@@ -579,6 +649,8 @@ class Program:
     *,
     phase: str,
   ):
+    frozen = self.config.freeze_backbone and phase == "warmup"
+    groups = ("index",) if frozen else _GROUPS
     (_, metrics), grads = self.loss(
       state.params,
       tokens,
@@ -586,9 +658,10 @@ class Program:
       self.config.kl_weight,
       segment_ids,
       phase=phase,
+      groups=groups,
     )
-    params, opt = dict(state.params), {}
-    for group in _GROUPS:
+    params, opt = dict(state.params), dict(state.opt)
+    for group in groups:
       updates: Any
       updates, opt[group] = self._transforms[group].update(
         self.group(grads, group),
@@ -599,7 +672,7 @@ class Program:
         step = (rates[group] * update).astype(params[name].dtype)
         params[name] = params[name] - step
     load = metrics.pop("load", None)
-    if load is not None:
+    if load is not None and not frozen:
       self._balance(params, load)
     state = TrainState(params, opt)
     norm = optax.tree.norm
@@ -628,8 +701,12 @@ class Program:
   def _evaluate(
     self, params, tokens, loss_mask, segment_ids=None, *, phase: str
   ):
-    """Loss of each target, and which targets the model predicts right."""
-    out = self._apply(self.merge(params), tokens, segment_ids, phase=phase)
+    """Loss of each target, and which targets the model predicts right.
+
+    The phase "oracle" is "sparse" with the best possible choice of blocks.
+    """
+    merge = self.merge_oracle if phase == "oracle" else self.merge
+    out = self._apply(merge(params), tokens, segment_ids, phase=phase)
     assert out.logits is not None
     losses = _cross_entropy(out.logits, tokens) * loss_mask
     right = jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
@@ -677,7 +754,7 @@ class Program:
     """Compiles a function for a phase, unless that was done before.
 
     Args:
-      phase: "dense", "warmup" or "sparse".
+      phase: "dense", "warmup" or "sparse"; "oracle" for "evaluate".
       function: "step", "evaluate", "layer_metrics" or "choose".
 
     Returns:
@@ -930,6 +1007,8 @@ def compile_task(
       for phase in run.phases()
       for function in functions_called(run)
     ]
+    if run.evaluates_oracle:
+      calls.append((programs[key], "oracle", "evaluate"))
   compile_all(calls)
   return CompiledTask(source, programs)
 

@@ -9,7 +9,8 @@ import jax
 
 _EVALUATIONS = {
   "eval": "held out:",
-  "dense_eval": "held out, the same weights:",
+  "dense_eval": "held out, the same weights with dense attention:",
+  "oracle_eval": "held out, the same weights with the oracle's blocks:",
 }
 _LAYER_NUMBERS = ("kl", "block_recall", "score_recall", "best_score_recall")
 

@@ -670,7 +670,10 @@ def _add_choice_tables(page: _Page, task: _Task) -> None:
     "The final weights with sparse attention, as they were trained, and with "
     "dense attention, for which they were not trained. Where only the first is "
     "worse than GQA, the choice of blocks may be the reason; where both are "
-    "worse, it is not.",
+    "worse, it is not. With the oracle's blocks, each query reads the blocks "
+    "with the most dense attention, as many as the index chooses: what is lost "
+    "then is lost because there are so few blocks, and the rest because the "
+    "index chooses other ones.",
   )
   _add_table(
     page,

@@ -111,6 +111,14 @@ class Run:
     record; empty if there is none."""
     return self.records["dense_eval"][-1] if self.records["dense_eval"] else {}
 
+  @property
+  def final_oracle(self) -> dict:
+    """The final weights evaluated with the best possible choice of blocks: the
+    last "oracle_eval" record; empty if there is none."""
+    return (
+      self.records["oracle_eval"][-1] if self.records["oracle_eval"] else {}
+    )
+
   def get(self, path: str, default: Any = None) -> Any:
     """A config value by its dotted path."""
     return flatten(self.config).get(path, default)
@@ -203,6 +211,7 @@ _NEEDED = {
   "train": ("step", "phase", "tokens", "seconds", "loss", "tokens_per_second"),
   "eval": ("step", "phase", "tokens", "seconds", "loss", "batch_loss"),
   "dense_eval": ("step", "loss"),
+  "oracle_eval": ("step", "loss"),
   "layers": ("step", "phase", "layers"),
 }
 

@@ -97,24 +97,31 @@ def _speed_text(runs: list[Run]) -> str:
 
 
 def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
-  """Metrics of each side's final weights, with sparse and with dense attention.
+  """Metrics of each side's final weights: with sparse attention, with the best
+  possible choice of blocks, and with dense attention.
 
-  They are means over the seeds that were evaluated both ways.
+  They are means over the seeds that were evaluated in all ways that any seed of
+  the side was.
   """
   rows = []
   for side, runs in sides.items():
-    pairs = [
-      (r.final, r.final_dense) for r in runs if r.finished and r.final_dense
-    ]
-    if not pairs:
+    ways = {
+      "": [r.final for r in runs if r.finished],
+      ", with the oracle's blocks": [
+        r.final_oracle for r in runs if r.finished
+      ],
+      ", with dense attention": [r.final_dense for r in runs if r.finished],
+    }
+    there = {name: finals for name, finals in ways.items() if any(finals)}
+    if len(there) < 2:
       continue
-    row = {"side": side_name(side), "seeds": str(len(pairs))}
+    seeds = [finals for finals in zip(*there.values()) if all(finals)]
+    if not seeds:
+      continue
+    row = {"side": side_name(side), "seeds": str(len(seeds))}
     for metric in metrics:
-      sparse, dense = zip(*pairs)
-      row[_column(metric)] = _spread_of(sparse, metric)
-      row[f"{_column(metric)}, with dense attention"] = _spread_of(
-        dense, metric
-      )
+      for name, finals in zip(there, zip(*seeds)):
+        row[f"{_column(metric)}{name}"] = _spread_of(finals, metric)
     rows.append(row)
   return rows
 
