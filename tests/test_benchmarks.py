@@ -8,7 +8,9 @@ import time
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
+from flax import nnx
 
 import msa_jax
 from benchmarks import __main__ as bench
@@ -20,11 +22,13 @@ from benchmarks import (
   measure,
   packed,
   records,
+  starts,
   training,
   worth,
 )
 from msa_jax import reference
 from pallas_kernels import mosaic, sparse_attention_fwd, tile_plan
+from train import corpus
 
 FIELDS = {
   *cases.Case.__dataclass_fields__,
@@ -629,3 +633,37 @@ def test_worth_writes_its_page(tmp_path):
   assert "old" not in text and "| MiniMax-M2 | 48, 8, 128 |" in text
   with pytest.raises(ValueError, match="wanted a page with the lines"):
     worth.with_table("nothing", dict(rows=[]))
+
+
+def test_starts_of_an_index_are_compared(tmp_path, capsys):
+  """The oracle chooses the best blocks, and no start has better ones."""
+  sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32)
+  config = msa_jax.ModelConfig(
+    vocab_size=256, num_layers=1, embed_dim=32, qk_norm=False, **sizes
+  )
+  model = msa_jax.DecoderLM(config, rngs=nnx.Rngs(0))
+  tokenizer = corpus.read_tokenizer(corpus.TextConfig(), None).saved()
+  msa_jax.checkpoints.save(
+    model, tmp_path / "a", documents={"tokenizer.json": json.loads(tokenizer)}
+  )
+  words = ["--tokens", "64", "--block-size", "8", "--top-k", "2"]
+  starts.main([str(tmp_path / "a"), *words])
+  rows = [
+    dict(zip(starts.COLUMNS, line.strip("| ").split(" | ")))
+    for line in capsys.readouterr().out.splitlines()
+  ]
+  dense, oracle, *others = rows[2:]
+  tokens = starts.first_tokens(tmp_path / "a", 64)
+  logits = model(tokens[:, :-1]).logits
+  loss = optax.softmax_cross_entropy_with_integer_labels(logits, tokens[:, 1:])
+  assert dense["loss"] == f"{float(loss.mean()):.4f}"
+  assert oracle["block recall"] == "1.000"
+  assert oracle["score recall"] == oracle["best possible score recall"]
+  names = [row["index_init"] for row in others]
+  assert names == ["leading", "main", "random"]
+  # With one layer the best possible share is the same for all.
+  for row in others:
+    assert row["score recall"] < oracle["score recall"]
+    assert row["best possible score recall"] == oracle["score recall"]
+  with pytest.raises(ValueError, match="wanted fewer"):
+    starts.first_tokens(tmp_path / "a", 10**9)
