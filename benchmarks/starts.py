@@ -15,10 +15,10 @@ import dataclasses
 import pathlib
 from collections.abc import Iterator, Sequence
 from pydoc_data.topics import topics
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from flax import nnx
 
@@ -35,14 +35,15 @@ COLUMNS = (
 def _measure(model: DecoderLM, tokens: jax.Array):
   """The loss, and the three recalls as means over the layers."""
   out = model(tokens[:, :-1], with_selection="msa" in model.config.kinds)
+  logits: Any = out.logits
   losses = optax.softmax_cross_entropy_with_integer_labels(
-    out.logits, tokens[:, 1:]
+    logits, tokens[:, 1:]
   )
   recalls = out.selection and jax.tree.map(jnp.mean, out.selection[1:])
   return jnp.mean(losses), recalls
 
 
-def first_tokens(folder: pathlib.Path, count: int) -> np.ndarray:
+def first_tokens(folder: pathlib.Path, count: int) -> jax.Array:
   """The first tokens of the text, int32 [1, count + 1].
 
   Raises:
@@ -60,7 +61,7 @@ def first_tokens(folder: pathlib.Path, count: int) -> np.ndarray:
     raise ValueError(
       f"tokens={count}: the text has {len(ids)} tokens, wanted fewer."
     )
-  return np.array([ids], np.int32)
+  return jnp.array([ids], jnp.int32)
 
 
 def starts(
@@ -89,31 +90,32 @@ def starts(
   if dense.config.qk_norm:
     inits.remove("leading")
   for blocks in top_k:
-    common = dict(block_size=block_size, top_k=blocks)
+    common: dict[str, Any] = dict(block_size=block_size, top_k=blocks)
     index = IndexConfig(index_dim=dense.config.head_dim, **common)
     oracle = IndexConfig(selection="oracle", **common)
-    for name, own in [("oracle", oracle), *((init, index) for init in inits)]:
+    # The oracle reads no index, so its start is any.
+    rows: list[tuple[str, IndexConfig, convert.IndexInit]] = [
+      ("oracle", oracle, inits[0]),
+      *((init, index, init) for init in inits),
+    ]
+    for name, own, init in rows:
       config = dataclasses.replace(
         dense.config, layer_kinds=("msa",), index=own, implementation="xla"
       )
-      model = to_msa(
-        dense,
-        config,
-        rngs=nnx.Rngs(seed),
-        index_init="main" if name == "oracle" else name,
-      )
+      model = to_msa(dense, config, rngs=nnx.Rngs(seed), index_init=init)
       loss, recalls = _measure(model, text)
       yield (
         str(blocks),
         name,
         f"{100 * float(loss / base - 1):+.1f} %",
-        *(f"{float(x):.3f}" for x in recalls),
+        *(f"{float(x):.3f}" for x in recalls or ()),
       )
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
   parser = argparse.ArgumentParser(
-    prog="python -m benchmarks.starts", description=__doc__.split("\n")[0]
+    prog="python -m benchmarks.starts",
+    description=(__doc__ or "").split("\n")[0],
   )
   add = parser.add_argument
   add("source", help="a checkpoint folder, GGUF file or package that holds one")
