@@ -687,7 +687,8 @@ def decode_attention(
   Index keys may be e4m3 codes with a float32 scale for each token, as
   `msa_jax.Cache` keeps them. The score of key j is then that of
   `score_precision="fp8"`, index_k_scale[b, j] (e4m3(index_q / r) .
-  index_k[b, j]) r, with r = max |index_q| / 448 of each query and group.
+  index_k[b, j]) r, with r as `quantise_index_keys` has it, of each query and
+  group.
 
   There is no gradient, because a cache is for inference.
 
@@ -1498,7 +1499,8 @@ def quantise_index_keys(
 ) -> tuple[Float[Array, "*A I"], Float[Array, "*A"]]:
   """e4m3 codes and float32 scales, as `decode_attention` takes index keys.
 
-  A key is about codes * scale, with scale = max |index_k| / 448, or 1 for a key
-  of zeros.
+  A key is about codes * scale. The scale is a power of two, so that to divide
+  by it is exact; it maps the key's largest magnitude to 128 or more, and less
+  than 256, of which e4m3 holds 448.
   """
   return reference.fp8_codes(index_k)

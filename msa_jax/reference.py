@@ -362,16 +362,23 @@ def fp8_codes(
 ) -> tuple[Float[Array, "*A I"], Float[Array, "*A"]]:
   """Quantises each vector to e4m3 codes: x is about codes * scale.
 
-  The float32 scale maps the vector's largest magnitude to e4m3's largest value,
-  448; a vector of zeros has the scale 1.
+  The float32 scale is a power of two, so that to divide by it is exact and all
+  implementations have the same codes. It maps the vector's largest magnitude to
+  128 or more, and less than 256; e4m3 holds up to 448. Below 2^-119 it is
+  2^-126. Infinities become NaN, as e4m3 has none.
 
   Returns:
     (codes, scale).
   """
   x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=-1) / 448
-  scale = jnp.where(scale > 0, scale, 1)
-  return (x / scale[..., None]).astype(jnp.float8_e4m3fn), scale
+  bits = lax.bitcast_convert_type(jnp.max(jnp.abs(x), axis=-1), jnp.int32)
+  exponent = jnp.clip(bits >> 23, 8, 253)
+  factor, scale = (
+    lax.bitcast_convert_type(e << 23, jnp.float32)
+    for e in (261 - exponent, exponent - 7)
+  )
+  x = jnp.where(jnp.isfinite(x), x * factor[..., None], jnp.nan)
+  return x.astype(jnp.float8_e4m3fn), scale
 
 
 def quantise_fp8(x: Float[Array, "*A I"]) -> Float[Array, "*A I"]:

@@ -12,7 +12,9 @@ and Main Branch):
 
 With fp8 index keys, which have one float32 scale a key, the kernel rounds
 index_q to e4m3: s(j) = index_k_scale[j] (e4m3(index_q / qs) . index_k[j]) qs,
-where qs = max |index_q| / 448 of that query and group.
+where qs is a power of two, that of `select_blocks.power_of_two_scale` for the
+query and group. Divisions by it are exact, so the codes are those of any other
+implementation.
 
 Two launches. Below, a *query* is one (token, group) of a batch row: it has one
 index query and G heads.
@@ -97,7 +99,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Float, Int
 
 from pallas_kernels import mosaic, partition
-from pallas_kernels.select_blocks import sort_network
+from pallas_kernels.select_blocks import power_of_two_scale, sort_network
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # MMA rows of a wgmma tile
@@ -106,7 +108,6 @@ LOWEST = float(jnp.finfo(jnp.float32).min)
 NO_KEY = -(1 << 31)
 NO_BLOCK = (1 << 31) - 1
 FP8 = jnp.float8_e4m3fn
-FP8_MAX = 448.0
 MERGE_SLOTS = 16  # longest lists of which a lane can hold five in registers
 STEP_KEYS = 128  # index keys of a tile
 SCORERS = 2  # score warpgroups, which alternate between tiles
@@ -509,9 +510,10 @@ def _scan(
           rows = pl.ds(m * ROWS, ROWS)
           x = plgpu.load(q_smem.at[wg, rows], layout=layout)
           x = x.astype(jnp.float32)
-          scale = jnp.abs(x).max(axis=1) / FP8_MAX
-          scale = jnp.where(scale > 0, scale, 1.0)
-          x = x / _over_columns(scale, s.index_dim)
+          factor, scale = power_of_two_scale(jnp.abs(x).max(axis=1))
+          # The cast on a GPU turns an infinity into 448.
+          x = jnp.where(jnp.abs(x) < jnp.inf, x, jnp.nan)
+          x = x * _over_columns(factor, s.index_dim)
           q8_smem[wg, rows] = x.astype(s.key_dtype)
           scales.append(scale)
         plgpu.commit_smem()

@@ -474,11 +474,16 @@ def _select_kernel(
       out_gmem[batch, j, pl.ds(base, tile_rows)] = value
 
 
-def _power_of_two_scale(amax: Float[Array, "*A"]) -> Float[Array, "*A"]:
-  """2^e with 128 <= amax 2^e < 256: e4m3 holds magnitudes up to 448."""
+def power_of_two_scale(
+  amax: Float[Array, "*A"],
+) -> tuple[Float[Array, "*A"], Float[Array, "*A"]]:
+  """2^e with 128 <= amax 2^e < 256, and 2^-e: e4m3 holds up to 448."""
   bits = lax.bitcast_convert_type(amax.astype(jnp.float32), jnp.int32)
-  exponent = jnp.clip(bits >> 23, 8, 253)
-  return lax.bitcast_convert_type((261 - exponent) << 23, jnp.float32)
+  exponent = jnp.minimum(jnp.maximum(bits >> 23, 8), 253)
+  return (
+    lax.bitcast_convert_type((261 - exponent) << 23, jnp.float32),
+    lax.bitcast_convert_type((exponent - 7) << 23, jnp.float32),
+  )
 
 
 def _finite_max(x: Float[Array, "*A"], axes: tuple[int, ...]):
@@ -488,8 +493,8 @@ def _finite_max(x: Float[Array, "*A"], axes: tuple[int, ...]):
 
 def quantise_queries(index_q: Float[Array, "*A I"]) -> Float[Array, "*A I"]:
   """index_q in e4m3; each row has its own scale, which is not returned."""
-  scale = _power_of_two_scale(_finite_max(index_q, (-1,)))
-  return _to_fp8(index_q.astype(jnp.float32) * scale)
+  factor, _ = power_of_two_scale(_finite_max(index_q, (-1,)))
+  return _to_fp8(index_q.astype(jnp.float32) * factor)
 
 
 def quantise_keys(
@@ -506,9 +511,9 @@ def quantise_keys(
   blocks = index_k.reshape(batch, -1, block_size, index_dim)
   slot = jnp.arange(kv_len, dtype=jnp.int32).reshape(1, -1, block_size, 1)
   live = jnp.where(slot < kv_lengths[:, None, None, None], blocks, 0)
-  scale = _power_of_two_scale(_finite_max(live, (2, 3)))
-  quantised = _to_fp8(blocks.astype(jnp.float32) * scale)
-  return quantised.reshape(index_k.shape), 1 / scale[:, :, 0, 0]
+  factor, scale = power_of_two_scale(_finite_max(live, (2, 3)))
+  quantised = _to_fp8(blocks.astype(jnp.float32) * factor)
+  return quantised.reshape(index_k.shape), scale[:, :, 0, 0]
 
 
 def _to_fp8(x: Float[Array, "*A"]) -> Float[Array, "*A"]:

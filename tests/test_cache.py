@@ -364,9 +364,27 @@ def test_quantised_index_keys():
   x = jnp.asarray([[[448.0, -3.0, 0.2], [0.0, 0.0, 0.0], [1e-3, 2e-3, -7e-3]]])
   codes, scale = reference.fp8_codes(x)
   assert codes.dtype == jnp.float8_e4m3fn and scale.dtype == jnp.float32
-  np.testing.assert_allclose(scale, [[1.0, 1.0, 7e-3 / 448]], rtol=1e-6)
+  np.testing.assert_array_equal(scale, [[2.0, 2.0**-126, 2.0**-15]])
   # e4m3 has 3 bits of mantissa: within half of 2^-3 of each value.
   np.testing.assert_allclose(reference.quantise_fp8(x), x, rtol=2**-4)
+  codes, _ = reference.fp8_codes(jnp.float32([jnp.inf, 1.0, -jnp.inf]))
+  assert np.isnan(np.float32(codes)).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_scales_and_codes_are_exact(dtype):
+  """Any program has the same codes: of x / scale, to the nearest, ties to
+  even."""
+  x = jax.random.normal(jax.random.key(0), (400, 64))
+  x = (
+    x * 2.0 ** jax.random.randint(jax.random.key(1), (400, 1), -9, 9)
+  ).astype(dtype)
+  codes, scale = jax.jit(reference.fp8_codes)(x)
+  x = np.float64(x.astype(jnp.float32))
+  largest = np.abs(x).max(-1) / scale
+  assert (largest >= 128).all() and (largest < 256).all()
+  want = (x / np.float64(scale)[:, None]).astype(jnp.float8_e4m3fn)
+  np.testing.assert_array_equal(np.float32(codes), np.float32(want))
 
 
 def test_a_donated_cache_is_written_in_place():

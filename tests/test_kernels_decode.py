@@ -22,8 +22,7 @@ CONFIGS = (
   decode.Config(unit=128),
   decode.Config(unit=64, splits=32),
 )
-# Hopper sums e4m3 products with about 14 bits, and one entry of index_q may
-# round the other way after an approximate division.
+# Hopper sums e4m3 products with about 14 bits.
 FP8_GPU = 2.0**-10
 
 
