@@ -246,6 +246,12 @@ def check_own_loop(names, tmp_path):
   """The loop has trained; the index is what the KL trains, in every form."""
   assert 0 < names["score"] <= names["best"] * (1 + 1e-6)
   assert np.isfinite(names["lm"]) and names["kl"] > 0
+  ids = names["packed_ids"]
+  assert names["fits"] and np.bincount(ids.flat).tolist() == [
+    *(3 * 129 - 330, 129 + 71 + 90, 40)
+  ]
+  starts = names["packed"][np.diff(ids, axis=1, prepend=0) > 0]
+  assert starts.tolist() == [0, 129, 0, 0]
   gradients = names["kl_gradient"]
   for labels in (names["labels"], names["linen_labels"]):
     for name, label in labels.items():

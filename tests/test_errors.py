@@ -117,6 +117,9 @@ WRONG = {
   "phase must be one of 'sparse', 'warmup', got 'dense'": lambda: msa(
     *INPUTS, phase="dense"
   ),
+  "phase must be one of 'sparse', 'warmup', and a static argument of jax.jit": (
+    lambda: jax.jit(lambda phase: msa(*INPUTS, phase=phase))(1)
+  ),
   "score_precision must be one of": lambda: select(
     INDEX_Q, INDEX_K, score_precision="fp4"
   ),

@@ -836,6 +836,9 @@ def with_fields(config: Any, fields: Sequence[str]) -> Any:
   if isinstance(config, ComparisonConfig):
     runs = tuple(with_fields(run, fields) for run in config.runs)
     return dataclasses.replace(config, runs=runs)
+  where = "config"
+  if isinstance(config, RunConfig):
+    where += f" of {config.task}/{config.side}"
   saved = to_dict(config)
   for text in fields:
     name, equals, value = text.partition("=")
@@ -846,14 +849,14 @@ def with_fields(config: Any, fields: Sequence[str]) -> Any:
       inner = inner.get(key) if isinstance(inner, dict) else None
     _check(
       isinstance(inner, dict) and last in inner,
-      f"{name!r} is no field of a {type(config).__name__}.",
+      f"{name!r} is no field of a {type(config).__name__} ({where}).",
     )
     assert isinstance(inner, dict)
     try:
       inner[last] = json.loads(value)
     except json.JSONDecodeError:
       inner[last] = value
-  return from_dict(type(config), saved, "config")
+  return from_dict(type(config), saved, where)
 
 
 def load(cls: type, path: str | pathlib.Path) -> Any:

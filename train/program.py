@@ -970,11 +970,12 @@ def check_data(config: config_lib.RunConfig, source: data_lib.Source) -> None:
   rows = config.batch_size // config.grad_accumulation
   there = source.num_eval_batches(batch_size=rows, context=config.context)
   if there is not None and there < config.eval_batches:
+    fewer = f"--set eval_batches={there} or " if there else ""
     raise ValueError(
       f"eval_batches={config.eval_batches}: the held-out data give {there}"
       f" batches of {rows} batch rows with context={config.context}. Wanted"
-      " more data, a shorter context, or fewer eval_batches"
-      " (--set eval_batches=...)."
+      f" {fewer}more held-out data (of text, --set data.held_out=...) or a"
+      " shorter context."
     )
 
 
