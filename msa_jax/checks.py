@@ -16,9 +16,9 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
-import jax.core
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import Array
 
 # --- the wording -------------------------------------------------------------
@@ -90,7 +90,7 @@ def check_choice(name: str, value: Any, choices: Any) -> None:
   """
   allowed = typing.get_args(choices) or tuple(choices)
   want = f"one of {', '.join(map(repr, allowed))}"
-  if isinstance(value, jax.core.Tracer):
+  if isinstance(value, Tracer):
     want += ", and a static argument of jax.jit"
   require(value in allowed, name, want, value)
 
