@@ -570,8 +570,9 @@ def test_a_bpe_tokenizer_comes_back(no_text_left):
     sample_lib.load_tokenizer(folder, run)
 
 
-def test_a_run_keeps_its_own_tokenizer(no_text_left, tmp_path, capsys):
-  """It samples and is exported without the user's file."""
+def test_a_run_keeps_its_own_tokenizer(no_text_left, tmp_path, capsys, caplog):
+  """It samples and is exported without the user's file, and without warnings
+  of orbax."""
   import tokenizers
 
   made = tokenizers.Tokenizer(tokenizers.models.BPE())
@@ -596,6 +597,7 @@ def test_a_run_keeps_its_own_tokenizer(no_text_left, tmp_path, capsys):
   assert sampled.startswith("def")
   assert not cli(["export", run.folder, str(tmp_path / "out")])
   capsys.readouterr()
+  assert "read" not in caplog.text
   folder = pathlib.Path(run.folder)
   (ids,) = sample_lib.load_tokenizer(folder, run).encode(["def ab"])
   theirs = tokenizers.Tokenizer.from_file(str(tmp_path / "out/tokenizer.json"))

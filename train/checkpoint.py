@@ -17,6 +17,7 @@ import logging
 import os
 import pathlib
 import platform
+import re
 import shlex
 import subprocess
 import sys
@@ -102,17 +103,20 @@ def check_tree(
     )
 
 
-def _is_no_traceback(record: logging.LogRecord) -> bool:
-  about = record.pathname + record.getMessage()
-  return record.exc_info is None or "orbax" not in about
+def _is_for_users(record: logging.LogRecord) -> bool:
+  message = record.getMessage()
+  if "orbax" not in record.pathname + message:
+    return True
+  return record.exc_info is None and not re.search("read[_ ]only=", message)
 
 
 @functools.cache
 def _quieten_orbax() -> None:
   """Drops what orbax's threads and tasks print of an error in the background,
-  hundreds of lines; `Checkpoints._writing` raises it in one."""
+  hundreds of lines (`Checkpoints._writing` raises it in one), and its warnings
+  that a checkpoint is opened for reading alone."""
   for name in ("absl", "asyncio"):
-    logging.getLogger(name).addFilter(_is_no_traceback)
+    logging.getLogger(name).addFilter(_is_for_users)
   hook = sys.unraisablehook
 
   def unraisable(what):
