@@ -593,7 +593,10 @@ def test_a_damaged_cache_is_refused(folder):
 @pytest.mark.parametrize(
   ("changes", "text"),
   [
-    ({"tokenizer": "word"}, r"tokenizer='word'.*'byte', 'bpe' or the path"),
+    (
+      {"tokenizer": "word"},
+      r"tokenizer='word'.*'byte', 'bpe', 'pretr.* or the path",
+    ),
     ({"end_of_text": "</s>"}, r"end_of_text='</s>': wanted None with"),
     ({"tokenizer": "bpe", "vocab_size": 257}, r"vocab_size=257.*at least 258"),
     ({"held_out": 0.0}, r"held_out=0.0.*0 < held_out < 1"),
