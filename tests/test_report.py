@@ -480,6 +480,10 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
         oracle = {"kind": "oracle_eval", "bits_per_byte": 0.5 + seed / 4}
         added.append(last | oracle)
       _write(path, [*earlier, *added])
+  for side in ("gqa", "msa"):
+    sample = {"prompt": "if <", "sample": f"{side} >", "text": "a:"}
+    path = folder / "text" / side / "seed0" / "samples.json"
+    path.write_text(json.dumps([sample]))
   report.write(folder)
   task = _summary(folder)["tasks"]["text"]
   near, far = task["loss_by_position"]["msa"]
@@ -502,6 +506,12 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
   assert (folder / "report" / "text_position.png").exists()
   page = (folder / "report" / "report.html").read_text()
   assert "What choosing blocks costs after training" in page
+  (row,) = task["samples"]
+  assert row == {
+    "": "1", "prompt (its end)": "if <", "text": "a:", "GQA": "gqa >",
+    "MSA": "msa >",
+  }  # fmt: skip
+  assert "if &lt;" in page and "msa &gt;" in page
 
 
 def test_loss_by_place_is_of_the_seeds_that_all_sides_have(tmp_path):

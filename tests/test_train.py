@@ -701,6 +701,7 @@ def from_trained(place, trained) -> config_lib.ComparisonConfig:
     eval_every=1,
     checkpoint_every=1,
     oracle_at_end=True,
+    samples=1,
   )
   recipe = config_lib.RecipeConfig(
     pretrained=folder,
@@ -766,6 +767,15 @@ def test_a_trained_model_becomes_msa(place, trained, from_trained):
   assert counts == [[1], [1]]
   rates = [sample.load_config(f).learning_rates(2) for f in (gqa, msa)]
   assert rates[0] == rates[1] and rates[0]["backbone"] > 0
+  # Both continue the same text, each with its own final weights.
+  held_out = source.eval_batch(0, batch_size=1, context=64).tokens[0]
+  for folder, end in zip((gqa, msa), ends):
+    (written,) = json.loads((folder / "samples.json").read_text())
+    assert written["prompt"] == bytes(held_out[:32].tolist()).decode()
+    assert written["text"] == bytes(held_out[32:].tolist()).decode()
+    final = program_of(sample.load_config(folder)).merge(end.params)
+    first = int(np.argmax(final(held_out[None, :32]).logits[0, -1]))
+    assert written["sample"].startswith(bytes([first]).decode(errors="replace"))
   # The best possible choice, beside the index's own: the blocks that both read
   # in any case come first.
   assert not losses(gqa, "oracle_eval")
@@ -1061,6 +1071,10 @@ def test_one_process_a_folder(place, source):
     (
       {"recipe": config_lib.RecipeConfig(index_warmup_steps=4)},
       "leave no sparse step",
+    ),
+    (
+      {"data": data.RecallConfig(), "samples": 1},
+      "samples=1: wanted 0 for data that are no text",
     ),
     (
       {"optimizer": config_lib.OptimizerConfig(warmup_steps=9)},

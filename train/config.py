@@ -357,6 +357,10 @@ class RunConfig:
   possible choice as well: every query reads the P blocks with the most dense
   attention (`msa_jax.best_blocks`)."""
 
+  samples: int = 0
+  """Held-out texts whose first half the final weights continue greedily, for
+  the report. Needs text, and one device."""
+
   layers_every: int = 100
   """Steps between records of each layer's KL and recalls."""
 
@@ -379,7 +383,7 @@ class RunConfig:
         bool(value) and "/" not in value and not value.startswith("."),
         f"{name}={value!r}: wanted a name that can be a folder's.",
       )
-    _check_integers(self, 0, "seed")
+    _check_integers(self, 0, "seed", "samples")
     _check_integers(
       self,
       1,
@@ -408,6 +412,11 @@ class RunConfig:
       self.optimizer.warmup_steps <= self.num_steps,
       f"optimizer.warmup_steps={self.optimizer.warmup_steps} is more than"
       f" num_steps={self.num_steps}.",
+    )
+    text = self.data.text if isinstance(self.data, MixConfig) else self.data
+    _check(
+      not self.samples or isinstance(text, TextConfig),
+      f"samples={self.samples}: wanted 0 for data that are no text.",
     )
     keep_steps = tuple(map(as_integer, self.keep_steps))
     for step in keep_steps:

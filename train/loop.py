@@ -13,8 +13,8 @@ import numpy as np
 from msa_jax import selection_stats
 from train import config as config_lib
 from train import data as data_lib
-from train import evaluate
-from train.checkpoint import RunFolder, replace_file
+from train import evaluate, sample
+from train.checkpoint import RunFolder, replace_file, write_json
 from train.program import (
   Program,
   check_data,
@@ -328,9 +328,29 @@ class _Run:
     config = self.config
     if self.program.msa_layers:
       self._save_selection()
+    if config.samples:
+      self._save_samples()
     done = {"step": config.num_steps, "final": self.folder.last_eval()}
     self.folder.finish(done)
     return done
+
+  def _save_samples(self) -> None:
+    """Writes samples.json, see `sample.continuations`."""
+    phase = self.config.phase(self.config.num_steps)
+    why = f"{self.program.mesh.size} devices"
+    if self.program.mesh.size == 1:
+      try:
+        found = sample.continuations(
+          self.program.merge(self.state.params),
+          self.config,
+          self.source,
+          "warmup" if phase == "warmup" else "sparse",
+        )
+        write_json(self.folder.path / "samples.json", found)
+        return
+      except NotImplementedError as error:  # some ablations have no cache
+        why = str(error)
+    print(f"{self.folder.path}: no samples.json ({why}).", flush=True)
 
   def _save_selection(self) -> None:
     """Writes selection.npz: what the trained model chose on held-out text.

@@ -15,7 +15,7 @@ from msa_jax import generate, ops
 from msa_jax.model import DecoderLM
 from train import config as config_lib
 from train import corpus
-from train.data import MixConfig, TextConfig
+from train.data import MixConfig, Source, TextConfig
 from train.program import Program, compile_key, read_state
 
 # How many new tokens there are by default, if the context has room for them.
@@ -97,6 +97,66 @@ def load_tokenizer(
       f" a folder of data.cache_dir={data.cache_dir!r} too."
     )
   return corpus.read_tokenizer(data, saved)
+
+
+# Tokens that `continuations` makes of each prompt, and letters of the prompt
+# that it returns.
+_SAMPLE_TOKENS = 64
+_PROMPT_LETTERS = 300
+
+
+def continuations(
+  model: DecoderLM,
+  config: config_lib.RunConfig,
+  source: Source,
+  phase: ops.Phase,
+) -> list[dict[str, str]]:
+  """Greedy continuations of `config.samples` held-out texts.
+
+  Each text is the first document of a held-out batch row. The prompt is its
+  first half.
+
+  Args:
+    model: of the run.
+    config: the run's.
+    source: its data.
+    phase: of the model's msa layers.
+
+  Returns:
+    The end of each prompt, the model's text, and the text that was there.
+  """
+  data = config.data.text if isinstance(config.data, MixConfig) else config.data
+  assert isinstance(data, TextConfig)
+  tokenizer = corpus.read_tokenizer(data, source.tokenizer)
+  prompts, rests = [], []
+  for index in range(config.samples):
+    batch = source.eval_batch(index, batch_size=1, context=config.context)
+    tokens = batch.tokens[0]
+    if batch.segment_ids is not None:
+      tokens = tokens[batch.segment_ids[0] == 1]
+    half = max(len(tokens) // 2, 1)
+    prompts.append(tokens[:half])
+    rests.append(tokens[half:][:_SAMPLE_TOKENS])
+  end = int(tokenizer.end_of_text)
+  new = generate.generate(
+    model,
+    prompts,
+    max_new_tokens=min(_SAMPLE_TOKENS, config.context // 2),
+    stop_tokens=(end,),
+    phase=phase,
+  )
+
+  def text(ids: np.ndarray) -> str:
+    return tokenizer.decode(ids[ids != end])
+
+  return [
+    {
+      "prompt": text(prompt)[-_PROMPT_LETTERS:],
+      "sample": text(sample),
+      "text": text(rest),
+    }
+    for prompt, sample, rest in zip(prompts, new, rests, strict=True)
+  ]
 
 
 class _Plain:

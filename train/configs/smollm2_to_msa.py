@@ -26,10 +26,8 @@ sequence a step, 5 steps of warm-up and 15 after them.
     log_every=1 eval_every=400 layers_every=200 eval_batches=8 \
     probe_batches=2 final_probe_batches=6 data.text.max_bytes=4000000
 
-Samples of both, and any other folder of docs/checkpoints.md instead:
+Any other folder of docs/checkpoints.md instead:
 
-  for side in gqa msa; do python -m train sample --prompt "def read(path):" \
-    --temperature 0 runs/smollm2_to_msa/mix/$side/seed0; done
   python -m train compare smollm2_to_msa --pretrained FOLDER --folder runs/own
 """
 
@@ -96,6 +94,7 @@ _GQA = RunConfig(
   probe_batches=4,
   final_probe_batches=32,
   oracle_at_end=True,
+  samples=4,
   layers_every=100,
   checkpoint_every=400,
   keep_checkpoints=1,

@@ -572,6 +572,7 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       _add_distances,
       _add_layer_figures,
       _add_layer_tables,
+      _add_samples,
       _add_differences,
     ):
       section(page, task)
@@ -822,6 +823,20 @@ def _add_layer_tables(page: _Page, task: _Task) -> None:
     "choose. first block, previous block: share of the queries that choose "
     "block 0, and the block before their own. kept: share of a query's blocks "
     "that the query four blocks later chooses too.",
+  )
+
+
+def _add_samples(page: _Page, task: _Task) -> None:
+  """What the models write."""
+  _add_table(
+    page,
+    task,
+    "samples",
+    "Samples",
+    tables.sample_rows(task.sides),
+    "Held-out texts, the first half of which is the prompt: what follows it in "
+    "the text, and what the final weights of each side's first seed write, "
+    "always taking the likeliest token.",
   )
 
 

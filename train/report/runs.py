@@ -81,6 +81,7 @@ class Run:
 
   Attributes:
     records: of metrics.jsonl by kind; `_NEEDED` lists the kinds.
+    samples: of samples.json (see `train.sample.continuations`).
     finished: whether the run has finished.
     broken: the step at which a number became NaN or infinite, and why; empty
       if none did.
@@ -95,6 +96,7 @@ class Run:
   records: dict[str, list[dict]]
   finished: bool
   broken: dict
+  samples: list[dict[str, str]]
 
   @property
   def label(self) -> str:
@@ -244,7 +246,7 @@ def _read_metrics(path: Path, finished: bool) -> dict[str, list[dict]]:
   return records
 
 
-def _read_json(path: Path) -> dict:
+def _read_json(path: Path) -> Any:
   try:
     return json.loads(path.read_text()) if path.exists() else {}
   except ValueError as error:
@@ -281,7 +283,8 @@ def read_runs(folder: Path) -> list[Run]:
     finished = done and bool(records["eval"])
     broken = _read_json(path / "broken.json")
     about = (task, side, int(seed), config, environment)
-    runs.append(Run(path, *about, records, finished, broken))
+    samples = _read_json(path / "samples.json") or []
+    runs.append(Run(path, *about, records, finished, broken, samples))
   if not runs:
     raise ValueError(
       f"comparison_folder {folder} holds no runs; wanted "

@@ -126,6 +126,21 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
   return rows
 
 
+def sample_rows(sides: dict[str, list[Run]]) -> Rows:
+  """What the first seed of each side writes after the same held-out prompts."""
+  written = {side: runs[0].samples for side, runs in sides.items()}
+  written = {side: samples for side, samples in written.items() if samples}
+  return [
+    {
+      "": str(number),
+      "prompt (its end)": texts[0]["prompt"],
+      "text": texts[0]["text"],
+      **{side_name(side): x["sample"] for side, x in zip(written, texts)},
+    }
+    for number, texts in enumerate(zip(*written.values()), 1)
+  ]
+
+
 def choice_rows(sides: dict[str, list[Run]], probes: Sequence[Probe]) -> Rows:
   """Right answers by whether a layer chose the block of the fact, summed over
   the finished runs that counted them."""

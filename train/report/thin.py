@@ -42,7 +42,7 @@ _TRAIN_FIELDS = (
   "loss",
   "tokens_per_second",
 )
-_COPIED = ("config.json", "done.json", "broken.json")
+_COPIED = ("config.json", "done.json", "broken.json", "samples.json")
 _DIGITS = 7  # of numbers that only curves and medians show
 _LAYER_DIGITS = 4
 _COUNT_STEPS = 32
