@@ -195,7 +195,7 @@ def test_an_own_tokenizer_sets_the_vocabulary_of_the_text_tasks(tmp_path):
   for run in config_lib.with_tokenizer(before, path, "END").runs:
     assert run.model.vocab_size == 4 + facts
     assert run.data.text.tokenizer == path
-  with pytest.raises(ValueError, match="a task that reads text; its tasks are"):
+  with pytest.raises(ValueError, match=r"tasks \(recall\) tokenizes text"):
     config_lib.with_tokenizer(config_lib.only_task(demo, "recall"), path, "END")
   with pytest.raises(ValueError, match=r"end_of_text=None.*it has none"):
     config_lib.with_tokenizer(demo, path)

@@ -649,7 +649,8 @@ def test_wrong_samples(trained, place, capsys):
     "top_p must be above 0": [run.folder, "--top_p=2"],
   }.items():
     assert cli(["sample", *arguments]) == 1
-    assert text in capsys.readouterr().err
+    shown = capsys.readouterr()
+    assert text in shown.err and not shown.out
   assert not cli(
     ["sample", recall.folder, "--tokens", "1", "2", "--max_new_tokens=3"]
   )

@@ -15,6 +15,7 @@ All commands but `train` run without tyro.
 
 import argparse
 import dataclasses
+import itertools
 import pathlib
 import sys
 import time
@@ -557,8 +558,9 @@ def _print_sample(args: argparse.Namespace) -> None:
     for prompt, new in zip(args.prompt, zip(*parts)):
       print(f"--- {prompt!r}\n{prompt}{''.join(new)}")
     return
+  first = next(parts)  # a wrong argument is an error before the prompt is shown
   print("".join(args.prompt), end="", flush=True)
-  for (text,) in parts:
+  for (text,) in itertools.chain([first], parts):
     print(text, end="", flush=True)
   print()
 

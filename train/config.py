@@ -651,8 +651,9 @@ def with_tokenizer(
     runs.append(run)
   _check(
     any(new is not old for new, old in zip(runs, comparison.runs)),
-    f"tokenizer={path!r}: wanted a comparison with a task that reads text; its"
-    f" tasks are {', '.join(comparison.tasks())}.",
+    f"tokenizer={path!r}: none of the comparison's tasks"
+    f" ({', '.join(comparison.tasks())}) tokenizes text. Wanted one that does;"
+    " a folder with a tokens.json holds tokens already.",
   )
   return dataclasses.replace(comparison, runs=tuple(runs))
 
