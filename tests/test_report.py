@@ -608,6 +608,12 @@ def test_sides_of_unlike_conditions_are_warned_of(tmp_path, dense):
   # The table of the speeds says it too.
   text = _page_text(tmp_path / "report" / "report.html")
   assert text.count(said) == 2 * (dense < 900)
+  # But where it leaves the backbone as it is.
+  config = tmp_path / "text" / "msa" / "seed0" / "config.json"
+  recipe = json.loads(config.read_text())["recipe"]
+  _edit(config, recipe=recipe | {"freeze_backbone": True})
+  tasks = {"text": runs.group_by_side(runs.read_runs(tmp_path))}
+  assert not any(said in w for w in page.find_warnings(tasks, tmp_path))
 
 
 def test_a_run_of_changing_speed_is_warned_of(tmp_path):

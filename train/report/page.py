@@ -139,6 +139,7 @@ table {{ border-collapse: collapse; font-size: .95rem }}
 .wide {{ overflow-x: auto }}
 th, td {{ border-bottom: 1px solid #ddd; padding: .35rem .9rem .35rem 0;
   text-align: left; vertical-align: top }}
+td {{ white-space: pre-wrap }}
 td:first-child {{ white-space: nowrap }}
 .env td {{ overflow-wrap: anywhere; white-space: pre-line }}
 th {{ font-weight: 600 }}
@@ -291,11 +292,13 @@ def _unlike_speeds(task: str, sides: dict[str, list[Run]]) -> Iterable[str]:
       " device with other work (quartiles of the log intervals): "
       f"{', '.join(changed)}. Their {no_measure}"
     )
-  # A warm-up step does all that a step of the baseline does, and more.
+  # A warm-up step does all that a step of the baseline does, and more, unless
+  # it leaves the backbone as it is.
   dense = speeds(sides.get(BASELINE, [])).get("dense")
   for side, runs in sides.items():
     warmup = speeds(runs).get("warmup")
-    if not dense or not warmup:
+    frozen = runs[0].get("recipe.freeze_backbone")
+    if not dense or not warmup or frozen:
       continue
     slow, fast = statistics.median(dense), statistics.median(warmup)
     if fast > _ALIKE * slow:
