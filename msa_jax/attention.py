@@ -50,6 +50,14 @@ from msa_jax.segments import (
   check_segments,
 )
 
+# What attention gives `jax.ad_checkpoint.checkpoint_name` to: its results, and
+# those of the choice of blocks and of the KL, none of which the backward pass
+# should compute again.
+ATTENTION_NAMES = (
+  "attention_out", "attention_lse", "block_indices", "index_kl_gradient"
+)  # fmt: skip
+save_attention = jax.checkpoint_policies.save_only_these_names(*ATTENTION_NAMES)
+
 _KERNEL_INIT = nnx.initializers.lecun_normal()
 _INDEX = IndexConfig()
 
@@ -679,11 +687,13 @@ class MSAttention(GQAttention):
     index_q, index_k, index_v = self._project_index(
       x.astype(q.dtype), positions
     )
+    with_kl = with_kl and self.index.selection == "index"
     attend = functools.partial(
       self._attend,
       phase=phase,
-      with_kl=with_kl and self.index.selection == "index",
+      with_kl=with_kl,
       with_selection=with_selection,
+      kl_gradients=with_kl and split is not None and self.index.detach_teacher,
     )
     if block_indices is not None:
       # Inside shard_map the error would be one of a shape.
@@ -878,6 +888,7 @@ class MSAttention(GQAttention):
     with_selection: bool,
     query_pieces: ops.QueryPieces | None = None,
     heads_over: str | None = None,
+    kl_gradients: bool = False,
   ):
     """`__call__` for one device's batch rows, KV heads and queries.
 
@@ -885,7 +896,8 @@ class MSAttention(GQAttention):
     devices dense attention splits the query heads.
 
     Returns:
-      (out, index_out, kl, selection), with out and index_out in heads.
+      (out, index_out, kl, selection), with out and index_out in heads. With
+      `kl_gradients`, kl is a `_KL`.
     """
     options: dict[str, Any] = dict(
       block_size=self.index.block_size,
@@ -896,7 +908,7 @@ class MSAttention(GQAttention):
     # The ablations choose blocks by themselves and pass them to the operations.
     plain = self.index.selection == "index" and not self.index.force_first_block
     fused = plain and heads_over is None
-    fused_kl = fused and self.index.detach_teacher
+    fused_kl = fused and self.index.detach_teacher and not kl_gradients
     kl = jnp.zeros((), compute_dtype(q.dtype))
     if fused:
       result = ops.msa_attention(
@@ -961,18 +973,27 @@ class MSAttention(GQAttention):
     if sinks is not None:
       out = _with_sinks(out, lse, sinks)
     if with_kl and not fused_kl:
-      kl = ops.index_kl_loss(
-        q,
-        k,
-        index_q,
-        index_k,
-        None if phase == "warmup" else block_indices,
-        lse=lse if self.index.detach_teacher else None,
-        query_mask=query_mask,
-        detach_teacher=self.index.detach_teacher,
-        scale=self.scale,
-        **options,
-      )
+
+      def loss(index_q, index_k):
+        return ops.index_kl_loss(
+          q,
+          k,
+          index_q,
+          index_k,
+          None if phase == "warmup" else block_indices,
+          lse=lse if self.index.detach_teacher else None,
+          query_mask=query_mask,
+          detach_teacher=self.index.detach_teacher,
+          scale=self.scale,
+          **options,
+        )
+
+      if kl_gradients:
+        fixed = lax.stop_gradient((index_q, index_k))
+        kl, pull = jax.vjp(loss, *fixed)
+        kl = _KL(kl, *pull(jnp.ones_like(kl)))
+      else:
+        kl = loss(index_q, index_k)
 
     index_out = None
     if index_v is not None:
@@ -1123,32 +1144,51 @@ class MSAttention(GQAttention):
 
     def local(*args):
       restore, pieces, heads_over = _identity, None, None
+      run, own_index_k = attend, args[4]
       if split is not None:
         # Whole sequences are plain to cuDNN's dense attention. The KL needs all
         # query heads of a group together, so groups cannot be shared.
         dense = phase == "warmup"
         num_heads, num_kv_heads = (x.shape[2] for x in args[:2])
+        heads = context_lib.heads_at_once(args[1], split.devices)
         if dense and num_kv_heads % split.devices == 0:
           args, restore = _whole_sequences(args, split.axis)
-        else:
+        elif dense or heads == num_kv_heads:
           args, pieces = _all_keys(args, split.axis)
           if dense and _heads_for_all(num_heads, num_kv_heads, split.devices):
             heads_over = split.axis
-      q, k, *_, query_mask, _, segments, _ = args
-      out, index_out, kl, selection = attend(
+        else:
+          pieces = context_lib.query_pieces(split.axis, args[0].shape[1])
+          run = functools.partial(_attend_in_parts, attend, split.axis, heads)
+      q, k, _, index_q, *_, query_mask, _, segments, _ = args
+      all_keys: Any = k
+      if run is not attend:
+        # `k` is what the device holds; counting needs the shape of all keys.
+        assert split is not None
+        shape = (k.shape[0], k.shape[1] * split.devices, *k.shape[2:])
+        all_keys = jax.ShapeDtypeStruct(shape, k.dtype)
+      out, index_out, kl, selection = run(
         *args, query_pieces=pieces, heads_over=heads_over
       )
 
-      def mean(x, count):
-        count = count.astype(x.dtype)
+      def share(count):
         total = lax.psum(count, axes)
-        return lax.psum(x * count, axes) / jnp.where(total == 0, 1, total)
+        return count / jnp.where(total == 0, 1, total)
 
       count = functools.partial(
-        ops.count_kl_queries, q, k, segments=segments, query_pieces=pieces
+        ops.count_kl_queries,
+        q,
+        all_keys,
+        segments=segments,
+        query_pieces=pieces,
       )
-      if axes:
-        kl = mean(kl, count(query_mask))
+      if isinstance(kl, _KL):
+        assert split is not None
+        part = share(count(query_mask).astype(kl.value.dtype))
+        kl = _sum_kl_gradients(kl, part, index_q, own_index_k, split.axis)
+        kl = lax.psum(kl, axes)
+      elif axes:
+        kl = lax.psum(kl * share(count(query_mask).astype(kl.dtype)), axes)
       if selection is not None:
         chosen = jnp.moveaxis(selection.block_indices, 1, 2)
         chosen = jnp.moveaxis(restore(chosen), 1, 2)
@@ -1158,7 +1198,8 @@ class MSAttention(GQAttention):
         elif axes:
           # Recalls are means over the queries that see anything, of which
           # devices have more or fewer.
-          recalls = (mean(x, count(None)) for x in recalls)
+          part = share(count(None).astype(recalls[0].dtype))
+          recalls = (lax.psum(x * part, axes) for x in recalls)
         selection = Selection(chosen, *recalls)
       index_out = None if index_out is None else restore(index_out)
       return restore(out), index_out, kl, selection
@@ -1185,6 +1226,63 @@ class MSAttention(GQAttention):
     )
 
 
+class _KL(NamedTuple):
+  """A device's KL and its gradients."""
+
+  value: Float[Array, ""]
+  d_index_q: Float[Array, "B T K I"]
+  d_index_k: Float[Array, "B S I"]
+
+
+def _sum_kl_gradients(
+  kl: _KL, share: Array, index_q: Array, index_k: Array, axis: str
+) -> Array:
+  """The device's share of the KL, with gradients that are summed at once.
+
+  The KL computes its gradients together with its value, and they stay in memory
+  until the backward pass of the layer. So only the sum's part of the device's
+  own index keys stays, and not the gradient of all keys.
+
+  Args:
+    kl: with gradients of index_q, and of all devices' index keys.
+    share: the factor of the device's KL in the mean.
+    index_q: index queries.
+    index_k: the device's index keys, in zigzag order.
+    axis: the mesh axis of the tokens.
+  """
+
+  def scaled(x):
+    return x.astype(share.dtype) * share
+
+  d_index_k = context_lib.sum_gradients(scaled(kl.d_index_k), axis)
+  operands = index_q, index_k
+  gradients = scaled(kl.d_index_q), d_index_k
+  gradients = tuple(d.astype(x.dtype) for d, x in zip(gradients, operands))
+  return _with_gradients(scaled(kl.value), operands, gradients)
+
+
+@jax.custom_vjp
+def _with_gradients(value: Array, operands: tuple, gradients: tuple) -> Any:
+  """`value`, as a function of `operands` that has these gradients."""
+  del operands, gradients
+  return value
+
+
+def _with_gradients_fwd(value, operands, gradients):
+  del operands
+  return value, checkpoint_name(gradients, "index_kl_gradient")
+
+
+def _with_gradients_bwd(gradients, cotangent):
+  scaled = jax.tree.map(
+    lambda x: (x.astype(cotangent.dtype) * cotangent).astype(x.dtype), gradients
+  )
+  return None, scaled, None
+
+
+_with_gradients.defvjp(_with_gradients_fwd, _with_gradients_bwd)
+
+
 def _identity(x: Array) -> Array:
   return x
 
@@ -1199,6 +1297,100 @@ def _all_keys(args: tuple, axis: str) -> tuple[tuple, ops.QueryPieces]:
   )
   pieces = context_lib.query_pieces(axis, q.shape[1])
   return (q, k, v, index_q, index_k, index_v, *rest), pieces
+
+
+def _attend_in_parts(
+  attend: Callable,
+  axis: str,
+  heads: int,
+  q: Array,
+  k: Array,
+  v: Array,
+  index_q: Array,
+  index_k: Array,
+  index_v: Array | None,
+  query_mask: Array | None,
+  sinks: Array | None,
+  segments: Segments | None,
+  given: Array | None,
+  **options: Any,
+) -> tuple[Any, Any, Any, Selection | None]:
+  """`MSAttention._attend` of a device's queries, `heads` KV heads at a time.
+
+  KV heads do not depend on each other, so the keys and values of a part are
+  gathered when it is about to come. While one part attends, those of the next
+  one may be on the way, but not those of the one after: at most two parts are
+  held. The backward pass takes the parts in the reverse order, gathers the keys
+  of each again, and sums their gradients over the devices before it goes on.
+
+  Args:
+    attend: `MSAttention._attend`.
+    axis: the mesh axis of the tokens.
+    heads: a divisor of K.
+    q, k, v, index_q, index_k, index_v: what the device holds, in zigzag order.
+    query_mask, sinks, segments, given: as `attend` has them.
+    **options: of `attend`.
+  """
+  num_kv_heads, group_size = k.shape[2], q.shape[2] // k.shape[2]
+  count = num_kv_heads // heads
+  # The choice of blocks needs nothing else of other devices.
+  index_keys: Any = tuple(
+    (None,) * count
+    if x is None
+    else context_lib.for_each(context_lib.gather_keys(x, axis), count)
+    for x in (index_k, index_v)
+  )
+
+  @functools.partial(jax.checkpoint, policy=save_attention)
+  def part(q, k, v, *rest):
+    k, v = (context_lib.gather_keys(x, axis) for x in (k, v))
+    return attend(q, k, v, *rest, **options)
+
+  outs: list[Any] = []
+  kls: list[Any] = []
+  others: list[Any] = []
+  for i in range(count):
+    kv = slice(i * heads, (i + 1) * heads)
+    of_kv = slice(kv.start * group_size, kv.stop * group_size)
+    own_k, own_v = k[:, :, kv], v[:, :, kv]
+    if i >= 2:
+      # The results of `optimization_barrier` exist once all operands do, and in
+      # the backward pass, their gradients once all gradients do.
+      own_k, own_v, outs[i - 2], kls[i - 2] = lax.optimization_barrier(
+        (own_k, own_v, outs[i - 2], kls[i - 2])
+      )
+    out, index_out, kl, selection = part(
+      q[:, :, of_kv],
+      own_k,
+      own_v,
+      index_q[:, :, kv],
+      index_keys[0][i],
+      index_keys[1][i],
+      query_mask,
+      None if sinks is None else sinks[of_kv],
+      segments,
+      None if given is None else given[:, kv],
+    )
+    kl, *gradients = kl if isinstance(kl, _KL) else (kl,)
+    outs.append(out)
+    kls.append(kl)
+    others.append((index_out, selection, gradients))
+  index_outs, selections, gradients = zip(*others)
+  index_out = selection = None
+  if index_outs[0] is not None:
+    index_out = jnp.concatenate(index_outs, axis=2)
+  # Means over queries and groups; each part has as many of both.
+  if selections[0] is not None:
+    blocks, *recalls = zip(*selections)
+    recalls: Any = (sum(x) / count for x in recalls)
+    selection = Selection(jnp.concatenate(blocks, axis=1), *recalls)
+  kl: Any = sum(kls) / count
+  if gradients[0]:
+    d_index_q, d_index_k = zip(*gradients)
+    d_index_q = jnp.concatenate(d_index_q, axis=2) / count
+    d_index_k: Any = sum(x.astype(kl.dtype) for x in d_index_k)
+    kl = _KL(kl, d_index_q, d_index_k / count)
+  return jnp.concatenate(outs, axis=2), index_out, kl, selection
 
 
 def _whole_sequences(args: tuple, axis: str) -> tuple[tuple, Callable]:
@@ -1253,13 +1445,11 @@ def _packed(
   Where a mesh axis splits the tokens, positions are in zigzag order.
   """
   segments = check_segments(segment_ids, segments, max_segments, *x.shape[:2])
-  given = positions is not None
+  if split is not None:
+    return segments, split.positions(positions, zigzag, segments, x.shape[1])
   if segments is not None and positions is None:
     positions = segments.positions
-  if split is None:
-    return segments, positions
-  positions = split.positions(positions, x.shape[1])
-  return segments, positions if given and zigzag else split.zigzag(positions)
+  return segments, positions
 
 
 def _dense_by_heads(
@@ -1391,7 +1581,7 @@ def _spread(
   """x and its rotary positions, in zigzag order if the devices share them."""
   if spread is None:
     return x, span.positions
-  return x if zigzag else spread.zigzag(x), spread.zigzag(span.positions)
+  return x if zigzag else spread.zigzag(x), spread.own(span.positions)
 
 
 def _write(

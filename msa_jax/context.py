@@ -40,6 +40,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from msa_jax.checks import check_integer, compute_dtype, require
+from msa_jax.segments import Segments
 
 
 def check_length(name: str, length: int, devices: int) -> None:
@@ -209,19 +210,56 @@ class Split(NamedTuple):
       check_vma=False,
     )(x)
 
-  def positions(self, positions: Array | None, length: int) -> Array:
-    """Positions [T] or [B, T] as [1 or B, T]; None: 0 to T - 1."""
-    if positions is None:
-      positions = jnp.arange(length, dtype=jnp.int32)
-    return jnp.atleast_2d(positions)
+  def own(self, x: Array) -> Array:
+    """`zigzag` of rows [1 or B, T, *A] that every device holds whole.
+
+    Each device takes its own pieces, so nothing is sent.
+    """
+    rows = self.rows if x.shape[0] > 1 else None
+
+    def pieces(x):
+      parts = [
+        lax.dynamic_slice_in_dim(x, start, size, 1)
+        for start, size in query_pieces(self.axis, x.shape[1] // self.devices)
+      ]
+      return lax.concatenate(parts, 1)
+
+    return jax.shard_map(
+      pieces,
+      in_specs=PartitionSpec(rows),
+      out_specs=PartitionSpec(rows, self.axis),
+      check_vma=False,
+    )(x)
+
+  def positions(
+    self,
+    given: Array | None,
+    zigzag: bool,
+    segments: Segments | None,
+    length: int,
+  ) -> Array:
+    """Rotary positions [1 or B, T] in zigzag order.
+
+    Args:
+      given: a caller's, [T] or [B, T]; None: those of the segments, or 0 to
+        T - 1.
+      zigzag: whether the caller's are in zigzag order.
+      segments: of packed rows.
+      length: T.
+    """
+    if given is not None:
+      given = jnp.atleast_2d(given)
+      return given if zigzag else self.zigzag(given)
+    if segments is not None:
+      return self.own(segments.positions)
+    return self.own(jnp.arange(length, dtype=jnp.int32)[None])
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
 def gather_keys(x: Float[Array, "B T *A"], axis_name: str) -> Any:
   """All tokens of the rows, in the order of the sequence.
 
-  The devices' gradients are summed in float32 (float64 for float64), in the
-  order of the collective, and rounded to x's dtype once.
+  `sum_gradients` sums the devices' gradients.
 
   Args:
     x: what the device holds of the rows, in zigzag order.
@@ -235,15 +273,69 @@ def _gather_keys_fwd(x, axis_name):
   return gather_keys(x, axis_name), None
 
 
-def _gather_keys_bwd(axis_name, residuals, cotangent):
-  del residuals
-  total = cotangent.astype(compute_dtype(cotangent.dtype))
+def sum_gradients(gradient: Float[Array, "B S *A"], axis_name: str) -> Array:
+  """A device's part of the sum of all devices' gradients of gathered keys.
+
+  The sum is one of float32 numbers (float64 for float64), in the order of the
+  collective, and rounded to the gradient's dtype once.
+
+  Args:
+    gradient: of the keys of all tokens, in the order of the sequence.
+    axis_name: of the mesh axis.
+
+  Returns:
+    [B, S / n, *A] in zigzag order.
+  """
+  total = gradient.astype(compute_dtype(gradient.dtype))
   total = _whole_to_zigzag(total, lax.axis_size(axis_name))
   total = lax.psum_scatter(total, axis_name, scatter_dimension=1, tiled=True)
-  return (total.astype(cotangent.dtype),)
+  return total.astype(gradient.dtype)
+
+
+def _gather_keys_bwd(axis_name, residuals, cotangent):
+  del residuals
+  return (sum_gradients(cotangent, axis_name),)
 
 
 gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def for_each(x: Array, count: int) -> Any:
+  """An operand that several calls read; its gradients add up in float32."""
+  return (x,) * count
+
+
+def _for_each_fwd(x, count):
+  return (x,) * count, None
+
+
+def _for_each_bwd(count, residuals, cotangents):
+  del count, residuals
+  dtype = compute_dtype(cotangents[0].dtype)
+  total = functools.reduce(jnp.add, (x.astype(dtype) for x in cotangents))
+  return (total.astype(cotangents[0].dtype),)
+
+
+for_each.defvjp(_for_each_fwd, _for_each_bwd)
+
+
+# Keys and values that a device gathers at once, in bytes. Below it all heads
+# come together, because kernels of fewer heads fill a GPU less well.
+PART_BYTES = 1 << 30
+
+
+def heads_at_once(k: Float[Array, "B T K D"], devices: int) -> int:
+  """KV heads whose keys and values a device gathers at once, a divisor of K.
+
+  Args:
+    k: the keys that a device holds of the rows.
+    devices: that share the rows.
+  """
+  heads = k.shape[2]
+  one = 2 * (k.size // heads) * k.dtype.itemsize * devices
+  most = max(PART_BYTES // max(one, 1), 1)
+  return max(n for n in range(1, heads + 1) if heads % n == 0 and n <= most)
 
 
 def gather_tokens(x: Array, axis_name: str) -> Array:

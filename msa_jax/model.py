@@ -19,10 +19,12 @@ from jaxtyping import Array, Bool, Float, Float32, Int, Int32
 from msa_jax import cache as cache_lib
 from msa_jax import ops
 from msa_jax.attention import (
+  ATTENTION_NAMES,
   CachedOutput,
   GQAttention,
   MSAttention,
   Selection,
+  save_attention,
   selection_specs,
   spreads,
 )
@@ -33,6 +35,7 @@ from msa_jax.checks import (
   require,
   wrong,
 )
+from msa_jax.context import Split
 from msa_jax.layers import Sharding, rms_norm
 from msa_jax.meshes import any_mesh_method, spec
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
@@ -322,6 +325,7 @@ class DecoderLM(nnx.Module):
     segment_ids: Int32[Array, "B T"] | None = None,
     segments: Segments | None = None,
     max_segments: int | None = None,
+    zigzag: bool = False,
   ) -> LMOutput:
     """Next-token logits.
 
@@ -343,6 +347,11 @@ class DecoderLM(nnx.Module):
       max_segments: the most documents of a row, see `msa_jax.ops`.
         A loss must leave out the targets of each document's last token, which
         are another document's.
+      zigzag: where a mesh axis splits the tokens, tokens, positions and
+        query_mask are in zigzag order, and so are the results, so that no
+        token moves between devices, see `msa_jax.context`. False: they are in
+        the order of the sequence, and the model moves them there and back.
+        Segments are always in the order of the sequence.
 
     Raises:
       ValueError: an argument is wrong, or the mesh in context does not divide
@@ -356,16 +365,19 @@ class DecoderLM(nnx.Module):
     if segments is not None:
       # All layers take the same number, whatever their attention.
       segments = with_max_segments(segments, self.config.index.block_size)
-      positions = segments.positions if positions is None else positions
     split = next(self._each_layer()).attention.context_split(
       "tokens", *tokens.shape
     )
     if split is not None:
-      positions = split.zigzag(split.positions(positions, tokens.shape[1]))
-      tokens = split.zigzag(tokens)
+      positions = split.positions(positions, zigzag, segments, tokens.shape[1])
+    elif segments is not None and positions is None:
+      positions = segments.positions
+    moved = None if zigzag else split
+    if moved is not None:
+      tokens = moved.zigzag(tokens)
       if query_mask is not None:
-        query_mask = split.zigzag(query_mask)
-    x = self._split_batch(self.embed(tokens))
+        query_mask = moved.zigzag(query_mask)
+    x = self._split_batch(self._embed(tokens, split))
     kls, selections, experts = [], [], []
     for group in self.layers:
       graphdef, params = nnx.split(group)
@@ -399,18 +411,18 @@ class DecoderLM(nnx.Module):
     if with_selection:
       selection = self._stack_selections(selections, tokens.shape)
     chosen = self._stack_experts(experts, tokens.shape)
-    if split is not None:
-      x = split.natural(x)
+    if moved is not None:
+      x = moved.natural(x)
       if selection is not None:
         heads = None if self.sharding is None else self.sharding.heads
-        blocks = split.natural(
+        blocks = moved.natural(
           selection.block_indices,
-          PartitionSpec(None, split.rows, heads, split.axis),
+          PartitionSpec(None, moved.rows, heads, moved.axis),
         )
         selection = selection._replace(block_indices=blocks)
       if chosen is not None:
-        chosen = split.natural(
-          chosen, PartitionSpec(None, split.rows, split.axis)
+        chosen = moved.natural(
+          chosen, PartitionSpec(None, moved.rows, moved.axis)
         )
     logits = self._logits(x) if with_logits else None
     return LMOutput(logits, kl, selection, chosen, x)
@@ -593,6 +605,21 @@ class DecoderLM(nnx.Module):
       q_len,
     )
 
+  def _embed(self, tokens: Array, split: Split | None) -> Array:
+    """The embeddings of tokens, in zigzag order where the mesh splits them."""
+    if split is None:
+      return self.embed(tokens)
+    # To read from a table that is split over "fsdp", XLA would send all devices
+    # the embeddings of all tokens. A copy of the table is smaller.
+    graphdef, params = nnx.split(self.embed)
+    place = PartitionSpec(split.rows, split.axis)
+    return jax.shard_map(
+      lambda params, tokens: nnx.merge(graphdef, params)(tokens),
+      in_specs=(PartitionSpec(), place),
+      out_specs=place,
+      check_vma=False,
+    )(params, tokens)
+
   def head_weight(self) -> Float[Array, "E V"]:
     """The matrix that turns `LMOutput.hidden` into logits: the kernel of the
     head, or the transposed embedding if they are tied."""
@@ -682,17 +709,10 @@ def _apply_layer(
   return jax.checkpoint(apply, policy=policy)(x, params)
 
 
-# What attention gives `jax.ad_checkpoint.checkpoint_name` to, and what the rest
-# of a layer does.
-_ATTENTION_NAMES = (
-  "attention_out", "attention_lse", "block_indices", "index_kl_gradient"
-)  # fmt: skip
+# What layers give `jax.ad_checkpoint.checkpoint_name` to besides.
 _LAYER_NAMES = ("rotated", "mlp_hidden")
-_save_attention = jax.checkpoint_policies.save_only_these_names(
-  *_ATTENTION_NAMES
-)
 _save_layer = jax.checkpoint_policies.save_only_these_names(
-  *_ATTENTION_NAMES, *_LAYER_NAMES
+  *ATTENTION_NAMES, *_LAYER_NAMES
 )
 
 
@@ -711,7 +731,7 @@ def _is_saved(
   if primitive.name.startswith("dot_product_attention_fwd"):
     return True  # the output and log sum exp of cuDNN's attention
   if remat:
-    return bool(_save_attention(primitive, *operands, **params))
+    return bool(save_attention(primitive, *operands, **params))
   products = ("dot_general", "ragged_dot_general")
   return primitive.name in products or bool(
     _save_layer(primitive, *operands, **params)

@@ -17,9 +17,10 @@ import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array
+
+from msa_jax.context import for_each
 
 
 class Refusal(NamedTuple):
@@ -56,25 +57,6 @@ def _pieces(
     first += length
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def _for_each_piece(x: Array, count: int) -> Any:
-  """An operand that all pieces read; its gradients add up in float32."""
-  return (x,) * count
-
-
-def _for_each_piece_fwd(x, count):
-  return (x,) * count, None
-
-
-def _for_each_piece_bwd(count, residuals, cotangents):
-  del count, residuals
-  total = functools.reduce(jnp.add, (x.astype(jnp.float32) for x in cotangents))
-  return (total.astype(cotangents[0].dtype),)
-
-
-_for_each_piece.defvjp(_for_each_piece_fwd, _for_each_piece_bwd)
-
-
 def select_blocks(
   index_q, index_k, *, kv_lengths, query_pieces=None, **options
 ):
@@ -99,8 +81,8 @@ def sparse_attention(
   run = functools.partial(kernels.sparse_attention, **options)
   if query_pieces is None:
     return run(q, k, v, block_indices, kv_lengths=kv_lengths)
-  ks: Any = _for_each_piece(k, len(query_pieces))
-  vs: Any = _for_each_piece(v, len(query_pieces))
+  ks: Any = for_each(k, len(query_pieces))
+  vs: Any = for_each(v, len(query_pieces))
   parts = [
     run(q[:, at], k, v, block_indices[:, :, at], kv_lengths=ends)
     for (at, ends), k, v in zip(_pieces(query_pieces), ks, vs)
@@ -125,8 +107,8 @@ def warmup_attention(
   )
   if query_pieces is None:
     return run(q, k, v, kv_lengths=kv_lengths)
-  ks: Any = _for_each_piece(k, len(query_pieces))
-  vs: Any = _for_each_piece(v, len(query_pieces))
+  ks: Any = for_each(k, len(query_pieces))
+  vs: Any = for_each(v, len(query_pieces))
   parts = [
     run(q[:, at], k, v, kv_lengths=ends)
     for (at, ends), k, v in zip(_pieces(query_pieces), ks, vs)
@@ -149,7 +131,7 @@ def index_kl_loss(
 
   if query_pieces is not None:
     total = count = jnp.zeros((), jnp.float32)
-    index_ks: Any = _for_each_piece(index_k, len(query_pieces))
+    index_ks: Any = for_each(index_k, len(query_pieces))
     for (at, ends), index_k in zip(_pieces(query_pieces), index_ks):
       mask = None if query_mask is None else query_mask[:, at]
       kl = index_kl_loss(

@@ -154,7 +154,7 @@ def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
   )
   operands = (
     state,
-    jax.ShapeDtypeStruct((*batch[:2], batch[2] + 1), jnp.int32),
+    *(jax.ShapeDtypeStruct(batch, jnp.int32),) * 2,
     jax.ShapeDtypeStruct(batch, jnp.float32),
     dict.fromkeys(("backbone", "index"), jax.ShapeDtypeStruct((), jnp.float32)),
   )

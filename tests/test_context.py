@@ -263,6 +263,8 @@ MESHES = {
          ("MSAttention", "warmup", 8, 4, dict(sinks=True), PACKED),
          ("GQAttention", "dense", 8, 4, {}, {})])],
 }
+if n == 4:
+  context.PART_BYTES = 0  # keys come one KV head at a time
 for axis_type, sizes, layers in MESHES[n]:
   mesh = jax.make_mesh(
     (*sizes.values(),), (*sizes,), axis_types=(axis_type,) * len(sizes))
@@ -354,9 +356,10 @@ tokens = jax.random.randint(jax.random.key(0), (2, 48), 0, 64)
 mask = jax.random.bernoulli(jax.random.key(1), 0.6, (2, 48))
 
 
-def train(model, tokens, sharding):
+def train(model, tokens, mask, sharding):
   def loss(model):
-    out = model(tokens, with_kl=True, query_mask=mask, with_selection=True)
+    out = model(
+      tokens, with_kl=True, query_mask=mask, with_selection=True, zigzag=zigzag)
     lm = msa_jax.head_loss(
       out.hidden, model.head_weight(), tokens, mask.astype(jnp.float32), 16,
       sharding=sharding)
@@ -364,28 +367,49 @@ def train(model, tokens, sharding):
   return nnx.value_and_grad(loss, has_aux=True)(model)
 
 
-def run(sharding, tokens):
+def run(sharding, *arrays):
   model = DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding)
   graphdef, state = nnx.split(model)
   compiled = jax.jit(
-    lambda state, tokens: train(nnx.merge(graphdef, state), tokens, sharding)
-  ).lower(state, tokens).compile()
-  return compiled(state, tokens), compiled.as_text()
+    lambda state, *arrays: train(nnx.merge(graphdef, state), *arrays, sharding)
+  ).lower(state, *arrays).compile()
+  return compiled(state, *arrays), compiled.as_text()
 
 
-want, _ = run(None, tokens)
+# On 2 and 4 devices tokens arrive in zigzag order, on 8 in that of the rows.
+zigzag = n != 8
+want, _ = run(None, tokens, mask)
+if zigzag:
+  order = msa_jax.context.zigzag_order(48, 2)
+  ((loss, out), grads), tokens, mask = want, tokens[:, order], mask[:, order]
+  selection = out.selection._replace(
+    block_indices=out.selection.block_indices[..., order, :])
+  want = ((loss, out._replace(
+    logits=out.logits[:, order], hidden=out.hidden[:, order],
+    selection=selection, experts=out.experts[:, :, order])), grads)
 sizes = dict(context=2) if n == 2 else dict(fsdp=2, context=2, expert=n // 4)
 axis_type = AxisType.Explicit if n == 4 else AxisType.Auto
 mesh = jax.make_mesh(
   (*sizes.values(),), (*sizes,), axis_types=(axis_type,) * len(sizes))
 with jax.set_mesh(mesh):
-  got, text = run(Sharding(), jax.device_put(tokens, jax.P(None, "context")))
+  arrays = jax.device_put((tokens, mask), jax.P(None, "context"))
+  got, text = run(Sharding(), *arrays)
   close(got, want, 2e-5)
   if n == 2:
     # Nothing but keys is gathered: [2, 48, 2, 8] at most, and no activations.
+    # Dense attention exchanges heads; nothing moves tokens besides.
+    assert "collective-permute" not in text
     shapes = re.findall(r"= \\w+\\[([0-9,]*)\\]\\S* all-gather", text)
     assert len(shapes) >= 3
     assert max(np.prod([*map(int, x.split(","))]) for x in shapes) == 1536
+    # No gradient of all tokens' index keys waits for the backward pass.
+    model = DecoderLM(config, rngs=nnx.Rngs(0), sharding=Sharding())
+    graphdef, state = nnx.split(model)
+    kept = jax.eval_shape(lambda state: jax.vjp(
+      lambda state: nnx.merge(graphdef, state)(
+        arrays[0], with_kl=True, zigzag=True).kl, state)[1], state)
+    kept = [x.shape for x in jax.tree.leaves(kept)]
+    assert (n * 2, 24, 8) in kept and (n * 2, 48, 8) not in kept, kept
   hidden = got[0][1].hidden
   assert hidden.sharding.shard_shape(hidden.shape)[1] == 24, hidden.sharding
 """
@@ -398,6 +422,64 @@ with jax.set_mesh(mesh):
 def test_model_gives_the_numbers_of_one_device(devices):
   """Loss, KL, choices, experts and gradients of a model of both attentions."""
   run_on_devices(devices, MODEL)
+
+
+PARTS = """
+import functools
+import jax, jax.numpy as jnp
+from jax.sharding import AxisType
+from benchmarks.context_parallel import sent_bytes
+from msa_jax import attention
+from test_context import close
+
+n, T, K, D = jax.device_count(), 2048, 8, 8
+mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Auto,))
+keys = jax.random.split(jax.random.key(0), 5)
+args = [jax.random.normal(key, (1, T, *shape)) / 16
+        for key, shape in zip(keys, ((K, D), (K, D), (K, D), (K, D), (D,)))]
+
+
+def attend(q, k, v, index_q, index_k, *rest, query_pieces):
+  # It reads all keys and needs next to no memory of its own.
+  every = jnp.einsum("bskd,bskd->bkd", k, v) + jnp.sum(index_k, 1)[:, None]
+  return (q + index_q) * every[:, None], None, jnp.sum(every), None
+
+
+def layer(heads, *args):
+  out, _, kl, _ = attention._attend_in_parts(
+    attend, "context", heads, *args, *(None,) * 5, query_pieces=None)
+  return jnp.sum(jnp.sin(out)) + kl * (K // heads)  # kl: the mean of parts
+
+
+def program(heads):
+  loss = lambda *args: jax.lax.psum(layer(heads, *args), "context")
+  mapped = jax.shard_map(
+    jax.value_and_grad(loss, range(5)), mesh=mesh, check_vma=False,
+    in_specs=jax.P(None, "context"),
+    out_specs=(jax.P(), (jax.P(None, "context"),) * 5))
+  placed = jax.device_put(args, jax.NamedSharding(mesh, jax.P(None, "context")))
+  compiled = jax.jit(mapped).lower(*placed).compile()
+  return compiled, compiled(*placed)
+
+
+once, want = program(K)
+parts, got = program(1)
+close(got, want)
+for each in (once, parts):
+  # Other devices' keys, k and v twice, and the float32 gradients of all.
+  sent, others = sent_bytes(each.as_text(), n), T * (n - 1) // n
+  assert sent["all-gather"] == (4 * K * D + D) * 4 * others, sent
+  assert sent["reduce-scatter"] == (2 * K * D + D) * 4 * others, sent
+bytes_once, bytes_in_parts = (
+  each.memory_analysis().temp_size_in_bytes for each in (once, parts))
+assert bytes_once > 2 * 2 * K * D * 4 * T
+assert bytes_in_parts < 0.5 * bytes_once, (bytes_in_parts, bytes_once)
+"""
+
+
+def test_keys_are_gathered_in_parts_of_few_heads():
+  """The same numbers and bytes sent, in less memory."""
+  run_on_devices(8, PARTS)
 
 
 # --- a cache that is split ---------------------------------------------------

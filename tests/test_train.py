@@ -123,9 +123,11 @@ def source(place) -> data.Source:
   return data.load(tiny_run(place).data)
 
 
-def parts_of(batch: data.Batch, count: int) -> tuple[np.ndarray, np.ndarray]:
+def parts_of(batch: data.Batch, count: int) -> tuple[np.ndarray, ...]:
+  tokens = batch.tokens
   return tuple(
-    a.reshape(count, -1, *a.shape[1:]) for a in (batch.tokens, batch.loss_mask)
+    a.reshape(count, -1, *a.shape[1:])
+    for a in (tokens[:, :-1], tokens[:, 1:], batch.loss_mask)
   )
 
 
@@ -209,9 +211,11 @@ def test_parts_of_a_packed_batch_add_up(place, params):
   mask = (ids[:, 1:] == ids[:, :-1]) & (ids[:, 1:] > 0)
   batch = batch._replace(loss_mask=mask)
   loss = loss_of(program_of(run), "sparse")
-  (whole, metrics), grads = loss(params, *parts_of(batch, 1), 1.0, ids[None])
+  (whole, metrics), grads = loss(
+    params, *parts_of(batch, 1), 1.0, ids[None, :, :-1]
+  )
   (whole_4, metrics_4), grads_4 = loss(
-    params, *parts_of(batch, 4), 1.0, ids[:, None]
+    params, *parts_of(batch, 4), 1.0, ids[:, None, :-1]
   )
   assert metrics["kl"] > 0
   np.testing.assert_allclose(whole_4, whole, rtol=1e-5)
@@ -489,7 +493,7 @@ def test_a_run_refuses_another_runs_program(place, program, source):
 # --- Devices ------------------------------------------------------------------
 
 EIGHT_DEVICES = """
-import dataclasses, json, pathlib, sys
+import dataclasses, json, pathlib, re, sys
 import jax, numpy as np
 from test_train import first_steps, tiny_run
 from train import checkpoint, data
@@ -504,6 +508,23 @@ state, steps = first_steps(program, run, data.load(run.data))
 saved = checkpoint.Checkpoints(pathlib.Path(sys.argv[2]))
 saved.save(4, program_lib.flatten_state(state), 1.0)
 saved.close()
+# Of what has batch rows and tokens, the keys alone are gathered, and nothing is
+# moved to another place in the sequence: batches arrive cut.
+text = program._compiled["step", "sparse"].as_text()
+moved = {
+  shape
+  for line in text.splitlines()
+  if re.search(" (all-gather|collective-permute)(-start)?\\(", line)
+  for shape in re.findall(r"\\[([24],(?:32|64)[0-9,]*)\\]", line.split("(")[0])
+}
+assert moved == {"2,64,1,8", "2,64,8"}, moved
+rows = np.arange(4 * 64).reshape(4, 64)
+held = program.put(rows, parts=True, zigzag=True)
+for shard in held.addressable_shards:
+  early, late = np.split(np.asarray(shard.data)[0] % 64, 2, axis=1)
+  first = early[0, 0]
+  assert first in (0, 16) and (early == first + np.arange(16)).all()
+  assert (late == 48 - first + np.arange(16)).all() and len(late) == 2
 split = [a for a in state.params.values() if not a.is_fully_replicated]
 result = {"devices": jax.device_count(), "split": len(split), "steps": steps}
 np.savez(sys.argv[3], **program_lib.flatten_state(state))

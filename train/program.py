@@ -30,6 +30,7 @@ from jax.sharding import PartitionSpec as Pspec
 
 from msa_jax import checkpoints, convert, mlp
 from msa_jax import model as model_lib
+from msa_jax.context import zigzag_order
 from msa_jax.losses import head_loss
 from msa_jax.model_config import IndexConfig, ModelConfig
 from train import config as config_lib
@@ -543,6 +544,7 @@ class Program:
     self,
     params: Params,
     tokens: jax.Array,
+    targets: jax.Array,
     weights: jax.Array,
     kl_weight: float | jax.Array,
     segment_ids: jax.Array | None = None,
@@ -554,12 +556,14 @@ class Program:
 
     Args:
       params: parameters by name.
-      tokens: int32 [part, batch row, context + 1].
+      tokens: int32 [part, batch row, context]. As the targets and weights, in
+        zigzag order where mesh.context splits them, see `msa_jax.context`.
+      targets: the next token of each, int32 [part, batch row, context].
       weights: float32 [part, batch row, context], how much each target
         counts; the LM loss is the weighted mean.
       kl_weight: lambda.
-      segment_ids: int32 [part, batch row, context + 1], documents of packed
-        rows; None for plain ones.
+      segment_ids: int32 [part, batch row, context], documents of packed rows,
+        always in the order of the sequence; None for plain ones.
       phase: "dense", "warmup" or "sparse".
       groups: the parameter groups to differentiate.
 
@@ -572,11 +576,11 @@ class Program:
     parts = tokens.shape[0]
     inputs = jnp.ones(())
     if segment_ids is not None:
-      inputs = jnp.maximum(jnp.sum(segment_ids[..., :-1] > 0), 1)
+      inputs = jnp.maximum(jnp.sum(segment_ids > 0), 1)
 
     trained = {n: x for n, x in params.items() if self.groups[n] in groups}
 
-    def part_loss(trained, tokens, weights, segment_ids):
+    def part_loss(trained, tokens, targets, weights, segment_ids):
       model = self.merge({**params, **trained})
       out = self._apply(
         model,
@@ -585,11 +589,12 @@ class Program:
         phase=phase,
         with_kl=self.has_index,
         with_logits=False,
+        zigzag=True,
       )
       lm = head_loss(
         out.hidden,
         model.head_weight(),
-        tokens[:, 1:],
+        targets,
         weights,
         sharding=self.sharding,
       )
@@ -599,7 +604,7 @@ class Program:
         kl = kl / parts
       else:
         # A mean over the part's tokens that are no padding.
-        kl = kl * (jnp.sum(segment_ids[:, :-1] > 0) / inputs)
+        kl = kl * (jnp.sum(segment_ids > 0) / inputs)
       metrics = {"loss": lm, "kl": kl}
       if out.experts is not None:
         metrics["load"] = mlp.expert_load(
@@ -609,7 +614,7 @@ class Program:
       return lm + kl_weight * kl, metrics
 
     grad = jax.value_and_grad(part_loss, has_aux=True)
-    xs = (tokens, weights, segment_ids)
+    xs = (tokens, targets, weights, segment_ids)
     first = jax.tree.map(lambda x: x[0], xs)
     if parts == 1:
       return grad(trained, *first)
@@ -631,10 +636,10 @@ class Program:
     **kwargs,
   ):
     if segment_ids is not None:
-      kwargs["segment_ids"] = segment_ids[:, :-1]
+      kwargs["segment_ids"] = segment_ids
       kwargs["max_segments"] = data_lib.max_documents(self.config.context)
     return model(
-      tokens[:, :-1],
+      tokens,
       phase="warmup" if phase == "warmup" else "sparse",
       **kwargs,
     )
@@ -643,6 +648,7 @@ class Program:
     self,
     state: TrainState,
     tokens,
+    targets,
     weights,
     rates: dict[str, jax.Array],
     segment_ids=None,
@@ -654,6 +660,7 @@ class Program:
     (_, metrics), grads = self.loss(
       state.params,
       tokens,
+      targets,
       weights,
       self.config.kl_weight,
       segment_ids,
@@ -704,9 +711,11 @@ class Program:
     """Loss of each target, and which targets the model predicts right.
 
     The phase "oracle" is "sparse" with the best possible choice of blocks.
+    Here, and in the functions below, tokens and segment_ids are [batch row,
+    context + 1], in the order of the sequence.
     """
     merge = self.merge_oracle if phase == "oracle" else self.merge
-    out = self._apply(merge(params), tokens, segment_ids, phase=phase)
+    out = self._apply(merge(params), *_inputs(tokens, segment_ids), phase=phase)
     assert out.logits is not None
     losses = _cross_entropy(out.logits, tokens) * loss_mask
     right = jnp.argmax(out.logits, axis=-1) == tokens[:, 1:]
@@ -716,8 +725,7 @@ class Program:
     """KL of each layer, and its chosen blocks and recalls."""
     out = self._apply(
       self.merge(params),
-      tokens,
-      segment_ids,
+      *_inputs(tokens, segment_ids),
       phase=phase,
       with_kl=self.has_index,
       with_selection=True,
@@ -733,21 +741,37 @@ class Program:
 
   # --- Calls from the host --------------------------------------------------
 
-  def put(self, array: np.ndarray, *, parts: bool = False) -> jax.Array:
+  def put(
+    self, array: np.ndarray, *, parts: bool = False, zigzag: bool = False
+  ) -> jax.Array:
     """Places an array of batch rows on the mesh, split over its devices.
 
     Args:
       array: [batch row, ...], the same on every process; a process copies
-        only the batch rows of its own devices.
+        only what its own devices hold.
       parts: cuts the batch rows into the parts of gradient accumulation first.
+      zigzag: the array is [batch row, context]. Where mesh.context splits the
+        tokens, it becomes one in zigzag order, and a device gets its own pieces
+        alone. Else every device has whole rows.
     """
-    spec = Pspec(("data", "fsdp", "expert"))
+    rows = ("data", "fsdp", "expert")
+    order = None
+    if zigzag and self.mesh.shape["context"] > 1:
+      order = zigzag_order(array.shape[1], self.mesh.shape["context"])
+    spec = Pspec(rows) if order is None else Pspec(rows, "context")
     if parts:
       count = self.config.grad_accumulation
       array = array.reshape(count, -1, *array.shape[1:])
       spec = Pspec(None, *spec)
+
+    def held(index: Any) -> np.ndarray:
+      if order is None:
+        return array[index]
+      *whole, tokens = index
+      return array[*whole][..., order[tokens]]
+
     return jax.make_array_from_callback(
-      array.shape, NamedSharding(self.mesh, spec), lambda index: array[index]
+      array.shape, NamedSharding(self.mesh, spec), held
     )
 
   def compile(self, phase: str, function: str = "step") -> int | None:
@@ -775,12 +799,13 @@ class Program:
     with self.context():
       if function == "step":
         rows = np.zeros((config.batch_size, config.context + 1), np.int32)
+        weights = rows[:, 1:].astype(np.float32)
+        rates: dict[str, float] = dict.fromkeys(_GROUPS, 0.0)
         return self._jit_step.trace(
           self.abstract_state,
-          self.put(rows, parts=True),
-          self.put(rows[:, 1:].astype(np.float32), parts=True),
-          dict.fromkeys(_GROUPS, np.float32(0)),
-          *([self.put(rows, parts=True)] if config.packed else []),
+          *self._step_operands(
+            rows, weights, rates, rows if config.packed else None
+          ),
           phase=phase,
         )
       rows = np.zeros(
@@ -830,16 +855,35 @@ class Program:
       "step",
       phase,
       state,
-      self.put(tokens, parts=True),
-      self.put(weights, parts=True),
+      *self._step_operands(tokens, weights, rates, segment_ids),
+    )
+
+  def _step_operands(
+    self,
+    tokens: np.ndarray,
+    weights: np.ndarray,
+    rates: Mapping[str, float],
+    segment_ids: np.ndarray | None,
+  ) -> tuple:
+    """A batch on the mesh as `_step` takes it: each device holds its tokens,
+    their targets and weights, and nothing of them moves in the step."""
+    ids = None if segment_ids is None else segment_ids[:, :-1]
+    return (
+      *(
+        self.put(array, parts=True, zigzag=True)
+        for array in (tokens[:, :-1], tokens[:, 1:], weights)
+      ),
       {group: np.float32(rates[group]) for group in _GROUPS},
-      *self.put_segments(segment_ids, parts=True),
+      *self.put_segments(ids, parts=True),
     )
 
   def put_segments(
     self, segment_ids: np.ndarray | None, *, parts: bool = False
   ) -> tuple[jax.Array, ...]:
     """The last operand of a packed program's functions; none of a plain one's.
+
+    Every device has the ids of whole rows, because a query's segment decides
+    which keys of other devices it sees.
 
     Raises:
       ValueError: the batch is packed and the program not, or the reverse.
@@ -1056,6 +1100,14 @@ def _flatten_model(model: model_lib.DecoderLM) -> Params:
 
 def _decays(name: str) -> bool:
   return not name.endswith(("scale", "bias"))
+
+
+def _inputs(
+  tokens: jax.Array, segment_ids: jax.Array | None
+) -> tuple[jax.Array, jax.Array | None]:
+  """What the model reads of rows that have one token more."""
+  ids = None if segment_ids is None else segment_ids[:, :-1]
+  return tokens[:, :-1], ids
 
 
 def _cross_entropy(logits: jax.Array, tokens: jax.Array) -> jax.Array:
