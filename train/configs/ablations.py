@@ -25,7 +25,7 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
     "teacher_not_detached": dict(detach_teacher=False),
     "own_block_not_forced": dict(num_local_blocks=0),
     "first_block_forced": dict(force_first_block=True),
-    "fixed_window": dict(selection="window"),
+    "fixed_window": dict(selection="window", rope_dim=None),
   }
   changed = {
     "msa": (index, recipe),
