@@ -3,20 +3,48 @@
 import json
 
 import pytest
+from flax import nnx
 from matplotlib import pyplot as plt
 
+from msa_jax import DecoderLM, ModelConfig, checkpoints
 from notebooks import build
+from train import corpus
 
 # Small values for the parameters in the second code cell of each notebook.
 SMALL = {
   "01_what_msa_selects": dict(STEPS=6, WARMUP=3, EVAL_BATCHES=1),
   "02_the_kernels": dict(KEY_TOKENS=1 << 13, RUN_TOKENS=128),
   "03_gqa_against_msa": dict(),
+  # FOLDER is set below.
+  "04_turn_a_pretrained_model_into_msa": dict(
+    CONTEXT=64, BLOCK_SIZE=8, TOP_K=2, WARMUP=1, STEPS=1, NEW_TOKENS=2
+  ),
   "05_msa_in_your_own_model": dict(STEPS=4, WARMUP=2, CONTEXT=64, BATCH=1),
 }
 each_notebook = pytest.mark.parametrize(
   "source", build.sources(), ids=lambda path: path.stem
 )
+
+
+def small_checkpoint(folder):
+  """A tiny model without QK-norm, with a tokenizer of bytes."""
+  config = ModelConfig(
+    vocab_size=256,
+    num_layers=2,
+    embed_dim=32,
+    num_heads=4,
+    num_kv_heads=2,
+    head_dim=8,
+    mlp_dim=32,
+    qk_norm=False,
+  )
+  tokenizer = corpus.read_tokenizer(corpus.TextConfig(), None).saved()
+  checkpoints.save(
+    DecoderLM(config, rngs=nnx.Rngs(0)),
+    folder,
+    documents={"tokenizer.json": json.loads(tokenizer)},
+  )
+  return folder
 
 
 def read_notebook(source):
@@ -37,8 +65,16 @@ def test_a_notebook_holds_its_sources_cells_and_their_outputs(source):
   assert source.with_suffix(".ipynb").stat().st_size < 500_000
 
 
-@each_notebook
-def test_a_notebook_runs(source, monkeypatch):
+@pytest.mark.parametrize(
+  "source",
+  [
+    # It compiles a dozen programs.
+    pytest.param(path, marks=[pytest.mark.slow] if "04_" in path.stem else [])
+    for path in build.sources()
+  ],
+  ids=lambda path: path.stem,
+)
+def test_a_notebook_runs(source, monkeypatch, tmp_path):
   """With small parameters it draws as many pictures as it holds on disk."""
   drawn = []
 
@@ -54,6 +90,9 @@ def test_a_notebook_runs(source, monkeypatch):
   plt.switch_backend("agg")
   monkeypatch.setattr(plt, "show", show)
   parameters = SMALL[source.stem]
+  if source.stem.startswith("04"):
+    folder = small_checkpoint(tmp_path / "checkpoint")
+    parameters = {**parameters, "FOLDER": str(folder)}
   names = {"display": display}
   codes = [text for kind, text in build.read_cells(source) if kind == "code"]
   with plt.rc_context():
