@@ -711,12 +711,13 @@ def test_linen_bridge():
 
 
 MESH = """
-import dataclasses
+import dataclasses, sys
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from test_modules import CONFIG, DecoderLM
 from msa_jax import Sharding
 
+jax.config.update("jax_disable_most_optimizations", True)
 CONFIG = dataclasses.replace(CONFIG, num_layers=2)
 tokens = jax.random.randint(jax.random.key(0), (4, 40), 0, 64)
 mask = jax.random.bernoulli(jax.random.key(1), 0.6, (4, 40)).at[3].set(False)
@@ -736,7 +737,9 @@ def run(model, tokens, mask, ids=None):
   return nnx.value_and_grad(loss, has_aux=True)(model)
 
 
-for shape, ids in (((2, 1, 2), ids), ((1, 4, 1), None)):
+CASES = {"data and tensor": ((2, 1, 2), ids), "fsdp": ((1, 4, 1), None)}
+for name in sys.argv[1:]:
+  shape, ids = CASES[name]
   model = DecoderLM(CONFIG, rngs=nnx.Rngs(0))
   (want, out), grads = run(model, tokens, mask, ids)
   mesh = jax.make_mesh(shape, ("data", "fsdp", "tensor"),
@@ -754,6 +757,9 @@ for shape, ids in (((2, 1, 2), ids), ((1, 4, 1), None)):
 """
 
 
-def test_mesh_gives_the_same_numbers():
+@pytest.mark.parametrize(
+  "case", ["data and tensor", pytest.param("fsdp", marks=pytest.mark.slow)]
+)
+def test_mesh_gives_the_same_numbers(case):
   """Four forced CPU devices: batch, parameters and KV heads split."""
-  run_on_devices(4, MESH)
+  run_on_devices(4, MESH, case)
