@@ -23,6 +23,7 @@ Arguments are checked in `ops`, not here.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -40,9 +41,14 @@ from pallas_kernels import partition
 
 # Elements of one chunk's largest intermediate array: 64 MiB in float32.
 _CHUNK_ELEMENTS = 1 << 24
-# Matrix rows of a tile: its queries times the heads of a group. 64 are enough
-# for an efficient matmul, and the last tile of each block wastes few of them.
+# Likewise in selection and sparse attention: 4 MiB, which a CPU's caches hold,
+# and 512 MiB.
+_CPU_ELEMENTS = 1 << 20
+_ACCELERATOR_ELEMENTS = 1 << 27
+# A tile has at least this many matrix rows, its queries times the heads of a
+# group, and at most this many queries.
 _TILE_ROWS = 64
+_TILE_QUERIES = 128
 
 # The letters of a layout's arrays, which have batch rows and no heads.
 _LAYOUT = BlockLayout("B N", "B N", "B N", "B N", "B S", "B S", "B")  # pyright: ignore
@@ -75,17 +81,37 @@ def _by_rows_and_heads(
   return run
 
 
+class _Bounds(NamedTuple):
+  """Slots of each block: its first, one behind its last, and one behind the
+  last query that sees it."""
+
+  start: Int[Array, "B N"]
+  end: Int[Array, "B N"]
+  until: Int[Array, "B N"]
+
+
+def _bounds(
+  batch: int, kv_len: int, block_size: int, layout: BlockLayout | None
+) -> _Bounds:
+  if layout is not None:
+    return _Bounds(layout.block_start, layout.block_end, layout.block_until)
+  start = jnp.arange(0, kv_len, block_size, dtype=jnp.int32)
+  start = jnp.broadcast_to(start, (batch, start.shape[0]))
+  return _Bounds(start, start + block_size, jnp.full_like(start, kv_len))
+
+
 class _Plan(NamedTuple):
   """The (query, block) pairs of one chunk, cut into M tiles of R queries.
 
-  Each choice slot that holds a block before or at the query's own makes a pair.
-  Queries are numbered over all batch rows and groups, (b K + k) C + c, with C
-  queries in the chunk; so are blocks, (b K + k) N + n.
+  Each choice slot that holds a block which the query sees makes a pair. A row
+  is a group of a batch row. Queries are numbered over the Z rows and C queries
+  of a chunk, z C + c, and blocks likewise, z N + n.
 
   Attributes:
     block: block of each tile; tiles are sorted by it.
     query: queries of each tile.
-    visible: causal mask of each tile; all False where a tile has no query.
+    limit: the last token of the tile's block that each query sees, counted from
+      0; -1 where a tile has no query.
     position: position of each slot's pair among the M R queries of all tiles.
     used: whether the slot makes a pair; if not, its position means nothing.
     last: last tile of each block.
@@ -94,32 +120,38 @@ class _Plan(NamedTuple):
 
   block: Int[Array, "M"]
   query: Int[Array, "M R"]
-  visible: Bool[Array, "M R bs"]
-  position: Int[Array, "B*K*C P"]
-  used: Bool[Array, "B*K*C P"]
-  last: Int[Array, "B*K*N"]
-  picked: Bool[Array, "B*K*N"]
+  limit: Int[Array, "M R"]
+  position: Int[Array, "Z*C P"]
+  used: Bool[Array, "Z*C P"]
+  last: Int[Array, "Z*N"]
+  picked: Bool[Array, "Z*N"]
+
+
+def _take(x: Array, at: Int[Array, "*A"]) -> Array:
+  """x[at], without a check of indices that are right by construction."""
+  return x.at[at].get(mode="promise_in_bounds")
 
 
 def _plan(
-  block_indices: Int[Array, "B K C P"],
-  positions: Int[Array, "B C"],
-  k_blocks: Float[Array, "B*K*N bs D"],
-  group_size: int,
-  layout: BlockLayout | None,
+  block_indices: Int[Array, "Z C P"],
+  positions: Int[Array, "Z C"],
+  bounds: _Bounds,
+  tile_queries: int,
 ) -> _Plan:
   """Sorts a chunk's pairs by block and cuts them into tiles."""
-  b, num_kv_heads, c, p = block_indices.shape
-  total_blocks, block_size, _ = k_blocks.shape
-  num_blocks = total_blocks // (b * num_kv_heads)
-  tile_queries = max(_TILE_ROWS // group_size, 1)
-  pairs = b * num_kv_heads * c * p
+  rows, c, p = block_indices.shape
+  num_blocks = bounds.start.shape[1]
+  total_blocks, pairs = rows * num_blocks, rows * c * p
+  start, end, until = (x.reshape(-1) for x in bounds)
 
-  used = _is_visible(block_indices, positions, block_size, layout)
-  group = jnp.arange(b * num_kv_heads, dtype=jnp.int32)
-  group = group.reshape(b, num_kv_heads, 1, 1)
-  key = jnp.where(used, group * num_blocks + block_indices, total_blocks)
-  key, used = key.reshape(-1), used.reshape(-1, p)
+  named = (block_indices >= 0) & (block_indices < num_blocks)
+  row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
+  key = row * num_blocks + jnp.where(named, block_indices, 0)
+  position = positions[..., None]
+  used = named & (_take(start, key) <= position)
+  used &= position < _take(until, key)
+  key = jnp.where(used, key, total_blocks).reshape(-1)
+  used = used.reshape(-1, p)
 
   order = jnp.argsort(key, stable=True).astype(jnp.int32)
   rank = (
@@ -130,92 +162,63 @@ def _plan(
   # Sums of scattered ones, because `jnp.searchsorted` fails inside of a
   # `jax.shard_map` over some of the mesh's axes with check_vma=True (jax 0.11).
   count = jnp.zeros((total_blocks + 1,), jnp.int32).at[key].add(1)
-  start = jnp.cumsum(count, dtype=jnp.int32) - count
+  first = jnp.cumsum(count, dtype=jnp.int32) - count
   count = count[:-1]
-  tiles = -(-count // tile_queries)
-  tile_end = jnp.cumsum(tiles).astype(jnp.int32)
-  tile_start = tile_end - tiles
+  tile_end = jnp.cumsum(-(-count // tile_queries)).astype(jnp.int32)
+  tile_start = tile_end - -(-count // tile_queries)
 
   # Only the last tile of a block can be incomplete, which bounds the number.
+  # `_sum_tiles` wants whole windows of tiles.
   num_tiles = pairs // tile_queries + min(total_blocks, pairs)
+  window = _window(num_tiles)
+  num_tiles = -(-num_tiles // window) * window
   tile = jnp.arange(num_tiles, dtype=jnp.int32)
   ends = jnp.zeros((num_tiles,), jnp.int32).at[tile_end].add(1, mode="drop")
   block = jnp.cumsum(ends, dtype=jnp.int32)
   real = block < total_blocks
   block = jnp.minimum(block, total_blocks - 1)
-  at = start[block] + (tile - tile_start[block]) * tile_queries
+  at = _take(first, block) + (tile - _take(tile_start, block)) * tile_queries
   at = at[:, None] + jnp.arange(tile_queries, dtype=jnp.int32)[None]
-  live = real[:, None] & (at < start[block + 1][:, None])
-  query = order[jnp.clip(at, 0, pairs - 1)] // p
+  live = real[:, None] & (at < _take(first, block + 1)[:, None])
+  query = _take(order, jnp.clip(at, 0, pairs - 1)) // p
 
-  query_slot = positions[query // (num_kv_heads * c), query % c]
-  if layout is None:
-    first_token = (block % num_blocks * block_size)[:, None]
-    token = first_token + jnp.arange(block_size)[None]
-  else:
-    slots, inside = reference.block_slots(layout, block_size)
-    row = block // (num_kv_heads * num_blocks)
-    # No query stands behind a slot of kv_len, so it is visible to none.
-    token = jnp.where(inside, slots, layout.own_block.shape[1])
-    token = token[row, block % num_blocks]
-  visible = live[..., None] & (token[:, None] <= query_slot[..., None])
+  block_start = _take(start, block)
+  last_token = _take(end, block) - block_start - 1
+  limit = _take(positions.reshape(-1), query) - block_start[:, None]
+  limit = jnp.where(live, jnp.minimum(limit, last_token[:, None]), -1)
 
   pair_block = jnp.minimum(key, total_blocks - 1)
-  offset = rank - start[pair_block]
-  position = tile_start[pair_block] * tile_queries + offset
+  offset = rank - _take(first, pair_block)
+  position = _take(tile_start, pair_block) * tile_queries + offset
   position = jnp.clip(position, 0, num_tiles * tile_queries - 1).reshape(-1, p)
   last = jnp.maximum(tile_end - 1, 0)
-  return _Plan(block, query, visible, position, used, last, count > 0)
-
-
-def _is_visible(
-  block_indices: Int[Array, "B K C P"],
-  positions: Int[Array, "B C"],
-  block_size: int,
-  layout: BlockLayout | None,
-) -> Bool[Array, "B K C P"]:
-  """Which choice slots hold a block that the query sees."""
-  if layout is None:
-    own = jnp.where(positions < 0, -1, positions // block_size)
-    own = own[:, None, :, None]
-    return (block_indices >= 0) & (block_indices <= own)
-  num_blocks = layout.block_start.shape[1]
-  named = (block_indices >= 0) & (block_indices < num_blocks)
-  ids = jnp.where(named, block_indices, 0)
-  row = jnp.arange(ids.shape[0])[:, None, None, None]
-  position = positions[:, None, :, None]
-  return (
-    named
-    & (layout.block_start[row, ids] <= position)
-    & (position < layout.block_until[row, ids])
-  )
+  return _Plan(block, query, limit, position, used, last, count > 0)
 
 
 def _blocks(
   x: Float[Array, "B S K D"], block_size: int, layout: BlockLayout | None
-) -> Float[Array, "B*K*N bs D"]:
+) -> Float[Array, "B*K N bs D"]:
   """Cuts each head's tokens into blocks; zeros pad incomplete blocks."""
   b, s, h, d = x.shape
   if layout is not None:
     slots, inside = reference.block_slots(layout, block_size)
     x = x[jnp.arange(b)[:, None, None], slots]
     x = jnp.where(inside[..., None, None], x, 0)
-    return jnp.moveaxis(x, 3, 1).reshape(-1, block_size, d)
+    return jnp.moveaxis(x, 3, 1).reshape(b * h, -1, block_size, d)
   n = -(-s // block_size)
   x = jnp.pad(x, ((0, 0), (0, n * block_size - s), (0, 0), (0, 0)))
-  return jnp.moveaxis(x, 2, 1).reshape(b * h * n, block_size, d)
+  return jnp.moveaxis(x, 2, 1).reshape(b * h, n, block_size, d)
 
 
 def _unblock(
-  x: Float[Array, "B*K*N bs D"],
+  x: Float[Array, "B*K N bs D"],
   batch: int,
-  num_heads: int,
   kv_len: int,
   layout: BlockLayout | None,
 ) -> Float[Array, "B S K D"]:
   """Undoes `_blocks`; zeros for padding."""
-  block_size = x.shape[1]
-  x = x.reshape(batch, num_heads, -1, x.shape[-1])
+  block_size, head_dim = x.shape[2:]
+  x = x.reshape(batch, x.shape[0] // batch, -1, head_dim)
   if layout is None:
     return jnp.moveaxis(x[:, :, :kv_len], 1, 2)
   own = layout.own_block
@@ -229,120 +232,155 @@ def _unblock(
   return jnp.moveaxis(x, 1, 2)
 
 
-def _by_query(
-  x: Float[Array, "B C H *D"], num_kv_heads: int
-) -> Float[Array, "B*K*C G *D"]:
-  """One entry for each (batch row, group, query), which holds G heads."""
-  b, c, h = x.shape[:3]
-  x = x.reshape(b, c, num_kv_heads, h // num_kv_heads, *x.shape[3:])
-  x = jnp.moveaxis(x, 2, 1)
-  return x.reshape(b * num_kv_heads * c, h // num_kv_heads, *x.shape[4:])
+def _to_rows(
+  x: Float[Array, "B T H *D"], num_kv_heads: int
+) -> Float[Array, "B*K T G *D"]:
+  b, t, h = x.shape[:3]
+  x = x.reshape(b, t, num_kv_heads, h // num_kv_heads, *x.shape[3:])
+  return jnp.moveaxis(x, 2, 1).reshape(b * num_kv_heads, t, *x.shape[3:])
 
 
-def _from_queries(
-  x: Float[Array, "B*K*C G *D"], batch: int, q_len: int
-) -> Float[Array, "B C H *D"]:
-  x = x.reshape(batch, -1, q_len, *x.shape[1:])
+def _from_rows(
+  x: Float[Array, "B*K T G *D"], batch: int
+) -> Float[Array, "B T H *D"]:
+  """Undoes `_to_rows`."""
+  rows, t, group_size = x.shape[:3]
+  x = x.reshape(batch, rows // batch, t, *x.shape[2:])
   x = jnp.moveaxis(x, 1, 2)
-  return x.reshape(batch, q_len, x.shape[2] * x.shape[3], *x.shape[4:])
+  return x.reshape(batch, t, rows // batch * group_size, *x.shape[4:])
 
 
-def _scores(
-  q: Float[Array, "M R*G D"],
-  bad_q: Bool[Array, "M R*G"],
-  k: Float[Array, "M bs D"],
-  bad_k: Bool[Array, "M bs"],
-  visible: Bool[Array, "M R*G bs"],
-  scale: float,
-) -> Float[Array, "M R*G bs"]:
-  s = scale * jnp.einsum(
-    "mrd,mjd->mrj",
-    q,
-    k,
-    precision=HIGHEST,
-    preferred_element_type=compute_dtype(q),
-  )
-  s = jnp.where(bad_q[..., None] | bad_k[:, None], jnp.nan, s)
-  return jnp.where(visible, s, -jnp.inf)
-
-
-def _gather_queries(
-  x: Float[Array, "B*K*C G *D"], query: Int[Array, "M R"]
+def _for_tiles(
+  x: Float[Array, "Z*C G *D"], plan: _Plan
 ) -> Float[Array, "M R*G *D"]:
   """Gathers each tile's queries, with a query's heads next to each other."""
-  m, r = query.shape
-  return x[query].reshape(m, r * x.shape[1], *x.shape[2:])
+  m, r = plan.query.shape
+  return _take(x, plan.query).reshape(m, r * x.shape[1], *x.shape[2:])
 
 
-def _head_mask(
-  visible: Bool[Array, "M R bs"], group_size: int
-) -> Bool[Array, "M R*G bs"]:
-  return jnp.repeat(visible, group_size, axis=1)
-
-
-def _pairs_of_queries(
-  x: Float[Array, "M R*G *D"], plan: _Plan, group_size: int
-) -> Float[Array, "B*K*C P G *D"]:
+def _for_pairs(
+  x: Float[Array, "M R*G *D"], plan: _Plan
+) -> Float[Array, "Z*C P G *D"]:
   """Brings the tiles' values of each pair and head back to their queries."""
   m, r = plan.query.shape
-  x = x.reshape(m * r, group_size, *x.shape[2:])
-  return x[plan.position]
+  return _take(x.reshape(m * r, x.shape[1] // r, *x.shape[2:]), plan.position)
 
 
 def _sum_pairs(
-  x: Float[Array, "M R*G *D"], plan: _Plan, group_size: int
-) -> Float[Array, "B*K*C G *D"]:
+  x: Float[Array, "M R*G *D"], plan: _Plan, dtype: Any
+) -> Float[Array, "Z*C G *D"]:
   """Sums the tiles' values of each query over its pairs."""
-  x = _pairs_of_queries(x, plan, group_size)
+  x = _for_pairs(x, plan)
   used = plan.used.reshape(plan.used.shape + (1,) * (x.ndim - 2))
-  return jnp.sum(jnp.where(used, x, 0), axis=1)
+  return jnp.sum(jnp.where(used, x, 0), axis=1, dtype=dtype)
 
 
-def _sum_tiles(
-  x: Float[Array, "M bs D"], plan: _Plan
-) -> Float[Array, "B*K*N bs D"]:
+def _window(num_tiles: int) -> int:
+  """Tiles of a window of `_sum_tiles`, of which there are about as many."""
+  return max(math.isqrt(num_tiles), 1)
+
+
+def _running_sums(xs: Any, same: Bool[Array, "V W"]) -> Any:
+  """x[v, w] += x[v, w - 1] where `same`, one w after another."""
+
+  def add(w, xs):
+    keep = same[:, w, None, None]
+    return jax.tree.map(
+      lambda x: x.at[:, w].add(jnp.where(keep, x[:, w - 1], 0)), xs
+    )
+
+  return lax.fori_loop(1, same.shape[1], add, xs)
+
+
+def _sum_tiles(xs: Any, plan: _Plan) -> Any:
   """Sums each block's tiles in a fixed order; 0 for blocks without tiles.
 
   A scatter-add would be enough on a CPU, but on a GPU its order, and so the
-  result's last bits, would vary. Tiles are sorted by block, so a segmented scan
-  can add them.
+  result's last bits, would vary. Tiles are sorted by block. V windows of W
+  tiles are summed at once, tile after tile, and then the ends of the windows.
+
+  Args:
+    xs: a tree of arrays [M, bs, D].
+    plan: of the tiles.
+
+  Returns:
+    A tree of arrays [Z N, bs, D].
   """
+  window = _window(plan.block.shape[0])
+  block = plan.block.reshape(-1, window)
+  xs = jax.tree.map(lambda x: x.reshape(*block.shape, *x.shape[1:]), xs)
+  before = jnp.pad(block, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
+  xs = _running_sums(xs, block == before)
+  # What the tiles before each window add to the block that ends there.
+  first, end = block[:, 0], block[:, -1]
+  before = jnp.pad(end, (1, 0), constant_values=-1)[:-1]
+  ends = jax.tree.map(lambda x: x[None, :, -1], xs)
+  ends = _running_sums(ends, ((first == before) & (first == end))[None])
+  at = plan.last // window
+  goes_on = jnp.arange(plan.last.shape[0], dtype=jnp.int32) == before[at]
+  goes_on &= before[at] == first[at]
 
-  def add(left, right):
-    left_block, left_x = left
-    right_block, right_x = right
-    same = (left_block == right_block)[:, None, None]
-    return right_block, right_x + jnp.where(same, left_x, 0)
+  def total(x, ends):
+    x = _take(x.reshape(-1, *x.shape[2:]), plan.last)
+    carried = _take(ends[0], jnp.maximum(at - 1, 0))
+    x += jnp.where(goes_on[:, None, None], carried, 0)
+    return jnp.where(plan.picked[:, None, None], x, 0)
 
-  _, total = lax.associative_scan(add, (plan.block, x))
-  return jnp.where(plan.picked[:, None, None], total[plan.last], 0)
+  return jax.tree.map(total, xs, ends)
 
 
-def _log_sum_exp(
-  m: Float[Array, "M R*G"],
-  l: Float[Array, "M R*G"],
-  plan: _Plan,
-  group_size: int,
-) -> Float[Array, "B*K*C G"]:
-  """Combines the pairs' maxima and sums into each query's log sum exp."""
-  used = plan.used[..., None]
-  m = jnp.where(used, _pairs_of_queries(m, plan, group_size), -jnp.inf)
-  l = jnp.where(used, _pairs_of_queries(l, plan, group_size), 0)
-  top = jnp.max(m, axis=1)
-  top = jnp.where(top == -jnp.inf, 0, top)
-  total = jnp.sum(jnp.exp(m - top[:, None]) * l, axis=1)
-  return jnp.where(
-    total == 0, -jnp.inf, top + jnp.log(jnp.where(total == 0, 1, total))
+def _product(
+  spec: str, a: Float[Array, "..."], b: Float[Array, "..."]
+) -> Float[Array, "..."]:
+  """An einsum that sums in at least float32."""
+  return jnp.einsum(
+    spec, a, b, precision=HIGHEST, preferred_element_type=compute_dtype(a)
   )
 
 
-def _softmax_stats(
+def _seen(
+  plan: _Plan, group_size: int, block_size: int
+) -> Bool[Array, "M R*G bs"]:
+  """Which of a tile's tokens each of its queries sees, for every head."""
+  limit = jnp.repeat(plan.limit, group_size, axis=1)
+  return jnp.arange(block_size, dtype=jnp.int32) <= limit[..., None]
+
+
+def _first_bad(bad: Bool[Array, "Z N bs"]) -> Int[Array, "Z N"]:
+  """The first bad token of each block; bs if there is none."""
+  block_size = bad.shape[-1]
+  token = jnp.arange(block_size, dtype=jnp.int32)
+  return jnp.min(jnp.where(bad, token, block_size), axis=-1)
+
+
+def _sees(
+  first_bad: Int[Array, "Z*N"], plan: _Plan, group_size: int
+) -> Bool[Array, "M R*G"]:
+  """Whether a query sees a bad token of its tile's block, for every head."""
+  sees = plan.limit >= _take(first_bad, plan.block)[:, None]
+  return jnp.repeat(sees, group_size, axis=1)
+
+
+def _softmax_of_pairs(
   s: Float[Array, "M R*G bs"],
-) -> tuple[Float[Array, "M R*G"], Float[Array, "M R*G"]]:
-  """Maximum of each pair's scores, and sum of their exponentials."""
+) -> tuple[
+  Float[Array, "M R*G bs"], Float[Array, "M R*G"], Float[Array, "M R*G"]
+]:
+  """exp(s - max), its sums, and log sum exp, over each pair's tokens."""
   m = jnp.max(s, axis=-1)
-  safe = jnp.where(m == -jnp.inf, 0, m)
-  return m, jnp.sum(jnp.exp(s - safe[..., None]), axis=-1)
+  m = jnp.where(m == -jnp.inf, 0, m)
+  p = jnp.exp(s - m[..., None])
+  l = jnp.sum(p, axis=-1)
+  lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(jnp.where(l == 0, 1, l)))
+  return p, l, lse
+
+
+def _merge_pairs(
+  lse: Float[Array, "M R*G"], plan: _Plan
+) -> tuple[Float[Array, "Z*C P G"], Float[Array, "Z*C G"]]:
+  """log sum exp of each query's pairs, and of all of them."""
+  pairs = jnp.where(plan.used[..., None], _for_pairs(lse, plan), -jnp.inf)
+  return pairs, reference.masked_logsumexp(jnp.moveaxis(pairs, 1, 2))
 
 
 def _finite_lse(lse: Float[Array, "*A"]) -> Float[Array, "*A"]:
@@ -361,9 +399,10 @@ class _Chunk(NamedTuple):
   pad: int  # queries added to fill the last chunk
 
 
-def _chunks(q_len: int, elements_per_query: int) -> _Chunk:
-  """The fewest chunks whose largest array stays within _CHUNK_ELEMENTS."""
-  count = -(-q_len * elements_per_query // _CHUNK_ELEMENTS)
+def _chunks(q_len: int, elements_per_query: int, limit: int = 0) -> _Chunk:
+  """The fewest chunks whose largest array stays within the limit."""
+  limit = limit or _CHUNK_ELEMENTS
+  count = -(-q_len * elements_per_query // limit)
   size = -(-q_len // max(count, 1))
   count = -(-q_len // size)
   return _Chunk(size, count, count * size - q_len)
@@ -393,9 +432,100 @@ def _over_chunks(body: Callable, carry, xs, chunk: _Chunk) -> tuple[Any, Any]:
   return lax.scan(body, carry, xs)
 
 
-def _sparse_chunks(q, block_indices, block_size) -> _Chunk:
-  b, t, h, d = q.shape
-  return _chunks(t, b * h * block_indices.shape[-1] * max(d, block_size))
+def _chunk_limit() -> int:
+  """Elements of a chunk's largest array in selection and sparse attention."""
+  on_cpu = jax.default_backend() == "cpu"
+  return _CPU_ELEMENTS if on_cpu else _ACCELERATOR_ELEMENTS
+
+
+class _Split(NamedTuple):
+  """How sparse attention cuts rows and queries into chunks."""
+
+  rows: _Chunk
+  queries: _Chunk
+  tile_queries: int
+
+
+def _sparse_split(
+  block_indices: Int[Array, "Z T P"],
+  k_blocks: Float[Array, "Z N bs D"],
+  group_size: int,
+) -> _Split:
+  """A chunk is a part of one row's queries, or some rows with all queries."""
+  rows, q_len, top_k = block_indices.shape
+  _, num_blocks, block_size, head_dim = k_blocks.shape
+  pair = group_size * max(head_dim, block_size)
+  tile = max(_TILE_ROWS // group_size, 1)
+  # One tile of each block is incomplete. There shall be four times as many
+  # complete ones.
+  limit = max(_chunk_limit(), 4 * num_blocks * tile * pair)
+  queries = _chunks(q_len, top_k * pair, limit)
+  count = 1
+  if queries.count == 1:
+    most = max(limit // (q_len * top_k * pair), 1)
+    count = max(x for x in range(1, most + 1) if rows % x == 0)
+  # Larger tiles read keys and values less often.
+  pairs = queries.size * top_k
+  while 2 * tile <= _TILE_QUERIES and 8 * num_blocks * tile <= pairs:
+    tile *= 2
+  return _Split(_Chunk(count, rows // count, 0), queries, tile)
+
+
+def _varying_zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
+  """Zeros for a loop, which wants what it sums up to vary over the same axes
+  of a mesh as the arrays `like`."""
+  varying = [
+    jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like)
+  ]
+  axes = tuple(frozenset().union(*varying))
+  x = jnp.zeros(shape, dtype)
+  return lax.pcast(x, axes, to="varying") if axes else x
+
+
+def _sum_over_chunks(
+  body: Callable,
+  of_rows: Any,
+  of_queries: Sequence[tuple[Array, float]],
+  split: _Split,
+  sums: Sequence[tuple[int, ...]] = (),
+) -> tuple[Any, Any]:
+  """Runs `body` on chunks of rows and queries.
+
+  Args:
+    body: (of_rows, of_queries) of a chunk -> (sums, results), two tuples. Sums
+      have a row first and are added up over the chunks of its queries.
+    of_rows: arrays [Z, ...].
+    of_queries: arrays [Z, T, ...], each with what fills the last chunk.
+    split: sizes.
+    sums: shape of each sum for one row.
+
+  Returns:
+    (sums [Z, ...], results [Z, T, ...]).
+  """
+  rows, queries, _ = split
+  q_len = of_queries[0][0].shape[1]
+
+  def of_some_rows(_, x):
+    of_rows, of_queries = x
+    dtype = compute_dtype(of_queries[0])
+    total = tuple(
+      _varying_zeros((rows.size, *shape), dtype, x) for shape in sums
+    )
+
+    def step(total, of_queries):
+      sums, results = body(of_rows, of_queries)
+      return jax.tree.map(jnp.add, total, sums), results
+
+    total, results = _over_chunks(step, total, of_queries, queries)
+    return (), (total, jax.tree.map(lambda x: _join(x, 1, q_len), results))
+
+  # Chunks of rows come first, chunks of queries second.
+  chunks = [
+    _split(_split(x, queries, 1, fill), rows, 1) for x, fill in of_queries
+  ]
+  of_rows = jax.tree.map(lambda x: _split(x, rows, 0), of_rows)
+  _, results = _over_chunks(of_some_rows, (), (of_rows, chunks), rows)
+  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
 @functools.partial(
@@ -439,64 +569,83 @@ def _sparse(*args):
   )
 
 
-def _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale):
-  """Main-branch scores of every tile."""
-  group_size = queries.shape[1]
-  return _scores(
-    _gather_queries(queries, plan.query),
-    _gather_queries(bad_q, plan.query),
-    k_blocks[plan.block],
-    bad_k[plan.block],
-    _head_mask(plan.visible, group_size),
-    scale,
+class _Rows(NamedTuple):
+  """What all passes over the chosen blocks start from, of Z = B K rows."""
+
+  k: Float[Array, "Z N bs D"]
+  first_bad_k: Int[Array, "Z N"]
+  bounds: _Bounds
+  block_indices: Int[Array, "Z T P"]
+  positions: Int[Array, "Z T"]
+  split: _Split
+
+
+def _rows(q, k, block_indices, positions, layout, block_size) -> _Rows:
+  b, kv_len, num_kv_heads, _ = k.shape
+  bounds = _bounds(b, kv_len, block_size, layout)
+  bounds, positions = jax.tree.map(
+    lambda x: jnp.repeat(x, num_kv_heads, axis=0), (bounds, positions)
   )
+  k, bad_k = clean(_blocks(k, block_size, layout))
+  block_indices = block_indices.reshape(-1, *block_indices.shape[2:])
+  split = _sparse_split(block_indices, k, q.shape[2] // num_kv_heads)
+  return _Rows(
+    *(k, _first_bad(bad_k), bounds),
+    *(block_indices, positions, split),
+  )
+
+
+def _flat(x: Float[Array, "Z C *D"]) -> Float[Array, "Z*C *D"]:
+  return x.reshape(-1, *x.shape[2:])
+
+
+def _tile_scores(plan, queries, k, scale):
+  """Scores of every tile, -inf where a query does not see a token."""
+  s = scale * _product("mrd,mjd->mrj", queries, k)
+  group_size = s.shape[1] // plan.query.shape[1]
+  return jnp.where(_seen(plan, group_size, s.shape[2]), s, -jnp.inf)
 
 
 def _sparse_run(
   q, k, v, block_indices, positions, layout, *, block_size, scale
 ):  # fmt: skip
-  b, t, h, _ = q.shape
-  num_kv_heads = k.shape[2]
-  group_size = h // num_kv_heads
-  chunk = _sparse_chunks(q, block_indices, block_size)
-  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
+  b, num_kv_heads = k.shape[0], k.shape[2]
+  group_size = q.shape[2] // num_kv_heads
+  rows = _rows(q, k, block_indices, positions, layout, block_size)
   v_blocks, bad_v = clean(_blocks(v, block_size, layout))
 
-  def body(carry, x):
-    q, idx, pos = x
-    plan = _plan(idx, pos, k_blocks, group_size, layout)
-    queries, bad_q = clean(_by_query(q, num_kv_heads))
-    s = _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale)
-    m, l = _softmax_stats(s)
-    p = jnp.exp(s - _finite_lse(m)[..., None])
-    o = jnp.einsum(
-      "mrj,mjd->mrd",
-      p.astype(v.dtype),
-      v_blocks[plan.block],
-      precision=HIGHEST,
-      preferred_element_type=p.dtype,
-    )
-    poisoned = jnp.any(plan.visible & bad_v[plan.block][:, None], axis=-1)
-    poisoned = jnp.repeat(poisoned, group_size, axis=1)
-    o = jnp.where(poisoned[..., None], jnp.nan, o)
-    lse = _log_sum_exp(m, l, plan, group_size)
-    # The weight of each pair in the output is exp(m of the pair - lse).
-    m = _pairs_of_queries(m, plan, group_size)
-    m = jnp.where(plan.used[..., None], m, -jnp.inf)
-    weight = jnp.exp(m - _finite_lse(lse)[:, None])
-    o = _pairs_of_queries(o, plan, group_size)
+  def body(of_rows, of_queries):
+    k, bad_k, v, bad_v = map(_flat, of_rows[:4])
+    q, idx, pos = of_queries
+    plan = _plan(idx, pos, of_rows[4], rows.split.tile_queries)
+    q, bad_q = clean(_flat(q))
+    s = _tile_scores(plan, _for_tiles(q, plan), _take(k, plan.block), scale)
+    p, l, lse = _softmax_of_pairs(s)
+    bad = _for_tiles(bad_q, plan) | _sees(bad_k, plan, group_size)
+    pairs, lse = _merge_pairs(jnp.where(bad, jnp.nan, lse), plan)
+    o = _product("mrj,mjd->mrd", p.astype(v.dtype), _take(v, plan.block))
+    factor = 1 / jnp.where(l == 0, 1, l)
+    factor = jnp.where(_sees(bad_v, plan, group_size), jnp.nan, factor)
+    # The results of pairs go through memory in the working dtype.
+    o = _for_pairs((o * factor[..., None]).astype(v.dtype), plan)
+    # The weight of each pair in the output is exp(lse of the pair - lse).
+    weight = jnp.exp(pairs - _finite_lse(lse)[:, None])
     o = jnp.where(plan.used[..., None, None], o, 0)
-    out = jnp.sum(weight[..., None] * o, axis=1)
-    out = _from_queries(out, b, q.shape[1]).astype(q.dtype)
-    return carry, (out, _from_queries(lse, b, q.shape[1]))
+    out = jnp.sum(weight[..., None] * o, axis=1).astype(v.dtype)
+    return (), tuple(x.reshape(*pos.shape, *x.shape[1:]) for x in (out, lse))
 
-  xs = (
-    _split(q, chunk, 1),
-    _split(block_indices, chunk, 2, fill=-1),
-    _split(positions, chunk, 1),
+  _, (out, lse) = _sum_over_chunks(
+    body,
+    (rows.k, rows.first_bad_k, v_blocks, _first_bad(bad_v), rows.bounds),
+    [
+      (_to_rows(q, num_kv_heads), 0),
+      (rows.block_indices, -1),
+      (rows.positions, 0),
+    ],
+    rows.split,
   )
-  _, (out, lse) = _over_chunks(body, (), xs, chunk)
-  return _join(out, 1, t), jnp.moveaxis(_join(lse, 1, t), 1, 2)
+  out = _from_rows(out, b).astype(q.dtype)
+  return out, jnp.moveaxis(_from_rows(lse, b), 1, 2)
 
 
 def _sparse_fwd(
@@ -546,56 +695,58 @@ def _sparse_gradients(
   block_size,
   scale,
 ):
-  b, t, h, _ = q.shape
-  kv_len, num_kv_heads = k.shape[1], k.shape[2]
-  group_size = h // num_kv_heads
+  b, kv_len, num_kv_heads, _ = k.shape
+  group_size = q.shape[2] // num_kv_heads
   dtype = compute_dtype(q)
-  chunk = _sparse_chunks(q, block_indices, block_size)
-  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
-  v_blocks, bad_v = clean(_blocks(v, block_size, layout))
+  rows = _rows(q, k, block_indices, positions, layout, block_size)
+  # A NaN in v that a query sees is in its delta, and one in k in its lse.
+  v_blocks, _ = clean(_blocks(v, block_size, layout))
 
-  def einsum(spec, a, b):
-    return jnp.einsum(
-      spec, a, b, precision=HIGHEST, preferred_element_type=dtype
-    )
-
-  def body(carry, x):
-    dk, dv = carry
-    q, d_out, delta, lse, idx, pos = x
-    plan = _plan(idx, pos, k_blocks, group_size, layout)
-    visible = _head_mask(plan.visible, group_size)
-    queries, bad_q = clean(_by_query(q, num_kv_heads))
-    d_queries, bad_d = clean(_by_query(d_out, num_kv_heads))
-    s = _tile_scores(plan, queries, bad_q | bad_d, k_blocks, bad_k, scale)
-    lse = _gather_queries(_finite_lse(_by_query(lse, num_kv_heads)), plan.query)
-    p = jnp.exp(s - lse[..., None])
-    p = jnp.where(visible, p, 0)
-    q_tile = _gather_queries(queries, plan.query)
-    d_tile = _gather_queries(d_queries, plan.query)
-    v_tile, k_tile = v_blocks[plan.block], k_blocks[plan.block]
-    dp = einsum("mrd,mjd->mrj", d_tile, v_tile)
-    dp = jnp.where(bad_v[plan.block][:, None], jnp.nan, dp)
-    delta = _gather_queries(_by_query(delta, num_kv_heads), plan.query)
-    ds = jnp.where(visible, p * (dp - delta[..., None]) * scale, 0)
+  def body(of_rows, of_queries):
+    k, v = map(_flat, of_rows[:2])
+    q, d_out, delta, lse, idx, pos = of_queries
+    plan = _plan(idx, pos, of_rows[2], rows.split.tile_queries)
+    q, bad_q = clean(_flat(q))
+    d_out, bad_d = clean(_flat(d_out))
+    lse = jnp.where(bad_q | bad_d, jnp.nan, _finite_lse(_flat(lse)))
+    lse, delta = (_for_tiles(x, plan)[..., None] for x in (lse, _flat(delta)))
+    q_tile, d_tile = _for_tiles(q, plan), _for_tiles(d_out, plan)
+    k_tile, v_tile = _take(k, plan.block), _take(v, plan.block)
+    seen = _seen(plan, group_size, block_size)
+    s = scale * _product("mrd,mjd->mrj", q_tile, k_tile)
+    p = jnp.where(seen, jnp.exp(s - lse), 0)
+    dp = _product("mrd,mjd->mrj", d_tile, v_tile)
+    ds = jnp.where(seen, p * (dp - delta) * scale, 0)
     ds, p = ds.astype(q.dtype), p.astype(q.dtype)
-    dq = _sum_pairs(einsum("mrj,mjd->mrd", ds, k_tile), plan, group_size)
-    dk += _sum_tiles(einsum("mrj,mrd->mjd", ds, q_tile), plan)
-    dv += _sum_tiles(einsum("mrj,mrd->mjd", p, d_tile), plan)
-    return (dk, dv), _from_queries(dq, b, q.shape[1]).astype(q.dtype)
+    dq = _product("mrj,mjd->mrd", ds, k_tile).astype(q.dtype)
+    dq = _sum_pairs(dq, plan, dtype).astype(q.dtype)
+    sums = _sum_tiles(
+      (
+        _product("mrj,mrd->mjd", ds, q_tile),
+        _product("mrj,mrd->mjd", p, d_tile),
+      ),
+      plan,
+    )
+    sums = tuple(x.reshape(of_rows[0].shape) for x in sums)
+    return sums, (dq.reshape(of_queries[0].shape),)
 
-  xs = (
-    _split(q, chunk, 1),
-    _split(d_out, chunk, 1),
-    _split(delta, chunk, 1),
-    _split(jnp.moveaxis(lse, 1, 2), chunk, 1, fill=-jnp.inf),
-    _split(block_indices, chunk, 2, fill=-1),
-    _split(positions, chunk, 1),
+  (dk, dv), (dq,) = _sum_over_chunks(
+    body,
+    (rows.k, v_blocks, rows.bounds),
+    [
+      (_to_rows(q, num_kv_heads), 0),
+      (_to_rows(d_out, num_kv_heads), 0),
+      (_to_rows(delta, num_kv_heads), 0),
+      (_to_rows(jnp.moveaxis(lse, 1, 2), num_kv_heads), -jnp.inf),
+      (rows.block_indices, -1),
+      (rows.positions, 0),
+    ],
+    rows.split,
+    (rows.k.shape[1:],) * 2,
   )
-  zeros = jnp.zeros(k_blocks.shape, dtype)
-  (dk, dv), dq = _over_chunks(body, (zeros, zeros), xs, chunk)
-  dk = _unblock(dk, b, num_kv_heads, kv_len, layout).astype(k.dtype)
-  dv = _unblock(dv, b, num_kv_heads, kv_len, layout).astype(v.dtype)
-  return _join(dq, 1, t), dk, dv
+  dk = _unblock(dk, b, kv_len, layout).astype(k.dtype)
+  dv = _unblock(dv, b, kv_len, layout).astype(v.dtype)
+  return _from_rows(dq, b), dk, dv
 
 
 # With symbolic zeros, the gradient of an lse that is not used costs nothing.
@@ -720,83 +871,76 @@ def _sparse_kl_run(
 
   Of some batch rows and groups it is their part: `divisor` counts all of them.
   """
-  b, t, h, _ = q.shape
-  kv_len, num_kv_heads = k.shape[1], k.shape[2]
-  group_size = h // num_kv_heads
+  b, kv_len, num_kv_heads, _ = k.shape
+  group_size = q.shape[2] // num_kv_heads
   dtype = compute_dtype(q)
-  chunk = _sparse_chunks(q, block_indices, block_size)
-  k_blocks, bad_k = clean(_blocks(k, block_size, layout))
-  num_blocks = k_blocks.shape[0] // (b * num_kv_heads)
+  rows = _rows(q, k, block_indices, positions, layout, block_size)
   ik_blocks, bad_ik = clean(_blocks(index_k[:, :, None], block_size, layout))
+  # All groups share one index key head.
+  ik_blocks, bad_ik = (
+    jnp.repeat(x, num_kv_heads, axis=0) for x in (ik_blocks, _first_bad(bad_ik))
+  )
+  if weights is None:
+    weights = jnp.ones(positions.shape, dtype)
+  weights = jnp.repeat(weights.astype(dtype), num_kv_heads, axis=0)
 
-  def body(carry, x):
-    total, d_ik = carry
-    q, index_q, lse, idx, pos, weights = x
-    plan = _plan(idx, pos, k_blocks, group_size, layout)
+  def body(of_rows, of_queries):
+    k, bad_k, ik, bad_ik = map(_flat, of_rows[:4])
+    q, index_q, lse, weights, idx, pos = of_queries
+    plan = _plan(idx, pos, of_rows[4], rows.split.tile_queries)
     m, r = plan.query.shape
-    queries, bad_q = clean(_by_query(q, num_kv_heads))
-    s = _tile_scores(plan, queries, bad_q, k_blocks, bad_k, scale)
-    lse = _gather_queries(_finite_lse(_by_query(lse, num_kv_heads)), plan.query)
+    seen = _seen(plan, 1, block_size)
+    q, bad_q = clean(_flat(q))
+    s = scale * _product(
+      "mrd,mjd->mrj", _for_tiles(q, plan), _take(k, plan.block)
+    )
+    lse = jnp.where(bad_q, jnp.nan, _finite_lse(_flat(lse)))
+    bad = _sees(bad_k, plan, group_size)
+    lse = jnp.where(bad, jnp.nan, _for_tiles(lse, plan))
     p = jnp.exp(s - lse[..., None])
     p = jnp.mean(p.reshape(m, r, group_size, -1), axis=2)
-    p = jnp.where(plan.visible, p, 0)
+    p = jnp.where(seen, p, 0)
 
-    iq_queries, bad_iq = clean(_by_query(index_q, num_kv_heads))
-    # All groups share one index key head: (b K + k) N + n -> b N + n.
-    shared = (
-      plan.block // (num_kv_heads * num_blocks) * num_blocks
-      + plan.block % num_blocks
-    )
-    iq_tile, ik_tile = (
-      _gather_queries(iq_queries, plan.query),
-      ik_blocks[shared],
-    )
-    u = _scores(
-      iq_tile,
-      _gather_queries(bad_iq, plan.query),
-      ik_tile,
-      bad_ik[shared],
-      plan.visible,
-      index_scale,
-    )
-    u_lse = _finite_lse(_log_sum_exp(*_softmax_stats(u), plan, 1))
-    log_r = u - _gather_queries(u_lse, plan.query)[..., None]
+    index_q, bad_iq = clean(_flat(index_q))
+    iq_tile, ik_tile = _for_tiles(index_q, plan), _take(ik, plan.block)
+    u = index_scale * _product("mrd,mjd->mrj", iq_tile, ik_tile)
+    u = jnp.where(seen, u, -jnp.inf)
+    bad = _for_tiles(bad_iq, plan) | _sees(bad_ik, plan, 1)
+    _, _, u_lse = _softmax_of_pairs(u)
+    _, u_lse = _merge_pairs(jnp.where(bad, jnp.nan, u_lse), plan)
+    log_r = u - _for_tiles(_finite_lse(u_lse), plan)[..., None]
     live = p != 0
     log_ratio = jnp.log(jnp.where(live, p, 1)) - jnp.where(live, log_r, 0)
-    row_kl = jnp.sum(jnp.where(live, p * log_ratio, 0), axis=-1)
-    weight = None
-    if weights is not None:
-      weight = jnp.repeat(weights[..., None], num_kv_heads, axis=2)
-      weight = _gather_queries(_by_query(weight, num_kv_heads), plan.query)
-      row_kl *= weight
-    total += jnp.sum(_sum_pairs(row_kl, plan, 1))
+    kl = jnp.sum(jnp.where(live, p * log_ratio, 0), axis=-1)
+    kl = _sum_pairs(kl, plan, dtype).reshape(pos.shape)
 
-    du = jnp.where(plan.visible, jnp.exp(log_r) - p, 0) * index_scale / divisor
-    du = (du if weight is None else du * weight[..., None]).astype(dtype)
-    d_iq = jnp.einsum(
-      "mrj,mji->mri", du, ik_tile.astype(dtype), precision=HIGHEST
+    weight = _take(_flat(weights), plan.query) * (
+      index_scale / divisor.astype(dtype)
     )
-    d_tile = jnp.einsum(
-      "mrj,mri->mji", du, iq_tile.astype(dtype), precision=HIGHEST
-    )
-    d_iq = _from_queries(_sum_pairs(d_iq, plan, 1), b, q.shape[1])
-    return (total, d_ik + _sum_tiles(d_tile, plan)), d_iq
+    du = jnp.where(seen, (jnp.exp(log_r) - p) * weight[..., None], 0)
+    du = du.astype(dtype)
+    d_iq = _product("mrj,mjd->mrd", du, ik_tile.astype(dtype))
+    d_iq = _sum_pairs(d_iq, plan, dtype).reshape(of_queries[1].shape)
+    d_ik = _product("mrj,mrd->mjd", du, iq_tile.astype(dtype))
+    d_ik = _sum_tiles(d_ik, plan).reshape(of_rows[2].shape)
+    return (jnp.sum(kl * weights, axis=1), d_ik), (d_iq,)
 
-  xs = (
-    _split(q, chunk, 1),
-    _split(index_q, chunk, 1),
-    _split(jnp.moveaxis(lse, 1, 2), chunk, 1, fill=-jnp.inf),
-    _split(block_indices, chunk, 2, fill=-1),
-    _split(positions, chunk, 1),
-    None if weights is None else _split(weights.astype(dtype), chunk, 1),
+  (kl, d_ik), (d_iq,) = _sum_over_chunks(
+    body,
+    (rows.k, rows.first_bad_k, ik_blocks, bad_ik, rows.bounds),
+    [
+      (_to_rows(q, num_kv_heads), 0),
+      (_to_rows(index_q, num_kv_heads), 0),
+      (_to_rows(jnp.moveaxis(lse, 1, 2), num_kv_heads), -jnp.inf),
+      (weights, 0),
+      (rows.block_indices, -1),
+      (rows.positions, 0),
+    ],
+    rows.split,
+    ((), ik_blocks.shape[1:]),
   )
-  carry = (
-    jnp.zeros((), dtype),
-    jnp.zeros((k_blocks.shape[0], block_size, index_k.shape[-1]), dtype),
-  )
-  (total, d_ik), d_iq = _over_chunks(body, carry, xs, chunk)
-  d_ik = jnp.sum(_unblock(d_ik, b, num_kv_heads, kv_len, layout), axis=2)
-  return total / divisor.astype(dtype), _join(d_iq, 1, t), d_ik
+  d_ik = jnp.sum(_unblock(d_ik, b, kv_len, layout), axis=2)
+  return jnp.sum(kl) / divisor.astype(dtype), _from_rows(d_iq, b), d_ik
 
 
 def _sparse_kl_bwd(block_size, scale, index_scale, residuals, cotangent):
@@ -863,29 +1007,95 @@ def _select_run(
   num_local_blocks,
   score_precision,
 ):
-  b, t, num_kv_heads, _ = index_q.shape
+  b, t, num_kv_heads, index_dim = index_q.shape
   if score_precision == "fp8":
     index_q = reference.quantise_fp8(index_q)
     index_k = reference.quantise_fp8(index_k)
-  index_k = _whole_blocks(index_k[:, :, None], block_size, layout)[:, :, 0]
-  num_blocks = index_k.shape[1] // block_size
-  chunk = _chunks(t, b * num_kv_heads * num_blocks * block_size)
+  bounds = _bounds(b, index_k.shape[1], block_size, layout)
+  num_blocks = bounds.start.shape[1]
+  # Chunks of about as many queries as keys.
+  limit = _chunk_limit() // (b * num_kv_heads)
+  chunk = _chunks(t, max(math.isqrt(limit), block_size), limit)
+  size = min(max(limit // (chunk.size * block_size), 1), num_blocks)
+  count = -(-num_blocks // size)
+  index_k, bad_k = clean(_index_blocks(index_k, bounds, block_size))
+  bad_k = _first_bad(bad_k)
+  pad = (0, count * size - num_blocks)
+  index_k = jnp.pad(index_k, ((0, 0), pad, (0, 0), (0, 0)))
 
   def body(carry, x):
     index_q, pos = x
-    s = reference.index_scores(index_q, index_k)
-    visible = _visible_in_blocks(pos, num_blocks, block_size, layout)
-    s = jnp.where(visible, s, -jnp.inf)
-    s = s.reshape(*s.shape[:-1], num_blocks, block_size)
-    score = reference.block_max(s)
+    index_q, bad_q = clean(index_q)
+    # A token that the query sees is before its own block's end, so of other
+    # visible blocks than its own it sees all tokens.
+    limit = pos[..., None] - bounds.start[:, None]
+    limit = jnp.minimum(limit, (bounds.end - bounds.start - 1)[:, None])
+    limit = jnp.pad(limit, ((0, 0), (0, 0), pad), constant_values=-1)
+    index_q = index_q.reshape(b, -1, index_dim)
+
+    def scores(i, score):
+      keys = lax.dynamic_slice_in_dim(index_k, i * size, size, axis=1)
+      s = _product("bnji,bri->bnjr", keys, index_q)
+      if num_local_blocks == 0:
+        # Otherwise the query's own block is chosen whatever its score is.
+        last = lax.dynamic_slice_in_dim(limit, i * size, size, axis=2)
+        last = jnp.repeat(jnp.moveaxis(last, 1, 2), num_kv_heads, axis=2)
+        token = jnp.arange(block_size)[:, None]
+        s = jnp.where(token <= last[:, :, None], s, -jnp.inf)
+      return lax.dynamic_update_slice_in_dim(
+        score, _maximum(s), i * size, axis=1
+      )
+
     visible, forced = reference.visible_blocks(
       pos, num_blocks, block_size, num_local_blocks, layout
     )
+    score = _varying_zeros(
+      (b, count * size, index_q.shape[1]),
+      compute_dtype(index_q),
+      (index_q, index_k, pos),
+    )
+    if count == 1:
+      score = scores(0, score)
+    else:
+      # No query of the chunk sees the blocks behind these.
+      ids = jnp.arange(num_blocks, dtype=jnp.int32)
+      last = jnp.max(jnp.where(visible, ids, -1))
+      score = lax.fori_loop(0, last // size + 1, scores, score)
+    score = score[:, :num_blocks].reshape(b, num_blocks, -1, num_kv_heads)
+    score = jnp.transpose(score, (0, 3, 2, 1))
+    nan = (limit[..., :num_blocks] >= bad_k[:, None])[:, None]
+    nan |= jnp.moveaxis(bad_q, 1, 2)[..., None]
+    score = jnp.where(nan, jnp.nan, score)
     return carry, _best_blocks(score, visible, forced, top_k)
 
   xs = (_split(index_q, chunk, 1), _split(positions, chunk, 1, fill=-1))
   _, chosen = _over_chunks(body, (), xs, chunk)
   return (_join(chosen, 2, t),)
+
+
+def _index_blocks(
+  index_k: Float[Array, "B S I"], bounds: _Bounds, block_size: int
+) -> Float[Array, "B N bs I"]:
+  """Cuts index keys into blocks; the first of a block's tokens pads it, which
+  changes no maximum."""
+  start, end = (x[..., None] for x in bounds[:2])
+  slots = start + jnp.arange(block_size, dtype=jnp.int32)
+  inside = slots < jnp.minimum(end, index_k.shape[1])
+  slots = jnp.where(inside, slots, jnp.minimum(start, index_k.shape[1] - 1))
+  return index_k[jnp.arange(start.shape[0])[:, None, None], slots]
+
+
+def _maximum(s: Float[Array, "B N bs R"]) -> Float[Array, "B N R"]:
+  """Maximum over each block's tokens; NaN if one of them is NaN.
+
+  By halves, because XLA's CPU backend (jax 0.11.2) computes `jnp.max` by a
+  library that drops NaN.
+  """
+  while s.shape[2] > 1:
+    half = -(-s.shape[2] // 2)
+    # The halves of an odd number share a token.
+    s = jnp.maximum(s[:, :, :half], s[:, :, -half:])
+  return s[:, :, 0]
 
 
 def _whole_blocks(
