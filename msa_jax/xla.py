@@ -39,12 +39,6 @@ from msa_jax.reference import HIGHEST, QueryMask, clean, compute_dtype
 from msa_jax.segments import BlockLayout
 from pallas_kernels import partition
 
-# Elements of one chunk's largest intermediate array: 64 MiB in float32.
-_CHUNK_ELEMENTS = 1 << 24
-# Likewise in selection and sparse attention: 4 MiB, which a CPU's caches hold,
-# and 512 MiB.
-_CPU_ELEMENTS = 1 << 20
-_ACCELERATOR_ELEMENTS = 1 << 27
 # A tile has at least this many matrix rows, its queries times the heads of a
 # group, and at most this many queries.
 _TILE_ROWS = 64
@@ -198,12 +192,16 @@ def _plan(
 def _blocks(
   x: Float[Array, "B S K D"], block_size: int, layout: BlockLayout | None
 ) -> Float[Array, "B*K N bs D"]:
-  """Cuts each head's tokens into blocks; zeros pad incomplete blocks."""
+  """Cuts each head's tokens into blocks.
+
+  Incomplete blocks are padded: in a packed row by one of their own tokens,
+  which changes no maximum, otherwise by zeros.
+  """
   b, s, h, d = x.shape
   if layout is not None:
-    slots, inside = reference.block_slots(layout, block_size)
-    x = x[jnp.arange(b)[:, None, None], slots]
-    x = jnp.where(inside[..., None, None], x, 0)
+    start, end = (x[..., None] for x in (layout.block_start, layout.block_end))
+    slots = jnp.minimum(start + jnp.arange(block_size), end - 1)
+    x = x[jnp.arange(b)[:, None, None], jnp.clip(slots, 0, s - 1)]
     return jnp.moveaxis(x, 3, 1).reshape(b * h, -1, block_size, d)
   n = -(-s // block_size)
   x = jnp.pad(x, ((0, 0), (0, n * block_size - s), (0, 0), (0, 0)))
@@ -391,6 +389,16 @@ def _finite_lse(lse: Float[Array, "*A"]) -> Float[Array, "*A"]:
 # --- sparse attention ------------------------------------------------------
 
 
+def _chunk_elements() -> int:
+  """Elements of a chunk's largest array.
+
+  They are 4 MiB in float32 on a CPU, whose caches hold them and where memory
+  that a step uses for the first time costs more than the work on it. On other
+  devices each chunk costs the launch of its kernels, so there are 512 MiB.
+  """
+  return 1 << 20 if jax.default_backend() == "cpu" else 1 << 27
+
+
 class _Chunk(NamedTuple):
   """Static sizes of one call's chunks of queries."""
 
@@ -399,9 +407,11 @@ class _Chunk(NamedTuple):
   pad: int  # queries added to fill the last chunk
 
 
-def _chunks(q_len: int, elements_per_query: int, limit: int = 0) -> _Chunk:
-  """The fewest chunks whose largest array stays within the limit."""
-  limit = limit or _CHUNK_ELEMENTS
+def _chunks(
+  q_len: int, elements_per_query: int, limit: int | None = None
+) -> _Chunk:
+  """The fewest chunks whose largest array has at most `limit` elements."""
+  limit = limit or _chunk_elements()
   count = -(-q_len * elements_per_query // limit)
   size = -(-q_len // max(count, 1))
   count = -(-q_len // size)
@@ -432,12 +442,6 @@ def _over_chunks(body: Callable, carry, xs, chunk: _Chunk) -> tuple[Any, Any]:
   return lax.scan(body, carry, xs)
 
 
-def _chunk_limit() -> int:
-  """Elements of a chunk's largest array in selection and sparse attention."""
-  on_cpu = jax.default_backend() == "cpu"
-  return _CPU_ELEMENTS if on_cpu else _ACCELERATOR_ELEMENTS
-
-
 class _Split(NamedTuple):
   """How sparse attention cuts rows and queries into chunks."""
 
@@ -458,12 +462,12 @@ def _sparse_split(
   tile = max(_TILE_ROWS // group_size, 1)
   # One tile of each block is incomplete. There shall be four times as many
   # complete ones.
-  limit = max(_chunk_limit(), 4 * num_blocks * tile * pair)
+  limit = max(_chunk_elements(), 4 * num_blocks * tile * pair)
   queries = _chunks(q_len, top_k * pair, limit)
   count = 1
   if queries.count == 1:
-    most = max(limit // (q_len * top_k * pair), 1)
-    count = max(x for x in range(1, most + 1) if rows % x == 0)
+    most = limit // (q_len * top_k * pair)
+    count = max(x for x in range(1, rows + 1) if rows % x == 0 and x <= most)
   # Larger tiles read keys and values less often.
   pairs = queries.size * top_k
   while 2 * tile <= _TILE_QUERIES and 8 * num_blocks * tile <= pairs:
@@ -599,13 +603,6 @@ def _flat(x: Float[Array, "Z C *D"]) -> Float[Array, "Z*C *D"]:
   return x.reshape(-1, *x.shape[2:])
 
 
-def _tile_scores(plan, queries, k, scale):
-  """Scores of every tile, -inf where a query does not see a token."""
-  s = scale * _product("mrd,mjd->mrj", queries, k)
-  group_size = s.shape[1] // plan.query.shape[1]
-  return jnp.where(_seen(plan, group_size, s.shape[2]), s, -jnp.inf)
-
-
 def _sparse_run(
   q, k, v, block_indices, positions, layout, *, block_size, scale
 ):  # fmt: skip
@@ -619,7 +616,9 @@ def _sparse_run(
     q, idx, pos = of_queries
     plan = _plan(idx, pos, of_rows[4], rows.split.tile_queries)
     q, bad_q = clean(_flat(q))
-    s = _tile_scores(plan, _for_tiles(q, plan), _take(k, plan.block), scale)
+    q_tile, k_tile = _for_tiles(q, plan), _take(k, plan.block)
+    s = scale * _product("mrd,mjd->mrj", q_tile, k_tile)
+    s = jnp.where(_seen(plan, group_size, block_size), s, -jnp.inf)
     p, l, lse = _softmax_of_pairs(s)
     bad = _for_tiles(bad_q, plan) | _sees(bad_k, plan, group_size)
     pairs, lse = _merge_pairs(jnp.where(bad, jnp.nan, lse), plan)
@@ -1014,11 +1013,11 @@ def _select_run(
   bounds = _bounds(b, index_k.shape[1], block_size, layout)
   num_blocks = bounds.start.shape[1]
   # Chunks of about as many queries as keys.
-  limit = _chunk_limit() // (b * num_kv_heads)
+  limit = _chunk_elements() // (b * num_kv_heads)
   chunk = _chunks(t, max(math.isqrt(limit), block_size), limit)
   size = min(max(limit // (chunk.size * block_size), 1), num_blocks)
   count = -(-num_blocks // size)
-  index_k, bad_k = clean(_index_blocks(index_k, bounds, block_size))
+  index_k, bad_k = clean(_blocks(index_k[:, :, None], block_size, layout))
   bad_k = _first_bad(bad_k)
   pad = (0, count * size - num_blocks)
   index_k = jnp.pad(index_k, ((0, 0), pad, (0, 0), (0, 0)))
@@ -1073,18 +1072,6 @@ def _select_run(
   return (_join(chosen, 2, t),)
 
 
-def _index_blocks(
-  index_k: Float[Array, "B S I"], bounds: _Bounds, block_size: int
-) -> Float[Array, "B N bs I"]:
-  """Cuts index keys into blocks; the first of a block's tokens pads it, which
-  changes no maximum."""
-  start, end = (x[..., None] for x in bounds[:2])
-  slots = start + jnp.arange(block_size, dtype=jnp.int32)
-  inside = slots < jnp.minimum(end, index_k.shape[1])
-  slots = jnp.where(inside, slots, jnp.minimum(start, index_k.shape[1] - 1))
-  return index_k[jnp.arange(start.shape[0])[:, None, None], slots]
-
-
 def _maximum(s: Float[Array, "B N bs R"]) -> Float[Array, "B N R"]:
   """Maximum over each block's tokens; NaN if one of them is NaN.
 
@@ -1101,7 +1088,7 @@ def _maximum(s: Float[Array, "B N bs R"]) -> Float[Array, "B N R"]:
 def _whole_blocks(
   x: Float[Array, "B S K D"], block_size: int, layout: BlockLayout | None
 ) -> Float[Array, "B N*bs K D"]:
-  """The tokens, one block after another; zeros pad incomplete blocks."""
+  """The tokens, one block after another, padded as in `_blocks`."""
   b, s, h, d = x.shape
   if layout is None:
     return jnp.pad(x, ((0, 0), (0, -s % block_size), (0, 0), (0, 0)))
@@ -1458,7 +1445,7 @@ def _decode_block_scores(
   scores = []
   if whole:
     elements = b * num_kv_heads * t * whole * block_size
-    size = -(-whole // -(-elements // _CHUNK_ELEMENTS))
+    size = -(-whole // -(-elements // _chunk_elements()))
     count = -(-whole // size)
     if count == 1:
       scores.append(score(0, whole, block_size))

@@ -152,7 +152,7 @@ def test_index_keys_are_read_in_chunks(capacity, monkeypatch):
   case = Case(batch=2, q_len=3, kv_len=capacity, kv_lengths=(capacity, 18))
   args, scale, _ = operands(case, True)
   want = decode(case, args, scale, "reference")
-  monkeypatch.setattr(xla, "_CHUNK_ELEMENTS", 2 * 2 * 3 * 16)
+  monkeypatch.setattr(xla, "_chunk_elements", lambda: 2 * 2 * 3 * 16)
   options = dict(case.select_options(), scale=case.head_dim**-0.5)
   out, blocks = jax.jit(
     functools.partial(

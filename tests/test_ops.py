@@ -186,11 +186,15 @@ def test_low_precision_stays_near_the_yardstick(dtype):
 
 
 def test_chunks_change_nothing(monkeypatch):
-  """Many chunks of queries give what one chunk gives, backward included."""
+  """Many chunks give what one chunk gives, backward included.
+
+  They run inside of a `jax.shard_map` with check_vma=True, whose loops want
+  their sums to vary over the mesh's axes as what is added.
+  """
   case = CASES["ragged"]
   inputs = case.inputs()
 
-  def run(phase):
+  def run(phase, inputs):
     def loss(inputs):
       result = msa(case, "xla", phase=phase, with_kl=True)(*inputs)
       recall = msa_jax.selection_recall(
@@ -198,16 +202,34 @@ def test_chunks_change_nothing(monkeypatch):
       )
       return jnp.sum(jnp.sin(result.out)) + result.kl, (result, recall)
 
-    grad = jax.jit(jax.value_and_grad(loss, has_aux=True))
-    return jax.tree.leaves(grad(inputs))
+    return jax.value_and_grad(loss, has_aux=True)(inputs)
+
+  def one_device(phase):
+    mesh = jax.make_mesh((1,), ("rows",))
+    spec = jax.P("rows")
+
+    def local(inputs):
+      total, grads = run(phase, inputs)
+      # Scalars get the axis along which they vary.
+      return jax.tree.map(lambda x: x if x.ndim else x[None], (total, grads))
+
+    return jax.shard_map(local, mesh=mesh, in_specs=spec, out_specs=spec)
 
   for phase in ("sparse", "warmup"):
-    whole = run(phase)
-    monkeypatch.setattr(xla, "_CHUNK_ELEMENTS", 2000)
+    whole = jax.jit(functools.partial(run, phase))(inputs)
+    monkeypatch.setattr(xla, "_chunk_elements", lambda: 700)
+    monkeypatch.setattr(xla, "_TILE_ROWS", 2)
     jax.clear_caches()
-    assert xla._chunks(case.q_len, case.batch * case.num_heads * 29).count > 2
-    for got, want in zip(run(phase), whole):
-      np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-6)
+    k_blocks = jnp.zeros((4, 8, case.block_size, case.head_dim))
+    split = xla._sparse_split(jnp.zeros((4, 29, case.top_k)), k_blocks, 2)
+    assert split.rows.count == 4 and split.queries.count > 1
+    got = jax.jit(one_device(phase))(
+      jax.device_put(
+        inputs, jax.NamedSharding(jax.make_mesh((1,), ("rows",)), jax.P("rows"))
+      )
+    )
+    for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
+      np.testing.assert_allclose(x.reshape(y.shape), y, rtol=1e-5, atol=1e-6)
     monkeypatch.undo()
     jax.clear_caches()
 

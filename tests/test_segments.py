@@ -379,7 +379,8 @@ def test_chunks_change_nothing(monkeypatch):
     )
 
   whole = {phase: run(phase) for phase in ("sparse", "warmup")}
-  monkeypatch.setattr(xla, "_CHUNK_ELEMENTS", 3000)
+  monkeypatch.setattr(xla, "_chunk_elements", lambda: 1000)
+  monkeypatch.setattr(xla, "_TILE_ROWS", 2)
   jax.clear_caches()
   for phase, want in whole.items():
     for x, y in zip(
