@@ -200,7 +200,8 @@ def _blocks(
   b, s, h, d = x.shape
   if layout is not None:
     start, end = (x[..., None] for x in (layout.block_start, layout.block_end))
-    slots = jnp.minimum(start + jnp.arange(block_size), end - 1)
+    slots = start + jnp.arange(block_size, dtype=jnp.int32)
+    slots = jnp.minimum(slots, end - 1)
     x = x[jnp.arange(b)[:, None, None], jnp.clip(slots, 0, s - 1)]
     return jnp.moveaxis(x, 3, 1).reshape(b * h, -1, block_size, d)
   n = -(-s // block_size)
@@ -281,13 +282,18 @@ def _window(num_tiles: int) -> int:
 def _running_sums(xs: Any, same: Bool[Array, "V W"]) -> Any:
   """x[v, w] += x[v, w - 1] where `same`, one w after another."""
 
-  def add(w, xs):
+  def add(w, carry):
+    # The last sum is carried beside xs, so that a step reads of xs only what it
+    # writes. XLA would copy all of xs in each step otherwise.
+    last, xs = carry
     keep = same[:, w, None, None]
-    return jax.tree.map(
-      lambda x: x.at[:, w].add(jnp.where(keep, x[:, w - 1], 0)), xs
+    last = jax.tree.map(
+      lambda last, x: x[:, w] + jnp.where(keep, last, 0), last, xs
     )
+    return last, jax.tree.map(lambda x, new: x.at[:, w].set(new), xs, last)
 
-  return lax.fori_loop(1, same.shape[1], add, xs)
+  last = jax.tree.map(lambda x: x[:, 0], xs)
+  return lax.fori_loop(1, same.shape[1], add, (last, xs))[1]
 
 
 def _sum_tiles(xs: Any, plan: _Plan) -> Any:
@@ -486,20 +492,27 @@ def _varying_zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
   return lax.pcast(x, axes, to="varying") if axes else x
 
 
+def _cut(x: Array, split: _Split, fill: float = 0) -> Array:
+  """[Z, T, ...] -> [chunks of rows, chunks of queries, rows, queries, ...]."""
+  return _split(_split(x, split.queries, 1, fill), split.rows, 1)
+
+
 def _sum_over_chunks(
   body: Callable,
   of_rows: Any,
-  of_queries: Sequence[tuple[Array, float]],
+  of_queries: Sequence[Array],
+  plans: _Plan,
   split: _Split,
   sums: Sequence[tuple[int, ...]] = (),
 ) -> tuple[Any, Any]:
   """Runs `body` on chunks of rows and queries.
 
   Args:
-    body: (of_rows, of_queries) of a chunk -> (sums, results), two tuples. Sums
-      have a row first and are added up over the chunks of its queries.
+    body: (of_rows, of_queries, plan) of a chunk -> (sums, results), two tuples.
+      Sums have a row first and are added up over the chunks of its queries.
     of_rows: arrays [Z, ...].
-    of_queries: arrays [Z, T, ...], each with what fills the last chunk.
+    of_queries: arrays [Z, T, ...].
+    plans: of each chunk, as `_cut` cuts them.
     split: sizes.
     sums: shape of each sum for one row.
 
@@ -507,28 +520,25 @@ def _sum_over_chunks(
     (sums [Z, ...], results [Z, T, ...]).
   """
   rows, queries, _ = split
-  q_len = of_queries[0][0].shape[1]
+  q_len = of_queries[0].shape[1]
+  dtype = compute_dtype(of_queries[0])
 
   def of_some_rows(_, x):
-    of_rows, of_queries = x
-    dtype = compute_dtype(of_queries[0])
+    of_rows, *chunks = x
     total = tuple(
       _varying_zeros((rows.size, *shape), dtype, x) for shape in sums
     )
 
-    def step(total, of_queries):
-      sums, results = body(of_rows, of_queries)
+    def step(total, x):
+      sums, results = body(of_rows, *x)
       return jax.tree.map(jnp.add, total, sums), results
 
-    total, results = _over_chunks(step, total, of_queries, queries)
+    total, results = _over_chunks(step, total, chunks, queries)
     return (), (total, jax.tree.map(lambda x: _join(x, 1, q_len), results))
 
-  # Chunks of rows come first, chunks of queries second.
-  chunks = [
-    _split(_split(x, queries, 1, fill), rows, 1) for x, fill in of_queries
-  ]
   of_rows = jax.tree.map(lambda x: _split(x, rows, 0), of_rows)
-  _, results = _over_chunks(of_some_rows, (), (of_rows, chunks), rows)
+  chunks = [_cut(x, split) for x in of_queries]
+  _, results = _over_chunks(of_some_rows, (), (of_rows, chunks, plans), rows)
   return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
 
 
@@ -578,9 +588,7 @@ class _Rows(NamedTuple):
 
   k: Float[Array, "Z N bs D"]
   first_bad_k: Int[Array, "Z N"]
-  bounds: _Bounds
-  block_indices: Int[Array, "Z T P"]
-  positions: Int[Array, "Z T"]
+  plans: _Plan
   split: _Split
 
 
@@ -593,10 +601,16 @@ def _rows(q, k, block_indices, positions, layout, block_size) -> _Rows:
   k, bad_k = clean(_blocks(k, block_size, layout))
   block_indices = block_indices.reshape(-1, *block_indices.shape[2:])
   split = _sparse_split(block_indices, k, q.shape[2] // num_kv_heads)
-  return _Rows(
-    *(k, _first_bad(bad_k), bounds),
-    *(block_indices, positions, split),
+  # All chunks are planned at once, outside of their loop, because there XLA
+  # finds that the passes of one program have the same plans.
+  plan = functools.partial(_plan, tile_queries=split.tile_queries)
+  plan = jax.vmap(jax.vmap(plan, (0, 0, None)))
+  plans = plan(
+    _cut(block_indices, split, fill=-1),
+    _cut(positions, split),
+    jax.tree.map(lambda x: _split(x, split.rows, 0), bounds),
   )
+  return _Rows(k, _first_bad(bad_k), plans, split)
 
 
 def _flat(x: Float[Array, "Z C *D"]) -> Float[Array, "Z*C *D"]:
@@ -611,10 +625,10 @@ def _sparse_run(
   rows = _rows(q, k, block_indices, positions, layout, block_size)
   v_blocks, bad_v = clean(_blocks(v, block_size, layout))
 
-  def body(of_rows, of_queries):
-    k, bad_k, v, bad_v = map(_flat, of_rows[:4])
-    q, idx, pos = of_queries
-    plan = _plan(idx, pos, of_rows[4], rows.split.tile_queries)
+  def body(of_rows, of_queries, plan):
+    k, bad_k, v, bad_v = map(_flat, of_rows)
+    (q,) = of_queries
+    shape = q.shape[:2]
     q, bad_q = clean(_flat(q))
     q_tile, k_tile = _for_tiles(q, plan), _take(k, plan.block)
     s = scale * _product("mrd,mjd->mrj", q_tile, k_tile)
@@ -629,18 +643,15 @@ def _sparse_run(
     o = _for_pairs((o * factor[..., None]).astype(v.dtype), plan)
     # The weight of each pair in the output is exp(lse of the pair - lse).
     weight = jnp.exp(pairs - _finite_lse(lse)[:, None])
-    o = jnp.where(plan.used[..., None, None], o, 0)
+    o = jnp.where(plan.used[..., None, None], o, 0).astype(weight.dtype)
     out = jnp.sum(weight[..., None] * o, axis=1).astype(v.dtype)
-    return (), tuple(x.reshape(*pos.shape, *x.shape[1:]) for x in (out, lse))
+    return (), tuple(x.reshape(*shape, *x.shape[1:]) for x in (out, lse))
 
   _, (out, lse) = _sum_over_chunks(
     body,
-    (rows.k, rows.first_bad_k, v_blocks, _first_bad(bad_v), rows.bounds),
-    [
-      (_to_rows(q, num_kv_heads), 0),
-      (rows.block_indices, -1),
-      (rows.positions, 0),
-    ],
+    (rows.k, rows.first_bad_k, v_blocks, _first_bad(bad_v)),
+    [_to_rows(q, num_kv_heads)],
+    rows.plans,
     rows.split,
   )
   out = _from_rows(out, b).astype(q.dtype)
@@ -701,10 +712,9 @@ def _sparse_gradients(
   # A NaN in v that a query sees is in its delta, and one in k in its lse.
   v_blocks, _ = clean(_blocks(v, block_size, layout))
 
-  def body(of_rows, of_queries):
-    k, v = map(_flat, of_rows[:2])
-    q, d_out, delta, lse, idx, pos = of_queries
-    plan = _plan(idx, pos, of_rows[2], rows.split.tile_queries)
+  def body(of_rows, of_queries, plan):
+    k, v = map(_flat, of_rows)
+    q, d_out, delta, lse = of_queries
     q, bad_q = clean(_flat(q))
     d_out, bad_d = clean(_flat(d_out))
     lse = jnp.where(bad_q | bad_d, jnp.nan, _finite_lse(_flat(lse)))
@@ -731,15 +741,12 @@ def _sparse_gradients(
 
   (dk, dv), (dq,) = _sum_over_chunks(
     body,
-    (rows.k, v_blocks, rows.bounds),
+    (rows.k, v_blocks),
     [
-      (_to_rows(q, num_kv_heads), 0),
-      (_to_rows(d_out, num_kv_heads), 0),
-      (_to_rows(delta, num_kv_heads), 0),
-      (_to_rows(jnp.moveaxis(lse, 1, 2), num_kv_heads), -jnp.inf),
-      (rows.block_indices, -1),
-      (rows.positions, 0),
+      _to_rows(x, num_kv_heads)
+      for x in (q, d_out, delta, jnp.moveaxis(lse, 1, 2))
     ],
+    rows.plans,
     rows.split,
     (rows.k.shape[1:],) * 2,
   )
@@ -883,10 +890,9 @@ def _sparse_kl_run(
     weights = jnp.ones(positions.shape, dtype)
   weights = jnp.repeat(weights.astype(dtype), num_kv_heads, axis=0)
 
-  def body(of_rows, of_queries):
-    k, bad_k, ik, bad_ik = map(_flat, of_rows[:4])
-    q, index_q, lse, weights, idx, pos = of_queries
-    plan = _plan(idx, pos, of_rows[4], rows.split.tile_queries)
+  def body(of_rows, of_queries, plan):
+    k, bad_k, ik, bad_ik = map(_flat, of_rows)
+    q, index_q, lse, weights = of_queries
     m, r = plan.query.shape
     seen = _seen(plan, 1, block_size)
     q, bad_q = clean(_flat(q))
@@ -911,7 +917,7 @@ def _sparse_kl_run(
     live = p != 0
     log_ratio = jnp.log(jnp.where(live, p, 1)) - jnp.where(live, log_r, 0)
     kl = jnp.sum(jnp.where(live, p * log_ratio, 0), axis=-1)
-    kl = _sum_pairs(kl, plan, dtype).reshape(pos.shape)
+    kl = _sum_pairs(kl, plan, dtype).reshape(weights.shape)
 
     weight = _take(_flat(weights), plan.query) * (
       index_scale / divisor.astype(dtype)
@@ -926,15 +932,14 @@ def _sparse_kl_run(
 
   (kl, d_ik), (d_iq,) = _sum_over_chunks(
     body,
-    (rows.k, rows.first_bad_k, ik_blocks, bad_ik, rows.bounds),
+    (rows.k, rows.first_bad_k, ik_blocks, bad_ik),
     [
-      (_to_rows(q, num_kv_heads), 0),
-      (_to_rows(index_q, num_kv_heads), 0),
-      (_to_rows(jnp.moveaxis(lse, 1, 2), num_kv_heads), -jnp.inf),
-      (weights, 0),
-      (rows.block_indices, -1),
-      (rows.positions, 0),
+      *(
+        _to_rows(x, num_kv_heads) for x in (q, index_q, jnp.moveaxis(lse, 1, 2))
+      ),
+      weights,
     ],
+    rows.plans,
     rows.split,
     ((), ik_blocks.shape[1:]),
   )
@@ -1039,7 +1044,7 @@ def _select_run(
         # Otherwise the query's own block is chosen whatever its score is.
         last = lax.dynamic_slice_in_dim(limit, i * size, size, axis=2)
         last = jnp.repeat(jnp.moveaxis(last, 1, 2), num_kv_heads, axis=2)
-        token = jnp.arange(block_size)[:, None]
+        token = jnp.arange(block_size, dtype=jnp.int32)[:, None]
         s = jnp.where(token <= last[:, :, None], s, -jnp.inf)
       return lax.dynamic_update_slice_in_dim(
         score, _maximum(s), i * size, axis=1
