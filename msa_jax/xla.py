@@ -1,21 +1,24 @@
 """MiniMax Sparse Attention for any backend: only chosen blocks are computed.
 
-The sparse path inverts the choice. It sorts all (query, block) pairs by block
-and cuts each block's pairs into tiles of a fixed number of queries. A tile
-gathers its queries (`_gather_queries`) and multiplies them with one block of
+A row is a group of a batch row; rows are independent. For a chunk of a row's
+queries (or for some whole rows, if they are short) `_plan` sorts all (query,
+block) pairs by block and cuts each block's pairs into tiles of a fixed number
+of queries. A tile gathers its queries and multiplies them with one block of
 keys, so keys are not gathered for each query, and every shape is static. The
-forward pass leaves one partial result for each pair, and each query combines
-those of its P pairs. The backward pass sums dk and dv over a block's tiles in a
-fixed order, so repeated runs give the same bits. The queries are processed in
-chunks, so that the workspace, and with it memory, grows linearly with T and S.
+forward pass leaves one partial result for each pair, and each query gathers and
+combines those of its P pairs. The backward pass sums dk and dv over a block's
+tiles in a fixed order, so repeated runs give the same bits.
 
-Selection, the dense warm-up phase and the recalls loop over chunks of queries
-with the formulas of `reference`.
+Selection multiplies chunks of queries with chunks of keys, up to the last key
+that a query of the chunk sees, and keeps the maximum of each block only.
+
+The dense warm-up phase and the recalls loop over chunks of queries with the
+formulas of `reference`. `_chunk_elements` bounds all chunks, so memory grows
+linearly with T and S.
 
 In a packed row, `layout` says where the blocks lie. Keys are gathered into
 blocks once, and from there on a block is a block: the last tokens of a short
-one are masked. Selection, dense attention and recalls still score all keys of
-a row, in memory linear in S.
+one are masked. Dense attention and recalls still score all keys of a row.
 
 Arguments are checked in `ops`, not here.
 """
@@ -370,21 +373,30 @@ def _softmax_of_pairs(
 ) -> tuple[
   Float[Array, "M R*G bs"], Float[Array, "M R*G"], Float[Array, "M R*G"]
 ]:
-  """exp(s - max), its sums, and log sum exp, over each pair's tokens."""
+  """exp(s - max), max, and log sum exp, over each pair's tokens."""
   m = jnp.max(s, axis=-1)
   m = jnp.where(m == -jnp.inf, 0, m)
   p = jnp.exp(s - m[..., None])
   l = jnp.sum(p, axis=-1)
   lse = jnp.where(l == 0, -jnp.inf, m + jnp.log(jnp.where(l == 0, 1, l)))
-  return p, l, lse
+  return p, m, lse
 
 
 def _merge_pairs(
   lse: Float[Array, "M R*G"], plan: _Plan
-) -> tuple[Float[Array, "Z*C P G"], Float[Array, "Z*C G"]]:
-  """log sum exp of each query's pairs, and of all of them."""
+) -> Float[Array, "Z*C G"]:
+  """log sum exp of each query, from those of its pairs."""
   pairs = jnp.where(plan.used[..., None], _for_pairs(lse, plan), -jnp.inf)
-  return pairs, reference.masked_logsumexp(jnp.moveaxis(pairs, 1, 2))
+  return reference.masked_logsumexp(jnp.moveaxis(pairs, 1, 2))
+
+
+def _pair_dtype(x: Array) -> jnp.dtype:
+  """In which the results of pairs go through memory.
+
+  bfloat16 halves their bytes, and a sum of them is rounded to it anyway.
+  float16 lacks the range for a sum over a block.
+  """
+  return x.dtype if x.dtype == jnp.bfloat16 else compute_dtype(x)
 
 
 def _finite_lse(lse: Float[Array, "*A"]) -> Float[Array, "*A"]:
@@ -633,16 +645,15 @@ def _sparse_run(
     q_tile, k_tile = _for_tiles(q, plan), _take(k, plan.block)
     s = scale * _product("mrd,mjd->mrj", q_tile, k_tile)
     s = jnp.where(_seen(plan, group_size, block_size), s, -jnp.inf)
-    p, l, lse = _softmax_of_pairs(s)
+    p, m, lse = _softmax_of_pairs(s)
     bad = _for_tiles(bad_q, plan) | _sees(bad_k, plan, group_size)
-    pairs, lse = _merge_pairs(jnp.where(bad, jnp.nan, lse), plan)
+    lse = _merge_pairs(jnp.where(bad, jnp.nan, lse), plan)
     o = _product("mrj,mjd->mrd", p.astype(v.dtype), _take(v, plan.block))
-    factor = 1 / jnp.where(l == 0, 1, l)
-    factor = jnp.where(_sees(bad_v, plan, group_size), jnp.nan, factor)
-    # The results of pairs go through memory in the working dtype.
-    o = _for_pairs((o * factor[..., None]).astype(v.dtype), plan)
-    # The weight of each pair in the output is exp(lse of the pair - lse).
-    weight = jnp.exp(pairs - _finite_lse(lse)[:, None])
+    o = _for_pairs(o.astype(_pair_dtype(v)), plan)
+    # The weight of each pair in the output is exp(its maximum - lse).
+    m = jnp.where(_sees(bad_v, plan, group_size), jnp.nan, m)
+    m = jnp.where(plan.used[..., None], _for_pairs(m, plan), -jnp.inf)
+    weight = jnp.exp(m - _finite_lse(lse)[:, None])
     o = jnp.where(plan.used[..., None, None], o, 0).astype(weight.dtype)
     out = jnp.sum(weight[..., None] * o, axis=1).astype(v.dtype)
     return (), tuple(x.reshape(*shape, *x.shape[1:]) for x in (out, lse))
@@ -727,7 +738,7 @@ def _sparse_gradients(
     dp = _product("mrd,mjd->mrj", d_tile, v_tile)
     ds = jnp.where(seen, p * (dp - delta) * scale, 0)
     ds, p = ds.astype(q.dtype), p.astype(q.dtype)
-    dq = _product("mrj,mjd->mrd", ds, k_tile).astype(q.dtype)
+    dq = _product("mrj,mjd->mrd", ds, k_tile).astype(_pair_dtype(q))
     dq = _sum_pairs(dq, plan, dtype).astype(q.dtype)
     sums = _sum_tiles(
       (
@@ -912,7 +923,7 @@ def _sparse_kl_run(
     u = jnp.where(seen, u, -jnp.inf)
     bad = _for_tiles(bad_iq, plan) | _sees(bad_ik, plan, 1)
     _, _, u_lse = _softmax_of_pairs(u)
-    _, u_lse = _merge_pairs(jnp.where(bad, jnp.nan, u_lse), plan)
+    u_lse = _merge_pairs(jnp.where(bad, jnp.nan, u_lse), plan)
     log_r = u - _for_tiles(_finite_lse(u_lse), plan)[..., None]
     live = p != 0
     log_ratio = jnp.log(jnp.where(live, p, 1)) - jnp.where(live, log_r, 0)
