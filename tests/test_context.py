@@ -687,13 +687,13 @@ with jax.set_mesh(mesh):
   with pytest.raises(ValueError, match="capacity must be a multiple of 2: whole"
                      " blocks on each device that shares a sequence, got 7"):
     model.extend(jnp.ones((1, 1), jnp.int32), cache)
-layer = msa_jax.MSAttention(
-  4, 16, 32, 16, 1, sharding=Sharding(), rngs=nnx.Rngs(0))
 tensor = jax.make_mesh((2,), ("tensor",), axis_types=(AxisType.Auto,))
 with jax.set_mesh(tensor):
+  layer = nnx.eval_shape(lambda: msa_jax.MSAttention(
+    4, 16, 32, 16, 1, sharding=Sharding(), rngs=nnx.Rngs(0)))
   with pytest.raises(ValueError, match="num_kv_heads must be a multiple of mesh"
                      " axis 'tensor' = 2, got 1"):
-    layer(jnp.ones((1, 48, 16)))
+    layer.mesh_axes(1)
 with pytest.raises(ValueError, match="must be .* multiple of 6, two pieces"):
   msa_jax.context.zigzag_order(8, 3)
 with pytest.raises(ValueError, match=r"context=0: wanted an integer"):
