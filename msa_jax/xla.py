@@ -124,6 +124,11 @@ class _Plan(NamedTuple):
   picked: Bool[Array, "Z*N"]
 
 
+def _count(size: int, ndim: int) -> Int[Array, "..."]:
+  """0 .. size - 1 along the last of ndim axes."""
+  return lax.expand_dims(jnp.arange(size, dtype=jnp.int32), range(ndim - 1))
+
+
 def _take(x: Array, at: Int[Array, "*A"]) -> Array:
   """x[at], without a check of indices that are right by construction."""
   return x.at[at].get(mode="promise_in_bounds")
@@ -203,8 +208,7 @@ def _blocks(
   b, s, h, d = x.shape
   if layout is not None:
     start, end = (x[..., None] for x in (layout.block_start, layout.block_end))
-    slots = start + jnp.arange(block_size, dtype=jnp.int32)
-    slots = jnp.minimum(slots, end - 1)
+    slots = jnp.minimum(start + _count(block_size, 3), end - 1)
     x = x[jnp.arange(b)[:, None, None], jnp.clip(slots, 0, s - 1)]
     return jnp.moveaxis(x, 3, 1).reshape(b * h, -1, block_size, d)
   n = -(-s // block_size)
@@ -350,14 +354,14 @@ def _seen(
 ) -> Bool[Array, "M R*G bs"]:
   """Which of a tile's tokens each of its queries sees, for every head."""
   limit = jnp.repeat(plan.limit, group_size, axis=1)
-  return jnp.arange(block_size, dtype=jnp.int32) <= limit[..., None]
+  return _count(block_size, 3) <= limit[..., None]
 
 
 def _first_bad(bad: Bool[Array, "Z N bs"]) -> Int[Array, "Z N"]:
   """The first bad token of each block; bs if there is none."""
   block_size = bad.shape[-1]
-  token = jnp.arange(block_size, dtype=jnp.int32)
-  return jnp.min(jnp.where(bad, token, block_size), axis=-1)
+  token = jnp.where(bad, _count(block_size, bad.ndim), block_size)
+  return jnp.min(token, axis=-1)
 
 
 def _sees(
@@ -1055,7 +1059,9 @@ def _select_run(
         # Otherwise the query's own block is chosen whatever its score is.
         last = lax.dynamic_slice_in_dim(limit, i * size, size, axis=2)
         last = jnp.repeat(jnp.moveaxis(last, 1, 2), num_kv_heads, axis=2)
-        token = jnp.arange(block_size, dtype=jnp.int32)[:, None]
+        token = lax.expand_dims(
+          jnp.arange(block_size, dtype=jnp.int32), (0, 1, 3)
+        )
         s = jnp.where(token <= last[:, :, None], s, -jnp.inf)
       return lax.dynamic_update_slice_in_dim(
         score, _maximum(s), i * size, axis=1
@@ -1073,8 +1079,7 @@ def _select_run(
       score = scores(0, score)
     else:
       # No query of the chunk sees the blocks behind these.
-      ids = jnp.arange(num_blocks, dtype=jnp.int32)
-      last = jnp.max(jnp.where(visible, ids, -1))
+      last = jnp.max(jnp.where(visible, _count(num_blocks, 4), -1))
       score = lax.fori_loop(0, last // size + 1, scores, score)
     score = score[:, :num_blocks].reshape(b, num_blocks, -1, num_kv_heads)
     score = jnp.transpose(score, (0, 3, 2, 1))
