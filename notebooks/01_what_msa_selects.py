@@ -173,11 +173,14 @@ heads = [
     (parts.index_key, parts.index_key_norm),
   )
 ]
+# Of an index head, other dims may rotate, here none.
+index_rope_dim = parts.index.rotated(parts.rope_dim)
+rope_dims = parts.rope_dim, parts.rope_dim, index_rope_dim, index_rope_dim
 q, k, index_q, index_k = (
   partial_rope(
-    x, jnp.arange(run.context), rope_dim=parts.rope_dim, theta=parts.rope_theta
+    x, jnp.arange(run.context), rope_dim=rope_dim, theta=parts.rope_theta
   )
-  for x in heads
+  for x, rope_dim in zip(heads, rope_dims)
 )
 v, index_k = parts.value(h), index_k[:, :, 0]
 

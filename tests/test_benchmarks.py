@@ -167,6 +167,7 @@ def test_a_turn_comes_when_no_other_command_compiles_or_measures(tmp_path):
   assert order == ["compiles", "measures"]
 
 
+@pytest.mark.slow
 def test_training_ops_write_records(arguments):
   pytest.importorskip("matplotlib")
   arguments, path = arguments
@@ -474,6 +475,7 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 FUZZ = ["--signatures", "6", "--tiny", "--implementation", "xla"]
 
 
+@pytest.mark.slow
 def test_fuzz_of_a_right_implementation(tmp_path):
   path = tmp_path / "fuzz.json"
   assert fuzz.main([*FUZZ, "--calls", "12", "--out", str(path)]) == 0

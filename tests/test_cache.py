@@ -562,7 +562,7 @@ def check_overflow(model, cache, at):
   "kinds, precision, scan_layers",
   [
     (("gqa",), "exact", False),
-    (("msa",), "fp8", False),
+    pytest.param(("msa",), "fp8", False, marks=pytest.mark.slow),
     (("gqa", "msa"), "exact", True),
   ],
 )
@@ -837,6 +837,7 @@ FP8_CONFIG = dataclasses.replace(
 )
 
 
+@pytest.mark.slow
 def test_a_cache_split_over_devices():
   """Four forced CPU devices: rows and KV heads, and no collective of rows."""
   run_on_devices(4, MESH)

@@ -302,7 +302,7 @@ def commands(page):
   lines = []
   for language, block in BLOCK.findall(text):
     if language == "sh":
-      lines += block.splitlines()
+      lines += block.replace("\\\n", " ").splitlines()
   lines += re.findall(r"`([^`]+)`", text_of(page))
   for line in lines:
     words = shlex.split(line.replace("\n", " "), comments=True)

@@ -526,7 +526,7 @@ def test_wrong_model_configs(change, text):
     ),
     (
       dict(selection="all"),
-      "selection must be one of 'index', 'window', got 'all'",
+      "selection must be one of 'index', 'window', 'oracle', got 'all'",
     ),
     (dict(selection="window", value_head=True), "value_head must be False"),
     (

@@ -232,6 +232,7 @@ def test_several_rows_in_the_share_of_a_cta(monkeypatch):
   run_and_check(case, config=config)
 
 
+@pytest.mark.slow
 def test_more_lists_than_lanes():
   case = Case(lengths=(4480, 300), capacity=4480, num_heads=1, num_kv_heads=1)
   params = params_of(case, decode.Config(num_ctas=36))

@@ -67,7 +67,7 @@ class TestInterpreted(KLContract):
 
 
 @pytest.mark.parametrize(
-  "share", [4, pytest.param(2, marks=pytest.mark.slow), 1]
+  "share", [4, *(pytest.param(n, marks=pytest.mark.slow) for n in (2, 1))]
 )
 def test_interpreted_launches_of_rows_and_groups(share):
   case = SPARSE_KL["rows"]

@@ -77,9 +77,11 @@ FEW_QUERIES = Case(
 @pytest.mark.parametrize(
   "kind",
   [
-    "documents",
     "trees",
-    *(pytest.param(x, marks=pytest.mark.slow) for x in ("long", "few_queries")),
+    *(
+      pytest.param(x, marks=pytest.mark.slow)
+      for x in ("documents", "long", "few_queries")
+    ),
   ],
 )
 def test_interpreted_attention_and_gradients(kind):

@@ -285,7 +285,9 @@ def assert_rows_agree(results, poison):
     np.testing.assert_array_equal(first[~poison[1]], second[~poison[1]])
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize(
+  "kind", ["documents", pytest.param("trees", marks=pytest.mark.slow)]
+)
 def test_interpreted_attention_and_gradients(kind):
   case, layout, poison = small(kind)
   blocks = random_choices(case, layout)[:1]
@@ -463,11 +465,12 @@ def test_units_hold_every_visible_pair(kind):
   "kind, phase",
   [
     ("documents", "sparse"),
-    pytest.param("trees", "sparse", marks=pytest.mark.slow),
-    pytest.param("trees", "warmup", marks=pytest.mark.slow),
-    pytest.param("documents", "warmup", marks=pytest.mark.slow),
+    ("trees", "sparse"),
+    ("trees", "warmup"),
+    ("documents", "warmup"),
   ],
 )
+@pytest.mark.slow
 def test_interpreted_pieces_of_a_packed_row(monkeypatch, kind, phase):
   """An early and a late piece of the queries, as context parallelism has them.
 

@@ -45,9 +45,9 @@ PADDED = [
   (12, 1, 96, 112),
 ]
 SLOW = pytest.mark.slow
-# Two are for CI: heads padded to 8 and 16, dims to 64 and 128.
+# One is for CI; the others differ in the sizes that they pad to.
 SOME_PADDED = [
-  pytest.param(sizes, marks=[SLOW] * (sizes[0] in (5, 6, 7)))
+  pytest.param(sizes, marks=[SLOW] * (sizes[0] in (5, 6, 7, 12)))
   for sizes in PADDED
 ]
 # On the CPU: one CTA, two compute warpgroups.
@@ -84,7 +84,11 @@ def attend_and_pull(case, q, k, v, dout, blocks, config=FORWARD):
   return out, lse, pull(dout)
 
 
-@pytest.mark.parametrize("sizes", [(1, 2, 64, 64), *SOME_PADDED], ids=str)
+@pytest.mark.parametrize(
+  "sizes",
+  [*SOME_PADDED, pytest.param((1, 2, 64, 64), marks=SLOW)],
+  ids=str,
+)
 def test_padded_attention_and_gradients(sizes):
   case = padded_case(*sizes)
   q, k, v, dout = attention_inputs(case, jnp.bfloat16)
@@ -101,7 +105,11 @@ PAIRS = dataclasses.replace(FORWARD, shared_cost=1e9, slack=0.0)
 @pytest.mark.parametrize(
   "group", [2, *(pytest.param(n, marks=SLOW) for n in (1, 3))]
 )
-@pytest.mark.parametrize("config", [FORWARD, PAIRS], ids=["tiles", "pairs"])
+@pytest.mark.parametrize(
+  "config",
+  [FORWARD, pytest.param(PAIRS, marks=SLOW)],
+  ids=["tiles", "pairs"],
+)
 def test_queries_of_a_pack_choose_apart(group, config):
   """Two or four queries share MMA rows; 37 queries leave a pack half empty."""
   case = Case(
@@ -365,7 +373,7 @@ def real_case(tokens, heads, kv_heads, dim=128, block_size=128, top_k=16):
     real_case(1 << 15, 48, 8),  # MiniMax-M2
     pytest.param(real_case(1 << 15, 40, 8), marks=SLOW),  # Qwen3-14B
     pytest.param(real_case(1 << 13, 9, 3, dim=64), marks=SLOW),  # SmolLM2-135M
-    real_case(1 << 13, 32, 32, dim=80),
+    pytest.param(real_case(1 << 13, 32, 32, dim=80), marks=SLOW),
     real_case(1 << 13, 24, 2, dim=96, block_size=64),
   ],
   ids=str,

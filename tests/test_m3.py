@@ -349,6 +349,7 @@ else:
 """
 
 
+@pytest.mark.slow
 def test_mesh_gives_the_same_numbers_and_bits(tmp_path):
   run_on_devices(4, MESH, tmp_path / "a", tmp_path / "b")
 
@@ -651,7 +652,9 @@ print(size, loaded - before - size, both - size, peak() - loaded)
 """
 
 
-@pytest.mark.parametrize("devices", [1, 4])
+@pytest.mark.parametrize(
+  "devices", [1, pytest.param(4, marks=pytest.mark.slow)]
+)
 def test_memory_of_a_load_is_that_of_single_tensors(
   tmp_path, devices, monkeypatch
 ):

@@ -386,6 +386,7 @@ assert lower(mapped, args).count("@mosaic_gpu") == PROGRAMS["sparse"][1]
 """
 
 
+@pytest.mark.slow
 def test_kernels_under_meshes_lower():
   """Split by themselves, and inside of jax.shard_map with check_vma=True."""
   run_on_devices(4, LOWERING)

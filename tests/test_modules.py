@@ -296,6 +296,7 @@ for kind in ("GQAttention", "MSAttention"):
 """
 
 
+@pytest.mark.slow
 def test_sinks_split_over_a_mesh():
   run_on_devices(4, SINKS_MESH)
 
@@ -757,9 +758,8 @@ for name in sys.argv[1:]:
 """
 
 
-@pytest.mark.parametrize(
-  "case", ["data and tensor", pytest.param("fsdp", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", ["data and tensor", "fsdp"])
 def test_mesh_gives_the_same_numbers(case):
   """Four forced CPU devices: batch, parameters and KV heads split."""
   run_on_devices(4, MESH, case)

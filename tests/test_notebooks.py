@@ -21,6 +21,12 @@ SMALL = {
   ),
   "05_msa_in_your_own_model": dict(STEPS=4, WARMUP=2, CONTEXT=64, BATCH=1),
 }
+# They compile a dozen programs, or train.
+LONG = (
+  "01_what_msa_selects",
+  "02_the_kernels",
+  "04_turn_a_pretrained_model_into_msa",
+)
 each_notebook = pytest.mark.parametrize(
   "source", build.sources(), ids=lambda path: path.stem
 )
@@ -68,8 +74,7 @@ def test_a_notebook_holds_its_sources_cells_and_their_outputs(source):
 @pytest.mark.parametrize(
   "source",
   [
-    # It compiles a dozen programs.
-    pytest.param(path, marks=[pytest.mark.slow] if "04_" in path.stem else [])
+    pytest.param(path, marks=[pytest.mark.slow] if path.stem in LONG else [])
     for path in build.sources()
   ],
   ids=lambda path: path.stem,

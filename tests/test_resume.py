@@ -119,6 +119,7 @@ sys.exit(__main__.main(["train", "--config", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_a_full_disk_costs_one_line_and_the_steps_since(place, run, reference):
   """A limit on the size of files fails as a full disk does, where a test may
   set it."""
@@ -202,6 +203,7 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference):
 @pytest.mark.parametrize(
   "axis", ["data", pytest.param("context", marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_two_processes_go_on_as_one(place, run, reference, axis):
   """Two processes with a device each are killed; one device ends their run."""
   folder = place / f"two_{axis}"

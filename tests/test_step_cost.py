@@ -148,6 +148,7 @@ def test_remat_changes_no_gradient(phase):
   chex.assert_trees_all_close(*grads, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.slow
 def test_remat_trains_twice_the_depth_in_the_memory_of_one():
   def workspace(layers, remat):
     config = dataclasses.replace(MODEL, num_layers=layers, remat=remat)

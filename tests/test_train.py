@@ -601,6 +601,7 @@ for name, wanted in one.items():
 """
 
 
+@pytest.mark.slow
 def test_muon_on_a_mesh_takes_the_step_of_one_device(place):
   """It makes whole matrices orthogonal, not what a device has of them."""
   run_on_devices(4, MUON_ON_A_MESH, place)
@@ -741,6 +742,7 @@ def from_trained(place, trained) -> config_lib.ComparisonConfig:
   return config_lib.ComparisonConfig(name="trained", runs=(gqa, msa))
 
 
+@pytest.mark.slow
 def test_a_trained_model_becomes_msa(place, trained, from_trained):
   model, _ = trained
   out = place / "from_trained"
