@@ -882,6 +882,7 @@ LONG = jax.random.randint(jax.random.key(6), (2, 300), 0, 64)
 PARTS = (128, 100, 12, *(1,) * 60)
 
 
+@pytest.mark.slow
 def test_steps_of_the_kernels_lower(pretend_hopper):
   """Prefill under nnx.jit, and decoding inside generation's loop."""
   graphdef, params = kernel_model(("msa",), top_k=8)

@@ -600,6 +600,7 @@ def test_kernels_lower_under_a_mesh():
   run_on_devices(2, KERNELS)
 
 
+@pytest.mark.slow
 def test_interpreted_kernels_take_the_pieces_of_two_devices(monkeypatch):
   """One device after the other: the interpreter has one memory for all."""
   from pallas_kernels import select_blocks, sparse_attention

@@ -215,6 +215,7 @@ class TestInterpreted(GradientContract):
 @pytest.mark.parametrize(
   "launches", [4, pytest.param(2, marks=pytest.mark.slow)]
 )
+@pytest.mark.slow
 def test_interpreted_launches_do_not_change_a_bit(launches):
   # A batch row that sees all its queries and one that is shorter than T.
   scenario = op_contract.ATTENTION["rows"]

@@ -1071,7 +1071,9 @@ def measure(model, tokens):
   return out.logits, jnp.stack([*recalls, out.kl])
 
 
-@pytest.mark.parametrize("index_dim", [16, 8])
+@pytest.mark.parametrize(
+  "index_dim", [8, pytest.param(16, marks=pytest.mark.slow)]
+)
 def test_to_msa_starts_from_the_main_attention(index_dim):
   """Recalls of a trained model against fresh projections; the numbers of
   index_dim 16 are those in to_msa's docstring."""

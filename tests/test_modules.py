@@ -588,7 +588,17 @@ ABLATIONS = {
 }
 
 
-@pytest.mark.parametrize("name", ABLATIONS)
+@pytest.mark.parametrize(
+  "name",
+  [
+    pytest.param(
+      name,
+      marks=[pytest.mark.slow]
+      * (name in ("own_not_forced", "force_first_block")),
+    )
+    for name in ABLATIONS
+  ],
+)
 def test_ablations(name):
   """Each switch does what it says, in both phases."""
   index = dataclasses.replace(INDEX, **ABLATIONS[name])

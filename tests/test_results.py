@@ -50,6 +50,7 @@ def full(tmp_path):
   return folder
 
 
+@pytest.mark.slow
 def test_the_report_of_a_thinned_comparison_shows_the_same_numbers(
   full, tmp_path
 ):

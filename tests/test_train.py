@@ -201,6 +201,7 @@ def packed_run(place) -> config_lib.RunConfig:
   return dataclasses.replace(run, data=text)
 
 
+@pytest.mark.slow
 def test_parts_of_a_packed_batch_add_up(place, params):
   """Each part has another share of padding, so its mean KL counts less."""
   run = packed_run(place)
