@@ -124,11 +124,6 @@ class KernelParams:
     return plgpu.SMEM(sizes, self.dtype, transforms=mosaic.OPERAND)
 
 
-def _span(start, size: int):
-  """A slice that starts at a multiple of its size, which TMA has to be told."""
-  return pl.ds(pl.multiple_of(start, size), size)
-
-
 def _row_vector(value: float):
   layout = plgpu.Layout.WGMMA.reduce(1)
   return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), layout)
@@ -153,7 +148,7 @@ def _along_queries(x):
 def _seen_later(until_gmem, batch_row, first_query, first_key):
   """Whether keys of packed rows are still seen at the queries' slots."""
   until = plgpu.load(
-    until_gmem.at[batch_row, _span(first_key, KEYS)],
+    until_gmem.at[batch_row, mosaic.span(first_key, KEYS)],
     layout=plgpu.Layout.WGMMA.reduce(0),
     optimized=False,
   )
@@ -218,7 +213,7 @@ def _index_lse(
     def _compute():
       def tile(i, step):
         batch_row, group, first, first_tile, key_tiles = locate(i)
-        queries = _span(first + wg * ROWS, ROWS)
+        queries = mosaic.span(first + wg * ROWS, ROWS)
         limit = plgpu.load(
           limits_gmem.at[batch_row, queries], layout=row_layout, optimized=False
         )
@@ -260,8 +255,8 @@ def _index_lse(
           plgpu.copy_gmem_to_smem(
             iq_gmem.at[
               batch_row,
-              _span(first + h * ROWS, ROWS),
-              _span(group * s.index_dim, s.index_dim),
+              mosaic.span(first + h * ROWS, ROWS),
+              mosaic.span(group * s.index_dim, s.index_dim),
             ],
             iq_smem.at[h],
             ready,
@@ -270,7 +265,7 @@ def _index_lse(
         def block(j, step):
           slot = ik_ring.wait_free(step)
           plgpu.copy_gmem_to_smem(
-            ik_gmem.at[batch_row, _span((first_tile + j) * KEYS, KEYS)],
+            ik_gmem.at[batch_row, mosaic.span((first_tile + j) * KEYS, KEYS)],
             ik_smem.at[slot],
             ik_ring.ready_at(slot),
           )
@@ -378,7 +373,7 @@ def _units(
 
         def tile(j, carry):
           step, value = carry
-          queries = _span(origin + first_query + j * ROWS, ROWS)
+          queries = mosaic.span(origin + first_query + j * ROWS, ROWS)
           # These loads are used only after the loop over heads, which hides
           # their latency.
           limit, ilse = (
@@ -443,8 +438,8 @@ def _units(
               g_smem.at[wg],
               g_gmem.at[
                 launch_row * s.num_kv_heads + group,
-                _span(first_query + j * ROWS, ROWS),
-                _span(my_key, KEYS),
+                mosaic.span(first_query + j * ROWS, ROWS),
+                mosaic.span(my_key, KEYS),
               ],
             )
           return step + s.group_size, value
@@ -464,8 +459,8 @@ def _units(
       def unit(i, carry):
         launch_row, group, first_query, first_key = locate(i)
         batch_row = chunk_gmem[0] + launch_row
-        keys = [_span(first_key + h * KEYS, KEYS) for h in range(2)]
-        columns = _span(group * s.head_dim, s.head_dim)
+        keys = [mosaic.span(first_key + h * KEYS, KEYS) for h in range(2)]
+        columns = mosaic.span(group * s.head_dim, s.head_dim)
 
         ready = k_ring.ready_at(k_ring.wait_free(i))
         for h in range(2):
@@ -480,7 +475,7 @@ def _units(
 
         def tile(j, carry):
           step, tile_step = carry
-          queries = _span(origin + first_query + j * ROWS, ROWS)
+          queries = mosaic.span(origin + first_query + j * ROWS, ROWS)
 
           def head(h, step):
             slot = q_ring.slot(step)
@@ -488,7 +483,7 @@ def _units(
             q_ring.wait_free(step, slot)
             plgpu.copy_gmem_to_smem(
               q_gmem.at[
-                batch_row, queries, _span(one * s.head_dim, s.head_dim)
+                batch_row, queries, mosaic.span(one * s.head_dim, s.head_dim)
               ],
               q_smem.at[slot],
               q_ring.ready_at(slot),
@@ -501,7 +496,7 @@ def _units(
 
           step = lax.fori_loop(0, s.group_size, head, step)
           slot = iq_ring.wait_free(tile_step)
-          columns = _span(group * s.index_dim, s.index_dim)
+          columns = mosaic.span(group * s.index_dim, s.index_dim)
           plgpu.copy_gmem_to_smem(
             iq_gmem.at[batch_row, queries, columns], iq_smem,
             iq_ring.ready_at(slot),

@@ -177,11 +177,6 @@ def plan_tiles(
   return lists(some, every), lists(some.swapaxes(1, 2), every.swapaxes(1, 2))
 
 
-def _span(start, size: int):
-  """A slice that starts at a multiple of its size, which TMA has to be told."""
-  return pl.ds(pl.multiple_of(start, size), size)
-
-
 def _vector(value: float):
   layout = plgpu.Layout.WGMMA.reduce(1)
   return plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), layout)
@@ -248,7 +243,7 @@ def _query_item(i, cta, params: KernelParams, order_gmem):
 def _visible(until_gmem, batch_row, first_key, first_slot, columns: int):
   """The mask of 64 queries from first_slot on, and keys from first_key on."""
   until = plgpu.load(
-    until_gmem.at[batch_row, _span(first_key, columns)],
+    until_gmem.at[batch_row, mosaic.span(first_key, columns)],
     layout=plgpu.Layout.WGMMA.reduce(0),
     optimized=False,
   )
@@ -276,17 +271,17 @@ def _copy_walk(
   def item(i, step):
     tile, batch_row, head, first = _query_item(i, cta, params, order_gmem)
     ready = q_ring.ready_at(q_ring.wait_free(i))
-    columns = _span(head * d, d)
+    columns = mosaic.span(head * d, d)
     for h in range(2):
-      rows = _span(first + h * ROWS, ROWS)
+      rows = mosaic.span(first + h * ROWS, ROWS)
       for source, target in zip(query_gmem, query_smem):
         plgpu.copy_gmem_to_smem(
           source.at[batch_row, rows, columns], target.at[h], ready
         )
-    kv_columns = _span((head // params.group_size) * d, d)
+    kv_columns = mosaic.span((head // params.group_size) * d, d)
 
     def walk(j, step):
-      rows = _span(tiles_gmem[tile, j] * TILE, TILE)
+      rows = mosaic.span(tiles_gmem[tile, j] * TILE, TILE)
       for source, target, ring in (
         (k_gmem, k_smem, k_ring),
         (v_gmem, v_smem, v_ring),
@@ -370,9 +365,10 @@ def _forward_kernel(
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         out_smem[wg] = (acc * _over_columns(share, d)).astype(s.dtype)
         plgpu.commit_smem()
-        rows = _span(mine, ROWS)
+        rows = mosaic.span(mine, ROWS)
         plgpu.copy_smem_to_gmem(
-          out_smem.at[wg], out_gmem.at[batch_row, rows, _span(head * d, d)]
+          out_smem.at[wg],
+          out_gmem.at[batch_row, rows, mosaic.span(head * d, d)],
         )
         lse_gmem[batch_row, head, rows] = jnp.where(
           sees, m_i + jnp.log2(l_i), -jnp.inf
@@ -440,7 +436,7 @@ def _dq_kernel(
         tile, batch_row, head, first = _query_item(i, cta, s, order_gmem)
         mine = first + wg * ROWS
         my_slot = first_gmem[batch_row] + mine
-        rows = _span(mine, ROWS)
+        rows = mosaic.span(mine, ROWS)
         num_plain, count = counts_gmem[tile, 0], counts_gmem[tile, 1]
         lse_rows, delta_rows = (
           plgpu.load(
@@ -485,7 +481,7 @@ def _dq_kernel(
         q_smem[wg] = (acc * s.scale).astype(s.dtype)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
-          q_smem.at[wg], dq_gmem.at[batch_row, rows, _span(head * d, d)]
+          q_smem.at[wg], dq_gmem.at[batch_row, rows, mosaic.span(head * d, d)]
         )
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         q_ring.release(0)
@@ -571,7 +567,7 @@ def _dkv_kernel(
           counts_gmem[tile, n] * (2 * group) for n in range(2)
         )
         until_rows = plgpu.load(
-          until_gmem.at[batch_row, _span(mine, ROWS)],
+          until_gmem.at[batch_row, mosaic.span(mine, ROWS)],
           layout=plgpu.Layout.WGMMA.reduce(1),
           optimized=False,
         )
@@ -608,7 +604,7 @@ def _dkv_kernel(
           num_plain, count, functools.partial(add, masked=True), carry
         )
         kv_ring.release(0)
-        at = batch_row, _span(mine, ROWS), _span(kv_head * d, d)
+        at = batch_row, mosaic.span(mine, ROWS), mosaic.span(kv_head * d, d)
         for x, target in ((dk * s.scale, dk_gmem), (dv, dv_gmem)):
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
           out_smem[wg] = x.astype(s.dtype)
@@ -627,19 +623,23 @@ def _dkv_kernel(
         tile, batch_row, kv_head, first = locate(i)
         ready = kv_ring.ready_at(kv_ring.wait_free(i))
         for h in range(2):
-          at = batch_row, _span(first + h * ROWS, ROWS), _span(kv_head * d, d)
+          at = (
+            batch_row,
+            mosaic.span(first + h * ROWS, ROWS),
+            mosaic.span(kv_head * d, d),
+          )
           plgpu.copy_gmem_to_smem(k_gmem.at[at], k_smem.at[h], ready)
           plgpu.copy_gmem_to_smem(v_gmem.at[at], v_smem.at[h], ready)
 
         def walk(j, step):
           head, first_query = queries_of(tile, j)
           head = kv_head * group + head
-          rows = _span(first_query, ROWS)
+          rows = mosaic.span(first_query, ROWS)
           slot = q_ring.wait_free(step)
           ready = q_ring.ready_at(slot)
           for source, target in ((q_gmem, q_smem), (do_gmem, do_smem)):
             plgpu.copy_gmem_to_smem(
-              source.at[batch_row, rows, _span(head * d, d)],
+              source.at[batch_row, rows, mosaic.span(head * d, d)],
               target.at[slot],
               ready,
             )

@@ -365,6 +365,11 @@ OPERAND = (
 )
 
 
+def span(start: Any, size: int) -> Any:
+  """A slice that starts at a multiple of its size, which TMA has to be told."""
+  return pl.ds(pl.multiple_of(start, size), size)
+
+
 def store(ref: Any, value: jax.Array) -> None:
   """ref[...] = value for a few values in any register layout."""
   # From jax 0.12 on, a plain store must fill whole sectors of 32 bytes.
