@@ -21,6 +21,7 @@ the same row and op in results/<device>_packed.json.
 from __future__ import annotations
 
 import argparse
+import concurrent.futures
 import dataclasses
 import datetime
 import functools
@@ -193,19 +194,69 @@ def check(op: str, row: Row, implementation: Implementation) -> str | None:
   return None
 
 
+class Programs:
+  """The compiled programs of a row's ops, made in threads of a pool.
+
+  All of a command are compiled before the first is measured: compiling takes
+  the device's time, too.
+  """
+
+  def __init__(
+    self,
+    row: Row,
+    ops: Sequence[str],
+    implementation: Implementation,
+    with_dense: bool,
+    pool: concurrent.futures.Executor,
+  ):
+    case, segments = case_of(row.tokens), row.segments()
+    inputs = shapes(case)
+    self.packed = {
+      op: pool.submit(
+        compiled, program(op, case, implementation), *inputs, segments
+      )
+      for op in ops
+    }
+    self.alone, self.dense = {}, {}
+    if row.alone:
+      other = case_of(*row.alone[:2])
+      self.alone = {
+        op: pool.submit(
+          compiled, program(op, other, implementation), *shapes(other), None
+        )
+        for op in ops
+      }
+    if with_dense and not row.prefix:
+      self.dense = {
+        op: pool.submit(
+          compiled, dense_program(op), *inputs[:3], inputs[5], segments
+        )
+        for op in ops
+        if op != "select"
+      }
+
+  def wait(self) -> None:
+    futures = [
+      *self.packed.values(), *self.alone.values(), *self.dense.values()
+    ]  # fmt: skip
+    concurrent.futures.wait(futures)
+
+
+def shapes(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
+  """Those of `operands`."""
+  of = measure.shapes(case, case.dtype)
+  return tuple(of[x] for x in ("q", "k", "v", "index_q", "index_k", "q"))
+
+
 def measure_row(
-  name: str,
-  row: Row,
-  ops: Sequence[str],
-  implementation: Implementation,
-  with_dense: bool,
+  name: str, row: Row, implementation: Implementation, programs: Programs
 ) -> list[dict[str, Any]]:
   """The records of a row."""
   case, segments = case_of(row.tokens), row.segments()
   inputs = operands(case)
   found = []
-  for op in ops:
-    run = compiled(program(op, case, implementation), *inputs, segments)
+  for op, future in programs.packed.items():
+    run = future.result()
     seconds, spread = measure.measure(functools.partial(run, *inputs, segments))
     record: dict[str, Any] = dict(
       row=name,
@@ -223,20 +274,19 @@ def measure_row(
       record["tflops"] = round(flops / seconds / 1e12, 1)
     if row.alone:
       tokens, batch, count = row.alone
-      other = case_of(tokens, batch)
-      others = operands(other)
-      run = compiled(program(op, other, implementation), *others, None)
+      others = operands(case_of(tokens, batch))
+      run = programs.alone[op].result()
       alone, _ = measure.measure(functools.partial(run, *others, None))
       record["alone_ms"] = round(count * alone * 1e3, 3)
-      del others, run
-    if with_dense and op != "select" and not row.prefix:
-      peer = (*inputs[:3], inputs[5], segments)
+      del others
+    if op in programs.dense:
       try:
-        run = compiled(dense_program(op), *peer)
-        dense, _ = measure.measure(functools.partial(run, *peer))
+        run = programs.dense[op].result()
       except NotImplementedError as error:
         measure.log(f"  cuDNN does not take {name}: {error}")
       else:
+        peer = (*inputs[:3], inputs[5], segments)
+        dense, _ = measure.measure(functools.partial(run, *peer))
         record["dense_ms"] = round(dense * 1e3, 3)
     measure.log(f"  {record}")
     found.append(record)
@@ -273,27 +323,36 @@ def main(argv: Sequence[str] | None = None) -> int:
   name = f"{records.device_slug()}_packed.json"
   path = args.results or records.FOLDER / name
   old = records.read_own(path)
-  measure.log(f"checking {', '.join(args.ops)}")
-  failed = [
-    f"{kind} {op}: {wrong}"
-    for kind, row in CHECKED.items()
-    for op in args.ops
-    if (wrong := check(op, row, args.implementation))
-  ]
-  if failed:
-    print("\n".join(["check failed, nothing measured:", *failed]))
-    return 1
+  chosen = {name: ROWS[name] for name in args.rows or ROWS}
+  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+    measure.log(f"checking {', '.join(args.ops)}")
+    programs = {
+      name: Programs(
+        row, args.ops, args.implementation, not args.no_dense, pool
+      )
+      for name, row in chosen.items()
+    }
+    failed = [
+      f"{kind} {op}: {wrong}"
+      for kind, row in CHECKED.items()
+      for op in args.ops
+      if (wrong := check(op, row, args.implementation))
+    ]
+    if failed:
+      pool.shutdown(cancel_futures=True)
+      print("\n".join(["check failed, nothing measured:", *failed]))
+      return 1
+    for each in programs.values():
+      each.wait()
   note = dict(
     date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     commit=args.commit or records.commit_name(),
     jax=jax.__version__,
   )
   rows = old.get("rows", [])
-  for name in args.rows or ROWS:
+  for name, row in chosen.items():
     measure.log(f"{name}:")
-    found = measure_row(
-      name, ROWS[name], args.ops, args.implementation, not args.no_dense
-    )
+    found = measure_row(name, row, args.implementation, programs[name])
     found = [record | note for record in found]
     rows = records.merge(rows, found, ["row", "op", "implementation"])
     content = dict(device=jax.devices()[0].device_kind, rows=rows)
