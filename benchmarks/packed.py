@@ -126,8 +126,8 @@ def program(
       attend = functools.partial(ops_lib.dense_attention, **options)
       if op == "dense":
         return attend(q, k, v)
-      (_, lse), pull = jax.vjp(attend, q, k, v)
-      return pull((dout, jnp.zeros_like(lse)))
+      _, pull = jax.vjp(lambda *x: attend(*x)[0], q, k, v)
+      return pull(dout)
     if op == "prefill":
       return msa_jax.sparse_attention(q, k, v, select(**options), **options)
 
@@ -143,11 +143,13 @@ def program(
   return run
 
 
-def dense_program(op: str) -> Callable:
+def dense_program(op: str, spans: int) -> Callable:
   """(q, k, v, dout, segments) -> results of cuDNN's packed attention."""
 
   def run(q, k, v, dout, segments):
-    attend = functools.partial(ops_lib.document_attention, segments=segments)
+    # Its statistics grow with the number of documents that the row may have.
+    known = dataclasses.replace(segments, max_segments=spans)
+    attend = functools.partial(ops_lib.document_attention, segments=known)
     if op in ("prefill", "dense"):
       return attend(q, k, v)
     _, pull = jax.vjp(lambda *x: attend(*x), q, k, v)
@@ -229,7 +231,9 @@ class Programs:
     if with_dense and not row.prefix:
       self.dense = {
         op: pool.submit(
-          compiled, dense_program(op), *inputs[:3], inputs[5], segments
+          compiled,
+          dense_program(op, len(row.lengths)),
+          *(*inputs[:3], inputs[5], segments),
         )
         for op in ops
         if op != "select"
@@ -314,6 +318,10 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     type=pathlib.Path,
     help="JSON file (default: results/<device>_packed.json)",
   )
+  parser.add_argument(
+    "--lock", type=pathlib.Path, metavar="FILE",
+    help="as that of python -m benchmarks; each command has its own --results",
+  )  # fmt: skip
   parser.add_argument("--commit", help="commit to record (default: HEAD)")
   return parser.parse_args(argv)
 
@@ -324,7 +332,10 @@ def main(argv: Sequence[str] | None = None) -> int:
   path = args.results or records.FOLDER / name
   old = records.read_own(path)
   chosen = {name: ROWS[name] for name in args.rows or ROWS}
-  with concurrent.futures.ThreadPoolExecutor(8) as pool:
+  with (
+    measure.turns(args.lock) as wait_for_turn,
+    concurrent.futures.ThreadPoolExecutor(6) as pool,
+  ):
     measure.log(f"checking {', '.join(args.ops)}")
     programs = {
       name: Programs(
@@ -344,19 +355,20 @@ def main(argv: Sequence[str] | None = None) -> int:
       return 1
     for each in programs.values():
       each.wait()
-  note = dict(
-    date=datetime.datetime.now(datetime.UTC).date().isoformat(),
-    commit=args.commit or records.commit_name(),
-    jax=jax.__version__,
-  )
-  rows = old.get("rows", [])
-  for name, row in chosen.items():
-    measure.log(f"{name}:")
-    found = measure_row(name, row, args.implementation, programs[name])
-    found = [record | note for record in found]
-    rows = records.merge(rows, found, ["row", "op", "implementation"])
-    content = dict(device=jax.devices()[0].device_kind, rows=rows)
-    records.write_json(path, content)
+    wait_for_turn()
+    note = dict(
+      date=datetime.datetime.now(datetime.UTC).date().isoformat(),
+      commit=args.commit or records.commit_name(),
+      jax=jax.__version__,
+    )
+    rows = old.get("rows", [])
+    for name, row in chosen.items():
+      measure.log(f"{name}:")
+      found = measure_row(name, row, args.implementation, programs[name])
+      found = [record | note for record in found]
+      rows = records.merge(rows, found, ["row", "op", "implementation"])
+      content = dict(device=jax.devices()[0].device_kind, rows=rows)
+      records.write_json(path, content)
   measure.log(f"wrote {path}")
   return 0
 

@@ -143,13 +143,6 @@ def test_lowers_for_cuda_at_128k():
     assert name in text
 
 
-CONFIGS = (
-  masked.Config(),
-  masked.Config(columns=128),
-  masked.Config(query_stages=2),
-)
-
-
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", ["documents", "trees", "lengths"])
 @pytest.mark.parametrize("name", GPU_CASES)
@@ -161,27 +154,22 @@ def test_gpu_attention(hopper, name, kind):
       case, q_len=case.kv_len - 333, kv_lengths=lengths
     )
   q, k, v, dout = op_contract.attention_inputs(case, dtype)
+
+  @jax.jit
+  def run(q, k, v, dout, layout, dlse):
+    until = None if layout is None else layout.visible_until
+    both, pull = jax.vjp(
+      lambda *x: masked.attention(*x, kv_lengths=case.lengths, until=until),
+      *(q, k, v),
+    )
+    return both, pull((dout, dlse))
+
+  def check(q, k, v, dout, layout, dlse, got):
+    (out, lse), grads = got
+    check_attention(case, q, k, v, None, out, lse, layout)
+    check_attention_gradients(case, q, k, v, dout, None, grads, dlse, layout)
+
   for seed in range(2):
     layout = None if kind == "lengths" else layout_of(case, kind, 10 * seed)
     dlse = lse_cotangent(case, None, layout)
-    for config in CONFIGS:
-
-      @jax.jit
-      def run(q, k, v, dout, layout, dlse, config=config):
-        until = None if layout is None else layout.visible_until
-        both, pull = jax.vjp(
-          lambda *x: masked.attention(
-            *x, kv_lengths=case.lengths, until=until, config=config
-          ),
-          *(q, k, v),
-        )
-        return both, pull((dout, dlse))
-
-      def check(q, k, v, dout, layout, dlse, got):
-        (out, lse), grads = got
-        check_attention(case, q, k, v, None, out, lse, layout)
-        check_attention_gradients(
-          case, q, k, v, dout, None, grads, dlse, layout
-        )
-
-      op_contract.run_twice(run, check, q, k, v, dout, layout, dlse)
+    op_contract.run_twice(run, check, q, k, v, dout, layout, dlse)

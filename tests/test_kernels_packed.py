@@ -683,27 +683,28 @@ def test_gpu_attention(hopper, name, kind):
   configs = [None]
   if name in ("block_64", "group_4"):
     configs = [*fwd.candidate_configs(), PAIRS]
+
+  @functools.partial(jax.jit, static_argnames="config")
+  def run(q, k, v, dout, blocks, layout, dlse, config):
+    both, pull = jax.vjp(
+      lambda *x: attend(case, *x, blocks, layout, config=config), q, k, v
+    )
+    return both, pull((dout, dlse))
+
+  def check(q, k, v, dout, blocks, layout, dlse, got):
+    (out, lse), grads = got
+    check_attention(case, q, k, v, blocks, out, lse, layout)
+    check_attention_gradients(case, q, k, v, dout, blocks, grads, dlse, layout)
+
   for seed in range(2):
     layout = layout_of(case, kind, 10 * seed)
     blocks = random_choices(case, layout, seed)
     dlse = lse_cotangent(case, blocks, layout)
     for config in configs:
-
-      @jax.jit
-      def run(q, k, v, dout, blocks, layout, dlse, config=config):
-        both, pull = jax.vjp(
-          lambda *x: attend(case, *x, blocks, layout, config=config), q, k, v
-        )
-        return both, pull((dout, dlse))
-
-      def check(q, k, v, dout, blocks, layout, dlse, got):
-        (out, lse), grads = got
-        check_attention(case, q, k, v, blocks, out, lse, layout)
-        check_attention_gradients(
-          case, q, k, v, dout, blocks, grads, dlse, layout
-        )
-
-      op_contract.run_twice(run, check, *args, blocks, layout, dlse)
+      op_contract.run_twice(
+        functools.partial(run, config=config),
+        check, *args, blocks, layout, dlse,
+      )  # fmt: skip
 
 
 @pytest.mark.gpu
@@ -711,6 +712,17 @@ def test_gpu_attention(hopper, name, kind):
 def test_gpu_kl(hopper, name, kind):
   case, dtype = GPU_CASES[name]
   q, k, _, index_q, index_k = case.inputs(dtype=dtype)
+
+  @jax.jit
+  def run(q, k, index_q, index_k, blocks, mask, layout):
+    return kl_and_gradients(
+      case, q, k, index_q, index_k, blocks, mask,
+      loss=index_kl.index_kl_loss, layout=layout,
+    )  # fmt: skip
+
+  def check(q, k, index_q, index_k, blocks, mask, layout, got):
+    check_kl(case, q, k, index_q, index_k, blocks, got, mask, layout)
+
   for seed in range(2):
     layout = layout_of(case, kind, 10 * seed)
     blocks = random_choices(case, layout, seed)
@@ -718,17 +730,6 @@ def test_gpu_kl(hopper, name, kind):
     mask &= jnp.arange(case.q_len) % 9 != 4
     if kind == "trees":
       mask = jnp.where(mask, 1.0 + jnp.arange(case.q_len) % 4, 0.0)
-
-    @jax.jit
-    def run(q, k, index_q, index_k, blocks, mask, layout):
-      return kl_and_gradients(
-        case, q, k, index_q, index_k, blocks, mask,
-        loss=index_kl.index_kl_loss, layout=layout,
-      )  # fmt: skip
-
-    def check(q, k, index_q, index_k, blocks, mask, layout, got):
-      check_kl(case, q, k, index_q, index_k, blocks, got, mask, layout)
-
     op_contract.run_twice(
       run, check, q, k, index_q, index_k, blocks, mask, layout
     )
