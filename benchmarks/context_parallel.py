@@ -457,6 +457,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     "--no-one", action="store_true", help="do not time one device"
   )
   parser.add_argument("--results", type=pathlib.Path, help="JSON file")
+  parser.add_argument(
+    "--lock", type=pathlib.Path, metavar="FILE",
+    help="as that of python -m benchmarks",
+  )  # fmt: skip
   parser.add_argument("--commit", help="commit to record (default: HEAD)")
   return parser.parse_args(argv)
 
@@ -486,7 +490,10 @@ def main(argv: list[str] | None = None) -> int:
     date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     commit=args.commit or records.commit_name(),
   )
-  with concurrent.futures.ThreadPoolExecutor(6) as pool:
+  with (
+    measure.turns(args.lock) as wait_for_turn,
+    concurrent.futures.ThreadPoolExecutor(6) as pool,
+  ):
     checked = {
       dataclasses.replace(case, tokens=1, kv_tokens=1)
       for case in chosen.values()
@@ -517,6 +524,7 @@ def main(argv: list[str] | None = None) -> int:
     concurrent.futures.wait(
       [future for each in programs.values() for future in each.values()]
     )
+    wait_for_turn()
     for name, case in ordered:
       measure.log(name)
       for selection in args.selection:

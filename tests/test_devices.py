@@ -34,14 +34,14 @@ def run_script(script: str, count: int, *arguments: str) -> str:
 
 
 def test_meshes():
-  found = devices.meshes(2, 2)
+  found = devices.every_mesh(2, 2)
   assert found["tensor"] == MeshConfig(tensor=2)
   assert [mesh.shape(2) for mesh in found.values()] == [
     *((1, 1, 1, 1, 1), (2, 1, 1, 1, 1)),
     *((1, 2, 1, 1, 1), (1, 1, 1, 1, 2), (1, 1, 1, 2, 1)),
   ]
-  assert devices.meshes(4, 6)["tensor"] == MeshConfig(data=3, tensor=2)
-  assert list(devices.meshes(1, 2)) == ["one", "data", "fsdp", "context"]
+  assert devices.every_mesh(4, 6)["tensor"] == MeshConfig(data=3, tensor=2)
+  assert list(devices.every_mesh(1, 2)) == ["one", "data", "fsdp", "context"]
 
 
 def test_devices_compute_their_own_rows_at_a_time():
@@ -73,16 +73,14 @@ def test_first_steps_have_every_phase():
 def test_one_device_is_refused(capsys):
   assert cli.main(["devices", "smoke"]) == 1
   assert "wanted at least 2 devices, 1 is here" in capsys.readouterr().err
+  _, run, _ = configs.preset("lm73m_16k").runs
+  with pytest.raises(ValueError, match="meshes=.'rings'.: wanted one, data"):
+    devices._side(run, 3, 2, ["rings"])
 
 
-# Data differ from fsdp in where parameters lie only.
 COMMAND = """
 import sys
-from train import __main__ as cli, devices
-every = devices.meshes
-devices.meshes = lambda *args: {
-  name: mesh for name, mesh in every(*args).items() if name != "data"
-}
+from train import __main__ as cli
 sys.exit(cli.main(sys.argv[1:]))
 """
 
@@ -96,6 +94,8 @@ def test_the_command_on_two_devices(tmp_path):
     words = rng.choice(["alpha", "beta", "def f(x):\n", "return x\n"], 200)
     (text / f"{i}.txt").write_text(" ".join(words))
   command = ["devices", "lm73m_16k", "--sides", "msa", "--steps", "3"]
+  # Data differ from fsdp in where parameters lie only.
+  command += ["--meshes", "fsdp", "context", "tensor"]
   command += ["--results", str(tmp_path), "--set", *TINY]
   command += ["model.implementation=reference", "recipe.index_warmup_steps=0"]
   command += [f"data.text.path={text}", f"data.text.cache_dir={tmp_path}"]

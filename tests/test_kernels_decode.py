@@ -65,7 +65,7 @@ class Case:
     )
     scale = None
     if self.fp8:
-      index_k, scale = quantise(index_k)
+      index_k, scale = reference.fp8_codes(index_k)
       scale = jnp.where(self.unused(), jnp.nan, scale)
     k, v, index_k = (
       jnp.where(
@@ -79,14 +79,6 @@ class Case:
 
   def unused(self):
     return jnp.arange(self.capacity) >= jnp.array(self.lengths)[:, None]
-
-
-def quantise(x):
-  """e4m3 and one scale a vector."""
-  x = x.astype(jnp.float32)
-  scale = jnp.max(jnp.abs(x), axis=-1) / 448
-  scale = jnp.where(scale > 0, scale, 1)
-  return (x / scale[..., None]).astype(FP8), scale
 
 
 @functools.cache
@@ -127,7 +119,7 @@ def check(case, inputs, out, ids, margin):
   q, k, v, index_q, index_k, scale = inputs
   lengths = jnp.array(case.lengths, jnp.int32)
   if scale is not None:
-    index_q, q_scale = quantise(index_q)
+    index_q, q_scale = reference.fp8_codes(index_q)
     index_q = index_q.astype(jnp.float32) * q_scale[..., None]
     index_k = index_k.astype(jnp.float32) * scale[..., None]
   check_choice(

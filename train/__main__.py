@@ -270,6 +270,12 @@ def _add_devices_options(parser: argparse.ArgumentParser) -> None:
   _add_comparison(parser)
   _add_sides(parser)
   parser.add_argument(
+    "--meshes",
+    nargs="+",
+    help="compare only these with one device (default: data, fsdp, context and"
+    " tensor)",
+  )
+  parser.add_argument(
     "--steps",
     type=int,
     default=50,
@@ -514,6 +520,7 @@ def _devices(args: argparse.Namespace) -> None:
     _comparison(args),
     args.steps,
     sides=args.sides,
+    meshes=args.meshes,
     results=args.results or devices.RESULTS,
   )
   print(path)

@@ -65,11 +65,13 @@ from train.program import (
 from train.speed import time_steps
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "devices"
+# Kernels of a step that are listed.
+_LONGEST = 12
 # Tokens generated after each prompt.
 NEW_TOKENS = 64
 
 
-def meshes(model_heads: int, count: int) -> dict[str, MeshConfig]:
+def every_mesh(model_heads: int, count: int) -> dict[str, MeshConfig]:
   """One device, and meshes of all devices.
 
   "context" splits the tokens of each sequence.
@@ -256,14 +258,24 @@ class _Side:
   generations: dict[str, Generation]
 
 
-def _side(run: RunConfig, steps: int, count: int) -> _Side:
+def _side(
+  run: RunConfig, steps: int, count: int, chosen: Sequence[str] | None
+) -> _Side:
   run = _first_steps(run, steps)
 
   def place(mesh: MeshConfig, count: int) -> _Placed:
     placed = _on(run, mesh, count)
     return _Placed(placed, Program(compile_key(placed)))
 
-  every = meshes(run.model.num_kv_heads, count)
+  every = every_mesh(run.model.num_kv_heads, count)
+  unknown = set(chosen or ()) - set(every)
+  if unknown:
+    raise ValueError(f"meshes={sorted(unknown)}: wanted {', '.join(every)}.")
+  every = {
+    name: mesh
+    for name, mesh in every.items()
+    if name == "one" or name in (chosen or every)
+  }
   placed = {name: place(mesh, count) for name, mesh in every.items()}
   generations = {name: Generation(x.program) for name, x in placed.items()}
   return _Side(placed, place(MeshConfig(), 1), generations)
@@ -307,8 +319,9 @@ def _speed_records(
   for phase in run.phases():
     # Timed steps reuse the buffers of their state, so they get a copy.
     copied = jax.tree.map(jnp.copy, state)
-    times = time_steps(program, run, phase, batch, copied).steps
+    times, kernels = time_steps(program, run, phase, batch, copied)
     median = statistics.median(times)
+    longest = list((kernels or {}).items())[:_LONGEST]
     yield {
       "phase": phase,
       "batch_size": run.batch_size,
@@ -317,6 +330,11 @@ def _speed_records(
       "tokens_per_second": round(run.batch_size * run.context / median, 1),
       "peak_bytes": program.compile(phase),
       "kernels": launches(program.trace(phase).jaxpr.jaxpr),
+      # Of the first device: what a mesh adds to a step.
+      "kernels_ms": {
+        name.split("<")[0]: round(1e3 * seconds, 3) for name, seconds in longest
+      },
+      "all_kernels_ms": round(1e3 * sum((kernels or {}).values()), 3),
     }
 
 
@@ -400,6 +418,7 @@ def devices(
   steps: int,
   *,
   sides: Sequence[str] | None = None,
+  meshes: Sequence[str] | None = None,
   results: pathlib.Path = RESULTS,
 ) -> pathlib.Path:
   """Measures the sides of the first task with seed 0, and prints a table.
@@ -408,13 +427,14 @@ def devices(
     comparison: its sides that start from another side are left out.
     steps: training steps whose losses are compared.
     sides: the only sides to measure; None: all.
+    meshes: the only meshes to compare with one device; None: all.
     results: folder of the results file.
 
   Returns:
     The path of the results file.
 
   Raises:
-    ValueError: there is only one device, a side is unknown, the data cannot
+    ValueError: there is only one device, a side or mesh is unknown, the data cannot
       be opened, or a run does not fit them or the meshes.
   """
   count = jax.device_count()
@@ -441,7 +461,7 @@ def devices(
     )
     batch.check_ids(run.model.vocab_size)
   start = time.monotonic()
-  made = {name: _side(run, steps, count) for name, run in runs.items()}
+  made = {name: _side(run, steps, count, meshes) for name, run in runs.items()}
   calls = [
     (placed.program, phase, "step")
     for side in made.values()
