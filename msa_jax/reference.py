@@ -367,6 +367,10 @@ def fp8_codes(
   128 or more, and less than 256; e4m3 holds up to 448. Below 2^-119 it is
   2^-126. Infinities become NaN, as e4m3 has none.
 
+  The numbers are rounded before the cast, which then is exact. Without that,
+  XLA leaves out a cast to e4m3 and back where both are in one program on a GPU
+  (xla_allow_excess_precision), and nothing is rounded.
+
   Returns:
     (codes, scale).
   """
@@ -378,7 +382,18 @@ def fp8_codes(
     for e in (261 - exponent, exponent - 7)
   )
   x = jnp.where(jnp.isfinite(x), x * factor[..., None], jnp.nan)
-  return x.astype(jnp.float8_e4m3fn), scale
+  return _round_to_e4m3(x).astype(jnp.float8_e4m3fn), scale
+
+
+def _round_to_e4m3(x: Float[Array, "*A"]) -> Float[Array, "*A"]:
+  """The nearest e4m3 numbers of float32 ones up to 448, ties to even."""
+  bits = lax.bitcast_convert_type(x, jnp.int32)
+  # e4m3 has 3 bits of a mantissa, float32 23. A carry goes to the exponent.
+  bits += (1 << 19) - 1 + ((bits >> 20) & 1)
+  normal = lax.bitcast_convert_type(bits & -(1 << 20), jnp.float32)
+  # Numbers below 2^-6 are multiples of 2^-9.
+  rounded = jnp.where(jnp.abs(x) < 2.0**-6, jnp.round(x * 512) / 512, normal)
+  return jnp.where(jnp.isnan(x), x, rounded)
 
 
 def quantise_fp8(x: Float[Array, "*A I"]) -> Float[Array, "*A I"]:

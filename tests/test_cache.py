@@ -387,6 +387,19 @@ def test_scales_and_codes_are_exact(dtype):
   np.testing.assert_array_equal(np.float32(codes), np.float32(want))
 
 
+def test_numbers_are_rounded_before_the_cast():
+  """All e4m3 numbers, the middles between them, what is next to these, and
+  random ones: the cast then changes nothing."""
+  every = np.arange(256, dtype=np.uint8).view(jnp.float8_e4m3fn)
+  every = np.sort(np.float32(every)[np.isfinite(np.float32(every))])
+  middle = (every[1:] + every[:-1]) / 2
+  next_to = [np.nextafter(middle, np.float32(x)) for x in (-1e9, 1e9)]
+  size = 2.0 ** np.random.default_rng(0).uniform(-30, 8.7, 10_000)
+  x = np.float32([*every, *middle, *np.ravel(next_to), *size, *-size])
+  got = reference._round_to_e4m3(jnp.asarray(x))
+  np.testing.assert_array_equal(got, np.float32(x.astype(jnp.float8_e4m3fn)))
+
+
 def test_a_donated_cache_is_written_in_place():
   """The program makes no second cache, and the buffers stay where they are."""
   model = build(num_layers=2, layer_kinds=("gqa", "msa"))

@@ -484,3 +484,21 @@ def test_gpu_configs(hopper, config, fp8):
     PAPER, lengths=(40_000, 17_003), capacity=40_000, fp8=fp8
   )
   run_and_check(case, config=config, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_gpu_reference_scores_are_those_of_the_codes(hopper, dtype):
+  """XLA may leave out a cast to e4m3 and back, but not the rounding."""
+  case = dataclasses.replace(
+    PAPER, lengths=(1280, 900), capacity=1280, fp8=True, dtype=dtype, tokens=10
+  )
+  *_, index_q, index_k, scale = case.inputs()
+  got = jax.jit(reference.decode_scores)(index_q, index_k, scale)
+  codes, q_scale = reference.fp8_codes(index_q)
+  q, k = (
+    np.float64(x.astype(jnp.float32)) * np.float64(y)[..., None]
+    for x, y in ((codes, q_scale), (index_k, scale))
+  )
+  want = np.einsum("btki,bsi->bkts", q, k)
+  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
