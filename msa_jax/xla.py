@@ -1054,24 +1054,20 @@ def _select_run(
 
     def scores(i, score):
       keys = lax.dynamic_slice_in_dim(index_k, i * size, size, axis=1)
-      s = _product("bnji,bri->bnjr", keys, index_q)
+      last = None
       if num_local_blocks == 0:
         # Otherwise the query's own block is chosen whatever its score is.
         last = lax.dynamic_slice_in_dim(limit, i * size, size, axis=2)
-        last = jnp.repeat(jnp.moveaxis(last, 1, 2), num_kv_heads, axis=2)
-        token = lax.expand_dims(
-          jnp.arange(block_size, dtype=jnp.int32), (0, 1, 3)
-        )
-        s = jnp.where(token <= last[:, :, None], s, -jnp.inf)
+        last = jnp.repeat(last, num_kv_heads, axis=1)
       return lax.dynamic_update_slice_in_dim(
-        score, _maximum(s), i * size, axis=1
+        score, _best_scores(keys, index_q, last), i * size, axis=2
       )
 
     visible, forced = reference.visible_blocks(
       pos, num_blocks, block_size, num_local_blocks, layout
     )
     score = _varying_zeros(
-      (b, count * size, index_q.shape[1]),
+      (b, index_q.shape[1], count * size),
       compute_dtype(index_q),
       (index_q, index_k, pos),
     )
@@ -1081,8 +1077,8 @@ def _select_run(
       # No query of the chunk sees the blocks behind these.
       last = jnp.max(jnp.where(visible, _count(num_blocks, 4), -1))
       score = lax.fori_loop(0, last // size + 1, scores, score)
-    score = score[:, :num_blocks].reshape(b, num_blocks, -1, num_kv_heads)
-    score = jnp.transpose(score, (0, 3, 2, 1))
+    score = score[..., :num_blocks].reshape(b, -1, num_kv_heads, num_blocks)
+    score = jnp.moveaxis(score, 2, 1)
     nan = (limit[..., :num_blocks] >= bad_k[:, None])[:, None]
     nan |= jnp.moveaxis(bad_q, 1, 2)[..., None]
     score = jnp.where(nan, jnp.nan, score)
@@ -1093,17 +1089,37 @@ def _select_run(
   return (_join(chosen, 2, t),)
 
 
-def _maximum(s: Float[Array, "B N bs R"]) -> Float[Array, "B N R"]:
-  """Maximum over each block's tokens; NaN if one of them is NaN.
+def _best_scores(
+  keys: Float[Array, "B N bs I"],
+  index_q: Float[Array, "B R I"],
+  last: Int[Array, "B R N"] | None,
+) -> Float[Array, "B R N"]:
+  """Each block's largest score; NaN if one of them is NaN.
 
-  By halves, because XLA's CPU backend (jax 0.11.2) computes `jnp.max` by a
-  library that drops NaN.
+  Args:
+    keys: of the blocks.
+    index_q: index queries.
+    last: number of the last token that each query sees of each block; None: it
+      sees all of them.
   """
-  while s.shape[2] > 1:
-    half = -(-s.shape[2] // 2)
-    # The halves of an odd number share a token.
-    s = jnp.maximum(s[:, :, :half], s[:, :, -half:])
-  return s[:, :, 0]
+  if jax.default_backend() == "cpu":
+    s = _product("bnji,bri->bnjr", keys, index_q)
+    if last is not None:
+      token = lax.broadcasted_iota(jnp.int32, s.shape, 2)
+      s = jnp.where(token <= jnp.moveaxis(last, 1, 2)[:, :, None], s, -jnp.inf)
+    # By halves, because XLA's CPU backend (jax 0.11.2) computes `jnp.max` by a
+    # library that drops NaN.
+    while s.shape[2] > 1:
+      half = -(-s.shape[2] // 2)
+      # The halves of an odd number share a token.
+      s = jnp.maximum(s[:, :, :half], s[:, :, -half:])
+    return jnp.swapaxes(s[:, :, 0], 1, 2)
+  # A GPU reads a block's scores fastest if they are neighbours in memory.
+  s = _product("bri,bnji->brnj", index_q, keys)
+  if last is not None:
+    token = lax.broadcasted_iota(jnp.int32, s.shape, 3)
+    s = jnp.where(token <= last[..., None], s, -jnp.inf)
+  return jnp.max(s, axis=-1)
 
 
 def _whole_blocks(

@@ -234,6 +234,33 @@ def test_chunks_change_nothing(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.parametrize("num_local", [0, 1])
+def test_choices_are_those_of_other_backends(monkeypatch, num_local):
+  """Off the CPU, a block's scores are neighbours in memory."""
+  case = CASES["ragged"]
+  *_, index_q, index_k = case.inputs()
+  options = case.select_options() | dict(num_local_blocks=num_local)
+
+  def choose(index_q, index_k):
+    return msa_jax.select_blocks(
+      index_q, index_k, implementation="xla", **options
+    )
+
+  want, product, seen = choose(index_q, index_k), xla._product, []
+
+  def recorded(sum_of, *operands):
+    seen.append(sum_of)
+    return product(sum_of, *operands)
+
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  monkeypatch.setattr(xla, "_product", recorded)
+  jax.clear_caches()
+  np.testing.assert_array_equal(choose(index_q, index_k), want)
+  assert seen == ["bri,bnji->brnj"]
+  monkeypatch.undo()
+  jax.clear_caches()
+
+
 def test_memory_grows_linearly():
   """Forward, backward and KL at 16,384 tokens stay under 2 GB."""
   case = Case(
