@@ -297,6 +297,67 @@ def measure_row(
   return found
 
 
+NAMES = {
+  "plain": "1 document\nof 128K",
+  "8x16k": "8 documents\nof 16K",
+  "64x2k": "64 documents\nof 2K",
+  "long_tailed_128k": "40 documents,\nlong-tailed",
+  "tree_8x4k_on_32k": "8 branches of\n4K on 32K",
+  "tree_16x2k_on_32k": "16 branches of\n2K on 32K",
+}
+PANELS = {
+  "Forward": ("prefill", "dense"),
+  "Training (forward, backward, KL)": ("train", "dense_train"),
+}
+
+
+def plot(content: dict, path: pathlib.Path) -> None:
+  """Plots the times of a results file, of packed rows and of the same apart.
+
+  The file is written whole or not at all.
+  """
+  from matplotlib.figure import Figure
+
+  found = {
+    (record["row"], record["op"]): record
+    for record in content["rows"]
+    if record["implementation"] == "mosaic_gpu"
+  }
+  figure = Figure(figsize=(13, 5), layout="constrained")
+  panels = figure.subplots(1, len(PANELS))
+  labels = [], []
+  for axes, (title, (sparse, dense)) in zip(panels, PANELS.items()):
+    bars = {
+      "MSA, packed": (sparse, "ms", "tab:blue"),
+      "MSA, each sequence apart": (sparse, "alone_ms", "lightsteelblue"),
+      "dense, packed": (dense, "ms", "tab:orange"),
+      "dense (cuDNN), each sequence apart": (dense, "alone_ms", "peachpuff"),
+    }
+    rows = [row for row, op in found if op == sparse]
+    for i, (name, (op, field, colour)) in enumerate(bars.items()):
+      points = [
+        (at + (i - 1.5) * 0.2, found[row, op][field])
+        for at, row in enumerate(rows)
+        if field in found.get((row, op), {})
+      ]
+      if points:
+        drawn = axes.bar(
+          *zip(*points, strict=True), 0.2, color=colour, label=name
+        )
+        axes.bar_label(drawn, fmt="{:.0f}", fontsize=6.5)
+    axes.set_xticks(
+      range(len(rows)), [NAMES.get(row, row) for row in rows], fontsize=7
+    )
+    axes.set_yscale("log")
+    axes.set_title(title)
+    axes.set_ylabel("milliseconds")
+    labels = axes.get_legend_handles_labels()
+  figure.legend(*labels, loc="outside lower center", ncols=4, fontsize=9)
+  figure.suptitle(f"Rows of many sequences, {content['device']}")
+  with records.whole_file(path) as file:
+    figure.savefig(file, dpi=150, format=path.suffix[1:])
+
+
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.packed",
@@ -323,11 +384,19 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help="as that of python -m benchmarks; each command has its own --results",
   )  # fmt: skip
   parser.add_argument("--commit", help="commit to record (default: HEAD)")
+  parser.add_argument(
+    "--plot-only", type=pathlib.Path, metavar="JSON",
+    help="draw the plot of a results file and stop",
+  )  # fmt: skip
   return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
   args = parse(argv)
+  if args.plot_only:
+    content = records.read_json(args.plot_only)
+    plot(content, args.plot_only.with_suffix(".png"))
+    return 0
   name = f"{records.device_slug()}_packed.json"
   path = args.results or records.FOLDER / name
   old = records.read_own(path)
@@ -369,6 +438,7 @@ def main(argv: Sequence[str] | None = None) -> int:
       rows = records.merge(rows, found, ["row", "op", "implementation"])
       content = dict(device=jax.devices()[0].device_kind, rows=rows)
       records.write_json(path, content)
+      plot(content, path.with_suffix(".png"))
   measure.log(f"wrote {path}")
   return 0
 

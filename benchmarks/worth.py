@@ -19,7 +19,7 @@ from benchmarks import records
 from benchmarks.cases import Case
 
 ROOT = pathlib.Path(__file__).parents[1]
-RESULTS = records.FOLDER / "nvidia_h100_80gb_hbm3.json"
+RESULTS = records.FOLDER / "nvidia_h200.json"
 PAGE = ROOT / "docs" / "worth.md"
 MARKS = ("<!-- table of benchmarks.worth -->", "<!-- end of the table -->")
 
