@@ -1155,8 +1155,8 @@ def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
   _attend(q, k, v, lengths, codes, ids, outputs, s)
   if s.separate_merge:
     _merge(lengths, part, stats, out, s)
-  out = jax.freeze(out)[..., :g, :].reshape(b, t, kv * g, s.head_dim)
-  return out, jax.freeze(chosen)
+  out = mosaic.result(out)[..., :g, :].reshape(b, t, kv * g, s.head_dim)
+  return out, mosaic.result(chosen)
 
 
 @mosaic.in_32_bits

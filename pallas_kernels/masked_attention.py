@@ -726,8 +726,8 @@ def _forward(q, k, v, until, first_slot, *, scale, config, interpret):
     out, lse, plan, first_slot, until, _flat(q), _flat(k), _flat(v),
     params=params,
   )  # fmt: skip
-  out = jax.freeze(out)[:, :t].reshape(q.shape)
-  return out, jax.freeze(lse)[..., :t] * mosaic.LN2
+  out = mosaic.result(out)[:, :t].reshape(q.shape)
+  return out, mosaic.result(lse)[..., :t] * mosaic.LN2
 
 
 @functools.partial(jax.jit, static_argnames=("scale", "config", "interpret"))
@@ -748,9 +748,9 @@ def _backward(
   _dq_kernel(dq, plan, *operands, params=params)
   _dkv_kernel(dk, dv, key_plan, *operands, params=params)
   return (
-    jax.freeze(dq)[:, :t].reshape(q.shape),
-    jax.freeze(dk)[:, :s_len].reshape(k.shape),
-    jax.freeze(dv)[:, :s_len].reshape(v.shape),
+    mosaic.result(dq)[:, :t].reshape(q.shape),
+    mosaic.result(dk)[:, :s_len].reshape(k.shape),
+    mosaic.result(dv)[:, :s_len].reshape(v.shape),
   )
 
 

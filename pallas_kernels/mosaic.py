@@ -499,6 +499,23 @@ def drain_rings(steps: Any, *rings: Ring) -> None:
         each.wait_released(slot)
 
 
+def kept_apart(x: Any) -> Any:
+  """The same array, which XLA does not see as a part of another one.
+
+  On a GPU, XLA (since the middle of 2026) puts a kernel into one fusion with
+  the slice that an operand is, or with the update of a slice that a result goes
+  to, as in a loop that stacks its results. Such a fusion forgets that a
+  kernel's Ref is both an operand and a result. The result is then memory that
+  the kernel did not write.
+  """
+  return lax.optimization_barrier(x)
+
+
+def result(ref: Any) -> Any:
+  """What kernels have written to a Ref, see `launch`, as an array."""
+  return kept_apart(jax.freeze(ref))
+
+
 def launch(
   body: Callable[..., None],
   operands: Mapping[str, Any],
@@ -519,7 +536,8 @@ def launch(
     body: the kernel. Its parameters have the names of operands and scratch.
     operands: a mapping from names (`q_gmem`) to arrays and Refs
       (`jax.new_ref`). Refs are written in place, so that a kernel in a loop
-      fills a part of a large output without a copy.
+      fills a part of a large output without a copy. `result` reads a Ref after
+      the last kernel.
     name: of the launch, as profilers show it.
     num_ctas: CTAs of the grid.
     num_warpgroups: warpgroups of a CTA.
@@ -559,4 +577,10 @@ def launch(
       reduction_scratch_bytes=reduction_scratch,
       unsafe_no_auto_barriers=not auto_barriers,
     ),
-  )(*operands.values())
+  )(
+    *(
+      # The type of a Ref has that of its array.
+      x if hasattr(jax.typeof(x), "inner_aval") else kept_apart(x)
+      for x in operands.values()
+    )
+  )

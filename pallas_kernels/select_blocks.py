@@ -706,8 +706,10 @@ def _select(
     compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     interpret=plgpu.InterpretGPUParams() if interpret else False,
     kernel_name=f"msa_select_{score_precision}",
-  )(*inputs)
-  ids = ids[:, :, :num_rows].reshape(batch, -1, q_len, num_groups)
+  )(*map(mosaic.kept_apart, inputs))
+  ids = mosaic.kept_apart(ids)[:, :, :num_rows].reshape(
+    batch, -1, q_len, num_groups
+  )
   return (_pad_axis(ids.transpose(0, 3, 2, 1), 3, top_k, -1),)
 
 

@@ -972,7 +972,7 @@ def backward(
         counts = jnp.sum(plan.is_pair, axis=-1, dtype=jnp.int32).reshape(-1)
         _sum_pairs(one, partials_ref, counts, params=params)
         partials = jax.freeze(partials_ref)
-        one = jax.freeze(one).reshape(groups, chunk, rows, d)
+        one = mosaic.result(one).reshape(groups, chunk, rows, d)
         one = split.token_major(one)
       batch_row, kv_head = first // num_kv_heads, first % num_kv_heads
       at = (batch_row, first_pack, kv_head, 0, 0)

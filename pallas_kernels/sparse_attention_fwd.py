@@ -859,7 +859,7 @@ def forward(
       out, lse, None, jnp.zeros((1,), jnp.int32), where, keys, tiles, None, q,
       k, v, num_tiles=num_tiles, params=params,
     )  # fmt: skip
-    return jax.freeze(out), jax.freeze(lse)
+    return mosaic.result(out), mosaic.result(lse)
 
   def mixed():
     out, lse = results()
@@ -902,7 +902,7 @@ def forward(
       return lax.fori_loop(0, planned, chunk, carry)
 
     lax.fori_loop(0, total // planned, plan, None)
-    return jax.freeze(out), jax.freeze(lse)
+    return mosaic.result(out), mosaic.result(lse)
 
   out, lse = lax.cond(jnp.any(tiles.is_pair), mixed, walk_all)
   return out, lse.reshape(b, num_kv_heads, -1, heads)[:, :, : num_packs * pack]

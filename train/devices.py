@@ -434,8 +434,8 @@ def devices(
     The path of the results file.
 
   Raises:
-    ValueError: there is only one device, a side or mesh is unknown, the data cannot
-      be opened, or a run does not fit them or the meshes.
+    ValueError: there is only one device, a side or mesh is unknown, the data
+      cannot be opened, or a run does not fit them or the meshes.
   """
   count = jax.device_count()
   if count < 2:
