@@ -209,7 +209,6 @@ def segments_of(s: Signature, x: dict) -> msa_jax.Segments | None:
     x["until"],
     jnp.zeros_like(x["span"]),  # rotary positions, which no operation reads
     max_segments=MAX_SPANS,
-    has_trees=s.packed == "trees",
   )
 
 

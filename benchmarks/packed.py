@@ -5,17 +5,16 @@
 
 Each row is checked against `msa_jax`'s portable path on a short row of the same
 kind first. A record has the time of a packed row (`ms`) and, from the same run,
-
-  alone_ms   of its documents or sequences in rows of their own: a batch of
-             equal documents, one long row for `plain`, and for a tree one of
-             its sequences times their number;
-  dense_ms   of dense attention inside the documents, cuDNN's packed layout.
+that of its documents or sequences in rows of their own (`alone_ms`): a batch of
+equal documents, one long row for `plain`, and for a tree one of its sequences
+times their number.
 
 Ops: `select`; `prefill`, selection and attention; `train`, selection, attention
 and KL with all gradients; `dense` and `dense_train`, dense attention under the
 row's mask, which has `tflops` too: 4 D FLOP a visible (query, key) pair and
-head, 14 D with gradients. Choices are trained_like. Records replace those of
-the same row and op in results/<device>_packed.json.
+head, 14 D with gradients. In rows of their own, which are plain, `dense` is
+cuDNN's. Choices are trained_like. Records replace those of the same row and op
+in results/<device>_packed.json.
 """
 
 from __future__ import annotations
@@ -143,21 +142,6 @@ def program(
   return run
 
 
-def dense_program(op: str, spans: int) -> Callable:
-  """(q, k, v, dout, segments) -> results of cuDNN's packed attention."""
-
-  def run(q, k, v, dout, segments):
-    # Its statistics grow with the number of documents that the row may have.
-    known = dataclasses.replace(segments, max_segments=spans)
-    attend = functools.partial(ops_lib.document_attention, segments=known)
-    if op in ("prefill", "dense"):
-      return attend(q, k, v)
-    _, pull = jax.vjp(lambda *x: attend(*x), q, k, v)
-    return pull(dout)
-
-  return run
-
-
 def operands(case: Case) -> tuple[jax.Array, ...]:
   """q, k, v, index_q, index_k and dout."""
   qkv = cases.attention_inputs(jax.random.key(0), case)
@@ -208,7 +192,6 @@ class Programs:
     row: Row,
     ops: Sequence[str],
     implementation: Implementation,
-    with_dense: bool,
     pool: concurrent.futures.Executor,
   ):
     case, segments = case_of(row.tokens), row.segments()
@@ -219,7 +202,7 @@ class Programs:
       )
       for op in ops
     }
-    self.alone, self.dense = {}, {}
+    self.alone = {}
     if row.alone:
       other = case_of(*row.alone[:2])
       self.alone = {
@@ -228,22 +211,9 @@ class Programs:
         )
         for op in ops
       }
-    if with_dense and not row.prefix:
-      self.dense = {
-        op: pool.submit(
-          compiled,
-          dense_program(op, len(row.lengths)),
-          *(*inputs[:3], inputs[5], segments),
-        )
-        for op in ops
-        if op != "select"
-      }
 
   def wait(self) -> None:
-    futures = [
-      *self.packed.values(), *self.alone.values(), *self.dense.values()
-    ]  # fmt: skip
-    concurrent.futures.wait(futures)
+    concurrent.futures.wait([*self.packed.values(), *self.alone.values()])
 
 
 def shapes(case: Case) -> tuple[jax.ShapeDtypeStruct, ...]:
@@ -283,15 +253,6 @@ def measure_row(
       alone, _ = measure.measure(functools.partial(run, *others, None))
       record["alone_ms"] = round(count * alone * 1e3, 3)
       del others
-    if op in programs.dense:
-      try:
-        run = programs.dense[op].result()
-      except NotImplementedError as error:
-        measure.log(f"  cuDNN does not take {name}: {error}")
-      else:
-        peer = (*inputs[:3], inputs[5], segments)
-        dense, _ = measure.measure(functools.partial(run, *peer))
-        record["dense_ms"] = round(dense * 1e3, 3)
     measure.log(f"  {record}")
     found.append(record)
   return found
@@ -372,9 +333,6 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     help="which one to measure (default: mosaic_gpu)",
   )
   parser.add_argument(
-    "--no-dense", action="store_true", help="do not time dense attention"
-  )
-  parser.add_argument(
     "--results",
     type=pathlib.Path,
     help="JSON file (default: results/<device>_packed.json)",
@@ -407,9 +365,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   ):
     measure.log(f"checking {', '.join(args.ops)}")
     programs = {
-      name: Programs(
-        row, args.ops, args.implementation, not args.no_dense, pool
-      )
+      name: Programs(row, args.ops, args.implementation, pool)
       for name, row in chosen.items()
     }
     failed = [

@@ -164,7 +164,8 @@ class GQAttention(nnx.Module):
       take the dense attention of `msa_jax.msa_attention` instead, because JAX's
       has no lse with a gradient and computes its softmax in float32. There
       "cudnn" is cuDNN too, but not with float64 or a cache; None takes it where
-      it can.
+      it can. Packed rows take it as well, where "cudnn" and None mean its
+      kernel for Hopper GPUs, "mosaic_gpu".
     sharding: mesh axes of parameters and activations; None adds no annotations.
     rngs: a stream named "params".
 
@@ -304,8 +305,9 @@ class GQAttention(nnx.Module):
     """Attends causally.
 
     Packed rows never make a T x T array: implementation "xla" attends in chunks
-    of queries, "cudnn" by cuDNN's packed layout, which takes documents and no
-    trees, and None tries "cudnn" first.
+    of queries. "cudnn" takes `msa_jax`'s own kernel for them, because cuDNN's
+    memory grows with documents times tokens. None takes the kernel where it
+    can, and else "xla".
 
     Args:
       x: input.
@@ -324,7 +326,8 @@ class GQAttention(nnx.Module):
     Raises:
       ValueError: an argument is wrong, or the mesh does not divide KV heads or
         tokens.
-      NotImplementedError: cuDNN was named and does not support the call.
+      NotImplementedError: "cudnn" was named, and cuDNN or, for packed rows, the
+        kernel does not support the call.
     """
     _check_input(x)
     split = self.context_split("x", *x.shape[:2])
@@ -1530,20 +1533,13 @@ def _attend_dense(
   """Causal dense attention, with sinks or without, in plain or packed rows.
 
   `jax.nn.dot_product_attention` has no form of packed rows that is free of a
-  T x T mask.
+  T x T mask and of memory that grows with documents times tokens.
   """
-  whole = query_pieces is None
-  if whole and segments is None and not _needs_own_attention(q, sinks):
+  plain = segments is None and query_pieces is None
+  if plain and not _needs_own_attention(q, sinks):
     return _dot_product_attention(
       q, k, v, is_causal=True, scale=scale, implementation=implementation
     )
-  kernel = whole and sinks is None and scale is None and implementation != "xla"
-  if segments is not None and kernel:
-    try:
-      return ops.document_attention(q, k, v, segments)
-    except NotImplementedError:
-      if implementation is not None:
-        raise
   out, lse = ops.dense_attention(
     q,
     k,

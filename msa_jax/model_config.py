@@ -195,7 +195,7 @@ class ModelConfig:
     dtype: dtype of the computation.
     param_dtype: dtype of the parameters.
     implementation: of the MSA operation, see `msa_jax.ops`.
-    gqa_implementation: of `jax.nn.dot_product_attention`.
+    gqa_implementation: of dense layers, see `msa_jax.GQAttention`.
   """
 
   vocab_size: int

@@ -117,12 +117,6 @@ def warmup_attention(
   return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=2)
 
 
-def document_attention(q, k, v, document, starts, ends):
-  from pallas_kernels import dense_attention as kernels
-
-  return kernels.document_attention(q, k, v, document, starts, ends)
-
-
 def index_kl_loss(
   q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
   query_mask, query_pieces=None, **options,

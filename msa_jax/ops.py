@@ -1095,7 +1095,8 @@ def explain(function: Callable, *args: Any, **kwargs: Any) -> list[Choice]:
 
   Returns:
     One entry for each different choice, in the order of the calls. Functions
-    of JAX, such as a `GQAttention` without sinks calls, are not among them.
+    of JAX are not among them, such as the one that `GQAttention` without sinks
+    calls in plain rows.
 
   Raises:
     ValueError: the call is wrong.
@@ -1462,36 +1463,6 @@ def count_kl_queries(
     queries = _queries(q, k, None, query_pieces)
     query_mask = _without_padding(query_mask, layout, queries)
   return reference.counted_queries(shape, query_mask)
-
-
-def document_attention(
-  q: Float[Array, "B T H D"],
-  k: Float[Array, "B T K D"],
-  v: Float[Array, "B T K D"],
-  segments: Segments,
-) -> Float[Array, "B T H D"]:
-  """Dense causal attention inside packed documents, by cuDNN.
-
-  `GQAttention` takes it on a GPU. Rows with more documents than fit are NaN.
-
-  Raises:
-    NotImplementedError: there are trees, there is no cuDNN, or the call is
-      beyond the limits of `pallas_kernels.dense_attention`.
-  """
-  if segments.has_trees:
-    raise NotImplementedError(
-      "implementation='cudnn' supports packed documents, got segments with"
-      " trees; 'xla' supports both"
-    )
-  # The default number of documents is that of blocks of 128. Blocks as long as
-  # a row are the documents themselves.
-  segments = segments_lib.with_max_segments(segments, 128)
-  layout = segments_lib.block_layout(segments, q.shape[1])
-  out = mosaic_gpu.document_attention(
-    q, k, v, layout.own_block, layout.block_start, layout.block_end
-  )
-  factor = jnp.where(layout.overflow, jnp.nan, 1).astype(out.dtype)
-  return out * factor[:, None, None, None]
 
 
 def quantise_index_keys(

@@ -53,8 +53,6 @@ class Segments:
       path; 0 for padding. They are the rotary positions.
     max_segments: the most spans of a row, static; None: what
       `with_max_segments` gives.
-    has_trees: whether a span may have a parent, static. cuDNN's attention takes
-      documents alone.
   """
 
   span: Int32[Array, "B S"]
@@ -63,7 +61,6 @@ class Segments:
   max_segments: int | None = dataclasses.field(
     default=None, metadata=dict(static=True)
   )
-  has_trees: bool = dataclasses.field(default=False, metadata=dict(static=True))
 
 
 class BlockLayout(NamedTuple):
@@ -215,9 +212,8 @@ def tree_segments(
       f"at least {most}, the spans of the fullest row",
       max_segments,
     )
-  has_trees = any(parent >= 0 for above in parents for parent in above)
   arrays: Any = dict(span=span, visible_until=until, positions=positions)
-  return Segments(**arrays, max_segments=max_segments, has_trees=has_trees)
+  return Segments(**arrays, max_segments=max_segments)
 
 
 def _size(span: tuple[int, int]) -> int:

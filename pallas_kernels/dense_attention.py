@@ -19,12 +19,11 @@ is its gradient of the values for the cotangent dlse q. So the gradient of lse
 takes a forward and a backward call of its own, which are part of a program only
 if lse is differentiated.
 
-Not supported: another number of keys than of queries, kv_lengths, and what
-`mosaic.check_supported` refuses.
-
-`document_attention` attends inside the documents of packed rows, in cuDNN's
-packed layout. It returns no lse, and its statistics for the backward pass have
-the size B x documents x H x T, which bounds the number of documents.
+Not supported: another number of keys than of queries, kv_lengths, packed rows
+(`masked_attention` takes all three), and what `mosaic.check_supported` refuses.
+cuDNN has a packed layout for documents, but its backward pass takes each one to
+be as long as the row. Its workspace is about 2 x documents x H x T x D float32,
+79 GiB for 9 documents in a row of 128K tokens (H 64, D 128).
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Bool, Float, Int32
+from jaxtyping import Array, Bool, Float
 
 from pallas_kernels import mosaic
 
@@ -186,156 +185,3 @@ def attention(
   result: Any = _attention(q, k, v, scale)
   out, lse = result
   return out, _lse(q, k, lax.stop_gradient(lse), scale)
-
-
-# Bytes that cuDNN's statistics of a packed call may take.
-_MAX_STATISTICS = 1 << 30
-
-
-@mosaic.in_32_bits
-def document_attention(
-  q: Float[Array, "B T H D"],
-  k: Float[Array, "B T K D"],
-  v: Float[Array, "B T K D"],
-  document: Int32[Array, "B T"],
-  starts: Int32[Array, "B M"],
-  ends: Int32[Array, "B M"],
-  *,
-  scale: float | None = None,
-) -> Float[Array, "B T H D"]:
-  """Causal attention inside each document of packed rows, by cuDNN.
-
-  Padding gets zeros. What lies in no document is never read by cuDNN, which
-  leaves its results undefined, so they are replaced.
-
-  Args:
-    q: queries; bf16 or f16.
-    k: keys, as many as queries.
-    v: values.
-    document: number of each slot's document; -1 for padding.
-    starts: first slot of each document; starts[b, m] == ends[b, m] for numbers
-      that a row does not use, which come last.
-    ends: slot after its last one.
-    scale: of the scores; D^-0.5 if None.
-
-  Raises:
-    NotImplementedError: the call is legal but beyond `mosaic`'s limits, there
-      is no cuDNN, or the statistics would take more than 1 GiB.
-  """
-  batch, tokens, num_heads, d = q.shape
-  mosaic.check_supported(dtype=q.dtype, head_dim=d)
-  # One document is no packed layout to JAX.
-  most = max(starts.shape[1], 2)
-  size = 4 * batch * most * num_heads * (tokens + tokens % 2)
-  if size > _MAX_STATISTICS:
-    raise NotImplementedError(
-      f"cuDNN's packed attention of {batch} batch rows of {tokens} tokens,"
-      f" {num_heads} heads and up to {most} documents needs {size >> 20} MiB of"
-      f" statistics; supported are {_MAX_STATISTICS >> 20} MiB: wanted smaller"
-      " max_segments"
-    )
-  scale = d**-0.5 if scale is None else float(scale)
-  pad = ((0, 0), (0, most - starts.shape[1]))
-  starts, ends = jnp.pad(starts, pad), jnp.pad(ends, pad)
-  result: Any = _documents(q, k, v, document, starts, ends, scale)
-  return result
-
-
-def _cudnn_documents(q, k, v, document, starts, ends, scale) -> Any:
-  from jax._src.cudnn import fused_attention_stablehlo as cudnn
-
-  tokens = q.shape[1]
-  real = (document >= 0)[..., None, None]
-  # The gradient of `where` drops what cuDNN leaves in the slots of padding.
-  q, k, v = (
-    jnp.pad(jnp.where(real, x, 0), ((0, 0), (0, tokens % 2), (0, 0), (0, 0)))
-    for x in (q, k, v)
-  )
-  used = ends > starts
-  lengths = jnp.where(used, ends - starts, -1)
-  offsets = jnp.where(used, starts, -1)
-  offsets = jnp.pad(offsets, ((0, 0), (0, 1)), constant_values=-1)
-  try:
-    out: Any = cudnn.dot_product_attention(
-      q,
-      k,
-      v,
-      q_seqlen=lengths,
-      kv_seqlen=lengths,
-      q_offsets=offsets,
-      kv_offsets=offsets,
-      scale=scale,
-      mask_type=cudnn.MaskType.PADDING_CAUSAL,
-    )
-  except RuntimeError as error:
-    raise NotImplementedError(
-      f"implementation='cudnn' is not possible here: {error}"
-    ) from error
-  return jnp.where(real, out[:, :tokens], 0)
-
-
-def _bad_before(bad: Bool[Array, "B T X"], document, starts, ends, *, behind):
-  """Whether a slot's document holds a bad slot at or before it.
-
-  `behind` asks for one at or behind it instead.
-  """
-  row = jnp.arange(bad.shape[0])[:, None]
-  count = jnp.cumsum(bad, axis=1, dtype=jnp.int32)
-  count = jnp.pad(count, ((0, 0), (1, 0), (0, 0)))
-  at = jnp.arange(bad.shape[1], dtype=jnp.int32)[None]
-  number = jnp.maximum(document, 0)
-  if behind:
-    found = count[row, ends[row, number]] > count[row, at]
-  else:
-    found = count[row, at + 1] > count[row, starts[row, number]]
-  return found & (document >= 0)[..., None]
-
-
-@functools.partial(jax.custom_vjp, nondiff_argnums=(6,))
-def _documents(q, k, v, document, starts, ends, scale) -> Any:
-  return _documents_forward(q, k, v, document, starts, ends, scale)[0]
-
-
-@mosaic.in_32_bits
-def _documents_forward(q, k, v, document, starts, ends, scale):
-  (q, bad_q), (k, bad_k), (v, bad_v) = (
-    mosaic.zero_non_finite(x) for x in (q, k, v)
-  )
-  group = q.shape[2] // k.shape[2]
-  attend = functools.partial(
-    _cudnn_documents, document=document, starts=starts, ends=ends, scale=scale
-  )
-  out, pull = jax.vjp(attend, q, k, v)
-  seeing = functools.partial(
-    _bad_before, document=document, starts=starts, ends=ends, behind=False
-  )
-  bad_q = bad_q & (document >= 0)[..., None]
-  bad_scores = bad_q | jnp.repeat(seeing(bad_k), group, axis=-1)
-  bad_out = bad_scores | jnp.repeat(seeing(bad_v), group, axis=-1)
-  spans = (document, starts, ends)
-  return _poison(out, bad_out), (pull, bad_scores, bad_out, *spans)
-
-
-@mosaic.in_32_bits
-def _documents_backward(scale, residuals, dout):
-  del scale
-  pull, bad_scores, bad_out, document, starts, ends = residuals
-  dout, bad_dout = mosaic.zero_non_finite(dout)
-  bad_dout = bad_dout & (document >= 0)[..., None]
-  dq, dk, dv = pull(dout)
-  num_kv_heads = dk.shape[2]
-
-  def seen(bad):
-    bad = jnp.any(bad.reshape(*bad.shape[:2], num_kv_heads, -1), axis=-1)
-    return _bad_before(bad, document, starts, ends, behind=True)
-
-  bad_ds, bad_p = bad_out | bad_dout, bad_scores | bad_dout
-  return (
-    _poison(dq, bad_ds),
-    _poison(dk, seen(bad_ds)),
-    _poison(dv, seen(bad_p)),
-    *(None,) * 3,
-  )
-
-
-_documents.defvjp(_documents_forward, _documents_backward)

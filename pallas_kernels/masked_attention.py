@@ -10,7 +10,7 @@ j's document, for prefix trees the end of the subtree of j's node
 
 The warm-up phase attends with it wherever cuDNN's causal attention
 (`dense_attention`) does not fit: in packed rows, in rows with kv_lengths, and
-where there are fewer queries than keys. `GQAttention` takes it for trees.
+where there are fewer queries than keys. `GQAttention` takes it for packed rows.
 
 A *tile* is 128 neighbouring queries or keys. `plan_tiles` lists for each tile
 of queries the tiles of keys of which any is seen, first those that need no

@@ -546,7 +546,7 @@ def test_packed_rows_are_checked_and_measured(tmp_path, monkeypatch, capsys):
     packed, "CHECKED", {"documents": packed.Row(lengths=(1, 15, 17))}
   )
   path = tmp_path / "packed.json"
-  command = ["--implementation", "reference", "--no-dense", "--results", path]
+  command = ["--implementation", "reference", "--results", path]
   command = [*map(str, command), "--ops", "dense", "prefill"]
   assert packed.main(command) == 0
   found = json.loads(path.read_text())["rows"]

@@ -384,17 +384,31 @@ def test_what_packed_rows_do_not_go_with(options):
     select(INDEX_Q[:, 4:], INDEX_K, **options)
 
 
-def test_cudnn_takes_documents_and_no_trees(no_gpu):
-  layer = msa_jax.GQAttention(4, 8, implementation="cudnn", rngs=nnx.Rngs(0))
-  x = jnp.ones((1, 24, 8))
-  with pytest.raises(NotImplementedError, match="got segments with trees"):
-    layer(x, segments=TREE)
-  with pytest.raises(NotImplementedError):
-    layer(x, segment_ids=IDS)
+@pytest.mark.parametrize(
+  "options", [dict(segment_ids=IDS), dict(segments=TREE)]
+)
+def test_cudnn_means_the_kernel_in_packed_rows(no_gpu, options):
+  x = jnp.ones((1, 24, 256))
+  half, single = (
+    msa_jax.GQAttention(
+      4, 256, implementation="cudnn", dtype=dtype, rngs=nnx.Rngs(0)
+    )
+    for dtype in (jnp.bfloat16, jnp.float32)
+  )
+  (choice,) = msa_jax.explain(half, x, **options)
+  assert str(choice) == "dense_attention takes mosaic_gpu"
+  with pytest.raises(NotImplementedError, match="Hopper"):
+    half(x, **options)
+  (choice,) = msa_jax.explain(single, x, **options)
+  assert choice.implementation is None and "float32" in str(choice)
+
+
+def test_layers_take_one_form_of_packed_rows():
+  layer = msa_jax.GQAttention(4, 8, rngs=nnx.Rngs(0))
   with pytest.raises(
     ValueError, match="segments must be None with segment_ids"
   ):
-    layer(x, segments=TREE, segment_ids=IDS)
+    layer(jnp.ones((1, 24, 8)), segments=TREE, segment_ids=IDS)
 
 
 def test_check_block_indices_needs_values():

@@ -14,8 +14,7 @@ from op_contract import LseContract
 
 import msa_jax
 from benchmarks import cases
-from msa_jax import ops, reference
-from msa_jax import segments as segments_lib
+from msa_jax import reference
 from pallas_kernels import dense_attention
 
 NAMES = ("dq", "dk", "dv", "dindex_q", "dindex_k")
@@ -397,92 +396,7 @@ def test_no_gradient_of_gradients(pretend_hopper, phase, kl):
     jax.eval_shape(jax.grad(norm, which), *inputs)
 
 
-# ---------------------------------------------------------- packed documents
-
-
-def packed_gradients(q, k, v, dout, ids, max_segments):
-  segments = segments_lib.document_segments(ids, max_segments)
-  out, pull = jax.vjp(lambda *x: ops.document_attention(*x, segments), q, k, v)
-  return out, pull(dout)
-
-
-def packed_shapes(batch, tokens, heads, kv_heads):
-  sizes = (heads, kv_heads, kv_heads, heads)
-  return (
-    *(
-      jax.ShapeDtypeStruct((batch, tokens, n, 128), jnp.bfloat16) for n in sizes
-    ),
-    jax.ShapeDtypeStruct((batch, tokens), jnp.int32),
-  )
-
-
-@pytest.mark.parametrize("documents", [1, 8, 31])
-def test_packed_documents_lower_at_128k(pretend_hopper, documents):
-  """cuDNN gets the documents, and no mask of T x T exists."""
-  run = functools.partial(packed_gradients, max_segments=documents)
-  traced = jax.jit(run).trace(*packed_shapes(1, 1 << 17, 64, 4))
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  for name in ("__cudnn$fmhaSoftmax", "__cudnn$fmhaSoftmaxBackward"):
-    assert text.count(f"@{name}(") == 1
-  assert text.count("131072x131072") == 0
-  # One number more than there are documents, for JAX does not call one packed.
-  assert f'"max_seg_per_batch": {documents + 1}' in text.replace("\\22", '"')
-
-
-def test_too_many_packed_documents_are_named(pretend_hopper):
-  run = functools.partial(packed_gradients, max_segments=64)
-  text = "needs 2080 MiB of statistics; supported are 1024 MiB"
-  with pytest.raises(NotImplementedError, match=text):
-    jax.eval_shape(run, *packed_shapes(1, 1 << 17, 64, 4))
-
-
 # -------------------------------------------------------------------- Hopper
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("tokens", [600, 601])
-def test_gpu_packed_documents_match_the_reference(hopper, tokens):
-  """Documents of 1, 128 and all lengths, padding, NaN in one of them."""
-  case = Case(
-    batch=2, q_len=tokens, kv_len=tokens, num_heads=16, num_kv_heads=2,
-    head_dim=128,
-  )  # fmt: skip
-  q, k, v, *_ = case.inputs(dtype=jnp.bfloat16)
-  dout = jax.random.normal(jax.random.key(9), q.shape, q.dtype)
-  ids = np.zeros((2, tokens), np.int32)
-  for i, (start, end) in enumerate([(3, 4), (4, 132), (140, 400), (400, 599)]):
-    ids[0, start:end] = i + 1
-  ids[1] = 1
-  run = jax.jit(functools.partial(packed_gradients, max_segments=4))
-  clean = run(q, k, v, dout, jnp.asarray(ids))
-
-  def truth(q, k, v, dout):
-    q, k, v, dout = (x.astype(jnp.float32) for x in (q, k, v, dout))
-    layout = segments_lib.block_layout(
-      segments_lib.document_segments(jnp.asarray(ids)), 128
-    )
-    out, pull = jax.vjp(
-      lambda *x: reference.warmup_attention(
-        *x, scale=128**-0.5, kv_lengths=None, layout=layout
-      )[0],
-      q, k, v,
-    )  # fmt: skip
-    return out, pull(dout)
-
-  for got, true in zip(
-    jax.tree.leaves(clean), jax.tree.leaves(jax.jit(truth)(q, k, v, dout))
-  ):
-    got, true = (np.asarray(x, np.float32) for x in (got, true))
-    assert not got[ids == 0].any()
-    assert np.linalg.norm(got - true) <= 0.005 * np.linalg.norm(true)
-  other = (ids == 3)[..., None, None]
-  bad = run(*(jnp.where(other, jnp.nan, x) for x in (q, k, v, dout)), ids)
-  for got, want in zip(jax.tree.leaves(bad), jax.tree.leaves(clean)):
-    got, want = (np.asarray(x, np.float32) for x in (got, want))
-    assert np.isnan(got[ids == 3]).all()
-    np.testing.assert_allclose(
-      got[ids != 3], want[ids != 3], rtol=2e-2, atol=2e-2
-    )
 
 
 @pytest.mark.gpu

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import op_contract
 import pytest
+from flax import nnx
 from helpers import Case
 from op_contract import (
   check_attention,
@@ -24,6 +25,8 @@ from test_kernels_packed import (
   small,
 )
 
+import msa_jax
+from msa_jax import ops
 from msa_jax import segments as segments_lib
 from pallas_kernels import masked_attention as masked
 
@@ -120,27 +123,31 @@ def test_interpreted_attention_and_gradients(kind):
   check_attention_gradients(case, q, k, v, dout, None, grads, dlse, layout)
 
 
-def test_lowers_for_cuda_at_128k():
-  """With gradients, in the paper's shape."""
-  shape = functools.partial(jax.ShapeDtypeStruct, dtype=jnp.bfloat16)
-
-  def loss(q, k, v, ids):
-    segments = segments_lib.document_segments(ids, 64)
-    out, lse = masked.attention(q, k, v, until=segments.visible_until)
-    return jnp.sum(out.astype(jnp.float32)) + jnp.sum(lse)
-
-  text = (
-    jax.jit(jax.grad(loss, (0, 1, 2)))
-    .trace(
-      shape((1, 1 << 17, 64, 128)),
-      *[shape((1, 1 << 17, 4, 128))] * 2,
-      jax.ShapeDtypeStruct((1, 1 << 17), jnp.int32),
+@pytest.mark.parametrize("sinks", [False, True])
+def test_a_packed_layer_lowers_for_cuda_at_128k(pretend_hopper, sinks):
+  """With gradients, of lse too if there are sinks: the kernel attends, and no
+  mask of T x T exists."""
+  layer = nnx.eval_shape(
+    lambda: msa_jax.GQAttention(
+      64, 256, 64 * 128, num_kv_heads=4, implementation="cudnn",
+      dtype=jnp.bfloat16, sinks=sinks, rngs=nnx.Rngs(0),
     )
-    .lower(lowering_platforms=("cuda",))
-    .as_text()
-  )
+  )  # fmt: skip
+  graphdef, params = nnx.split(layer)
+
+  def loss(params, x, ids):
+    out = nnx.merge(graphdef, params)(x, segment_ids=ids, max_segments=2000)
+    return jnp.sum(out.astype(jnp.float32))
+
+  x = jax.ShapeDtypeStruct((1, 1 << 17, 256), jnp.bfloat16)
+  ids = jax.ShapeDtypeStruct((1, 1 << 17), jnp.int32)
+  traced = jax.jit(jax.grad(loss, (0, 1))).trace(params, x, ids)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
   for name in ("masked_attention", "_dq", "_dkv"):
     assert name in text
+  assert "131072x131072" not in text and "__cudnn" not in text
+  (choice,) = msa_jax.explain(loss, params, x, ids)
+  assert str(choice) == "dense_attention takes mosaic_gpu"
 
 
 @pytest.mark.gpu
@@ -173,3 +180,46 @@ def test_gpu_attention(hopper, name, kind):
     layout = None if kind == "lengths" else layout_of(case, kind, 10 * seed)
     dlse = lse_cotangent(case, None, layout)
     op_contract.run_twice(run, check, q, k, v, dout, layout, dlse)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("tokens", [600, 601])
+def test_gpu_documents_of_the_operation(hopper, tokens):
+  """Documents of 1, 128 and all tokens, padding, NaN in one of them, and a row
+  with more documents than fit."""
+  case = Case(
+    batch=2, q_len=tokens, kv_len=tokens, num_heads=16, num_kv_heads=2,
+    head_dim=128,
+  )  # fmt: skip
+  q, k, v, dout = op_contract.attention_inputs(case, "bfloat16")
+  ids = np.zeros((2, tokens), np.int32)
+  for i, (start, end) in enumerate([(3, 4), (4, 132), (140, 400), (400, 599)]):
+    ids[0, start:end] = i + 1
+  ids[1] = 1
+
+  @functools.partial(jax.jit, static_argnames=("implementation", "most"))
+  def run(q, k, v, dout, ids, implementation="mosaic_gpu", most=4):
+    segments = segments_lib.document_segments(ids, most)
+    (out, lse), pull = jax.vjp(
+      lambda *x: ops.dense_attention(
+        *x, segments=segments, implementation=implementation
+      ),
+      *(q, k, v),
+    )
+    return out, *pull((dout, jnp.zeros_like(lse)))
+
+  clean = run(q, k, v, dout, ids)
+  exact = (x.astype(jnp.float32) for x in (q, k, v, dout))
+  for got, true in zip(clean, run(*exact, ids, implementation="reference")):
+    got, true = (np.asarray(x, np.float32) for x in (got, true))
+    assert not got[ids == 0].any()
+    assert np.linalg.norm(got - true) <= 0.005 * np.linalg.norm(true)
+  other = (ids == 3)[..., None, None]
+  bad = run(*(jnp.where(other, jnp.nan, x) for x in (q, k, v, dout)), ids)
+  full = run(q, k, v, dout, ids, most=3)
+  for got, many, want in zip(bad, full, clean):
+    got, many, want = (np.asarray(x, np.float32) for x in (got, many, want))
+    assert np.isnan(got[ids == 3]).all()
+    np.testing.assert_array_equal(got[ids != 3], want[ids != 3])
+    assert np.isnan(many[0]).any((-1, -2))[ids[0] != 0].all()
+    np.testing.assert_array_equal(many[1], want[1])

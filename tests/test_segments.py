@@ -414,6 +414,15 @@ def test_more_documents_than_fit_give_nan(implementation):
     max_segments=3,
   )  # fmt: skip
   assert np.isnan(recall).all()
+  segments = segments_lib.document_segments(ids, 3)
+  dense, pull = jax.vjp(
+    lambda *x: msa_jax.ops.dense_attention(
+      *x, segments=segments, implementation=implementation
+    ),
+    *inputs[:3],
+  )
+  for x in (*dense, *pull(jax.tree.map(jnp.ones_like, dense))):
+    assert np.isfinite(x[0]).all() and np.isnan(x[1]).all()
 
 
 def test_padding_alone_is_an_empty_row():
