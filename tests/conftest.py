@@ -2,17 +2,21 @@ import os
 
 # Most of the tests' time is compilation: trade run time for it. The second flag
 # halves what is left: the CPU backend's newer emitters start a compiler of
-# their own for every fused operation. The third keeps NaN in row maxima, which
-# XLA's CPU backend (jax 0.11.2) loses otherwise (8 columns or more);
-# interpreted kernels take maxima as the GPU does. The fourth is for GPUs: to
-# time ways of multiplying takes longer than the tests' products. The rest is
-# for busy machines, where a forced device or another process may come late to a
-# collective. All are read when the backend starts.
+# their own for every fused operation. The third and fourth save another fifth:
+# a program is not split into modules for 32 threads, each with an overhead of
+# its own, and passes that only make programs faster are left out. The fifth
+# keeps NaN in row maxima, which XLA's CPU backend (jax 0.11.2) loses otherwise
+# (8 columns or more); interpreted kernels take maxima as the GPU does. The
+# sixth is for GPUs: to time ways of multiplying takes longer than the tests'
+# products. The rest is for busy machines, where a forced device or another
+# process may come late to a collective. All are read when the backend starts.
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
     "--xla_backend_optimization_level=0",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
+    "--xla_cpu_parallel_codegen_split_count=1",
+    "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
     "--xla_cpu_experimental_ynn_fusion_type=",
     "--xla_gpu_autotune_level=0",
     "--xla_cpu_collective_timeout_seconds=1200",
@@ -32,6 +36,8 @@ os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
 if "PYTEST_XDIST_WORKER" in os.environ:
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.35")
 
+import gc
+
 import jax
 import pytest
 
@@ -41,6 +47,11 @@ LONGEST = (
   *("cache", "checkpoints", "commands", "m3", "modules", "resume", "train"),
   *("benchmarks", "kernels_decode", "kernels_select", "kernels_sparse"),
 )
+
+
+# Tracing allocates many small objects that live on. At Python's threshold of
+# 700 new ones the collector looks through them all again and again.
+gc.set_threshold(100_000, 20, 50)
 
 
 @pytest.fixture(autouse=True, scope="module")
