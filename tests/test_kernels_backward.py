@@ -35,6 +35,10 @@ def lengths(case):
   return case.lengths
 
 
+# One program: the reference and the plan have many small operations.
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=("chunk", "pairs", "task")
+)
 def interpreted(case, q, k, v, dout, blocks, dlse=None, **config):
   """The backward pass alone, after the reference's forward."""
   out, lse = reference.sparse_attention(

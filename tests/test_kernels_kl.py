@@ -39,6 +39,10 @@ DENSE_CONFIGS = (
 )
 
 
+# One program: the reference and the plan have many small operations.
+@functools.partial(
+  jax.jit, static_argnums=0, static_argnames=("config", "interpret")
+)
 def run(case, *args, mask=None, config=None, interpret=False):
   """Value and gradients, with the reference's lse."""
   loss = functools.partial(

@@ -300,14 +300,19 @@ def test_interpreted_attention_and_gradients(kind):
     PAIRS if kind == "documents" else fwd.Config(), num_ctas=1,
     pair_warpgroups=2, query_stages=2,
   )  # fmt: skip
-  (out, lse), pull = jax.vjp(
-    lambda *x: attend(
-      case, *x, blocks, layout, config=config,
-      backward=bwd.Config(stages=2, num_ctas=1), interpret=True,
-    ),
-    q, k, v,
-  )  # fmt: skip
-  grads = pull((dout, dlse))
+
+  @jax.jit  # One program: the plans have many small operations.
+  def run(q, k, v, dout, dlse, blocks, layout):
+    results, pull = jax.vjp(
+      lambda *x: attend(
+        case, *x, blocks, layout, config=config,
+        backward=bwd.Config(stages=2, num_ctas=1), interpret=True,
+      ),
+      q, k, v,
+    )  # fmt: skip
+    return *results, pull((dout, dlse))
+
+  out, lse, grads = run(q, k, v, dout, dlse, blocks, layout)
   one = dataclasses.replace(case, batch=1)
   layout, blocks, out, lse, q, k, v, dout, dlse, *first = (
     jax.tree.map(lambda x: x[:1], x)
@@ -348,9 +353,8 @@ def test_interpreted_kl(kind, dense):
   loss = functools.partial(
     index_kl.index_kl_loss, config=config, interpret=True
   )
-  value, grads = kl_and_gradients(
-    case, q, k, index_q, index_k, blocks, mask, loss=loss, layout=layout
-  )
+  run = jax.jit(functools.partial(kl_and_gradients, case, loss=loss))
+  value, grads = run(q, k, index_q, index_k, blocks, mask, layout=layout)
   if case.batch > 1:
     assert_rows_agree(grads, poison)
   # The mean over one row of two that agree is the mean over both.
@@ -415,16 +419,19 @@ def check_select(
   index_k = index_k.at[0, 15].set(jnp.nan)
   if precision == "fp8":  # what e4m3 holds
     index_q, index_k = (jnp.round(2 * x) / 2 for x in (index_q, index_k))
-  options = dict(
-    block_size=block_size, top_k=top_k, num_local_blocks=num_local,
-    layout=layout,
-  ) | options  # fmt: skip
-  got = sb.select_blocks(index_q, index_k, score_precision=precision, **options)
-  for name in ("config", "interpret"):
-    options.pop(name, None)
-  want = reference.select_blocks(
-    index_q, index_k, kv_lengths=None, score_precision="exact", **options
-  )
+  sizes = dict(block_size=block_size, top_k=top_k, num_local_blocks=num_local)
+  # Programs of their own: the layout's blocks and ranges are many small
+  # operations.
+  got = jax.jit(
+    functools.partial(
+      sb.select_blocks, score_precision=precision, **sizes, **options
+    )
+  )(index_q, index_k, layout=layout)
+  want = jax.jit(
+    functools.partial(
+      reference.select_blocks, kv_lengths=None, score_precision="exact", **sizes
+    )
+  )(index_q, index_k, layout=layout)
   if precision == "exact":
     np.testing.assert_array_equal(got, want)
     return

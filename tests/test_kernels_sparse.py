@@ -204,7 +204,11 @@ class TestInterpreted(AttentionContract):
 
   def run(self, name, case, q, k, v, blocks):
     config = {"empty_rows": PAIRS, "poisoned": WALK}[name]
-    return call(case, q, k, v, blocks, interpreted(config), interpret=True)
+    # One program: the plan has many small operations.
+    attend = jax.jit(
+      functools.partial(call, case, config=interpreted(config), interpret=True)
+    )
+    return attend(q, k, v, blocks)
 
 
 @pytest.mark.slow  # the quicker test_gradients_through_lse covers the kernels
