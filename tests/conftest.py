@@ -42,10 +42,12 @@ import jax
 import pytest
 
 # A worker takes whole files, as their tests share what is trained and compiled.
-# These take longest and go first: short ones are left to even out the workers.
-LONGEST = (
-  *("cache", "checkpoints", "commands", "m3", "modules", "resume", "train"),
-  *("benchmarks", "kernels_decode", "kernels_select", "kernels_sparse"),
+# Files of less than half a minute go last, the shortest at the very end: so no
+# worker waits long for another's last file.
+SHORTEST = (
+  *("cache", "checkpoints", "step_cost", "meshes", "notebooks", "errors"),
+  *("kernels_masked", "package", "imports", "data", "moe", "selection_stats"),
+  *("results", "devices"),
 )
 
 
@@ -76,8 +78,8 @@ def pytest_collection_modifyitems(items):
       name = name and name.params.get("name")
       group = f"{item.path.stem}-{name or item.nodeid}"
       item.add_marker(pytest.mark.xdist_group(group))
-  names = [f"test_{name}" for name in LONGEST]
-  items.sort(key=lambda item: item.path.stem not in names)
+  last = {f"test_{name}": i for i, name in enumerate(SHORTEST)}
+  items.sort(key=lambda item: last.get(item.path.stem, -1))
 
 
 @pytest.fixture

@@ -111,7 +111,10 @@ GPU = dict(
 )
 
 
-@pytest.mark.parametrize("remat", [False, True])
+# With remat there is more to compute twice.
+@pytest.mark.parametrize(
+  "remat", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 @pytest.mark.parametrize("kind", ["gqa", "msa"])
 def test_attention_and_choice_are_computed_once(pretend_hopper, kind, remat):
   """In the lowered step, with remat too: no kernel is there twice."""
@@ -130,7 +133,9 @@ def test_attention_and_choice_are_computed_once(pretend_hopper, kind, remat):
   assert text.count("@mosaic_gpu_v2") == 9
 
 
-@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+@pytest.mark.parametrize(
+  "phase", ["sparse", pytest.param("warmup", marks=pytest.mark.slow)]
+)
 def test_remat_changes_no_gradient(phase):
   tokens = jax.random.randint(jax.random.key(1), (2, 96), 0, 64)
   grads = []
