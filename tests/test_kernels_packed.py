@@ -40,6 +40,10 @@ PARENTS = [-1, 0, 1, 2, 0, -1]
 PAIRS = fwd.Config(shared_cost=1e9, slack=0.0)  # pairs where no mask is needed
 
 
+# One program in the place of many small operations.
+block_layout = jax.jit(segments_lib.block_layout, static_argnums=1)
+
+
 def segments_of(spans, parents, length, most=8):
   return msa_jax.tree_segments(spans, parents, length=length, max_segments=most)
 
@@ -91,7 +95,7 @@ def layout_of(case, kind, seed=0):
   spans = [row for row, _ in rows]
   parents = roots(spans) if kind == "documents" else [x for _, x in rows]
   segments = segments_of(spans, parents, case.kv_len, 64)
-  return segments_lib.block_layout(segments, case.block_size)
+  return block_layout(segments, case.block_size)
 
 
 def attend(case, q, k, v, blocks, layout, *, config, backward=None, **options):
@@ -108,9 +112,7 @@ def attend(case, q, k, v, blocks, layout, *, config, backward=None, **options):
 def test_every_block_has_its_places(block_size):
   for seed in range(3):
     spans, parents = random_spans(seed, 900, block_size)
-    layout = segments_lib.block_layout(
-      segments_of([spans], [parents], 900, 64), block_size
-    )
+    layout = block_layout(segments_of([spans], [parents], 900, 64), block_size)
     row = packed_rows([spans], [parents], 900, block_size)[0]
     rows = packed_lib.of_layout(layout, block_size, 900, jnp.array([900]))
     assert rows is not None
@@ -259,7 +261,7 @@ POISONED = (66, 131)
 def small(kind):
   """Case, layout, and which slots are poisoned."""
   case, spans, parents = (KINDS | {"long": LONG})[kind]
-  layout = segments_lib.block_layout(
+  layout = block_layout(
     segments_of(spans, parents, case.kv_len), case.block_size
   )
   poison = np.zeros((case.batch, case.kv_len), bool)
@@ -408,9 +410,7 @@ def check_select(
   In fp8 the scales of blocks differ from the reference's scales of keys; powers
   of two of both make no difference.
   """
-  layout = segments_lib.block_layout(
-    segments_of(spans, parents, length, 64), block_size
-  )
+  layout = block_layout(segments_of(spans, parents, length, 64), block_size)
   case = Case(
     batch=len(spans), q_len=length, kv_len=length, num_kv_heads=groups,
     index_dim=64,
@@ -574,7 +574,7 @@ def test_lowers_for_cuda_at_128k(max_segments, num_local):
   index_k = shape((*lead, case.index_dim))
 
   def loss(q, k, v, index_q, index_k, ids):
-    layout = segments_lib.block_layout(
+    layout = block_layout(
       segments_lib.document_segments(ids, max_segments), case.block_size
     )
     options = dict(block_size=case.block_size, layout=layout)
@@ -607,7 +607,7 @@ def test_kl_of_all_tokens_lowers_for_cuda():
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
 
   def loss(q, k, index_q, index_k, lse, ids):
-    layout = segments_lib.block_layout(
+    layout = block_layout(
       segments_lib.document_segments(ids, 64), case.block_size
     )
     return index_kl.index_kl_loss(
@@ -634,9 +634,7 @@ def test_more_blocks_than_fit_are_refused():
   case = Case(q_len=256, kv_len=256, num_heads=2, num_kv_heads=1, head_dim=64)
   q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
   ids = jnp.ones((1, 256), jnp.int32)
-  layout = segments_lib.block_layout(
-    segments_lib.document_segments(ids, 1 << 15), 128
-  )
+  layout = block_layout(segments_lib.document_segments(ids, 1 << 15), 128)
   blocks = jnp.zeros((1, 1, 256, 2), jnp.int32)
   text = "up to 32768 blocks of keys, got 32770 of packed rows"
   index_q, index_k = (jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, 56),))
