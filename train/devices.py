@@ -461,9 +461,7 @@ def devices(
     )
     batch.check_ids(run.model.vocab_size)
   start = time.monotonic()
-  made = {
-    name: _side(run, steps, count, meshes) for name, run in runs.items()
-  }
+  made = {name: _side(run, steps, count, meshes) for name, run in runs.items()}
   calls = [
     (placed.program, phase, "step")
     for side in made.values()
