@@ -16,6 +16,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import sys
 from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
@@ -67,7 +68,8 @@ class Sampling:
 
   def __post_init__(self):
     require(
-      is_number(self.temperature) and 0 <= self.temperature < math.inf,
+      is_number(self.temperature)
+      and 0 <= self.temperature <= sys.float_info.max,
       "temperature",
       "a number that is finite and at least 0",
       self.temperature,

@@ -20,7 +20,7 @@ from msa_jax.checks import (
   compute_dtype,
 )
 from msa_jax.layers import Sharding
-from msa_jax.meshes import any_mesh_function
+from msa_jax.meshes import any_mesh_function, varying_zeros
 
 
 @any_mesh_function(lambda *args, **named: PartitionSpec())
@@ -54,6 +54,7 @@ def head_loss(
       XLA, which gathers such tokens.
 
   Raises:
+    NotImplementedError: forward mode; the loss has a gradient in reverse mode.
     ValueError: an argument is wrong.
   """
   check_floats(hidden=(hidden, "B T E"))
@@ -70,7 +71,15 @@ def head_loss(
   if sharding is not None and not mesh.empty:
     axis = sharding.context_axis(mesh, shape[1])
   if sharding is None or axis is None:
-    loss: Any = _head_loss(*args, chunk_tokens)
+    try:
+      loss: Any = _head_loss(*args, chunk_tokens)
+    except TypeError as error:
+      if "custom_vjp" not in str(error):
+        raise
+      raise NotImplementedError(
+        "head_loss supports reverse mode only (jax.grad, jax.vjp), not jax.jvp,"
+        " jax.jacfwd or jax.hessian"
+      ) from error
     return loss
   rows = sharding.batch_axes(mesh, shape[0])
   axes = (*rows, axis)
@@ -130,10 +139,13 @@ def _over_chunks(
     d_weight += jnp.einsum("bte,btv->ev", x, dz, preferred_element_type=dtype)
     return (total, d_weight), jnp.einsum("btv,ev->bte", dz, head)
 
-  d_weight = jnp.zeros(weight.shape if with_gradients else (), dtype)
+  operands = (hidden, weight, targets, target_weights)
+  d_weight = varying_zeros(
+    weight.shape if with_gradients else (), dtype, operands
+  )
   return lax.scan(
     body,
-    (jnp.zeros((), dtype), d_weight),
+    (varying_zeros((), dtype, operands), d_weight),
     (split(hidden), split(targets), split(target_weights.astype(dtype))),
   )
 

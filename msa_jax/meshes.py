@@ -15,8 +15,10 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from flax import nnx
-from jax import lax
+from jax import Array, lax
+from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
 from pallas_kernels.partition import Axes, spec_of
@@ -59,11 +61,25 @@ def auto(
     return jax.sharding.reshard(x, NamedSharding(inside, PartitionSpec()))
 
   def run(*args):
+    held = [
+      NamedSharding(x.sharding.mesh, PartitionSpec())
+      for x in jax.tree.leaves(args)
+      if isinstance(x, jax.Array)
+      and not isinstance(x, Tracer)
+      and isinstance(x.sharding, NamedSharding)
+    ]
     with jax.sharding.use_abstract_mesh(inside):
       out = function(*jax.tree.map(cast, args))
       wanted = specs(out)
 
     def place(x, spec):
+      # Without jit, a constant is on one device alone.
+      if (
+        held
+        and not isinstance(x, Tracer)
+        and x.sharding.device_set != held[0].device_set
+      ):
+        x = jax.device_put(x, held[0])
       names = (_explicit(mesh, axes) for axes in spec)
       return jax.sharding.reshard(x, NamedSharding(mesh, PartitionSpec(*names)))
 
@@ -169,6 +185,17 @@ def _vary_together(arrays: dict[str, Any]) -> dict[str, Any]:
   return jax.tree.map(vary, arrays)
 
 
+def varying_zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
+  """Zeros for a loop, which wants what it sums up to vary over the same axes
+  of a mesh as the arrays `like`."""
+  varying = [
+    jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like)
+  ]
+  axes = tuple(frozenset().union(*varying))
+  x = jnp.zeros(shape, dtype)
+  return lax.pcast(x, axes, to="varying") if axes else x
+
+
 def any_mesh_function(specs: Callable[..., Any]) -> Callable:
   """A decorator that makes a function of arrays work under every mesh.
 
@@ -180,6 +207,7 @@ def any_mesh_function(specs: Callable[..., Any]) -> Callable:
   def decorate(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*args, **kwargs):
+      args, kwargs = _vary_together(dict(args=args, kwargs=kwargs)).values()
       mesh = explicit_mesh(args, kwargs)
       if mesh is None:
         return function(*args, **kwargs)

@@ -37,7 +37,7 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
 from jaxtyping import Array, Bool, Float, Int
 
-from msa_jax import reference
+from msa_jax import meshes, reference
 from msa_jax.reference import HIGHEST, QueryMask, clean, compute_dtype
 from msa_jax.segments import BlockLayout
 from pallas_kernels import partition
@@ -497,17 +497,6 @@ def _sparse_split(
   return _Split(_Chunk(count, rows // count, 0), queries, tile)
 
 
-def _varying_zeros(shape: tuple[int, ...], dtype: Any, like: Any) -> Array:
-  """Zeros for a loop, which wants what it sums up to vary over the same axes
-  of a mesh as the arrays `like`."""
-  varying = [
-    jax.typeof(x).manual_axis_type.varying for x in jax.tree.leaves(like)
-  ]
-  axes = tuple(frozenset().union(*varying))
-  x = jnp.zeros(shape, dtype)
-  return lax.pcast(x, axes, to="varying") if axes else x
-
-
 def _cut(x: Array, split: _Split, fill: float = 0) -> Array:
   """[Z, T, ...] -> [chunks of rows, chunks of queries, rows, queries, ...]."""
   return _split(_split(x, split.queries, 1, fill), split.rows, 1)
@@ -542,7 +531,7 @@ def _sum_over_chunks(
   def of_some_rows(_, x):
     of_rows, *chunks = x
     total = tuple(
-      _varying_zeros((rows.size, *shape), dtype, x) for shape in sums
+      meshes.varying_zeros((rows.size, *shape), dtype, x) for shape in sums
     )
 
     def step(total, x):
@@ -1066,7 +1055,7 @@ def _select_run(
     visible, forced = reference.visible_blocks(
       pos, num_blocks, block_size, num_local_blocks, layout
     )
-    score = _varying_zeros(
+    score = meshes.varying_zeros(
       (b, index_q.shape[1], count * size),
       compute_dtype(index_q),
       (index_q, index_k, pos),

@@ -287,6 +287,7 @@ def test_linked_folders_compressed_files_and_json_arrays_are_read(tmp_path):
   (folder / "array.json").write_text(f'[{lines[1]}, "bare"]')
   (folder / "lines.json").write_text("\n".join(lines[2:]))
   (folder / "object.json").write_text('{"a": 1}')
+  (folder / "one.json").write_text('{"text": "one object"}')
   (elsewhere / "linked.txt").write_text("linked")
   (folder / "link").symlink_to(elsewhere)
   (elsewhere / "circle").symlink_to(folder)
@@ -298,12 +299,33 @@ def test_linked_folders_compressed_files_and_json_arrays_are_read(tmp_path):
   assert found == {
     *(f"line {i}" for i in range(4)),
     *("no UTF-8 in its name", "plain", "in xz", "in bz2", "bare"),
-    *('{"a": 1}', "linked"),
+    *('{"a": 1}', "one object", "linked"),
   }
   names = [name for name, _ in corpus._find_files(config)]
   assert "caf\\xe9.txt" in names and "link/linked.txt" in names
   # A folder that a link leads to as well keeps its own name.
   assert [name for name in names if "plain" in name] == ["a/plain.txt"]
+
+
+@pytest.mark.parametrize(
+  "content, why",
+  [
+    (
+      '{"content": "a"}\n{"content": "b"}',
+      "JSON lines without a text in 'text'",
+    ),
+    ('[{"text": "a"}, {"text":', "no JSON: "),
+    (f'[{{"text": "a", "n": {"9" * 5000}}}]', "no JSON: "),
+  ],
+)
+def test_a_damaged_json_file_is_left_out_with_the_reason(
+  tmp_path, content, why
+):
+  (tmp_path / "bad.json").write_text(content)
+  for i in range(3):
+    (tmp_path / f"{i}.txt").write_text(f"text {i}")
+  with pytest.warns(UserWarning, match=f"bad.json.*{why}"):
+    assert _documents(config_of(tmp_path)) == {f"text {i}" for i in range(3)}
 
 
 @pytest.mark.parametrize("suffix", ["gz", "bz2", "xz"])

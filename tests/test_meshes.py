@@ -122,6 +122,28 @@ for axis_type in (AxisType.Auto, AxisType.Explicit):
       for x, dx in zip(placed, got[1]):
         assert jax.typeof(x).sharding == jax.typeof(dx).sharding
 
+# Without jit: a result that is a constant, the KL, joins the others.
+mesh = jax.make_mesh((2, 2), ("data", "tensor"))
+placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
+          for x, spec in zip(args, specs)]
+out, alone = (msa_jax.msa_attention(*x, implementation="xla", **options)
+              for x in (placed, args))
+close((out.out, out.kl), (alone.out, alone.kl))
+assert jax.typeof(out.out).sharding.spec == jax.P("data", None, "tensor", None)
+
+# The loss of the head inside of a jax.shard_map with check_vma=True.
+head = (args[4], jnp.sin(jnp.arange(d * 16.0)).reshape(d, 16),
+        jnp.zeros((b, t), jnp.int32), mask.astype(jnp.float32))
+over = (jax.P("data"), jax.P(), jax.P("data"), jax.P("data"))
+def summed(*args):
+  return jax.lax.psum(msa_jax.head_loss(*args), "data")
+local = jax.shard_map(summed, mesh=mesh, in_specs=over, out_specs=jax.P())
+placed = [jax.device_put(x, jax.NamedSharding(mesh, spec))
+          for x, spec in zip(head, over)]
+close(*(jax.jit(jax.value_and_grad(function, (0, 1)))(*operands)
+        for function, operands in
+        ((local, placed), (msa_jax.head_loss, head))))
+
 if not every:
   sys.exit()
 
@@ -405,6 +427,13 @@ def test_forward_mode_says_so(pretend_hopper):
   with pytest.raises(NotImplementedError, match="reverse mode of first order"):
     gradient = jax.grad(lambda q: jnp.sum(out("mosaic_gpu", q)))
     jax.eval_shape(jax.grad(lambda q: jnp.sum(gradient(q))), q)
+  hidden, head = jnp.ones((1, 4, 8)), jnp.ones((8, 5))
+  targets = jnp.zeros((1, 4), jnp.int32)
+  with pytest.raises(NotImplementedError, match="reverse mode only"):
+    jax.jvp(
+      lambda x: msa_jax.head_loss(x, head, targets, jnp.ones((1, 4))),
+      (hidden,), (hidden,),
+    )  # fmt: skip
 
 
 @pytest.mark.parametrize(

@@ -754,9 +754,10 @@ def _json_rows(
   """What a .json file holds, if it is a data set.
 
   Returns:
-    The entries of an array of texts, or of objects with the text field;
-    "lines" for objects with that field, one a line; None for anything else,
-    which is itself a text.
+    The entries of an array of texts, or of objects with the text field, or one
+    such object; "lines" for objects with that field, one a line; None for any
+    other JSON value but an array, such as a program's settings, which is itself
+    a text.
   """
 
   def has_text(row: Any) -> bool:
@@ -766,12 +767,17 @@ def _json_rows(
     value = json.loads(content)
   except RecursionError:
     return _TOO_DEEP
-  except ValueError:
+  except ValueError as error:
     first = content.lstrip().split(b"\n", 1)[0]
     try:
-      return "lines" if has_text(json.loads(first)) else None
+      line = json.loads(first)
     except (ValueError, RecursionError):
-      return None
+      return _NoText("not_json", f"no JSON: {error}")
+    if has_text(line):
+      return "lines"
+    return _NoText("json_lines", f"JSON lines without a text in {text_field!r}")
+  if has_text(value):
+    return [value]
   if not isinstance(value, list):
     return None
   if all(isinstance(row, str) or has_text(row) for row in value):
