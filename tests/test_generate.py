@@ -292,7 +292,9 @@ WRONG = {
   ),
   "temperature must be a number that is finite and at least 0, got '0.7'": (
     lambda: Sampling(temperature="0.7")
-    lambda: Sampling(temperature=10**400),
+  ),
+  "temperature must be a number that is finite and at least 0, got 1": (
+    lambda: Sampling(temperature=10**400)
   ),
   "top_p must be above 0 and at most 1, or None, got '1'": lambda: Sampling(
     temperature=1.0, top_p="1"
