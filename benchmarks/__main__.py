@@ -227,6 +227,7 @@ def main(argv: list[str] | None = None) -> int:
     content = records.read_json(args.plot_only)
     draw(content, args.plot_only)
     return 0
+  records.require_plots()
   mosaic.require_hopper()
   # Wrong arguments must fail now, not after minutes of measuring.
   ops = {group: [op for op in group.OPS if op in args.ops] for group in GROUPS}

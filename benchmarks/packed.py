@@ -355,6 +355,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     content = records.read_json(args.plot_only)
     plot(content, args.plot_only.with_suffix(".png"))
     return 0
+  records.require_plots()
   name = f"{records.device_slug()}_packed.json"
   path = args.results or records.FOLDER / name
   old = records.read_own(path)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.util
 import json
 import os
 import pathlib
@@ -139,6 +140,15 @@ def store(path: pathlib.Path, found: list[dict], recalls: list[dict]) -> dict:
   )
   write_json(path, content)
   return content
+
+
+def require_plots() -> None:
+  """Ends the program before it measures for minutes what it cannot draw."""
+  if importlib.util.find_spec("matplotlib") is None:
+    raise SystemExit(
+      "benchmarks: matplotlib, which draws the plots, is not installed; it"
+      " comes with pip install -e '.[train]'"
+    )
 
 
 STYLES = {  # selection -> (its name in the legend, line style)

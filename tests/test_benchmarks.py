@@ -2,6 +2,7 @@
 
 import concurrent.futures
 import dataclasses
+import importlib.util
 import json
 import time
 
@@ -528,6 +529,13 @@ def test_fuzz_repeats_a_call_and_its_signatures():
 
 
 # --- Packed rows --------------------------------------------------------------
+
+
+@pytest.mark.parametrize("command", [bench.main, packed.main])
+def test_a_missing_plot_library_is_said_at_once(monkeypatch, command):
+  monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+  with pytest.raises(SystemExit, match="matplotlib, which draws the plots"):
+    command([])
 
 
 def test_packed_rows_are_checked_and_measured(tmp_path, monkeypatch, capsys):
