@@ -30,6 +30,7 @@ from msa_jax.checks import (
   check_choice,
   check_chosen_blocks,
   check_heads,
+  check_precision,
   check_rank,
   check_scale,
   check_sizes,
@@ -226,6 +227,7 @@ class GQAttention(nnx.Module):
     self.sharding = sharding
     check_choice("implementation", implementation, self.implementations)
     check_choice("qk_norm_over", qk_norm_over, QKNormOver)
+    check_precision(dtype, param_dtype)
 
     linear = functools.partial(
       project, dtype, param_dtype, kernel_init, sharding, rngs

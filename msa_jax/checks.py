@@ -108,6 +108,20 @@ def check_positive(**values: float) -> None:
     require(good, name, "above 0 and finite", value)
 
 
+def check_precision(dtype: Any, param_dtype: Any) -> None:
+  """Refuses float64 parameters whose digits the computation would drop.
+
+  Raises:
+    ValueError: param_dtype is float64 and dtype is not.
+  """
+  require(
+    jnp.dtype(param_dtype) != jnp.float64 or jnp.dtype(dtype) == jnp.float64,
+    "dtype",
+    "float64, because param_dtype is float64",
+    jnp.dtype(dtype).name,
+  )
+
+
 def check_scale(name: str, value: Any, size: int) -> float:
   """The factor of attention scores; None stands for size^-0.5.
 

@@ -21,6 +21,7 @@ from jaxtyping import Array, Float, Int32
 from msa_jax.checks import (
   check_choice,
   check_integer,
+  check_precision,
   check_sizes,
   compute_dtype,
   require,
@@ -77,6 +78,7 @@ class SwiGLU(nnx.Module):
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
+    check_precision(dtype, param_dtype)
     sharding = sharding and sharding.present()
 
     def linear(sizes, names):
@@ -167,6 +169,7 @@ class MixtureOfExperts(nnx.Module):
     rngs: nnx.Rngs,
   ):
     check_choice("router", router, Router)
+    check_precision(dtype, param_dtype)
     in_features, num_experts, expert_dim, top_k = check_sizes(
       in_features=in_features,
       num_experts=num_experts,

@@ -15,6 +15,7 @@ from msa_jax.checks import (
   check_choice,
   check_heads,
   check_positive,
+  check_precision,
   check_rope_dim,
   check_sizes,
   keep,
@@ -261,6 +262,7 @@ class ModelConfig:
     for name in ("dtype", "param_dtype"):
       allowed = ("float32", "bfloat16", "float16", "float64")
       check_choice(name, getattr(self, name), allowed)
+    check_precision(self.dtype, self.param_dtype)
     allowed = (*get_args(ops.Implementation), None)
     check_choice("implementation", self.implementation, allowed)
     check_choice("gqa_implementation", self.gqa_implementation, GQAKernel)

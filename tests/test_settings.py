@@ -285,6 +285,17 @@ def numpy_layer(params, x, index, theta, rope_dim):
 POSITIONS = np.arange(24) + 131_048
 
 
+def test_float64_parameters_want_a_float64_computation():
+  text = "dtype must be float64, because param_dtype is float64, got 'float32'"
+  options = dict(param_dtype=jnp.float64, rngs=nnx.Rngs(0))
+  with pytest.raises(ValueError, match=text):
+    msa_jax.GQAttention(4, 16, 32, **options)
+  with pytest.raises(ValueError, match=text):
+    msa_jax.MSAttention(4, 16, 32, index=CONFIG.index, **options)
+  with pytest.raises(ValueError, match=text):
+    dataclasses.replace(CONFIG, param_dtype="float64")
+
+
 @pytest.mark.parametrize("kind", ["GQAttention", "MSAttention"])
 def test_float64_layers_are_float64_throughout(kind, x64):
   """With positions at which float32 angles are off by 5e-3."""
