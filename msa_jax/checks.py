@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 import operator
 import typing
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -120,6 +120,24 @@ def check_precision(dtype: Any, param_dtype: Any) -> None:
     "float64, because param_dtype is float64",
     jnp.dtype(dtype).name,
   )
+
+
+def reverse_mode(function: Callable[[], Any], supported: str) -> Any:
+  """What `function` returns, with an error that a reader of `jax.jvp` knows.
+
+  Args:
+    function: calls something with a gradient in reverse mode only.
+    supported: what supports it, and what else does, for the message.
+
+  Raises:
+    NotImplementedError: forward mode. JAX raises a TypeError.
+  """
+  try:
+    return function()
+  except TypeError as error:
+    if "custom_vjp" not in str(error):
+      raise
+    raise NotImplementedError(supported) from error
 
 
 def check_scale(name: str, value: Any, size: int) -> float:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -18,6 +19,7 @@ from msa_jax.checks import (
   check_integer,
   check_integers,
   compute_dtype,
+  reverse_mode,
 )
 from msa_jax.layers import Sharding
 from msa_jax.meshes import any_mesh_function, varying_zeros
@@ -71,16 +73,7 @@ def head_loss(
   if sharding is not None and not mesh.empty:
     axis = sharding.context_axis(mesh, shape[1])
   if sharding is None or axis is None:
-    try:
-      loss: Any = _head_loss(*args, chunk_tokens)
-    except TypeError as error:
-      if "custom_vjp" not in str(error):
-        raise
-      raise NotImplementedError(
-        "head_loss supports reverse mode only (jax.grad, jax.vjp), not jax.jvp,"
-        " jax.jacfwd or jax.hessian"
-      ) from error
-    return loss
+    return _reverse_mode(lambda: _head_loss(*args, chunk_tokens))
   rows = sharding.batch_axes(mesh, shape[0])
   axes = (*rows, axis)
   chunk = max(chunk_tokens // math.prod(mesh.shape[name] for name in axes), 1)
@@ -89,12 +82,21 @@ def head_loss(
     return lax.psum(_head_loss(*args, chunk), axes)
 
   tokens = PartitionSpec(rows, axis)
-  return jax.shard_map(
+  over_tokens = jax.shard_map(
     local,
     in_specs=(tokens, PartitionSpec(), tokens, tokens),
     out_specs=PartitionSpec(),
     check_vma=False,
-  )(*args)
+  )
+  return _reverse_mode(lambda: over_tokens(*args))
+
+
+def _reverse_mode(function: Callable[[], Any]) -> Any:
+  return reverse_mode(
+    function,
+    "head_loss supports reverse mode only (jax.grad, jax.vjp), not jax.jvp,"
+    " jax.jacfwd or jax.hessian",
+  )
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4,))

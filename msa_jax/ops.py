@@ -72,6 +72,7 @@ from msa_jax.checks import (
   check_query_pieces,
   check_scale,
   require,
+  reverse_mode,
   wrong,
 )
 from msa_jax.meshes import any_mesh
@@ -1227,15 +1228,11 @@ def _note(choice: Choice, implementation: Implementation | None) -> None:
 
 
 def _reverse_mode(function: Callable) -> Any:
-  try:
-    return function()
-  except TypeError as error:
-    if "custom_vjp" not in str(error):
-      raise
-    raise NotImplementedError(
-      "xla and mosaic_gpu support reverse mode only (jax.grad, jax.vjp), not"
-      " jax.jvp, jax.jacfwd or jax.hessian; implementation='reference' has both"
-    ) from error
+  return reverse_mode(
+    function,
+    "xla and mosaic_gpu support reverse mode only (jax.grad, jax.vjp), not"
+    " jax.jvp, jax.jacfwd or jax.hessian; implementation='reference' has both",
+  )
 
 
 def _on_gpu(kernels: Callable, portable: Callable, named: bool) -> Any:

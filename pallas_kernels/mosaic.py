@@ -502,11 +502,13 @@ def drain_rings(steps: Any, *rings: Ring) -> None:
 def kept_apart(x: Any) -> Any:
   """The same array, which XLA does not see as a part of another one.
 
-  On a GPU, XLA (since the middle of 2026) puts a kernel into one fusion with
-  the slice that an operand is, or with the update of a slice that a result goes
-  to, as in a loop that stacks its results. Such a fusion forgets that a
-  kernel's Ref is both an operand and a result. The result is then memory that
-  the kernel did not write.
+  On a GPU, XLA puts a kernel into one fusion with the slice that an operand is,
+  or with the update of a slice that a result goes to, as in a loop that stacks
+  its results (xla_gpu_enable_dynamic_slice_fusion, on since the middle of
+  2026). By its source, such a fusion does not keep that a kernel's Ref is both
+  an operand and a result, so the result would be memory that the kernel did not
+  write. Zeros were seen where a loop stacked such results; that they come from
+  this, and that the barrier prevents them, has not been tried on a GPU yet.
   """
   return lax.optimization_barrier(x)
 
