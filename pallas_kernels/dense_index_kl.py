@@ -70,6 +70,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 
 import jax
 import jax.numpy as jnp
@@ -332,7 +333,7 @@ def _units(
     limits: int32 [B, queries]: how many keys each query sees.
     until: int32 [B, keys], of packed rows; None for plain rows.
     index_lse: base-2 log sum exp of the index scores.
-    lse: base-2 log sum exp of the scores.
+    lse: base-2 log sum exp of the scores, plus log2 of the group's heads.
     iq, q, k, ik: operands, padded, with heads and channels on one axis.
     params: static parameters.
   """
@@ -423,7 +424,7 @@ def _units(
             visible &= _seen_later(
               until_gmem, batch_row, origin + first_query + j * ROWS, my_key
             )
-          p = jnp.where(visible, mean * (1.0 / s.group_size), 0.0)
+          p = jnp.where(visible, mean, 0.0)
           log_r = scores * (s.index_scale * mosaic.LOG2E) - _along_keys(ilse)
           # 0 log 0 = 0, while a NaN of p or r is kept.
           log_p = jnp.log2(jnp.where(p > 0.0, p, 1.0))
@@ -677,13 +678,18 @@ def kl(
   poisoned = pad(jnp.moveaxis(poisoned, 1, 2), 2, queries)
 
   limits = pad(limits, 1, queries)
-  lse = pad(lse.astype(jnp.float32) * mosaic.LOG2E, 2, queries)
+  # Adding log G to lse divides p by G, so a sum over heads gives the mean. A
+  # division of the sum could give less than the smallest normal number, whose
+  # approximate logarithm is -inf.
+  group_size = num_heads // num_kv_heads
+  lse = lse.astype(jnp.float32) * mosaic.LOG2E + math.log2(group_size)
+  lse = pad(lse, 2, queries)
   q = pad(q, 1, queries).reshape(b, queries, -1)
   iq = pad(index_q, 1, queries).reshape(b, queries, -1)
   k = pad(k, 1, keys).reshape(b, keys, -1)
   ik = pad(index_k, 1, keys)
   params = KernelParams(
-    group_size=num_heads // num_kv_heads,
+    group_size=group_size,
     num_kv_heads=num_kv_heads,
     head_dim=d,
     index_dim=i_dim,

@@ -501,4 +501,5 @@ def test_gpu_reference_scores_are_those_of_the_codes(hopper, dtype):
     for x, y in ((codes, q_scale), (index_k, scale))
   )
   want = np.einsum("btki,bsi->bkts", q, k)
-  np.testing.assert_allclose(got, want, atol=1e-5 * np.abs(want).max())
+  # Unused slots hold NaN.
+  np.testing.assert_allclose(got, want, atol=1e-5 * np.nanmax(np.abs(want)))

@@ -63,7 +63,13 @@ _GQA = RunConfig(
   side="gqa",
   model=_MODEL,
   data=MixConfig(
-    text=TextConfig(tokenizer="pretrained", rows="stream"),
+    # The standard library alone has fewer tokens than a run reads.
+    text=TextConfig(
+      installed=True,
+      max_bytes=80_000_000,
+      tokenizer="pretrained",
+      rows="stream",
+    ),
     recall=RecallConfig(
       num_keys=32,
       num_values=32,
