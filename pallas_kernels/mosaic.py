@@ -506,9 +506,9 @@ def kept_apart(x: Any) -> Any:
   or with the update of a slice that a result goes to, as in a loop that stacks
   its results (xla_gpu_enable_dynamic_slice_fusion, on since the middle of
   2026). By its source, such a fusion does not keep that a kernel's Ref is both
-  an operand and a result, so the result would be memory that the kernel did not
-  write. Zeros were seen where a loop stacked such results; that they come from
-  this, and that the barrier prevents them, has not been tried on a GPU yet.
+  an operand and a result, so the result is memory that the kernel did not
+  write: a loop that stacks results of the decoding kernel gave zeros on an
+  H200 without this barrier, and the right numbers with it.
   """
   return lax.optimization_barrier(x)
 
