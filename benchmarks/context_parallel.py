@@ -10,7 +10,7 @@ hold what the devices send each other: the keys of all tokens, and in training
 the gradients of the keys. `context_gather` is the first alone, so it says what
 sending costs if nothing hides it. `context_decode` is a decoding step of one
 token against a cache of that many tokens, whose slots are split over the
-devices, by "xla"; its yardstick on one device is the named implementation.
+devices.
 
 Each op is first checked against `msa_jax.reference` on a short sequence, and
 its choices against those of one device, bit for bit. If a check fails, no
@@ -139,7 +139,7 @@ def layer(
         block_size=case.block_size,
         top_k=case.top_k,
         axis_name=AXIS if devices > 1 else None,
-        implementation="xla" if devices > 1 else implementation,
+        implementation=implementation,
       ).out
 
     return jax.lax.fori_loop(0, steps, step, q)

@@ -760,8 +760,8 @@ class MSAttention(GQAttention):
     `msa_attention`.
 
     Where a mesh axis splits the slots of the cache, few tokens go through
-    `decode_attention` with axis_name, which sends next to nothing, with
-    implementation "xla" or None. All other calls gather the cache first, and
+    `decode_attention` with axis_name, which sends next to nothing, with any
+    implementation but "reference". All other calls gather the cache first, and
     more tokens are shared by the devices, if 2 n divides them.
 
     Args:
@@ -830,7 +830,7 @@ class MSAttention(GQAttention):
     few = num_tokens <= ops.MAX_DECODE_TOKENS
     decode = phase == "sparse" and few and sinks is None
     cache = held = _write(cache, span, k, v, index_k, split, spread)
-    own_blocks = decode and self.implementation in (None, "xla")
+    own_blocks = decode and self.implementation != "reference"
     if split is not None and not own_blocks:
       held = context_lib.gather_slots(cache, split.axis)
     options: dict[str, Any] = dict(

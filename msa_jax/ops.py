@@ -711,7 +711,7 @@ def decode_attention(
       device's after another's. The queries, kv_lengths and the results are the
       same on all. Each device scores its own blocks, and attends to those of
       them that are among the best of all; it sends P candidates and a partial
-      result for each query. Only "xla" supports it.
+      result for each query. "reference" does not support it.
     implementation: see the module's text.
 
   Raises:
@@ -760,12 +760,14 @@ def decode_attention(
   calls: dict[str, Callable] = dict(
     reference=lambda: reference.decode_attention(*args, **options),
     xla=lambda: xla.decode_attention(*args, **options, axis_name=axis_name),
-    mosaic_gpu=lambda: mosaic_gpu.decode_attention(*args, **options),
+    mosaic_gpu=lambda: mosaic_gpu.decode_attention(
+      *args, **options, axis_name=axis_name
+    ),
   )
   if axis_name is not None:
-    calls["reference"] = calls["mosaic_gpu"] = _Unsupported(
+    calls["reference"] = _Unsupported(
       "a cache that is split over devices (axis_name) needs"
-      " implementation='xla' or None"
+      " implementation='mosaic_gpu', 'xla' or None"
     )
   return DecodeOutput(*_dispatch("decode_attention", implementation, **calls))
 

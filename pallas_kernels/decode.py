@@ -16,8 +16,8 @@ where qs is a power of two, that of `select_blocks.power_of_two_scale` for the
 query and group. Divisions by it are exact, so the codes are those of any other
 implementation.
 
-Two launches. Below, a *query* is one (token, group) of a batch row: it has one
-index query and G heads.
+Two launches, or three if devices share the cache. Below, a *query* is one
+(token, group) of a batch row: it has one index query and G heads.
 
 * **scan** reads the index keys once for all T x K queries of a batch row. The
   tiles of 128 keys are numbered through all batch rows, and each CTA owns an
@@ -30,9 +30,9 @@ index query and G heads.
             to spare for the padding.
     choose  keeps each query's best blocks in registers, one query a thread, and
             writes them as one sorted list for each share and batch row.
-* **attend** has a CTA for each query and *split*: a split is a part of the
-  query's chosen blocks. Each CTA merges the same lists (32 lanes hold up to
-  five lists each, or one each if there are no more; the best first entry is
+* **attend** has a CTA for each query and *split*: the splits of a query take
+  turns at its chosen blocks. Each CTA merges the same lists (32 lanes hold up
+  to five lists each, or one each if there are no more; the best first entry is
   popped until P blocks are found) and attends to its own blocks. One warpgroup
   merges lists and copies K and V, the other one computes. The splits of a query
   wait for each other's partial results, and then each warpgroup merges some of
@@ -41,6 +41,20 @@ index query and G heads.
 Waiting inside attend requires that all splits of a query run at the same time.
 They do: a query is split only while there are no more CTAs than SMs. If
 `Config.splits` asks for more, a third launch (**merge**) merges instead.
+
+With `axis_name`, each device of this mesh axis holds whole blocks of the cache,
+one device's C slots after another's, and the lengths that the kernels get count
+from the device's first slot: negative ones end before it, and those above C
+behind it.
+
+* **scan** is the same, on the device's own index keys.
+* **choose** has a CTA for each query, which merges its lists into one, as
+  attend does. The devices gather these lists: P scores and ids of each query.
+* **attend** merges the devices' lists instead of the shares', which gives the
+  choice of a single device, and attends to those of its blocks that are here.
+  Every split leaves its partial result, and nobody waits. XLA merges a device's
+  splits, gathers what the devices have (D + 2 float32 numbers of each query
+  and head), and merges it in the order of the devices.
 
 Bound: reading the index keys (256 bytes a token in bf16, 132 in fp8), then
 2 P block_size D elements of K and V for each query, both from memory.
@@ -79,7 +93,7 @@ them would copy the cache in every call whatever its capacity.
 
 Not supported: gradients; what `mosaic.check_supported` and
 `mosaic.check_decode_supported` refuse; so many index queries that scan does not
-fit SMEM.
+fit SMEM; a cache over more than MAX_DEVICES devices.
 """
 
 from __future__ import annotations
@@ -114,6 +128,7 @@ SCORERS = 2  # score warpgroups, which alternate between tiles
 LANES = 32  # of a warp
 LENGTHS_AT_ONCE = 32  # batch rows whose lengths are read at once
 MERGE_ROUNDS = 5  # blocks to find before the lists in registers are shortened
+MAX_DEVICES = 128  # that share a cache: one list each, merged at once
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -149,7 +164,7 @@ class KernelParams:
   group_size: int
   head_dim: int
   index_dim: int
-  capacity: int
+  capacity: int  # of this device
   block_size: int
   top_k: int
   local_blocks: int  # forced blocks, at most what P and the capacity allow
@@ -159,15 +174,17 @@ class KernelParams:
   key_dtype: jnp.dtype  # of index_k
   config: Config
   interpret: bool
+  devices: int = 1  # whose capacities together hold the cache
 
   @property
   def num_blocks(self) -> int:
+    """Blocks that this device holds."""
     return pl.cdiv(self.capacity, self.block_size)
 
   @property
   def slots(self) -> int:
     """Choice slots that are filled by score: length of a list."""
-    return min(self.top_k, self.num_blocks) - self.local_blocks
+    return min(self.top_k, self.num_blocks * self.devices) - self.local_blocks
 
   @property
   def queries(self) -> int:
@@ -196,16 +213,15 @@ class KernelParams:
     # Merging long lists needs one thread of a warpgroup for each list.
     return min(sms, 128) if self.slots > mosaic.LONG_LIST else sms
 
-  @property
-  def window(self) -> int:
-    """Lists that are merged at once: as many as one batch row may have."""
-    width = LANES if self.slots <= MERGE_SLOTS else 128
-    return pl.cdiv(self.scan_ctas, width) * width
+  def window(self, lists: int) -> int:
+    """Lists that are merged at once where a batch row has up to `lists`."""
+    width = LANES if self.slots <= MERGE_SLOTS or lists <= LANES else 128
+    return pl.cdiv(lists, width) * width
 
   @property
   def num_lists(self) -> int:
     """Lists of all shares, plus one window, which reads may reach beyond."""
-    return self.scan_ctas + self.batch - 1 + self.window
+    return self.scan_ctas + self.batch - 1 + self.window(self.scan_ctas)
 
   @property
   def heads(self) -> int:
@@ -232,7 +248,7 @@ class KernelParams:
 
   @property
   def split_units(self) -> int:
-    """Attention steps of a split."""
+    """Attention steps of a split, at most."""
     most = self.config.splits or mosaic.num_sms() // self.all_queries
     return pl.cdiv(self.units, min(max(most, 1), self.units))
 
@@ -241,10 +257,21 @@ class KernelParams:
     return pl.cdiv(self.units, self.split_units)
 
   @property
+  def partial(self) -> bool:
+    """Whether CTAs leave partial results, which are merged."""
+    return self.splits > 1 or self.devices > 1
+
+  @property
   def separate_merge(self) -> bool:
-    """Whether a kernel of its own merges the splits."""
+    """Whether a kernel of its own merges the splits of the only device."""
     fits = self.all_queries * self.splits <= mosaic.num_sms()
-    return self.splits > 1 and (self.interpret or not fits)
+    alone = self.partial and self.devices == 1
+    return alone and (self.interpret or not fits)
+
+  @property
+  def merge_inside(self) -> bool:
+    """Whether the splits of a query wait for each other in attend."""
+    return self.partial and self.devices == 1 and not self.separate_merge
 
 
 # ---- Register layouts of vectors ----
@@ -284,10 +311,24 @@ def _over_columns(x, width: int):
 # ---- Which CTA scans which tiles ----
 
 
+def _length(lengths_gmem, b, s: KernelParams):
+  """Tokens of a batch row, from this device's first slot on.
+
+  Of several devices, those behind the batch row's end get a negative number,
+  and those before it more than their capacity.
+  """
+  length = lengths_gmem[b]
+  return jnp.clip(length, 0, s.capacity) if s.devices == 1 else length
+
+
+def _first_block(lengths_gmem, s: KernelParams):
+  """The id of the first block that this device holds."""
+  return 0 if s.devices == 1 else lengths_gmem[s.batch]
+
+
 def _tiles_of(length, s: KernelParams):
   """Number of tiles with blocks that a query of the batch row may choose."""
-  length = jnp.clip(length, 0, s.capacity)
-  # The last query's own block; -1 in an empty batch row.
+  # The last query's own block; negative where no key of it is here.
   own = lax.div(length + s.block_size - 1, s.block_size) - 1
   limit = jnp.clip(own + 1 - s.local_blocks, 0, s.num_blocks)
   return lax.div(limit * s.block_size + STEP_KEYS - 1, STEP_KEYS)
@@ -302,7 +343,7 @@ def _fold_rows(
   def run(i, carry):
     batch_rows = [i * chunk + j for j in range(chunk)]
     tiles = [
-      _tiles_of(lengths_gmem[jnp.minimum(b, s.batch - 1)], s)
+      _tiles_of(_length(lengths_gmem, jnp.minimum(b, s.batch - 1), s), s)
       for b in batch_rows
     ]
     for b, count in zip(batch_rows, tiles, strict=True):
@@ -354,7 +395,7 @@ def _each_segment(lengths_gmem, cta, s: KernelParams, body: Callable) -> Any:
 
   def segment(state):
     b, before, steps = state
-    tiles = _tiles_of(lengths_gmem[b], s)
+    tiles = _tiles_of(_length(lengths_gmem, b, s), s)
     first = jnp.maximum(low, before)
     count = jnp.minimum(high, before + tiles) - first
     body(b, first - before, count, steps)
@@ -483,7 +524,7 @@ def _scan(
     each_segment = functools.partial(_each_segment, lengths_gmem, cta, s)
 
     def first_position(b):
-      return jnp.clip(lengths_gmem[b], 0, s.capacity) - s.tokens
+      return _length(lengths_gmem, b, s) - s.tokens
 
     @pl.when(wg < SCORERS)
     def _score():
@@ -588,7 +629,8 @@ def _scan(
         query = plgpu.broadcasted_iota(jnp.int32, shape, 0, layout=lanes)
         position = first_position(b) + lax.div(query, s.num_kv_heads)
         own = jnp.where(position < 0, -1, lax.div(position, bs))
-        limit = own + 1 - s.local_blocks
+        # A tile may hold a block that is the next device's.
+        limit = jnp.minimum(own + 1 - s.local_blocks, s.num_blocks)
 
         def tile(i, best):
           slot = tile_ring.slot(steps + i)
@@ -686,8 +728,8 @@ def _insert(best, value, block):
 # ---- Choice and attention ----
 
 
-def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
-  """Merges sorted lists: writes the ids of the best blocks, then NO_BLOCK.
+def _merge_lists(codes: list, ids: list, write: Callable) -> None:
+  """Merges sorted lists: writes the best entries, then (NO_KEY, NO_BLOCK).
 
   codes[j] and ids[j] hold the j-th entry of every list. In each round, the list
   with the best first entry (the lowest id among equal ones) loses it.
@@ -695,8 +737,7 @@ def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
   Args:
     codes: score codes, one vector over the lists for each entry.
     ids: block ids, likewise.
-    chosen_smem: the ids go here,
-    offset: from this index on.
+    write: called with the place, the code and the id of an entry.
   """
   taken, slots = 0, len(codes)
   while taken < slots:
@@ -710,7 +751,7 @@ def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
       # The lowest id is the highest complement.
       complement = jnp.where(codes[0] == top, mosaic.bit_not(ids[0]), NO_KEY)
       head = mosaic.bit_not(complement.max())
-      chosen_smem[offset + taken + i] = jnp.where(top == NO_KEY, NO_BLOCK, head)
+      write(taken + i, top, jnp.where(top == NO_KEY, NO_BLOCK, head))
       won = ids[0] == head
       return tuple(
         (*(jnp.where(won, *pair) for pair in zip(x[1:], x)), x[-1])
@@ -726,8 +767,54 @@ def _merge_lists(codes: list, ids: list, chosen_smem, offset: int) -> None:
     taken += rounds
 
 
+def _best_of_lists(
+  codes_gmem, ids_gmem, r, lists: tuple[Any, Any], window: int,
+  write: Callable, s: KernelParams,
+) -> None:  # fmt: skip
+  """Merges lists of query r in memory, see `_merge_lists`.
+
+  Args:
+    codes_gmem, ids_gmem: score codes and ids, [queries, slots, lists].
+    r: token * K + group of the query.
+    lists: the first of its lists, and how many there are.
+    window: `KernelParams.window` of the most that there may be.
+    write: see `_merge_lists`.
+    s: static parameters.
+  """
+  first, count = lists
+
+  def merge(width):
+    lanes = _lanes(LANES if s.slots <= MERGE_SLOTS else min(width, 128))
+    index = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=lanes)
+
+    def entries(gmem, absent):
+      return [
+        jnp.where(
+          index < count,
+          plgpu.load(
+            gmem.at[r, j, pl.ds(first, width)], layout=lanes, optimized=False
+          ),
+          absent,
+        )
+        for j in range(s.slots)
+      ]
+
+    _merge_lists(
+      entries(codes_gmem, NO_KEY), entries(ids_gmem, NO_BLOCK), write
+    )
+
+  if window == LANES:
+    merge(LANES)
+  else:
+    pl.when(count <= LANES)(lambda: merge(LANES))
+    pl.when(count > LANES)(lambda: merge(window))
+
+
 class _Location(NamedTuple):
-  """Batch row, token and group of a query, and the token's position."""
+  """Batch row, token and group of a query, and the token's position.
+
+  The position counts from the device's first slot.
+  """
 
   b: Any
   token: Any
@@ -738,23 +825,21 @@ class _Location(NamedTuple):
 def _locate(query, lengths_gmem, s: KernelParams) -> _Location:
   b, r = lax.div(query, s.queries), lax.rem(query, s.queries)
   token = lax.div(r, s.num_kv_heads)
-  length = jnp.clip(lengths_gmem[b], 0, s.capacity)
-  return _Location(
-    b, token, lax.rem(r, s.num_kv_heads), length - s.tokens + token
-  )
+  position = _length(lengths_gmem, b, s) - s.tokens + token
+  return _Location(b, token, lax.rem(r, s.num_kv_heads), position)
 
 
 def _attend_scratch(s: KernelParams) -> dict[str, Any]:
   """Shared memory and barriers of attend."""
   d, size = s.head_dim, jnp.dtype(s.dtype).itemsize
-  split = s.splits > 1
   out_transforms: Sequence[Any] = mosaic.OPERAND
-  if split:
+  if s.partial:
     out_transforms = (
       plgpu.TilingTransform((8, 32)),  # pyright: ignore
       plgpu.SwizzleTransform(128),  # pyright: ignore
     )
-  fixed = ROWS * d * (size + (4 if split else size)) + 4096
+  out_dtype = jnp.dtype(jnp.float32 if s.partial else s.dtype)
+  fixed = ROWS * d * (size + out_dtype.itemsize) + 4096
   stages = (mosaic.SMEM_LIMIT - fixed) // (2 * s.unit * d * size)
   stages = min(stages, s.split_units)
   kv = (stages, s.unit, d)
@@ -762,10 +847,9 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
     q_smem=plgpu.SMEM((ROWS, d), s.dtype, transforms=mosaic.OPERAND),
     k_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
     v_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
-    o_smem=plgpu.SMEM(
-      (ROWS, d), jnp.float32 if split else s.dtype, transforms=out_transforms
-    ),
-    ids_smem=plgpu.SMEM((s.top_k + 1,), jnp.int32),
+    o_smem=plgpu.SMEM((ROWS, d), out_dtype, transforms=out_transforms),
+    # The ids, how many there are, and where those of this device start.
+    ids_smem=plgpu.SMEM((s.top_k + 2,), jnp.int32),
     q_ready=plgpu.Barrier(),
     ids_ready=plgpu.Barrier(),
     k_ring=mosaic.ring(stages),
@@ -818,6 +902,10 @@ def _merge_splits(
       write(last, *read(last))
 
 
+def _count(conditions):
+  return sum(x.astype(jnp.int32) for x in conditions)
+
+
 def _finish(acc, total, s: KernelParams):
   """The output of heads whose weights sum to `total` (0: no visible key)."""
   factor = jnp.where(total == 0, 0.0, 1.0 / total)
@@ -853,15 +941,17 @@ def _wait_for(counter, value: int) -> None:
   wait(counter)
 
 
-def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
+def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
   """Chooses from the lists, attends, and merges the splits.
 
   Args:
     q, k, v: operands of attention.
-    lengths: kv_lengths.
-    codes, ids: lists that `_scan` wrote; None if every block is forced.
-    outputs: Refs of out and block_indices and, if there are splits, of
-      counters, partial results and their (m, l).
+    lengths: kv_lengths; of several devices, see `_own_lengths`.
+    lists: codes and ids that `_scan` wrote, or one list of each device, as
+      `_gather_lists` gives them; () if every block is forced.
+    outputs: Refs by name: chosen (block_indices), out on one device alone, part
+      and stats (partial results and their m and l) and counters as
+      `KernelParams.partial` and `merge_inside` ask for.
     s: static parameters.
   """
   d, unit, splits = s.head_dim, s.unit, s.splits
@@ -869,32 +959,33 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
   row_layout = layout.reduce(1)
   per_block = s.block_size // unit
   operands = dict(q_gmem=q, k_gmem=k, v_gmem=v, lengths_gmem=lengths)
-  if s.slots:
-    operands |= dict(codes_gmem=codes, ids_gmem=ids)
-  names = ("out", "chosen", "counters", "part", "stats")
-  operands |= {f"{name}_gmem": x for name, x in zip(names, outputs)}
+  operands |= dict(zip(("codes_gmem", "ids_gmem"), lists))
+  operands |= {f"{name}_gmem": x for name, x in outputs.items()}
 
   def body(
-    *, q_gmem, k_gmem, v_gmem, lengths_gmem, out_gmem, chosen_gmem, q_smem,
-    k_smem, v_smem, o_smem, ids_smem, q_ready, ids_ready, k_ring, v_ring,
-    codes_gmem: Any = None, ids_gmem: Any = None, counters_gmem: Any = None,
-    part_gmem: Any = None, stats_gmem: Any = None, p_smem: Any = None,
+    *, q_gmem, k_gmem, v_gmem, lengths_gmem, chosen_gmem, q_smem, k_smem,
+    v_smem, o_smem, ids_smem, q_ready, ids_ready, k_ring, v_ring,
+    codes_gmem: Any = None, ids_gmem: Any = None, out_gmem: Any = None,
+    counters_gmem: Any = None, part_gmem: Any = None, stats_gmem: Any = None,
+    p_smem: Any = None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     query, split = lax.div(cta, splits), lax.rem(cta, splits)
     loc = _locate(query, lengths_gmem, s)
+    first_block = _first_block(lengths_gmem, s)
     zero = cta * 0  # only a start that is not static may reach beyond the end
     heads = pl.ds(zero, s.heads)
 
     def my_units():
       """How many attention steps this split has."""
       known = ids_smem[s.top_k] * per_block
-      return jnp.clip(known - split * s.split_units, 0, s.split_units)
+      return lax.div(known + (splits - 1) - split, splits)
 
     def unit_start(i):
-      """First token of the split's i-th attention step."""
-      index = split * s.split_units + i
-      block = ids_smem[lax.div(index, per_block)]
+      """First slot of the split's i-th attention step, of the device's."""
+      index = split + i * splits
+      before = 0 if s.devices == 1 else ids_smem[s.top_k + 1]
+      block = ids_smem[before + lax.div(index, per_block)] - first_block
       offset = lax.rem(index, per_block) * unit
       return block * s.block_size + offset
 
@@ -971,7 +1062,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
           _full(0.0, (ROWS,), jnp.float32, row_layout),
         ),
       )
-      if splits == 1:
+      if not s.partial:
         o_smem[...] = _finish(acc, l_i, s)
         plgpu.commit_smem()
         plgpu.copy_smem_to_gmem(
@@ -988,7 +1079,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
       stats_gmem[query, split, 0] = m_i
       stats_gmem[query, split, 1] = l_i
       plgpu.wait_smem_to_gmem(0)
-      if not s.separate_merge:
+      if s.merge_inside:
         _signal(counters_gmem.at[query])
 
     @pl.when(wg == 1)
@@ -998,44 +1089,35 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
         q_smem.at[pl.ds(0, s.heads)],
         q_ready,
       )
-      own = jnp.where(loc.position < 0, -1, lax.div(loc.position, s.block_size))
+      position = loc.position + first_block * s.block_size  # in the row
+      own = jnp.where(position < 0, -1, lax.div(position, s.block_size))
       for j in range(s.local_blocks):
         ids_smem[j] = jnp.where(own >= j, own - j, NO_BLOCK)
       if s.slots:
-        first, count = _lists_of(lengths_gmem, loc.b, s)
-        r = loc.token * s.num_kv_heads + loc.group
-
-        def merge(width):
-          lanes = _lanes(LANES if s.slots <= MERGE_SLOTS else min(width, 128))
-          index = plgpu.broadcasted_iota(jnp.int32, (width,), 0, layout=lanes)
-          lists = pl.ds(first, width)
-
-          def heads_of(gmem, absent):
-            return [
-              jnp.where(
-                index < count,
-                plgpu.load(gmem.at[r, j, lists], layout=lanes, optimized=False),
-                absent,
-              )
-              for j in range(s.slots)
-            ]
-
-          _merge_lists(
-            heads_of(codes_gmem, NO_KEY), heads_of(ids_gmem, NO_BLOCK),
-            ids_smem, s.local_blocks,
-          )  # fmt: skip
-
-        if s.window == LANES:
-          merge(LANES)
+        if s.devices == 1:
+          window = s.window(s.scan_ctas)
+          lists = _lists_of(lengths_gmem, loc.b, s)
         else:
-          pl.when(count <= LANES)(lambda: merge(LANES))
-          pl.when(count > LANES)(lambda: merge(s.window))
+          window = s.window(s.devices)
+          lists = (loc.b * window, s.devices)
+
+        def write(i, code, block):
+          del code
+          ids_smem[s.local_blocks + i] = block
+
+        r = loc.token * s.num_kv_heads + loc.group
+        _best_of_lists(codes_gmem, ids_gmem, r, lists, window, write, s)
       # No barrier is needed: every thread reads what it wrote itself.
       chosen = [ids_smem[j] for j in range(s.local_blocks + s.slots)]
       for i, j in sort_network(len(chosen)):
         low, high = chosen[i], chosen[j]
         chosen[i], chosen[j] = jnp.minimum(low, high), jnp.maximum(low, high)
-      known = sum((x != NO_BLOCK).astype(jnp.int32) for x in chosen)
+      known = _count(x != NO_BLOCK for x in chosen)
+      if s.devices > 1:
+        # The device's own blocks are neighbours among ascending ids.
+        before = _count(x < first_block for x in chosen)
+        known = _count(x < first_block + s.num_blocks for x in chosen) - before
+        ids_smem[s.top_k + 1] = before
       for j, block in enumerate(chosen):
         ids_smem[j] = block
       ids_smem[s.top_k] = known
@@ -1068,7 +1150,7 @@ def _attend(q, k, v, lengths, codes, ids, outputs, s: KernelParams) -> None:
 
       mosaic.drain_rings(units, k_ring, v_ring)
 
-    if splits > 1 and not s.separate_merge:
+    if s.merge_inside:
       first, step = split * 2 + wg, splits * 2
 
       @pl.when(first < s.group_size)
@@ -1114,49 +1196,204 @@ def _merge(lengths, part, stats, out, s: KernelParams) -> None:
   )
 
 
-@functools.partial(jax.jit, static_argnames=("s",))
-def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
-  b, t, kv, g = s.batch, s.tokens, s.num_kv_heads, s.group_size
+def _choose(lengths, lists, best, s: KernelParams) -> None:
+  """Merges the lists of this device's shares to one list for each query.
+
+  Args:
+    lengths: see `_own_lengths`.
+    lists: codes and ids that `_scan` wrote.
+    best: Ref of the codes and ids, [2, B x queries, slots]. The ids count the
+      blocks of all devices.
+    s: static parameters.
+  """
+
+  def body(*, lengths_gmem, codes_gmem, ids_gmem, best_gmem):
+    query = lax.axis_index("cta")
+    b, r = lax.div(query, s.queries), lax.rem(query, s.queries)
+    first_block = _first_block(lengths_gmem, s)
+
+    def write(i, code, block):
+      block = jnp.where(block == NO_BLOCK, NO_BLOCK, block + first_block)
+      best_gmem[0, query, i], best_gmem[1, query, i] = code, block
+
+    _best_of_lists(
+      codes_gmem, ids_gmem, r, _lists_of(lengths_gmem, b, s),
+      s.window(s.scan_ctas), write, s,
+    )  # fmt: skip
+
+  mosaic.launch(
+    body,
+    dict(
+      lengths_gmem=lengths,
+      codes_gmem=lists[0],
+      ids_gmem=lists[1],
+      best_gmem=best,
+    ),
+    name="decode_choose",
+    num_ctas=s.all_queries,
+    num_warpgroups=1,
+    scratch={},
+    interpret=s.interpret,
+    auto_barriers=False,
+  )
+
+
+# ---- The operation ----
+
+
+def _new(shape: tuple[int, ...], dtype: Any) -> Any:
+  return jax.new_ref(lax.empty(shape, dtype))
+
+
+def _pad_capacity(x: Array, s: KernelParams) -> Array:
+  """Keys, values or scales of a multiple of 8 slots."""
   pad = -s.capacity % 8
-  if pad:
-    k, v, index_k = (
-      jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
-      for x in (k, v, index_k)
-    )
-    if s.fp8:
-      index_k_scale = jnp.pad(index_k_scale, ((0, 0), (0, pad)))
-  index_q = index_q.reshape(b, s.queries, s.index_dim)
+  if not pad:
+    return x
+  return jnp.pad(x, ((0, 0), (0, pad)) + ((0, 0),) * (x.ndim - 2))
+
+
+def _scanned(index_q, index_k, index_k_scale, lengths, s: KernelParams):
+  """The lists that `_scan` writes, () without any, and attend's counters."""
+  counters = _new((pl.cdiv(s.all_queries, 128) * 128,), jnp.int32)
+  if not s.slots:
+    if s.merge_inside:
+      counters[...] = jnp.zeros(counters.shape, jnp.int32)
+    return (), counters
+  index_q = index_q.reshape(s.batch, s.queries, s.index_dim)
   if s.queries > 8 and s.queries % 8:  # a swizzle tile has 8 MMA rows
     index_q = jnp.pad(index_q, ((0, 0), (0, -s.queries % 8), (0, 0)))
+  index_k = _pad_capacity(index_k, s)
+  if s.fp8:
+    index_k_scale = _pad_capacity(index_k_scale, s)
+  shape = (s.list_queries, s.slots, s.num_lists)
+  lists = _new(shape, jnp.int32), _new(shape, jnp.int32)
+  _scan(index_q, index_k, index_k_scale, lengths, (*lists, counters), s)
+  return lists, counters
 
+
+def _attended(q, k, v, lengths, lists, counters, s: KernelParams):
+  """Attention to the best blocks of the lists: `_attend`'s outputs."""
+  b, t, kv, g = s.batch, s.tokens, s.num_kv_heads, s.group_size
   # TMA copies up to 8 heads, or whole swizzle tiles of 8.
   heads = g if g <= 8 else s.heads
   q = q.reshape(b, t, kv, g, s.head_dim)
   q = jnp.pad(q, ((0, 0),) * 3 + ((0, heads - g), (0, 0)))
-
-  def new(shape, dtype):
-    return jax.new_ref(lax.empty(shape, dtype))
-
-  counters = new((pl.cdiv(s.all_queries, 128) * 128,), jnp.int32)
-  codes = ids = None
-  if s.slots:
-    lists = (s.list_queries, s.slots, s.num_lists)
-    codes, ids = new(lists, jnp.int32), new(lists, jnp.int32)
-    _scan(index_q, index_k, index_k_scale, lengths, (codes, ids, counters), s)
-  elif s.splits > 1:
-    counters[...] = jnp.zeros(counters.shape, jnp.int32)
-  out = new(q.shape, s.dtype)
-  chosen = new((b, kv, t, s.top_k), jnp.int32)
-  outputs = [out, chosen]
-  if s.splits > 1:
-    part = new((s.all_queries, s.splits, s.heads, s.head_dim), jnp.float32)
-    stats = new((s.all_queries, s.splits, 2, ROWS), jnp.float32)
-    outputs += [counters, part, stats]
-  _attend(q, k, v, lengths, codes, ids, outputs, s)
+  outputs = dict(chosen=_new((b, kv, t, s.top_k), jnp.int32))
+  if s.devices == 1:
+    outputs["out"] = _new(q.shape, s.dtype)
+  if s.partial:
+    part = (s.all_queries, s.splits, s.heads, s.head_dim)
+    outputs["part"] = _new(part, jnp.float32)
+    outputs["stats"] = _new((*part[:2], 2, ROWS), jnp.float32)
+  if s.merge_inside:
+    outputs["counters"] = counters
+  k, v = (_pad_capacity(x, s) for x in (k, v))
+  _attend(q, k, v, lengths, lists, outputs, s)
   if s.separate_merge:
-    _merge(lengths, part, stats, out, s)
-  out = mosaic.result(out)[..., :g, :].reshape(b, t, kv * g, s.head_dim)
-  return out, mosaic.result(chosen)
+    _merge(lengths, outputs["part"], outputs["stats"], outputs["out"], s)
+  return outputs
+
+
+@functools.partial(jax.jit, static_argnames=("s",))
+def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
+  lists, counters = _scanned(index_q, index_k, index_k_scale, lengths, s)
+  outputs = _attended(q, k, v, lengths, lists, counters, s)
+  out = mosaic.result(outputs["out"])[..., : s.group_size, :]
+  out = out.reshape(s.batch, s.tokens, -1, s.head_dim)
+  return out, mosaic.result(outputs["chosen"])
+
+
+# ---- A cache that is split over devices ----
+
+
+def _own_lengths(kv_lengths, axis_name: str, s: KernelParams):
+  """Tokens of each batch row from this device's first slot on, and the id of
+  its first block."""
+  device = lax.axis_index(axis_name)
+  lengths = jnp.clip(kv_lengths, 0, s.capacity * s.devices)
+  return jnp.append(lengths - device * s.capacity, device * s.num_blocks)
+
+
+@functools.partial(jax.jit, static_argnames=("s",))
+def _own_best(index_q, index_k, index_k_scale, lengths, s: KernelParams):
+  """This device's best blocks of each query: codes, ids [2, B, queries, P]."""
+  lists, _ = _scanned(index_q, index_k, index_k_scale, lengths, s)
+  best = _new((2, s.all_queries, s.slots), jnp.int32)
+  _choose(lengths, lists, best, s)
+  return (mosaic.result(best).reshape(2, s.batch, s.queries, s.slots),)
+
+
+def _gather_lists(best, axis_name: str, s: KernelParams):
+  """The devices' best blocks, as lists that attend merges.
+
+  Returns:
+    Codes and ids, [queries, slots, B x window] each: of a batch row, one list
+    of each device, and then nothing up to the window.
+  """
+  best = lax.all_gather(best, axis_name, axis=4)
+  window = s.window(s.devices)
+  best = jnp.pad(best, ((0, 0),) * 4 + ((0, window - s.devices),))
+  codes, ids = best.transpose(0, 2, 3, 1, 4)
+  shape = (s.queries, s.slots, s.batch * window)
+  return codes.reshape(shape), ids.reshape(shape)
+
+
+@functools.partial(jax.jit, static_argnames=("s",))
+def _attend_own(q, k, v, lengths, *lists, s: KernelParams):
+  """Attention to those of the best blocks that this device holds.
+
+  Returns:
+    block_indices, and for each head [B x queries, G] the sum of values, m and
+    l, as `_combine` has them, in one array [B x queries, G, D + 2].
+  """
+  outputs = _attended(q, k, v, lengths, lists, None, s)
+  part, stats = (mosaic.result(outputs[x]) for x in ("part", "stats"))
+  part = part[:, :, : s.group_size]
+  m, l = (stats[:, :, i, : s.group_size, None] for i in (0, 1))
+  part = _combine(jnp.concatenate([part, m, l], axis=-1), axis=1)
+  return mosaic.result(outputs["chosen"]), part
+
+
+def _combine(part: Array, axis: int) -> Array:
+  """Adds up partial results along an axis, in its order.
+
+  The last axis holds the sum of values of weights exp2(x - m), m, and l, the
+  sum of the weights.
+  """
+  m = part[..., -2:-1]
+  top = m.max(axis=axis, keepdims=True)
+  total = jnp.sum(part * jnp.exp2(m - top), axis=axis)
+  return jnp.concatenate(
+    [total[..., :-2], jnp.squeeze(top, axis), total[..., -1:]], axis=-1
+  )
+
+
+def _decode_split(
+  q, k, v, index_q, index_k, index_k_scale, kv_lengths, axis_name: str,
+  s: KernelParams,
+):  # fmt: skip
+  """`_decode` over the devices of a mesh axis, which exchange their best blocks
+  and then partial results."""
+
+  def run(function):
+    # Under vmap the kernels run once for each entry of the mapped axis.
+    each = jax.custom_batching.sequential_vmap(functools.partial(function, s=s))
+    return partition.kernel(each, s.interpret)
+
+  lengths = _own_lengths(kv_lengths, axis_name, s)
+  lists = ()
+  if s.slots:
+    (best,) = run(_own_best)(index_q, index_k, index_k_scale, lengths)
+    lists = _gather_lists(best, axis_name, s)
+  chosen, part = run(_attend_own)(q, k, v, lengths, *lists)
+  # With check_vma=True, out is then known to be the same on all devices.
+  tracked = axis_name in jax.typeof(part).manual_axis_type.varying
+  to = "invarying" if tracked else "varying"
+  part = lax.all_gather(part, axis_name, to=to)
+  part = _combine(part, axis=0)
+  finish = jax.vmap(functools.partial(_finish, s=s))
+  return finish(part[..., :-2], part[..., -1]).reshape(q.shape), chosen
 
 
 @mosaic.in_32_bits
@@ -1173,6 +1410,7 @@ def decode_attention(
   top_k: int = 16,
   num_local_blocks: int = 1,
   scale: float | None = None,
+  axis_name: str | None = None,
   config: Config | None = None,
   interpret: bool = False,
 ) -> tuple[Float[Array, "B T H D"], Int[Array, "B K T P"]]:
@@ -1191,6 +1429,9 @@ def decode_attention(
     top_k: P, blocks kept for each query and group.
     num_local_blocks: newest blocks, own one included, that are always kept.
     scale: of the scores, a positive number; D^-0.5 if None.
+    axis_name: inside `jax.shard_map`, the mesh axis over whose devices the
+      cache's slots are split: C are those of one device, whole blocks. The
+      queries, kv_lengths and the results are the same on all.
     config: tile sizes; the defaults of `Config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
@@ -1200,8 +1441,8 @@ def decode_attention(
 
   Raises:
     NotImplementedError: the call is legal but beyond `mosaic`'s limits, the
-      index keys have another dtype, or so many index queries do not fit shared
-      memory.
+      index keys have another dtype, so many index queries do not fit shared
+      memory, or so many devices share a cache.
   """
   b, t, h, d = q.shape
   capacity, num_kv_heads = k.shape[1:3]
@@ -1233,14 +1474,19 @@ def decode_attention(
       f" {index_k.dtype} {'without' if index_k_scale is None else 'with'}"
       " scales"
     )
+  devices = 1 if axis_name is None else lax.axis_size(axis_name)
+  if devices > MAX_DEVICES:
+    raise NotImplementedError(
+      "mosaic_gpu decode_attention supports a cache that is split over up to"
+      f" {MAX_DEVICES} devices, got {devices}"
+    )
   if not q.size or not k.size:
     ids = jnp.full((b, num_kv_heads, t, top_k), -1, jnp.int32)
     return jnp.zeros_like(q), ids
 
-  # Under vmap the kernels run once for each entry of the mapped axis.
-  @jax.custom_batching.sequential_vmap
-  def run(q, k, v, index_q, index_k, *rest):
-    params = KernelParams(
+  def params_of(q, k, index_q, index_k):
+    num_blocks = devices * pl.cdiv(capacity, block_size)
+    return KernelParams(
       batch=q.shape[0],
       tokens=t,
       num_kv_heads=k.shape[2],
@@ -1250,19 +1496,31 @@ def decode_attention(
       capacity=capacity,
       block_size=block_size,
       top_k=top_k,
-      local_blocks=min(num_local_blocks, top_k, pl.cdiv(capacity, block_size)),
+      local_blocks=min(num_local_blocks, top_k, num_blocks),
       scale_log2=scale * mosaic.LOG2E,
       dtype=jnp.dtype(q.dtype),
       index_dtype=jnp.dtype(index_q.dtype),
       key_dtype=jnp.dtype(index_k.dtype),
       config=config or Config(),
       interpret=interpret,
+      devices=devices,
     )
-    return _decode(q, k, v, index_q, index_k, *rest, s=params)
 
+  kv_lengths = kv_lengths.astype(jnp.int32)
   scale_letters = "B C"
   if index_k_scale is None:
     index_k_scale, scale_letters = jnp.zeros((), jnp.float32), ""
+  operands = (q, k, v, index_q, index_k, index_k_scale, kv_lengths)
+  if axis_name is not None and devices > 1:
+    params = params_of(q, k, index_q, index_k)
+    return _decode_split(*operands, axis_name=axis_name, s=params)
+
+  # Under vmap the kernels run once for each entry of the mapped axis.
+  @jax.custom_batching.sequential_vmap
+  def run(q, k, v, index_q, index_k, *rest):
+    params = params_of(q, k, index_q, index_k)
+    return _decode(q, k, v, index_q, index_k, *rest, s=params)
+
   split = partition.by_rows_and_heads(
     partition.kernel(run, interpret),
     (
@@ -1272,6 +1530,4 @@ def decode_attention(
     ("B T H D", "B K T P"),
     interpret=interpret,
   )
-  return split(
-    q, k, v, index_q, index_k, index_k_scale, kv_lengths.astype(jnp.int32)
-  )
+  return split(*operands)

@@ -2,11 +2,13 @@
 
 import functools
 import json
+import re
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from flax import nnx
 from helpers import Case, run_on_devices
 
 import msa_jax
@@ -587,7 +589,8 @@ case = Case(tokens=512, num_heads=8, num_kv_heads=2, head_dim=64, index_dim=64,
 of = [jax.ShapeDtypeStruct(x.shape, x.dtype)
       for x in benchmark.operands(case, mesh, "random")]
 # Both pieces call the same kernels, but for the choice of blocks.
-for op, kernels in (("context_prefill", 5), ("context_train", 11)):
+for op, kernels in (
+    ("context_prefill", 5), ("context_train", 11), ("context_decode", 3)):
   run = benchmark.program(case, mesh, op, "mosaic_gpu")
   text = jax.jit(run).trace(*of).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("@mosaic_gpu") == kernels, (op, text.count("@mosaic_gpu"))
@@ -598,6 +601,40 @@ for op, kernels in (("context_prefill", 5), ("context_train", 11)):
 @pytest.mark.slow
 def test_kernels_lower_under_a_mesh():
   run_on_devices(2, KERNELS)
+
+
+def test_decoding_kernels_get_a_layers_own_slots(pretend_hopper):
+  """A step sends candidates and partial results, and no keys."""
+  mesh = jax.sharding.AbstractMesh(
+    (2,), ("context",), axis_types=(jax.sharding.AxisType.Auto,)
+  )
+  B, C, K, G, D, P = 2, 1024, 2, 4, 64, 4
+
+  def of(*shape, dtype=jnp.bfloat16):
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+  def step(state, x, cache, span):
+    return nnx.merge(graphdef, state).extend(x, cache, span)
+
+  with jax.sharding.use_abstract_mesh(mesh):
+    layer = nnx.eval_shape(
+      lambda: msa_jax.MSAttention(
+        K * G, 32, K * G * D, 32, K, dtype=jnp.bfloat16, rngs=nnx.Rngs(0),
+        index=msa_jax.IndexConfig(index_dim=64, block_size=64, top_k=P),
+        implementation="mosaic_gpu", sharding=msa_jax.Sharding(),
+      )
+    )  # fmt: skip
+    graphdef, state = nnx.split(layer)
+    kv, index_k = of(B, C, K, D), of(B, C, 64)
+    cache = msa_jax.cache.LayerCache(kv, kv, index_k)
+    span = msa_jax.cache.Span(of(B, 1, dtype=jnp.int32), of(B, dtype=jnp.int32))
+    text = str(jax.make_jaxpr(step)(state, of(B, 1, 32), cache, span))
+  sent = re.findall(r":(\w+\[[0-9,]*\])[^:]* = all_gather\[", text)
+  assert sent == [
+    f"i32[2,{B},{K},{P - 1},2]", f"f32[2,{B * K},{G},{D + 2}]"
+  ], sent  # fmt: skip
+  for name in ("scan", "choose", "attend"):
+    assert f"decode_{name}" in text
 
 
 @pytest.mark.slow
@@ -705,6 +742,16 @@ with pytest.raises(ValueError, match="context=62 tokens cannot be split over"
                    " mesh.context=2: wanted a multiple of 4"):
   program.Program(program.compile_key(run))
 """
+
+
+def test_the_reference_takes_no_split_cache():
+  q, k, v, index_q, index_k = operands()
+  decode = functools.partial(
+    msa_jax.decode_attention, kv_lengths=jnp.full((2,), 40), **OPTIONS,
+    axis_name="context", implementation="reference",
+  )  # fmt: skip
+  with pytest.raises(NotImplementedError, match="'mosaic_gpu', 'xla' or None"):
+    decode(q[:, :1], k, v, index_q[:, :1], index_k)
 
 
 def test_what_cannot_be_split_is_said(tmp_path):

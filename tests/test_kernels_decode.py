@@ -116,8 +116,7 @@ def run(case, inputs, config: Any = SMALL, interpret=True):
 
 def check(case, inputs, out, ids, margin):
   """Ids against the scores in float64, out against attention of those ids."""
-  q, k, v, index_q, index_k, scale = inputs
-  lengths = jnp.array(case.lengths, jnp.int32)
+  *_, index_q, index_k, scale = inputs
   if scale is not None:
     index_q, q_scale = reference.fp8_codes(index_q)
     index_q = index_q.astype(jnp.float32) * q_scale[..., None]
@@ -132,6 +131,13 @@ def check(case, inputs, out, ids, margin):
     kv_lengths=case.lengths,
     margin=margin,
   )
+  check_out(case, inputs, out, ids)
+
+
+def check_out(case, inputs, out, ids):
+  """out against attention to the blocks of ids."""
+  q, k, v = inputs[:3]
+  lengths = jnp.array(case.lengths, jnp.int32)
   positions = reference.query_positions(
     case.tokens, case.capacity, case.batch, lengths
   )
@@ -302,7 +308,130 @@ def test_lists_of_a_row_are_where_the_shares_leave_them(lengths, num_ctas):
     assert count == len(ctas)
     if ctas:
       assert first == ctas[0] + b
-      assert first + params.window <= params.num_lists
+      assert first + params.window(num_ctas) <= params.num_lists
+
+
+# ---- A cache that is split over devices ----
+
+
+def split_call(case, config=None, interpret=False):
+  """One device's part of a call, of (q, k, v, index_q, index_k, scale)."""
+
+  def call(q, k, v, index_q, index_k, scale):
+    return decode.decode_attention(
+      q, k, v, index_q, index_k,
+      kv_lengths=jnp.array(case.lengths, jnp.int32),
+      index_k_scale=scale,
+      block_size=case.block_size,
+      top_k=case.top_k,
+      num_local_blocks=case.num_local,
+      axis_name="context",
+      config=config,
+      interpret=interpret,
+    )  # fmt: skip
+
+  return call
+
+
+def run_split(case, inputs, devices, config: Any = SMALL, interpret=True):
+  """out in float32, and ids, the same on all devices.
+
+  The devices are entries of a mapped axis and run one after another, because
+  the interpreter has one memory for all devices of a process.
+  """
+
+  def cut(x):
+    return x.reshape(x.shape[0], devices, -1, *x.shape[2:])
+
+  q, k, v, index_q, index_k, scale = inputs
+  k, v, index_k, scale = jax.tree.map(cut, (k, v, index_k, scale))
+  call = jax.vmap(
+    split_call(case, config, interpret),
+    in_axes=(None, 1, 1, None, 1, 1),
+    axis_name="context",
+    axis_size=devices,
+  )
+  out, ids = jax.jit(call)(q, k, v, index_q, index_k, scale)
+  assert out.dtype == q.dtype and out.shape[1:] == q.shape
+  out, ids = np.asarray(out.astype(jnp.float32)), np.array(ids)
+  for got in (out, ids):
+    np.testing.assert_array_equal(got, np.broadcast_to(got[:1], got.shape))
+  return out[0], ids[0]
+
+
+def whole_ids(case, inputs):
+  """The reference's choice of the whole cache."""
+  _, ids = reference.decode_attention(
+    *inputs[:5],
+    kv_lengths=jnp.array(case.lengths, jnp.int32),
+    index_k_scale=inputs[5],
+    block_size=case.block_size,
+    top_k=case.top_k,
+    num_local_blocks=case.num_local,
+    scale=1.0,
+  )
+  return ids
+
+
+def negative_scores(inputs):
+  """Inputs in which a block that does not exist would score highest."""
+  q, k, v, index_q, index_k, scale = inputs
+  return q, k, v, abs(index_q), -abs(index_k), scale
+
+
+@pytest.mark.parametrize("devices, case", [
+  # Three blocks on each device, which are no whole tiles. A row on both
+  # devices, one that just fills the first, and an empty one.
+  (2, Case(lengths=(300, 192, 0), capacity=384)),
+  # Tokens on both sides of a border of devices.
+  pytest.param(3, Case(lengths=(193, 577), capacity=576, tokens=3, fp8=True),
+               marks=pytest.mark.slow),
+  # No forced blocks; heads of their own.
+  pytest.param(2, Case(lengths=(250, 384), capacity=384, tokens=2, num_local=0,
+                       num_kv_heads=4, top_k=5, dtype="float16"),
+               marks=pytest.mark.slow),
+  # More blocks wanted than a device has, some of them forced, and than exist.
+  pytest.param(3, Case(lengths=(200, 70), capacity=192, num_local=2, top_k=5),
+               marks=pytest.mark.slow),
+  # Nothing to choose by score, so nothing to exchange.
+  pytest.param(2, Case(lengths=(210, 20), capacity=384, top_k=2, num_local=2),
+               marks=pytest.mark.slow),
+  # More lists than lanes.
+  pytest.param(33, Case(lengths=(2000,), capacity=33 * 64),
+               marks=pytest.mark.slow),
+  # Long lists.
+  pytest.param(2, Case(lengths=(1500,), capacity=1536, top_k=18,
+                       num_heads=2, num_kv_heads=1),
+               marks=pytest.mark.slow),
+])  # fmt: skip
+def test_a_split_cache_gives_what_it_gives_whole(devices, case):
+  inputs = negative_scores(case.inputs())
+  out, ids = run_split(case, inputs, devices)
+  np.testing.assert_array_equal(ids, whole_ids(case, inputs))
+  check_out(case, inputs, out, ids)
+
+
+@pytest.mark.slow
+def test_nan_of_one_device_stays_where_it_can_be_seen():
+  case = Case(lengths=(300, 325), capacity=384)
+  inputs = case.inputs()
+  q, k, v, index_q, index_k, scale = inputs
+  out, ids = run_split(case, inputs, 2)
+  chosen = int(ids[0, 0, 0, 0]) * 64 + 5
+  bad_k = k.at[0, chosen, 0, 2].set(jnp.nan)
+  bad_v = v.at[1, 324, 1, 0].set(jnp.inf)
+  got, same = run_split(case, (q, bad_k, bad_v, index_q, index_k, scale), 2)
+  np.testing.assert_array_equal(same, ids)
+  hit = np.zeros((2, 1, 4), bool)
+  hit[0, 0, :2] = hit[1, 0, 2:] = True
+  assert np.isnan(got[hit]).all()
+  np.testing.assert_array_equal(got[~hit], out[~hit])
+
+
+def test_so_many_devices_are_not_supported():
+  case = Case(lengths=(300,), capacity=129 * 64)
+  with pytest.raises(NotImplementedError, match="up to 128 devices, got 129"):
+    run_split(case, case.inputs(), 129)
 
 
 def params_of(case, config):
@@ -387,14 +516,26 @@ PAPER = Case(
 )  # fmt: skip
 
 
-def lower(case, config=None):
+def structs(case):
+  """Shapes of q, k, v, index_q, index_k and the scales or None."""
+
   def struct(*shape, dtype=case.dtype):
     return jax.ShapeDtypeStruct(shape, dtype)
 
   b, c, t, kv = case.batch, case.capacity, case.tokens, case.num_kv_heads
   cache = struct(b, c, kv, case.head_dim)
+  return (
+    struct(b, t, case.num_heads, case.head_dim),
+    cache,
+    cache,
+    struct(b, t, kv, case.index_dim),
+    struct(b, c, case.index_dim, dtype=FP8 if case.fp8 else case.dtype),
+    struct(b, c, dtype=jnp.float32) if case.fp8 else None,
+  )
 
-  def call(q, k, v, index_q, index_k, lengths, scale):
+
+def lower(case, config=None):
+  def call(q, k, v, index_q, index_k, scale, lengths):
     return decode.decode_attention(
       q, k, v, index_q, index_k,
       kv_lengths=lengths,
@@ -407,15 +548,7 @@ def lower(case, config=None):
 
   lowered = (
     jax.jit(call)
-    .trace(
-      struct(b, t, case.num_heads, case.head_dim),
-      cache,
-      cache,
-      struct(b, t, kv, case.index_dim),
-      struct(b, c, case.index_dim, dtype=FP8 if case.fp8 else case.dtype),
-      struct(b, dtype=jnp.int32),
-      struct(b, c, dtype=jnp.float32) if case.fp8 else None,
-    )
+    .trace(*structs(case), jax.ShapeDtypeStruct((case.batch,), jnp.int32))
     .lower(lowering_platforms=("cuda",))
   )
   return lowered.as_text().count("mosaic_gpu_v2")
@@ -444,6 +577,36 @@ def test_lowers_odd_shapes():
     PAPER, lengths=(1,) * 3, capacity=4096, num_local=16
   )
   assert lower(case, decode.Config(unit=64, splits=32)) == 2
+
+
+AUTO = (jax.sharding.AxisType.Auto,)
+SLOTS = jax.P(None, "context")
+SPLIT_SPECS = (jax.P(), SLOTS, SLOTS, jax.P(), SLOTS, SLOTS)
+
+
+@pytest.mark.parametrize("heads, fp8, num_local, kernels", [
+  ((64, 4), False, 1, 3),
+  pytest.param((32, 8), True, 0, 3, marks=pytest.mark.slow),
+  # Every block is forced.
+  pytest.param((32, 8), False, 16, 1, marks=pytest.mark.slow),
+])  # fmt: skip
+def test_lowers_a_split_cache_for_cuda(heads, fp8, num_local, kernels):
+  case = dataclasses.replace(
+    PAPER, lengths=(1 << 20, 5), capacity=1 << 20, fp8=fp8,
+    num_heads=heads[0], num_kv_heads=heads[1], num_local=num_local,
+  )  # fmt: skip
+  # The devices' results need no check_vma=False: out is the same on all.
+  mapped = jax.shard_map(
+    lambda *args: split_call(case)(*args)[0],
+    mesh=jax.sharding.AbstractMesh((2,), ("context",), axis_types=AUTO),
+    in_specs=SPLIT_SPECS,
+    out_specs=jax.P(),
+  )
+  lowered = jax.jit(mapped).trace(*structs(case))
+  text = lowered.lower(lowering_platforms=("cuda",)).as_text()
+  assert text.count("mosaic_gpu_v2") == kernels
+  # Candidates and partial results.
+  assert text.count("stablehlo.all_gather") == (1 if kernels == 1 else 2)
 
 
 # ---- On the GPU ----
@@ -484,6 +647,69 @@ def test_gpu_configs(hopper, config, fp8):
     PAPER, lengths=(40_000, 17_003), capacity=40_000, fp8=fp8
   )
   run_and_check(case, config=config, interpret=False)
+
+
+SPLIT_SHAPES = [
+  dict(lengths=(81_920, 20_000, 40_961, 0), num_heads=64, num_kv_heads=4),
+  dict(lengths=(40_961, 300), num_heads=32, num_kv_heads=8, tokens=5),
+  # Half a tile of two devices' index keys does not exist.
+  dict(lengths=(63_000,), capacity=64_640, block_size=64, num_heads=8,
+       num_kv_heads=2, tokens=16, top_k=40),
+  dict(lengths=(9_000,) * 40, capacity=10_240, num_heads=16, num_kv_heads=2),
+]  # fmt: skip
+
+
+def split_case(shape, fp8):
+  """The case, its inputs, and the choice of one GPU that holds the cache."""
+  case = Case(
+    **dict(capacity=81_920, head_dim=128, index_dim=128, block_size=128,
+           top_k=16, fp8=fp8) | SPLIT_SHAPES[shape]
+  )  # fmt: skip
+  inputs = negative_scores(case.inputs())
+  return case, inputs, run(case, inputs, config=None, interpret=False)[1]
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", range(len(SPLIT_SHAPES)))
+@pytest.mark.parametrize("fp8", [False, True])
+def test_gpu_runs_the_parts_of_a_split_cache(hopper, shape, fp8):
+  """The parts of two devices, and of five, on one GPU."""
+  case, inputs, whole = split_case(shape, fp8)
+  for devices in (2, 5):
+    out, ids = run_split(case, inputs, devices, config=None, interpret=False)
+    np.testing.assert_array_equal(ids, whole)
+    check_out(case, inputs, out, ids)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape", [0, 1])
+@pytest.mark.parametrize("fp8", [False, True])
+def test_two_gpus_share_a_cache(hopper, shape, fp8):
+  """The ids of one GPU; two runs with the same bits."""
+  if jax.device_count() < 2:
+    pytest.skip(f"needs two GPUs, got {jax.device_count()}")
+  case, inputs, whole = split_case(shape, fp8)
+  mesh = jax.make_mesh(
+    (2,), ("context",), axis_types=AUTO, devices=jax.devices()[:2]
+  )
+  call = jax.jit(
+    jax.shard_map(
+      split_call(case), mesh=mesh, in_specs=SPLIT_SPECS, out_specs=jax.P(),
+      check_vma=False,
+    )
+  )  # fmt: skip
+  held = [
+    x if x is None else jax.device_put(x, jax.NamedSharding(mesh, spec))
+    for x, spec in zip(inputs, SPLIT_SPECS)
+  ]
+  first, second = call(*held), call(*held)
+  for a, b in zip(first, second):
+    parts = [np.asarray(x.data) for y in (a, b) for x in y.addressable_shards]
+    for part in parts:
+      assert part.tobytes() == parts[0].tobytes()
+  out, ids = first
+  np.testing.assert_array_equal(ids, whole)
+  check_out(case, inputs, np.asarray(out.astype(jnp.float32)), np.array(ids))
 
 
 @pytest.mark.gpu
