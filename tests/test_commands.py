@@ -399,6 +399,7 @@ def test_speed_times_sides_at_each_length(compared):
     assert (row["batch_size"], row["context"]) == (2, 128)
     assert row["trained_steps"] == (40 if row["side"] == "gqa" else 0)
     assert row["step_ms"] > 0 and row["mfu"] is None  # no rate of a CPU
+    assert row["lower_s"] > 0 and row["compile_s"] > 0
 
 
 def test_report_of_it_all(compared):

@@ -207,7 +207,7 @@ class Generation:
   def compile(self) -> dict[str, int]:
     """Compiles the program; returns its `launches`."""
     with self.program.context():
-      traced, lowered = lower(self.trace)
+      traced, lowered, _ = lower(self.trace)
     self._compiled = lowered.compile()
     return launches(traced.jaxpr.jaxpr)
 

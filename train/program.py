@@ -16,6 +16,7 @@ import dataclasses
 import math
 import pathlib
 import threading
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -183,6 +184,8 @@ class Program:
     )
     self._compiled: dict[tuple[str, str], Any] = {}
     self._memory: dict[tuple[str, str], int | None] = {}
+    # Of each function and phase: to trace and lower it, and to compile it.
+    self.compile_seconds: dict[tuple[str, str], tuple[float, float]] = {}
     self._jit_init = jax.jit(
       self._fresh_state, out_shardings=self.state_shardings
     )
@@ -787,8 +790,10 @@ class Program:
     key = function, phase
     if key not in self._compiled:
       with self.context():
-        _, lowered = lower(lambda: self.trace(phase, function))
+        _, lowered, lowering = lower(lambda: self.trace(phase, function))
+      start = time.perf_counter()
       self._compiled[key] = lowered.compile()
+      self.compile_seconds[key] = lowering, time.perf_counter() - start
       # Kept: asking takes tens of milliseconds of the host.
       self._memory[key] = _bytes_needed(self._compiled[key])
     return self._memory[key]
@@ -963,16 +968,18 @@ class CompiledTask(NamedTuple):
 
 def lower(
   trace: Callable[[], jax.stages.Traced],
-) -> tuple[jax.stages.Traced, jax.stages.Lowered]:
-  """Traces and lowers, one program at a time.
+) -> tuple[jax.stages.Traced, jax.stages.Lowered, float]:
+  """Traces and lowers, one program at a time; and the seconds that it took.
 
   Tracing and lowering run Python code, which several threads only slow down.
   With one thread in here at a time, the first programs already compile in
   XLA's own threads while the others are still being lowered.
   """
   with _LOWERING:
+    start = time.perf_counter()
     traced = trace()
-    return traced, traced.lower()
+    lowered = traced.lower()
+    return traced, lowered, time.perf_counter() - start
 
 
 def functions_called(run: config_lib.RunConfig) -> tuple[str, ...]:

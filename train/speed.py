@@ -209,6 +209,9 @@ def speed(
 ) -> pathlib.Path:
   """Times a step of each side and phase at each length.
 
+  `lower_s` and `compile_s` are the seconds to trace and lower a step and to
+  compile it, while other steps compile beside it.
+
   All steps have equally many tokens: those of a training batch, or of the
   longest context if that is more. Sides that start from another side are left
   out, because they have no phase of their own.
@@ -273,6 +276,8 @@ def speed(
         "tflop_per_step": flops / 1e12,
         "mfu": rate and round(flops / median / rate / program.mesh.size, 4),
         "peak_bytes": program.compile(phase),
+        "lower_s": round(program.compile_seconds["step", phase][0], 2),
+        "compile_s": round(program.compile_seconds["step", phase][1], 2),
       }
       records.append(record)
       print(json.dumps(record), flush=True)
