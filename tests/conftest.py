@@ -14,11 +14,12 @@ import pathlib
 # multiplying takes longer than the tests' products. The rest is for busy
 # machines, where a forced device or another process may come late to a
 # collective. All are read when the backend starts.
-HAS_GPU = any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
-    "" if HAS_GPU else "--xla_backend_optimization_level=0",
+    ""
+    if any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
+    else "--xla_backend_optimization_level=0",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
