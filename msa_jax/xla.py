@@ -131,7 +131,7 @@ def _count(size: int, ndim: int) -> Int[Array, "..."]:
 
 def _take(x: Array, at: Int[Array, "*A"]) -> Array:
   """x[at], without a check of indices that are right by construction."""
-  return x.at[at].get(mode="promise_in_bounds")
+  return x.at[at].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
 def _plan(
