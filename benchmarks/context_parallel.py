@@ -341,7 +341,10 @@ class _Compiled:
       for name in ("q", "k", "v", "index_q", "index_k", "q")
     )
     run = jax.jit(program(case, mesh, op, implementation))
-    self.run = run.lower(*arrays).compile()
+    # There is no matrix product of XLA's to tune. What XLA would time otherwise
+    # needs memory for its operands, tens of GiB at 1M tokens, while other
+    # commands hold theirs.
+    self.run = run.lower(*arrays).compile({"xla_gpu_autotune_level": 0})
     self.peak_bytes = measure.program_bytes(self.run)
     self.sent = sent_bytes(self.run.as_text() or "", mesh.size)
 
