@@ -8,6 +8,7 @@ import dataclasses
 import fractions
 import json
 import pathlib
+import shutil
 import sys
 
 import jax
@@ -20,6 +21,7 @@ from msa_jax.model_config import IndexConfig, MoEConfig
 from train import __main__ as cli
 from train import compare, configs, data, evaluate, plan, program, speed
 from train import config as config_lib
+from train.configs import lm73m_16k
 
 PRESETS = ("lm73m_16k", "lm13m_4k", "lm13m_4k_ablations")
 TINY = (
@@ -105,17 +107,25 @@ def test_a_longer_comparison_keeps_its_shares(name):
 
 def test_the_presets_are_what_they_say():
   large = configs.preset("lm73m_16k")
-  gqa, msa, cpt = large.runs
+  gqa, msa, _, cpt = large.runs
   for run in large.runs:
     model = run.model
     assert model.implementation == "mosaic_gpu" and run.context >= 1 << 14
     assert model.num_kv_heads >= 2 and model.head_dim == 128
   assert gqa.model.gqa_implementation == "cudnn"
   assert msa.model.index.block_size * msa.model.index.top_k == 2048
-  assert cpt.recipe.init_step == 0.85 * gqa.num_steps
+  starts = [run.recipe.init_step or 0 for run in large.runs]
+  assert [step / gqa.num_steps for step in starts] == [0, 0.1, 0.5, 0.85]
+  assert [run.goes_sparse for run in large.runs] == [False, True, True, True]
+  # They share a program, and so its compilation.
+  assert len({program.compile_key(run) for run in large.runs}) == 1
+  dense, timed = speed.runs_with_own_steps(large.runs)
+  assert dense == lm73m_16k.GQA
+  recipe = config_lib.RecipeConfig(index_warmup_steps=cpt.num_steps // 10)
+  assert timed == dataclasses.replace(msa, recipe=recipe)
   sizes = program_of(
     dataclasses.replace(
-      gqa, model=dataclasses.replace(gqa.model, gqa_implementation="xla")
+      dense, model=dataclasses.replace(dense.model, gqa_implementation="xla")
     )
   ).count_parameters()
   assert sizes["total"] >= 60e6
@@ -139,7 +149,7 @@ def test_the_presets_are_what_they_say():
 @pytest.mark.parametrize(
   ("preset", "side", "phase"),
   [
-    ("lm73m_16k", "gqa", "dense"),
+    ("lm13m_4k", "gqa", "dense"),
     ("lm73m_16k", "msa", "warmup"),
     ("lm73m_16k", "msa", "sparse"),
     ("lm13m_4k_ablations", "fixed_window", "warmup"),
@@ -227,15 +237,15 @@ def compared(place, tiny, compiled_once) -> pathlib.Path:
   file = str(out / "comparison.json")
   with pytest.MonkeyPatch.context() as patch:
     without_extras(patch)
-    patch.setattr(plan, "_measure_run", measured)
+    patch.setattr(plan, "_measure_runs", measured)
     options = ["--folder", str(out), "--no-report", "--sides", "gqa", "msa_cpt"]
-    command = ["compare", "lm73m_16k", "--plan", "2.6", "--minutes", "0"]
+    command = ["compare", "lm73m_16k", "--plan", "3.2", "--minutes", "0"]
     assert cli.main([*command, *options, "--set", *tiny]) == cli.STOPPED
     assert cli.main(["compare", "--config", file, *options]) == 0
   return out
 
 
-def measured(made: program.Program, run, source: data.Source) -> dict:
+def measured(made: program.Program, runs, source: data.Source) -> dict:
   """Seconds of each thing that a run does, instead of those that `plan`
   measures."""
   phases = dict.fromkeys(("dense", "warmup", "sparse"), 1.0)
@@ -309,22 +319,23 @@ def test_plan_makes_the_longest_comparison_that_fits(compared):
   sides = {row["side"]: row for row in report["runs"]}
   assert sides["gqa"]["steps"] == planned.runs[0].num_steps == 40
   # GQA: 40 steps, 10 evaluations of 2 batches and 2 probes (the last of
-  # 3 batches), 2 checkpoints and the one to start from.
-  seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 3 * 2.0
+  # 3 batches), layer metrics 10 times, the last of 2 checkpoints and three to
+  # start from, one of which is the other.
+  seconds = 40 + 0.1 * (10 * 2 * 3 + 2 * 1) + 10 * 0.5 + 4 * 2.0
   assert sides["gqa"]["minutes"] == pytest.approx(seconds / 60, abs=0.01)
   # MSA-CPT: 6 steps, 2 evaluations and one more, dense, the choices of the last
   # probes, layer metrics twice, a checkpoint.
   evaluations = 2 * 3 + 2 * (2 + 2 * 3) + 2 * 3
   seconds = 6 + 0.1 * evaluations + 2 * 0.5 + 2.0
   assert sides["msa_cpt"]["minutes"] == pytest.approx(seconds / 60, abs=0.006)
-  assert report["planned"] <= 2.6
+  assert report["planned"] <= 3.2
   total = sum(row["minutes"] for row in report["runs"])
   assert report["planned"] == pytest.approx(total, abs=0.02)
   longer = config_lib.with_step_unit(planned, 3)
   more = sum(
     plan._run_seconds(run, sides[run.side]["seconds"]) for run in longer.runs
   )
-  assert more > 60 * 2.6 * (1 - plan.SPARE)
+  assert more > 60 * 3.2 * (1 - plan.SPARE)
 
 
 def test_a_stopped_comparison_goes_on(compared):
@@ -386,10 +397,14 @@ def test_runs_hold_what_the_report_needs(compared):
         assert json.loads(str(saved["about"]))["context"] == 128
 
 
-def test_speed_times_sides_at_each_length(compared):
-  file = str(compared / "comparison.json")
-  command = ["speed", "--config", file, "--folder", str(compared)]
+def test_speed_times_sides_at_each_length(compared, tmp_path):
+  file, folder = str(compared / "comparison.json"), tmp_path / "timed"
+  # The first side that starts from the trunk stands for them all.
+  shutil.copytree(compared / "mix" / "msa_cpt", folder / "mix" / "msa")
+  shutil.copytree(compared / "mix" / "gqa", folder / "mix" / "gqa")
+  command = ["speed", "--config", file, "--folder", str(folder)]
   assert cli.main([*command, "--lengths", "128"]) == 0
+  shutil.copy(folder / "speed.json", compared)
   found = json.loads((compared / "speed.json").read_text())
   assert {"device", "commit", "command", "versions"} <= set(found)
   places = [(row["side"], row["phase"]) for row in found["rows"]]
@@ -397,7 +412,8 @@ def test_speed_times_sides_at_each_length(compared):
   for row in found["rows"]:
     # As many tokens as a batch of the training.
     assert (row["batch_size"], row["context"]) == (2, 128)
-    assert row["trained_steps"] == (40 if row["side"] == "gqa" else 0)
+    # The trunk's checkpoint is of another model than GQA's own step.
+    assert row["trained_steps"] == (0 if row["side"] == "gqa" else 40)
     assert row["step_ms"] > 0 and row["mfu"] is None  # no rate of a CPU
     assert row["lower_s"] > 0 and row["compile_s"] > 0
 

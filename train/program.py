@@ -394,13 +394,14 @@ class Program:
     with self.context():
       return self._jit_init(np.uint32(seed))
 
-  def start_from_dense(
+  def start_from_run(
     self, recipe: config_lib.RecipeConfig, seed: int
   ) -> TrainState:
-    """The state of MSA-CPT's first step, made from a GQA run's checkpoint.
+    """The state of MSA-CPT's first step, made from another run's checkpoint.
 
     The backbone keeps its parameters, its Adam moments and their step count.
-    The index branch is new, and so are its moments.
+    After a GQA run the index branch is new, and so are its moments; after a
+    trunk (index_init="trained") they go on too.
 
     Args:
       recipe: says which run folder and step to read (init_from, init_step)
@@ -419,40 +420,61 @@ class Program:
         f"recipe.init_from={recipe.init_from!r}: no run folder (it has no"
         " config.json)."
       )
-    algorithm = source["optimizer"].get("algorithm", "adamw")
-    if algorithm != self.config.algorithm:
+    trained = recipe.index_init == "trained"
+    theirs = source["optimizer"].get("algorithm", "adamw")
+    algorithms = [("algorithm", theirs, self.config.algorithm)]
+    if trained:
+      theirs = source["optimizer"].get("index_algorithm") or theirs
+      mine = self.config.index_algorithm or self.config.algorithm
+      algorithms.append(("index_algorithm", theirs, mine))
+    for name, theirs, mine in algorithms:
+      if theirs != mine:
+        raise ValueError(
+          f"recipe.init_from={recipe.init_from!r} has optimizer.{name}="
+          f"{theirs!r}, whose state optimizer.{name}={mine!r} cannot continue:"
+          " wanted the same."
+        )
+    if trained != ("msa" in source["model"]["layer_kinds"]):
       raise ValueError(
-        f"recipe.init_from={recipe.init_from!r} has optimizer.algorithm="
-        f"{algorithm!r}, whose state optimizer.algorithm="
-        f"{self.config.algorithm!r} cannot continue: wanted the same."
+        f"recipe.index_init={recipe.index_init!r}: recipe.init_from="
+        f"{recipe.init_from!r} has layers of the kinds"
+        f" {source['model']['layer_kinds']}. Wanted a run with an Index Branch"
+        " for 'trained', and one without for the other values."
       )
-    # Scanned layers are stored as stacks; the conversion takes either form.
-    twin = dataclasses.replace(
-      dense_twin(self.model_config),
-      scan_layers=source["model"].get("scan_layers", False),
-    )
-    dense = Program(dataclasses.replace(self.config, model=twin))
-    found = read_state(dense, folder, recipe.init_step)
+    reader = self
+    if not trained:
+      # Scanned layers are stored as stacks; the conversion takes either form.
+      twin = dataclasses.replace(
+        dense_twin(self.model_config),
+        scan_layers=source["model"].get("scan_layers", False),
+      )
+      reader = Program(dataclasses.replace(self.config, model=twin))
+    found = read_state(reader, folder, recipe.init_step)
     assert found is not None
     state, _ = found
     # Reading the state has compared the parameters' shapes. Fields such as
     # rope_theta change the model without changing any shape.
+    ignored = ("implementation", "gqa_implementation", "remat", "dtype")
     changed = config_lib.differences(
       source["model"],
-      config_lib.to_dict(dense.model_config),
-      (
-        "index",
-        "implementation",
-        "gqa_implementation",
-        "remat",
-        "dtype",
-      ),
+      config_lib.to_dict(reader.model_config),
+      ignored if trained else ("index", *ignored),
     )
     if changed:
       raise ValueError(
         f"recipe.init_from={recipe.init_from!r} is of another model:\n  "
         + "\n  ".join(changed)
       )
+    return state if trained else self._with_index(state, reader, recipe, seed)
+
+  def _with_index(
+    self,
+    state: TrainState,
+    dense: "Program",
+    recipe: config_lib.RecipeConfig,
+    seed: int,
+  ) -> TrainState:
+    """A GQA run's state with a new index branch."""
 
     def graft(state: TrainState) -> TrainState:
       def to_msa(
@@ -467,6 +489,7 @@ class Program:
         )
         return _flatten_model(model)
 
+      assert recipe.index_init != "trained"
       fresh = self._state(to_msa(state.params, recipe.index_init))
 
       def moved(new: Any, old: Any) -> Any:
@@ -510,7 +533,7 @@ class Program:
     Raises:
       ValueError: it cannot be read, or is another model than the run's.
     """
-    assert recipe.pretrained is not None
+    assert recipe.pretrained is not None and recipe.index_init != "trained"
     config = self.model_config
     folder = pretrained.check_model(recipe.pretrained, config)
     model = checkpoints.load(
@@ -1059,6 +1082,8 @@ def compile_task(
       for phase in run.phases()
       for function in functions_called(run)
     ]
+    if run.dense_at_end:
+      calls.append((programs[key], "warmup", "evaluate"))
     if run.evaluates_oracle:
       calls.append((programs[key], "oracle", "evaluate"))
   compile_all(calls)

@@ -21,13 +21,19 @@ import numpy as np
 
 from msa_jax.model_config import ModelConfig
 from train import data as data_lib
-from train.checkpoint import provenance, write_json
-from train.config import ComparisonConfig, RunConfig
+from train.checkpoint import provenance, read_config, write_json
+from train.config import (
+  ComparisonConfig,
+  RecipeConfig,
+  RunConfig,
+  only_task,
+)
 from train.program import (
   Program,
   TrainState,
   compile_all,
   compile_key,
+  dense_twin,
   read_state,
   train_step,
 )
@@ -166,10 +172,49 @@ def kernel_times(
   return {n: t / calls / 1e9 for n, t in nanoseconds.most_common()}
 
 
+def runs_with_own_steps(runs: Sequence[RunConfig]) -> list[RunConfig]:
+  """The runs of a comparison whose steps differ from those of the runs before
+  them, each as a run that starts from scratch.
+
+  Runs that start from another side are left out, because they have no phase of
+  their own. Where that is a trunk, the trunk becomes the GQA run for which it
+  stands, and the first run that starts from it becomes a run from scratch with
+  a warm-up, which has the trunk's steps too.
+  """
+  found: list[RunConfig] = []
+  for run in runs:
+    recipe = run.recipe
+    if run.uses_msa and not run.goes_sparse:
+      run = dataclasses.replace(
+        run,
+        model=dense_twin(run.model),
+        recipe=RecipeConfig(),
+        keep_steps=(),
+      )
+    elif recipe.index_init == "trained":
+      recipe = dataclasses.replace(
+        recipe,
+        init_from=None,
+        init_step=None,
+        index_init="random",
+        index_warmup_steps=recipe.first_sparse_step - 1,
+      )
+      run = dataclasses.replace(run, recipe=recipe)
+      if compile_key(run) in [compile_key(other) for other in found]:
+        continue
+    elif recipe.init_from is not None:
+      continue
+    found.append(run)
+  return found
+
+
 def _trained_state(program: Program, run: RunConfig) -> tuple[TrainState, int]:
   """The state of the run's last checkpoint and its step. A run without a
-  checkpoint gives its initial state and 0."""
-  found = read_state(program, pathlib.Path(run.folder))
+  checkpoint of its own model gives its initial state and 0."""
+  folder = pathlib.Path(run.folder)
+  saved = read_config(folder)
+  own = saved and tuple(saved["model"]["layer_kinds"]) == run.model.layer_kinds
+  found = read_state(program, folder) if own else None
   return (program.init(run.seed), 0) if found is None else found
 
 
@@ -213,8 +258,8 @@ def speed(
   compile it, while other steps compile beside it.
 
   All steps have equally many tokens: those of a training batch, or of the
-  longest context if that is more. Sides that start from another side are left
-  out, because they have no phase of their own.
+  longest context if that is more. `runs_with_own_steps` says which sides are
+  timed.
 
   Parameters come from the last checkpoints of the folder's runs, first task and
   first seed, where there are any. This matters for MSA: neighbouring queries
@@ -233,11 +278,12 @@ def speed(
     ValueError: the data cannot be opened, or do not fit a length or the model.
   """
   task, seed = comparison.tasks()[0], comparison.seeds[0]
-  sides = [
-    run
-    for run in comparison.resolve(folder)
-    if run.recipe.init_from is None and (run.task, run.seed) == (task, seed)
-  ]
+  comparison = dataclasses.replace(
+    only_task(comparison, task),
+    seeds=(seed,),
+    runs=tuple(runs_with_own_steps(only_task(comparison, task).runs)),
+  )
+  sides = list(comparison.resolve(folder))
   tokens = max(*lengths, *(run.batch_size * run.context for run in sides))
   timed = [
     _at_length(run, length, tokens) for run in sides for length in lengths

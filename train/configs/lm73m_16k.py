@@ -1,13 +1,19 @@
 """MSA against GQA with 73M parameters and 16,384 tokens of context, on one
 Hopper GPU with the kernels.
 
-Three sides of 73M parameters (MSA: 75M) read the same batches:
+Its sides have 73M parameters (with the Index Branch: 75M) and read the same
+batches. One dense training is the trunk, from which the others start:
 
-- `gqa` uses cuDNN's attention.
-- `msa` is MSA-PT: a fifth of the steps are warm-up; then each query attends to
-  16 blocks of 128 tokens, 2,048 of 16,384.
-- `msa_cpt` is MSA-CPT: it starts from GQA's checkpoint at 85 % of the steps,
-  warms up for 5 % and is sparse for 10 %.
+- `gqa` is the trunk: dense attention in all steps. An Index Branch learns
+  beside it from the KL loss and changes nothing: neither the output nor the
+  gradients of the other parameters, which are clipped apart. So its loss is
+  GQA's. Its step also computes the KL; `speed` times GQA's own step.
+- `msa`, `msa_middle` and `msa_cpt` start from the trunk's checkpoints at 10, 50
+  and 85 % of the steps, with its index and its optimizer's state, and are
+  sparse at once: each query attends to 16 blocks of 128 tokens, 2,048 of
+  16,384. Each is what a run of its own with as long a warm-up would be. The
+  first is MSA-PT, and the last stands for MSA-CPT, which makes a trained GQA
+  model sparse; here its index has learned from the beginning.
 
 MSA names the kernels (`implementation="mosaic_gpu"`), so the runs fail where
 the kernels cannot run.
@@ -22,15 +28,11 @@ in the text, and some batch rows are associative recall alone (see
 `train.data.MixConfig`). Held-out text has no facts in it, and both kinds of
 retrieval are evaluated apart, at distances up to the whole context.
 
-The index projections of `msa_cpt` start as copies of the main branch's. The run
-begins where the backbone's learning rate has nearly ended, so the index has a
-larger multiple of that rate than in `msa`.
-
 Every command below takes less than ten minutes and continues where it, or a
 kill, stopped. Compiled programs are kept for the next command. `--plan` fits
 the number of steps to a budget with step times measured on the device, so the
 number below is only a first guess. The first command tries everything at full
-size in 20 steps a side.
+size in 20 steps.
 
   export JAX_COMPILATION_CACHE_DIR=runs/.compiled
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
@@ -120,11 +122,11 @@ GQA = RunConfig(
     gqa_implementation="cudnn",
   ),
   data=DATA,
-  # The index factor was chosen with tiny runs of recall alone (as in `sides`
-  # below, learning rate 5e-3, 8 blocks): `msa` answered 90, 96, 96, 99 and 97 %
-  # right with factors of 1, 2, 4, 8 and 16 (seed 0; over seeds 0 to 2 97.6 %
-  # with 2 and 98.8 % with 8). A width 12 times as large needs an index rate
-  # below the best one there, 4e-2. Warm-ups of 10 and 30 % were no better.
+  # The index factor was chosen with tiny runs of recall alone (as in
+  # `lm13m_4k.sides`, learning rate 5e-3, 8 blocks): `msa` answered 90, 96, 96,
+  # 99 and 97 % right with factors of 1, 2, 4, 8 and 16 (seed 0; over seeds 0 to
+  # 2 97.6 % with 2 and 98.8 % with 8). A width 12 times as large needs an index
+  # rate below the best one there, 4e-2. Warm-ups of 10 and 30 % were no better.
   # Measured on two CPU cores, 2026-11-24. At full size, one run each with
   # factors of 2 and 4 showed no difference beyond that of GQA's own two runs,
   # which found 100 and 95 % of the needles.
@@ -142,47 +144,32 @@ GQA = RunConfig(
   layers_every=160,
   checkpoint_every=800,
   keep_checkpoints=1,
-  keep_steps=(1360,),
 )
 INDEX = IndexConfig(index_dim=128, block_size=128, top_k=16)
 
 
-def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
-  """GQA, MSA-PT and MSA-CPT, with warm-ups as shares of the run's steps."""
-  (start,) = gqa.keep_steps
-  alone = dataclasses.replace(gqa, keep_steps=())
-  # 15 % of the steps are too few for index projections that start from random
-  # values: at full size they found 33 % of the needles 8,192 and more tokens
-  # back, and projections that start from the main branch's found 75 %.
-  #
-  # Tiny runs of recall alone (512 tokens, blocks of 8, 2 layers of width 64,
-  # 800 steps of 2 batch rows; GQA 99.9 %) gave, in seeds 0 and 1:
-  # - With 8 blocks: 83 and 87 % right from random values, 92 and 97 % from the
-  #   main branch's; MSA-PT 96 % (seed 0).
-  # - With 4 blocks: 68 and 72 % from random values, 85 and 90 % from the main
-  #   branch's; MSA-PT 86 %. Other index factors gave the main branch's 82 and
-  #   87 % (factor 2) and 81 and 90 % (factor 32), and random values 76 and 83 %
-  #   (factor 32).
-  # - A warm-up of 10 % added 3 points to random values and none to the main
-  #   branch's, which had 84 and 88 % without a warm-up.
-  # Measured on two CPU cores, 2026-11-24.
-  cpt = demo.msa(
-    alone,
-    index,
-    RecipeConfig(
-      index_warmup_steps=gqa.num_steps // 20,
-      init_from="gqa",
-      init_step=start,
-      index_init="main",
-    ),
-    side="msa_cpt",
-  )
-  optimizer = dataclasses.replace(cpt.optimizer, index_learning_rate_factor=8.0)
-  return (
-    gqa,
-    demo.msa(alone, index, RecipeConfig(index_warmup_steps=gqa.num_steps // 5)),
-    dataclasses.replace(cpt, optimizer=optimizer),
-  )
+# The trunk. Its steps are GQA's, and its index learns beside them.
+TRUNK = dataclasses.replace(
+  demo.msa(
+    GQA, INDEX, RecipeConfig(index_warmup_steps=GQA.num_steps), side="gqa"
+  ),
+  # 10, 50 and 85 % of the steps.
+  keep_steps=(160, 800, 1360),
+)
 
 
-COMPARISON = ComparisonConfig(name="lm73m_16k", runs=sides(GQA, INDEX))
+def _branch(side: str, start: int) -> RunConfig:
+  """A side that starts from the trunk's step `start`, and is sparse at once."""
+  recipe = RecipeConfig(
+    init_from=TRUNK.side, init_step=start, index_init="trained"
+  )
+  return dataclasses.replace(TRUNK, side=side, recipe=recipe, keep_steps=())
+
+
+COMPARISON = ComparisonConfig(
+  name="lm73m_16k",
+  runs=(
+    TRUNK,
+    *map(_branch, ("msa", "msa_middle", "msa_cpt"), TRUNK.keep_steps),
+  ),
+)
