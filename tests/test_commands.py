@@ -424,6 +424,7 @@ def test_report_of_it_all(compared):
   page = (compared / "report" / "report.html").read_text()
   for words in (
     "mix/msa/seed0 is missing",
+    "GQA was trained with dense attention and an index branch beside it",
     "Needle answers right, MSA CPT − GQA",
     "Recall answers right, MSA CPT − GQA",
     "over them the gap has a 95 % interval",

@@ -3,6 +3,7 @@
 import json
 import math
 import re
+import shutil
 import threading
 
 import numpy as np
@@ -369,6 +370,74 @@ def test_seeds_of_a_side_share_one_config(tmp_path):
   _edit(path, recipe={"index_warmup_steps": 5, "init_from": None})
   with pytest.raises(ValueError, match="seeds of text/msa must share one"):
     report.write(tmp_path)
+
+
+def split_by_seed(folder, target):
+  """Copies a comparison's runs to a folder for each seed; returns those."""
+  parts = []
+  for seed in (0, 1):
+    part = target / f"part{seed}"
+    for path in folder.glob(f"*/*/seed{seed}"):
+      shutil.copytree(path, part / path.relative_to(folder))
+    runs = [{"task": "text", "side": side} for side in ("gqa", "msa")]
+    plan = {"name": "x", "runs": runs, "seeds": [seed]}
+    (part / "comparison.json").write_text(json.dumps(plan))
+    parts.append(part)
+  return parts
+
+
+def test_folders_with_other_seeds_are_merged(tmp_path):
+  losses = {"gqa": [1.0, 1.1], "msa": [1.02, 1.13]}
+  whole = _make(tmp_path / "whole", {"text": losses})
+  parts = split_by_seed(whole, tmp_path)
+  other = parts[1] / "text" / "msa" / "seed1" / "config.json"
+  config = json.loads(other.read_text())
+  # Machines differ in these.
+  _edit(other, mesh={"data": 2}, data=config["data"] | {"cache_dir": "there"})
+  page = report.write(*parts, out=tmp_path / "merged")
+  assert page == tmp_path / "merged" / "report" / "report.html"
+  summary = _summary(tmp_path / "merged")
+  (found,) = summary["tasks"]["text"]["gaps"]["msa"]
+  assert found["seeds"] == [0, 1] and summary["warnings"] == []
+  np.testing.assert_allclose(found["values"], [0.02 * _BITS, 0.03 * _BITS])
+  assert not (parts[0] / "report").exists()
+  with pytest.raises(ValueError, match=r"part0, .*part1: wanted --out, the"):
+    report.write(*parts)
+  out = tmp_path / "refused"
+  with pytest.raises(ValueError, match="both the run text/gqa/seed0: wanted"):
+    report.write(parts[0], parts[0], out=out)
+  _edit(other, optimizer=config["optimizer"] | {"learning_rate": 0.5})
+  with pytest.raises(ValueError, match=r"learning_rate is 0\.001 in text/gqa/"):
+    report.write(*parts, out=out)
+  recipe = config["recipe"] | {"index_warmup_steps": 5}
+  _edit(other, optimizer=config["optimizer"], recipe=recipe)
+  with pytest.raises(ValueError, match="seeds of text/msa must share one con"):
+    report.write(*parts, out=out)
+  assert not out.exists()
+
+
+def test_a_trunk_is_the_baseline_of_its_branches(tmp_path):
+  folder = _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.1]}})
+  trunk, branch = (folder / "text" / s / "seed0" for s in ("gqa", "msa"))
+  model = json.loads((branch / "config.json").read_text())["model"]
+  recipe = {"index_warmup_steps": 40, "init_from": None}
+  _edit(trunk / "config.json", model=model, recipe=recipe)
+  _edit(trunk / "environment.json", parameters={"total": 1024, "index": 24})
+  start = {"init_from": "there/text/gqa/seed0", "init_step": 10}
+  recipe = start | {"index_warmup_steps": 0}
+  _edit(branch / "config.json", recipe=recipe)
+  sides = runs.group_by_side(runs.read_runs(folder))
+  assert sides["gqa"][0].is_trunk and not sides["msa"][0].is_trunk
+  beside, more, start = page._notes(sides)
+  assert beside.startswith("GQA was trained with dense attention and an index")
+  assert more.startswith("MSA has 24 parameters more than GQA (+2.40 %)")
+  assert start.startswith("MSA continues from step 10 of gqa/seed0")
+  assert not page.find_warnings({"text": sides}, folder)
+  colors = dict.fromkeys(sides, "black")
+  figure = figures.curves("text", sides, colors, runs.BITS, "step")
+  marks = {str(x.get_label()): x.get_xdata() for x in figure.axes[0].lines}
+  assert list(marks["MSA goes sparse"]) == [10, 10]
+  assert "GQA goes sparse" not in marks
 
 
 def test_pair_needs_the_same_held_out_batches(tmp_path):

@@ -5,7 +5,7 @@ import pathlib
 
 import numpy as np
 import pytest
-from test_report import _edit, _make, _read, _summary
+from test_report import _edit, _make, _read, _summary, split_by_seed
 
 from train.report import page, runs, thin
 
@@ -56,7 +56,7 @@ def test_the_report_of_a_thinned_comparison_shows_the_same_numbers(
 ):
   pytest.importorskip("matplotlib")
   (full / "speed.json").unlink()
-  thin.thin(full, tmp_path / "small")
+  thin.thin([full], tmp_path / "small")
   page.write(full)
   page.write(tmp_path / "small")
   assert _summary(tmp_path / "small") == _summary(full)
@@ -99,14 +99,29 @@ def test_what_a_thinned_run_keeps(full, tmp_path):
 
 
 def test_thinning_again_changes_nothing(full, tmp_path):
-  thin.thin(full, tmp_path / "once")
-  thin.thin(tmp_path / "once", tmp_path / "twice")
+  thin.thin([full], tmp_path / "once")
+  thin.thin([tmp_path / "once"], tmp_path / "twice")
   assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
+
+
+def test_folders_with_other_seeds_are_thinned_to_one(full, tmp_path):
+  thin.thin([full], tmp_path / "small")
+  parts = split_by_seed(full, tmp_path)
+  (parts[1] / "speed.json").write_text("{}")
+  assert thin.main([*map(str, parts), str(tmp_path / "merged")]) == 0
+  merged = files_of(tmp_path / "merged")
+  plan = json.loads(merged.pop(pathlib.Path("comparison.json")))
+  assert plan["seeds"] == [0, 1]
+  assert merged == files_of(tmp_path / "small")
+  _edit(parts[1] / "text" / "msa" / "seed1" / "config.json", context=65)
+  with pytest.raises(ValueError, match="context is 64 in text/gqa/seed0 and"):
+    thin.thin(parts, tmp_path / "refused")
+  assert not (tmp_path / "refused").exists()
 
 
 def test_a_runs_own_environment_wins(full, tmp_path):
   small = tmp_path / "small"
-  thin.thin(full, small)
+  thin.thin([full], small)
   (small / "text" / "msa" / "seed1" / "environment.json").write_text(
     '{"device": "another"}'
   )
@@ -125,7 +140,7 @@ def test_thinning_refuses_what_it_would_spoil(full, tmp_path, capsys):
   broken = full / "text" / "msa" / "seed1" / "metrics.jsonl"
   broken.write_text("{")
   with pytest.raises(ValueError):
-    thin.thin(full, tmp_path / "small")
+    thin.thin([full], tmp_path / "small")
   broken.write_bytes(before[broken.relative_to(full)])
   assert files_of(full) == before
   assert [path.name for path in tmp_path.iterdir()] == ["full"]

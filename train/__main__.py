@@ -86,8 +86,18 @@ def _parser() -> argparse.ArgumentParser:
       " all devices of this host, split by data, fsdp and tensor axes.",
     )
   )
-  report = add("report", _report, "Write the report of a comparison's folder.")
-  report.add_argument("folder", type=pathlib.Path)
+  report = add(
+    "report",
+    _report,
+    "Write the report of a comparison's folder, or of several that hold"
+    " different seeds of it.",
+  )
+  report.add_argument("folder", type=pathlib.Path, nargs="+")
+  report.add_argument(
+    "--out",
+    type=pathlib.Path,
+    help="folder to write report/ to (default: the one folder)",
+  )
   _add_sample_options(
     add(
       "sample",
@@ -529,7 +539,7 @@ def _devices(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
   from train import report
 
-  print(report.write(args.folder))
+  print(report.write(*args.folder, out=args.out))
 
 
 def _sample(args: argparse.Namespace) -> None:

@@ -25,9 +25,11 @@ def check_packages() -> None:
   del page
 
 
-def write(folder: pathlib.Path) -> pathlib.Path:
-  """Writes the report of a comparison's folder (see `page.write`)."""
+def write(
+  *folders: pathlib.Path, out: pathlib.Path | None = None
+) -> pathlib.Path:
+  """Writes the report of a comparison's folders (see `page.write`)."""
   # `page` needs matplotlib, which machines that only train may lack.
   from train.report import page
 
-  return page.write(folder)
+  return page.write(*folders, out=out)

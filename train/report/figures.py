@@ -219,10 +219,10 @@ def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
 
 def _mark_switch(axes, sides, colors) -> None:
   for side, runs in sides.items():
-    warmup = runs[0].warmup()
-    if warmup and any(r.final.get("step", 0) > warmup[1] for r in runs):
+    switch = runs[0].switch()
+    if switch and any(r.final.get("step", 0) > switch for r in runs):
       axes.axvline(
-        warmup[1],
+        switch,
         color=colors[side],
         lw=1.2,
         ls=(0, (2, 3)),

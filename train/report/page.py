@@ -242,11 +242,19 @@ def _notes(sides: dict[str, list[Run]]) -> Iterable[str]:
   base = size.get(BASELINE)
   for side, runs in sides.items():
     name, own = side_name(side), size[side]
+    if runs[0].is_trunk:
+      yield (
+        f"{name} was trained with dense attention and an index branch beside "
+        "it, which learns and changes neither the output nor other parameters. "
+        "Its training time and tokens/s contain the index branch's."
+      )
     if base and own and side != BASELINE:
-      extra = own["total"] - base["total"]
+      # The index branch of a trunk is no part of its model.
+      plain = base["total"] - base.get("index", 0)
+      extra = own["total"] - plain
       yield (
         f"{name} has {extra:,} parameters more than {side_name(BASELINE)} "
-        f"({100 * extra / base['total']:+.2f} %): the projections of "
+        f"({100 * extra / plain:+.2f} %): the projections of "
         "its index branch."
         if extra
         else f"{name} has as many parameters as {side_name(BASELINE)}."
@@ -310,11 +318,13 @@ def _unlike_speeds(task: str, sides: dict[str, list[Run]]) -> Iterable[str]:
       )
 
 
-def find_warnings(tasks: dict[str, dict[str, list[Run]]], folder: Path) -> list:
+def find_warnings(
+  tasks: dict[str, dict[str, list[Run]]], *folders: Path
+) -> list:
   """What a reader must know before trusting the numbers of the page."""
   words = []
   every = [r for sides in tasks.values() for rs in sides.values() for r in rs]
-  for task, side, seed in planned_runs(folder, every):
+  for task, side, seed in planned_runs(folders, every):
     if seed not in [r.seed for r in tasks.get(task, {}).get(side, [])]:
       words.append(f"{task}/{side}/seed{seed} is missing: it is not counted.")
   for task, sides in tasks.items():
@@ -394,7 +404,7 @@ def _environment(runs: list[Run]) -> Iterable[tuple[str, str]]:
     )
 
 
-def write(comparison_folder: Path) -> Path:
+def write(*folders: Path, out: Path | None = None) -> Path:
   """Writes report/report.html, its PNGs and summary.json.
 
   The report is written to a temporary folder, which then replaces the old one.
@@ -402,18 +412,28 @@ def write(comparison_folder: Path) -> Path:
   gaps.
 
   Args:
-    comparison_folder: holds <task>/<side>/seed<k>/ run folders.
+    folders: of the comparison, with <task>/<side>/seed<k>/ run folders. Several
+      are merged: they hold different seeds, and their runs differ in nothing
+      else but the machine.
+    out: where the folder report/ is written; None: in the one folder.
 
   Returns:
     The path of report.html.
 
   Raises:
-    ValueError: no runs, runs that may not be compared, or a broken file.
+    ValueError: no runs, runs that may not be compared, a broken file, or
+      several folders without `out`.
   """
-  folder = Path(comparison_folder)
+  folders = tuple(map(Path, folders))
+  if out is None and len(folders) != 1:
+    raise ValueError(
+      f"report of {', '.join(map(str, folders))}: wanted --out, the folder in"
+      " which to write it."
+    )
+  folder = folders[0] if out is None else Path(out)
   tasks: dict[str, dict[str, list[Run]]] = {}
   different = {}
-  runs = read_runs(folder)
+  runs = read_runs(*folders)
   for task in dict.fromkeys(r.task for r in runs):
     members = [r for r in runs if r.task == task]
     different[task] = check_runs(members)
@@ -421,6 +441,7 @@ def write(comparison_folder: Path) -> Path:
   names = dict.fromkeys(r.side for r in runs)
   colors = side_colors(names)
 
+  folder.mkdir(parents=True, exist_ok=True)
   final = folder / "report"
   with _alone(folder):
     for stale in folder.glob(".report-*"):  # left by a killed process
@@ -429,7 +450,10 @@ def write(comparison_folder: Path) -> Path:
     try:
       temporary.chmod(0o755)
       with matplotlib.rc_context(STYLE):
-        page, summary = _compose(folder, tasks, different, colors, temporary)
+        title = f"{folder.resolve().name}: MSA against GQA"
+        page, summary = _compose(
+          title, folders, tasks, different, colors, temporary
+        )
       (temporary / "report.html").write_text(page)
       (temporary / "summary.json").write_text(
         json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
@@ -558,11 +582,12 @@ class _Task:
     self.pairs = paired_runs(self.sides)
 
 
-def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
+def _compose(
+  title: str, folders, tasks, different, colors, out: Path
+) -> tuple[str, dict]:
   """The page and the summary; saves the figures in `out`."""
   page = _Page(out, colors)
-  title = f"{folder.resolve().name}: MSA against GQA"
-  _add_head(page, title, folder, tasks)
+  _add_head(page, title, folders, tasks)
   for name, sides in tasks.items():
     summary = page.summary["tasks"][name] = {}
     task = _Task(name, sides, different[name], summary)
@@ -579,7 +604,7 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
       _add_differences,
     ):
       section(page, task)
-  _add_speed(page, folder)
+  _add_speed(page, folders)
   _add_environment(page, tasks)
   page.add(_WORDS)
   made = datetime.datetime.now().astimezone().isoformat(timespec="seconds")
@@ -588,14 +613,14 @@ def _compose(folder, tasks, different, colors, out: Path) -> tuple[str, dict]:
   return _PAGE.format(title=html.escape(title), body=body), page.summary
 
 
-def _add_head(page: _Page, title: str, folder: Path, tasks) -> None:
+def _add_head(page: _Page, title: str, folders, tasks) -> None:
   """Title, warnings and overview."""
   page.add(
     f"<h1>{html.escape(title)}</h1>",
     "<p>Language models that differ in their attention only, trained on the "
     "same batches from the same seeds.</p>",
   )
-  page.summary["warnings"] = find_warnings(tasks, folder)
+  page.summary["warnings"] = find_warnings(tasks, *folders)
   page.add_box(page.summary["warnings"], "warn")
   page.add_figure(
     overview_figure(tasks, page.colors),
@@ -897,10 +922,11 @@ def _add_differences(page: _Page, task: _Task) -> None:
   )
 
 
-def _add_speed(page: _Page, folder: Path) -> None:
-  """Step times by context, if speed.json is there."""
-  path = folder / "speed.json"
-  if not path.exists():
+def _add_speed(page: _Page, folders: Sequence[Path]) -> None:
+  """Step times by context, from the first folder with a speed.json."""
+  paths = [folder / "speed.json" for folder in folders]
+  path = next((path for path in paths if path.exists()), None)
+  if path is None:
     return
   speed = page.summary["speed"] = json.loads(path.read_text())
   page.add(

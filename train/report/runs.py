@@ -25,6 +25,9 @@ _ATTENTION = re.compile(
 )
 # Fields that name a run, its folder and the checkpoints it keeps.
 _PLACE = re.compile(r"side|folder|keep_steps")
+# Those of the machine, in which the seeds of a side may differ too. A run may
+# be continued with others.
+_MACHINE = re.compile(r"mesh\..+|data\.(text\.)?cache_dir")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -154,6 +157,22 @@ class Run:
     start = self.get("recipe.init_step") or 0
     return (start, start + length) if length else None
 
+  @property
+  def is_trunk(self) -> bool:
+    """Whether the run's attention is dense in all steps, although the model has
+    an Index Branch, which learns beside it."""
+    length = self.get("recipe.index_warmup_steps") or 0
+    start = self.get("recipe.init_step") or 0
+    return self.uses_msa and start + length >= self.get("num_steps")
+
+  def switch(self) -> int | None:
+    """The number of steps with dense attention, its own and those of the run
+    from which it started, before attention became sparse; None if it never did
+    or always was."""
+    length = self.get("recipe.index_warmup_steps") or 0
+    steps = (self.get("recipe.init_step") or 0) + length
+    return steps if steps and self.uses_msa and not self.is_trunk else None
+
 
 def flatten(config: dict, prefix: str = "") -> dict[str, Any]:
   """Nested dicts as one dict with dotted keys."""
@@ -253,14 +272,35 @@ def _read_json(path: Path) -> Any:
     raise ValueError(f"{path}: not JSON ({error})") from error
 
 
-def read_runs(folder: Path) -> list[Run]:
+def read_runs(*folders: Path) -> list[Run]:
   """Reads every run of a comparison.
 
   The baseline's runs come first; the others are in the order of the comparison.
 
+  Args:
+    folders: of the comparison. Each of them holds other seeds or sides.
+
   Raises:
-    ValueError: the folder holds no runs, or a file is broken.
+    ValueError: a folder holds no runs, two hold the same one, or a file is
+      broken.
   """
+  runs = [run for folder in folders for run in _read_folder(folder)]
+  known: dict[str, Run] = {}
+  for run in runs:
+    if known.setdefault(run.label, run) is not run:
+      raise ValueError(
+        f"{known[run.label].folder} and {run.folder} are both the run"
+        f" {run.label}: wanted folders with different seeds."
+      )
+  order = list(dict.fromkeys(plan[:2] for plan in planned_runs(folders, runs)))
+  return sorted(
+    runs,
+    key=lambda r: (r.side != BASELINE, order.index((r.task, r.side)), r.seed),
+  )
+
+
+def _read_folder(folder: Path) -> list[Run]:
+  """The runs of one folder."""
   runs = []
   for path in sorted(folder.glob("*/*/seed*")):
     seed = path.name.removeprefix("seed")
@@ -290,11 +330,7 @@ def read_runs(folder: Path) -> list[Run]:
       f"comparison_folder {folder} holds no runs; wanted "
       "<task>/<side>/seed<k>/config.json below it"
     )
-  runs.sort(key=lambda r: (r.task, r.side, r.seed))
-  order = [plan[:2] for plan in planned_runs(folder, runs)]
-  return sorted(
-    runs, key=lambda r: (r.side != BASELINE, order.index((r.task, r.side)))
-  )
+  return sorted(runs, key=lambda r: (r.task, r.side, r.seed))
 
 
 def group_by_side(runs: Iterable[Run]) -> dict[str, list[Run]]:
@@ -306,23 +342,34 @@ def group_by_side(runs: Iterable[Run]) -> dict[str, list[Run]]:
 
 
 def planned_runs(
-  folder: Path, runs: Iterable[Run]
+  folders: Iterable[Path], runs: Iterable[Run]
 ) -> list[tuple[str, str, int]]:
-  """(task, side, seed) of every run that the comparison plans or has."""
+  """(task, side, seed) of every run that a comparison's folders plan or
+  have."""
   runs = list(runs)
-  saved = _read_json(folder / "comparison.json")
-  sides = [(r["task"], r["side"]) for r in saved.get("runs", [])]
-  sides += [(r.task, r.side) for r in runs]
-  seeds = saved.get("seeds") or sorted({r.seed for r in runs})
-  return [(*side, seed) for side in dict.fromkeys(sides) for seed in seeds]
+  planned: dict[tuple[str, str, int], None] = {}
+  for folder in folders:
+    own = [r for r in runs if r.folder.parents[2] == folder]
+    saved = _read_json(folder / "comparison.json")
+    sides = [(r["task"], r["side"]) for r in saved.get("runs", [])]
+    sides += [(r.task, r.side) for r in own]
+    seeds = saved.get("seeds") or sorted({r.seed for r in own})
+    for side in dict.fromkeys(sides):
+      planned |= {(*side, seed): None for seed in seeds}
+  return list(planned)
 
 
 def _without_seed(run: Run) -> dict:
   """The run's config without the fields in which the seeds of a side differ."""
-  config = {**run.config, "seed": "any"}
-  start = Path((config.get("recipe") or {}).get("init_from") or "")
+  config = {
+    field: value
+    for field, value in flatten(run.config).items()
+    if not _MACHINE.fullmatch(field)
+  }
+  config["seed"] = "any"
+  start = Path(config.get("recipe.init_from") or "")
   if start.name == f"seed{run.seed}":
-    config["recipe"] = {**config["recipe"], "init_from": start.parent.name}
+    config["recipe.init_from"] = start.parent.name
   return config
 
 

@@ -3,6 +3,8 @@
   python -m train.report.thin runs/NAME train/results/NAME
   python -m train report train/results/NAME
 
+Several folders, each with other seeds, become one.
+
 A committed result should be small, and its report must show the numbers that
 the full run folders gave. For each run this keeps:
 
@@ -29,9 +31,12 @@ import pathlib
 import shutil
 import sys
 import tempfile
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+
+from train.report.runs import check_runs, read_runs
 
 _TRAIN_FIELDS = (
   "kind",
@@ -130,10 +135,12 @@ def _seed(run: pathlib.Path) -> int:
   return int(run.name.removeprefix("seed"))
 
 
-def _thin_task(task: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies the runs of one task, `<side>/seed<k>` below it."""
+def _thin_task(tasks: list[pathlib.Path], target: pathlib.Path) -> None:
+  """Copies the runs of one task, `<side>/seed<k>` below each of its folders."""
   runs = sorted(
-    (path.parent for path in task.glob("*/seed*/config.json")),
+    (
+      path.parent for task in tasks for path in task.glob("*/seed*/config.json")
+    ),
     key=lambda run: (run.parent.name, _seed(run)),
   )
   environments = {run: _read_environment(run) for run in runs}
@@ -142,7 +149,7 @@ def _thin_task(task: pathlib.Path, target: pathlib.Path) -> None:
   _write_json(target / "environment.json", shared)
   drawn = set()  # the sides whose first saved choices have been met
   for run in runs:
-    run_target = target / run.relative_to(task)
+    run_target = target / run.parent.name / run.name
     run_target.mkdir(parents=True)
     for name in _COPIED:
       if (run / name).exists():
@@ -166,38 +173,61 @@ def _thin_task(task: pathlib.Path, target: pathlib.Path) -> None:
       )
 
 
-def thin(source: pathlib.Path, target: pathlib.Path) -> None:
-  """Copies a comparison's folder to `target`, thinned as the module says.
+def _write_head(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
+  """Copies the files beside the tasks, each from the first folder that has it.
+  The comparison gets the seeds of all."""
+  paths = [path for source in sources for path in sorted(source.glob("*.json"))]
+  for path in reversed(paths):
+    shutil.copyfile(path, target / path.name)
+  plans = [
+    json.loads(path.read_text())
+    for path in paths
+    if path.name == "comparison.json"
+  ]
+  if len(plans) > 1:
+    seeds = sorted({seed for plan in plans for seed in plan["seeds"]})
+    _write_json(target / "comparison.json", plans[0] | {"seeds": seeds})
+
+
+def thin(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
+  """Copies a comparison's folders to `target`, thinned as the module says.
 
   The copy is written to a temporary folder, which is then renamed to `target`,
   so that no half of it can be left there. Thinning a thin folder changes
   nothing.
 
   Args:
-    source: a folder with `<task>/<side>/seed<k>` run folders below it.
+    sources: folders with `<task>/<side>/seed<k>` run folders below them, as
+      `runs.read_runs` takes them.
     target: the folder to make.
 
   Raises:
-    ValueError: the target exists, or the source holds no run.
+    ValueError: the target exists, a source holds no run, or several may not be
+      merged.
   """
-  tasks = sorted(
-    {path.parents[2] for path in source.glob("*/*/seed*/config.json")}
-  )
-  if not tasks:
-    raise ValueError(
-      f"{source} holds no runs; wanted <task>/<side>/seed<k>/config.json below"
-      " it"
-    )
+  tasks: dict[str, list[pathlib.Path]] = {}
+  for source in sources:
+    found = {path.parents[2] for path in source.glob("*/*/seed*/config.json")}
+    if not found:
+      raise ValueError(
+        f"{source} holds no runs; wanted <task>/<side>/seed<k>/config.json"
+        " below it"
+      )
+    for task in sorted(found):
+      tasks.setdefault(task.name, []).append(task)
+  if len(sources) > 1:
+    members = read_runs(*sources)
+    for task in tasks:
+      check_runs([run for run in members if run.task == task])
   if target.exists():
     raise ValueError(f"{target} exists; wanted the name of a new folder")
   target.parent.mkdir(parents=True, exist_ok=True)
   temporary = pathlib.Path(tempfile.mkdtemp(prefix=".thin-", dir=target.parent))
   try:
     temporary.chmod(0o755)
-    for path in sorted(source.glob("*.json")):
-      shutil.copyfile(path, temporary / path.name)
-    for task in tasks:
-      _thin_task(task, temporary / task.name)
+    _write_head(sources, temporary)
+    for name, folders in tasks.items():
+      _thin_task(folders, temporary / name)
     temporary.rename(target)
   except BaseException:
     shutil.rmtree(temporary, ignore_errors=True)
@@ -210,7 +240,10 @@ def main(argv: list[str] | None = None) -> int:
     description=(__doc__ or "").split("\n\n")[0],
   )
   parser.add_argument(
-    "source", type=pathlib.Path, help="folder of a comparison"
+    "source",
+    type=pathlib.Path,
+    nargs="+",
+    help="folder of a comparison; several hold different seeds",
   )
   parser.add_argument("target", type=pathlib.Path, help="folder to make")
   args = parser.parse_args(argv)
