@@ -1011,6 +1011,8 @@ def test_a_branch_refuses_what_it_cannot_continue(
   refused("Wanted a run with an Index Branch", branch, index_init="main")
   gqa = str(compared / "text" / "gqa" / "seed0")
   refused(r"kinds \['gqa'\]. Wanted", branch, init_from=gqa, init_step=1)
+  msa = str(compared / "text" / "msa" / "seed0")
+  refused("is sparse from step 3 on", branch, init_from=msa, init_step=3)
   index = dataclasses.replace(trunk.model.index, rope_dim=0)
   model = dataclasses.replace(trunk.model, index=index)
   refused(
@@ -1252,7 +1254,7 @@ def test_one_process_a_folder(place, source):
           index_warmup_steps=4, freeze_backbone=True
         )
       },
-      "leaves no sparse step of num_steps=4.*recipe.freeze_backbone=True must",
+      "leaves no sparse step of num_steps=4.*recipe.freeze_backbone=False, got",
     ),
     (
       {"data": data.RecallConfig(), "samples": 1},

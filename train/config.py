@@ -461,7 +461,7 @@ class RunConfig:
       return
     index = self.model.index
     wrong = [
-      f"{name}={value}"
+      f"{name}={wanted}, got {value}"
       for name, value, wanted in (
         ("model.index.detach_input", index.detach_input, True),
         ("model.index.detach_teacher", index.detach_teacher, True),
@@ -474,8 +474,8 @@ class RunConfig:
       not wrong,
       f"recipe.index_warmup_steps={self.recipe.index_warmup_steps} leaves no"
       f" sparse step of num_steps={self.num_steps}: such a run trains a GQA"
-      " model with an Index Branch beside it that changes nothing, for which"
-      f" {', '.join(wrong)} must be otherwise.",
+      " model with an Index Branch beside it that changes nothing. Wanted"
+      f" {'; '.join(wrong)}.",
     )
 
   @property

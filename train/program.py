@@ -441,6 +441,14 @@ class Program:
         f" {source['model']['layer_kinds']}. Wanted a run with an Index Branch"
         " for 'trained', and one without for the other values."
       )
+    if trained:
+      theirs = config_lib.from_dict(config_lib.RecipeConfig, source["recipe"])
+      if theirs.first_sparse_step <= recipe.init_step:
+        raise ValueError(
+          f"recipe.init_step={recipe.init_step}: recipe.init_from="
+          f"{recipe.init_from!r} is sparse from step"
+          f" {theirs.first_sparse_step} on. Wanted a step before."
+        )
     reader = self
     if not trained:
       # Scanned layers are stored as stacks; the conversion takes either form.

@@ -183,9 +183,9 @@ def runs_with_own_steps(runs: Sequence[RunConfig]) -> list[RunConfig]:
   """
   found: list[RunConfig] = []
   for run in runs:
-    recipe = run.recipe
+    own, recipe = run, run.recipe
     if run.uses_msa and not run.goes_sparse:
-      run = dataclasses.replace(
+      own = dataclasses.replace(
         run,
         model=dense_twin(run.model),
         recipe=RecipeConfig(),
@@ -199,12 +199,12 @@ def runs_with_own_steps(runs: Sequence[RunConfig]) -> list[RunConfig]:
         index_init="random",
         index_warmup_steps=recipe.first_sparse_step - 1,
       )
-      run = dataclasses.replace(run, recipe=recipe)
-      if compile_key(run) in [compile_key(other) for other in found]:
-        continue
+      own = dataclasses.replace(run, recipe=recipe)
     elif recipe.init_from is not None:
       continue
-    found.append(run)
+    known = map(compile_key, found)
+    if own is run or compile_key(own) not in known:
+      found.append(own)
   return found
 
 
