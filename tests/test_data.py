@@ -8,13 +8,14 @@ import lzma
 import multiprocessing
 import os
 import pathlib
+import sys
 import time
 import warnings
 
 import numpy as np
 import pytest
 
-from train import corpus, data, evaluate
+from train import corpus, data, evaluate, near_duplicates
 
 TEXTS = [
   f"def f_{i}(x):\n  return x + {i}  # naïve – ünïcode 猫🐈 {'ab' * (i % 7)}\n"
@@ -168,6 +169,94 @@ def test_the_split_is_by_document_and_duplicates_are_dropped(folder):
   assert not {t.strip(b"\xff") for t in texts[0]} & {
     t.strip(b"\xff") for t in texts[1]
   } - {b""}
+
+
+def alike_texts(rng, number):
+  """Texts of random words that share parts of each other."""
+  texts = []
+  for i in range(number):
+    words = [f"w{n}" for n in rng.integers(10**6, size=rng.integers(60, 120))]
+    if i % 2:
+      source = texts[rng.integers(len(texts))].split()
+      first = rng.integers(len(source))
+      changed = rng.integers(1, 50)
+      words = source[:first] + words[:changed] + source[first + changed :]
+    texts.append(" ".join(words))
+  return texts
+
+
+def runs_of_five(text):
+  words = text.split()
+  return {tuple(words[i : i + 5]) for i in range(len(words) - 4)}
+
+
+@pytest.mark.parametrize("threshold", [0.3, 0.7])
+def test_copies_are_the_documents_whose_runs_of_words_are_alike(threshold):
+  texts = alike_texts(np.random.default_rng(0), 300)
+  near = near_duplicates.NearDuplicates(threshold)
+  kept, wanted = [], []
+  for text in texts:
+    own = runs_of_five(text)
+    if all(len(own & other) < threshold * len(own | other) for other in wanted):
+      wanted.append(own)
+    if near.keep(text):
+      kept.append(own)
+  assert kept == wanted and 150 < len(kept) < 290
+  # Short texts are one run, and texts without words are never alike.
+  assert near.keep("one two") and not near.keep("one, two")
+  assert near.keep("+") and near.keep("- +")
+
+
+def test_near_duplicates_are_dropped_before_the_split(folder, capsys):
+  texts = alike_texts(np.random.default_rng(1), 30)
+  for i, text in enumerate(texts):
+    (folder / f"alike{i}.txt").write_text(text)
+  config = config_of(folder, near_duplicates=0.3)
+  meta = data.load(config).fingerprint
+  assert meta["settings"]["near_duplicates"] == 0.3
+  number, size = (
+    meta["left_out"]["near_duplicate"],
+    meta["near_duplicate_bytes"],
+  )
+  everything = data.load(config_of(folder)).fingerprint
+  assert "near_duplicate" not in everything["left_out"]
+  assert "near_duplicates" not in everything["settings"]
+  for key, gone in (("documents", number), ("bytes", size)):
+    before, after = (
+      sum(found[split][key] for split in ("train", "held_out"))
+      for found in (everything, meta)
+    )
+    assert after + gone == before
+  out = capsys.readouterr().out
+  assert out.count("near_duplicates=0.3") == 1
+  assert f"{number:,} with {size:,} bytes are nearly copies of them" in out
+  files = corpus._find_files(config)
+  splits, _ = corpus._split(files, config)
+  assert corpus._split(files[::-1], config)[0] == splits
+  train, held_out = (
+    [runs_of_five(text) for name, text in splits[split] if "alike" in name]
+    for split in ("train", "held_out")
+  )
+  assert train and held_out
+  for own in held_out:
+    assert all(len(own & other) < 0.3 * len(own | other) for other in train)
+  # The next run has the tokens already, and a limit counts what is kept.
+  capsys.readouterr()
+  data.load(config)
+  assert not capsys.readouterr().out
+  limit = config_of(folder, near_duplicates=0.3, max_bytes=2000)
+  found = data.load(limit).fingerprint
+  total = found["train"]["bytes"] + found["held_out"]["bytes"]
+  assert 1996 < total <= 2000
+
+
+def test_a_missing_minhash_library_is_named_with_its_extra(folder, monkeypatch):
+  monkeypatch.setitem(sys.modules, "datasketch", None)
+  with pytest.raises(
+    ModuleNotFoundError, match=r"near_duplicates: datasketch.*\[train\]"
+  ):
+    data.load(config_of(folder, near_duplicates=0.8))
+  data.load(config_of(folder))
 
 
 def test_one_document_holds_out_its_last_part(tmp_path):
@@ -625,6 +714,8 @@ def test_a_damaged_cache_is_refused(folder):
     ({"held_out": 1.0}, r"held_out=1.0.*0 < held_out < 1"),
     ({"held_out": float("nan")}, r"held_out=nan"),
     ({"max_bytes": 0}, r"max_bytes=0.*at least 1"),
+    ({"near_duplicates": 0.0}, r"near_duplicates=0.0: wanted .* 0.1 to 1"),
+    ({"near_duplicates": 1.1}, r"near_duplicates=1.1: wanted .* 0.1 to 1"),
     ({"text_field": ""}, r"text_field is empty"),
     ({"path": ""}, r"path='' is empty"),
   ],

@@ -31,6 +31,8 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 from jaxtyping import Int32, Int64, UInt
 
+from train.near_duplicates import NearDuplicates, require_datasketch
+
 # Part of every cache key. Raise it when this module makes other token streams
 # of the same text.
 _CACHE_VERSION = 4
@@ -89,6 +91,13 @@ class TextConfig:
   """Share of the documents that is held out, chosen by a hash of their names.
   If there is only one document, its last part is held out."""
 
+  near_duplicates: float | None = None
+  """Documents that are nearly copies of others are left out before the split: a
+  document counts as a copy from this Jaccard similarity of the runs of five
+  words in both. Of documents that are alike, the first in the order of a hash
+  of their names stays. Needs datasketch, which the extra train installs. None
+  keeps them all but exact copies."""
+
   max_bytes: int | None = None
   """Keep at most this much text: documents are taken in the order of a hash of
   their names, and the last one is cut."""
@@ -128,6 +137,13 @@ class TextConfig:
     if not 0.0 < self.held_out < 1.0:
       raise ValueError(
         f"held_out={self.held_out} is not a share: wanted 0 < held_out < 1."
+      )
+    if self.near_duplicates is not None and not (
+      0.1 <= self.near_duplicates <= 1.0
+    ):
+      raise ValueError(
+        f"near_duplicates={self.near_duplicates}: wanted a similarity of 0.1"
+        " to 1, or None to keep all documents but exact copies."
       )
     if self.max_bytes is not None and self.max_bytes < 1:
       raise ValueError(
@@ -382,9 +398,14 @@ def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
   Raises:
     ValueError: the path holds no text, cannot be read, or is not what its
       name says.
+    ModuleNotFoundError: a package that the settings need is missing.
   """
   if isinstance(config, TokensConfig):
     return _open_tokens(config)
+  copies: dict[str, Any] = {}
+  if config.near_duplicates is not None:
+    copies["datasketch"] = require_datasketch()
+    copies["near_duplicates"] = config.near_duplicates
   files = _find_files(config)
   own = None
   if config.tokenizer not in ("byte", "bpe"):
@@ -396,6 +417,7 @@ def open_corpus(config: TextConfig | TokensConfig) -> Corpus:
   if config.tokenizer == "bpe":
     fields.append("vocab_size")
   settings: dict[str, Any] = {name: getattr(config, name) for name in fields}
+  settings |= copies
   kind = config.tokenizer
   if own is not None:
     kind = "own"
@@ -790,11 +812,12 @@ def _json_rows(
 
 def _split(
   files: list[tuple[str, pathlib.Path]], config: TextConfig
-) -> tuple[dict[str, list[tuple[str, str]]], dict[str, int]]:
-  """The documents of both splits, and how many were left out for which reason.
+) -> tuple[dict[str, list[tuple[str, str]]], dict[str, Any]]:
+  """The documents of both splits, and what the corpus's metadata say of those
+  left out: how many for which reason, and the bytes of near-duplicates.
 
   Of equal texts only the first is kept, so that no held-out document is also a
-  training document.
+  training document. The same goes for near-duplicates, if the config says so.
   """
   documents: list[tuple[str, str]] = []
   left_out = {"not_utf8": 0, "empty": 0, "duplicate": 0}
@@ -823,16 +846,32 @@ def _split(
   def order(salt: str):
     return lambda pair: hashlib.sha256(f"{salt}:{pair[0]}".encode()).digest()
 
-  if config.max_bytes is not None:
-    room, kept = config.max_bytes, []
-    for name, text in sorted(documents, key=order("sample")):
+  about: dict[str, Any] = {"left_out": left_out}
+  chosen: Iterable[tuple[str, str]] = sorted(documents, key=order("sample"))
+  copies: list[tuple[str, str]] = []
+  if config.near_duplicates is not None:
+    chosen = _without_copies(chosen, config.near_duplicates, copies)
+  if config.max_bytes is None:
+    documents = list(chosen)
+  else:
+    room, documents = config.max_bytes, []
+    for name, text in chosen:
       cut = text.encode()[:room].decode(errors="ignore")
       room -= len(cut.encode())
       if cut:
-        kept.append((name, cut))
+        documents.append((name, cut))
       if room <= 0 or len(cut) < len(text):
         break
-    documents = kept
+  if config.near_duplicates is not None:
+    left_out["near_duplicate"] = len(copies)
+    about["near_duplicate_bytes"] = _count_bytes(copies)
+    print(
+      f"near_duplicates={config.near_duplicates}: {len(documents):,} documents"
+      f" with {_count_bytes(documents):,} bytes are kept; {len(copies):,} with"
+      f" {_count_bytes(copies):,} bytes are nearly copies of them, and left"
+      " out.",
+      flush=True,
+    )
   if len(documents) == 1:
     name, text = documents[0]
     cut = round(len(text) * (1.0 - config.held_out))
@@ -854,7 +893,26 @@ def _split(
         f"held_out={config.held_out} leaves the {split} split of"
         f" path={config.path!r} empty: wanted more text or another share."
       )
-  return splits, left_out
+  return splits, about
+
+
+def _without_copies(
+  documents: Iterable[tuple[str, str]],
+  threshold: float,
+  copies: list[tuple[str, str]],
+) -> Iterator[tuple[str, str]]:
+  """The documents that are no near-duplicates of earlier ones; the others are
+  added to `copies`. It reads no further than asked, since this takes time."""
+  near = NearDuplicates(threshold)
+  for name, text in documents:
+    if near.keep(text):
+      yield name, text
+    else:
+      copies.append((name, text))
+
+
+def _count_bytes(documents: list[tuple[str, str]]) -> int:
+  return sum(len(text.encode()) for _, text in documents)
 
 
 # The name of the token that ends a document, in exported tokenizers.
@@ -1072,7 +1130,7 @@ def _write_cache(
   own: _OwnTokenizer | None = None,
 ):
   """Writes tokens, tokenizer and their metadata. A failure leaves no files."""
-  splits, left_out = _split(files, config)
+  splits, about = _split(files, config)
   if own is not None:
     tokenizer = own
   elif config.tokenizer == "byte":
@@ -1083,7 +1141,7 @@ def _write_cache(
   meta: dict[str, Any] = {
     "vocab_size": tokenizer.vocab_size,
     "files": len(files),
-    "left_out": left_out,
+    **about,
   }
   try:
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -1137,7 +1195,7 @@ def _write_files(
     np.save(temporary / f"{split}_folders.npy", numbers.astype(np.int32))
     meta[split] = {
       "documents": len(parts),
-      "bytes": sum(len(text.encode()) for _, text in parts),
+      "bytes": _count_bytes(parts),
       "tokens": num_tokens,
       "names_sha256": _digest(names),
     }

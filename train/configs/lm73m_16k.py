@@ -19,14 +19,16 @@ MSA names the kernels (`implementation="mosaic_gpu"`), so the runs fail where
 the kernels cannot run.
 
 Text is the Python source of the installed packages (hundreds of MB beside
-PyTorch and JAX), as BPE tokens. A row is a window of all files one after
-another (rows="stream"), because most files are far shorter than the context,
-and facts are planted across the whole of it. A model of this size and training
-does not learn from text alone to retrieve over 16K tokens, and its loss on text
-would hardly show it. Retrieval is therefore part of the mix: facts are planted
-in the text, and some batch rows are associative recall alone (see
-`train.data.MixConfig`). Held-out text has no facts in it, and both kinds of
-retrieval are evaluated apart, at distances up to the whole context.
+PyTorch and JAX), as BPE tokens. Files that are nearly copies of others are left
+out, so that hardly any held-out file is one of training text. A row is a window
+of all files one after another (rows="stream"), because most files are far
+shorter than the context, and facts are planted across the whole of it. A model
+of this size and training does not learn from text alone to retrieve over 16K
+tokens, and its loss on text would hardly show it. Retrieval is therefore part
+of the mix: facts are planted in the text, and some batch rows are associative
+recall alone (see `train.data.MixConfig`). Held-out text has no facts in it, and
+both kinds of retrieval are evaluated apart, at distances up to the whole
+context.
 
 Every command below takes less than ten minutes and continues where it, or a
 kill, stopped. Compiled programs are kept for the next command. `--plan` fits
@@ -96,7 +98,11 @@ from train.data import MixConfig, RecallConfig, TextConfig
 # rows.
 DATA = MixConfig(
   text=TextConfig(
-    installed=True, tokenizer="bpe", vocab_size=8192, rows="stream"
+    installed=True,
+    near_duplicates=0.5,
+    tokenizer="bpe",
+    vocab_size=8192,
+    rows="stream",
   ),
   recall=RecallConfig(num_keys=32, num_values=4, num_facts=32),
   num_needles=32,
