@@ -548,6 +548,10 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
         added.append(last | {"kind": "dense_eval", "loss": loss} | dense_bins)
         oracle = {"kind": "oracle_eval", "bits_per_byte": 0.5 + seed / 4}
         added.append(last | oracle)
+      else:
+        window = {"kind": "window_eval", "window": 2, "window_most": 3}
+        seen = {"loss_by_position": bins(loss, 1.1 * (loss + 0.2))}
+        added.append(last | window | seen)
       _write(path, [*earlier, *added])
   for side in ("gqa", "msa"):
     sample = {"prompt": "if <", "sample": f"{side} >", "text": "a:"}
@@ -572,6 +576,15 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
     *("side", "seeds", metric, oracle, f"{metric}, with dense attention")
   ]
   assert row[oracle].startswith("0.7500 ")
+  # The mean over the two seeds with losses by position.
+  assert task["window"] == [
+    {
+      "side": "GQA",
+      "seeds": "2",
+      "tokens seen": "the last 2 to 3",
+      "after 2 to 3 tokens": "1.3000 → 1.4300 (+10.00%)",
+    }
+  ]
   assert (folder / "report" / "text_position.png").exists()
   page = (folder / "report" / "report.html").read_text()
   assert "What choosing blocks costs after training" in page

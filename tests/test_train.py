@@ -614,7 +614,7 @@ def test_muon_on_a_mesh_takes_the_step_of_one_device(place):
 
 @pytest.fixture(scope="module")
 def comparison(place) -> config_lib.ComparisonConfig:
-  msa = tiny_run(place, keep_steps=(1,))
+  msa = tiny_run(place, keep_steps=(1,), eval_window=24)
   cpt = config_lib.RecipeConfig(
     index_warmup_steps=1, init_from="gqa", init_step=1
   )
@@ -685,11 +685,69 @@ def test_compare_fills_the_run_folders(compared):
       pairs = zip(row["loss_by_position"], evals[-1]["loss_by_position"])
       found = [abs(a["loss"] - b["loss"]) for a, b in pairs]
       assert max(found[:-1]) < 1e-5 < found[-1]
+    # Only sides with dense attention have a window, of 24 to 30 of 64 tokens.
+    windows = [r for r in records if r["kind"] == "window_eval"]
+    assert [row["step"] for row in windows] == [4] * (side == "gqa")
+    for row in windows:
+      pairs = zip(row["loss_by_position"], evals[-1]["loss_by_position"])
+      *near, _, far = [abs(a["loss"] - b["loss"]) for a, b in pairs]
+      assert max(near) < 1e-5 < far
+      assert row["bits_per_byte"] == pytest.approx(
+        row["loss"] / np.log(2), rel=0.02
+      )
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["versions"]["jax"] == jax.__version__
     parameters = environment["parameters"]
     assert (parameters["index"] == 0) == (side == "gqa")
     assert (folder / "selection.npz").exists() == (side != "gqa")
+
+
+def test_a_window_hides_the_tokens_far_back(place):
+  run = as_gqa(tiny_run(place), eval_window=24)
+  packed = dataclasses.replace(run.data, rows="files")
+  run = dataclasses.replace(run, data=packed)
+  source = data.load(run.data)
+  program = program_of(run)
+  # Attention that looks far back, as an untrained model's does not.
+  params = {
+    name: 8.0 * value if "attention" in name else value
+    for name, value in program.init(0).params.items()
+  }
+  got = evaluate.window_metrics(program, params, source, batches=2)
+  assert (got["window"], got["window_most"]) == (24, 30)
+  model, losses, counts = program.merge(params), [], []
+  for number in range(2):
+    batch = source.eval_batch(number, **program.eval_shape)
+    loss = np.zeros(batch.loss_mask.shape)
+    firsts = (0, 6, 12, 18, 24, 30, 34)
+    logits = {}
+    for first in firsts:
+      ids = batch.segment_ids[:, first : first + 30]
+      tokens = batch.tokens[:, first : first + 30]
+      logits[first] = model(tokens, segment_ids=ids).logits
+    for query in range(64):
+      # The first piece that the query is in, which sees the most before it.
+      first = next(x for x in firsts if query < x + 30)
+      loss[:, query] = optax.softmax_cross_entropy_with_integer_labels(
+        logits[first][:, query - first], batch.tokens[:, query + 1]
+      )
+    losses.append(
+      evaluate.sum_by_position(np.where(batch.loss_mask, loss, 0), batch)
+    )
+    counts.append(evaluate.sum_by_position(batch.loss_mask, batch))
+  want = evaluate.loss_by_position(sum(losses), sum(counts))
+  for a, b in zip(got["loss_by_position"], want, strict=True):
+    assert a == pytest.approx(b, rel=1e-5)
+  total = sum(x.sum() for x in losses) / sum(x.sum() for x in counts)
+  assert got["loss"] == pytest.approx(total, rel=1e-5)
+  whole = evaluate.held_out_metrics(
+    program, params, source, "dense", batches=2, probe_batches=0
+  )
+  *near, far = (
+    abs(a["loss"] - b["loss"])
+    for a, b in zip(got["loss_by_position"], whole["loss_by_position"])
+  )
+  assert max(near[:-1]) < 1e-5 < far
 
 
 @pytest.fixture(scope="module")

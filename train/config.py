@@ -367,6 +367,13 @@ class RunConfig:
   possible choice as well: every query reads the P blocks with the most dense
   attention (`msa_jax.best_blocks`)."""
 
+  eval_window: int | None = None
+  """Of a side with dense attention, the final weights are evaluated a second
+  time with so many of the last tokens alone (and up to a quarter more, see
+  `evaluate.window_metrics`). The difference in loss is what the model takes
+  from tokens farther back. None, or a context that is no longer: there is no
+  such evaluation."""
+
   samples: int = 0
   """Held-out texts whose first half the final weights continue greedily, for
   the report. Needs text, and one device."""
@@ -409,7 +416,7 @@ class RunConfig:
       "keep_checkpoints",
       *(
         name
-        for name in ("probe_batches", "final_probe_batches")
+        for name in ("probe_batches", "final_probe_batches", "eval_window")
         if getattr(self, name) is not None
       ),
     )
@@ -518,6 +525,13 @@ class RunConfig:
     `oracle_at_end`, for layers whose Index Branch chooses."""
     chooses = self.goes_sparse and self.model.index.selection == "index"
     return self.oracle_at_end and chooses
+
+  @property
+  def evaluates_window(self) -> bool:
+    """Whether the final weights are evaluated with `eval_window`: those of a
+    side with dense attention and a longer context."""
+    window = self.eval_window or self.context
+    return not self.uses_msa and window < self.context
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
     """The phase of a step (counted from 1)."""

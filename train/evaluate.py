@@ -65,20 +65,87 @@ def held_out_metrics(
   losses, counts, sizes, answers = run(
     map(get, range(batches)), by_choice=by_choice and not source.probes
   )
-  batch_losses, targets = losses.sum(1), counts.sum(1)
-  total = float(batch_losses.sum())
-  result = {
-    "loss": total / int(targets.sum()),
-    "bits_per_byte": bits_per_byte(total, sizes),
-    **answers,
-    "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
-    "loss_by_position": loss_by_position(losses.sum(0), counts.sum(0)),
-  }
+  result = {**_loss_metrics(losses, counts, sizes), **answers}
   for name in source.probes:
     get = functools.partial(source.probe_batch, name, **program.eval_shape)
     *_, answers = run(map(get, range(probe_batches)), by_choice=by_choice)
     result |= {f"{name}_{key}": value for key, value in answers.items()}
   return result
+
+
+def window_metrics(
+  program: Program, params: Params, source: data_lib.Source, *, batches: int
+) -> dict[str, Any]:
+  """Loss on the held-out batches where tokens far back are not seen.
+
+  Each batch row is cut into pieces that overlap by `eval_window` tokens, and
+  each target is evaluated in the first piece that holds it. So it sees at least
+  `eval_window` tokens before it, or all, and depends on nothing farther back
+  than the piece is long. The model reads a piece as it reads any row. Attention
+  with a window in every layer would measure something else: the layers pass on
+  what lies farther back, and the weights were not trained with it.
+
+  Args:
+    program: of a run with `evaluates_window`.
+    params: its parameters.
+    source: the data.
+    batches: how many held-out batches to evaluate.
+
+  Returns:
+    The fields of a "window_eval" record: those of an "eval" record for the same
+    targets, without answers; "window", the tokens that a target's query sees
+    before it at least; and "window_most", the length of a piece.
+  """
+  window, length = program.config.eval_window, program.window_piece
+  assert window is not None
+  last = program.config.context - length
+  starts = [*range(0, last, length - window), last]
+  losses, counts, sizes = [], [], []
+  for number in range(batches):
+    batch = source.eval_batch(number, **program.eval_shape)
+    batch.check_ids(program.model_config.vocab_size)
+    pieces = []
+    for start in starts:
+      tokens = batch.tokens[:, start : start + length + 1]
+      mask = batch.loss_mask[:, start : start + length]
+      ids = batch.segment_ids
+      if ids is not None:
+        ids = ids[:, start : start + length + 1]
+      operands = program.put(tokens), program.put(mask)
+      operands += program.put_segments(ids)
+      pieces.append(program.call("evaluate", "window", params, *operands)[0])
+    loss, done = np.zeros(batch.loss_mask.shape), 0
+    for start, piece in zip(starts, pieces):
+      loss[:, done : start + length] = np.asarray(piece)[:, done - start :]
+      done = start + length
+    losses.append(sum_by_position(loss, batch))
+    counts.append(sum_by_position(batch.loss_mask, batch).astype(int))
+    sizes.append(count_bytes(source, batch))
+  return {
+    **_loss_metrics(np.stack(losses), np.stack(counts), sizes),
+    "window": window,
+    "window_most": length,
+  }
+
+
+def _loss_metrics(
+  losses: np.ndarray, counts: np.ndarray, sizes: list[int | None]
+) -> dict[str, Any]:
+  """The losses of a record.
+
+  Args:
+    losses: float [batch, position], summed over its targets.
+    counts: int [batch, position], their number.
+    sizes: bytes of each batch.
+  """
+  batch_losses, targets = losses.sum(1), counts.sum(1)
+  total = float(batch_losses.sum())
+  return {
+    "loss": total / int(targets.sum()),
+    "bits_per_byte": bits_per_byte(total, sizes),
+    "batch_loss": (batch_losses / np.maximum(targets, 1)).tolist(),
+    "loss_by_position": loss_by_position(losses.sum(0), counts.sum(0)),
+  }
 
 
 def _evaluate_batches(

@@ -298,6 +298,14 @@ class _Run:
       result = self._evaluate(step, "oracle")
       if np.isfinite(result["loss"]):
         self._log(self._stamp("oracle_eval", step, "oracle") | result)
+    if last and config.evaluates_window:
+      result = evaluate.window_metrics(
+        self.program,
+        self.state.params,
+        self.source,
+        batches=config.eval_batches,
+      )
+      self._log(self._stamp("window_eval", step) | result)
     if self.program.msa_layers and (step % config.layers_every == 0 or last):
       metrics = evaluate.layer_metrics(
         self.program, self.state.params, self.source, phase

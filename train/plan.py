@@ -191,6 +191,9 @@ def _run_seconds(run: RunConfig, times: dict[str, Any]) -> float:
         # Finding the blocks takes about as long as dense attention.
         seconds += 2 * times["evaluate"][phase]
       total += (run.eval_batches + probed) * seconds
+      if last and run.evaluates_window:
+        # Pieces that overlap have up to five times as many tokens as the rows.
+        total += 5 * run.eval_batches * times["evaluate"][phase]
       if last and run.goes_sparse and data_lib.asks_for_facts(run.data):
         # The chosen blocks come from a second forward pass over the batches
         # that ask for facts, which takes about as long as the first.

@@ -98,6 +98,9 @@ class ProgramConfig:
   packed: bool = False
   """Whether batch rows hold several documents (see `data.is_packed`)."""
 
+  eval_window: int | None = None
+  """As in `RunConfig`; None if there is no such evaluation."""
+
 
 def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
   """The part of a run's config that its compiled functions depend on."""
@@ -120,6 +123,7 @@ def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
     index_clip_norm=optimizer.index_clip_norm,
     router_bias_rate=optimizer.router_bias_rate,
     packed=data_lib.is_packed(run.data),
+    eval_window=run.eval_window if run.evaluates_window else None,
   )
 
 
@@ -744,7 +748,8 @@ class Program:
   ):
     """Loss of each target, and which targets the model predicts right.
 
-    The phase "oracle" is "sparse" with the best possible choice of blocks.
+    The phase "oracle" is "sparse" with the best possible choice of blocks, and
+    "window" is "dense" for pieces of rows (see `evaluate.window_metrics`).
     Here, and in the functions below, tokens and segment_ids are [batch row,
     context + 1], in the order of the sequence.
     """
@@ -812,7 +817,7 @@ class Program:
     """Compiles a function for a phase, unless that was done before.
 
     Args:
-      phase: "dense", "warmup" or "sparse"; "oracle" for "evaluate".
+      phase: "dense", "warmup" or "sparse"; "oracle" or "window" for "evaluate".
       function: "step", "evaluate", "layer_metrics" or "choose".
 
     Returns:
@@ -844,9 +849,8 @@ class Program:
           ),
           phase=phase,
         )
-      rows = np.zeros(
-        (self.eval_shape["batch_size"], config.context + 1), np.int32
-      )
+      length = self.window_piece if phase == "window" else config.context
+      rows = np.zeros((self.eval_shape["batch_size"], length + 1), np.int32)
       tokens = self.put(rows)
       ids = [tokens] if config.packed else []
       if function == "evaluate":
@@ -937,6 +941,14 @@ class Program:
     batch."""
     rows = self.config.batch_size // self.config.grad_accumulation
     return {"batch_size": rows, "context": self.config.context}
+
+  @property
+  def window_piece(self) -> int:
+    """Tokens of a piece of a row in the evaluation with `eval_window`: the
+    window and a quarter more, at most the context."""
+    window = self.config.eval_window
+    assert window is not None
+    return min(window + max(window // 4, 1), self.config.context)
 
   @property
   def msa_layers(self) -> list[int]:
@@ -1094,6 +1106,8 @@ def compile_task(
       calls.append((programs[key], "warmup", "evaluate"))
     if run.evaluates_oracle:
       calls.append((programs[key], "oracle", "evaluate"))
+    if run.evaluates_window:
+      calls.append((programs[key], "window", "evaluate"))
   compile_all(calls)
   return CompiledTask(source, programs)
 

@@ -11,6 +11,7 @@ _EVALUATIONS = {
   "eval": "held out:",
   "dense_eval": "held out, the same weights with dense attention:",
   "oracle_eval": "held out, the same weights with the oracle's blocks:",
+  "window_eval": "held out, the same weights without tokens far back:",
 }
 _LAYER_NUMBERS = ("kl", "block_recall", "score_recall", "best_score_recall")
 

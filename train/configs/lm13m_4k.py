@@ -40,6 +40,7 @@ GQA = dataclasses.replace(
   eval_batches=16,
   probe_batches=4,
   final_probe_batches=64,
+  eval_window=512,
   layers_every=80,
   checkpoint_every=400,
   keep_steps=(680,),

@@ -147,6 +147,7 @@ GQA = RunConfig(
   eval_batches=32,
   probe_batches=4,
   final_probe_batches=160,
+  eval_window=2048,  # as many tokens as a sparse query reads
   layers_every=160,
   checkpoint_every=800,
   keep_checkpoints=1,

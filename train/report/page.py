@@ -707,6 +707,16 @@ def _add_choice_tables(page: _Page, task: _Task) -> None:
   _add_table(
     page,
     task,
+    "window",
+    "What tokens far back give",
+    tables.window_rows(task.sides),
+    "Held-out loss (nats for each token) of the final weights with the whole "
+    "context → with its last tokens alone, by how many tokens come before. The "
+    "difference is what the model takes from tokens farther back.",
+  )
+  _add_table(
+    page,
+    task,
     "by_choice",
     "Answers by what each layer chose",
     tables.choice_rows(task.sides, task.probes),

@@ -124,6 +124,14 @@ class Run:
       self.records["oracle_eval"][-1] if self.records["oracle_eval"] else {}
     )
 
+  @property
+  def final_window(self) -> dict:
+    """The final weights evaluated without tokens far back: the last
+    "window_eval" record; empty if there is none."""
+    return (
+      self.records["window_eval"][-1] if self.records["window_eval"] else {}
+    )
+
   def get(self, path: str, default: Any = None) -> Any:
     """A config value by its dotted path."""
     return flatten(self.config).get(path, default)
@@ -233,6 +241,7 @@ _NEEDED = {
   "eval": ("step", "phase", "tokens", "seconds", "loss", "batch_loss"),
   "dense_eval": ("step", "loss"),
   "oracle_eval": ("step", "loss"),
+  "window_eval": ("step", "loss", "loss_by_position", "window", "window_most"),
   "layers": ("step", "phase", "layers"),
 }
 

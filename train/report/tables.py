@@ -126,6 +126,37 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
   return rows
 
 
+def window_rows(sides: dict[str, list[Run]]) -> Rows:
+  """Loss after training with all tokens of the context and with the last ones
+  alone, by the number of tokens before the query; means over the seeds."""
+  rows = []
+  for side, runs in sides.items():
+    done = (run for run in runs if run.finished and run.final_window)
+    found = [(run.final, run.final_window) for run in done]
+    if not found:
+      continue
+    window, most = (found[0][1][key] for key in ("window", "window_most"))
+    row = {
+      "side": side_name(side),
+      "seeds": str(len(found)),
+      "tokens seen": f"the last {window:,} to {most:,}",
+    }
+    for i, place in enumerate(found[0][1]["loss_by_position"]):
+      if place["low"] < window:
+        continue
+      every, last = (
+        statistics.mean(
+          seed[way]["loss_by_position"][i]["loss"] for seed in found
+        )
+        for way in (0, 1)
+      )
+      row[f"after {place['low']:,} to {place['high'] - 1:,} tokens"] = (
+        f"{every:.4f} → {last:.4f} ({last / every - 1:+.2%})"
+      )
+    rows.append(row)
+  return rows
+
+
 def sample_rows(sides: dict[str, list[Run]]) -> Rows:
   """What the first seed of each side writes after the same held-out prompts."""
   written = {side: runs[0].samples for side, runs in sides.items()}
