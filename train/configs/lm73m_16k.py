@@ -96,6 +96,12 @@ from train.data import MixConfig, RecallConfig, TextConfig
 # for asks=1 and answer_share=0.4, and with 52 and 55 % for 4 and 0.4. Measured
 # on two CPU cores, 2026-11-24, with one seed. This comparison has 3,200 batch
 # rows.
+#
+# Of the packages of a CPU's environment (120 MB), files of whose runs of five
+# words more than 80 % also occur in training text were 5.9 % of the held-out
+# text. They were 2.1 % without near-duplicates from 0.8 on (1.6 % of the bytes
+# go), and 0.18 % from 0.5 on (3.5 %) and from 0.4 on (4.2 %). Measured on two
+# CPU cores, 2026-11-29.
 DATA = MixConfig(
   text=TextConfig(
     installed=True,
