@@ -715,6 +715,18 @@ def test_a_window_hides_the_tokens_far_back(place):
   }
   got = evaluate.window_metrics(program, params, source, batches=2)
   assert (got["window"], got["window_most"]) == (24, 30)
+  # A trunk attends as GQA does.
+  trunk = dataclasses.replace(
+    tiny_run(place, data=packed, eval_window=24),
+    recipe=config_lib.RecipeConfig(index_warmup_steps=4),
+  )
+  assert run.evaluates_window and trunk.evaluates_window
+  assert not tiny_run(place, eval_window=24).evaluates_window
+  beside = program_of(trunk)
+  same = evaluate.window_metrics(
+    beside, beside.init(0).params | params, source, batches=2
+  )
+  np.testing.assert_allclose(same["loss"], got["loss"], rtol=1e-5)
   model, losses, counts = program.merge(params), [], []
   for number in range(2):
     batch = source.eval_batch(number, **program.eval_shape)

@@ -529,9 +529,9 @@ class RunConfig:
   @property
   def evaluates_window(self) -> bool:
     """Whether the final weights are evaluated with `eval_window`: those of a
-    side with dense attention and a longer context."""
+    side that ends with dense attention, in a longer context."""
     window = self.eval_window or self.context
-    return not self.uses_msa and window < self.context
+    return not self.goes_sparse and window < self.context
 
   def phase(self, step: int) -> Literal["dense", "warmup", "sparse"]:
     """The phase of a step (counted from 1)."""

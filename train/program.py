@@ -123,7 +123,7 @@ def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
     index_clip_norm=optimizer.index_clip_norm,
     router_bias_rate=optimizer.router_bias_rate,
     packed=data_lib.is_packed(run.data),
-    eval_window=run.eval_window if run.evaluates_window else None,
+    eval_window=run.eval_window,
   )
 
 
@@ -678,7 +678,7 @@ class Program:
       kwargs["max_segments"] = data_lib.max_documents(self.config.context)
     return model(
       tokens,
-      phase="warmup" if phase == "warmup" else "sparse",
+      phase="warmup" if phase in ("warmup", "window") else "sparse",
       **kwargs,
     )
 
@@ -749,7 +749,8 @@ class Program:
     """Loss of each target, and which targets the model predicts right.
 
     The phase "oracle" is "sparse" with the best possible choice of blocks, and
-    "window" is "dense" for pieces of rows (see `evaluate.window_metrics`).
+    "window" is dense attention to pieces of rows (see
+    `evaluate.window_metrics`).
     Here, and in the functions below, tokens and segment_ids are [batch row,
     context + 1], in the order of the sequence.
     """
