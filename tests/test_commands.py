@@ -264,15 +264,21 @@ def records_of(folder: pathlib.Path, kind: str) -> list[dict]:
   return [record for record in records if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("mix", [True, False])
-def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
-  """A mix counts the answers of its probes, recall alone those of its held-out
-  batches."""
+@pytest.mark.parametrize("kind", ["mix", "recall", "probes"])
+def test_answers_by_choice_against_a_loop(tiny, compiled_once, kind):
+  """A mix and probes count the answers of their probes, recall alone those of
+  its held-out batches."""
   comparison = config_lib.with_fields(configs.preset("lm73m_16k"), tiny)
   (run,) = (run for run in comparison.runs if run.side == "msa")
   kinds = ("gqa", "msa", "msa")
   model = dataclasses.replace(run.model, num_layers=3, layer_kinds=kinds)
-  asked = run.data if mix else run.data.recall
+  asked = {
+    "mix": run.data,
+    "recall": run.data.recall,
+    "probes": data.ProbesConfig(
+      tasks=("common_words", "multi_query"), num_keys=8, leads=(100,)
+    ),
+  }[kind]
   run = dataclasses.replace(run, model=model, data=asked)
   made = program_of(run)
   source = data.load(run.data)
@@ -280,8 +286,10 @@ def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
   result = evaluate.held_out_metrics(
     made, params, source, "sparse", batches=2, probe_batches=2, by_choice=True
   )
-  assert ("by_choice" in result) == (not mix)
-  for probe in source.probes or ("",):
+  assert ("by_choice" in result) == (kind == "recall")
+  assert (result["accuracy"] is None) == (kind != "recall")
+  asking = [p for p in source.probes if p != "common_words"]
+  for probe in asking or ("",):
     counts = np.zeros((3, 2, 2), int)  # layer, found, right
     for number in range(2):
       batch = (
@@ -309,6 +317,13 @@ def test_answers_by_choice_against_a_loop(tiny, compiled_once, mix):
       }
       for layer in (1, 2)
     ]
+  if kind == "probes":
+    # No single fact answers for the commonest word.
+    assert result["common_words_by_distance"] is None
+    assert "common_words_by_choice" not in result
+    (words,) = result["common_words_by_number"]
+    assert words["number"] == 100 and words["count"] == words["rows"]
+    assert words["accuracy"] == result["common_words_accuracy"]
 
 
 def test_plan_makes_the_longest_comparison_that_fits(compared):
@@ -603,6 +618,24 @@ def test_facts_found_counts_far_facts_in_chosen_blocks():
   distance[distance > 2] = -1
   far, found = evaluate.facts_found(blocks, distance, index)
   assert not far.any() and found.shape == (0, 2)
+
+
+def test_answers_by_number():
+  numbers = np.full((3, 5), -1)
+  numbers[0, [1, 3]] = 2
+  numbers[1, [0, 4]] = 2
+  numbers[2, [2, 3, 4]] = [7, 7, 2]
+  right = np.array([True, True, False, True, True, False, True])
+  two, seven = evaluate.answers_by_number(right, numbers)
+  assert two == {
+    "number": 2,
+    "accuracy": 4 / 5,
+    "count": 5,
+    "all_right": 2 / 3,
+    "rows": 3,
+  }
+  assert (seven["number"], seven["accuracy"]) == (7, 0.5)
+  assert (seven["all_right"], seven["rows"]) == (0.0, 1)
 
 
 def test_a_missing_package_of_the_report_is_said_before_training(

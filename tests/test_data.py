@@ -15,7 +15,7 @@ import warnings
 import numpy as np
 import pytest
 
-from train import corpus, data, evaluate, near_duplicates
+from train import corpus, data, evaluate, near_duplicates, probes
 
 TEXTS = [
   f"def f_{i}(x):\n  return x + {i}  # naïve – ünïcode 猫🐈 {'ab' * (i % 7)}\n"
@@ -1027,6 +1027,168 @@ def test_recall_wants_room_for_one_fact():
   source.train_batch(0, 0, batch_size=1, context=4)
   with pytest.raises(ValueError, match="context=3 has no room"):
     source.train_batch(0, 0, batch_size=1, context=3)
+
+
+# --- Probes ------------------------------------------------------------------
+
+
+def answers_of(config, task, row):
+  """The answers of a row of `train.probes`, found from its tokens alone, as
+  (query, answer, position of the fact or None, number)."""
+  ids, k, v = probes.Ids(config), config.num_keys, config.num_values
+  key, ask, value = ids.key, ids.ask, ids.value
+  facts, links, words = [], {}, {}
+  for t, token in enumerate(row):
+    if ids.link(0, 0) <= token:
+      links[(token - ids.link(0, 0)) // k] = (token - ids.link(0, 0)) % k, t
+    elif ids.fact(0, 0) <= token:
+      facts.append((*divmod(token - ids.fact(0, 0), v), t))
+    elif value <= token < value + v:
+      words[token] = words.get(token, 0) + 1
+  first = {i: (x, t) for i, x, t in facts}
+  if task == "common_words":
+    words[row[-1]] -= 1  # the answer itself
+    word, second = sorted(words, key=lambda word: -words[word])[:2]
+    lead = 100 * (words[word] / words[second] - 1)
+    # The lead is rounded to whole words.
+    number = min(config.leads, key=lambda wanted: abs(wanted - lead))
+    assert len(set(words.values())) == 2
+    return [(len(row) - 2, word, None, number)]
+  keys = [t for t, x in enumerate(row) if key <= x < key + k]
+  if task == "copy":
+    found, half = [], config.num_spans
+    for t in keys[half:]:
+      (start,) = (s for s in keys[:half] if row[s] == row[t])
+      n = sum(ids.symbol <= x < ids.fact(0, 0) for x in row) // (2 * half)
+      found += [(t + i, row[start + 1 + i], start + 1 + i, n) for i in range(n)]
+    return found
+  found = []
+  for t in keys:
+    i = row[t] - key
+    if task == "multi_query":
+      found.append((t, value + first[i][0], first[i][1], len(keys)))
+    elif task == "multi_value":
+      own = [(x, at) for j, x, at in facts if j == i]
+      total, at = sum(x for x, _ in own) % v, min(at for _, at in own)
+      assert row[t - 1] == ask + len(own)
+      found.append((t, value + total, at, len(own)))
+    else:
+      at, hops = (first if i in first else links)[i][1], 0
+      while i in links:
+        i, hops = links[i][0], hops + 1
+      found.append((t, value + first[i][0], at, hops))
+  return found
+
+
+PROBES = data.ProbesConfig(num_keys=8, num_fillers=3)
+
+
+@pytest.mark.parametrize("task", PROBES.tasks)
+def test_every_answer_of_a_probe_follows_from_its_row(task):
+  source = data.load(PROBES)
+  assert source.probes == PROBES.tasks == tuple(PROBES.chances)
+  numbers = set()
+  for context in (PROBES.least_context, 200):
+    batch = source.probe_batch(task, 0, batch_size=24, context=context)
+    assert batch.tokens.shape == (24, context + 1)
+    assert batch.tokens.min() == 0 and batch.tokens.max() < source.vocab_size
+    np.testing.assert_array_equal(batch.loss_mask, batch.answers)
+    assert batch.loss_mask[:, -1].all()
+    for row, distance, number in zip(
+      batch.tokens, batch.distance, batch.number
+    ):
+      # A query and its answer are the last tokens. Facts are all before them.
+      found = [
+        (t, row[t + 1], None if distance[t] < 0 else t - distance[t], number[t])
+        for t in np.flatnonzero(number >= 0)
+      ]
+      assert found == answers_of(PROBES, task, row.tolist())
+      numbers |= {number for *_, number in found}
+  wanted = {
+    "multi_query": PROBES.num_queries,
+    "multi_value": PROBES.num_stated,
+    "common_words": PROBES.leads,
+    "copy": PROBES.spans,
+    "variable_tracking": PROBES.hops,
+  }
+  assert numbers == set(wanted[task])
+
+
+@pytest.mark.parametrize("task", PROBES.tasks)
+def test_the_format_of_a_probe_does_not_tell_its_answers(task):
+  source = data.load(PROBES)
+  shape = {"batch_size": 400, "context": PROBES.least_context}
+  batch = source.probe_batch(task, 1, **shape)
+  chance = PROBES.chances[task]
+  # The last answer of a row, whose others are known by then: neither the value
+  # nor its difference from the answer before is more frequent than others.
+  last = batch.tokens[:, -1]
+  again = np.zeros(last.size, int)
+  for i, row in enumerate(batch.answers):
+    queries = np.flatnonzero(row)
+    again[i] = batch.tokens[i, queries[-2] + 1] if queries.size > 1 else 0
+  for answers in (last, (last - again) % round(1 / chance)):
+    share = np.unique(answers, return_counts=True)[1] / answers.size
+    bound = 5 * (chance * (1 - chance) / answers.size) ** 0.5
+    assert share.size == round(1 / chance)
+    np.testing.assert_allclose(share, chance, atol=bound)
+
+
+def test_probes_are_fixed_and_held_out():
+  source, again = data.load(PROBES), data.load(PROBES)
+  shape = {"batch_size": 6, "context": PROBES.least_context}
+  a = source.train_batch(2, 9, **shape)
+  assert batches_equal(a, again.train_batch(2, 9, **shape))
+  # A row does not depend on the others of its batch.
+  fewer = source.train_batch(2, 9, **(shape | {"batch_size": 4}))
+  np.testing.assert_array_equal(fewer.tokens, a.tokens[:4])
+  batches = [
+    a,
+    source.train_batch(2, 8, **shape),
+    source.train_batch(1, 9, **shape),
+    source.eval_batch(0, **shape),
+    source.eval_batch(9, **shape),
+    *(source.probe_batch(task, 0, **shape) for task in source.probes),
+    source.probe_batch("copy", 1, **shape),
+  ]
+  rows = [row.tobytes() for batch in batches for row in batch.tokens]
+  assert len(set(rows)) == len(rows)
+  assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
+  other = data.load(data.ProbesConfig(num_keys=8, num_fillers=2))
+  assert other.fingerprint != source.fingerprint
+  # Each row has the weight of one answer.
+  weights = data.loss_weights(PROBES, a)
+  np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
+  assert ((weights > 0) == a.loss_mask).all()
+  with pytest.raises(ValueError, match="name='recall': wanted one of"):
+    source.probe_batch("recall", 0, **shape)
+
+
+@pytest.mark.parametrize(
+  ("changes", "text"),
+  [
+    ({"tasks": ("copy", "sort")}, r"tasks=\('copy', 'sort'\): wanted one or"),
+    ({"tasks": ()}, r"tasks=\(\): wanted one or more"),
+    ({"num_symbols": 1}, r"num_symbols=1: wanted an integer of at least 2"),
+    ({"leads": (0, 5)}, r"leads=\(0, 5\): wanted one or more integers"),
+    ({"spans": ()}, r"spans=\(\): wanted one or more integers"),
+    ({"num_keys": 7}, r"num_keys=7: task 'multi_query' wants at least 8"),
+    (
+      {"num_keys": 3, "tasks": ("variable_tracking",)},
+      r"num_keys=3: task 'variable_tracking' wants at least 4, for max\(hops\)",
+    ),
+  ],
+)
+def test_probes_config_refuses(changes, text):
+  with pytest.raises(ValueError, match=text):
+    data.ProbesConfig(**changes)
+
+
+def test_probes_want_room():
+  least = PROBES.least_context
+  text = f"context={least - 1} has no room .* {least}"
+  with pytest.raises(ValueError, match=text):
+    data.load(PROBES).eval_batch(0, batch_size=1, context=least - 1)
 
 
 # --- Mix ---------------------------------------------------------------------

@@ -523,6 +523,70 @@ def test_retrieval_is_compared_at_each_distance(tmp_path):
   assert far["error"] == pytest.approx(((0.09 + 0.24) / 100) ** 0.5)
 
 
+def test_probes_are_compared_by_number_and_with_the_oracle(tmp_path):
+  folder = _make(tmp_path, {"probes": {"gqa": [1.0] * 2, "msa": [1.0] * 2}})
+
+  def answers(near, far):
+    return {
+      "copy_accuracy": (near + far) / 2,
+      "copy_by_distance": [
+        {"low": 8, "high": 16, "accuracy": near, "count": 50},
+        {"low": 16, "high": 32, "accuracy": far, "count": 50},
+      ],
+      # The count of words has no distance.
+      "common_words_accuracy": near,
+      "common_words_by_distance": None,
+      "common_words_by_number": [
+        {"number": number, "accuracy": near, "count": 50, "rows": 50}
+        for number in (10, 25)
+      ],
+    }
+
+  for path in folder.glob("probes/*/*/metrics.jsonl"):
+    msa = path.parent.parent.name == "msa"
+    shares = answers(0.9, 0.6 if msa else 0.8)
+    rows = [r | shares if r["kind"] == "eval" else r for r in _read(path)]
+    if msa:
+      rows.append(rows[-1] | {"kind": "oracle_eval"} | answers(0.9, 0.7))
+    _write(path, rows)
+    file = path.parent / "environment.json"
+    environment = json.loads(file.read_text())
+    environment["data"]["chance"] = {"copy": 0.0625, "common_words": 0.25}
+    file.write_text(json.dumps(environment))
+  out = report.write(folder)
+  task = _summary(folder)["tasks"]["probes"]
+  near, far = (
+    {side: bins[i] for side, bins in task["copy_by_distance"].items()}
+    for i in range(2)
+  )
+  assert near["msa"]["difference"] == near["msa oracle"]["difference"] == 0
+  assert far["msa"]["difference"] == pytest.approx(-0.2)
+  assert far["msa oracle"]["difference"] == pytest.approx(-0.1)
+  assert far["msa oracle"]["count"] == 100
+  words = task["common_words_by_number"]["msa"]
+  assert [row["number"] for row in words] == [10, 25]
+  assert task["common_words_by_distance"] == {}
+  sides, found = runs.group_by_side(runs.read_runs(folder)), {}
+  colors = dict.fromkeys(sides, "C0")
+  for probe in runs.probes_of([sides["msa"][0].final]):
+    figure = figures.distance_figure("probes", sides, colors, probe)
+    (axes,) = figure.axes
+    lines = {line.get_label(): line for line in axes.lines}
+    found[probe.name] = axes.get_xlabel()
+    chance = 100 * environment["data"]["chance"][probe.name]
+    assert list(lines["chance"].get_ydata()) == [chance] * 2
+    shown = lines["MSA, oracle's blocks (2 seeds)"].get_ydata()
+    wanted = [90, 70] if probe.name == "copy" else [90, 90]
+    np.testing.assert_allclose(shown, wanted)
+  assert found == {
+    "copy": "Distance back to the fact (tokens)",
+    "common_words": "Lead of the commonest word (%)",
+  }
+  text = out.read_text()
+  assert "MSA with the oracle&#x27;s blocks − GQA, points" in text
+  assert "<td>25.0</td>" in text and "<td>6.2</td>" in text
+
+
 def test_what_the_choice_costs_is_told_apart(tmp_path):
   # GQA's last seed was made before losses by position were recorded.
   losses = {"text": {"gqa": [1.0, 1.2, 5.0], "msa": [1.1, 1.4, 5.0]}}

@@ -1474,7 +1474,7 @@ def test_presets_are_comparable(name):
     ]
     runs.check_comparable(sides)
   for run in comparison.runs:
-    if isinstance(run.data, data.RecallConfig):
+    if isinstance(run.data, data.RecallConfig | data.ProbesConfig):
       assert data.load(run.data).vocab_size <= run.model.vocab_size
 
 

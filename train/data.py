@@ -13,9 +13,11 @@ There are these kinds of data behind one interface, `Source`:
   the context, a later query names a key, and only the value that answers it is
   a target. The distance back to the fact is log-uniform, so that accuracy can
   be drawn against distance.
-- `MixConfig`: both for one model. Some batch rows are recall alone, and the
-  others are text with facts planted in it (needles). Held-out text has no
-  needles. Two probes evaluate needles and recall.
+- `ProbesConfig`: tasks that need several facts, or the whole context (see
+  `train.probes`). Each of them is a probe as well.
+- `MixConfig`: text and recall for one model. Some batch rows are recall alone,
+  and the others are text with facts planted in it (needles). Held-out text has
+  no needles. Two probes evaluate needles and recall.
 
 A source keeps no position. A run therefore needs only its step to resume, and
 two models that are compared see the same tokens.
@@ -39,6 +41,7 @@ from train.corpus import (
   open_corpus,
   open_tokenizer,
 )
+from train.probes import Ids, ProbesConfig, make_row
 
 _TRAIN_STREAM, _EVAL_STREAM, _MIX_STREAM = 0, 1, 2
 
@@ -53,12 +56,22 @@ class Batch(NamedTuple):
       query back to the fact that it asks for; -1 elsewhere.
     segment_ids: the document of each token, counted from 1 in each row; 0 for
       padding. None if rows are not packed.
+    number: where the target answers a query of `train.probes`, the number by
+      which its task is reported, such as that of hops; -1 elsewhere. None for
+      other data.
   """
 
   tokens: Int32[np.ndarray, "B T+1"]
   loss_mask: Bool[np.ndarray, "B T"]
   distance: Int32[np.ndarray, "B T"]
   segment_ids: Int32[np.ndarray, "B T+1"] | None = None
+  number: Int32[np.ndarray, "B T"] | None = None
+
+  @property
+  def answers(self) -> Bool[np.ndarray, "B T"]:
+    """The targets that answer a query."""
+    told = self.distance >= 0
+    return told if self.number is None else told | (self.number >= 0)
 
   @classmethod
   def of(
@@ -233,7 +246,12 @@ class FactoryConfig:
 
 
 DataConfig = (
-  TextConfig | TokensConfig | RecallConfig | MixConfig | FactoryConfig
+  TextConfig
+  | TokensConfig
+  | RecallConfig
+  | ProbesConfig
+  | MixConfig
+  | FactoryConfig
 )
 
 
@@ -242,13 +260,16 @@ def loss_weights(
 ) -> Float32[np.ndarray, "B T"]:
   """The weight of each target in the loss, which is a weighted mean.
 
-  All targets in the loss mask have the same weight, except in a mix: there the
-  answers have `answer_share` of the weight together, if the batch has other
-  targets too.
+  All targets in the loss mask have the same weight, except in a mix and in
+  probes. In a mix the answers have `answer_share` of the weight together, if
+  the batch has other targets too. In probes the answers of a batch row have
+  the weight of one together, so that tasks with few answers are learnt too.
   """
   weights = batch.loss_mask.astype(np.float32)
+  if isinstance(config, ProbesConfig):
+    weights /= np.maximum(weights.sum(1, keepdims=True), 1)
   if isinstance(config, MixConfig):
-    answers = batch.loss_mask & (batch.distance >= 0)
+    answers = batch.loss_mask & batch.answers
     count = answers.sum()
     rest = batch.loss_mask.sum() - count
     if count and rest:
@@ -274,13 +295,15 @@ def max_documents(context: int) -> int:
 def probes_of(config: DataConfig) -> tuple[str, ...]:
   """Names of the probes: retrieval tasks that are evaluated beside the held-out
   batches."""
+  if isinstance(config, ProbesConfig):
+    return config.tasks
   return ("needle", "recall") if isinstance(config, MixConfig) else ()
 
 
 def asks_for_facts(config: DataConfig) -> bool:
   """Whether the probes ask for facts, or the held-out batches if there are no
   probes."""
-  return isinstance(config, RecallConfig | MixConfig)
+  return isinstance(config, RecallConfig | ProbesConfig | MixConfig)
 
 
 class Source(abc.ABC):
@@ -294,6 +317,7 @@ class Source(abc.ABC):
       which runs keep (see `corpus.read_tokenizer`); None if they need none.
     fingerprint: JSON values that are equal for equal data.
     chance: accuracy of a model that does not see the facts; None for text.
+      For probes that differ in it, a dict by their names.
     probes: names of the probes (see `probes_of`).
   """
 
@@ -301,7 +325,7 @@ class Source(abc.ABC):
   token_bytes: Int32[np.ndarray, "V"] | None = None
   tokenizer: str | None = None
   fingerprint: dict[str, Any]
-  chance: float | None = None
+  chance: float | dict[str, float] | None = None
   probes: tuple[str, ...] = ()
 
   @abc.abstractmethod
@@ -344,6 +368,8 @@ def load(config: DataConfig) -> Source:
   """
   if isinstance(config, RecallConfig):
     return _RecallSource(config)
+  if isinstance(config, ProbesConfig):
+    return _ProbesSource(config)
   if isinstance(config, TextConfig | TokensConfig):
     return _text_source(config)
   if isinstance(config, MixConfig):
@@ -352,7 +378,7 @@ def load(config: DataConfig) -> Source:
     return _factory_source(config)
   raise ValueError(
     f"config is a {type(config).__name__}: wanted TextConfig, TokensConfig,"
-    " RecallConfig, MixConfig or FactoryConfig."
+    " RecallConfig, ProbesConfig, MixConfig or FactoryConfig."
   )
 
 
@@ -780,6 +806,72 @@ class _RecallSource(Source):
       tokens[row, query_token + 1] = first_id + self._first_value + value
       distance[row, query_token] = query_token - fact_token
     return distance
+
+
+# --- Probes ------------------------------------------------------------------
+
+
+class _ProbesSource(Source):
+  """A new row for every (seed, step, batch row).
+
+  The rows of held-out batches take the tasks in turn, those of a probe have one
+  task.
+  """
+
+  token_bytes = None
+
+  def __init__(self, config: ProbesConfig):
+    self._config = config
+    self.probes = config.tasks
+    self.vocab_size = Ids(config).vocab_size
+    self.chance = config.chances
+    sample = self.eval_batch(
+      0, batch_size=2 * len(config.tasks), context=config.least_context
+    )
+    self.fingerprint = {
+      "name": "probes",
+      **{
+        name: list(value) if isinstance(value, tuple) else value
+        for name, value in dataclasses.asdict(config).items()
+      },
+      "vocab_size": self.vocab_size,
+      "chance": self.chance,
+      # The hash of a sample, so that another generator gives another one.
+      "sha256": hashlib.sha256(sample.tokens.tobytes()).hexdigest(),
+    }
+
+  def train_batch(self, seed, step, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, seed=seed, step=step)
+    stream = _TRAIN_STREAM, seed, step
+    return self._batch(stream, [None] * batch_size, context)
+
+  def eval_batch(self, index, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, index=index)
+    rows = index * batch_size + np.arange(batch_size)
+    tasks = [self.probes[row % len(self.probes)] for row in rows]
+    return self._batch((_EVAL_STREAM, 0, index), tasks, context)
+
+  def probe_batch(self, name, index, *, batch_size, context) -> Batch:
+    _check_batch(batch_size, context, index=index)
+    if name not in self.probes:
+      return super().probe_batch(
+        name, index, batch_size=batch_size, context=context
+      )
+    stream = _EVAL_STREAM, 1 + self.probes.index(name), index
+    return self._batch(stream, [name] * batch_size, context)
+
+  def _batch(
+    self, stream: tuple[int, ...], tasks: list[str | None], context: int
+  ) -> Batch:
+    """A row for each task, each from random numbers of its own; None draws a
+    task."""
+    rows = []
+    for i, task in enumerate(tasks):
+      rng = np.random.default_rng((*stream, i))
+      task = task or self.probes[rng.integers(len(self.probes))]
+      rows.append(make_row(self._config, task, rng, context))
+    tokens, distance, number = map(np.stack, zip(*rows))
+    return Batch(tokens, number >= 0, distance, number=number)
 
 
 # --- Mix ---------------------------------------------------------------------

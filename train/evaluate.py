@@ -18,6 +18,8 @@ from msa_jax.segments import block_layout, document_segments
 from train import data as data_lib
 from train.program import Params, Program
 
+_NO_ANSWERS = {"accuracy": None, "by_distance": None}
+
 
 class LayerMetrics(NamedTuple):
   """What the layers of a model do on held-out batches, as NumPy arrays.
@@ -65,6 +67,9 @@ def held_out_metrics(
   losses, counts, sizes, answers = run(
     map(get, range(batches)), by_choice=by_choice and not source.probes
   )
+  # Where there are probes, they say what the answers of a mixture do not.
+  if source.probes:
+    answers = _NO_ANSWERS
   result = {**_loss_metrics(losses, counts, sizes), **answers}
   for name in source.probes:
     get = functools.partial(source.probe_batch, name, **program.eval_shape)
@@ -163,15 +168,17 @@ def _evaluate_batches(
     each batch; the answers of all batches together.
   """
   losses, counts, sizes, right, distances = [], [], [], [], []
-  far, found = [], []
+  far, found, numbers = [], [], []
 
   def read(batch: data_lib.Batch, loss, correct, chosen=None) -> None:
-    asked = batch.distance >= 0
+    asked = batch.answers
     losses.append(sum_by_position(np.asarray(loss, np.float64), batch))
     counts.append(sum_by_position(batch.loss_mask, batch).astype(int))
     sizes.append(count_bytes(source, batch))
     right.append(np.asarray(correct)[asked])
     distances.append(batch.distance[asked])
+    if batch.number is not None:
+      numbers.append(np.where(asked, batch.number, -1))
     if chosen is not None:
       beyond, held = facts_found(
         np.asarray(chosen),
@@ -196,15 +203,19 @@ def _evaluate_batches(
     before = batch, *result
   if before is not None:
     read(*before)
-  answers: dict[str, Any] = {"accuracy": None, "by_distance": None}
+  answers: dict[str, Any] = dict(_NO_ANSWERS)
   hits, apart = np.concatenate(right), np.concatenate(distances)
+  facts = apart >= 0
   if hits.size:
-    answers = {
-      "accuracy": float(hits.mean()),
-      "by_distance": answers_by_distance(hits, apart),
-    }
-  if found:
-    layers = answers_by_choice(hits[np.concatenate(far)], np.concatenate(found))
+    answers["accuracy"] = float(hits.mean())
+  if facts.any():
+    answers["by_distance"] = answers_by_distance(hits[facts], apart[facts])
+  if hits.size and numbers:
+    answers["by_number"] = answers_by_number(hits, np.concatenate(numbers))
+  if found and facts.any():
+    layers = answers_by_choice(
+      hits[facts][np.concatenate(far)], np.concatenate(found)
+    )
     answers["by_choice"] = [
       {"layer": layer, **layers[layer]} for layer in program.msa_layers
     ]
@@ -285,7 +296,7 @@ def router_records(program: Program, load: np.ndarray) -> list[dict]:
 def count_bytes(source: data_lib.Source, batch: data_lib.Batch) -> int | None:
   """Bytes of text that the counted targets of a batch stand for; None if some
   of the targets are not text."""
-  if source.token_bytes is None or (batch.distance >= 0).any():
+  if source.token_bytes is None or batch.answers.any():
     return None
   targets = batch.tokens[:, 1:][batch.loss_mask]
   return int(source.token_bytes[targets].sum())
@@ -336,6 +347,41 @@ def answers_by_distance(right: np.ndarray, distances: np.ndarray) -> list[dict]:
     }
     for i in sorted(set(bins.tolist()))
   ]
+
+
+def answers_by_number(right: np.ndarray, numbers: np.ndarray) -> list[dict]:
+  """Accuracy by the number of a task, such as that of hops.
+
+  Args:
+    right: bool [answer], whether each answer is right.
+    numbers: int [batch row, T], the numbers of the answers; -1 where there is
+      none.
+
+  Returns:
+    For each number also the batch rows that ask with it, and the share of those
+    in which all of its answers are right.
+  """
+  row, query = np.nonzero(numbers >= 0)
+  of_answer = numbers[row, query]
+  found = []
+  for number in np.unique(of_answer).tolist():
+    here = of_answer == number
+    answers, rights = (
+      np.bincount(row[here], weights, len(numbers))
+      for weights in (None, right[here])
+    )
+    rows = int((answers > 0).sum())
+    whole = (answers > 0) & (answers == rights)
+    found.append(
+      {
+        "number": number,
+        "accuracy": float(right[here].mean()),
+        "count": int(here.sum()),
+        "all_right": float(whole.sum()) / rows,
+        "rows": rows,
+      }
+    )
+  return found
 
 
 def loss_by_position(losses: np.ndarray, counts: np.ndarray) -> list[dict]:

@@ -147,8 +147,8 @@ def _late_limits(axes, curves: Iterable[tuple[Sequence, Sequence]]) -> None:
     axes.set_ylim(min(late) - pad, max(late) + pad)
 
 
-def _draw_chance(axes, sides) -> None:
-  if chance := chance_of(next(iter(sides.values()))[0]):
+def _draw_chance(axes, sides, probe: str) -> None:
+  if chance := chance_of(next(iter(sides.values()))[0], probe):
     axes.axhline(100 * chance, color="#555555", ls="--", lw=1.2, label="chance")
 
 
@@ -211,7 +211,7 @@ def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
       axes.plot([], [], color=colors[side], ls=":", label=label)
   if metric.higher_is_better:
     axes.set_ylim(0, 102)
-    _draw_chance(axes, sides)
+    _draw_chance(axes, sides, metric.key.removesuffix("accuracy").rstrip("_"))
   else:
     _late_limits(axes, drawn)
   axes.set_ylabel(f"{metric.title} ({metric.unit})")
@@ -460,30 +460,70 @@ def selection_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
   return figure
 
 
-def _draw_distance(axes, sides, colors, probe: Probe) -> None:
+def _draw_answers(axes, sides, colors, key: str, x_of: Callable) -> None:
+  """Draws right answers after training against x_of(bin), for the bins under a
+  key of the records; dashed with the oracle's blocks."""
   for marker, (side, runs) in zip(itertools.cycle("osD^v"), sides.items()):
-    done = [r for r in runs if r.finished and r.final.get(probe.by_distance)]
-    curves = []
-    for run in done:
-      bins = [b for b in run.final[probe.by_distance] if b["count"]]
-      x = [_middle(b) for b in bins]
-      curves.append([100 * b["accuracy"] for b in bins])
-      if len(done) > 1:
-        axes.plot(x, curves[-1], color=colors[side], lw=0.8, alpha=0.55)
-    if curves:
-      axes.plot(
-        x,
-        np.mean(curves, axis=0),
-        color=colors[side],
-        lw=_width(side) / 2 + 1,
-        marker=marker,
-        label=_label(side_name(side), done),
-      )
+    done = [r for r in runs if r.finished and r.final.get(key)]
+    for oracle in (False, True):
+      finals = [r.final_oracle if oracle else r.final for r in done]
+      curves = []
+      for final in finals if all(final.get(key) for final in finals) else ():
+        bins = [b for b in final[key] if b["count"]]
+        x = [x_of(b) for b in bins]
+        curves.append([100 * b["accuracy"] for b in bins])
+        if len(done) > 1 and not oracle:
+          axes.plot(x, curves[-1], color=colors[side], lw=0.8, alpha=0.55)
+      if curves:
+        name = side_name(side) + ", oracle's blocks" * oracle
+        axes.plot(
+          x,
+          np.mean(curves, axis=0),
+          color=colors[side],
+          lw=_width(side) / 2 + 1,
+          ls="--" if oracle else "-",
+          marker=marker,
+          mfc="white" if oracle else None,
+          label=_label(name, done),
+        )
   axes.set_ylim(0, 102)
-  _draw_chance(axes, sides)
+  axes.set_ylabel("Answers right (%)")
+
+
+def _draw_distance(axes, sides, colors, probe: Probe) -> None:
+  _draw_answers(axes, sides, colors, probe.by_distance, _middle)
+  _draw_chance(axes, sides, probe.name)
   _token_axis(axes, sides)
   axes.set_xlabel("Distance back to the fact (tokens)")
-  axes.set_ylabel("Answers right (%)")
+
+
+NUMBERS = {
+  "multi_query": "keys asked for in a row",
+  "multi_value": "values that the answer needs",
+  "common_words": "lead of the commonest word (%)",
+  "copy": "tokens in the copied span",
+  "variable_tracking": "hops from the variable to its value",
+}
+"""What the number of a probe of `train.probes` is."""
+
+
+def _draw_number(axes, sides, colors, probe: Probe) -> None:
+  # The numbers that occur stand at equal distances.
+  numbers = sorted(
+    {
+      bin_["number"]
+      for runs in sides.values()
+      for run in runs
+      for bin_ in run.final.get(probe.by_number) or ()
+    }
+  )
+  _draw_answers(
+    axes, sides, colors, probe.by_number, lambda b: numbers.index(b["number"])
+  )
+  _draw_chance(axes, sides, probe.name)
+  axes.set_xticks(range(len(numbers)), [str(number) for number in numbers])
+  axes.set_xlim(-0.4, len(numbers) - 0.6)
+  axes.set_xlabel(NUMBERS.get(probe.name, "number").capitalize())
 
 
 def _token_axis(axes, sides) -> None:
@@ -521,15 +561,27 @@ def _short_tokens(count: float, _: object = None) -> str:
   return f"{count / 1024:g}K" if count >= 1024 else f"{count:g}"
 
 
-def distance_figure(task, sides, colors, probe: Probe) -> Figure | None:
-  """Right answers after training, by distance."""
-  figure, ((axes,),) = _figure()
-  _draw_distance(axes, sides, colors, probe)
-  name = f"{probe.name}, " if probe.name else ""
-  axes.set_title(
-    f"{task}: {name}answers right after training, by distance", pad=18
-  )
-  _legend(figure, axes)
+def distance_figure(task, sides, colors, probe: Probe) -> Figure:
+  """Right answers after training, by distance and, where there is one, by the
+  probe's number."""
+  finals = [r.final for runs in sides.values() for r in runs if r.finished]
+  kinds = {
+    probe.by_distance: ("distance", _draw_distance),
+    probe.by_number: ("number", _draw_number),
+  }
+  there = [kinds[key] for key in kinds if any(f.get(key) for f in finals)]
+  there = there or [kinds[probe.by_distance]]
+  figure, axes = _figure(9 if len(there) < 2 else 12, columns=len(there))
+  name = f"{probe.name.replace('_', ' ')}, " if probe.name else ""
+  for axis, (word, draw) in zip(axes[0], there):
+    draw(axis, sides, colors, probe)
+    axis.set_title(
+      f"{task}: {name}answers right after training, by {word}"
+      if len(there) < 2
+      else f"{task}: {name}by {word}",
+      pad=18,
+    )
+  _legend(figure, *axes[0])
   return figure
 
 
@@ -655,7 +707,8 @@ def overview_figure(
   for axis, (task, sides, metric, probe) in zip(axes[0], panels):
     if probe:
       _draw_distance(axis, sides, colors, probe)
-      title = f"{task}: {probe.name or 'accuracy'} by distance"
+      name = probe.name.replace("_", " ") or "accuracy"
+      title = f"{task}: {name} by distance"
     else:
       _draw_curves(axis, sides, colors, metric, "step")
       _step_axis(axis)

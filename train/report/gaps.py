@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-from train.report.runs import BASELINE, Metric, Probe, Run
+from train.report.runs import BASELINE, Metric, Run
 
 
 def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
@@ -99,32 +99,38 @@ def _batch_interval(
   return low, high
 
 
-def gaps_by_distance(
-  pairs: list[tuple[Run, Run]], probe: Probe
+def answer_gaps(
+  pairs: list[tuple[Run, Run]], key: str, oracle: bool = False
 ) -> list[dict[str, Any]]:
-  """Shares of right answers of baseline and side, in each octave of distance
-  and over all seeds.
+  """Shares of right answers of baseline and side, in each octave of distance or
+  for each number, and over all seeds.
 
   "error" is the standard error of the difference of two shares that come from
   different facts. The sides are asked for the same facts, so the true error is
   smaller.
+
+  Args:
+    pairs: of runs, as `paired_runs` returns them.
+    key: a probe's by_distance or by_number.
+    oracle: whether the side is evaluated with the best possible choice. Pairs
+      that were not evaluated with it are left out.
   """
-  bins: dict[tuple[int, int], list[tuple[float, float, int]]] = {}
-  for pair in pairs:
-    for a, b in zip(*(run.final[probe.by_distance] for run in pair)):
-      ends = (a["low"], a["high"])
-      bins.setdefault(ends, []).append(
+  bins: dict[tuple, list[tuple[float, float, int]]] = {}
+  for base, run in pairs:
+    other = run.final_oracle if oracle else run.final
+    for a, b in zip(base.final.get(key) or [], other.get(key) or []):
+      place = tuple((x, a[x]) for x in ("low", "high", "number") if x in a)
+      bins.setdefault(place, []).append(
         (a["accuracy"], b["accuracy"], a["count"])
       )
   found = []
-  for (low, high), values in bins.items():
+  for place, values in bins.items():
     count = sum(n for *_, n in values)
     base, side = (sum(v[i] * v[2] for v in values) / count for i in (0, 1))
     spread = base * (1 - base) + side * (1 - side)
     found.append(
       {
-        "low": low,
-        "high": high,
+        **dict(place),
         "count": count,
         "baseline": base,
         "side": side,

@@ -26,6 +26,7 @@ from matplotlib.figure import Figure
 
 from train.report import tables
 from train.report.figures import (
+  NUMBERS,
   STYLE,
   curves,
   distance_figure,
@@ -40,7 +41,7 @@ from train.report.figures import (
   train_figure,
 )
 from train.report.gaps import (
-  gaps_by_distance,
+  answer_gaps,
   gaps_by_position,
   paired_gap,
   paired_runs,
@@ -194,7 +195,8 @@ def _recall_words(sides: dict[str, list[Run]], probe: Probe) -> Iterable[str]:
   """Says whether each side answers better than chance where the fact lies
   beyond the blocks that are always read."""
   reach, parts = token_budget(sides), []
-  chance = chance_of(next(iter(sides.values()))[0])
+  chance = chance_of(next(iter(sides.values()))[0], probe.name)
+  name = probe.name.replace("_", " ").capitalize()
   for side, runs in sides.items():
     found = recall_beyond(runs, reach[0], probe) if reach and chance else None
     if found and chance:
@@ -206,7 +208,7 @@ def _recall_words(sides: dict[str, list[Run]], probe: Probe) -> Iterable[str]:
       )
   if parts and reach and chance:
     yield (
-      (f"{probe.name.capitalize()}: facts" if probe.name else "Facts")
+      (f"{name}: facts" if name else "Facts")
       + f" {reach[0]} or more tokens back, beyond the local block: "
       f"{', '.join(parts)}. Chance is {100 * chance:.1f} %; ahead means by "
       "more than three standard errors."
@@ -790,26 +792,34 @@ def _add_positions(page: _Page, task: _Task) -> None:
 
 
 def _add_distances(page: _Page, task: _Task) -> None:
-  """Right answers of each probe by distance."""
+  """Right answers of each probe by distance and by number."""
   for probe in task.probes:
+    chance = chance_of(next(iter(task.sides.values()))[0], probe.name)
     page.add_figure(
       distance_figure(task.name, task.sides, page.colors, probe),
       f"{task.name}_{probe.prefix}distance",
       "Distance is the number of tokens from the question back to the fact. "
       "Beyond the mark “local block” a fact is never in the blocks that are "
-      "always read; “tokens read” is how many a query reads in a sparse layer.",
+      "always read; “tokens read” is how many a query reads in a sparse layer. "
+      "Dashed: the same weights with the oracle's blocks.",
     )
-    distances = {
-      side: gaps_by_distance(pairs, probe) for side, pairs in task.pairs.items()
-    }
-    if rows := tables.distance_rows(distances):
-      page.add(_rows(rows))
-      page.add_small(
-        "± is the standard error of a difference between answers to different "
-        "facts. The sides are asked for the same facts, so the true error is "
-        "smaller."
-      )
-    task.summary[f"{probe.prefix}by_distance"] = distances
+    for key in (probe.by_distance, probe.by_number):
+      found = {
+        f"{side}{' oracle' * oracle}": answer_gaps(pairs, key, oracle)
+        for side, pairs in task.pairs.items()
+        for oracle in (False, True)
+      }
+      found = {side: bins for side, bins in found.items() if bins}
+      what = NUMBERS.get(probe.name, "number")
+      if rows := tables.answer_rows(found, chance, what):
+        page.add(_rows(rows))
+        page.add_small(
+          "± is the standard error of a difference between answers to "
+          "different facts. The sides are asked for the same facts, so the "
+          "true error is smaller."
+        )
+      if found or key == probe.by_distance:
+        task.summary[key] = found
 
 
 def _add_layer_figures(page: _Page, task: _Task) -> None:

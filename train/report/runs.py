@@ -69,12 +69,17 @@ class Probe:
     return f"{self.prefix}by_distance"
 
   @property
+  def by_number(self) -> str:
+    return f"{self.prefix}by_number"
+
+  @property
   def by_choice(self) -> str:
     return f"{self.prefix}by_choice"
 
   @property
   def accuracy(self) -> Metric:
-    title = f"{self.name or 'held-out'} answers right".capitalize()
+    name = self.name.replace("_", " ") or "held-out"
+    title = f"{name} answers right".capitalize()
     return Metric(f"{self.prefix}accuracy", title, "%", 100.0, True)
 
 
@@ -455,11 +460,15 @@ def recall_beyond(
   return (sum(a * n for a, n in bins) / count, count) if count else None
 
 
-def chance_of(run: Run) -> float | None:
-  """Accuracy of guessing a fact's value; None for text."""
+def chance_of(run: Run, probe: str = "") -> float | None:
+  """Accuracy of guessing the answers of a probe, or those of data without
+  probes; None for text."""
   data = run.environment.get("data") or {}
-  if data.get("chance") is not None:
-    return data["chance"]
+  chance = data.get("chance")
+  if isinstance(chance, dict):
+    return chance.get(probe)
+  if chance is not None:
+    return chance
   values = run.get("data.num_values")
   return 1 / values if values else None
 
@@ -480,10 +489,11 @@ def token_budget(sides: dict[str, list[Run]]) -> tuple[int, int] | None:
 def probes_of(finals: Iterable[dict]) -> list[Probe]:
   """The kinds of retrieval that "eval" records report."""
   names = {
-    key.removesuffix("by_distance"): None
+    key.removesuffix(end): None
     for final in finals
     for key, value in final.items()
-    if key.endswith("by_distance") and value
+    for end in ("by_distance", "by_number")
+    if key.endswith(end) and value
   }
   return [Probe(name) for name in names]
 

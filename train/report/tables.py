@@ -192,7 +192,7 @@ def choice_rows(sides: dict[str, list[Run]], probes: Sequence[Probe]) -> Rows:
           {
             "side": side_name(side),
             "seeds": str(len(layers)),
-            **({"facts": probe.name} if probe.name else {}),
+            **({"facts": probe.name.replace("_", " ")} if probe.name else {}),
             "layer": str(layers[0]["layer"]),
             "in chosen blocks": _share(found, found + missed),
             "of these right": _share(found_right, found),
@@ -240,24 +240,37 @@ def speed_rows(records: list[dict]) -> Rows:
   return shown
 
 
-def distance_rows(found: dict[str, list[dict]]) -> Rows:
-  """Right answers of the baseline by octave of distance, and each side's
-  difference from them.
+def answer_rows(
+  found: dict[str, list[dict]], chance: float | None, number: str = "number"
+) -> Rows:
+  """Right answers of the baseline by octave of distance or by number, and each
+  side's difference from them.
 
   Args:
-    found: for each side the bins of `gaps.gaps_by_distance`.
+    found: for each side the bins of `gaps.answer_gaps`; that of a name which
+      ends with " oracle" are those with the oracle's blocks.
+    chance: accuracy of guessing.
+    number: what the number is.
   """
   found = {side: bins for side, bins in found.items() if bins}
   shown = []
   for bins in zip(*found.values(), strict=True):
     first = bins[0]
-    row = {
-      "distance": f"{first['low']:,}–{first['high'] - 1:,}",
-      "facts": f"{first['count']:,}",
-      f"{side_name(BASELINE)}, %": f"{100 * first['baseline']:.1f}",
-    }
+    if "number" in first:
+      row = {number: str(first["number"]), "answers": f"{first['count']:,}"}
+    else:
+      row = {
+        "distance": f"{first['low']:,}–{first['high'] - 1:,}",
+        "facts": f"{first['count']:,}",
+      }
+    if chance:
+      row["chance, %"] = f"{100 * chance:.1f}"
+    row[f"{side_name(BASELINE)}, %"] = f"{100 * first['baseline']:.1f}"
     for side, gap in zip(found, bins):
-      row[f"{side_name(side)} − {side_name(BASELINE)}, points"] = (
+      name = side_name(side.removesuffix(" oracle"))
+      if side.endswith(" oracle"):
+        name += " with the oracle's blocks"
+      row[f"{name} − {side_name(BASELINE)}, points"] = (
         f"{100 * gap['difference']:+.1f} ± {100 * gap['error']:.1f}"
       )
     shown.append(row)
