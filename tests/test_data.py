@@ -1080,7 +1080,7 @@ def answers_of(config, task, row):
   return found
 
 
-PROBES = data.ProbesConfig(num_keys=8, num_fillers=3)
+PROBES = data.ProbesConfig(num_fillers=3)
 
 
 @pytest.mark.parametrize("task", PROBES.tasks)
@@ -1154,7 +1154,7 @@ def test_probes_are_fixed_and_held_out():
   rows = [row.tobytes() for batch in batches for row in batch.tokens]
   assert len(set(rows)) == len(rows)
   assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
-  other = data.load(data.ProbesConfig(num_keys=8, num_fillers=2))
+  other = data.load(data.ProbesConfig(num_fillers=2))
   assert other.fingerprint != source.fingerprint
   # Each row has the weight of one answer.
   weights = data.loss_weights(PROBES, a)
@@ -1174,8 +1174,8 @@ def test_probes_are_fixed_and_held_out():
     ({"spans": ()}, r"spans=\(\): wanted one or more integers"),
     ({"num_keys": 7}, r"num_keys=7: task 'multi_query' wants at least 8"),
     (
-      {"num_keys": 3, "tasks": ("variable_tracking",)},
-      r"num_keys=3: task 'variable_tracking' wants at least 4, for max\(hops\)",
+      {"num_keys": 15},
+      r"num_keys=15: task 'variable_tracking' wants at least 16, for num_value",
     ),
   ],
 )

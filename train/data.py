@@ -30,6 +30,7 @@ import hashlib
 import importlib
 import itertools
 import re
+from collections.abc import Sequence
 from typing import Any, Literal, NamedTuple
 
 import numpy as np
@@ -861,7 +862,7 @@ class _ProbesSource(Source):
     return self._batch(stream, [name] * batch_size, context)
 
   def _batch(
-    self, stream: tuple[int, ...], tasks: list[str | None], context: int
+    self, stream: tuple[int, ...], tasks: Sequence[str | None], context: int
   ) -> Batch:
     """A row for each task, each from random numbers of its own; None draws a
     task."""

@@ -16,20 +16,21 @@ queries with their answers:
   word. The number is by how many percent it leads.
 - `copy`: spans of symbols that follow a key. The keys are repeated at the end,
   each followed by its symbols. The number is that of a span's symbols.
-- `variable_tracking`: chains of variables (x1 = value, x2 = x1, x3 = x2 ...).
-  The value of a variable of each chain is asked for. The number is that of the
-  hops: 0 if the variable was stated with its value.
+- `variable_tracking`: a chain of variables for each value (x1 = value, x2 = x1,
+  x3 = x2 ...). The value of one variable is asked for. The number is that of
+  the hops: 0 if the variable was stated with its value.
 
 A fact is one token: it stands for the pair (key, value), or for the pair of
 variables, so that one layer of attention finds it. Values, words and symbols
 are drawn independently and uniformly. A model that does not see the facts has
 therefore an accuracy of 1 / num_values (`copy`: 1 / num_symbols), whatever it
-knows of the format.
+knows of the format. (One that sees which values are stated, but not of which
+key, may guess the most frequent one. In variable_tracking each is there once.)
 """
 
 import dataclasses
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from jaxtyping import Int32
@@ -80,7 +81,7 @@ class ProbesConfig:
 
   hops: tuple[int, ...] = (0, 1, 2, 3)
   """variable_tracking: how many links lead from a variable to its value. There
-  are as many chains as keys allow."""
+  are num_values chains of max(hops) + 1 variables."""
 
   def __post_init__(self):
     least = {"num_keys": 1, "num_values": 2, "num_symbols": 2}
@@ -112,7 +113,10 @@ class ProbesConfig:
       "multi_query": (max(self.num_queries), "max(num_queries)"),
       "multi_value": (len(self.num_stated), "the numbers of num_stated"),
       "copy": (self.num_spans, "num_spans"),
-      "variable_tracking": (max(self.hops) + 1, "max(hops) + 1"),
+      "variable_tracking": (
+        self.num_values * (max(self.hops) + 1),
+        "num_values chains of max(hops) + 1 variables",
+      ),
     }
     for task in tasks:
       wanted, what = keys.get(task, (1, ""))
@@ -180,15 +184,15 @@ class _Token(NamedTuple):
   """A token of the row's end.
 
   Attributes:
-    id: of the token.
+    id: of the token, any integer.
     number: of the task, if the token is an answer.
     fact: position of the fact that the answer needs; None if it needs the
       whole row.
   """
 
-  id: int
+  id: Any
   number: int | None = None
-  fact: int | None = None
+  fact: Any = None
 
 
 def make_row(
@@ -299,36 +303,29 @@ def _copy(
   end = []
   for i in rng.permutation(config.num_spans):
     end.append(_Token(ids.key + keys[i]))
-    for at, symbol in enumerate(spans[i], places[i] + 1):
-      end.append(_Token(ids.symbol + symbol, length, at))
+    for after, symbol in enumerate(spans[i], 1):
+      end.append(_Token(ids.symbol + symbol, length, places[i] + after))
   return end
-
-
-def _num_chains(config: ProbesConfig) -> int:
-  return config.num_keys // (max(config.hops) + 1)
 
 
 def _variable_tracking(
   config: ProbesConfig, ids: Ids, rng: np.random.Generator, tokens: np.ndarray
 ) -> list[_Token]:
-  # Only one variable of each chain is asked for: others have its value.
-  chains, length = _num_chains(config), max(config.hops) + 1
-  variables = rng.permutation(config.num_keys)[: chains * length]
-  variables = variables.reshape(chains, length)
-  values = rng.integers(config.num_values, size=chains)
-  places = _places(rng, tokens, 2 * chains, chains * length)
+  # With a chain for each value, and one question, nobody can guess from the
+  # values that are there.
+  shape = config.num_values, max(config.hops) + 1
+  variables = rng.permutation(config.num_keys)[: shape[0] * shape[1]]
+  variables = variables.reshape(shape)
+  places = _places(rng, tokens, 2, variables.size)
   # A variable is stated after the one that it is set to.
-  places = np.sort(places.reshape(chains, length), axis=1)
-  tokens[places[:, 0]] = ids.fact(variables[:, 0], values)
+  places = np.sort(places.reshape(shape), axis=1)
+  tokens[places[:, 0]] = ids.fact(variables[:, 0], np.arange(shape[0]))
   tokens[places[:, 1:]] = ids.link(variables[:, 1:], variables[:, :-1])
-  end = []
-  for chain in range(chains):
-    hops = int(rng.choice(config.hops))
-    end += [
-      _Token(ids.key + variables[chain, hops]),
-      _Token(ids.value + values[chain], hops, places[chain, hops]),
-    ]
-  return end
+  value, hops = rng.integers(config.num_values), int(rng.choice(config.hops))
+  return [
+    _Token(ids.key + variables[value, hops]),
+    _Token(ids.value + value, hops, places[value, hops]),
+  ]
 
 
 class _Task(NamedTuple):
@@ -362,6 +359,6 @@ _TASKS = {
   "copy": _Task(_copy, lambda c: 1 + 2 * c.num_spans * (max(c.spans) + 1)),
   "variable_tracking": _Task(
     _variable_tracking,
-    lambda c: 1 + c.num_keys + 2 * _num_chains(c),
+    lambda c: 3 + c.num_keys,
   ),
 }

@@ -10,7 +10,9 @@ from train.config import ComparisonConfig, RecipeConfig
 from train.configs import demo
 from train.probes import Ids, ProbesConfig
 
-DATA = ProbesConfig(num_keys=8, spans=(2, 4, 8))
+DATA = ProbesConfig(
+  num_keys=9, num_values=3, leads=(25, 50, 100), spans=(2, 4, 8), hops=(0, 1, 2)
+)
 
 GQA = dataclasses.replace(
   demo.RECALL,
@@ -18,14 +20,14 @@ GQA = dataclasses.replace(
   model=dataclasses.replace(
     demo.RECALL.model,
     vocab_size=Ids(DATA).vocab_size,
-    num_layers=4,
+    num_layers=3,
   ),
   data=DATA,
   num_steps=600,
   batch_size=16,
   context=128,
   log_every=20,
-  eval_every=100,
+  eval_every=150,
   eval_batches=2,
   probe_batches=2,
   final_probe_batches=12,
