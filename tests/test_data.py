@@ -1381,6 +1381,42 @@ def test_facts_are_asked_more_than_once_in_training_alone(mix):
     assert len(set(zip(row[queries], facts))) == len(set(row[queries]))
 
 
+def test_a_mix_can_have_probes(mix):
+  tasks = data.ProbesConfig(
+    tasks=("copy", "common_words"), leads=(100,), spans=(2, 4)
+  )
+  config = dataclasses.replace(mix, probes=tasks, probes_share=0.25)
+  source, plain = data.load(config), data.load(mix)
+  assert source.probes == ("needle", "recall", "copy", "common_words")
+  assert source.chance == dict.fromkeys(("needle", "recall"), plain.chance) | {
+    "copy": 1 / 16,
+    "common_words": 1 / 4,
+  }
+  first = plain.vocab_size
+  assert source.vocab_size == first + probes.Ids(tasks).vocab_size
+  shape = {"batch_size": 64, "context": 128}
+  old, new = (s.train_batch(0, 3, **shape) for s in (plain, source))
+  own = (new.number >= 0).any(1)
+  # The other rows stay what they are without probes.
+  assert 6 <= own.sum() <= 26
+  for x, y in zip(old[:3], new[:3]):
+    np.testing.assert_array_equal(x[~own], y[~own])
+  assert (new.tokens[own] >= first).all() and not (old.tokens >= first).any()
+  for task in tasks.tasks:
+    batch = source.probe_batch(task, 0, **shape)
+    alone = data.load(tasks).probe_batch(task, 0, **shape)
+    np.testing.assert_array_equal(batch.tokens - first, alone.tokens)
+    np.testing.assert_array_equal(batch.number, alone.number)
+  weights = data.loss_weights(config, new)
+  answers = weights[new.answers].sum() / weights.sum()
+  assert answers == pytest.approx(config.answer_share)
+  assert "probes" not in plain.fingerprint and "probes" in source.fingerprint
+  with pytest.raises(ValueError, match=r"probes_share=0\.0 with probes=Pr"):
+    dataclasses.replace(config, probes_share=0.0)
+  with pytest.raises(ValueError, match=r"probes_share=0\.8: wanted at least"):
+    dataclasses.replace(config, probes_share=0.8)
+
+
 def test_answers_weigh_their_share_of_the_loss(mix):
   batch = data.load(mix).train_batch(1, 3, batch_size=4, context=128)
   weights = data.loss_weights(mix, batch)

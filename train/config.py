@@ -710,6 +710,8 @@ def with_tokenizer(
         data = dataclasses.replace(run.data, text=text)
         if data.facts == "tokens":
           vocab_size += data_lib.load(data.recall).vocab_size
+        if data.probes is not None:
+          vocab_size += data_lib.load(data.probes).vocab_size
       model = dataclasses.replace(run.model, vocab_size=vocab_size)
       run = dataclasses.replace(run, data=data, model=model)
     runs.append(run)

@@ -204,11 +204,31 @@ class MixConfig:
   """The weight of all answers of a batch together, as a share of the loss,
   whatever their number."""
 
+  probes: ProbesConfig | None = None
+  """Further tasks. Their ids follow those of recall."""
+
+  probes_share: float = 0.0
+  """Share of the training batch rows that are of these tasks."""
+
   def __post_init__(self):
     for name in ("recall_share", "answer_share"):
       value = getattr(self, name)
       if not 0.0 < value < 1.0:
         raise ValueError(f"{name}={value}: wanted 0 < {name} < 1.")
+    share = self.probes_share
+    if not 0.0 <= share < 1.0 - self.recall_share:
+      raise ValueError(
+        f"probes_share={share}: wanted at least 0.0, and below 1 with"
+        f" recall_share={self.recall_share}."
+      )
+    if (self.probes is None) != (share == 0.0) or (
+      self.probes is not None and self.facts == "words"
+    ):
+      raise ValueError(
+        f"probes_share={share} with probes={self.probes} and"
+        f" facts={self.facts!r}: wanted both probes and their share or none of"
+        " them, and facts='tokens' with probes."
+      )
     if self.facts not in ("tokens", "words"):
       raise ValueError(f"facts={self.facts!r}: wanted 'tokens' or 'words'.")
     if self.facts == "words" and (
@@ -298,7 +318,10 @@ def probes_of(config: DataConfig) -> tuple[str, ...]:
   batches."""
   if isinstance(config, ProbesConfig):
     return config.tasks
-  return ("needle", "recall") if isinstance(config, MixConfig) else ()
+  if not isinstance(config, MixConfig):
+    return ()
+  tasks = config.probes.tasks if config.probes is not None else ()
+  return ("needle", "recall", *tasks)
 
 
 def asks_for_facts(config: DataConfig) -> bool:
@@ -921,6 +944,11 @@ class _MixSource(Source):
     self._recall = _RecallSource(config.recall)
     text_ids = self._text.vocab_size
     self.vocab_size = text_ids + self._recall.vocab_size
+    self._tasks = None
+    if config.probes is not None:
+      self._tasks = _ProbesSource(config.probes)
+      self._first_task_id = self.vocab_size
+      self.vocab_size += self._tasks.vocab_size
     self.tokenizer = self._text.tokenizer
     self._words: np.ndarray | None = None
     if config.facts == "words":
@@ -933,6 +961,9 @@ class _MixSource(Source):
       self.token_bytes = np.zeros(self.vocab_size, np.int32)
       self.token_bytes[:text_ids] = self._text.token_bytes
     self.chance = self._recall.chance
+    if config.probes is not None:
+      own = dict.fromkeys(("needle", "recall"), 1 / config.recall.num_values)
+      self.chance = own | config.probes.chances
     settings = ("recall_share", "num_needles", "asks", "answer_share")
     self.fingerprint = {
       "name": "text and retrieval",
@@ -943,6 +974,11 @@ class _MixSource(Source):
       "text": self._text.fingerprint,
       "recall": self._recall.fingerprint,
     }
+    if self._tasks is not None:
+      self.fingerprint |= {
+        "probes_share": config.probes_share,
+        "probes": self._tasks.fingerprint,
+      }
 
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
     shape: Any = dict(batch_size=batch_size, context=context)
@@ -951,15 +987,16 @@ class _MixSource(Source):
     rng = np.random.default_rng((_MIX_STREAM, *stream))
     needles = self._with_needles(text, rng, asks)
     recall = self._moved(self._recall.make(stream, **shape, asks=asks))
-    alone = rng.random(batch_size) < self._config.recall_share
-    if needles.segment_ids is not None:
-      # A row of recall is one document.
-      recall = recall._replace(segment_ids=np.ones_like(recall.tokens))
-    merged: Any = (
-      None if x is None or y is None else np.where(alone[:, None], x, y)
-      for x, y in zip(recall, needles)
-    )
-    return Batch(*merged)
+    drawn = rng.random(batch_size)
+    share = self._config.recall_share
+    batch = _rows_of(drawn < share, recall, needles)
+    if self._tasks is None:
+      return batch
+    tasks = self._moved_tasks(self._tasks.train_batch(seed, step, **shape))
+    nothing = np.full_like(batch.distance, -1)
+    batch = batch._replace(number=nothing)
+    of_tasks = (drawn >= share) & (drawn < share + self._config.probes_share)
+    return _rows_of(of_tasks, tasks, batch)
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
     return self._text.eval_batch(index, batch_size=batch_size, context=context)
@@ -971,6 +1008,8 @@ class _MixSource(Source):
     shape: Any = dict(batch_size=batch_size, context=context)
     if name == "recall":
       return self._moved(self._recall.eval_batch(index, **shape))
+    if self._tasks is not None and name in self._tasks.probes:
+      return self._moved_tasks(self._tasks.probe_batch(name, index, **shape))
     if name != "needle":
       return super().probe_batch(name, index, **shape)
     # The index may exceed the number of windows. Their text then occurs again,
@@ -1001,9 +1040,24 @@ class _MixSource(Source):
     tokens = recall.tokens + self._text.vocab_size
     return recall._replace(tokens=self._as_words(tokens))
 
+  def _moved_tasks(self, tasks: Batch) -> Batch:
+    return tasks._replace(tokens=tasks.tokens + self._first_task_id)
+
   def _as_words(self, tokens: np.ndarray) -> np.ndarray:
     """The tokens with words in the places of facts' ids."""
     if self._words is None:
       return tokens
     facts = tokens - self._text.vocab_size
     return np.where(facts >= 0, self._words[np.maximum(facts, 0)], tokens)
+
+
+def _rows_of(first: np.ndarray, a: Batch, b: Batch) -> Batch:
+  """The rows of a where `first` [B] is true, and those of b elsewhere."""
+  if b.segment_ids is not None:
+    # A row of a is one document.
+    a = a._replace(segment_ids=np.ones_like(a.tokens))
+  merged: Any = (
+    None if x is None or y is None else np.where(first[:, None], x, y)
+    for x, y in zip(a, b)
+  )
+  return Batch(*merged)
