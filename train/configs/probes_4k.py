@@ -12,7 +12,7 @@ The number of steps is a first guess: the preset has not been run on a GPU.
 import dataclasses
 
 from train.config import ComparisonConfig
-from train.configs import lm13m_4k, lm73m_16k
+from train.configs import lm13m_4k
 from train.probes import ProbesConfig
 
 DATA = ProbesConfig()
@@ -34,5 +34,5 @@ GQA = dataclasses.replace(
 )
 
 COMPARISON = ComparisonConfig(
-  name="probes_4k", runs=lm73m_16k.sides(GQA, lm13m_4k.INDEX)
+  name="probes_4k", runs=lm13m_4k.sides(GQA, lm13m_4k.INDEX)
 )
