@@ -469,7 +469,9 @@ def _draw_answers(axes, sides, colors, key: str, x_of: Callable) -> None:
       finals = [r.final_oracle if oracle else r.final for r in done]
       curves = []
       for final in finals if all(final.get(key) for final in finals) else ():
-        bins = [b for b in final[key] if b["count"]]
+        # An answer or two say nothing.
+        least = 0.01 * sum(b["count"] for b in final[key])
+        bins = [b for b in final[key] if b["count"] >= max(least, 1)]
         x = [x_of(b) for b in bins]
         curves.append([100 * b["accuracy"] for b in bins])
         if len(done) > 1 and not oracle:

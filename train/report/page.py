@@ -801,7 +801,8 @@ def _add_distances(page: _Page, task: _Task) -> None:
       "Distance is the number of tokens from the question back to the fact. "
       "Beyond the mark “local block” a fact is never in the blocks that are "
       "always read; “tokens read” is how many a query reads in a sparse layer. "
-      "Dashed: the same weights with the oracle's blocks.",
+      "Dashed: the same weights with the oracle's blocks. Bins with less than "
+      "1 % of the answers are left out.",
     )
     for key in (probe.by_distance, probe.by_number):
       found = {
