@@ -392,6 +392,7 @@ def other_value(value):
 # Where a field of the program's config comes from in a run's.
 RUN_FIELDS = {
   **{name: name for name in ("model", "mesh", "batch_size", "context")},
+  "eval_window": "eval_window",
   "grad_accumulation": "grad_accumulation",
   "kl_weight": "recipe.kl_weight",
   "freeze_backbone": "recipe.freeze_backbone",
@@ -423,7 +424,7 @@ def with_field(config, path: str, change):
 def test_every_field_that_compiles_changes_the_key(place):
   fields = dataclasses.fields(program_lib.ProgramConfig)
   assert {field.name for field in fields} == set(RUN_FIELDS)
-  run = tiny_run(place, grad_accumulation=2)
+  run = tiny_run(place, grad_accumulation=2, eval_window=16)
   key = program_lib.compile_key(run)
   for name, path in RUN_FIELDS.items():
     changed = with_field(run, path, other_value)
