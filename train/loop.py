@@ -324,9 +324,7 @@ class _Run:
       phase,
       batches=self.config.eval_batches,
       probe_batches=self.config.probe_batches_at(step),
-      by_choice=by_choice
-      and self.config.goes_sparse
-      and "choose" in functions_called(self.config),
+      by_choice=by_choice and "choose" in functions_called(self.config),
     )
 
   def _save(self, step: int) -> None:

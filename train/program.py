@@ -99,7 +99,7 @@ class ProgramConfig:
   """Whether batch rows hold several documents (see `data.is_packed`)."""
 
   eval_window: int | None = None
-  """As in `RunConfig`; None if there is no such evaluation."""
+  """As in `RunConfig`."""
 
 
 def compile_key(run: config_lib.RunConfig) -> ProgramConfig:
@@ -1031,7 +1031,7 @@ def functions_called(run: config_lib.RunConfig) -> tuple[str, ...]:
   names = ("step", "evaluate")
   if run.uses_msa:
     names += ("layer_metrics",)
-  if run.uses_msa and data_lib.asks_for_facts(run.data):
+  if run.goes_sparse and data_lib.asks_for_facts(run.data):
     names += ("choose",)
   return names
 

@@ -278,10 +278,11 @@ def speed(
     ValueError: the data cannot be opened, or do not fit a length or the model.
   """
   task, seed = comparison.tasks()[0], comparison.seeds[0]
+  comparison = only_task(comparison, task)
   comparison = dataclasses.replace(
-    only_task(comparison, task),
+    comparison,
     seeds=(seed,),
-    runs=tuple(runs_with_own_steps(only_task(comparison, task).runs)),
+    runs=tuple(runs_with_own_steps(comparison.runs)),
   )
   sides = list(comparison.resolve(folder))
   tokens = max(*lengths, *(run.batch_size * run.context for run in sides))

@@ -211,7 +211,7 @@ def _draw_curves(axes, sides, colors, metric: Metric, clock: str, unit=1.0):
       axes.plot([], [], color=colors[side], ls=":", label=label)
   if metric.higher_is_better:
     axes.set_ylim(0, 102)
-    _draw_chance(axes, sides, metric.key.removesuffix("accuracy").rstrip("_"))
+    _draw_chance(axes, sides, Probe(metric.key.removesuffix("accuracy")).name)
   else:
     _late_limits(axes, drawn)
   axes.set_ylabel(f"{metric.title} ({metric.unit})")
@@ -574,7 +574,7 @@ def distance_figure(task, sides, colors, probe: Probe) -> Figure:
   there = [kinds[key] for key in kinds if any(f.get(key) for f in finals)]
   there = there or [kinds[probe.by_distance]]
   figure, axes = _figure(9 if len(there) < 2 else 12, columns=len(there))
-  name = f"{probe.name.replace('_', ' ')}, " if probe.name else ""
+  name = f"{probe.words}, " if probe.name else ""
   for axis, (word, draw) in zip(axes[0], there):
     draw(axis, sides, colors, probe)
     axis.set_title(
@@ -709,8 +709,7 @@ def overview_figure(
   for axis, (task, sides, metric, probe) in zip(axes[0], panels):
     if probe:
       _draw_distance(axis, sides, colors, probe)
-      name = probe.name.replace("_", " ") or "accuracy"
-      title = f"{task}: {name} by distance"
+      title = f"{task}: {probe.words or 'accuracy'} by distance"
     else:
       _draw_curves(axis, sides, colors, metric, "step")
       _step_axis(axis)

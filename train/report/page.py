@@ -196,7 +196,7 @@ def _recall_words(sides: dict[str, list[Run]], probe: Probe) -> Iterable[str]:
   beyond the blocks that are always read."""
   reach, parts = token_budget(sides), []
   chance = chance_of(next(iter(sides.values()))[0], probe.name)
-  name = probe.name.replace("_", " ").capitalize()
+  name = probe.words.capitalize()
   for side, runs in sides.items():
     found = recall_beyond(runs, reach[0], probe) if reach and chance else None
     if found and chance:

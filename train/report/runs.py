@@ -65,6 +65,11 @@ class Probe:
     return self.prefix.rstrip("_")
 
   @property
+  def words(self) -> str:
+    """The name as text shows it."""
+    return self.name.replace("_", " ")
+
+  @property
   def by_distance(self) -> str:
     return f"{self.prefix}by_distance"
 
@@ -78,8 +83,7 @@ class Probe:
 
   @property
   def accuracy(self) -> Metric:
-    name = self.name.replace("_", " ") or "held-out"
-    title = f"{name} answers right".capitalize()
+    title = f"{self.words or 'held-out'} answers right".capitalize()
     return Metric(f"{self.prefix}accuracy", title, "%", 100.0, True)
 
 
@@ -174,9 +178,8 @@ class Run:
   def is_trunk(self) -> bool:
     """Whether the run's attention is dense in all steps, although the model has
     an Index Branch, which learns beside it."""
-    length = self.get("recipe.index_warmup_steps") or 0
-    start = self.get("recipe.init_step") or 0
-    return self.uses_msa and start + length >= self.get("num_steps")
+    warmup = self.warmup()
+    return self.uses_msa and bool(warmup) and warmup[1] >= self.get("num_steps")
 
   def switch(self) -> int | None:
     """The number of steps with dense attention, its own and those of the run

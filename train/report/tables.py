@@ -192,7 +192,7 @@ def choice_rows(sides: dict[str, list[Run]], probes: Sequence[Probe]) -> Rows:
           {
             "side": side_name(side),
             "seeds": str(len(layers)),
-            **({"facts": probe.name.replace("_", " ")} if probe.name else {}),
+            **({"facts": probe.words} if probe.name else {}),
             "layer": str(layers[0]["layer"]),
             "in chosen blocks": _share(found, found + missed),
             "of these right": _share(found_right, found),
