@@ -2,9 +2,9 @@ import os
 import pathlib
 
 # Most of the tests' time is compilation: trade run time for it. The first flag
-# is for CPUs alone, since it also changes programs for GPUs: six tests of the
-# choice in packed rows failed on an H200 with it, whose cases give the right
-# choice without it. The second halves what is left: the CPU backend's newer
+# is for CPUs alone, since it also changes programs for GPUs: on an H200 six
+# tests of the choice in packed rows fail with it and pass without it (jax
+# 0.11.2). The second halves what is left: the CPU backend's newer
 # emitters start a compiler of their own for every fused operation. The third
 # and fourth save another fifth: a program is not split into modules for 32
 # threads, each with an overhead of its own, and passes that only make programs

@@ -30,7 +30,7 @@ from train.config import ComparisonConfig, RunConfig
 from train.configs import lm13m_4k
 
 GQA, _, CPT = lm13m_4k.sides(
-  dataclasses.replace(lm13m_4k.GQA, eval_window=None), lm13m_4k.INDEX
+  dataclasses.replace(lm13m_4k.GQA, eval_window=None, oracle_at_end=True), lm13m_4k.INDEX
 )
 INDEX_RATE = CPT.optimizer.index_learning_rate_factor
 
@@ -51,7 +51,6 @@ def _side(side: str, rate: float = INDEX_RATE, **changes) -> RunConfig:
     optimizer=dataclasses.replace(
       CPT.optimizer, index_learning_rate_factor=rate
     ),
-    oracle_at_end=True,
   )
 
 
