@@ -155,12 +155,23 @@ def test_committed_results_are_thin():
   assert len(sizes) > 50
   files = (path for path in RESULTS.rglob("*") if path.is_file())
   assert sum(path.stat().st_size for path in files) < 8_000_000
-  # Only choices of 16K tokens in 8 layers take more than 100 KB.
+  # Only choices of 16K tokens in 8 layers, and the records of 30 layers, take
+  # more than 100 KB.
   large = {run for run, size in sizes.items() if size > 100_000}
   assert {run.parents[2].name for run in large} <= {
     "lm73m_16k",
     "lm73m_16k_repeat",
+    "smollm2_to_msa",
   }
   assert max(sizes.values()) < 150_000
-  for folder in {run.parents[2] for run in sizes}:
-    assert all(run.finished for run in runs.read_runs(folder))
+  unfinished = {
+    str(run.folder.relative_to(RESULTS))
+    for folder in {run.parents[2] for run in sizes}
+    for run in runs.read_runs(folder)
+    if not run.finished
+  }
+  # train/results/README.md says what these lack.
+  assert unfinished == {
+    f"lm13m_4k_index/mix/{side}/seed2"
+    for side in ("cpt", "frozen", "warmup_80")
+  }

@@ -8,8 +8,7 @@ batches:
 
 - `rope_0`: the index heads do not rotate. `dim_128`: they have twice D dims.
   `dim_128_rope_0`: both.
-- `leading`: index projections of the leading part of the groups' keys (see
-  `msa_jax.to_msa`). `random`: from random values, as in the paper.
+- `random`: the index starts from random values, as in the paper.
 - `frozen`: the warm-up trains the index alone. `warmup_80`: it takes twice as
   many steps, of equally many in all. `rate_32`: the index learns at four times
   the rate. `kl_weight_4`: the KL counts four times.
@@ -19,7 +18,7 @@ processes that share a GPU, GQA's first:
 
   python -m train compare lm13m_4k_index --sides gqa --no-report
   python -m train compare lm13m_4k_index --sides cpt rope_0 --no-report
-  python -m train compare lm13m_4k_index --sides dim_128 leading --no-report
+  python -m train compare lm13m_4k_index --sides dim_128 frozen --no-report
   # and so on
   python -m train report runs/lm13m_4k_index
 """
@@ -30,7 +29,8 @@ from train.config import ComparisonConfig, RunConfig
 from train.configs import lm13m_4k
 
 GQA, _, CPT = lm13m_4k.sides(
-  dataclasses.replace(lm13m_4k.GQA, eval_window=None, oracle_at_end=True), lm13m_4k.INDEX
+  dataclasses.replace(lm13m_4k.GQA, eval_window=None, oracle_at_end=True),
+  lm13m_4k.INDEX,
 )
 INDEX_RATE = CPT.optimizer.index_learning_rate_factor
 
@@ -63,7 +63,6 @@ COMPARISON = ComparisonConfig(
     _side("rope_0", rope_dim=0),
     _side("dim_128", index_dim=128),
     _side("dim_128_rope_0", index_dim=128, rope_dim=0),
-    _side("leading", index_init="leading"),
     _side("random", index_init="random"),
     _side("frozen", freeze_backbone=True),
     _side("warmup_80", index_warmup_steps=80),

@@ -95,11 +95,15 @@ def _legend(figure: Figure, *panels) -> None:
     for handle, label in zip(*axes.get_legend_handles_labels()):
       found.setdefault(label, handle)
   number = len(found)
+  # A letter is about 0.085 inches wide, and a line's sample and margins 0.6.
+  width = 0.6 + 0.085 * max(map(len, found), default=0)
+  fitting = max(1, int(figure.get_figwidth() / width))
+  wanted = number if number <= 4 else min(math.ceil(number / 2), 6)
   figure.legend(
     found.values(),
     found.keys(),
     loc="outside lower center",
-    ncols=number if number <= 4 else min(math.ceil(number / 2), 6),
+    ncols=min(wanted, fitting),
   )
 
 
@@ -460,12 +464,17 @@ def selection_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
   return figure
 
 
+_MOST_WITH_ORACLE = 4
+
+
 def _draw_answers(axes, sides, colors, key: str, x_of: Callable) -> None:
   """Draws right answers after training against x_of(bin), for the bins under a
-  key of the records; dashed with the oracle's blocks."""
+  key of the records; dashed with the oracle's blocks, where the sides are few
+  enough for their lines to be told apart."""
+  kinds = (False, True) if len(sides) <= _MOST_WITH_ORACLE else (False,)
   for marker, (side, runs) in zip(itertools.cycle("osD^v"), sides.items()):
     done = [r for r in runs if r.finished and r.final.get(key)]
-    for oracle in (False, True):
+    for oracle in kinds:
       finals = [r.final_oracle if oracle else r.final for r in done]
       curves = []
       for final in finals if all(final.get(key) for final in finals) else ():
