@@ -2,6 +2,7 @@
 
   python -m benchmarks.context_parallel --tokens 64k 256k 1m
   python -m benchmarks.context_parallel --tokens 256k --heads 32x8x128
+  python -m benchmarks.context_parallel --documents 8 --ops context_train
 
 The tokens of one sequence are split over all devices of the host, as
 `msa_jax.context` has it. Op `context_prefill` is selection and attention, op
@@ -11,6 +12,9 @@ the gradients of the keys. `context_gather` is the first alone, so it says what
 sending costs if nothing hides it. `context_decode` is a decoding step of one
 token against a cache of that many tokens, whose slots are split over the
 devices.
+
+With `--documents` the row is packed, of that many equal documents; decoding has
+none. "imbalance" is then the most index scores of a device over the mean.
 
 Each op is first checked against `msa_jax.reference` on a short sequence, and
 its choices against those of one device, bit for bit. If a check fails, no
@@ -52,6 +56,7 @@ AXIS = "context"
 OPS = (
   "context_prefill", "context_train", "context_gather", "context_decode"
 )  # fmt: skip
+PACKED_OPS = ("context_prefill", "context_train")
 # Decoding steps of a call, one after another.
 _STEPS = 16
 CASES = {
@@ -72,6 +77,7 @@ def layer(
   op: str,
   implementation: Implementation,
   steps: int = _STEPS,
+  documents: int = 1,
 ) -> Callable:
   """(q, k, v, index_q, index_k, dout) -> what the op gives, of one device.
 
@@ -83,6 +89,11 @@ def layer(
     return context.gather_keys(x, AXIS) if devices > 1 else x
 
   def forward(q, k, v, index_q, index_k, **options):
+    if documents > 1:
+      # Every device holds the ids of the whole row.
+      ids = jnp.asarray(segment_ids(case.kv_tokens, documents))
+      options["segment_ids"] = jnp.tile(ids, (case.batch, 1))
+      options["max_segments"] = documents
     if devices > 1:
       options["query_pieces"] = context.query_pieces(AXIS, q.shape[1])
     return msa_jax.msa_attention(
@@ -152,15 +163,29 @@ def layer(
   )[op]
 
 
+def segment_ids(tokens: int, documents: int) -> np.ndarray:
+  """Ids of documents of equal length, but for a token, [T]."""
+  ids = 1 + np.arange(tokens, dtype=np.int64) * documents // tokens
+  return ids.astype(np.int32)
+
+
+def imbalance(tokens: int, documents: int, devices: int) -> float:
+  """Of the index scores of a packed row, see `msa_jax.context.imbalance`."""
+  ids = segment_ids(tokens, documents)
+  first = np.searchsorted(ids, ids)
+  return context.imbalance(np.arange(tokens) - first, devices)
+
+
 def program(
   case: Case,
   mesh: Mesh,
   op: str,
   implementation: Implementation,
   steps: int = _STEPS,
+  documents: int = 1,
 ) -> Callable:
   """The layer over the devices of a mesh, on whole arrays in zigzag order."""
-  run = layer(case, mesh.size, op, implementation, steps)
+  run = layer(case, mesh.size, op, implementation, steps, documents)
   if mesh.size == 1:
     return run
   blocks = PartitionSpec(None, None, AXIS)
@@ -247,7 +272,9 @@ def sent_bytes(text: str, devices: int) -> dict[str, int]:
     ]
     name = match["name"]
     started = "-start(" in match[0]
-    # An all-gather that starts lists what it reads before what it gives.
+    if started and name == "collective-permute":
+      arrays = arrays[:2]  # what follows are contexts
+    # What starts lists what it reads before what it gives.
     size = sum(arrays[len(arrays) // 2 :] if started else arrays)
     if started and name == "all-reduce":
       size = sum(arrays)
@@ -278,14 +305,18 @@ def formula_bytes(case: Case, devices: int, op: str) -> int | None:
 # ---- Checks and measuring ----
 
 
-def check(case: Case, devices: int, implementation: Implementation) -> None:
+def check(
+  case: Case, devices: int, implementation: Implementation, documents: int = 1
+) -> None:
   """Raises AssertionError unless n devices give what one gives."""
   one, many = mesh_of(1), mesh_of(devices)
 
   def run(op, case, mesh, arrays):
     arrays = [jax.device_put(x, NamedSharding(mesh, TOKENS)) for x in arrays]
     return jax.device_get(
-      jax.jit(program(case, mesh, op, implementation, steps=1))(*arrays)
+      jax.jit(
+        program(case, mesh, op, implementation, steps=1, documents=documents)
+      )(*arrays)
     )
 
   # The last block is not full.
@@ -299,8 +330,10 @@ def check(case: Case, devices: int, implementation: Implementation) -> None:
   _, got = run("context_prefill", short, many, zigzag)
   np.testing.assert_array_equal(got, want[:, :, order])
   kl, gradients = run("context_train", short, many, zigzag)
-  truth = measure.truth(training.layer(short, "sparse", "reference"))
+  reference = layer(short, 1, "context_train", "reference", 1, documents)
+  truth = measure.truth(reference)
   true_kl, wanted = truth(*(x.astype(jnp.float32) for x in whole))
+  (true_kl,) = true_kl
   assert abs(kl.mean() - true_kl) <= 2e-3 * true_kl, (kl.mean(), true_kl)
   names = ("dq", "dk", "dv", "dindex_q", "dindex_k")
   for name, got, want in zip(names, gradients, wanted, strict=True):
@@ -333,14 +366,15 @@ def flops(case: Case, op: str) -> float:
 class _Compiled:
   """An op's program on a mesh, and how much memory and sending it takes."""
 
-  def __init__(self, case, mesh, op, implementation):
+  def __init__(self, case, mesh, op, implementation, documents):
     of = measure.shapes(case, case.dtype)
     place = NamedSharding(mesh, TOKENS)
     arrays = (
       jax.ShapeDtypeStruct(of[name].shape, of[name].dtype, sharding=place)
       for name in ("q", "k", "v", "index_q", "index_k", "q")
     )
-    run = jax.jit(program(case, mesh, op, implementation))
+    whole = program(case, mesh, op, implementation, documents=documents)
+    run = jax.jit(whole)
     # There is no matrix product of XLA's to tune. What XLA would time otherwise
     # needs memory for its operands, tens of GiB at 1M tokens, while other
     # commands hold theirs.
@@ -373,6 +407,7 @@ def record(
   selection: str,
   programs: dict[int, Any],
   implementation: Implementation,
+  documents: int,
 ) -> dict[str, Any] | None:
   """Times one op on one device and on all; None if those lack the memory."""
   seconds: dict[int, tuple[float, float | None] | None] = {}
@@ -413,6 +448,13 @@ def record(
     f" efficiency {efficiency and round(efficiency, 3)}, sent {sent / 1e6:.1f}"
     f" MB, formula {formula and round(formula / 1e6, 1)} MB"
   )
+  packed: dict[str, Any]
+  if documents > 1:
+    balance = imbalance(case.tokens, documents, count)
+    packed = dict(documents=documents, imbalance=round(balance, 3))
+  else:
+    rate = flops(case, op) / count / many[0]
+    packed = dict(tflops=round(rate / 1e12, 1))
   return dict(
     op=op,
     **dataclasses.asdict(case),
@@ -424,7 +466,7 @@ def record(
     spread_ms=None if many[1] is None else round(many[1] * 1e3, 4),
     one_ms=None if one is None else round(one[0] * 1e3, 4),
     efficiency=efficiency and round(efficiency, 4),
-    tflops=round(flops(case, op) / count / many[0] / 1e12, 1),
+    **packed,
     peak_bytes=compiled.peak_bytes,
     sent_bytes=sent,
     formula_bytes=formula,
@@ -447,6 +489,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--heads", nargs="+", type=heads, metavar="HxKxD",
     help="heads instead of the paper's, such as 32x8x128",
+  )  # fmt: skip
+  parser.add_argument(
+    "--documents", type=int, default=1, metavar="N",
+    help="equal documents in the row (default: 1, a plain row)",
   )  # fmt: skip
   parser.add_argument(
     "--selection", nargs="+", choices=("random", "trained_like"),
@@ -489,6 +535,15 @@ def main(argv: list[str] | None = None) -> int:
   }
   for case in chosen.values():
     context.check_length("--tokens", case.tokens, count)
+  ops = [op for op in args.ops if args.documents == 1 or op in PACKED_OPS]
+  if args.documents < 1 or not ops:
+    print(
+      f"context_parallel: --documents {args.documents} with --ops"
+      f" {' '.join(args.ops)}: wanted 1 or more, and an op of"
+      f" {', '.join(PACKED_OPS)}.",
+      file=sys.stderr,
+    )
+    return 2
   note = dict(
     date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     commit=args.commit or records.commit_name(),
@@ -504,18 +559,23 @@ def main(argv: list[str] | None = None) -> int:
     # One after another: programs of several GPUs that start in another order on
     # each of them wait for each other for ever.
     checks = pool.submit(
-      lambda: [check(case, count, args.implementation) for case in checked]
+      lambda: [
+        check(case, count, args.implementation, args.documents)
+        for case in checked
+      ]
     )
     meshes = {n: mesh_of(n) for n in ([count] if args.no_one else [1, count])}
     ordered = sorted(chosen.items(), key=lambda item: -item[1].tokens)
     programs = {
       (name, op): {
-        n: pool.submit(_Compiled, case, mesh, op, args.implementation)
+        n: pool.submit(
+          _Compiled, case, mesh, op, args.implementation, args.documents
+        )
         for n, mesh in meshes.items()
         if n > 1 or op != "context_gather"
       }
       for name, case in ordered
-      for op in args.ops
+      for op in ops
     }
     try:
       checks.result()
@@ -532,8 +592,15 @@ def main(argv: list[str] | None = None) -> int:
       measure.log(name)
       for selection in args.selection:
         found = [
-          record(case, op, selection, programs[name, op], args.implementation)
-          for op in args.ops
+          record(
+            case,
+            op,
+            selection,
+            programs[name, op],
+            args.implementation,
+            args.documents,
+          )
+          for op in ops
         ]
         records.store(path, [each | note for each in found if each], [])
   measure.log(f"wrote {path}")

@@ -29,6 +29,7 @@ KEY = [
   "selection",
   "score_precision",
   "implementation",
+  "documents",
 ]
 # Rates of the bounds in the plot: the best matrix rates seen on an H100.
 BOUND_TFLOPS = dict(exact=800.0, fp8=1300.0)

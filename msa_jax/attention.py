@@ -228,6 +228,7 @@ class GQAttention(nnx.Module):
     check_choice("implementation", implementation, self.implementations)
     check_choice("qk_norm_over", qk_norm_over, QKNormOver)
     check_precision(dtype, param_dtype)
+    self._heads_axis()
 
     linear = functools.partial(
       project, dtype, param_dtype, kernel_init, sharding, rngs
@@ -456,17 +457,26 @@ class GQAttention(nnx.Module):
     mesh = jax.sharding.get_abstract_mesh()
     if self.sharding is None or mesh.empty:
       return None
-    batch_axes = self.sharding.batch_axes(mesh, batch)
-    heads = self.sharding.heads
-    heads = heads if heads in mesh.axis_names else None
-    split = 1 if heads is None else mesh.shape[heads]
+    return self.sharding.batch_axes(mesh, batch), self._heads_axis()
+
+  def _heads_axis(self) -> str | None:
+    """The mesh axis that splits the KV heads; None without one.
+
+    Raises:
+      ValueError: it does not divide them.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    heads = self.sharding and self.sharding.heads
+    if not heads or heads not in mesh.axis_names:
+      return None
     require(
-      self.num_kv_heads % split == 0,
+      self.num_kv_heads % mesh.shape[heads] == 0,
       "num_kv_heads",
-      f"a multiple of mesh axis {heads!r} = {split}",
+      f"a multiple of mesh axis {heads!r} = {mesh.shape[heads]}, which splits"
+      " them (take a smaller axis)",
       self.num_kv_heads,
     )
-    return batch_axes, heads
+    return heads
 
   def context_split(
     self, name: str, batch: int, length: int
@@ -1659,7 +1669,9 @@ def _extend_dense(
       whole.k,
       whole.v,
       scale=scale,
-      implementation="mosaic_gpu" if implementation == "cudnn" else None,
+      implementation="mosaic_gpu"
+      if implementation == "cudnn"
+      else implementation,
       **_where(span, split),
     )
     out = out if sinks is None else _with_sinks(out, lse, sinks)

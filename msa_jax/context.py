@@ -55,6 +55,12 @@ def check_length(name: str, length: int, devices: int) -> None:
   )
 
 
+def _check_own(name: str, length: int, axis_name: str) -> None:
+  """`check_length` of the `length` tokens of a row that one device holds."""
+  devices = lax.axis_size(axis_name)
+  check_length(f"{name} of all devices", length * devices, devices)
+
+
 def zigzag_order(length: int, devices: int) -> Int[np.ndarray, "T"]:
   """The token at each place of the zigzag order.
 
@@ -106,7 +112,12 @@ def _whole_to_zigzag(x: Array, devices: int, axis: int = 1) -> Array:
 
 
 def query_pieces(axis_name: str, length: int) -> tuple[tuple[Any, int], ...]:
-  """Where a device's `length` tokens stand, as the operations take it."""
+  """Where a device's `length` tokens stand, as the operations take it.
+
+  Raises:
+    ValueError: they are no two pieces of equal length.
+  """
+  _check_own("length", length, axis_name)
   device, devices = lax.axis_index(axis_name), lax.axis_size(axis_name)
   size = length // 2
   return (device * size, size), ((2 * devices - 1 - device) * size, size)
@@ -145,7 +156,11 @@ def to_zigzag(x: Array, axis_name: str, axis: int = 1) -> Array:
     x: the device's part in the order of the sequence.
     axis_name: of the mesh axis.
     axis: of the tokens in x.
+
+  Raises:
+    ValueError: they are no two pieces of equal length.
   """
+  _check_own("x", x.shape[axis], axis_name)
   firsts, seconds = _zigzag_owners(lax.axis_size(axis_name))
   size = x.shape[axis] // 2
   first = lax.slice_in_dim(x, 0, size, axis=axis)
@@ -160,6 +175,7 @@ def to_zigzag(x: Array, axis_name: str, axis: int = 1) -> Array:
 
 def from_zigzag(x: Array, axis_name: str, axis: int = 1) -> Array:
   """Undoes `to_zigzag`."""
+  _check_own("x", x.shape[axis], axis_name)
   firsts, seconds = _zigzag_owners(lax.axis_size(axis_name))
   size = x.shape[axis] // 2
   early = lax.slice_in_dim(x, 0, size, axis=axis)
@@ -264,7 +280,11 @@ def gather_keys(x: Float[Array, "B T *A"], axis_name: str) -> Any:
   Args:
     x: what the device holds of the rows, in zigzag order.
     axis_name: of the mesh axis.
+
+  Raises:
+    ValueError: its tokens are no two pieces of equal length.
   """
+  _check_own("x", x.shape[1], axis_name)
   whole = lax.all_gather(x, axis_name, axis=1, tiled=True)
   return _whole_to_natural(whole, lax.axis_size(axis_name))
 
@@ -340,6 +360,7 @@ def heads_at_once(k: Float[Array, "B T K D"], devices: int) -> int:
 
 def gather_tokens(x: Array, axis_name: str) -> Array:
   """`gather_keys` of an array [B, T, *A] without a gradient, such as a mask."""
+  _check_own("x", x.shape[1], axis_name)
   whole = lax.all_gather(x, axis_name, axis=1, tiled=True)
   return _whole_to_natural(whole, lax.axis_size(axis_name))
 
@@ -353,7 +374,20 @@ def to_heads(x: Array, axis_name: str) -> Array:
 
   Returns:
     [B, T, H / n, *A] in the order of the sequence.
+
+  Raises:
+    ValueError: its tokens are no two pieces of equal length, or n does not
+      divide H.
   """
+  _check_own("x", x.shape[1], axis_name)
+  devices = lax.axis_size(axis_name)
+  require(
+    x.shape[2] % devices == 0,
+    "x",
+    f"a number of heads that is a multiple of {devices}, the devices that share"
+    " a sequence",
+    x.shape[2],
+  )
   x = lax.all_to_all(x, axis_name, split_axis=2, concat_axis=1, tiled=True)
   return _whole_to_natural(x, lax.axis_size(axis_name))
 

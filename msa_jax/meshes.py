@@ -21,6 +21,7 @@ from jax import Array, lax
 from jax.core import Tracer
 from jax.sharding import AbstractMesh, AxisType, NamedSharding, PartitionSpec
 
+from msa_jax.checks import wrong
 from pallas_kernels.partition import Axes, spec_of
 
 
@@ -36,6 +37,28 @@ def explicit_mesh(*trees: Any) -> AbstractMesh | None:
     if mesh.explicit_axes:
       return mesh
   return None
+
+
+def _check_devices(arguments: Mapping[str, Any]) -> None:
+  """Raises ValueError if an array has other devices than the mesh in context.
+
+  Inside of `jax.jit` arrays do not tell theirs, and pass, as those on one
+  device do.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  for name, tree in () if mesh.empty else arguments.items():
+    for x in jax.tree.leaves(tree):
+      if not isinstance(x, jax.Array) or isinstance(x, Tracer):
+        continue
+      count = len(x.sharding.device_set)
+      if count not in (1, mesh.size):
+        raise wrong(
+          name,
+          f"arrays on the {mesh.size} devices of the mesh in context,"
+          f" {dict(mesh.shape)} (make them under it, or move them with"
+          " jax.device_put)",
+          f"one on {count} devices",
+        )
 
 
 def auto(
@@ -230,8 +253,11 @@ def any_mesh_method(specs: Callable[..., Any]) -> Callable:
   change the module. `specs` takes the module after the result."""
 
   def decorate(method: Callable) -> Callable:
+    _, *names = inspect.signature(method).parameters
+
     @functools.wraps(method)
     def run(self, *args, **kwargs):
+      _check_devices(dict(zip(names, args)) | kwargs)
       if explicit_mesh(args, kwargs) is None:
         return method(self, *args, **kwargs)
       graphdef, state = nnx.split(self)

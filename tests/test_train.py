@@ -571,6 +571,55 @@ def test_eight_devices_give_the_losses_of_one(place, program, source):
   assert np.isfinite(metrics["loss"])
 
 
+CONTEXT_RUNS = """
+import dataclasses, pathlib, sys
+import jax
+from test_train import as_gqa, packed_run, read_records
+from train import loop
+from train.config import MeshConfig
+place = pathlib.Path(sys.argv[1])
+run = packed_run(place)
+for name, run in dict(
+  msa=dataclasses.replace(run, oracle_at_end=True),
+  gqa=as_gqa(run, eval_window=24),
+).items():
+  runs = {
+    devices: dataclasses.replace(
+      run, folder=str(place / f"{name}{devices}"),
+      mesh=MeshConfig(context=devices))
+    for devices in (1, 2)}
+  loop.run(runs[1])
+  # Stopped on one device, and resumed on two.
+  first = dataclasses.replace(runs[2], mesh=MeshConfig())
+  assert loop.run(first, stop_at=0.0) is None
+  assert loop.run(runs[2])
+"""
+
+
+@pytest.mark.slow
+def test_a_packed_run_goes_on_over_two_devices_of_a_context_axis(place):
+  run_on_devices(2, CONTEXT_RUNS, place)
+  for name, last in dict(msa="oracle_eval", gqa="window_eval").items():
+    one, two = (read_records(place / f"{name}{n}") for n in (1, 2))
+    assert [r["kind"] for r in one] == [r["kind"] for r in two]
+    assert last in [r["kind"] for r in two]
+    # The first step ran on one device. Documents are not balanced.
+    shares = [r.get("context_imbalance") for r in two if r["kind"] == "train"]
+    assert shares[0] is None and all(1 < x < 2 for x in shares[1:])
+    for a, b in zip(one, two, strict=True):
+      if a["kind"] == "window_eval":
+        # Pieces of 30 tokens are none that two devices can split.
+        assert (a["window_most"], b["window_most"]) == (30, 32)
+        continue
+      for key in ("loss", "kl", "grad_norm", "bits_per_byte"):
+        if a.get(key) is not None:
+          assert b[key] == pytest.approx(a[key], rel=1e-5), (a, b, key)
+      if a["kind"] == "layers":
+        for x, y in zip(a["layers"], b["layers"], strict=True):
+          x, y = ({k: v for k, v in z.items() if v is not None} for z in (x, y))
+          assert y == pytest.approx(x, rel=1e-4)
+
+
 MUON_ON_A_MESH = """
 import dataclasses, pathlib, sys
 import jax, numpy as np

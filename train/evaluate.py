@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from msa_jax import context as context_lib
 from msa_jax.model_config import IndexConfig
 from msa_jax.segments import block_layout, document_segments
 from train import data as data_lib
@@ -76,6 +77,23 @@ def held_out_metrics(
     *_, answers = run(map(get, range(probe_batches)), by_choice=by_choice)
     result |= {f"{name}_{key}": value for key, value in answers.items()}
   return result
+
+
+def context_imbalance(program: Program, batch: data_lib.Batch) -> float | None:
+  """`msa_jax.context.imbalance` of the index scores of a packed batch.
+
+  None without documents, or if no mesh axis splits the sequences: plain rows
+  are balanced.
+  """
+  devices = program.mesh.shape["context"]
+  if devices == 1 or batch.segment_ids is None:
+    return None
+  ids = batch.segment_ids[:, : program.config.context]
+  slot = np.arange(ids.shape[1])
+  begins = np.diff(ids, axis=1, prepend=-1) != 0
+  positions = slot - np.maximum.accumulate(np.where(begins, slot, 0), axis=1)
+  # Padding sees nothing.
+  return context_lib.imbalance(np.where(ids > 0, positions, -1), devices)
 
 
 def window_metrics(

@@ -115,6 +115,7 @@ class _Pending(NamedTuple):
   metrics: dict[str, jax.Array]
   bytes: int | None
   targets: int
+  imbalance: float | None
 
 
 class _Run:
@@ -186,6 +187,7 @@ class _Run:
           metrics,
           evaluate.count_bytes(self.source, batch),
           int(batch.loss_mask.sum()),
+          evaluate.context_imbalance(self.program, batch),
         )
         if self._is_due(step):
           self._record(pending)
@@ -245,6 +247,8 @@ class _Run:
       "tokens_per_second": speed,
       "peak_bytes": self.memory,
     }
+    if pending.imbalance is not None:
+      record["context_imbalance"] = pending.imbalance
     if load is not None:
       record["router"] = evaluate.router_records(self.program, load)
     self._log(record)

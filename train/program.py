@@ -946,10 +946,14 @@ class Program:
   @property
   def window_piece(self) -> int:
     """Tokens of a piece of a row in the evaluation with `eval_window`: the
-    window and a quarter more, at most the context."""
+    window and at least a quarter more, which the mesh can split, at most the
+    context."""
     window = self.config.eval_window
     assert window is not None
-    return min(window + max(window // 4, 1), self.config.context)
+    split = self.mesh.shape["context"]
+    unit = 2 * split if split > 1 else 1
+    piece = -(-(window + max(window // 4, 1)) // unit) * unit
+    return min(piece, self.config.context)
 
   @property
   def msa_layers(self) -> list[int]:
