@@ -277,19 +277,27 @@ def _index_from_main(
       return None
 
 
+def best_index_init(config: ModelConfig) -> Literal["main", "leading"]:
+  """The best of `to_msa`'s ways to make index projections of a model."""
+  return "main" if config.qk_norm else "leading"
+
+
 def to_msa(
   model: DecoderLM,
   config: ModelConfig,
   *,
   rngs: nnx.Rngs,
   sharding: Sharding | None = None,
-  index_init: IndexInit = "main",
+  index_init: IndexInit | None = None,
 ) -> DecoderLM:
   """Adds an Index Branch to a trained GQA model (the paper's MSA-CPT).
 
   The new model takes every parameter of `model`; where both hold it in the same
   form it is the same array, not a copy. Only index projections (and their
   norms) that `model` lacks are made.
+
+  By default they start in the better of two ways: "leading" where the model
+  has no QK-norm, and "main" where it has.
 
   With index_init="main" they start from the layer's main branch, see
   `index_kernels_from_main`, and the norms from the query's and the key's norm.
@@ -318,12 +326,14 @@ def to_msa(
     rngs: random streams for the index projections.
     sharding: mesh axes of the new model's parameters.
     index_init: "main" or "leading", see above, or "random" for freshly
-      initialised index projections.
+      initialised index projections; None: `best_index_init`'s.
 
   Raises:
     ValueError: the configs differ in another field, which the text names; or
       index_init="leading" and the model has QK-norm.
   """
+  if index_init is None:
+    index_init = best_index_init(model.config)
   check_choice("index_init", index_init, IndexInit)
   if index_init == "leading" and config.qk_norm:
     raise wrong(

@@ -1061,6 +1061,16 @@ def test_index_of_one_head_ranks_as_the_head_does():
     to_msa(gqa, index, index_init="mean")
   with pytest.raises(ValueError, match="'random' for a model with qk_norm"):
     to_msa(gqa, index, index_init="leading")
+  # Without being told, the better way of the two that the model can have.
+  plain = DecoderLM(
+    dataclasses.replace(config, qk_norm=False), rngs=nnx.Rngs(0)
+  )
+  for model, best in ((gqa, "main"), (plain, "leading")):
+    made, want = (
+      nnx.state(to_msa(model, index, **how))
+      for how in ({}, dict(index_init=best))
+    )
+    jax.tree.map(np.testing.assert_array_equal, made, want)
 
 
 @nnx.jit

@@ -988,6 +988,14 @@ def test_what_a_run_starts_from_is_checked(place, trained, from_trained):
   assert dense.model.dtype == "bfloat16" and sparse.recipe.pretrained == folder
   assert sparse.model.index == preset.runs[1].model.index
   pretrained.check_model(folder, sparse.model)
+  assert sparse.recipe.index_init == "leading"
+  # Models with QK-norm, for which "leading" is refused, start in another way.
+  normed = dataclasses.replace(gqa.model, qk_norm=True)
+  checkpoints.save(DecoderLM(normed, rngs=nnx.Rngs(0)), place / "normed")
+  _, begun = pretrained.with_pretrained(preset, str(place / "normed")).runs
+  assert begun.model.qk_norm and begun.recipe.index_init == "main"
+  with pytest.raises(ValueError, match=r"'leading' and model.qk_norm=True: wa"):
+    dataclasses.replace(begun, recipe=sparse.recipe)
   with pytest.raises(ValueError, match="starts from no trained model; wanted"):
     pretrained.with_pretrained(configs.preset("smoke"), folder)
 

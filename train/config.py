@@ -452,6 +452,11 @@ class RunConfig:
       f" (model.layer_kinds={self.model.layer_kinds}) has no warm-up and no"
       " start from a GQA run.",
     )
+    _check(
+      recipe.index_init != "leading" or not self.model.qk_norm,
+      "recipe.index_init='leading' and model.qk_norm=True: wanted 'main', since"
+      " a norm undoes the scales of 'leading'.",
+    )
     start = recipe.init_step or 0
     _check(
       start < self.num_steps

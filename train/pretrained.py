@@ -11,6 +11,7 @@ import importlib.util
 import pathlib
 
 from msa_jax import checkpoints
+from msa_jax.convert import best_index_init
 from msa_jax.model_config import ModelConfig
 from train import config as config_lib
 from train.corpus import PRETRAINED, TextConfig
@@ -155,7 +156,9 @@ def with_pretrained(
   """The comparison with another trained model to start from.
 
   Each run keeps which of its layers are sparse, their index, and how the model
-  is computed; the sizes are those of the trained model.
+  is computed; the sizes are those of the trained model. An index that starts
+  from the main branch does so in the way that is best for the trained model
+  (see `msa_jax.to_msa`).
 
   Args:
     comparison: all of its runs start from a trained model.
@@ -183,6 +186,9 @@ def with_pretrained(
       found, layer_kinds=run.model.layer_kinds, index=run.model.index, **kept
     )
     recipe = dataclasses.replace(run.recipe, pretrained=str(folder))
+    if recipe.index_init in ("main", "leading"):
+      start = best_index_init(found)
+      recipe = dataclasses.replace(recipe, index_init=start)
     return dataclasses.replace(run, model=model, recipe=recipe)
 
   return dataclasses.replace(
