@@ -9,6 +9,7 @@ transformers itself, if that is installed.
 import dataclasses
 import json
 import pathlib
+import re
 
 import jax
 import jax.numpy as jnp
@@ -28,9 +29,10 @@ from test_m3 import (
 
 import msa_jax
 from msa_jax import DecoderLM, IndexConfig, ModelConfig, checkpoints
-from msa_jax.checkpoints import commands
+from msa_jax.checkpoints import commands, generation
 from msa_jax.checkpoints.families import FAMILIES
 from msa_jax.checkpoints.tensor_files import write
+from msa_jax.generate import GREEDY, Sampling
 
 FAMILIES_DATA = pathlib.Path(__file__).parent / "data" / "families"
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 24))
@@ -890,22 +892,31 @@ def test_unknown_fields_beside_the_text_model(tmp_path):
 
 
 LFS = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 9\n"
+PAGE = "\n<!DOCTYPE html><html>"
 
 
-@pytest.mark.parametrize("file", ["config.json", "model.safetensors"])
+@pytest.mark.parametrize(
+  "file", ["config.json", "model.safetensors", "model.safetensors.index.json"]
+)
 @pytest.mark.parametrize(
   ("content", "text"),
   [
     (LFS, "is a pointer of Git LFS and not the file itself"),
-    ("\n<!DOCTYPE html><html>", "is an HTML page and not the file itself"),
+    (PAGE, "is an HTML page and not the file itself"),
+    ("<head><title>x</title>", "is an HTML page"),
+    ("\ufeff<!-- saved --><html>", "is an HTML page"),
+    ("<?xml version='1.0'?><Error/>", "is an HTML page"),
+    ("Access to this is restricted", "no safetensors file: it.*Access|be read"),
+    ('{"error": "Unauthorized"}', "no safetensors file|weight_map|type=None"),
   ],
 )
 def test_files_that_are_something_else(tmp_path, file, content, text):
   for name in ("config.json", "model.safetensors"):
     (tmp_path / name).write_bytes((TINY / name).read_bytes())
   (tmp_path / file).write_text(content)
-  with pytest.raises(ValueError, match=f"{file}.*{text}"):
+  with pytest.raises(ValueError, match=f"{file}.*({text})") as error:
     checkpoints.load(tmp_path)
+  assert "truncated" not in str(error.value)
 
 
 @pytest.mark.parametrize("place", ["../model.safetensors", "/etc/passwd"])
@@ -921,28 +932,85 @@ def test_an_index_outside_of_its_folder(tmp_path, place):
 
 
 def test_generation_config_decides(tmp_path):
-  """Stop tokens and how to draw, before config.json."""
-  config = CONFIGS["qwen3"]
-  (tmp_path / "config.json").write_text(json.dumps(config))
-  assert commands._check_sample(tmp_path, [1], 4) == (3, 4)
-  assert commands.sampling_defaults(tmp_path).temperature == 0
+  """Stop tokens and how to draw, each field before config.json's."""
+  path = tmp_path / "config.json"
+  path.write_text(json.dumps(CONFIGS["qwen3"]))
+  assert generation.read_generation(tmp_path) == ((3, 4), GREEDY)
+  # As older programs wrote it.
+  older = dict(CONFIGS["qwen3"], do_sample=True, temperature=0.7, top_k=9)
+  path.write_text(json.dumps(older))
+  stop, sampling = generation.read_generation(tmp_path)
+  assert (stop, sampling) == ((3, 4), Sampling(temperature=0.7, top_k=9))
 
-  def generation(**fields):
-    (tmp_path / "generation_config.json").write_text(json.dumps(fields))
-    return commands.sampling_defaults(tmp_path)
+  def read(**fields):
+    (tmp_path / generation.FILE).write_text(json.dumps(fields))
+    return generation.read_generation(tmp_path)
 
-  got = generation(
-    do_sample=True, temperature=0.6, top_k=20, top_p=0.95, eos_token_id=7
+  new = dict(temperature=0.6, top_k=20, top_p=0.95)
+  assert read(eos_token_id=7, **new) == ((7,), Sampling(**new))
+  assert read(eos_token_id=None, temperature=0.6) == (
+    (3, 4),
+    Sampling(temperature=0.6, top_k=9),
   )
-  assert (got.temperature, got.top_k, got.top_p) == (0.6, 20, 0.95)
-  assert commands._check_sample(tmp_path, [1], 4) == (7,)
-  assert generation(temperature=0.6) == msa_jax.generate.GREEDY
-  got = generation(do_sample=True, top_p=1.0, repetition_penalty=1.0)
-  assert (got.temperature, got.top_k, got.top_p) == (1.0, None, None)
-  with pytest.raises(
-    ValueError, match=r"min_p=0\.1, repetition_penalty=1\.2 is"
-  ):
-    generation(do_sample=True, min_p=0.1, repetition_penalty=1.2)
+  assert read(do_sample=False, temperature=0.6)[1] == GREEDY
+  harmless = dict(
+    max_new_tokens=5, pad_token_id=0, transformers_version="5", _from="x"
+  )
+  neutral = dict(top_k=0, top_p=1.0, repetition_penalty=1.0, stop_strings=[])
+  assert read(**harmless, **neutral)[1] == Sampling(temperature=0.7)
+
+
+@pytest.mark.parametrize(
+  ("fields", "text"),
+  [
+    (
+      dict(do_sample=True, min_p=0.1, repetition_penalty=1.2),
+      r"min_p=0\.1 is not supported.*\n.*repetition_penalty=1\.2 is not",
+    ),
+    (dict(forced_bos_token_id=3), "forced_bos_token_id=3 is not supported"),
+    (dict(presence_penalty=1.0), "presence_penalty=1.0 is not supported"),
+    (dict(top_h=0.4), "top_h=0.4 is not supported"),
+    (dict(some_new_switch=1), "some_new_switch=1 is not known.*\nor give temp"),
+    (dict(do_sample="false"), "do_sample must be true or false, got 'false'"),
+    (
+      dict(do_sample=True, temperature=0.0),
+      r"generation_config.json:\n  temperature must be a number above 0, got 0",
+    ),
+    (dict(do_sample=True, temperature="0.5"), "temperature must be a number"),
+    (dict(do_sample=True, top_k=-1), "top_k must be an integer of at least 1"),
+    (dict(do_sample=True, top_p=1.5), "top_p must be above 0 and at most 1"),
+  ],
+)
+def test_ways_to_draw_that_are_refused(fields, text, tmp_path):
+  """Unless the caller gives another."""
+  (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3"]))
+  (tmp_path / generation.FILE).write_text(json.dumps(fields))
+  with pytest.raises(ValueError, match=text):
+    generation.read_generation(tmp_path)
+  assert generation.read_generation(tmp_path, GREEDY) == ((3, 4), GREEDY)
+
+
+@pytest.mark.parametrize(
+  "fields",
+  [
+    dict(stop_strings=["</s>"]),
+    dict(forced_eos_token_id=3),
+    dict(exponential_decay_length_penalty=[1, 2.0]),
+    *(
+      dict(eos_token_id=value)
+      for value in ("7", ["7"], [[1]], {"a": 1}, -1, 40, 7.0, True)
+    ),
+  ],
+)
+def test_ends_of_a_text_that_are_refused(fields, tmp_path):
+  """In any case, and by the field's name."""
+  ((name, value),) = fields.items()
+  (tmp_path / "config.json").write_text(json.dumps(CONFIGS["qwen3"]))
+  (tmp_path / generation.FILE).write_text(json.dumps(fields))
+  for sampling in (None, GREEDY):
+    with pytest.raises(ValueError, match=f"{generation.FILE}:\n  {name}") as e:
+      generation.read_generation(tmp_path, sampling)
+    assert repr(value) in str(e.value)
 
 
 CHAT = (
@@ -972,7 +1040,7 @@ def test_chat(tmp_path, capsys):
   told = dict(bos_token=dict(content="<s>"), chat_template=CHAT)
   (folder / "tokenizer_config.json").write_text(json.dumps(told))
   want = "<s>user: hello\nassistant:"
-  assert commands.chat_prompt(folder, "hello") == want
+  assert generation.chat_prompt(folder, "hello") == want
   ids = tokenizer.encode(want, add_special_tokens=False).ids
   outs = []
   for prompt in (["--chat", "hello"], ["--prompt-ids", *map(str, ids)]):
@@ -986,19 +1054,48 @@ def test_chat(tmp_path, capsys):
     for name, content in files.items():
       (folder / name.replace("_json", ".json")).write_text(json.dumps(content))
     with pytest.raises(ValueError) as raised:
-      commands.chat_prompt(folder, "hello")
+      generation.chat_prompt(folder, "hello")
     return str(raised.value)
 
   assert "chat needs a chat template" in error(tokenizer_config_json={})
-  refuse = dict(chat_template="{{ raise_exception('no system role') }}")
-  assert "no system role" in error(tokenizer_config_json=refuse)
+  for template, text in (
+    ("{{ raise_exception('no system role') }}", "no system role"),
+    ("{{ 1 / 0 }}", "the chat template of .*: ZeroDivisionError"),
+    ("{{ messages|tojson(wrong=1) }}", "TypeError: .*wrong"),
+    ("{% nothing %}", "unknown tag 'nothing'"),
+  ):
+    told = dict(chat_template=template)
+    assert re.search(text, error(tokenizer_config_json=told))
+  written = "{{ messages|tojson(separators=(',', ':'), sort_keys=True) }}"
+  marked = "{% generation %}" + written + "{% endgeneration %}"
+  told = json.dumps(dict(chat_template=marked))
+  (folder / "tokenizer_config.json").write_text(told)
+  assert generation.chat_prompt(folder, "é<") == (
+    '[{"content":"é<","role":"user"}]'
+  )
   named = dict(
     chat_template=[dict(name="default", template="T {{ messages }}")]
   )
   (folder / "tokenizer_config.json").write_text(json.dumps(named))
-  assert commands.chat_prompt(folder, "hello").startswith("T [")
+  assert generation.chat_prompt(folder, "hello").startswith("T [")
   (folder / "chat_template.jinja").write_text("J")
-  assert commands.chat_prompt(folder, "hello") == "J"
+  assert generation.chat_prompt(folder, "hello") == "J"
+  # A page or a pointer in the place of any of these files is no template.
+  for name in (
+    "chat_template.jinja",
+    "tokenizer_config.json",
+    "tokenizer.json",
+    "generation_config.json",
+  ):
+    was = (folder / name).read_text() if (folder / name).exists() else "{}"
+    for content, kind in ((LFS, "pointer of Git LFS"), (PAGE, "HTML page")):
+      (folder / name).write_text(content)
+      assert commands.main(["sample", str(folder), "--chat", "hello"]) == 1
+      assert re.search(f"{name} cannot be.*{kind}", capsys.readouterr().err)
+    (folder / name).write_text(was)
+  (folder / "tokenizer.json").write_text("{}")
+  assert commands.main(["sample", str(folder), "--text", "hello"]) == 1
+  assert "tokenizer.json cannot be read: " in capsys.readouterr().err
 
 
 # --- GGUF ---------------------------------------------------------------------

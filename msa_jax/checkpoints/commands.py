@@ -8,9 +8,7 @@ from __future__ import annotations
 
 import argparse
 import collections
-import datetime
 import itertools
-import json
 import math
 import os
 import pathlib
@@ -23,7 +21,7 @@ import numpy as np
 from jax.sharding import AxisType
 
 from msa_jax import generate
-from msa_jax.checkpoints import folders, gguf_files
+from msa_jax.checkpoints import folders, generation, gguf_files
 from msa_jax.checkpoints.fields import read_json
 from msa_jax.checkpoints.quantised import Quantised
 from msa_jax.checks import check_rope_dim, wrong
@@ -129,8 +127,8 @@ def sample(
     prompt_ids: the prompt as tokens.
     max_new_tokens: the most tokens to make; the eos_token_id of
       generation_config.json, or else of config.json, ends the text earlier.
-    sampling: how to draw; None: as generation_config.json says, or greedily
-      without one.
+    sampling: how to draw; None: as generation_config.json says, or else
+      config.json, or greedily.
     seed: seed of the draws.
     dtype, mesh: see `msa_jax.checkpoints.load`.
 
@@ -147,18 +145,17 @@ def sample(
     raise wrong(
       "one of text, chat and prompt_ids", "given", " and ".join(given) or "none"
     )
+  stop, sampling = generation.read_generation(folder, sampling)
   tokenizer = None
   if not prompt_ids:
-    tokenizer = _tokenizer(folder)
+    tokenizer = generation.read_tokenizer(folder)
     if chat is not None:
       # The template has written the special tokens already.
-      text = chat_prompt(folder, chat)
+      text = generation.chat_prompt(folder, chat)
       prompt_ids = tokenizer.encode(text, add_special_tokens=False).ids
     else:
       prompt_ids = tokenizer.encode(text).ids
-  stop = _check_sample(folder, prompt_ids, max_new_tokens)
-  if sampling is None:
-    sampling = sampling_defaults(folder)
+  _check_sample(folder, prompt_ids, max_new_tokens)
   model = folders.load(folder, dtype=dtype, mesh=mesh)
 
   def show(ids: Sequence[int]) -> str:
@@ -187,30 +184,10 @@ def sample(
   yield show(done)[shown:]
 
 
-def _tokenizer(folder: pathlib.Path) -> Any:
-  path = folder / "tokenizer.json"
-  if not path.exists():
-    raise ValueError(
-      f"text needs {path}, which is missing; give prompt_ids instead"
-    )
-  try:
-    import tokenizers
-  except ModuleNotFoundError as error:
-    raise ValueError(
-      f"text: {error}. It needs: pip install 'msa-jax[train]'"
-    ) from None
-  return tokenizers.Tokenizer.from_file(str(path))
-
-
 def _check_sample(
   folder: pathlib.Path, prompt_ids: Sequence[int], max_new_tokens: int
-) -> tuple[int, ...]:
-  """Checks the arguments against config.json, before weights are read.
-
-  Returns:
-    The stop tokens: eos_token_id, which holds none, one or many, of
-    generation_config.json, or else of config.json.
-  """
+) -> None:
+  """Checks the arguments against config.json, before weights are read."""
   config = folders.read_config(folder)
   outside = [i for i in prompt_ids if not 0 <= i < config.vocab_size]
   if outside or not len(prompt_ids):
@@ -226,125 +203,6 @@ def _check_sample(
       f"the prompt's {len(prompt_ids)} tokens and {max_new_tokens} new ones"
       f" must be at most max_position_embeddings = {most}"
     )
-  stop = _generation_config(folder).get("eos_token_id")
-  if stop is None:
-    stop = fields.get("eos_token_id")
-  if stop is None:
-    return ()
-  return tuple(stop) if isinstance(stop, list) else (stop,)
-
-
-def _generation_config(folder: pathlib.Path) -> dict[str, Any]:
-  path = folder / "generation_config.json"
-  return read_json(path) if path.exists() else {}
-
-
-# Fields of generation_config.json that change what is drawn, and the values
-# that change nothing.
-_NEUTRAL = {
-  "encoder_no_repeat_ngram_size": (0,),
-  "epsilon_cutoff": (0, 0.0),
-  "eta_cutoff": (0, 0.0),
-  "guidance_scale": (1, 1.0),
-  "min_length": (0,),
-  "min_new_tokens": (0,),
-  "min_p": (0, 0.0),
-  "no_repeat_ngram_size": (0,),
-  "num_beams": (1,),
-  "penalty_alpha": (0, 0.0),
-  "repetition_penalty": (1, 1.0),
-  "sequence_bias": (),
-  "suppress_tokens": ([],),
-  "begin_suppress_tokens": ([],),
-  "bad_words_ids": ([],),
-  "typical_p": (1, 1.0),
-}
-
-
-def sampling_defaults(folder: str | os.PathLike) -> generate.Sampling:
-  """How a folder's generation_config.json says to draw; without one, greedily.
-
-  Raises:
-    ValueError: it asks for a way of drawing that is not supported.
-  """
-  path = pathlib.Path(folder)
-  fields = {k: v for k, v in _generation_config(path).items() if v is not None}
-  others = [
-    f"{name}={fields[name]!r}"
-    for name, neutral in _NEUTRAL.items()
-    if name in fields and fields[name] not in neutral
-  ]
-  if others:
-    raise ValueError(
-      f"{path / 'generation_config.json'}: {', '.join(others)} is not"
-      " supported; give temperature, top_k or top_p of your own"
-    )
-  if not fields.get("do_sample", False):
-    return generate.GREEDY
-  top_p = fields.get("top_p")
-  return generate.Sampling(
-    temperature=fields.get("temperature", 1.0),
-    top_k=fields.get("top_k") or None,
-    top_p=None if top_p == 1 else top_p,
-  )
-
-
-def chat_prompt(folder: str | os.PathLike, message: str) -> str:
-  """The prompt that a folder's chat template makes of a user's message.
-
-  Raises:
-    ValueError: the folder has no template, or the template fails.
-  """
-  path = pathlib.Path(folder)
-  config = {}
-  if (path / "tokenizer_config.json").exists():
-    config = read_json(path / "tokenizer_config.json")
-  template = config.get("chat_template")
-  if (path / "chat_template.jinja").exists():
-    template = (path / "chat_template.jinja").read_text()
-  if isinstance(template, list):  # several templates, by name
-    named = {entry.get("name"): entry.get("template") for entry in template}
-    template = named.get("default")
-  if not isinstance(template, str):
-    raise ValueError(
-      f"chat needs a chat template in {path}: chat_template.jinja, or the field"
-      " chat_template of tokenizer_config.json; give text instead"
-    )
-  try:
-    import jinja2
-    from jinja2 import sandbox
-  except ModuleNotFoundError as error:
-    raise ValueError(
-      f"chat: {error}. It needs: pip install 'msa-jax[train]'"
-    ) from None
-
-  def refuse(text: str) -> None:
-    raise jinja2.TemplateError(text)
-
-  # As in transformers, whose templates these are.
-  environment = sandbox.ImmutableSandboxedEnvironment(
-    trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
-  )
-  environment.filters["tojson"] = lambda value, indent=None: json.dumps(
-    value, ensure_ascii=False, indent=indent
-  )
-  environment.globals |= {
-    "raise_exception": refuse,
-    "strftime_now": lambda form: datetime.datetime.now().strftime(form),
-  }
-  tokens = {
-    name: token["content"] if isinstance(token, dict) else token
-    for name, token in config.items()
-    if name.endswith("_token") and isinstance(token, str | dict)
-  }
-  try:
-    return environment.from_string(template).render(
-      messages=[{"role": "user", "content": message}],
-      add_generation_prompt=True,
-      **tokens,
-    )
-  except jinja2.TemplateError as error:
-    raise ValueError(f"the chat template of {path}: {error}") from None
 
 
 def _mesh(sizes: Sequence[str]) -> jax.sharding.Mesh | None:

@@ -43,6 +43,23 @@ UNKNOWN = (
 )
 
 
+def read_text(path: pathlib.Path) -> str:
+  """The text of a file of a checkpoint folder.
+
+  Raises:
+    ValueError: the file is missing or is no text, or an HTML page or a pointer
+      of Git LFS stands in its place.
+  """
+  try:
+    raw = path.read_bytes()
+    foreign = foreign_content(raw)
+    if foreign:
+      raise ValueError(foreign)
+    return raw.decode("utf-8-sig")
+  except (OSError, ValueError) as error:
+    raise ValueError(f"{path} cannot be read: {error}") from None
+
+
 def read_json(path: pathlib.Path) -> dict[str, Any]:
   """The object of a JSON file.
 
@@ -50,12 +67,8 @@ def read_json(path: pathlib.Path) -> dict[str, Any]:
     ValueError: the file is missing or holds no JSON object.
   """
   try:
-    raw = path.read_bytes()
-    foreign = foreign_content(raw)
-    if foreign:
-      raise ValueError(foreign)
-    whole = json.loads(raw)
-  except (OSError, ValueError) as error:
+    whole = json.loads(read_text(path))
+  except json.JSONDecodeError as error:
     raise ValueError(f"{path} cannot be read: {error}") from None
   if not isinstance(whole, dict):
     raise ValueError(f"{path}: wanted a JSON object, got {whole!r}")

@@ -43,6 +43,12 @@ _QUANTISED = {
   "U8": np.dtype(np.uint8),
 }
 _READABLE = DTYPES | _QUANTISED
+# How pages begin, of HTML or XML. Prompts of chat templates begin with other
+# tags.
+_PAGE = re.compile(
+  rb"(\xef\xbb\xbf)?\s*<(!doctype\b|!--|\?xml\b|(html|head|body|title|error)\b)",
+  re.IGNORECASE,
+)
 
 
 class Tensor(NamedTuple):
@@ -136,7 +142,7 @@ def foreign_content(head: bytes) -> str | None:
       "is a pointer of Git LFS and not the file itself: `git lfs pull` in the"
       " folder fetches it"
     )
-  if head.lstrip()[:15].lower().startswith((b"<!doctype html", b"<html")):
+  if _PAGE.match(head):
     return "is an HTML page and not the file itself: download it again"
   return None
 
@@ -149,7 +155,14 @@ def _read_header(path: pathlib.Path) -> dict[str, Tensor]:
       if foreign:
         raise ValueError(f"{path} {foreign}")
       file.seek(0)
-      start = 8 + int.from_bytes(file.read(8), "little")
+      head = file.read(60)
+      # The header is an object of JSON.
+      if head[8:] and head[8:9] != b"{":
+        raise ValueError(
+          f"{path} is no safetensors file: it begins with {head!r}"
+        )
+      file.seek(8)
+      start = 8 + int.from_bytes(head[:8], "little")
       if size < start:
         raise ValueError(
           f"{path} is truncated: its header wants {start} bytes, it has {size}"
