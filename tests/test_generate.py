@@ -16,9 +16,9 @@ from test_train import tiny_run
 
 from msa_jax import checkpoints
 from msa_jax import generate as generate_lib
-from msa_jax.checkpoints import commands
+from msa_jax.checkpoints import commands, generation
 from msa_jax.generate import Sampling, generate, sample, stream
-from train import checkpoint, corpus, data
+from train import checkpoint, corpus, data, pretrained
 from train import program as program_lib
 from train import sample as sample_lib
 from train.__main__ import main as cli
@@ -377,7 +377,9 @@ def save(run, state, steps=(4,)):
   """A run folder with checkpoints of a state."""
   source = data.load(run.data)
   folder = checkpoint.RunFolder(run, source.fingerprint)
-  folder.write_environment(source.fingerprint, {}, source.tokenizer)
+  folder.write_environment(
+    source.fingerprint, {}, {"tokenizer.json": source.tokenizer}
+  )
   for step in steps:
     folder.save(step, state, 0.0)
   folder.close()
@@ -449,6 +451,35 @@ def test_a_run_is_exported(trained, tmp_path, capsys):
   assert text == "def f(x):" + bytes(new[new != 255].tolist()).decode(
     errors="replace"
   )
+  # A run that starts from a trained model has more to say.
+  kept = dict(
+    fields=dict(bos_token_id=1, eos_token_id=2, max_position_embeddings=8192),
+    documents={
+      "generation_config.json": dict(eos_token_id=[2, 9], temperature=0.6),
+      "tokenizer_config.json": dict(bos_token="b"),
+      "chat_template.jinja": "{{ messages[0].content }}",
+    },
+  )
+  copy = tmp_path / "run"
+  shutil.copytree(run.folder, copy)
+  (copy / pretrained.FILE).write_text(json.dumps(kept))
+  assert not cli(["export", str(copy), str(tmp_path / "kept")])
+  config, *files = (
+    json.loads((tmp_path / "kept" / name).read_text())
+    for name in (
+      "config.json",
+      "generation_config.json",
+      "tokenizer_config.json",
+    )
+  )
+  fields = kept["fields"] | dict(eos_token_id=[2, 9, 255])
+  assert {name: config[name] for name in fields} == fields
+  assert files == [
+    dict(eos_token_id=[2, 9, 255], temperature=0.6),
+    dict(bos_token="b"),
+  ]
+  assert generation.chat_prompt(tmp_path / "kept", "hello") == "hello"
+  capsys.readouterr()
   assert cli(["export", run.folder, str(tmp_path / "out")]) == 1
   assert "folder must be empty or missing" in capsys.readouterr().err
 

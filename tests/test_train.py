@@ -826,7 +826,17 @@ def trained(place) -> tuple[DecoderLM, str]:
   model = DecoderLM(config, rngs=nnx.Rngs(7))
   tokenizer = json.loads(corpus._ByteTokenizer().saved())
   folder = place / "trained"
-  checkpoints.save(model, folder, documents={"tokenizer.json": tokenizer})
+  checkpoints.save(
+    model,
+    folder,
+    fields=dict(bos_token_id=1, eos_token_id=2, max_position_embeddings=8192),
+    documents={
+      "tokenizer.json": tokenizer,
+      "generation_config.json": dict(eos_token_id=[2, 9], do_sample=True),
+      "tokenizer_config.json": dict(eos_token="x"),
+      "chat_template.jinja": "{{ messages }}",
+    },
+  )
   return model, str(folder)
 
 
@@ -921,6 +931,12 @@ def test_a_trained_model_becomes_msa(place, trained, from_trained):
     final = program_of(sample.load_config(folder)).merge(end.params)
     first = int(np.argmax(final(held_out[None, :32]).logits[0, -1]))
     assert written["sample"].startswith(bytes([first]).decode(errors="replace"))
+  # What the trained model's folder says about generation is exported with it.
+  assert not cli.main(["export", str(msa), str(place / "exported")])
+  kept = json.loads((msa / pretrained.FILE).read_text())
+  assert kept == pretrained.kept_of(run)
+  written = json.loads((place / "exported/generation_config.json").read_text())
+  assert written == dict(eos_token_id=[2, 9, 255], do_sample=True)
   # The best possible choice, beside the index's own: the blocks that both read
   # in any case come first.
   assert not losses(gqa, "oracle_eval")
@@ -977,6 +993,19 @@ def test_what_a_run_starts_from_is_checked(place, trained, from_trained):
   recipe = dataclasses.replace(gqa.recipe, pretrained=str(bare))
   with pytest.raises(ValueError, match=r"tokenizer.json is missing: wanted"):
     pretrained.resolve_run(dataclasses.replace(gqa, recipe=recipe))
+  # A run keeps what the folder says about generation, if the tokens are its.
+  run = pretrained.resolve_run(gqa)
+  kept = pretrained.kept_of(run)
+  assert kept["fields"] == dict(
+    bos_token_id=1, eos_token_id=2, max_position_embeddings=8192
+  )
+  assert sorted(kept["documents"]) == [
+    "chat_template.jinja",
+    "generation_config.json",
+    "tokenizer_config.json",
+  ]
+  other = dataclasses.replace(run.data, tokenizer="byte")
+  assert pretrained.kept_of(dataclasses.replace(run, data=other)) is None
   with pytest.raises(ValueError, match="wanted one of them at most"):
     config_lib.RecipeConfig(pretrained="a", init_from="b", init_step=1)
   with pytest.raises(ValueError, match="freeze_backbone=True with index_warm"):

@@ -353,7 +353,7 @@ class RunFolder:
     return open(path, "a")
 
   def write_environment(
-    self, data: dict, parameters: dict, tokenizer: str | None = None
+    self, data: dict, parameters: dict, files: Mapping[str, str | None]
   ) -> None:
     """Writes environment.json: device, versions, data and parameters of the
     run. A resumed run adds its own start to the list "resumed".
@@ -361,13 +361,14 @@ class RunFolder:
     Args:
       data: fingerprint of the run's data.
       parameters: their numbers.
-      tokenizer: content of the tokenizer.json of the data, which is kept beside
-        it; None: there is none.
+      files: content of further files, by name, which are kept beside it if they
+        are not None.
     """
     if not self._writes:
       return
-    if tokenizer is not None:
-      replace_file(self.path / "tokenizer.json", tokenizer.encode())
+    for name, content in files.items():
+      if content is not None:
+        replace_file(self.path / name, content.encode())
     path = self.path / "environment.json"
     now = provenance()
     if path.exists():

@@ -13,7 +13,7 @@ import numpy as np
 from msa_jax import selection_stats
 from train import config as config_lib
 from train import data as data_lib
-from train import evaluate, sample
+from train import evaluate, pretrained, sample
 from train.checkpoint import RunFolder, replace_file, write_json
 from train.program import (
   Program,
@@ -151,8 +151,12 @@ class _Run:
       self.state = self.program.init(config.seed)
     self.clock = _Clock(seconds)
     self.logged = (self.first, seconds)
+    files = {"tokenizer.json": source.tokenizer}
+    if not (folder.path / pretrained.FILE).exists():
+      kept = pretrained.kept_of(config)
+      files[pretrained.FILE] = kept and json.dumps(kept)
     folder.write_environment(
-      source.fingerprint, self.program.count_parameters(), source.tokenizer
+      source.fingerprint, self.program.count_parameters(), files
     )
 
   def tokens(self, step: int) -> int:

@@ -9,8 +9,12 @@ import dataclasses
 import hashlib
 import importlib.util
 import pathlib
+from typing import Any
 
 from msa_jax import checkpoints
+from msa_jax.checkpoints import generation
+from msa_jax.checkpoints.fields import read_json, read_text
+from msa_jax.checkpoints.folders import text_fields
 from msa_jax.convert import best_index_init
 from msa_jax.model_config import ModelConfig
 from train import config as config_lib
@@ -24,6 +28,18 @@ OPTIONS = (
 )
 # Where GGUF files are kept as checkpoint folders. The folder can be deleted.
 _CACHE = pathlib.Path("runs/.cache")
+FILE = "pretrained.json"
+"""What a run folder keeps of the trained model's folder, for `train export`."""
+_FIELDS = {
+  *generation.FIELDS,
+  *("bos_token_id", "max_position_embeddings", "pad_token_id"),
+}
+_DOCUMENTS = (
+  generation.FILE,
+  "chat_template.jinja",
+  "special_tokens_map.json",
+  "tokenizer_config.json",
+)
 
 
 def folder_of(source: str) -> pathlib.Path:
@@ -148,6 +164,43 @@ def resolve_run(run: config_lib.RunConfig) -> config_lib.RunConfig:
     else:
       data = text
   return dataclasses.replace(run, recipe=recipe, data=data)
+
+
+def kept_of(run: config_lib.RunConfig) -> dict[str, Any] | None:
+  """What a run's export takes from the trained model that it starts from.
+
+  Its weights and tokenizer.json are not in it: the run has its own.
+
+  Args:
+    run: as `resolve_run` returns it, so that its text's tokenizer is that of
+      `recipe.pretrained`'s folder, or another.
+
+  Returns:
+    `fields` of config.json about tokens and generation, and `documents`: the
+    content of other files by name. None if the run does not start from a
+    trained model, or reads text with another tokenizer.
+  """
+  recipe = run.recipe
+  if recipe.init_from is not None:
+    path = pathlib.Path(recipe.init_from) / FILE
+    return read_json(path) if path.exists() else None
+  if recipe.pretrained is None:
+    return None
+  folder = pathlib.Path(recipe.pretrained)
+  data = run.data
+  text = data.text if isinstance(data, MixConfig) else data
+  own = str(folder / "tokenizer.json")
+  if isinstance(text, TextConfig) and text.tokenizer != own:
+    return None
+  config = text_fields(read_json(folder / "config.json"))
+  return {
+    "fields": {k: config[k] for k in sorted(_FIELDS & set(config))},
+    "documents": {
+      name: (read_json if name.endswith(".json") else read_text)(folder / name)
+      for name in _DOCUMENTS
+      if (folder / name).exists()
+    },
+  }
 
 
 def with_pretrained(

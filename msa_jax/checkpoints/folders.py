@@ -661,7 +661,8 @@ def save(
     max_file_bytes: size beyond which a new file begins.
     fields: further fields of config.json that do not describe the model, such
       as eos_token_id.
-    documents: content of further JSON files, by file name.
+    documents: content of further files, by file name: a text as it is,
+      anything else as JSON.
 
   Raises:
     ValueError: the folder is not empty, a parameter has another dtype, `layout`

@@ -64,8 +64,7 @@ FIELDS = frozenset((*_USED, *_ENDS, *_DRAWS))
 """The fields that change which tokens come out."""
 # How many tokens and texts to make is said by the caller. The others choose
 # how to compute the same, belong to beam search, or name tokens of the prompt.
-_HARMLESS = frozenset(
-  """
+_OTHERS = """
 assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight
 assistant_lookbehind bos_token_id cache_config cache_implementation
 compile_config continuous_batching_config decoder_start_token_id
@@ -76,8 +75,8 @@ output_attentions output_hidden_states output_logits output_scores pad_token_id
 prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values
 renormalize_logits return_dict_in_generate speculation_type target_lookbehind
 transformers_version use_cache use_mtp
-""".split()
-)
+"""
+_HARMLESS = frozenset(_OTHERS.split())
 
 
 class Generation(NamedTuple):

@@ -245,7 +245,8 @@ def write(
     folder: folder to write, empty or missing.
     tensors: dtype and shape of each tensor, by name.
     fetch: returns the tensor of a name; it is released once it is written.
-    documents: content of further JSON files, by file name.
+    documents: content of further files, by file name: a text as it is,
+      anything else as JSON.
     max_file_bytes: size beyond which a new file begins.
   """
   check_free(folder)
@@ -291,7 +292,9 @@ def write(
         "weight_map": places,
       }
       for name, content in {**documents, _INDEX_FILE: index}.items():
-        (work / name).write_text(json.dumps(content, indent=2) + "\n")
+        if not isinstance(content, str):
+          content = json.dumps(content, indent=2) + "\n"
+        (work / name).write_text(content)
       # mkdtemp gives access to the user alone; give the usual permissions.
       mask = os.umask(0)
       os.umask(mask)
