@@ -740,15 +740,10 @@ class MSAttention(GQAttention):
     return PartitionSpec(rows, heads, tokens, None)
 
   def _cached_index_dim(self) -> int | None:
-    if (
-      self.index.selection != "index"
-      or self.index.force_first_block
-      or self.index.value_head
-    ):
+    if self.index.selection != "index" or self.index.value_head:
       raise NotImplementedError(
-        "a cache supports MSA with selection='index', force_first_block=False"
-        f" and value_head=False, got {self.index.selection!r},"
-        f" {self.index.force_first_block} and {self.index.value_head}"
+        "a cache supports MSA with selection='index' and value_head=False, got"
+        f" {self.index.selection!r} and {self.index.value_head}"
       )
     return self.index.index_dim
 
@@ -765,9 +760,9 @@ class MSAttention(GQAttention):
     """Caches the next T tokens of each batch row and attends from them.
 
     In the sparse phase, up to `msa_jax.ops.MAX_DECODE_TOKENS` tokens go through
-    `decode_attention`. More tokens, the warm-up phase, and layers with sinks,
-    which need the lse that decoding does not return, go through
-    `msa_attention`.
+    `decode_attention`. More tokens, the warm-up phase, layers with sinks,
+    which need the lse that decoding does not return, and those with
+    `force_first_block` go through `msa_attention`.
 
     Where a mesh axis splits the slots of the cache, few tokens go through
     `decode_attention` with axis_name, which sends next to nothing, with any
@@ -838,7 +833,8 @@ class MSAttention(GQAttention):
     """`extend` for one device's batch rows, KV heads, slots and queries."""
     num_tokens = span.slots.shape[1]
     few = num_tokens <= ops.MAX_DECODE_TOKENS
-    decode = phase == "sparse" and few and sinks is None
+    first = self.index.force_first_block
+    decode = phase == "sparse" and few and sinks is None and not first
     cache = held = _write(cache, span, k, v, index_k, split, spread)
     own_blocks = decode and self.implementation != "reference"
     if split is not None and not own_blocks:
@@ -870,13 +866,20 @@ class MSAttention(GQAttention):
         precision = "fp8"
       elif precision == "fp8" or few:
         precision = "exact"
+      where = _where(span, split if spread else None)
+      given = None
+      if first:
+        given = self._forced_blocks(
+          index_q, keys, None, score_precision=precision, **where
+        )
       result = ops.msa_attention(
         q,
         held.k,
         held.v,
         index_q,
         keys,
-        **_where(span, split if spread else None),
+        **where,
+        block_indices=given,
         phase=phase,
         score_precision=precision,
         **options,
@@ -967,7 +970,11 @@ class MSAttention(GQAttention):
         )
       elif block_indices is None:
         block_indices = self._forced_blocks(
-          index_q, index_k, segments, query_pieces
+          index_q,
+          index_k,
+          segments,
+          query_pieces=query_pieces,
+          score_precision=self.index.score_precision,
         )
       if heads_over is not None:
         out, lse = _dense_by_heads(
@@ -1056,7 +1063,10 @@ class MSAttention(GQAttention):
     index_q: Array,
     index_k: Array,
     segments: Segments | None,
-    query_pieces: ops.QueryPieces | None,
+    *,
+    query_pieces: ops.QueryPieces | None = None,
+    kv_lengths: Array | None = None,
+    score_precision: ops.ScorePrecision,
   ) -> Int32[Array, "B K T P"]:
     """The blocks that the ablations choose.
 
@@ -1087,7 +1097,8 @@ class MSAttention(GQAttention):
       index_k,
       block_size=self.index.block_size,
       num_local_blocks=self.index.num_local_blocks,
-      score_precision=self.index.score_precision,
+      score_precision=score_precision,
+      kv_lengths=kv_lengths,
       query_pieces=query_pieces,
       implementation=self.implementation,
     )

@@ -607,6 +607,18 @@ def test_reading_in_parts_equals_one_pass(kinds, precision, scan_layers):
   check_calls(model, others, calls, cache, kept)
 
 
+@pytest.mark.slow
+def test_a_cache_with_the_first_block_always_read():
+  """Block 0 is in the choice of every token, one by one or together."""
+  index = dataclasses.replace(INDEX, top_k=2, force_first_block=True)
+  model = build(index=index, layer_kinds=("msa",), num_layers=1)
+  cache = poisoned(model.init_cache(3, 64))
+  calls = [(20, (20, 7, 0)), (20, (20, 20, 1)), (1, (1, 1, 1))]
+  check_calls(model, TOKENS, calls, cache)
+  blocks = full_pass(*nnx.split(model), TOKENS).selection.block_indices
+  assert np.all(np.asarray(blocks)[..., 0] == 0)
+
+
 def poison_unused(cache):
   """The cache with NaN in every slot beyond its batch row's length."""
   unused = jnp.arange(cache.capacity) >= cache.lengths[:, None]
@@ -758,7 +770,6 @@ def test_a_cache_that_does_not_fit():
   "change",
   [
     dict(selection="window"),
-    dict(force_first_block=True),
     dict(value_head=True),
   ],
 )

@@ -154,7 +154,7 @@ class _Run:
     files = {"tokenizer.json": source.tokenizer}
     if not (folder.path / pretrained.FILE).exists():
       kept = pretrained.kept_of(config)
-      files[pretrained.FILE] = kept and json.dumps(kept)
+      files[pretrained.FILE] = None if kept is None else json.dumps(kept)
     folder.write_environment(
       source.fingerprint, self.program.count_parameters(), files
     )
