@@ -31,9 +31,11 @@ import msa_jax
 from msa_jax import DecoderLM, IndexConfig, ModelConfig, checkpoints
 from msa_jax.checkpoints import commands, generation
 from msa_jax.checkpoints.families import FAMILIES
+from msa_jax.checkpoints.families.base import rope_factor
 from msa_jax.checkpoints.tensor_files import write
 from msa_jax.generate import GREEDY, Sampling
 
+TINY_CONFIG = (TINY / "config.json").read_text()
 FAMILIES_DATA = pathlib.Path(__file__).parent / "data" / "families"
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 24))
 SIZES = dict(
@@ -419,6 +421,10 @@ def test_a_tied_head_must_be_the_embedding(tmp_path):
   )
   checkpoints.save(model, tmp_path / "out")
   same_bits(tensors, tensors_of(tmp_path / "out"))
+  # The same values in another dtype are the same.
+  half = {name: value.astype(np.float16) for name, value in copy.items()}
+  half["lm_head.weight"] = half["lm_head.weight"].astype(np.float32)
+  checkpoints.load(folder_of(tmp_path / "half", half, config))
   other = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"] + 1}
   with pytest.raises(ValueError, match=r"lm_head.weight differs from model.em"):
     checkpoints.load(folder_of(tmp_path / "other", other, config))
@@ -587,6 +593,61 @@ def test_wrong_scales(tmp_path, change, text):
     del config["quantization_config"]
   with pytest.raises(ValueError, match=text):
     checkpoints.load(write_raw(tmp_path / "x", raw, config))
+
+
+def test_some_experts_that_are_not_quantised(tmp_path):
+  """An asked dtype is given; else the one that holds all of them exactly."""
+  config = dict(CONFIGS["m2"], quantization_config=FP8, torch_dtype="bfloat16")
+  tensors = random_tensors(config)
+  plain = "model.layers.1.block_sparse_moe.experts.2.w1.weight"
+  skip = ("gate.weight", plain)
+  raw, values = quantised_tensors(tensors, (16, 16), powers=False, skip=skip)
+  folder = write_raw(tmp_path / "fp8", raw, config)
+  for options, kept in (
+    (dict(dtype="float32", scan_layers=True), np.float32),
+    (dict(dtype="bfloat16"), ml_dtypes.bfloat16),
+    ({}, np.float32),
+  ):
+    model = checkpoints.load(folder, **options)
+    gates = np.asarray(model.layers[-1].mlp.gate[...])
+    assert gates.dtype == kept
+    gates = gates[-1] if options.get("scan_layers") else gates
+    want = values[plain].T.astype(kept)
+    np.testing.assert_array_equal(gates[2], want)
+    want = values[plain.replace(".2.w1", ".1.w1")].T.astype(np.float32)
+    if options.get("dtype") != "float32":  # rounded once, to config.json's
+      want = want.astype(ml_dtypes.bfloat16)
+    np.testing.assert_array_equal(gates[1], want.astype(kept))
+
+
+def test_layers_of_multi_token_prediction_are_skipped(tmp_path, caplog):
+  """MiniMax-M2's follow its own layers, as many as config.json says."""
+  config = dict(CONFIGS["m2"], num_mtp_modules=1, use_mtp=True)
+  tensors = random_tensors(config)
+  more = {
+    name.replace("layers.1.", "layers.2."): value
+    for name, value in tensors.items()
+    if "layers.1." in name
+  }
+  more["model.layers.2.eh_proj.weight"] = np.zeros(3, np.float32)
+  folder = folder_of(tmp_path / "x", tensors | more, config)
+  model = checkpoints.load(folder)
+  assert f"skipped mtp.* ({len(more)} tensors)" in caplog.text
+  checkpoints.save(model, tmp_path / "out")
+  same_bits(tensors, tensors_of(tmp_path / "out"))
+  config["num_mtp_modules"] = 0
+  folder = folder_of(tmp_path / "y", tensors | more, config)
+  with pytest.raises(ValueError, match=r"unexpected: model.layers.2.block"):
+    checkpoints.load(folder)
+
+
+def test_names_with_and_without_the_prefix(tmp_path):
+  tensors = random_tensors(CONFIGS["llama"])
+  both = {f"language_model.{name}": value for name, value in tensors.items()}
+  both["model.norm.weight"] = 3 * tensors["model.norm.weight"]
+  folder = folder_of(tmp_path / "x", both, CONFIGS["llama"])
+  with pytest.raises(ValueError, match=r"prefix 'language_model.': model"):
+    checkpoints.load(folder)
 
 
 # --- MiniMax-M3.1 and models of our own ---------------------------------------
@@ -794,6 +855,7 @@ def test_whole_projection_norms_go_into_the_index():
       dict(sliding_window=4096),
       "sliding_window=4096: layers with a",
     ),
+    ("mistral", dict(sliding_window=0), "sliding_window=0: layers with a"),
     ("mistral", dict(head_dim="16"), "head_dim must be an integer"),
     # What changes the experts.
     ("m3", dict(norm_topk_prob=False), "norm_topk_prob=False is not supported"),
@@ -805,6 +867,16 @@ def test_whole_projection_norms_go_into_the_index():
     ),
     ("m2", dict(num_experts_per_tok=5), "the experts' top_k must be at most"),
     ("qwen3_moe", dict(norm_topk_prob=1), "norm_topk_prob must be true or fal"),
+    (
+      "qwen3_moe",
+      dict(shared_expert_intermediate_size=8),
+      "shared_expert_intermediate_size=8 is not supported: only 0",
+    ),
+    (
+      "m3",
+      dict(first_k_dense_replace="1"),
+      "first_k_dense_replace must be an integer, got '1'",
+    ),
     # What changes the Index Branch.
     ("m3", dict(use_index_cache=True), "use_index_cache=True is not supported"),
     ("m3", dict(index_topk_freq=4), "index_topk_freq=4 is not supported"),
@@ -830,6 +902,16 @@ def test_whole_projection_norms_go_into_the_index():
       "llama",
       dict(model_type="gemma3", architectures=["Gemma3ForCausalLM"]),
       r"'gemma3' with architectures=\['Gemma3ForCausalLM'\] is not among the",
+    ),
+    (
+      "llama",
+      dict(architectures=["GemmaForCausalLM"]),
+      r"'llama' contradicts architectures=\['GemmaForCausalLM'\]: Llama has",
+    ),
+    (
+      "llama",
+      dict(dtype="bfloat16"),
+      "fields disagree: dtype='bfloat16', torch_dtype='float32'",
     ),
     (
       "llama",
@@ -866,8 +948,90 @@ def test_refusals(name, changes, text, tmp_path):
   else:
     config = CONFIGS[name]
   (tmp_path / "config.json").write_text(json.dumps(config | changes))
-  with pytest.raises(ValueError, match=text):
+  with pytest.raises(ValueError, match=text) as error:
     checkpoints.load(tmp_path)
+  # No other field is said to be unknown.
+  for line in str(error.value).splitlines():
+    assert "no such field" not in line or any(key in line for key in changes)
+
+
+@pytest.mark.parametrize(
+  ("name", "gone", "changes", "theta", "dims"),
+  [
+    ("m3", ["rope_parameters"], dict(rotary_dim=16), 5e6, 16),
+    ("m2", ["rope_theta"], {}, 5e6, 8),
+    ("llama", ["rope_theta", "rope_scaling"], {}, 1e4, 16),
+    # transformers cuts the number of dims to an integer, here 8.8 to 8.
+    ("m2", ["rotary_dim"], dict(partial_rotary_factor=0.55), 5e6, 8),
+  ],
+)
+def test_what_missing_rope_fields_stand_for(
+  name, gone, changes, theta, dims, tmp_path
+):
+  """transformers' own defaults."""
+  config = dict(CONFIGS.get(name) or json.loads(TINY_CONFIG))
+  config = {k: v for k, v in config.items() if k not in gone} | changes
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  read = checkpoints.read_config(tmp_path)
+  assert (read.rope_theta, read.rope_dim, read.rope_scaling) == (
+    theta,
+    dims,
+    None,
+  )
+
+
+def test_rotary_dims_come_back_from_the_factor_that_is_written():
+  """Also where the factor is rounded and the product cut to an integer."""
+  for head_dim in range(2, 260, 2):
+    for dims in range(2, head_dim + 1, 2):
+      config = ModelConfig(
+        **dict(vocab_size=8, num_layers=1, embed_dim=8, num_heads=1),
+        **dict(num_kv_heads=1, mlp_dim=8, head_dim=head_dim, rope_dim=dims),
+      )
+      assert int(head_dim * rope_factor(config)) == dims
+
+
+def test_fields_of_qwen3_coder_are_harmless(tmp_path):
+  more = dict(
+    qkv_bias=False, shared_expert_intermediate_size=0, use_qk_norm=True
+  )
+  config = CONFIGS["qwen3_moe"]
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  want = checkpoints.read_config(tmp_path)
+  (tmp_path / "config.json").write_text(json.dumps(config | more))
+  assert checkpoints.read_config(tmp_path) == want
+
+
+@pytest.mark.parametrize(
+  ("outer", "inner", "text"),
+  [
+    (dict(tie_word_embeddings=True), {}, "tie_word_embeddings=True, text_conf"),
+    (
+      dict(torch_dtype="bfloat16"),
+      dict(torch_dtype="float32"),
+      "disagree: torch_dtype='bfloat16', text_config.torch_dtype='float32'",
+    ),
+    (
+      dict(quantization_config=MXFP8),
+      dict(quantization_config=FP8),
+      "fields disagree: quantization_config=",
+    ),
+    ({}, dict(model_type="qwen3"), "text_config.model_type='qwen3' is of anot"),
+    (
+      {},
+      dict(architectures=["Qwen3ForCausalLM"]),
+      r"text_config.architectures=\['Qwen3ForCausalLM'\] is of another family",
+    ),
+  ],
+)
+def test_a_config_that_contradicts_its_text_config(
+  outer, inner, text, tmp_path
+):
+  config = m31() | outer
+  config["text_config"] = config["text_config"] | inner
+  (tmp_path / "config.json").write_text(json.dumps(config))
+  with pytest.raises(ValueError, match=text):
+    checkpoints.read_config(tmp_path)
 
 
 def test_a_mistral_without_the_field_has_a_window(tmp_path):
@@ -1266,4 +1430,52 @@ def test_transformers_agrees(name, tmp_path):
       assert not info[kind], (kind, info[kind])
     with torch.no_grad():
       logits = again.float().eval()(torch.as_tensor(TOKENS)).logits.numpy()
+    np.testing.assert_allclose(logits, want, atol=1e-4)
+
+
+@pytest.mark.slow
+def test_transformers_agrees_about_a_folder_with_a_vision_model(tmp_path):
+  """Its whole MiniMax-M3, with a vision model: logits of text, and both
+  layouts that are saved of it."""
+  torch = pytest.importorskip("torch")
+  transformers = pytest.importorskip("transformers")
+  from transformers.models.minimax_m3_vl import MiniMaxM3VLConfig
+
+  torch.manual_seed(0)
+  text = json.loads(TINY_CONFIG)
+  vision = dict(
+    hidden_size=32,
+    num_hidden_layers=1,
+    num_attention_heads=2,
+    intermediate_size=32,
+  )
+  config = MiniMaxM3VLConfig(
+    text_config={k: v for k, v in text.items() if k != "architectures"},
+    vision_config=vision,
+    image_token_id=100,
+    video_token_id=101,
+  )
+  auto = transformers.AutoModelForImageTextToText
+  theirs = auto.from_config(config).float().eval()
+  with torch.no_grad():
+    for name, value in [*theirs.named_parameters(), *theirs.named_buffers()]:
+      if "norm" in name or "e_score" in name:
+        value.add_(0.2 * torch.randn_like(value))
+    want = theirs(torch.as_tensor(TOKENS)).logits.numpy()
+  theirs.save_pretrained(tmp_path / "theirs")
+  ours = checkpoints.load(tmp_path / "theirs")
+  got = logits_of(ours, jnp.asarray(TOKENS))
+  np.testing.assert_allclose(got, want, atol=1e-4)
+  for layout, kind in (
+    ("released", auto),
+    ("transformers", transformers.AutoModelForCausalLM),
+  ):
+    checkpoints.save(ours, tmp_path / layout, layout=layout)
+    again, info = kind.from_pretrained(
+      tmp_path / layout, output_loading_info=True, dtype=torch.float32
+    )
+    for keys in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+      assert not info[keys], (layout, keys, info[keys])
+    with torch.no_grad():
+      logits = again.eval()(torch.as_tensor(TOKENS)).logits.numpy()
     np.testing.assert_allclose(logits, want, atol=1e-4)

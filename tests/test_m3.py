@@ -488,6 +488,7 @@ def released_folder(tmp_path_factory):
     vision_config=dict(hidden_size=32, model_type="clip_vision_model"),
     img_token_compression_config=dict(spatial_merge_size=2),
     image_token_index=8,
+    merged_hidden_size=256,
     projector_hidden_size=64,
     eos_token_id=3,
     tie_word_embeddings=False,

@@ -258,6 +258,7 @@ def read_rope(
         " rotary embedding for all layers is supported"
       )
       part.read |= set(part.values)
+      fields.read |= {"rope_theta", "partial_rotary_factor", "rotary_dim"}
       return {}
 
   def everywhere(*keys: str, top: bool) -> Any:
@@ -284,7 +285,8 @@ def read_rope(
   factor = everywhere("partial_rotary_factor", top=True)
   factor = number(factor, "partial_rotary_factor")
   rotary = fields.get("rotary_dim")
-  by_factor = None if factor is None else round(head_dim * factor)
+  # As transformers does it.
+  by_factor = None if factor is None else int(head_dim * factor)
   if rotary is not None and not is_integer(rotary):
     fields.complain(f"rotary_dim must be an integer, got {rotary!r}")
     rotary = None

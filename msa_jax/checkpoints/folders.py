@@ -44,7 +44,7 @@ from msa_jax.checkpoints.families.base import (
 from msa_jax.checkpoints.fields import HARMLESS, UNKNOWN, Fields, read_json
 from msa_jax.checkpoints.quantised import Quantised
 from msa_jax.checkpoints.tensor_files import DTYPES, Tensor
-from msa_jax.checks import wrong
+from msa_jax.checks import is_integer, wrong
 from msa_jax.layers import Sharding
 from msa_jax.model import DecoderLM, abstract_model, is_index_param
 from msa_jax.model_config import ModelConfig
@@ -55,6 +55,7 @@ _PREFIX = "language_model."
 _VISION = ("vision_tower", "multi_modal_projector", "patch_merge_mlp")
 _SKIPPED = (*_VISION, "mtp")
 _DTYPE_KEYS = ("dtype", "torch_dtype")
+_MTP_KEYS = ("num_mtp_modules", "num_nextn_predict_layers")
 # Rounding these two would change which experts are chosen, so `load` does not
 # convert the router to `dtype`, and keeps the choice bias in float32: a step of
 # `msa_jax.mlp.balance` is too small for 16 bits.
@@ -150,10 +151,16 @@ def describe_folder(folder: pathlib.Path) -> Description:
       config = family.read(fields)
     except (ValueError, TypeError, ZeroDivisionError) as error:
       # The problems listed so far explain the error better than its own text.
-      if not problems:
+      # Without any, it may have come before all fields were read, of which
+      # `finish` would say that they are not known.
+      if problems:
+        fields.finish(family.title)
+      else:
         problems.append(str(error))
-    fields.finish(family.title)
+    else:
+      fields.finish(family.title)
     problems += _unknown_outer(whole, family)
+    problems += _contradictions(whole, family)
   if problems or config is None:
     raise ValueError(f"{path}:\n  " + "\n  ".join(problems))
   texts = text_fields(whole)
@@ -169,11 +176,14 @@ def find_family(whole: Mapping[str, Any], path: pathlib.Path) -> Family:
     ValueError: there is no such family; the text says which the config names.
   """
   model_type = whole.get("model_type")
-  architectures = whole.get("architectures")
-  if not isinstance(architectures, list):
-    architectures = []
+  architectures = _architectures(whole)
   for family in FAMILIES:
     if model_type in family.model_types:
+      if architectures and not _has_one(family, architectures):
+        raise ValueError(
+          f"{path}: model_type={model_type!r} contradicts architectures="
+          f"{architectures}: {family.title} has {family.architectures}"
+        )
       if "text_config" in whole and not family.nested:
         raise ValueError(
           f"{path}: text_config in a config of {family.title} is not supported"
@@ -182,13 +192,25 @@ def find_family(whole: Mapping[str, Any], path: pathlib.Path) -> Family:
   # MiniMax-M2's first release calls itself "minimax", as older models do.
   if model_type in (None, "minimax"):
     for family in FAMILIES:
-      if any(name in family.architectures for name in architectures):
+      if _has_one(family, architectures):
         return family
   known = ", ".join(f"{f.title} ({f.model_types[0]})" for f in FAMILIES)
   raise ValueError(
     f"{path}: model_type={model_type!r} with architectures={architectures} is"
     f" not among the known families: {known}"
   )
+
+
+def _architectures(fields: Mapping[str, Any]) -> list[Any]:
+  names = fields.get("architectures")
+  return names if isinstance(names, list) else []
+
+
+def _has_one(family: Family, architectures: Sequence[Any]) -> bool:
+  """Whether a family has one of the architectures. Old files of Llama write it
+  in other capital letters."""
+  known = {name.lower() for name in family.architectures}
+  return any(str(name).lower() in known for name in architectures)
 
 
 _TOKENS = ("bos_token_id", "eos_token_id", "pad_token_id")
@@ -200,7 +222,10 @@ _SHARED_KEYS = (
   "transformers_version",
 )
 _IDENTITY = ("architectures", "model_type")
-# Fields beside `text_config` that belong to the vision model begin with these.
+# Fields beside `text_config` that do not belong to the text model. The last is
+# the width of what the vision model's projector reads.
+_BESIDE = ("text_config", "num_reward_heads", "merged_hidden_size")
+# Others, which belong to the vision model, begin with these.
 _OUTSIDE = (
   *("image_", "img_", "multimodal_", "process_image_", "projector_"),
   *("spatial_merge_", "temporal_patch_", "video_", "vision_"),
@@ -217,7 +242,8 @@ def text_fields(whole: Mapping[str, Any]) -> dict[str, Any]:
     return dict(whole)
   outer = {key: whole[key] for key in _SHARED_KEYS if key in whole}
   ids = {key: whole[key] for key in _TOKENS if whole.get(key) is not None}
-  fields = {**outer, **inner, **ids}
+  given = {k: v for k, v in inner.items() if v is not None or k not in outer}
+  fields = {**outer, **given, **ids}
   # The text part may name another series that has the same text model.
   return {key: value for key, value in fields.items() if key not in _IDENTITY}
 
@@ -226,7 +252,7 @@ def _unknown_outer(whole: Mapping[str, Any], family: Family) -> list[str]:
   """Fields beside `text_config` that are not known."""
   if "text_config" not in whole:
     return []
-  known = {*HARMLESS, *_SHARED_KEYS, "text_config", "num_reward_heads"}
+  known = {*HARMLESS, *_SHARED_KEYS, *_BESIDE}
   return [
     f"{key}={value!r}: {UNKNOWN.format(family.title)}"
     for key, value in whole.items()
@@ -234,6 +260,35 @@ def _unknown_outer(whole: Mapping[str, Any], family: Family) -> list[str]:
     and key not in known
     and not key.startswith(("_", *_OUTSIDE))
   ]
+
+
+def _contradictions(whole: Mapping[str, Any], family: Family) -> list[str]:
+  """Fields that say the same thing in two ways, one of which must be wrong."""
+  inner = whole.get("text_config", {})
+  problems: list[str] = []
+  for keys in (("tie_word_embeddings",), ("quantization_config",), _DTYPE_KEYS):
+    there = {
+      f"{place}{key}": fields[key]
+      for place, fields in (("", whole), ("text_config.", inner))
+      for key in keys
+      if fields.get(key) is not None
+    }
+    values = list(there.values())
+    if keys == _DTYPE_KEYS:
+      values = [str(value).removeprefix("torch.") for value in values]
+    if any(value != values[0] for value in values):
+      text = ", ".join(f"{name}={value!r}" for name, value in there.items())
+      problems.append(f"fields disagree: {text}")
+  other = {}
+  if inner.get("model_type") not in (None, *family.nested):
+    other["model_type"] = inner["model_type"]
+  if _architectures(inner) and not _has_one(family, _architectures(inner)):
+    other["architectures"] = inner["architectures"]
+  problems += [
+    f"text_config.{key}={value!r} is of another family than {family.title}"
+    for key, value in other.items()
+  ]
+  return problems
 
 
 # ----------------------------------------------------------------- files
@@ -288,7 +343,20 @@ class Checkpoint:
     named, files = tensor_files.read_headers(folder)
     inner = any(name.startswith(_PREFIX) for name in named)
     prefix = _PREFIX if inner else ""
-    skipped = {n: t for n, t in named.items() if _part(n) in _SKIPPED}
+    twice = sorted(name for name in named if prefix and prefix + name in named)
+    if twice:
+      raise ValueError(
+        f"{folder} has tensors both with and without the prefix {prefix!r}:"
+        f" {tensor_files.some(twice)}"
+      )
+    more = _num_mtp_layers(about.whole)
+    layers = range(about.config.num_layers, about.config.num_layers + more)
+    mtp = tuple(f"{prefix}model.layers.{layer}." for layer in layers)
+    skipped = {
+      name: tensor
+      for name, tensor in named.items()
+      if _part(name) in _SKIPPED or name.startswith(mtp)
+    }
     tensors = quantised.pair(
       {
         name.removeprefix(prefix): tensor
@@ -304,13 +372,17 @@ class Checkpoint:
     return cls(tensors, prefix, skipped, files, head)
 
   def describe_skipped(self) -> str:
-    parts = collections.Counter(map(_part, self.skipped))
+    parts = collections.Counter(
+      "mtp" if _part(name) == "layers" else _part(name) for name in self.skipped
+    )
     return ", ".join(f"{part}.* ({n} tensors)" for part, n in parts.items())
 
   def dtype_of(self, leaf: Leaf) -> np.dtype:
-    """The dtype of a parameter's tensors."""
-    (name,) = {self.tensors[slot.name].dtype for slot in leaf.slots.values()}
-    return DTYPES[name]
+    """The dtype that holds a parameter's tensors exactly, which may have
+    several where some are quantised and others are not."""
+    names = {self.tensors[slot.name].dtype for slot in leaf.slots.values()}
+    dtypes = [DTYPES[name] for name in sorted(names)]
+    return np.dtype(functools.reduce(jnp.promote_types, dtypes))
 
   def check(self, folder: pathlib.Path, leaves: Sequence[Leaf]) -> None:
     """Raises ValueError unless the folder holds exactly the leaves' tensors."""
@@ -319,17 +391,6 @@ class Checkpoint:
     }
     here = self.tensors
     shared = [name for name in wanted if name in here]
-    mixed = [
-      ", ".join(sorted(dtypes))
-      + f" in {next(iter(leaf.slots.values())).name} ..."
-      for leaf in leaves
-      if len(
-        dtypes := {
-          here[s.name].dtype for s in leaf.slots.values() if s.name in here
-        }
-      )
-      > 1
-    ]
     problems = {
       "missing": sorted(set(wanted) - set(here)),
       "unexpected": sorted(set(here) - set(wanted)),
@@ -351,7 +412,6 @@ class Checkpoint:
         if isinstance(tensor := here[name], Quantised)
         and (problem := tensor.problem())
       ],
-      "of several dtypes in one parameter": mixed,
     }
     lines = [
       f"{len(found)} tensors {what}: {tensor_files.some(found)}"
@@ -371,14 +431,16 @@ class Checkpoint:
     if self.tied_head is None:
       return
     head, embedding = self.tied_head, self.tensors["model.embed_tokens.weight"]
-    same = head.shape == embedding.shape and head.dtype == embedding.dtype
+    same = head.shape == embedding.shape and {head.dtype} <= set(DTYPES)
     if same:
       a, b = (tensor.open() for tensor in (head, embedding))
-      # In parts, so that little of the two is in memory at a time.
+      # In parts, so that little of the two is in memory at a time. float32
+      # holds the values of all dtypes.
       same = all(
         np.array_equal(
-          a[first : first + 4096].view(np.uint8),
-          b[first : first + 4096].view(np.uint8),
+          a[first : first + 4096].astype(np.float32),
+          b[first : first + 4096].astype(np.float32),
+          equal_nan=True,
         )
         for first in range(0, len(a), 4096)
       )
@@ -388,6 +450,14 @@ class Checkpoint:
         " config.json has tie_word_embeddings=true, which says that they are"
         " one"
       )
+
+
+def _num_mtp_layers(whole: Mapping[str, Any]) -> int:
+  """How many layers of multi-token prediction may follow the model's own ones,
+  as in MiniMax-M2's folders."""
+  fields = text_fields(whole)
+  counts = (fields.get(key) for key in _MTP_KEYS)
+  return max((n for n in counts if n is not None and is_integer(n)), default=0)
 
 
 def _part(name: str) -> str:
@@ -682,7 +752,7 @@ def save(
   }
   source = model.source if isinstance(model.source, Source) else None
   family, written = choose_family(config, source, layout)
-  released = written == "released" and family.nested
+  released = written == "released" and bool(family.nested)
   prefix = _PREFIX if released else ""
   tensors, places = {}, collections.defaultdict(list)
   for leaf in leaves_of(config, params, family.layouts[written]):

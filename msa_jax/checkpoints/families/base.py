@@ -249,14 +249,15 @@ class Family(abc.ABC):
     architectures: values of its architectures; the first is written.
     layouts: the names of the tensors, by the layout's name. `save` writes the
       first, unless told otherwise.
-    nested: whether config.json may hold the text model in `text_config`.
+    nested: values of model_type in `text_config`, where config.json may hold
+      the text model; none: it may not.
   """
 
   title: ClassVar[str]
   model_types: ClassVar[tuple[str, ...]]
   architectures: ClassVar[tuple[str, ...]]
   layouts: ClassVar[Mapping[str, Names]]
-  nested: ClassVar[bool] = False
+  nested: ClassVar[tuple[str, ...]] = ()
 
   @abc.abstractmethod
   def read(self, fields: Fields) -> ModelConfig:
@@ -385,6 +386,11 @@ def describe_sizes(config: ModelConfig) -> dict[str, Any]:
 
 
 def rope_factor(config: ModelConfig) -> float:
-  """The share of a head's dims that rotate."""
+  """The share of a head's dims that rotate, from which `read_rope` gets their
+  number."""
   dims = config.head_dim if config.rope_dim is None else config.rope_dim
-  return dims / config.head_dim
+  factor = dims / config.head_dim
+  # The quotient may be rounded down, and the product is cut to an integer.
+  if int(config.head_dim * factor) < dims:
+    factor = math.nextafter(factor, 2)
+  return factor

@@ -69,11 +69,13 @@ class Mistral(Llama):
 
   def _refuse_windows(self, fields: Fields) -> None:
     window = fields.get("sliding_window")
-    if window is not None or "sliding_window" not in fields.present:
+    if "sliding_window" not in fields.present:
       # A missing field stands for a window: that is the class's default.
+      window = 4096
+    if window is not None:
       fields.complain(
-        f"sliding_window={window or 4096!r}: layers with a window are not"
-        " supported: only null"
+        f"sliding_window={window!r}: layers with a window are not supported:"
+        " only null"
       )
 
   def describe(self, config: ModelConfig) -> dict[str, Any]:

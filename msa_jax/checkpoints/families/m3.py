@@ -23,6 +23,7 @@ from msa_jax.checkpoints.families.base import (
   stacked_expert_names,
 )
 from msa_jax.checkpoints.fields import Fields, describe_rope, read_rope
+from msa_jax.checks import is_integer
 from msa_jax.model_config import IndexConfig, ModelConfig, MoEConfig
 
 _MOE = "model.layers.{}.block_sparse_moe."
@@ -77,7 +78,8 @@ class M3(Family):
     "MiniMaxM3SparseForCausalLM",
   )
   layouts: ClassVar = {"transformers": _TRANSFORMERS, "released": _RELEASED}
-  nested = True
+  # The release's text part has the series before it as its model_type.
+  nested = (*model_types, "minimax_m2")
 
   def layout_of(self, names: Iterable[str]) -> str:
     marks = (".gate_up_proj", ".indexer.", ".mlp.gate.")
@@ -153,14 +155,10 @@ class M3(Family):
         "routed_scaling_factor",
         "shared_intermediate_size",
       }
+    options["qk_norm"] = fields.flag("use_qk_norm", True)
     if fields.problems:
       raise ValueError("the fields describe no model")
-    return ModelConfig(
-      **sizes,
-      **options,
-      head_dim=head_dim,
-      qk_norm=fields.flag("use_qk_norm", True),
-    )
+    return ModelConfig(**sizes, **options, head_dim=head_dim)
 
   def _activation(self, fields: Fields) -> dict[str, Any]:
     """The activation and the kind of the norms.
@@ -257,7 +255,11 @@ class M3(Family):
       ["moe" if experts else "dense"] * layers,
     )
     first = fields.get("first_k_dense_replace")
-    if first is not None and kinds != ["dense"] * first + ["moe"] * (
+    if first is not None and not is_integer(first):
+      fields.complain(
+        f"first_k_dense_replace must be an integer, got {first!r}"
+      )
+    elif first is not None and kinds != ["dense"] * first + ["moe"] * (
       layers - first
     ):
       fields.complain(

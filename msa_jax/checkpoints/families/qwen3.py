@@ -31,6 +31,9 @@ class Qwen3(Family):
     fields.only("hidden_act", "silu")
     fields.only("attention_bias", False)
     fields.only("use_sliding_window", False)
+    # transformers knows neither; Qwen3-Coder's folders have both.
+    fields.only("qkv_bias", False)
+    fields.only("use_qk_norm", True)
     # Without use_sliding_window, transformers ignores these.
     fields.read |= {"sliding_window", "max_window_layers"}
     sizes = read_sizes(fields)
@@ -82,6 +85,7 @@ class Qwen3MoE(Qwen3):
   }
 
   def _mlp(self, fields: Fields, layers: int) -> dict[str, Any]:
+    fields.only("shared_expert_intermediate_size", 0)
     dense = fields.get("mlp_only_layers", default=[])
     every = fields.size("decoder_sparse_step", default=1)
     if not isinstance(dense, list):
