@@ -37,6 +37,7 @@ from msa_jax.generate import GREEDY, Sampling
 
 TINY_CONFIG = (TINY / "config.json").read_text()
 FAMILIES_DATA = pathlib.Path(__file__).parent / "data" / "families"
+SWIGLU = ("gate", "up", "down")
 TOKENS = np.random.default_rng(0).integers(0, 40, (2, 24))
 SIZES = dict(
   vocab_size=40,
@@ -210,7 +211,11 @@ def folder_of(folder, tensors, config, **documents):
 def oracle(tensors, config, tokens=TOKENS):
   """Logits of a folder, in float64."""
   c = {"head_dim": 16, **config}
-  w = {name: value.astype(np.float64) for name, value in tensors.items()}
+  m3 = "sparse_attention_config" in c
+  w = {
+    name.removeprefix("language_model."): value.astype(np.float64)
+    for name, value in tensors.items()
+  }
   d, h, k = (
     c[n] for n in ("head_dim", "num_attention_heads", "num_key_value_heads")
   )
@@ -247,11 +252,42 @@ def oracle(tensors, config, tokens=TOKENS):
 
   def norm(x, name):
     rms = np.sqrt((x**2).mean(-1, keepdims=True) + c["rms_norm_eps"])
-    return x / rms * w[name]
+    return x / rms * (w[name] + m3)
 
   def mlp(x, gate, up, down):
-    g = x @ w[gate].T
-    return (g / (1 + np.exp(-g)) * (x @ w[up].T)) @ w[down].T
+    g, u = x @ w[gate].T, x @ w[up].T
+    if not m3:
+      return (g / (1 + np.exp(-g)) * u) @ w[down].T
+    limit, alpha = c["swiglu_limit"], c["swiglu_alpha"]
+    g, u = np.minimum(g, limit), np.clip(u, -limit, limit)
+    return (g / (1 + np.exp(-alpha * g)) * (u + 1)) @ w[down].T
+
+  def reads(y, own):
+    """Whether a query [B, K, T, S] of a sparse layer reads a token."""
+    sparse = c["sparse_attention_config"]
+    size = sparse["sparse_block_size"]
+    queries, shared = (
+      (y @ w[f"{own}self_attn.index_{n}_proj.weight"].T).reshape(
+        batch, length, -1, sparse["sparse_index_dim"]
+      )
+      for n in "qk"
+    )
+    queries = rotate(norm(queries, f"{own}self_attn.index_q_norm.weight"))
+    shared = rotate(norm(shared, f"{own}self_attn.index_k_norm.weight"))
+    scores = np.einsum("btki,bsi->bkts", queries, shared[:, :, 0])
+    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    starts = np.arange(0, length, size)
+    best = np.maximum.reduceat(scores, starts, axis=-1)
+    block = np.arange(len(starts))
+    at = np.arange(length)[:, None] // size
+    forced = (block <= at) & (block > at - sparse["sparse_local_block"])
+    forced |= block < sparse["sparse_init_block"]
+    best = np.where(forced, np.inf, best)
+    order = np.argsort(-best, axis=-1, kind="stable")
+    rank = np.argsort(order, axis=-1, kind="stable")
+    return np.repeat(rank < sparse["sparse_topk_blocks"], size, -1)[
+      ..., :length
+    ]
 
   x = w["model.embed_tokens.weight"][tokens]
   for layer in range(c["num_hidden_layers"]):
@@ -260,19 +296,22 @@ def oracle(tensors, config, tokens=TOKENS):
     q, keys, values = (
       y @ w[f"{own}self_attn.{n}_proj.weight"].T for n in "qkv"
     )
-    if c["model_type"] == "minimax_m2":
+    if c["model_type"] == "minimax_m2" and not m3:
       q = norm(q, f"{own}self_attn.q_norm.weight")
       keys = norm(keys, f"{own}self_attn.k_norm.weight")
     q, keys, values = (
       a.reshape(batch, length, -1, d) for a in (q, keys, values)
     )
-    if c["model_type"].startswith("qwen3"):
+    if c["model_type"].startswith("qwen3") or m3:
       q = norm(q, f"{own}self_attn.q_norm.weight")
       keys = norm(keys, f"{own}self_attn.k_norm.weight")
     q, keys = rotate(q), rotate(keys)
     keys, values = (np.repeat(a, h // k, axis=2) for a in (keys, values))
     scores = np.einsum("bthd,bshd->bhts", q, keys) / np.sqrt(d)
-    scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+    seen = np.tri(length, dtype=bool)
+    if m3:
+      seen = seen & np.repeat(reads(y, own), h // k, axis=1)
+    scores = np.where(seen, scores, -np.inf)
     p = np.exp(scores - scores.max(-1, keepdims=True))
     p /= p.sum(-1, keepdims=True)
     out = np.einsum("bhts,bshd->bthd", p, values).reshape(batch, length, -1)
@@ -281,7 +320,7 @@ def oracle(tensors, config, tokens=TOKENS):
     m2 = c["model_type"] == "minimax_m2"
     moe = f"{own}{'block_sparse_moe' if m2 else 'mlp'}."
     if f"{moe}gate.weight" not in w:
-      names = (f"{own}mlp.{n}_proj.weight" for n in ("gate", "up", "down"))
+      names = (f"{own}mlp.{n}_proj.weight" for n in SWIGLU)
       x = x + mlp(y, *names)
       continue
     logits = y @ w[f"{moe}gate.weight"].T
@@ -298,6 +337,10 @@ def oracle(tensors, config, tokens=TOKENS):
     matrices = ("w1", "w3", "w2")
     if not m2:
       matrices = ("gate_proj", "up_proj", "down_proj")
+    weight = weight * c.get("routed_scaling_factor", 1.0)
+    if m3:
+      shared = (f"{moe}shared_experts.{n}_proj.weight" for n in SWIGLU)
+      x = x + mlp(y, *shared)
     for e in range(4):
       each = mlp(y, *(f"{moe}experts.{e}.{m}.weight" for m in matrices))
       x = x + each * np.sum(weight * (top == e), -1, keepdims=True)
@@ -678,6 +721,13 @@ def test_m31_keeps_the_first_block(tmp_path):
   out = model(tokens, with_selection=True)
   blocks = np.asarray(out.selection.block_indices)
   assert np.all(blocks[..., 0] == 0)
+  want = oracle(tensors, m31()["text_config"], np.asarray(tokens))
+  np.testing.assert_allclose(out.logits, want, atol=2e-5)
+  # It matters: without it, the index would leave block 0 out.
+  free = json.loads(json.dumps(m31()["text_config"]))
+  free["sparse_attention_config"]["sparse_init_block"] = 0
+  other = oracle(tensors, free, np.asarray(tokens))
+  assert np.abs(want - other).max() > 0.01
   checkpoints.save(model, tmp_path / "out")
   same_bits(tensors, tensors_of(tmp_path / "out"))
   saved = json.loads((tmp_path / "out" / "config.json").read_text())
