@@ -916,6 +916,11 @@ def test_whole_projection_norms_go_into_the_index():
       "shared_intermediate_size=8 is no",
     ),
     ("m2", dict(num_experts_per_tok=5), "the experts' top_k must be at most"),
+    (
+      "qwen3_moe",
+      dict(mlp_only_layers=["1"]),
+      r"mlp_only_layers must be a list of integers, got \['1'\]",
+    ),
     ("qwen3_moe", dict(norm_topk_prob=1), "norm_topk_prob must be true or fal"),
     (
       "qwen3_moe",
@@ -1181,7 +1186,10 @@ def test_generation_config_decides(tmp_path):
       dict(do_sample=True, min_p=0.1, repetition_penalty=1.2),
       r"min_p=0\.1 is not supported.*\n.*repetition_penalty=1\.2 is not",
     ),
-    (dict(forced_bos_token_id=3), "forced_bos_token_id=3 is not supported"),
+    (
+      dict(forced_bos_token_id=3),
+      "forced_bos_token_id=3 is not supported: only null",
+    ),
     (dict(presence_penalty=1.0), "presence_penalty=1.0 is not supported"),
     (dict(top_h=0.4), "top_h=0.4 is not supported"),
     (dict(some_new_switch=1), "some_new_switch=1 is not known.*\nor give temp"),

@@ -165,7 +165,7 @@ class Fields:
     value = self.get(key)
     same = (type(value) is type(a) and value == a for a in allowed)
     if value is not None and not any(same):
-      wanted = " or ".join(map(repr, allowed))
+      wanted = " or ".join(map(repr, allowed)) or "null"
       self.complain(
         f"{self.name(key)}={value!r} is not supported: only {wanted}"
       )

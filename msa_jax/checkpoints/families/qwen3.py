@@ -16,6 +16,7 @@ from msa_jax.checkpoints.families.base import (
   stacked_expert_names,
 )
 from msa_jax.checkpoints.fields import Fields, describe_rope, read_rope
+from msa_jax.checks import is_integer
 from msa_jax.model_config import ModelConfig, MoEConfig
 
 
@@ -88,8 +89,10 @@ class Qwen3MoE(Qwen3):
     fields.only("shared_expert_intermediate_size", 0)
     dense = fields.get("mlp_only_layers", default=[])
     every = fields.size("decoder_sparse_step", default=1)
-    if not isinstance(dense, list):
-      fields.complain(f"mlp_only_layers must be a list, got {dense!r}")
+    if not isinstance(dense, list) or not all(map(is_integer, dense)):
+      fields.complain(
+        f"mlp_only_layers must be a list of integers, got {dense!r}"
+      )
       dense = []
     try:
       moe = MoEConfig(
