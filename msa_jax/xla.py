@@ -32,10 +32,11 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from msa_jax import meshes, reference
 from msa_jax.reference import HIGHEST, QueryMask, clean, compute_dtype
@@ -105,7 +106,9 @@ class _Plan(NamedTuple):
   of a chunk, z C + c, and blocks likewise, z N + n.
 
   Attributes:
-    block: block of each tile; tiles are sorted by it.
+    block: block of each tile, numbered over the rows of all chunks, because the
+      chunks share the arrays of keys and values. A block's tiles lie next to
+      each other; a tile without queries may have any block.
     query: queries of each tile.
     limit: the last token of the tile's block that each query sees, counted from
       0; -1 where a tile has no query.
@@ -134,67 +137,93 @@ def _take(x: Array, at: Int[Array, "*A"]) -> Array:
   return x.at[at].get(mode="promise_in_bounds", wrap_negative_indices=False)
 
 
+@functools.partial(jax.jit, static_argnames="split")
 def _plan(
-  block_indices: Int[Array, "Z C P"],
-  positions: Int[Array, "Z C"],
+  block_indices: Int[Array, "Z T P"],
+  positions: Int[Array, "Z T"],
   bounds: _Bounds,
-  tile_queries: int,
+  split: _Split,
 ) -> _Plan:
-  """Sorts a chunk's pairs by block and cuts them into tiles."""
-  rows, c, p = block_indices.shape
+  """Sorts each chunk's pairs by block and cuts them into tiles.
+
+  The tables of all chunks are flat, one chunk's after another's, because XLA
+  has to build an array of indices, and to compile a kernel for it, where a
+  table has an axis for the chunks.
+
+  Returns:
+    A plan whose arrays have the chunks first.
+  """
+  rows, queries, tile_queries = split
   num_blocks = bounds.start.shape[1]
-  total_blocks, pairs = rows * num_blocks, rows * c * p
-  start, end, until = (x.reshape(-1) for x in bounds)
-
-  named = (block_indices >= 0) & (block_indices < num_blocks)
-  row = jnp.arange(rows, dtype=jnp.int32)[:, None, None]
-  key = row * num_blocks + jnp.where(named, block_indices, 0)
-  position = positions[..., None]
-  used = named & (_take(start, key) <= position)
-  used &= position < _take(until, key)
-  key = jnp.where(used, key, total_blocks).reshape(-1)
-  used = used.reshape(-1, p)
-
-  order = jnp.argsort(key, stable=True).astype(jnp.int32)
-  rank = (
-    jnp.zeros_like(order)
-    .at[order]
-    .set(jnp.arange(pairs, dtype=jnp.int32), unique_indices=True)
-  )
-  # Sums of scattered ones, because `jnp.searchsorted` fails inside of a
-  # `jax.shard_map` over some of the mesh's axes with check_vma=True (jax 0.11).
-  count = jnp.zeros((total_blocks + 1,), jnp.int32).at[key].add(1)
-  first = jnp.cumsum(count, dtype=jnp.int32) - count
-  count = count[:-1]
-  tile_end = jnp.cumsum(-(-count // tile_queries)).astype(jnp.int32)
-  tile_start = tile_end - -(-count // tile_queries)
-
-  # Only the last tile of a block can be incomplete, which bounds the number.
+  p = block_indices.shape[-1]
+  chunks, blocks = rows.count * queries.count, rows.size * num_blocks
+  pairs = rows.size * queries.size * p
+  # The number of a block's first tile is that of the whole tiles before its
+  # first pair, plus one for each block before it, whose last tile may be
+  # incomplete. Where that would be more tiles than pairs, each pair has room
+  # for a tile.
+  sparse = pairs <= pairs // tile_queries + blocks
+  num_tiles = pairs if sparse else pairs // tile_queries + blocks
   # `_sum_tiles` wants whole windows of tiles.
-  num_tiles = pairs // tile_queries + min(total_blocks, pairs)
   window = _window(num_tiles)
   num_tiles = -(-num_tiles // window) * window
-  tile = jnp.arange(num_tiles, dtype=jnp.int32)
-  ends = jnp.zeros((num_tiles,), jnp.int32).at[tile_end].add(1, mode="drop")
-  block = jnp.cumsum(ends, dtype=jnp.int32)
-  real = block < total_blocks
-  block = jnp.minimum(block, total_blocks - 1)
-  at = _take(first, block) + (tile - _take(tile_start, block)) * tile_queries
-  at = at[:, None] + jnp.arange(tile_queries, dtype=jnp.int32)[None]
-  live = real[:, None] & (at < _take(first, block + 1)[:, None])
-  query = _take(order, jnp.clip(at, 0, pairs - 1)) // p
+  slots = num_tiles * tile_queries
 
-  block_start = _take(start, block)
-  last_token = _take(end, block) - block_start - 1
-  limit = _take(positions.reshape(-1), query) - block_start[:, None]
-  limit = jnp.where(live, jnp.minimum(limit, last_token[:, None]), -1)
+  chunk = jnp.arange(chunks, dtype=jnp.int32)[:, None]
+  first_row = jnp.asarray(_first_rows(split))[:, None]
+  row = (first_row + _count(rows.size, 2))[..., None, None]
+  position = _cut(positions, split)[..., None]
+  block = _cut(block_indices, split, fill=-1)
+  named = (block >= 0) & (block < num_blocks)
+  block = row * num_blocks + jnp.where(named, block, 0)
+  start, end, until = (_take(x.reshape(-1), block) for x in bounds)
+  used = named & (start <= position) & (position < until)
+  limit = jnp.minimum(position, end - 1) - start
+  block, used = block.reshape(chunks, pairs), used.reshape(chunks, pairs)
+  key = jnp.where(used, block - first_row * num_blocks, blocks)
 
-  pair_block = jnp.minimum(key, total_blocks - 1)
-  offset = rank - _take(first, pair_block)
-  position = _take(tile_start, pair_block) * tile_queries + offset
-  position = jnp.clip(position, 0, num_tiles * tile_queries - 1).reshape(-1, p)
-  last = jnp.maximum(tile_end - 1, 0)
-  return _Plan(block, query, limit, position, used, last, count > 0)
+  # The pairs in the order of their blocks, and their places in the tiles. Those
+  # that are not used get places behind all tiles.
+  pair = jnp.broadcast_to(_count(pairs, 2), key.shape)
+  key, order = lax.sort((key, pair), dimension=1, num_keys=1, is_stable=True)
+  entry = chunk * (blocks + 1) + key
+  first = jnp.full((chunks * (blocks + 1),), pairs, jnp.int32)
+  first = _take(first.at[entry].min(pair, mode="promise_in_bounds"), entry)
+  tile = first if sparse else lax.div(first, jnp.int32(tile_queries)) + key
+  place = chunk * slots + tile * tile_queries + pair - first
+  place = jnp.where(key < blocks, place, chunks * slots + pair)
+  at = chunk * pairs + order
+  position = jnp.zeros((chunks * pairs,), jnp.int32)
+  position = position.at[at].set(
+    place - chunk * slots, mode="promise_in_bounds", unique_indices=True
+  )
+  position = jnp.minimum(position, slots - 1)
+
+  # The pair at each place.
+  held = jnp.full((chunks * slots,), -1, jnp.int32)
+  held = held.at[place].set(order, mode="drop")
+  held = held.reshape(chunks, num_tiles, tile_queries)
+  live, held = held >= 0, jnp.maximum(held, 0)
+  at = chunk[..., None] * pairs + held
+  limit = jnp.where(live, _take(limit.reshape(-1), at), -1)
+  query = lax.div(held, jnp.int32(p))
+  block = _take(block.reshape(-1), at[..., 0])
+
+  tile = jnp.where(live[..., 0], _count(num_tiles, 2), -1)
+  last = jnp.full((chunks * blocks,), -1, jnp.int32)
+  last = last.at[chunk * blocks + block - first_row * num_blocks].max(
+    tile, mode="promise_in_bounds"
+  )
+  last = last.reshape(chunks, blocks)
+  return _Plan(
+    block,
+    query,
+    limit,
+    position.reshape(chunks, -1, p),
+    used.reshape(chunks, -1, p),
+    jnp.maximum(last, 0),
+    last >= 0,
+  )
 
 
 def _blocks(
@@ -307,8 +336,9 @@ def _sum_tiles(xs: Any, plan: _Plan) -> Any:
   """Sums each block's tiles in a fixed order; 0 for blocks without tiles.
 
   A scatter-add would be enough on a CPU, but on a GPU its order, and so the
-  result's last bits, would vary. Tiles are sorted by block. V windows of W
-  tiles are summed at once, tile after tile, and then the ends of the windows.
+  result's last bits, would vary. A block's tiles lie next to each other. V
+  windows of W tiles are summed at once, tile after tile, and then the ends of
+  the windows. Tiles without queries are zeros, whatever their block is.
 
   Args:
     xs: a tree of arrays [M, bs, D].
@@ -328,7 +358,7 @@ def _sum_tiles(xs: Any, plan: _Plan) -> Any:
   ends = jax.tree.map(lambda x: x[None, :, -1], xs)
   ends = _running_sums(ends, ((first == before) & (first == end))[None])
   at = plan.last // window
-  goes_on = jnp.arange(plan.last.shape[0], dtype=jnp.int32) == before[at]
+  goes_on = _take(plan.block, plan.last) == before[at]
   goes_on &= before[at] == first[at]
 
   def total(x, ends):
@@ -456,9 +486,9 @@ def _join(x: Array, axis: int, length: int) -> Array:
   return lax.slice_in_dim(x, 0, length, axis=axis)
 
 
-def _over_chunks(body: Callable, carry, xs, chunk: _Chunk) -> tuple[Any, Any]:
+def _over_chunks(body: Callable, carry, xs, count: int) -> tuple[Any, Any]:
   """`lax.scan`, but without a loop if there is only one chunk."""
-  if chunk.count == 1:
+  if count == 1:
     carry, ys = body(carry, jax.tree.map(lambda x: x[0], xs))
     return carry, jax.tree.map(lambda y: y[None], ys)
   return lax.scan(body, carry, xs)
@@ -497,9 +527,23 @@ def _sparse_split(
   return _Split(_Chunk(count, rows // count, 0), queries, tile)
 
 
+def _first_rows(split: _Split) -> np.ndarray:
+  """The first row of each chunk."""
+  rows, queries, _ = split
+  chunks = np.arange(rows.count * queries.count, dtype=np.int32)
+  return chunks // queries.count * rows.size
+
+
 def _cut(x: Array, split: _Split, fill: float = 0) -> Array:
-  """[Z, T, ...] -> [chunks of rows, chunks of queries, rows, queries, ...]."""
-  return _split(_split(x, split.queries, 1, fill), split.rows, 1)
+  """[Z, T, ...] -> [chunks, rows, queries, ...].
+
+  Chunks hold one row or all queries, so rows and queries stay in their order.
+  """
+  rows, queries, _ = split
+  pads = [(0, 0)] * x.ndim
+  pads[1] = (0, queries.pad)
+  x = jnp.pad(x, pads, constant_values=fill)
+  return x.reshape(-1, rows.size, queries.size, *x.shape[2:])
 
 
 def _sum_over_chunks(
@@ -510,12 +554,13 @@ def _sum_over_chunks(
   split: _Split,
   sums: Sequence[tuple[int, ...]] = (),
 ) -> tuple[Any, Any]:
-  """Runs `body` on chunks of rows and queries.
+  """Runs `body` on chunks of rows and queries, in one loop.
 
   Args:
-    body: (of_rows, of_queries, plan) of a chunk -> (sums, results), two tuples.
-      Sums have a row first and are added up over the chunks of its queries.
-    of_rows: arrays [Z, ...].
+    body: (of_rows, of_queries, plan) -> (sums, results), two tuples. It gets
+      `of_rows` whole, and of the others those of a chunk. Sums have the chunk's
+      rows first and are added up over the chunks of their queries.
+    of_rows: arrays [Z N, ...].
     of_queries: arrays [Z, T, ...].
     plans: of each chunk, as `_cut` cuts them.
     split: sizes.
@@ -525,26 +570,33 @@ def _sum_over_chunks(
     (sums [Z, ...], results [Z, T, ...]).
   """
   rows, queries, _ = split
-  q_len = of_queries[0].shape[1]
-  dtype = compute_dtype(of_queries[0])
-
-  def of_some_rows(_, x):
-    of_rows, *chunks = x
-    total = tuple(
-      meshes.varying_zeros((rows.size, *shape), dtype, x) for shape in sums
-    )
-
-    def step(total, x):
-      sums, results = body(of_rows, *x)
-      return jax.tree.map(jnp.add, total, sums), results
-
-    total, results = _over_chunks(step, total, chunks, queries)
-    return (), (total, jax.tree.map(lambda x: _join(x, 1, q_len), results))
-
-  of_rows = jax.tree.map(lambda x: _split(x, rows, 0), of_rows)
+  num_rows, q_len = of_queries[0].shape[:2]
   chunks = [_cut(x, split) for x in of_queries]
-  _, results = _over_chunks(of_some_rows, (), (of_rows, chunks, plans), rows)
-  return jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), results)
+  total = tuple(
+    meshes.varying_zeros(
+      (num_rows, *shape),
+      compute_dtype(of_queries[0]),
+      (of_rows, chunks, plans),
+    )
+    for shape in sums
+  )
+
+  def step(total, x):
+    row, *chunk = x
+    sums, results = body(of_rows, *chunk)
+
+    def add(total, x):
+      x += lax.dynamic_slice_in_dim(total, row, rows.size)
+      return lax.dynamic_update_slice_in_dim(total, x, row, 0)
+
+    return jax.tree.map(add, total, sums), results
+
+  xs = (jnp.asarray(_first_rows(split)), chunks, plans)
+  count = rows.count * queries.count
+  total, results = _over_chunks(step, total, xs, count)
+  return total, jax.tree.map(
+    lambda x: x.reshape(num_rows, -1, *x.shape[3:])[:, :q_len], results
+  )
 
 
 @functools.partial(
@@ -591,8 +643,8 @@ def _sparse(*args):
 class _Rows(NamedTuple):
   """What all passes over the chosen blocks start from, of Z = B K rows."""
 
-  k: Float[Array, "Z N bs D"]
-  first_bad_k: Int[Array, "Z N"]
+  k: Float[Array, "Z*N bs D"]
+  first_bad_k: Int[Array, "Z*N"]
   plans: _Plan
   split: _Split
 
@@ -608,17 +660,11 @@ def _rows(q, k, block_indices, positions, layout, block_size) -> _Rows:
   split = _sparse_split(block_indices, k, q.shape[2] // num_kv_heads)
   # All chunks are planned at once, outside of their loop, because there XLA
   # finds that the passes of one program have the same plans.
-  plan = functools.partial(_plan, tile_queries=split.tile_queries)
-  plan = jax.vmap(jax.vmap(plan, (0, 0, None)))
-  plans = plan(
-    _cut(block_indices, split, fill=-1),
-    _cut(positions, split),
-    jax.tree.map(lambda x: _split(x, split.rows, 0), bounds),
-  )
-  return _Rows(k, _first_bad(bad_k), plans, split)
+  plans = _plan(block_indices, positions, bounds, split=split)
+  return _Rows(_flat(k), _flat(_first_bad(bad_k)), plans, split)
 
 
-def _flat(x: Float[Array, "Z C *D"]) -> Float[Array, "Z*C *D"]:
+def _flat(x: Shaped[Array, "Z C *D"]) -> Shaped[Array, "Z*C *D"]:
   return x.reshape(-1, *x.shape[2:])
 
 
@@ -631,7 +677,7 @@ def _sparse_run(
   v_blocks, bad_v = clean(_blocks(v, block_size, layout))
 
   def body(of_rows, of_queries, plan):
-    k, bad_k, v, bad_v = map(_flat, of_rows)
+    k, bad_k, v, bad_v = of_rows
     (q,) = of_queries
     shape = q.shape[:2]
     q, bad_q = clean(_flat(q))
@@ -653,7 +699,7 @@ def _sparse_run(
 
   _, (out, lse) = _sum_over_chunks(
     body,
-    (rows.k, rows.first_bad_k, v_blocks, _first_bad(bad_v)),
+    (rows.k, rows.first_bad_k, _flat(v_blocks), _flat(_first_bad(bad_v))),
     [_to_rows(q, num_kv_heads)],
     rows.plans,
     rows.split,
@@ -717,7 +763,7 @@ def _sparse_gradients(
   v_blocks, _ = clean(_blocks(v, block_size, layout))
 
   def body(of_rows, of_queries, plan):
-    k, v = map(_flat, of_rows)
+    k, v = of_rows
     q, d_out, delta, lse = of_queries
     q, bad_q = clean(_flat(q))
     d_out, bad_d = clean(_flat(d_out))
@@ -740,19 +786,19 @@ def _sparse_gradients(
       ),
       plan,
     )
-    sums = tuple(x.reshape(of_rows[0].shape) for x in sums)
+    sums = tuple(x.reshape(-1, *v_blocks.shape[1:]) for x in sums)
     return sums, (dq.reshape(of_queries[0].shape),)
 
   (dk, dv), (dq,) = _sum_over_chunks(
     body,
-    (rows.k, v_blocks),
+    (rows.k, _flat(v_blocks)),
     [
       _to_rows(x, num_kv_heads)
       for x in (q, d_out, delta, jnp.moveaxis(lse, 1, 2))
     ],
     rows.plans,
     rows.split,
-    (rows.k.shape[1:],) * 2,
+    (v_blocks.shape[1:],) * 2,
   )
   dk = _unblock(dk, b, kv_len, layout).astype(k.dtype)
   dv = _unblock(dv, b, kv_len, layout).astype(v.dtype)
@@ -890,13 +936,16 @@ def _sparse_kl_run(
   ik_blocks, bad_ik = (
     jnp.repeat(x, num_kv_heads, axis=0) for x in (ik_blocks, _first_bad(bad_ik))
   )
-  if weights is None:
-    weights = jnp.ones(positions.shape, dtype)
-  weights = jnp.repeat(weights.astype(dtype), num_kv_heads, axis=0)
+  of_queries = [
+    _to_rows(x, num_kv_heads) for x in (q, index_q, jnp.moveaxis(lse, 1, 2))
+  ]
+  if weights is not None:
+    weights = jnp.repeat(weights.astype(dtype), num_kv_heads, axis=0)
+    of_queries.append(weights)
 
   def body(of_rows, of_queries, plan):
-    k, bad_k, ik, bad_ik = map(_flat, of_rows)
-    q, index_q, lse, weights = of_queries
+    k, bad_k, ik, bad_ik = of_rows
+    q, index_q, lse, *weights = of_queries
     m, r = plan.query.shape
     seen = _seen(plan, 1, block_size)
     q, bad_q = clean(_flat(q))
@@ -921,28 +970,23 @@ def _sparse_kl_run(
     live = p != 0
     log_ratio = jnp.log(jnp.where(live, p, 1)) - jnp.where(live, log_r, 0)
     kl = jnp.sum(jnp.where(live, p * log_ratio, 0), axis=-1)
-    kl = _sum_pairs(kl, plan, dtype).reshape(weights.shape)
+    kl = _sum_pairs(kl, plan, dtype).reshape(of_queries[0].shape[:2])
 
-    weight = _take(_flat(weights), plan.query) * (
-      index_scale / divisor.astype(dtype)
-    )
-    du = jnp.where(seen, (jnp.exp(log_r) - p) * weight[..., None], 0)
-    du = du.astype(dtype)
+    weight = index_scale / divisor.astype(dtype)
+    if weights:
+      kl *= weights[0]
+      weight *= _take(_flat(weights[0]), plan.query)[..., None]
+    du = jnp.where(seen, (jnp.exp(log_r) - p) * weight, 0).astype(dtype)
     d_iq = _product("mrj,mjd->mrd", du, ik_tile.astype(dtype))
     d_iq = _sum_pairs(d_iq, plan, dtype).reshape(of_queries[1].shape)
     d_ik = _product("mrj,mrd->mjd", du, iq_tile.astype(dtype))
-    d_ik = _sum_tiles(d_ik, plan).reshape(of_rows[2].shape)
-    return (jnp.sum(kl * weights, axis=1), d_ik), (d_iq,)
+    d_ik = _sum_tiles(d_ik, plan).reshape(-1, *ik_blocks.shape[1:])
+    return (jnp.sum(kl, axis=1), d_ik), (d_iq,)
 
   (kl, d_ik), (d_iq,) = _sum_over_chunks(
     body,
-    (rows.k, rows.first_bad_k, ik_blocks, bad_ik),
-    [
-      *(
-        _to_rows(x, num_kv_heads) for x in (q, index_q, jnp.moveaxis(lse, 1, 2))
-      ),
-      weights,
-    ],
+    (rows.k, rows.first_bad_k, _flat(ik_blocks), _flat(bad_ik)),
+    of_queries,
     rows.plans,
     rows.split,
     ((), ik_blocks.shape[1:]),
@@ -1074,7 +1118,7 @@ def _select_run(
     return carry, _best_blocks(score, visible, forced, top_k)
 
   xs = (_split(index_q, chunk, 1), _split(positions, chunk, 1, fill=-1))
-  _, chosen = _over_chunks(body, (), xs, chunk)
+  _, chosen = _over_chunks(body, (), xs, chunk.count)
   return (_join(chosen, 2, t),)
 
 
@@ -1253,7 +1297,7 @@ def _dense(
     # The queries that pad the last chunk see nothing.
     _split(positions, chunk, 1, fill=-1),
   )
-  _, (out, lse, kl) = _over_chunks(jax.checkpoint(body), (), xs, chunk)
+  _, (out, lse, kl) = _over_chunks(jax.checkpoint(body), (), xs, chunk.count)
   if out is not None:
     out, lse = _join(out, 1, t), _join(lse, 2, t)  # pyright: ignore
   if kl is not None:
@@ -1377,7 +1421,7 @@ def _best_run(q, k, positions, layout, *, block_size, top_k, scale):
     return carry, _best_blocks(mass, seen, jnp.zeros_like(seen), top_k)
 
   xs = (_split(q, chunk, 1), _split(positions, chunk, 1, fill=-1))
-  _, chosen = _over_chunks(body, (), xs, chunk)
+  _, chosen = _over_chunks(body, (), xs, chunk.count)
   return (_join(chosen, 2, t),)
 
 
@@ -1438,7 +1482,7 @@ def _recall_sums(q, k, block_indices, positions, layout, *, block_size, scale):
     _split(block_indices, chunk, 2, fill=-1),
     _split(positions, chunk, 1, fill=-1),
   )
-  _, sums = _over_chunks(body, (), xs, chunk)
+  _, sums = _over_chunks(body, (), xs, chunk.count)
   return tuple(map(jnp.sum, sums))
 
 
@@ -1614,5 +1658,5 @@ def _decode_run(
     _split(block_indices, chunk, 2, fill=-1),
     _split(positions, chunk, 1, fill=-1),
   )
-  _, out = _over_chunks(body, (), xs, chunk)
+  _, out = _over_chunks(body, (), xs, chunk.count)
   return _join(out, 1, t), block_indices
