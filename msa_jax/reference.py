@@ -195,11 +195,13 @@ def head_scores(
   return jnp.where(visible[:, :, None], s, -jnp.inf)
 
 
-def masked_logsumexp(s: Float[Array, "*A S"]) -> Float[Array, "*A"]:
-  """log sum exp over the last axis; -inf, with zero gradient, for no entry."""
-  m = lax.stop_gradient(jnp.max(s, axis=-1))
+def masked_logsumexp(
+  s: Float[Array, "*A"], axis: int = -1
+) -> Float[Array, "*B"]:
+  """log sum exp over an axis; -inf, with zero gradient, for no entry."""
+  m = lax.stop_gradient(jnp.max(s, axis=axis))
   m = jnp.where(m == -jnp.inf, 0, m)
-  l = jnp.sum(jnp.exp(s - m[..., None]), axis=-1)
+  l = jnp.sum(jnp.exp(s - jnp.expand_dims(m, axis)), axis=axis)
   # The inner `where` keeps log's gradient finite where nothing is visible.
   return jnp.where(l == 0, -jnp.inf, m + jnp.log(jnp.where(l == 0, 1, l)))
 

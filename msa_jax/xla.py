@@ -116,6 +116,12 @@ class _Plan(NamedTuple):
     used: whether the slot makes a pair; if not, its position means nothing.
     last: last tile of each block.
     picked: whether the block has tiles.
+    same: whether a tile, of V windows of W tiles, has the block of the tile
+      before it.
+    through: whether a window has tiles of one block only, which the window
+      before it ends with.
+    carried: whether the window of the block's last tile starts with the block,
+      and the window before it ends with it.
   """
 
   block: Int[Array, "M"]
@@ -125,6 +131,9 @@ class _Plan(NamedTuple):
   used: Bool[Array, "Z*C P"]
   last: Int[Array, "Z*N"]
   picked: Bool[Array, "Z*N"]
+  same: Bool[Array, "V W"]
+  through: Bool[Array, "V"]
+  carried: Bool[Array, "Z*N"]
 
 
 def _count(size: int, ndim: int) -> Int[Array, "..."]:
@@ -132,9 +141,13 @@ def _count(size: int, ndim: int) -> Int[Array, "..."]:
   return lax.expand_dims(jnp.arange(size, dtype=jnp.int32), range(ndim - 1))
 
 
+# For indices that are right by construction and need no check.
+_IN_BOUNDS: Any = {"mode": "promise_in_bounds", "wrap_negative_indices": False}
+
+
 def _take(x: Array, at: Int[Array, "*A"]) -> Array:
-  """x[at], without a check of indices that are right by construction."""
-  return x.at[at].get(mode="promise_in_bounds", wrap_negative_indices=False)
+  """x[at]."""
+  return x.at[at].get(**_IN_BOUNDS)
 
 
 @functools.partial(jax.jit, static_argnames="split")
@@ -188,20 +201,20 @@ def _plan(
   key, order = lax.sort((key, pair), dimension=1, num_keys=1, is_stable=True)
   entry = chunk * (blocks + 1) + key
   first = jnp.full((chunks * (blocks + 1),), pairs, jnp.int32)
-  first = _take(first.at[entry].min(pair, mode="promise_in_bounds"), entry)
+  first = _take(first.at[entry].min(pair, **_IN_BOUNDS), entry)
   tile = first if sparse else lax.div(first, jnp.int32(tile_queries)) + key
   place = chunk * slots + tile * tile_queries + pair - first
   place = jnp.where(key < blocks, place, chunks * slots + pair)
   at = chunk * pairs + order
   position = jnp.zeros((chunks * pairs,), jnp.int32)
   position = position.at[at].set(
-    place - chunk * slots, mode="promise_in_bounds", unique_indices=True
+    place - chunk * slots, unique_indices=True, **_IN_BOUNDS
   )
   position = jnp.minimum(position, slots - 1)
 
   # The pair at each place.
   held = jnp.full((chunks * slots,), -1, jnp.int32)
-  held = held.at[place].set(order, mode="drop")
+  held = held.at[place].set(order, mode="drop", wrap_negative_indices=False)
   held = held.reshape(chunks, num_tiles, tile_queries)
   live, held = held >= 0, jnp.maximum(held, 0)
   at = chunk[..., None] * pairs + held
@@ -209,20 +222,33 @@ def _plan(
   query = lax.div(held, jnp.int32(p))
   block = _take(block.reshape(-1), at[..., 0])
 
+  own = first_row * num_blocks + _count(blocks, 2)
   tile = jnp.where(live[..., 0], _count(num_tiles, 2), -1)
   last = jnp.full((chunks * blocks,), -1, jnp.int32)
-  last = last.at[chunk * blocks + block - first_row * num_blocks].max(
-    tile, mode="promise_in_bounds"
-  )
-  last = last.reshape(chunks, blocks)
+  at = chunk * blocks + block - first_row * num_blocks
+  last = last.at[at].max(tile, **_IN_BOUNDS).reshape(chunks, blocks)
+  picked, last = last >= 0, jnp.maximum(last, 0)
+
+  def before(x):
+    pads = [(0, 0)] * (x.ndim - 1) + [(1, 0)]
+    return jnp.pad(x, pads, constant_values=-1)[..., :-1]
+
+  tiles = block.reshape(chunks, -1, window)
+  first, end = tiles[..., 0], tiles[..., -1]
+  goes_on = first == before(end)
+  at = chunk * (num_tiles // window) + lax.div(last, jnp.int32(window))
+  carried = _take(jnp.where(goes_on, first, -1).reshape(-1), at) == own
   return _Plan(
     block,
     query,
     limit,
     position.reshape(chunks, -1, p),
     used.reshape(chunks, -1, p),
-    jnp.maximum(last, 0),
-    last >= 0,
+    last,
+    picked,
+    tiles == before(tiles),
+    goes_on & (first == end),
+    carried,
   )
 
 
@@ -317,16 +343,25 @@ def _window(num_tiles: int) -> int:
 
 def _running_sums(xs: Any, same: Bool[Array, "V W"]) -> Any:
   """x[v, w] += x[v, w - 1] where `same`, one w after another."""
+  at = functools.partial(
+    lax.dynamic_index_in_dim,
+    axis=1,
+    keepdims=False,
+    allow_negative_indices=False,
+  )
 
   def add(w, carry):
     # The last sum is carried beside xs, so that a step reads of xs only what it
     # writes. XLA would copy all of xs in each step otherwise.
     last, xs = carry
-    keep = same[:, w, None, None]
+    keep = at(same, w)[:, None, None]
     last = jax.tree.map(
-      lambda last, x: x[:, w] + jnp.where(keep, last, 0), last, xs
+      lambda last, x: at(x, w) + jnp.where(keep, last, 0), last, xs
     )
-    return last, jax.tree.map(lambda x, new: x.at[:, w].set(new), xs, last)
+    put = functools.partial(
+      lax.dynamic_update_index_in_dim, axis=1, allow_negative_indices=False
+    )
+    return last, jax.tree.map(lambda x, new: put(x, new, index=w), xs, last)
 
   last = jax.tree.map(lambda x: x[:, 0], xs)
   return lax.fori_loop(1, same.shape[1], add, (last, xs))[1]
@@ -347,24 +382,18 @@ def _sum_tiles(xs: Any, plan: _Plan) -> Any:
   Returns:
     A tree of arrays [Z N, bs, D].
   """
-  window = _window(plan.block.shape[0])
-  block = plan.block.reshape(-1, window)
-  xs = jax.tree.map(lambda x: x.reshape(*block.shape, *x.shape[1:]), xs)
-  before = jnp.pad(block, ((0, 0), (1, 0)), constant_values=-1)[:, :-1]
-  xs = _running_sums(xs, block == before)
-  # What the tiles before each window add to the block that ends there.
-  first, end = block[:, 0], block[:, -1]
-  before = jnp.pad(end, (1, 0), constant_values=-1)[:-1]
+  windows = plan.same.shape
+  xs = jax.tree.map(lambda x: x.reshape(*windows, *x.shape[1:]), xs)
+  xs = _running_sums(xs, plan.same)
+  # What the windows before each one add to the block that it starts with.
   ends = jax.tree.map(lambda x: x[None, :, -1], xs)
-  ends = _running_sums(ends, ((first == before) & (first == end))[None])
-  at = plan.last // window
-  goes_on = _take(plan.block, plan.last) == before[at]
-  goes_on &= before[at] == first[at]
+  ends = _running_sums(ends, plan.through[None])
+  before = jnp.maximum(lax.div(plan.last, jnp.int32(windows[1])) - 1, 0)
 
   def total(x, ends):
     x = _take(x.reshape(-1, *x.shape[2:]), plan.last)
-    carried = _take(ends[0], jnp.maximum(at - 1, 0))
-    x += jnp.where(goes_on[:, None, None], carried, 0)
+    carried = _take(ends[0], before)
+    x += jnp.where(plan.carried[:, None, None], carried, 0)
     return jnp.where(plan.picked[:, None, None], x, 0)
 
   return jax.tree.map(total, xs, ends)
@@ -387,11 +416,23 @@ def _seen(
   return _count(block_size, 3) <= limit[..., None]
 
 
-def _first_bad(bad: Bool[Array, "Z N bs"]) -> Int[Array, "Z N"]:
-  """The first bad token of each block; bs if there is none."""
-  block_size = bad.shape[-1]
-  token = jnp.where(bad, _count(block_size, bad.ndim), block_size)
-  return jnp.min(token, axis=-1)
+def _mark(x: Float[Array, "*A"]) -> Float[Array, "*A"]:
+  """Makes infinities NaN, so that a product with any number is NaN."""
+  return jnp.where(jnp.isfinite(x), x, jnp.nan)
+
+
+def _clean_blocks(
+  x: Float[Array, "Z N bs D"],
+) -> tuple[Float[Array, "Z N bs D"], Int[Array, "Z N"]]:
+  """Zeroes non-finite entries.
+
+  Returns:
+    (x, the first token of each block that held one; bs if there is none).
+  """
+  finite = jnp.isfinite(x)
+  token = _count(x.shape[2], 3)[..., None]
+  first = jnp.min(jnp.where(finite, x.shape[2], token), axis=(2, 3))
+  return jnp.where(finite, x, 0), first
 
 
 def _sees(
@@ -421,7 +462,7 @@ def _merge_pairs(
 ) -> Float[Array, "Z*C G"]:
   """log sum exp of each query, from those of its pairs."""
   pairs = jnp.where(plan.used[..., None], _for_pairs(lse, plan), -jnp.inf)
-  return reference.masked_logsumexp(jnp.moveaxis(pairs, 1, 2))
+  return reference.masked_logsumexp(pairs, axis=1)
 
 
 def _pair_dtype(x: Array) -> jnp.dtype:
@@ -655,38 +696,39 @@ def _rows(q, k, block_indices, positions, layout, block_size) -> _Rows:
   bounds, positions = jax.tree.map(
     lambda x: jnp.repeat(x, num_kv_heads, axis=0), (bounds, positions)
   )
-  k, bad_k = clean(_blocks(k, block_size, layout))
+  k, first_bad = _clean_blocks(_blocks(k, block_size, layout))
   block_indices = block_indices.reshape(-1, *block_indices.shape[2:])
   split = _sparse_split(block_indices, k, q.shape[2] // num_kv_heads)
   # All chunks are planned at once, outside of their loop, because there XLA
   # finds that the passes of one program have the same plans.
   plans = _plan(block_indices, positions, bounds, split=split)
-  return _Rows(_flat(k), _flat(_first_bad(bad_k)), plans, split)
+  return _Rows(_flat(k), _flat(first_bad), plans, split)
 
 
 def _flat(x: Shaped[Array, "Z C *D"]) -> Shaped[Array, "Z*C *D"]:
   return x.reshape(-1, *x.shape[2:])
 
 
+@functools.partial(jax.jit, static_argnames=("block_size", "scale"))
 def _sparse_run(
   q, k, v, block_indices, positions, layout, *, block_size, scale
 ):  # fmt: skip
   b, num_kv_heads = k.shape[0], k.shape[2]
   group_size = q.shape[2] // num_kv_heads
   rows = _rows(q, k, block_indices, positions, layout, block_size)
-  v_blocks, bad_v = clean(_blocks(v, block_size, layout))
+  v_blocks, bad_v = _clean_blocks(_blocks(v, block_size, layout))
 
   def body(of_rows, of_queries, plan):
     k, bad_k, v, bad_v = of_rows
     (q,) = of_queries
     shape = q.shape[:2]
-    q, bad_q = clean(_flat(q))
-    q_tile, k_tile = _for_tiles(q, plan), _take(k, plan.block)
+    q_tile = _for_tiles(_mark(_flat(q)), plan)
+    k_tile = _take(k, plan.block)
     s = scale * _product("mrd,mjd->mrj", q_tile, k_tile)
     s = jnp.where(_seen(plan, group_size, block_size), s, -jnp.inf)
     p, m, lse = _softmax_of_pairs(s)
-    bad = _for_tiles(bad_q, plan) | _sees(bad_k, plan, group_size)
-    lse = _merge_pairs(jnp.where(bad, jnp.nan, lse), plan)
+    lse = jnp.where(_sees(bad_k, plan, group_size), jnp.nan, lse)
+    lse = _merge_pairs(lse, plan)
     o = _product("mrj,mjd->mrd", p.astype(v.dtype), _take(v, plan.block))
     o = _for_pairs(o.astype(_pair_dtype(v)), plan)
     # The weight of each pair in the output is exp(its maximum - lse).
@@ -699,7 +741,7 @@ def _sparse_run(
 
   _, (out, lse) = _sum_over_chunks(
     body,
-    (rows.k, rows.first_bad_k, _flat(v_blocks), _flat(_first_bad(bad_v))),
+    (rows.k, rows.first_bad_k, _flat(v_blocks), _flat(bad_v)),
     [_to_rows(q, num_kv_heads)],
     rows.plans,
     rows.split,
@@ -759,15 +801,15 @@ def _sparse_gradients(
   group_size = q.shape[2] // num_kv_heads
   dtype = compute_dtype(q)
   rows = _rows(q, k, block_indices, positions, layout, block_size)
-  # A NaN in v that a query sees is in its delta, and one in k in its lse.
+  # A NaN in v that a query sees is in its delta, and one in q or k in its lse.
   v_blocks, _ = clean(_blocks(v, block_size, layout))
 
   def body(of_rows, of_queries, plan):
     k, v = of_rows
     q, d_out, delta, lse = of_queries
-    q, bad_q = clean(_flat(q))
+    q, _ = clean(_flat(q))
     d_out, bad_d = clean(_flat(d_out))
-    lse = jnp.where(bad_q | bad_d, jnp.nan, _finite_lse(_flat(lse)))
+    lse = jnp.where(bad_d, jnp.nan, _finite_lse(_flat(lse)))
     lse, delta = (_for_tiles(x, plan)[..., None] for x in (lse, _flat(delta)))
     q_tile, d_tile = _for_tiles(q, plan), _for_tiles(d_out, plan)
     k_tile, v_tile = _take(k, plan.block), _take(v, plan.block)
@@ -907,6 +949,9 @@ def _sparse_kl_fwd(*args):
   return kl, (d_iq, d_ik, dtypes)
 
 
+@functools.partial(
+  jax.jit, static_argnames=("block_size", "scale", "index_scale")
+)
 def _sparse_kl_run(
   q,
   k,
@@ -931,10 +976,10 @@ def _sparse_kl_run(
   group_size = q.shape[2] // num_kv_heads
   dtype = compute_dtype(q)
   rows = _rows(q, k, block_indices, positions, layout, block_size)
-  ik_blocks, bad_ik = clean(_blocks(index_k[:, :, None], block_size, layout))
   # All groups share one index key head.
   ik_blocks, bad_ik = (
-    jnp.repeat(x, num_kv_heads, axis=0) for x in (ik_blocks, _first_bad(bad_ik))
+    jnp.repeat(x, num_kv_heads, axis=0)
+    for x in _clean_blocks(_blocks(index_k[:, :, None], block_size, layout))
   )
   of_queries = [
     _to_rows(x, num_kv_heads) for x in (q, index_q, jnp.moveaxis(lse, 1, 2))
@@ -948,13 +993,10 @@ def _sparse_kl_run(
     q, index_q, lse, *weights = of_queries
     m, r = plan.query.shape
     seen = _seen(plan, 1, block_size)
-    q, bad_q = clean(_flat(q))
-    s = scale * _product(
-      "mrd,mjd->mrj", _for_tiles(q, plan), _take(k, plan.block)
-    )
-    lse = jnp.where(bad_q, jnp.nan, _finite_lse(_flat(lse)))
-    bad = _sees(bad_k, plan, group_size)
-    lse = jnp.where(bad, jnp.nan, _for_tiles(lse, plan))
+    q_tile = _for_tiles(_mark(_flat(q)), plan)
+    s = scale * _product("mrd,mjd->mrj", q_tile, _take(k, plan.block))
+    lse = _for_tiles(_finite_lse(_flat(lse)), plan)
+    lse = jnp.where(_sees(bad_k, plan, group_size), jnp.nan, lse)
     p = jnp.exp(s - lse[..., None])
     p = jnp.mean(p.reshape(m, r, group_size, -1), axis=2)
     p = jnp.where(seen, p, 0)
@@ -1070,20 +1112,20 @@ def _select_run(
   chunk = _chunks(t, max(math.isqrt(limit), block_size), limit)
   size = min(max(limit // (chunk.size * block_size), 1), num_blocks)
   count = -(-num_blocks // size)
-  index_k, bad_k = clean(_blocks(index_k[:, :, None], block_size, layout))
-  bad_k = _first_bad(bad_k)
+  index_k, bad_k = _clean_blocks(
+    _blocks(index_k[:, :, None], block_size, layout)
+  )
   pad = (0, count * size - num_blocks)
   index_k = jnp.pad(index_k, ((0, 0), pad, (0, 0), (0, 0)))
 
   def body(carry, x):
     index_q, pos = x
-    index_q, bad_q = clean(index_q)
     # A token that the query sees is before its own block's end, so of other
     # visible blocks than its own it sees all tokens.
     limit = pos[..., None] - bounds.start[:, None]
     limit = jnp.minimum(limit, (bounds.end - bounds.start - 1)[:, None])
     limit = jnp.pad(limit, ((0, 0), (0, 0), pad), constant_values=-1)
-    index_q = index_q.reshape(b, -1, index_dim)
+    index_q = _mark(index_q).reshape(b, -1, index_dim)
 
     def scores(i, score):
       keys = lax.dynamic_slice_in_dim(index_k, i * size, size, axis=1)
@@ -1113,7 +1155,6 @@ def _select_run(
     score = score[..., :num_blocks].reshape(b, -1, num_kv_heads, num_blocks)
     score = jnp.moveaxis(score, 2, 1)
     nan = (limit[..., :num_blocks] >= bad_k[:, None])[:, None]
-    nan |= jnp.moveaxis(bad_q, 1, 2)[..., None]
     score = jnp.where(nan, jnp.nan, score)
     return carry, _best_blocks(score, visible, forced, top_k)
 
