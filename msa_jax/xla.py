@@ -32,7 +32,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 from jax.custom_derivatives import SymbolicZero
@@ -183,7 +182,7 @@ def _plan(
   slots = num_tiles * tile_queries
 
   chunk = jnp.arange(chunks, dtype=jnp.int32)[:, None]
-  first_row = jnp.asarray(_first_rows(split))[:, None]
+  first_row = _first_rows(split)[:, None]
   row = (first_row + _count(rows.size, 2))[..., None, None]
   position = _cut(positions, split)[..., None]
   block = _cut(block_indices, split, fill=-1)
@@ -568,11 +567,11 @@ def _sparse_split(
   return _Split(_Chunk(count, rows // count, 0), queries, tile)
 
 
-def _first_rows(split: _Split) -> np.ndarray:
+def _first_rows(split: _Split) -> Int[Array, "chunks"]:
   """The first row of each chunk."""
   rows, queries, _ = split
-  chunks = np.arange(rows.count * queries.count, dtype=np.int32)
-  return chunks // queries.count * rows.size
+  row = jnp.arange(rows.count, dtype=jnp.int32) * rows.size
+  return jnp.repeat(row, queries.count)
 
 
 def _cut(x: Array, split: _Split, fill: float = 0) -> Array:
@@ -632,7 +631,7 @@ def _sum_over_chunks(
 
     return jax.tree.map(add, total, sums), results
 
-  xs = (jnp.asarray(_first_rows(split)), chunks, plans)
+  xs = (_first_rows(split), chunks, plans)
   count = rows.count * queries.count
   total, results = _over_chunks(step, total, xs, count)
   return total, jax.tree.map(
