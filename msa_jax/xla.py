@@ -174,8 +174,8 @@ def _plan(
   # first pair, plus one for each block before it, whose last tile may be
   # incomplete. Where that would be more tiles than pairs, each pair has room
   # for a tile.
-  sparse = pairs <= pairs // tile_queries + blocks
-  num_tiles = pairs if sparse else pairs // tile_queries + blocks
+  few = pairs <= pairs // tile_queries + blocks
+  num_tiles = pairs if few else pairs // tile_queries + blocks
   # `_sum_tiles` wants whole windows of tiles.
   window = _window(num_tiles)
   num_tiles = -(-num_tiles // window) * window
@@ -201,7 +201,7 @@ def _plan(
   entry = chunk * (blocks + 1) + key
   first = jnp.full((chunks * (blocks + 1),), pairs, jnp.int32)
   first = _take(first.at[entry].min(pair, **_IN_BOUNDS), entry)
-  tile = first if sparse else lax.div(first, jnp.int32(tile_queries)) + key
+  tile = first if few else lax.div(first, jnp.int32(tile_queries)) + key
   place = chunk * slots + tile * tile_queries + pair - first
   place = jnp.where(key < blocks, place, chunks * slots + pair)
   at = chunk * pairs + order

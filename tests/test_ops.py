@@ -234,6 +234,26 @@ def test_chunks_change_nothing(monkeypatch):
     jax.clear_caches()
 
 
+def test_gradient_stays_a_small_program():
+  """Compile time grows with the program, above all with its loops' bodies."""
+  arrays = [
+    jax.ShapeDtypeStruct((1, 32768, *heads, 128), jnp.bfloat16)
+    for heads in ((64,), (4,), (4,), (4,), ())
+  ]
+
+  def loss(inputs):
+    out, kl, *_ = msa_jax.msa_attention(
+      *inputs, with_kl=True, implementation="xla"
+    )
+    return jnp.sum(out, dtype=jnp.float32) + kl
+
+  text = jax.jit(jax.grad(loss)).lower(arrays).as_text()
+  # Selection has a loop over queries and one over keys, and each other pass
+  # one over its chunks. In two of them, two loops sum the tiles of blocks.
+  assert text.count("stablehlo.while") == 2 + 3 + 4
+  assert text.count(" = ") < 3500
+
+
 @pytest.mark.parametrize("num_local", [0, 1])
 def test_choices_are_those_of_other_backends(monkeypatch, num_local):
   """Off the CPU, a block's scores are neighbours in memory."""
