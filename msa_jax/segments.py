@@ -402,7 +402,7 @@ def merge_prefixes(
   with one count for all, such as the number of predicted tokens; `head_loss`
   computes the sum from `out.hidden[previous]`. out.kl is the mean over all
   tokens of all sequences. Loss, KL and gradients equal those of the sequences
-  one by one but for rounding.
+  one by one but for rounding, in both phases and every implementation.
 
   Runs on the host, with NumPy.
 

@@ -8,8 +8,10 @@ tokens j (KL loss; arXiv 2606.13392):
   dindex_q = index_scale sum_j g_j index_k_j
   dindex_k_j = index_scale sum over queries and groups of g_j index_q
 
-all divided by the number of queries that count, times the number of groups. Two
-kernels, which gather nothing, and two matrix products by XLA:
+all divided by the number of queries that count, times the number of groups. If
+queries have weights, value and g are multiplied by them, and the divisor is the
+sum of the weights, times the number of groups. Two kernels, which gather
+nothing, and two matrix products by XLA:
 
 * **index_lse**: a CTA owns 128 queries of a group, 64 for each of two compute
   warpgroups. These walk the visible index keys with an online maximum; a third
@@ -86,7 +88,8 @@ ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # queries of a tile of scores: its MMA rows
 KEYS = 128  # keys of a compute warpgroup
 UNIT = 256  # queries and keys of a unit
-# Factor of g in memory: g is at most 1, and float16 loses what is below 2^-24.
+# Factor of g in memory: g is at most 1, as are the weights of queries, and
+# float16 loses what is below 2^-24.
 G_SCALE = 2.0**15
 
 
@@ -311,6 +314,7 @@ def _units(
   chunk_desc,
   units,
   limits,
+  weights,
   until,
   index_lse,
   lse,
@@ -325,12 +329,14 @@ def _units(
 
   Args:
     values: Ref, float32 [num_ctas, 2, ROWS]: parts of the sum of the values.
-    g: Ref, [batch rows * K, chunk, keys]: (r - p) * G_SCALE.
+    g: Ref, [batch rows * K, chunk, keys]: (r - p) * G_SCALE, times the query's
+      weight.
     chunk_desc: chunk descriptor, int32 [3]: first batch row, first query, and
       number of units of all batch rows, which is the same for each KV head.
     units: int32 [units, 3]: batch row in the launch, and the unit's indices
       along the chunk's queries and along the keys.
     limits: int32 [B, queries]: how many keys each query sees.
+    weights: float32 [B, queries]; None if all are 1.
     until: int32 [B, keys], of packed rows; None for plain rows.
     index_lse: base-2 log sum exp of the index scores.
     lse: base-2 log sum exp of the scores, plus log2 of the group's heads.
@@ -345,6 +351,7 @@ def _units(
     *, chunk_gmem, units_gmem, limits_gmem, ilse_gmem, lse_gmem, iq_gmem,
     q_gmem, k_gmem, ik_gmem, values_gmem, g_gmem, q_smem, lse_smem, k_smem,
     ik_smem, iq_smem, g_smem, q_ring, k_ring, ik_ring, iq_ring, until_gmem=None,
+    weights_gmem=None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     origin, per_head = chunk_gmem[1], chunk_gmem[2]
@@ -384,6 +391,13 @@ def _units(
               ilse_gmem.at[batch_row, group, queries],
             )
           )
+          weight = None
+          if weights_gmem is not None:
+            weight = plgpu.load(
+              weights_gmem.at[batch_row, queries],
+              layout=row_layout,
+              optimized=False,
+            )
 
           def head(h, mean):
             slot = q_ring.slot(step + h)
@@ -428,12 +442,15 @@ def _units(
           log_r = scores * (s.index_scale * mosaic.LOG2E) - _along_keys(ilse)
           # 0 log 0 = 0, while a NaN of p or r is kept.
           log_p = jnp.log2(jnp.where(p > 0.0, p, 1.0))
-          term = jnp.where(visible, p * (log_p - log_r), 0.0)
-          value += term.sum(axis=1)
+          term = jnp.where(visible, p * (log_p - log_r), 0.0).sum(axis=1)
+          value += term if weight is None else term * weight
           if s.with_gradients:
             r = jnp.where(visible, jnp.exp2(log_r), 0.0)
+            factor = G_SCALE
+            if weight is not None:
+              factor = _along_keys(weight * G_SCALE)
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-            g_smem[wg] = ((r - p) * G_SCALE).astype(s.dtype)
+            g_smem[wg] = ((r - p) * factor).astype(s.dtype)
             plgpu.commit_smem()
             plgpu.copy_smem_to_gmem(
               g_smem.at[wg],
@@ -525,6 +542,7 @@ def _units(
       values_gmem=values,
       g_gmem=g,
       **({} if until is None else dict(until_gmem=until)),
+      **({} if weights is None else dict(weights_gmem=weights)),
     ),
     name="dense_kl_units",
     num_ctas=config.num_ctas,
@@ -618,8 +636,8 @@ def kl(
   index_k: Float[Array, "B S I"],
   lse: Float[Array, "B H T"],
   kv_lengths: Int[Array, "B"],
-  query_mask: Bool[Array, "B T"],
-  counted: Int[Array, ""],
+  query_mask: Bool[Array, "B T"] | Float[Array, "B T"],
+  counted: Int[Array, ""] | Float[Array, ""],
   until: Int[Array, "B S"] | None = None,
   *,
   scale: float,
@@ -631,8 +649,9 @@ def kl(
   """The loss, and dindex_q and dindex_k in float32 (else empty arrays).
 
   They are means over `counted` queries and groups, which may be more than those
-  of this call. Of packed rows, `until` is the slot from which on each key is
-  not seen any more, 0 for padding; None for plain rows.
+  of this call. A query_mask of float32 holds weights from 0 to 1. Of packed
+  rows, `until` is the slot from which on each key is not seen any more, 0 for
+  padding; None for plain rows.
   """
   b, t, num_heads, d = q.shape
   s_len, num_kv_heads = k.shape[1:3]
@@ -662,6 +681,10 @@ def kl(
   def of_queries(x, fill):
     return packed_rows.at_slots(x, first_slot, t, fill)
 
+  weights = None
+  if query_mask.dtype != jnp.bool_:
+    weights = pad(query_mask.astype(jnp.float32), 1, queries)
+    query_mask = query_mask != 0
   if until is not None:  # a query of packed rows sees its own key
     query_mask &= of_queries(until, 0) > positions
   limits = jnp.where(query_mask, jnp.maximum(positions + 1, 0), 0)
@@ -744,8 +767,8 @@ def kl(
       values = jax.new_ref(lax.empty((config.num_ctas, 2, ROWS), jnp.float32))
       g = jax.new_ref(g)
       _units(
-        values, g, chunk_desc, units, limits, until, index_lse, lse, iq, q, k,
-        ik, params=params,
+        values, g, chunk_desc, units, limits, weights, until, index_lse, lse,
+        iq, q, k, ik, params=params,
       )  # fmt: skip
       total += jnp.sum(jax.freeze(values))
       g = jax.freeze(g)

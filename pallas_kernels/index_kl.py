@@ -1034,6 +1034,21 @@ def _loss(
   )
 
 
+def _weights_up_to_1(weights: Float[Array, "B T"]) -> Float[Array, "B T"]:
+  """The weights divided by a power of two, so that all are at most 1.
+
+  The loss does not change, because it is divided by the sum of the weights.
+  But the kernels round weight * (r - p) to the working dtype, and float16 has
+  neither a weight of 1e5 nor most of what a weight of 1e-6 leaves.
+  """
+  most = jnp.max(jnp.abs(weights.astype(jnp.float32)))
+  # From the bits of its exponent (biased by 127) those of the factor, which is
+  # 2^-126 at least, because XLA takes smaller numbers for 0.
+  exponent = lax.bitcast_convert_type(most, jnp.int32) >> 23
+  bits = jnp.maximum(253 - exponent, 1) << 23
+  return weights * lax.bitcast_convert_type(bits, jnp.float32)
+
+
 @functools.partial(jax.custom_vjp, nondiff_argnums=(9, 10, 11, 12, 13))
 def _kl(
   index_q, index_k, q, k, block_indices, lse, kv_lengths, query_mask, rows,
@@ -1080,6 +1095,8 @@ def _run(
     ("", "B T K I", "B S I"),
     interpret=interpret,
   )
+  if query_mask.dtype != jnp.bool_:
+    query_mask = _weights_up_to_1(query_mask)
   counted = jnp.sum(query_mask)
   if query_mask.dtype == jnp.bool_:
     counted = jnp.maximum(counted, 1)
@@ -1149,8 +1166,9 @@ def index_kl_loss(
     scale: of the scores; D^-0.5 if None.
     index_scale: of the index scores; I^-0.5 if None.
     kv_lengths: keys in slots from kv_lengths[b] on do not exist.
-    query_mask: queries that count, or their weights w (with block_indices): the
-      loss is then sum w KL_t / (K sum w). All if None.
+    query_mask: queries that count, or their weights w >= 0: the loss is then
+      sum w KL_t / (K sum w), and a query of weight 0 does not count, whatever
+      it holds. All if None.
     layout: blocks of packed rows, whose padding query_mask leaves out; None for
       plain rows. Ids of blocks that the query does not see contribute nothing.
     config: tile sizes of the phase; the defaults of its `Config` if None.
@@ -1167,11 +1185,6 @@ def index_kl_loss(
     index_dim=index_q.shape[-1],
   )
   if block_indices is None:
-    if query_mask is not None and query_mask.dtype != jnp.bool_:
-      raise NotImplementedError(
-        "mosaic_gpu supports a query_mask of bool in the warm-up phase, got"
-        f" weights of {query_mask.dtype}"
-      )
     check()
     config = config or dense_index_kl.Config()
   else:

@@ -656,7 +656,8 @@ def kl_formula(
     visible, u - jnp.where(lse == -jnp.inf, 0, lse)[..., None], 0
   )
   log_p = jnp.log(jnp.where(p > 0, p, 1))
-  counted = jnp.maximum(mask.sum(), 1) * case.num_kv_heads
+  counted = mask.sum()
+  counted = jnp.where(counted == 0, 1, counted) * case.num_kv_heads
   value = jnp.sum(weight * p * (log_p - log_r)) / counted
 
   def gradients(g):
@@ -680,7 +681,7 @@ def kl_and_gradients(
     case: sizes.
     q, k, index_q, index_k: operands.
     blocks: chosen blocks; None for all visible tokens.
-    mask: queries that count.
+    mask: queries that count, or their weights.
     loss: (q, k, index_q, index_k, blocks, **options) -> the KL.
     layout: of packed rows, which `loss` gets too.
   """
@@ -829,10 +830,10 @@ class KLContract:
     self.check(dense_name, case, *args, mask=mask)
 
   def test_all_tokens_nan(self):
-    """NaN in keys that nobody sees and in a query that does not count.
+    """NaN in keys that nobody sees and in a query of weight 0.
 
-    Then NaN where it counts: it reaches the queries that see it, and the keys
-    that those see.
+    Then, with a mask, NaN where it counts: it reaches the queries that see it,
+    and the keys that those see.
     """
     case = Case(
       q_len=90, kv_len=140, num_heads=8, num_kv_heads=2, head_dim=64,
@@ -843,10 +844,12 @@ class KLContract:
     # Nobody sees these keys, and query 3 does not count.
     bad_k, bad_index_k = (x.at[:, 100:].set(jnp.nan) for x in (k, index_k))
     bad_q, bad_index_q = (x.at[:, 3].set(jnp.nan) for x in (q, index_q))
+    # Weights far below 1, whose ratios alone matter.
+    weights = 1e-6 * jnp.where(mask, 0.3 + jnp.arange(90.0)[None] % 4, 0.0)
     got = self.run(
-      "nan", case, bad_q, bad_k, bad_index_q, bad_index_k, None, mask
+      "nan", case, bad_q, bad_k, bad_index_q, bad_index_k, None, weights
     )
-    check_kl(case, q, k, index_q, index_k, None, got, mask)
+    check_kl(case, q, k, index_q, index_k, None, got, weights)
     # Query 60 stands at slot 70, key 97 is seen by queries 87 to 89.
     bad_index_q = bad_index_q.at[0, 60, 1, 0].set(jnp.inf)
     bad_index_k = bad_index_k.at[0, 97].set(jnp.nan)

@@ -115,19 +115,25 @@ def test_lowers_for_cuda(name):
 
 
 @pytest.mark.parametrize(
-  "name",
+  "name, weighted",
   [
-    *("32k", "128k", "small_heads_32k", "16x4k_16_heads"),
-    pytest.param("8k", marks=pytest.mark.slow),
+    ("32k", False),
+    ("128k", True),
+    ("small_heads_32k", False),
+    ("16x4k_16_heads", True),
+    pytest.param("8k", False, marks=pytest.mark.slow),
   ],
 )
-def test_lowers_for_cuda_over_all_tokens(name):
-  texts = lowered((cases.CASES | LOWERED)[name], dense=True)
+def test_lowers_for_cuda_over_all_tokens(name, weighted):
+  texts = lowered((cases.CASES | LOWERED)[name], dense=True, weighted=weighted)
   assert all("dense_kl_units" in x and "dense_kl_index_lse" in x for x in texts)
 
 
-def lowered(case, dense):
-  """The KL loss and its gradients of a case, lowered."""
+def lowered(case, dense, weighted=False):
+  """The KL loss and its gradients of a case, lowered.
+
+  `weighted` gives the queries weights.
+  """
   q_lead, kv_lead = (case.batch, case.tokens), (case.batch, case.kv_tokens)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
   ids = (case.batch, case.num_kv_heads, case.tokens, case.top_k)
@@ -140,9 +146,10 @@ def lowered(case, dense):
     jax.ShapeDtypeStruct(
       (case.batch, case.num_heads, case.tokens), jnp.float32
     ),
+    jax.ShapeDtypeStruct(q_lead, jnp.float32) if weighted else None,
   )
 
-  def loss(index_q, index_k, q, k, ids, lse):
+  def loss(index_q, index_k, q, k, ids, lse, weights):
     return index_kl.index_kl_loss(
       q,
       k,
@@ -151,6 +158,7 @@ def lowered(case, dense):
       None if dense else ids,
       lse=lse,
       block_size=case.block_size,
+      query_mask=weights,
     )
 
   return [
@@ -160,6 +168,23 @@ def lowered(case, dense):
     .as_text()
     for function in (loss, jax.value_and_grad(loss, (0, 1)))
   ]
+
+
+@pytest.mark.parametrize("largest", [3e-30, 0.7, 1.0, 5.0, 5e37])
+def test_weights_are_divided_by_a_power_of_two(largest):
+  weights = np.float32([[0.0, 1e-3 * largest, largest]])
+  got = np.asarray(index_kl._weights_up_to_1(jnp.asarray(weights)))
+  assert 0.5 <= got.max() < 1 and got[0, 0] == 0
+  _, exponent = np.frexp(weights.max())
+  np.testing.assert_array_equal(got, np.ldexp(weights, -exponent))
+
+
+def test_weights_without_a_largest_one():
+  for value in (np.inf, np.nan):  # so the loss is NaN
+    weights = index_kl._weights_up_to_1(jnp.array([[1.0, value]]))
+    assert not np.isfinite(np.sum(weights))
+  assert 0 < index_kl._weights_up_to_1(jnp.full((1, 1), 3e38))[0, 0] < 4
+  assert not np.any(index_kl._weights_up_to_1(jnp.zeros((1, 2))))
 
 
 def test_only_the_index_branch_gets_a_gradient():
