@@ -28,7 +28,13 @@ import numpy as np
 from jax import lax
 from jaxtyping import Array, Bool, Float32, Int, Int32
 
-from msa_jax.checks import check_array, check_integer, require, wrong
+from msa_jax.checks import (
+  as_integer,
+  check_array,
+  check_integer,
+  require,
+  wrong,
+)
 
 # The least number of spans that a row has room for, unless `max_segments` says
 # otherwise; and what numbers of spans are rounded up to, so that rows of about
@@ -153,20 +159,24 @@ def tree_segments(
       row has, rounded up to a multiple of 64.
 
   Raises:
-    ValueError: spans overlap or leave the row, parents are no forest in
-      depth-first order, or a row has more than max_segments spans.
+    ValueError: spans are no pairs of integers, overlap or leave the row,
+      parents are no forest in depth-first order, or a row has more than
+      max_segments spans.
   """
   length = check_integer("length", length)
+  rows, parents = _items("spans", spans), _items("parents", parents)
   require(
-    len(spans) == len(parents) and len(spans) > 0,
+    len(rows) == len(parents) and len(rows) > 0,
     "parents",
-    f"one sequence for each of the {len(spans)} rows of spans, at least 1",
+    f"one sequence for each of the {len(rows)} rows of spans, at least 1",
     len(parents),
   )
-  shape = (len(spans), length)
+  shape = (len(rows), length)
   span = np.full(shape, -1, np.int32)
   until, positions = np.zeros(shape, np.int32), np.zeros(shape, np.int32)
-  for b, (row, above) in enumerate(zip(spans, parents)):
+  most = 0
+  for b, (row, above) in enumerate(zip(rows, parents)):
+    row, above = _items(f"spans[{b}]", row), _items(f"parents[{b}]", above)
     require(
       len(row) == len(above),
       f"parents[{b}]",
@@ -175,33 +185,41 @@ def tree_segments(
     )
     last_end, path = 0, []
     first, ends = [], []  # position of each span's first token; subtree's end
-    for i, ((start, end), parent) in enumerate(zip(row, above)):
-      require(
-        last_end <= start < end <= length,
-        f"spans[{b}][{i}]",
-        f"(start, end) with {last_end} <= start < end <= {length}",
-        (start, end),
-      )
+    slots = []
+    for i, (one, parent) in enumerate(zip(row, above)):
+      name = f"spans[{b}][{i}]"
+      numbers = [as_integer(x) for x in _items(name, one)]
+      start, end = numbers if len(numbers) == 2 else (None, None)
+      if start is None or end is None or not last_end <= start < end <= length:
+        want = (
+          f"integers (start, end) with {last_end} <= start < end <= {length}"
+        )
+        raise wrong(name, want, repr(one))
       # In depth-first order, a parent is the span before or an ancestor of it.
-      require(
-        parent == -1 or parent in path,
-        f"parents[{b}][{i}]",
-        f"-1 or one of {path}, which are the span before and its ancestors:"
-        " parents must be a forest in depth-first order",
-        parent,
-      )
-      path = path[: path.index(parent) + 1] if parent >= 0 else []
-      first.append(0 if parent < 0 else first[parent] + _size(row[parent]))
+      above_it = as_integer(parent)
+      if above_it is None or above_it not in (-1, *path):
+        raise wrong(
+          f"parents[{b}][{i}]",
+          f"-1 or one of {path}, which are the span before and its ancestors:"
+          " parents must be a forest in depth-first order",
+          repr(parent),
+        )
+      path = path[: path.index(above_it) + 1] if above_it >= 0 else []
+      at = 0
+      if above_it >= 0:
+        at = first[above_it] + slots[above_it][1] - slots[above_it][0]
+      first.append(at)
+      slots.append((start, end))
       path.append(i)
       ends.append(end)
       for ancestor in path:
         ends[ancestor] = end
       last_end = end
-    for i, (start, end) in enumerate(row):
+    most = max(most, len(slots))
+    for i, (start, end) in enumerate(slots):
       span[b, start:end] = i
       until[b, start:end] = ends[i]
       positions[b, start:end] = first[i] + np.arange(end - start)
-  most = max(len(row) for row in spans)
   if max_segments is None:
     max_segments = -(-max(most, 1) // _SPANS) * _SPANS
   else:
@@ -216,8 +234,12 @@ def tree_segments(
   return Segments(**arrays, max_segments=max_segments)
 
 
-def _size(span: tuple[int, int]) -> int:
-  return span[1] - span[0]
+def _items(name: str, value: Any) -> list:
+  """What a sequence holds."""
+  try:
+    return list(value)
+  except TypeError:
+    raise wrong(name, "a sequence", repr(value)) from None
 
 
 def check_segments(
@@ -420,10 +442,12 @@ def merge_prefixes(
   block_size = check_integer("block_size", block_size)
   if length is not None:
     length = check_integer("length", length)
-  require(len(sequences) > 0, "sequences", "at least one sequence", 0)
   ordered = []
-  for i, sequence in enumerate(sequences):
-    array = np.asarray(sequence)
+  for i, sequence in enumerate(_items("sequences", sequences)):
+    try:
+      array = np.asarray(sequence)
+    except ValueError:  # lists of different lengths
+      array = np.empty(0, object)
     require(
       array.ndim == 1
       and array.size > 0
@@ -432,6 +456,13 @@ def merge_prefixes(
       "a sequence of at least one integer",
       f"shape {array.shape} of {array.dtype}",
     )
+    ids = np.iinfo(np.int32)
+    require(
+      ids.min <= array.min() and array.max() <= ids.max,
+      f"sequences[{i}]",
+      f"token ids of int32, {ids.min} to {ids.max}",
+      f"{array.min()} to {array.max()}",
+    )
     require(
       length is None or array.size <= length,
       f"sequences[{i}]",
@@ -439,6 +470,7 @@ def merge_prefixes(
       array.size,
     )
     ordered.append(tuple(array.tolist()))
+  require(len(ordered) > 0, "sequences", "at least one sequence", 0)
   rows: list[_Node] = []
   used = 0
   for sequence in sorted(ordered):

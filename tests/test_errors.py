@@ -208,17 +208,46 @@ WRONG = {
   "parents[0] must be one parent for each of the row's 2 spans, got 1": (
     lambda: tree([(0, 4), (4, 8)], [-1])
   ),
-  "spans[0][1] must be (start, end) with 4 <= start < end <= 24, got (3, 9)": (
+  "spans[0][1] must be integers .* with 4 <= start < end <= 24, got (3, 9)": (
     lambda: tree([(0, 4), (3, 9)], [-1, 0])
   ),
-  "spans[0][0] must be (start, end) with 0 <= start < end <= 24": lambda: tree(
+  "spans[0][0] must be integers .* with 0 <= start < end <= 24": lambda: tree(
     [(5, 5)], [-1]
   ),
-  "spans[0][0] must be (start, end) with 0 <= start .* got (0, 25)": (
+  "spans[0][0] must be integers (start, end) .* got (0, 25)": (
     lambda: tree([(0, 25)], [-1])
   ),
   "max_segments must be at least 2, the spans of the fullest row, got 1": (
     lambda: tree([(0, 4), (4, 8)], [-1, -1], max_segments=1)
+  ),
+  "spans must be a sequence, got 4": lambda: msa_jax.tree_segments(
+    4,
+    [],
+    length=24,
+  ),
+  "spans[0][0] must be a sequence, got 0": lambda: tree((0, 4), [-1, -1]),
+  "spans[0][0] must be integers (start, end) .* got (0.0, 2.5)": (
+    lambda: tree([(0.0, 2.5)], [-1])
+  ),
+  "spans[0][0] must be integers (start, end) .* got ('a', 'b')": (
+    lambda: tree([("a", "b")], [-1])
+  ),
+  "spans[0][0] must be integers (start, end) .* got (0, 1, 2)": (
+    lambda: tree([(0, 1, 2)], [-1])
+  ),
+  "parents[0] must be a sequence, got -1": lambda: tree([(0, 4)], -1),
+  "parents[0][1] must be -1 or one of [0], .* got 0.0": lambda: tree(
+    [(0, 2), (2, 4)], [-1, 0.0]
+  ),
+  "parents[0][1] must be -1 or one of [0], .* got False": lambda: tree(
+    [(0, 2), (2, 4)], [-1, False]
+  ),
+  "sequences must be a sequence, got 3": lambda: msa_jax.merge_prefixes(3),
+  "sequences[1] must be token ids of int32, -2147483648 to 2147483647, got": (
+    lambda: msa_jax.merge_prefixes([[1], [2, 2**31]])
+  ),
+  "sequences[0] must be a sequence of at least one integer, .* of object": (
+    lambda: msa_jax.merge_prefixes([[[1], [2, 3]]])
   ),
   "sequences must be at least one sequence, got 0": lambda: (
     msa_jax.merge_prefixes([])
