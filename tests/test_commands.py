@@ -6,8 +6,10 @@ presets' docstring says.
 
 import dataclasses
 import fractions
+import importlib
 import json
 import pathlib
+import re
 import shutil
 import sys
 
@@ -103,6 +105,15 @@ def test_a_longer_comparison_keeps_its_shares(name):
     assert new.log_every == old.log_every
   unit = config_lib.step_unit(comparison)
   assert config_lib.with_step_unit(longer, unit) == comparison
+
+
+@pytest.mark.parametrize("name", configs.names())
+def test_a_preset_says_what_a_row_of_text_is(name):
+  of_runs = [run.data for run in configs.preset(name).runs]
+  texts = [getattr(x, "text", x) for x in of_runs]
+  rows = {x.rows for x in texts if isinstance(x, data.TextConfig)}
+  text = importlib.import_module(f"train.configs.{name}").__doc__
+  assert set(re.findall(r'rows="(\w+)"', text)) == rows
 
 
 def test_the_presets_are_what_they_say():

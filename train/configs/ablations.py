@@ -1,7 +1,8 @@
 """The paper's ablations: each side changes one thing about the method.
 
 `msa` is the method, and the other sides change what their name says. All sides
-attend to the same number of keys (block_size * top_k).
+attend to the same number of keys (block_size * top_k). Text is `demo`'s stream
+(rows="stream").
 """
 
 import dataclasses

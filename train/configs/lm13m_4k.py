@@ -9,7 +9,8 @@ each side trained by itself.
 
 The seeds show how much of a gap is the luck of one run. An MSA query attends to
 512 tokens in blocks of 64, the same eighth of the context as in `lm73m_16k`.
-Data (text as one stream) and kernels are the same too.
+Data and kernels are the same too: a row of text is a window of all files one
+after another (rows="stream").
 """
 
 import dataclasses

@@ -1,6 +1,7 @@
 """The paper's ablations at the size of `lm13m_4k`, with the kernels.
 
 Each side differs from `msa` in what its name says, and attends to as many keys.
+Text is the stream of `lm13m_4k` (rows="stream").
 `gqa` and `msa` are the runs of `lm13m_4k`. Copied from there, they are not
 trained again:
 

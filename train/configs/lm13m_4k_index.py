@@ -4,7 +4,7 @@ The runs are those of `lm13m_4k`: GQA, and `cpt`, which starts from GQA's
 checkpoint at 85 % of the steps with index heads of D = 64 dims, half of them
 rotated, that are copies of the main branch's projections. The other sides
 change what their names say, start from the same checkpoint and read the same
-batches:
+batches (text is one stream, rows="stream"):
 
 - `rope_0`: the index heads do not rotate. `dim_128`: they have twice D dims.
   `dim_128_rope_0`: both.

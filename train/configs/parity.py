@@ -3,7 +3,8 @@
 `msa` is MSA-PT, which trains from scratch and begins with a warm-up. `msa_cpt`
 is MSA-CPT, which starts from the GQA run's checkpoint at half of the steps. It
 takes minutes on a GPU, and half an hour or more on two CPU cores.
-Text is `demo`'s stream, which keeps dependence over the whole context.
+Text is `demo`'s stream (rows="stream"), which keeps dependence over the whole
+context.
 """
 
 import dataclasses

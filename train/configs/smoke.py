@@ -1,6 +1,6 @@
 """The smallest comparison. It shows that everything runs, and nothing else.
 
-Rows of text hold whole files, packed.
+Rows of text hold whole files, packed (rows="files").
 """
 
 import dataclasses

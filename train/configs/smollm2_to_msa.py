@@ -10,7 +10,8 @@ The report says what MSA loses against the dense model, and what it would lose
 with the best possible choice of blocks (`oracle_at_end`); each layer's recall,
 also as a share of the best one; and answers by distance. Facts and queries are
 words of one token that the model knows: "left right" somewhere in the text, and
-later "left" again, which "right" must follow.
+later "left" again, which "right" must follow. A row of text is a window of all
+files one after another (rows="stream").
 
 On one Hopper GPU. `--plan` fits the number of steps to the minutes, with step
 times that it measures first:
