@@ -403,9 +403,9 @@ def test_interpreted_choice(kind, num_local, precision):
 
 def check_select(
   spans, parents, length, block_size, num_local, precision, groups=2, top_k=3,
-  **options,
+  repeats=False, **options,
 ):  # fmt: skip
-  """The choice of a kernel is the reference's.
+  """The choice of a kernel is the reference's; with `repeats`, twice.
 
   In fp8 the scales of blocks differ from the reference's scales of keys; powers
   of two of both make no difference.
@@ -422,11 +422,15 @@ def check_select(
   sizes = dict(block_size=block_size, top_k=top_k, num_local_blocks=num_local)
   # Programs of their own: the layout's blocks and ranges are many small
   # operations.
-  got = jax.jit(
+  select = jax.jit(
     functools.partial(
       sb.select_blocks, score_precision=precision, **sizes, **options
     )
-  )(index_q, index_k, layout=layout)
+  )
+  got = select(index_q, index_k, layout=layout)
+  if repeats:
+    again = select(index_q, index_k, layout=layout)
+    op_contract.assert_same_bits(got, again)
   want = jax.jit(
     functools.partial(
       reference.select_blocks, kv_lengths=None, score_precision="exact", **sizes
@@ -764,7 +768,7 @@ def test_gpu_kl(hopper, name, kind):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("precision", ["exact", "fast"])
+@pytest.mark.parametrize("precision", ["exact", "fast", "fp8"])
 @pytest.mark.parametrize("num_local", [0, 1, 2])
 @pytest.mark.parametrize("block_size", [64, 128])
 def test_gpu_choice(hopper, block_size, num_local, precision):
@@ -775,7 +779,7 @@ def test_gpu_choice(hopper, block_size, num_local, precision):
       for config in (None, sb.Config(warpgroup_rows=64, stages=3)):
         check_select(
           spans, parents, 1500, block_size, num_local, precision, groups=3,
-          top_k=4, config=config,
+          top_k=4, repeats=True, config=config,
         )  # fmt: skip
 
 
