@@ -98,6 +98,32 @@ def layout_of(case, kind, seed=0):
   return block_layout(segments, case.block_size)
 
 
+def odd_segments(kind, case, most=8, seed=0):
+  """Row 0 is documents. The last row has more spans than fit, or holds numbers
+  that are no segments at all."""
+  length = case.kv_len
+  spans, _ = random_spans(seed, length, case.block_size)
+  # The last of as many spans as fit takes what is left.
+  spans = [*spans[: most - 1], (spans[most - 1][0], length)] if (
+    len(spans) > most) else spans  # fmt: skip
+  documents = segments_of([spans], roots([spans]), length, most)
+  rng = np.random.default_rng(seed)
+  if kind == "overflow":
+    ids = np.arange(length)[None] // 3 + 1
+    odd = segments_lib.document_segments(jnp.asarray(ids, jnp.int32), most)
+  else:
+    span = np.repeat(rng.integers(-3, 9, most), -(-length // most))[:length]
+    until = rng.integers(-(2**31), 2**31, (1, length))
+    positions = rng.integers(-9, 9, (1, length))
+    odd = msa_jax.Segments(
+      *(jnp.asarray(x, jnp.int32) for x in (span[None], until, positions)),
+      max_segments=most,
+    )
+  return jax.tree.map(
+    lambda x, y: jnp.concatenate([jnp.asarray(x), y]), documents, odd
+  )
+
+
 def attend(case, q, k, v, blocks, layout, *, config, backward=None, **options):
   return sparse.sparse_attention(
     q, k, v, blocks, block_size=case.block_size, layout=layout, config=config,
@@ -173,6 +199,79 @@ def test_ids_of_blocks_that_a_query_does_not_see_are_dropped():
   known = np.clip(ids, 0, rows.num_blocks - 1)
   seen = (ids == known) & np.take_along_axis(visible[None, None], known, -1)
   np.testing.assert_array_equal(rows.seen_blocks(ids), np.where(seen, ids, -1))
+
+
+@pytest.mark.parametrize("kind", ["overflow", "garbage"])
+def test_no_address_leaves_the_arrays_whatever_the_segments(kind):
+  case = Case(
+    batch=2, q_len=300, kv_len=300, block_size=64, num_kv_heads=1, top_k=4
+  )
+  config = sb.Config(warpgroup_rows=64)
+
+  @jax.jit
+  def plans(segments, ids):
+    layout = segments_lib.block_layout(segments, 64)
+    rows = packed_lib.of_layout(layout, 64, 300, jnp.array([300] * 2))
+    assert rows is not None
+    tiles = -(-300 // config.tile_rows)
+    of_select = sb._packed_operands(
+      rows, num_groups=1, num_local_blocks=2,
+      padded_rows=tiles * config.tile_rows, config=config,
+    )  # fmt: skip
+    num_kv_blocks = -(-rows.num_blocks * 64 // 128)
+    seen = rows.seen_blocks(ids)
+    of_pairs = kv_block_plan.plan_kv_blocks(
+      seen[:, 0], jnp.zeros((2,), jnp.int32), block_size=64,
+      num_blocks=rows.num_blocks, task=16,
+      places=kv_block_plan.query_places(
+        rows, jnp.arange(2), 0, 300, num_kv_blocks
+      ),
+    )  # fmt: skip
+    until = jnp.pad(layout.visible_until, ((0, 0), (0, 84)))
+    dense = masked.plan_tiles(until, jnp.zeros((2,), jnp.int32), 300)
+    limits = jnp.pad(jnp.where(rows.positions < 0, 0, 300), ((0, 0), (0, 212)))
+    until = jnp.pad(layout.visible_until, ((0, 0), (0, 212)))
+    units = dense_index_kl._packed_units(limits, until, jnp.int32(0))
+    first = dense_index_kl._first_seen(layout.visible_until)
+    return layout, rows, of_select, seen, of_pairs, dense, units, first
+
+  for seed in range(3):
+    ids = np.random.default_rng(seed).integers(-9, 40, (2, 1, 300, 4))
+    layout, rows, of_select, seen, of_pairs, dense, units, first = jax.tree.map(
+      np.asarray, plans(odd_segments(kind, case, seed=seed), jnp.int32(ids))
+    )
+    assert layout.overflow.tolist() == [False, kind == "overflow"]
+    blocks = layout.block_start.shape[1]
+
+    def inside(x, low, high):
+      assert np.all((low <= x) & (x < high))
+
+    inside(rows.source, 0, 300)
+    inside(rows.positions, -1, blocks * 64)
+    inside(rows.keys, 0, 65)
+    inside(seen, -1, blocks)
+    inside(first, 0, 300)
+    # Key tiles that a CTA of the choice walks.
+    key_tiles = -(-blocks * 64 // config.step_keys)
+    for row, tile, count, shift, *ranges in of_select.tiles.tolist():
+      assert 0 <= row < 2 and 0 <= tile < -(-300 // config.tile_rows)
+      walked = np.arange(count) + shift
+      for start, more in zip(ranges[::2], ranges[1::2], strict=True):
+        walked = np.where(np.arange(count) >= start, np.arange(count) + more,
+                          walked)  # fmt: skip
+      inside(walked, 0, key_tiles)
+      assert len(set(walked.tolist())) == count
+    forced = of_select.table[:, 1:]
+    assert np.all(
+      (forced == sb._NO_BLOCK) | ((forced >= 0) & (forced < blocks))
+    )
+    tasks = of_pairs.tasks[: of_pairs.num_tasks[0]]
+    inside(tasks[:, 0], 0, 2 * -(-blocks * 64 // 128))
+    assert np.all(tasks[:, 1] + tasks[:, 2] <= seen.size)
+    for plan in dense:
+      inside(plan.counts, 0, 4)
+      inside(plan.tiles, 0, 3)
+    inside(units[0], 0, 2)
 
 
 @pytest.mark.parametrize("block_size, pack", [(64, 1), (128, 1), (64, 4)])
@@ -469,6 +568,93 @@ def test_units_hold_every_visible_pair(kind):
   np.testing.assert_array_equal(got[real], first[real])
 
 
+# ------------------------------------------ segments that are wrong or too many
+
+
+def interpret_kernels(monkeypatch, phase):
+  """Lets `mosaic_gpu` interpret the kernels of a phase."""
+  small_grid = dict(num_ctas=1)
+  for module, name, options in (
+    (sb, "select_blocks", {}),
+    (sparse, "sparse_attention", dict(
+      config=fwd.Config(pair_warpgroups=2, query_stages=2, **small_grid),
+      backward_config=bwd.Config(stages=2, **small_grid),
+    )),
+    (masked, "attention", dict(config=masked.Config(**small_grid))),
+    (index_kl, "index_kl_loss", dict(
+      config=index_kl.Config(stages=2, task=24, **small_grid)
+      if phase == "sparse"
+      else dense_index_kl.Config(stages=2, **small_grid),
+    )),
+  ):  # fmt: skip
+    call = functools.partial(getattr(module, name), interpret=True, **options)
+    monkeypatch.setattr(module, name, call)
+
+
+def check_odd_segments(case, dtype, kind, phase, repeats=True):
+  """A row with too many spans is NaN and has no blocks. It changes nothing of
+  the row beside it, and no more do numbers that are no segments."""
+  segments = odd_segments(kind, case)
+  inputs = case.inputs(dtype=dtype)
+
+  @functools.partial(jax.jit, static_argnames="implementation")
+  def run(inputs, segments, blocks=None, implementation="mosaic_gpu"):
+    def loss(inputs):
+      result = msa_jax.msa_attention(
+        *inputs, block_size=case.block_size, top_k=case.top_k, phase=phase,
+        with_kl=True, segments=segments, block_indices=blocks,
+        implementation=implementation,
+      )  # fmt: skip
+      total = jnp.sum(jnp.sin(result.out.astype(jnp.float32))) + result.kl
+      return total, result
+
+    return jax.grad(loss, has_aux=True)(inputs)
+
+  got = run(inputs, segments)
+  if repeats:
+    op_contract.assert_same_bits(got, run(inputs, segments))
+  grads, result = got
+  blocks = np.asarray(result.block_indices)
+  most = -(-case.kv_len // case.block_size) + segments.max_segments
+  assert blocks.min() >= -1 and blocks.max() < most
+  overflows = kind == "overflow"
+  assert np.isnan(result.kl) == overflows
+  if overflows:
+    assert (blocks[1] == -1).all()
+    for x in (result.out, result.lse):
+      assert np.isnan(np.asarray(x, np.float32)[1]).all()
+    # Tokens behind the last block that fits have no place in the kernels.
+    for x in grads[:3]:
+      assert np.isnan(np.asarray(x, np.float32)[1]).any()
+  inputs, segments, blocks = (
+    jax.tree.map(lambda x: x[:1], x) for x in (inputs, segments, blocks)
+  )
+  want_grads, want = run(inputs, segments, blocks, "xla")
+  results = [*zip((result.out, result.lse), (want.out, want.lse))]
+  results += zip(grads[:3], want_grads)
+  if not overflows:  # the KL is a mean over the tokens of both rows
+    real = np.asarray(odd_segments(kind, case).span) >= 0
+    results.append((grads[3] * (real.sum() / real[0].sum()), want_grads[3]))
+  for x, y in results:
+    x, y = (np.asarray(a, np.float32)[0] for a in (x, y))
+    finite = np.isfinite(y)
+    np.testing.assert_array_equal(np.isfinite(x), finite)
+    error = np.linalg.norm(x[finite] - y[finite])
+    assert error <= 0.02 * np.linalg.norm(y[finite])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+@pytest.mark.parametrize("kind", ["overflow", "garbage"])
+def test_interpreted_odd_segments(monkeypatch, pretend_hopper, kind, phase):
+  case = Case(
+    batch=2, q_len=100, kv_len=100, num_heads=4, num_kv_heads=1, head_dim=64,
+    index_dim=64, block_size=64, top_k=2,
+  )  # fmt: skip
+  interpret_kernels(monkeypatch, phase)
+  check_odd_segments(case, "bfloat16", kind, phase, repeats=False)
+
+
 # -------------------------------------------------------- pieces of the queries
 
 
@@ -494,22 +680,7 @@ def test_interpreted_pieces_of_a_packed_row(monkeypatch, kind, phase):
   slots = np.concatenate([np.arange(s, s + n) for s, n in pieces])
   q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
   q, index_q = q[:, slots], index_q[:, slots]
-  small_grid = dict(num_ctas=1)
-  for module, name, options in (
-    (sb, "select_blocks", {}),
-    (sparse, "sparse_attention", dict(
-      config=fwd.Config(pair_warpgroups=2, query_stages=2, **small_grid),
-      backward_config=bwd.Config(stages=2, **small_grid),
-    )),
-    (masked, "attention", dict(config=masked.Config(**small_grid))),
-    (index_kl, "index_kl_loss", dict(
-      config=index_kl.Config(stages=2, task=24, **small_grid)
-      if phase == "sparse"
-      else dense_index_kl.Config(stages=2, **small_grid),
-    )),
-  ):  # fmt: skip
-    call = functools.partial(getattr(module, name), interpret=True, **options)
-    monkeypatch.setattr(module, name, call)
+  interpret_kernels(monkeypatch, phase)
   size = dict(block_size=case.block_size)
   select = dict(top_k=case.top_k, num_local_blocks=1, score_precision="exact")
   scale = dict(scale=case.head_dim**-0.5)
@@ -781,6 +952,15 @@ def test_gpu_choice(hopper, block_size, num_local, precision):
           spans, parents, 1500, block_size, num_local, precision, groups=3,
           top_k=4, repeats=True, config=config,
         )  # fmt: skip
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+@pytest.mark.parametrize("kind", ["overflow", "garbage"])
+@pytest.mark.parametrize("name", ["group_4", "block_64"])
+def test_gpu_odd_segments(hopper, name, kind, phase):
+  case, dtype = GPU_CASES[name]
+  check_odd_segments(case, dtype, kind, phase)
 
 
 @pytest.mark.gpu
