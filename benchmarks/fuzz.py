@@ -49,7 +49,9 @@ import msa_jax
 from msa_jax import reference
 from msa_jax import segments as segments_lib
 
-OPS = ("attention", "kl", "attention", "select", "decode", "warmup_kl")
+OPS = (
+  *("attention", "kl", "attention", "select", "decode", "warmup_kl", "dense"),
+)
 # A signature's place in the list decides its operation, so every op is there.
 CHOICES = ("random", "shared", "hot", "own", "empty", "garbage")
 POISONS = ("none", "none", "query", "key", "unseen")
@@ -66,6 +68,8 @@ class Signature:
   Attributes:
     with_dlse: whether the loss uses attention's lse too; the backward pass of
       one that does not is another program.
+    packed: whether rows hold "documents" or "trees"; "" for plain rows.
+    weighted: whether the KL's query_mask is weights of the queries.
   """
 
   op: str
@@ -82,7 +86,8 @@ class Signature:
   dtype: str
   precision: str = "exact"
   with_dlse: bool = False
-  packed: str = ""  # or "documents", or "trees"
+  packed: str = ""
+  weighted: bool = False
 
   @property
   def num_heads(self) -> int:
@@ -101,7 +106,7 @@ class Signature:
 def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
   """Random signatures; those of one seed are the same in every run."""
   rng = np.random.default_rng(seed)
-  packing = np.random.default_rng([seed, 1])
+  packing, weighing = (np.random.default_rng([seed, i]) for i in (1, 2))
 
   def pick(*values: Any) -> Any:
     return values[int(rng.integers(len(values)))]
@@ -151,8 +156,10 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
         num_local_blocks=min(top_k, pick(1, 1, 2, 0)),
         dtype=pick("bfloat16", "bfloat16", "float16"),
         precision=precision,
-        with_dlse=index % len(OPS) == OPS.index("attention"),
+        with_dlse=index % len(OPS) == OPS.index("attention")
+        or (op == "dense" and index // len(OPS) % 2 == 0),
         packed=packed,
+        weighted="kl" in op and weighing.random() < 0.5,
       )
     )
   return found
@@ -297,6 +304,8 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
     x[name] = jnp.where(hidden & where, bad, x[name])
     clean[name] = jnp.where(hidden & where, 0, clean[name])
   x = {name: value.astype(s.dtype) for name, value in x.items()}
+  if s.weighted:
+    mask = jnp.where(mask, _weights(s, jax.random.fold_in(key, 2)), 0.0)
   extra = dict(blocks=blocks, lengths=lengths, mask=mask) | spans
   if s.with_dlse:
     # The cotangent of a query's lse that sees nothing is dropped.
@@ -317,6 +326,19 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
     | extra
     | {f"clean_{name}": clean[name] for name in ("k", "v", "index_k")}
     | dict(visible=visible, kind=kind, choice=choice, factor=factor)
+  )
+
+
+def _weights(s: Signature, key: jax.Array) -> jax.Array:
+  """Weights of the queries: small counts, or of several orders of magnitude,
+  times a factor of all, which makes no difference."""
+  keys = jax.random.split(key, 4)
+  shape = (s.batch, s.q_len)
+  counts = jax.random.randint(keys[0], shape, 1, 9).astype(jnp.float32)
+  spread = jnp.exp(2 * jax.random.normal(keys[1], shape))
+  weights = jnp.where(jax.random.bernoulli(keys[2]), counts, spread)
+  return weights * jnp.exp(
+    jax.random.uniform(keys[3], (), minval=-20, maxval=20)
   )
 
 
@@ -373,6 +395,8 @@ def runner(s: Signature, implementation: str, interpret: bool) -> Callable:
 
   def attention(x):
     def attend(q, k, v):
+      if s.op == "dense":
+        return f["dense"](q, k, v, **keys_of(x))
       return f["attention"](q, k, v, x["blocks"], **blocks, **keys_of(x))
 
     operands, dlse = (x["q"], x["k"], x["v"]), x.get("dlse")
@@ -420,7 +444,12 @@ def runner(s: Signature, implementation: str, interpret: bool) -> Callable:
     return dict(out=out, ids=ids)
 
   return dict(
-    attention=attention, kl=kl, warmup_kl=kl, select=select, decode=decode
+    attention=attention,
+    dense=attention,
+    kl=kl,
+    warmup_kl=kl,
+    select=select,
+    decode=decode,
   )[s.op]
 
 
@@ -430,6 +459,7 @@ def _public(implementation: Any) -> dict[str, Callable]:
     attention=functools.partial(
       msa_jax.sparse_attention, return_lse=True, **named
     ),
+    dense=functools.partial(msa_jax.ops.dense_attention, **named),
     kl=functools.partial(msa_jax.index_kl_loss, **named),
     select=functools.partial(msa_jax.select_blocks, **named),
     decode=functools.partial(msa_jax.decode_attention, **named),
@@ -442,11 +472,18 @@ def _kernels() -> dict[str, Callable]:
     decode,
     dense_index_kl,
     index_kl,
+    masked_attention,
     select_blocks,
     sparse_attention,
     sparse_attention_bwd,
     sparse_attention_fwd,
   )
+
+  def dense(q, k, v, *, layout=None, **options):
+    return masked_attention.attention(
+      q, k, v, until=None if layout is None else layout.visible_until,
+      config=masked_attention.Config(num_ctas=1), interpret=True, **options,
+    )  # fmt: skip
 
   def kl(q, k, index_q, index_k, ids, **options):
     config: Any = index_kl.Config(stages=2, task=64, num_ctas=1)
@@ -465,6 +502,7 @@ def _kernels() -> dict[str, Callable]:
       backward_config=sparse_attention_bwd.Config(num_ctas=1, stages=2),
       interpret=True,
     ),
+    dense=dense,
     kl=kl,
     select=functools.partial(
       select_blocks.select_blocks,
@@ -568,10 +606,12 @@ def _kl(s: Signature, x: dict, dtype: Any) -> dict[str, Any]:
   lse = jnp.where(lse == -jnp.inf, 0, lse)[..., None]
   log_r = jnp.where(visible, u - lse, 0)
   log_p = jnp.log(jnp.where(p > 0, p, 1))
-  counted = jnp.maximum(x["mask"].sum(), 1) * s.num_kv_heads
+  counted, weight = x["mask"].sum(), x["mask"].astype(jnp.float32)
+  counted = jnp.where(counted == 0, 1, counted) * s.num_kv_heads
+  weight = weight[:, None, :, None]
 
   def gradients(g):
-    g = g * (i_scale / counted)
+    g = g * weight * (i_scale / counted)
     return (
       highest("bkts,bsi->btki", g, index_k),
       highest("bkts,btki->bsi", g, index_q),
@@ -586,9 +626,10 @@ def _kl(s: Signature, x: dict, dtype: Any) -> dict[str, Any]:
       "nbktj,nbji->nbtki", _by_block(s, g, 3), _by_block(s, index_k, 1)
     )
     parts = jnp.sum(jnp.abs(parts), axis=0) * (i_scale / counted)
+    parts *= x["mask"].astype(jnp.float32)[..., None, None]
     diq_size = jnp.maximum(diq_size, parts)
   return dict(
-    kl=jnp.sum(p * (log_p - log_r)) / counted,
+    kl=jnp.sum(weight * p * (log_p - log_r)) / counted,
     dindex_q=diq,
     dindex_k=dik,
     dindex_q_size=diq_size,
@@ -655,7 +696,9 @@ def checker(s: Signature) -> Callable:
     )
     report["lse"] = lse | dict(rms_bound=lse["bound"])
     for name in ("dq", "dk", "dv"):
-      size = truth["dq_size"] if name == "dq" else None
+      # Each block's part of a sparse dq is rounded before the sum.
+      sums_parts = name == "dq" and s.op == "attention"
+      size = truth["dq_size"] if sums_parts else None
       report[name] = _without_nan_calls(
         x, _compare(got[name], truth[name], near[name], s.dtype, size)
       )
@@ -716,7 +759,12 @@ def checker(s: Signature) -> Callable:
     )
 
   check = dict(
-    attention=attention, kl=kl, warmup_kl=kl, select=select, decode=decode
+    attention=attention,
+    dense=attention,
+    kl=kl,
+    warmup_kl=kl,
+    select=select,
+    decode=decode,
   )[s.op]
 
   def run(x, got, again):

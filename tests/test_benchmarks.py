@@ -473,15 +473,15 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
 # ------------------------------------------------------------------ the fuzzer
 
 
-FUZZ = ["--signatures", "6", "--tiny", "--implementation", "xla"]
+FUZZ = ["--signatures", "7", "--tiny", "--implementation", "xla"]
 
 
 @pytest.mark.slow
 def test_fuzz_of_a_right_implementation(tmp_path):
   path = tmp_path / "fuzz.json"
-  assert fuzz.main([*FUZZ, "--calls", "12", "--out", str(path)]) == 0
+  assert fuzz.main([*FUZZ, "--calls", "14", "--out", str(path)]) == 0
   summary = json.loads(path.read_text())
-  assert summary["calls"] == 12 and summary["signatures"] == 6
+  assert summary["calls"] == 14 and summary["signatures"] == 7
   assert set(summary["calls_by_op"]) == set(fuzz.OPS)
   assert not summary["failures"] and not summary["unsupported"]
 
@@ -506,10 +506,10 @@ def test_fuzz_finds_a_wrong_implementation(tmp_path, monkeypatch, capsys):
 
   monkeypatch.setattr(fuzz, "runner", wrong)
   path = tmp_path / "fuzz.json"
-  assert fuzz.main([*FUZZ, "--only", "12", "--out", str(path)]) == 1
+  assert fuzz.main([*FUZZ, "--only", "14", "--out", str(path)]) == 1
   [failure] = json.loads(path.read_text())["failures"]
-  assert failure["call"] == 12 and "out: error" in failure["faults"][0]
-  assert failure["repeat"].endswith("--tiny --only 12")
+  assert failure["call"] == 14 and "out: error" in failure["faults"][0]
+  assert failure["repeat"].endswith("--tiny --only 14")
   assert failure["repeat"] in capsys.readouterr().out
 
 
@@ -517,8 +517,10 @@ def test_fuzz_repeats_a_call_and_its_signatures():
   found = fuzz.signatures(5, 100)
   assert found == fuzz.signatures(5, 100) and len(set(found)) > 90
   assert {s.op for s in found} == set(fuzz.OPS)
-  attention = [s.with_dlse for s in found if s.op == "attention"]
-  assert set(attention) == {False, True}
+  for op in ("attention", "dense"):
+    assert {s.with_dlse for s in found if s.op == op} == {False, True}
+  for op in ("kl", "warmup_kl"):
+    assert {s.weighted for s in found if s.op == op} == {False, True}
   assert {s.group_size for s in found} == set(range(1, 17))
   assert all(s.q_len <= s.kv_len <= 2048 for s in found)
   s, key = fuzz.signatures(5, 6, tiny=True)[0], jax.random.key(1)

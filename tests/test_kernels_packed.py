@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import re
 from typing import Any
 
 import jax
@@ -776,34 +777,50 @@ def test_lowers_for_cuda_at_128k(max_segments, num_local):
 
 
 @pytest.mark.slow
-def test_kl_of_all_tokens_lowers_for_cuda():
-  case = cases.CASES["32k"]
+@pytest.mark.parametrize("max_segments", [1, 8, 64, 2000])
+def test_the_warm_up_lowers_for_cuda_at_128k(pretend_hopper, max_segments):
+  """Dense attention, KL with weights and the choice, forward and backward,
+  without an array of all pairs of tokens."""
+  case = cases.CASES["128k"]
   lead = (case.batch, case.tokens)
   shape = functools.partial(jax.ShapeDtypeStruct, dtype=case.dtype)
+  kv = shape((*lead, case.num_kv_heads, case.head_dim))
 
-  def loss(q, k, index_q, index_k, lse, ids):
-    layout = block_layout(
-      segments_lib.document_segments(ids, 64), case.block_size
-    )
-    return index_kl.index_kl_loss(
-      q, k, index_q, index_k, None, lse=lse, layout=layout,
-      query_mask=ids.astype(jnp.float32),
+  def loss(operands, ids, weights):
+    result = msa_jax.msa_attention(
+      *operands, block_size=case.block_size, phase="warmup", with_kl=True,
+      query_mask=weights, segment_ids=ids, max_segments=max_segments,
+      implementation="mosaic_gpu",
     )  # fmt: skip
+    out = jnp.sum(result.out.astype(jnp.float32))
+    total = out + jnp.sum(result.lse) + result.kl
+    return total, result.block_indices
 
+  operands = (
+    shape((*lead, case.num_heads, case.head_dim)),
+    *(kv, kv),
+    shape((*lead, case.num_kv_heads, case.index_dim)),
+    shape((*lead, case.index_dim)),
+  )
   text = (
-    jax.jit(jax.grad(loss, (2, 3)))
+    jax.jit(jax.grad(loss, has_aux=True))
     .trace(
-      shape((*lead, case.num_heads, case.head_dim)),
-      shape((*lead, case.num_kv_heads, case.head_dim)),
-      shape((*lead, case.num_kv_heads, case.index_dim)),
-      shape((*lead, case.index_dim)),
-      jax.ShapeDtypeStruct((1, case.num_heads, case.tokens), jnp.float32),
+      operands,
       jax.ShapeDtypeStruct(lead, jnp.int32),
+      jax.ShapeDtypeStruct(lead, jnp.float32),
     )
     .lower(lowering_platforms=("cuda",))
     .as_text()
   )
-  assert "dense_kl_units" in text and "dense_kl_index_lse" in text
+  for name in (
+    *("masked_attention", "masked_attention_dq", "masked_attention_dkv"),
+    *("dense_kl_units", "dense_kl_index_lse", "msa_select"),
+  ):
+    assert name in text
+  sizes = re.findall(r"tensor<((?:\d+x)+)", text)
+  most = max(np.prod([int(n) for n in x.split("x")[:-1]]) for x in sizes)
+  # The largest is q's; all pairs of one head would be 16 times that.
+  assert most == case.tokens * case.num_heads * case.head_dim
 
 
 def test_the_kernels_take_the_warm_up_of_merged_prefixes(pretend_hopper):
