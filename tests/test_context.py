@@ -74,9 +74,10 @@ def test_pieces_get_what_the_whole_row_gets(implementation, phase, packed):
   """Values, choices, KL and every gradient; traced starts, one for each row."""
   args = operands()
   options = dict(phase=phase, implementation=implementation)
+  mask = jnp.zeros((2, T), bool).at[:, SLOTS].set(True).at[1, 5].set(False)
   if packed:
     options["segment_ids"] = documents()
-  mask = jnp.zeros((2, T), bool).at[:, SLOTS].set(True).at[1, 5].set(False)
+    mask = jnp.where(mask, 0.5 + jnp.arange(T) % 3, 0.0)
   want = with_gradients(args, SLOTS, query_mask=mask, **options)
 
   @jax.jit
@@ -216,6 +217,12 @@ ids = np.zeros((2, T), np.int32)
 ids[0, 2:9], ids[0, 9:33], ids[0, 35:] = 1, 2, 3
 ids[1] = 4
 PACKED = dict(segment_ids=jnp.asarray(ids))
+# Trees, with weights of the queries.
+nodes = [(1, 12), (12, 27), (27, 30), (31, 46)]
+tree = msa_jax.tree_segments(
+  [nodes, [(0, T)]], [[-1, 0, 1, 0], [-1]], length=T)
+TREES = dict(segments=jax.tree.map(jnp.asarray, tree))
+weights = jnp.where(mask, 0.5 + jnp.arange(T) % 3, 0.0)
 index = msa_jax.IndexConfig(index_dim=8, block_size=8, top_k=2)
 
 
@@ -228,7 +235,7 @@ def run(layer, x, phase, zigzag=False, **options):
     else:
       everything = layer(
         x, phase=phase, with_kl=True, with_selection=True, zigzag=zigzag,
-        query_mask=mask, **options)
+        query_mask=weights if "segments" in options else mask, **options)
       out, kl = everything.out, everything.kl
     return jnp.sum(jnp.sin(x + out)) + 10 * kl, everything
   return nnx.value_and_grad(loss, argnums=(0, 1), has_aux=True)(layer, x)
@@ -244,8 +251,8 @@ def make(kind, sharding, heads, kv_heads, **options):
 
 # Two devices and 2 KV heads: one each; 3: no share; 1: a share of both.
 LAYERS = [
-  ("MSAttention", "sparse", 4, 2, {}, PACKED),
-  ("MSAttention", "warmup", 4, 2, {}, PACKED),
+  ("MSAttention", "sparse", 4, 2, {}, TREES),
+  ("MSAttention", "warmup", 4, 2, {}, TREES),
   ("GQAttention", "dense", 4, 1, dict(sinks=True), {}),
   ("MSAttention", "warmup", 4, 1, dict(sinks=True), PACKED),
   ("MSAttention", "warmup", 6, 3, {}, {}),
