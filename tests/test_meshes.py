@@ -341,6 +341,21 @@ def sparse_training(*args, implementation: Any = "mosaic_gpu"):
   return jax.grad(loss, range(5))(*args)
 
 
+def weighted_warmup(*args, implementation: Any = "mosaic_gpu"):
+  """The warm-up of documents; the weights of the batch rows differ."""
+  weights = (jnp.arange(2 * 128.0) % 129).reshape(2, 128)
+  ids = jnp.repeat(jnp.array([[1, 1, 2, 0], [1, 2, 2, 3]], jnp.int32), 32, 1)
+
+  def loss(*args):
+    out = msa_jax.msa_attention(
+      *args, with_kl=True, phase="warmup", query_mask=weights,
+      segment_ids=ids, implementation=implementation, **OPTIONS
+    )  # fmt: skip
+    return jnp.sum(out.out.astype(jnp.float32)) + out.kl
+
+  return jax.grad(loss, range(5))(*args)
+
+
 def decoding(q, k, v, iq, ik, implementation: Any = "mosaic_gpu"):
   return msa_jax.decode_attention(
     q[:, :3], k, v, iq[:, :3], ik, kv_lengths=jnp.array([70, 20]),
@@ -383,7 +398,8 @@ def test_warmup_needs_its_gpu(no_gpu):
 LOWERING = """
 import jax
 from jax.sharding import AxisType
-from test_meshes import PROGRAMS, decoding, operands, sparse_training
+from test_meshes import (
+  PROGRAMS, decoding, operands, sparse_training, weighted_warmup)
 specs = (jax.P("data", None, "tensor"),) * 4 + (jax.P("data"),)
 
 
@@ -400,6 +416,7 @@ def lower(program, args):
 
 # Kernels are made when XLA asks for one device's part.
 for axis_type, program, calls in ((AxisType.Auto, sparse_training, 4),
+                                  (AxisType.Auto, weighted_warmup, 3),
                                   (AxisType.Explicit, decoding, 1)):
   text = lower(program, placed(axis_type)[1])
   assert text.count("@CustomSPMDPartitioning") == calls, text
@@ -498,7 +515,7 @@ def test_kernels_split_themselves_on_gpus(axis_type, hopper):
       jax.device_put(x, jax.NamedSharding(mesh, spec))
       for x, spec in zip(args, specs)
     ]
-    for program in (sparse_training, decoding):
+    for program in (sparse_training, weighted_warmup, decoding):
       compiled = jax.jit(program).lower(*placed).compile()
       text = compiled.as_text()
       assert text and "all-gather" not in text
