@@ -89,6 +89,45 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
+def blank_pictures(monkeypatch):
+  """Leaves the pictures of reports blank.
+
+  Figures are still made of what runs measured; to draw them takes most of the
+  time of a report.
+  """
+  _draw(monkeypatch, lambda kind: False)
+
+
+@pytest.fixture(scope="module")
+def pictures_once():
+  """Draws a picture of each kind once in a file; later ones are blank."""
+  drawn = set()
+
+  def is_new(kind):
+    before = len(drawn)
+    drawn.add(kind)
+    return len(drawn) > before
+
+  with pytest.MonkeyPatch.context() as patch:
+    _draw(patch, is_new)
+    yield
+
+
+def _draw(patch, which):
+  """Reports draw figures of which(last word of the name)."""
+  from train.report import page
+
+  add_figure = page._Page.add_figure
+
+  def add(self, figure, name, caption):
+    if figure is not None and not which(name.rpartition("_")[-1]):
+      figure = page.Figure(figsize=(1, 1))
+    add_figure(self, figure, name, caption)
+
+  patch.setattr(page._Page, "add_figure", add)
+
+
+@pytest.fixture
 def x64():
   """float64 on, for one test."""
   with jax.enable_x64(True):

@@ -444,6 +444,7 @@ def test_speed_times_sides_at_each_length(compared, tmp_path):
     assert row["lower_s"] > 0 and row["compile_s"] > 0
 
 
+@pytest.mark.usefixtures("blank_pictures")  # test_train draws its report's
 def test_report_of_it_all(compared):
   pytest.importorskip("matplotlib")
   assert cli.main(["report", str(compared)]) == 0

@@ -12,6 +12,10 @@ import pytest
 from train import configs, progress, report
 from train.report import figures, gaps, page, runs, tables
 
+# These tests read what reports say; the module's first report draws most kinds
+# of pictures, and test_words_of_pictures_are_not_cut looks at one.
+pytestmark = pytest.mark.usefixtures("pictures_once")
+
 _BITS = 1 / math.log(2)
 
 
@@ -135,7 +139,7 @@ def _summary(folder):
 
 
 @pytest.fixture(scope="module")
-def pair(tmp_path_factory):
+def pair(pictures_once, tmp_path_factory):
   """A comparison of two tasks with three seeds, and its report's page."""
   folder = _make(
     tmp_path_factory.mktemp("pair"),
