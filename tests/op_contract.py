@@ -152,19 +152,26 @@ def attention_gradients(
   return (dq, dk, dv), (sees, seen, seen)
 
 
+@functools.partial(jax.jit, static_argnames="case")
+def attention(case, q, k, v, blocks, layout=None):
+  """out and lse in float32, and out with rounded probabilities."""
+  wide = (x.astype(jnp.float32) for x in (q, k, v))
+  attend = functools.partial(
+    reference.attend, *wide, visible_tokens(case, blocks, layout),
+    case.head_dim**-0.5,
+  )  # fmt: skip
+  return *attend(), attend(probs_dtype=q.dtype)[0].astype(q.dtype)
+
+
 def check_attention(case, q, k, v, blocks, out, lse, layout=None):
   """out and lse, NaN and rows that see nothing included."""
   dtype = q.dtype
   assert out.dtype == dtype and out.shape == q.shape
   assert lse.dtype == jnp.float32
-  q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-  attend = functools.partial(
-    reference.attend, q, k, v, visible_tokens(case, blocks, layout),
-    case.head_dim**-0.5,
-  )  # fmt: skip
-  truth, true_lse = (np.asarray(x) for x in attend())
-  rounded = np.asarray(attend(probs_dtype=dtype)[0].astype(dtype), np.float32)
-  out, lse = np.asarray(out, np.float32), np.asarray(lse)
+  truth, true_lse, rounded, out, lse = (
+    np.asarray(x, np.float32)
+    for x in (*attention(case, q, k, v, blocks, layout), out, lse)
+  )
   np.testing.assert_array_equal(np.isnan(out), np.isnan(truth))
   np.testing.assert_array_equal(np.isnan(lse), np.isnan(true_lse))
   np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(true_lse))
@@ -199,6 +206,7 @@ def check_attention_gradients(
     assert_within_yardstick(name, got, *rest, dtype)
 
 
+@functools.partial(jax.jit, static_argnames="case")
 def lse_cotangent(case, blocks, layout=None):
   """Random; NaN where nothing is seen, as a merge of empty rows gives."""
   sees = visible_tokens(case, blocks, layout).any(-1)

@@ -47,6 +47,7 @@ class Case:
   def batch(self):
     return len(self.lengths)
 
+  @functools.partial(jax.jit, static_argnums=0)
   def inputs(self, seed=0):
     """q, k, v, index_q, index_k and the scales of index_k or None."""
     keys = jax.random.split(jax.random.key(seed), 5)
@@ -134,29 +135,34 @@ def check(case, inputs, out, ids, margin):
   check_out(case, inputs, out, ids)
 
 
-def check_out(case, inputs, out, ids):
-  """out against attention to the blocks of ids."""
-  q, k, v = inputs[:3]
+@functools.partial(jax.jit, static_argnums=0)
+def attention(case, q, k, v, ids):
+  """The queries' slots, and out with exact and with rounded probabilities."""
   lengths = jnp.array(case.lengths, jnp.int32)
   positions = reference.query_positions(
     case.tokens, case.capacity, case.batch, lengths
   )
   visible = reference.chosen_tokens(
-    jnp.asarray(ids), positions, case.capacity, case.block_size
+    ids, positions, case.capacity, case.block_size
   )
-  wide = tuple(x.astype(jnp.float32) for x in (q, k, v))
+  wide = (x.astype(jnp.float32) for x in (q, k, v))
   attend = functools.partial(
     reference.attend, *wide, visible, case.head_dim**-0.5
   )
-  want = np.asarray(attend()[0])
-  near = np.asarray(attend(jnp.dtype(case.dtype))[0])
+  return positions, attend()[0], attend(jnp.dtype(case.dtype))[0]
+
+
+def check_out(case, inputs, out, ids):
+  """out against attention to the blocks of ids."""
+  positions, want, near = (
+    np.asarray(x) for x in attention(case, *inputs[:3], ids)
+  )
   assert np.isfinite(out).all()
   error = np.abs(out - want)
   floor = float(jnp.finfo(case.dtype).eps) * np.abs(want).max()
   assert error.max() <= 2 * np.abs(near - want).max() + floor
   assert np.linalg.norm(error) <= 0.005 * np.linalg.norm(want)
-  empty = np.asarray(positions) < 0
-  assert (out[empty] == 0).all()
+  assert (out[positions < 0] == 0).all()
 
 
 def run_and_check(case, inputs=None, config: Any = SMALL, interpret=True):
