@@ -21,11 +21,13 @@ SMALL = {
   ),
   "05_msa_in_your_own_model": dict(STEPS=4, WARMUP=2, CONTEXT=64, BATCH=1),
 }
-# They compile a dozen programs, or train.
+# They compile a dozen programs, or train. What 05 does, docs/own_loop.md does
+# too, whose examples test_docs runs.
 LONG = (
   "01_what_msa_selects",
   "02_the_kernels",
   "04_turn_a_pretrained_model_into_msa",
+  "05_msa_in_your_own_model",
 )
 each_notebook = pytest.mark.parametrize(
   "source", build.sources(), ids=lambda path: path.stem
