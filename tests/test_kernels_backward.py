@@ -56,6 +56,11 @@ def interpreted(case, q, k, v, dout, blocks, dlse=None, **config):
 
 # ---------------------------------------------------------------- the plan
 
+planned = jax.jit(
+  kv_block_plan.plan_kv_blocks,
+  static_argnames=("block_size", "num_blocks", "task", "pack"),
+)
+
 
 @pytest.mark.parametrize("kind", ["random", "hot", "garbage", "empty"])
 @pytest.mark.parametrize("block_size", [64, 128])
@@ -78,7 +83,7 @@ def test_every_choice_is_in_one_pair(kind, block_size, pack, starts):
   elif kind == "empty":
     ids[:] = -1
   slots = pack * top_k
-  plan = kv_block_plan.plan_kv_blocks(
+  plan = planned(
     jnp.asarray(ids, jnp.int32).reshape(groups, -1, slots),
     jnp.asarray(starts, jnp.int32), block_size=block_size,
     num_blocks=num_blocks, task=task, pack=pack,
