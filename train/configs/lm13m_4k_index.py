@@ -24,35 +24,16 @@ processes that share a GPU, GQA's first:
 """
 
 import dataclasses
+import functools
 
-from train.config import ComparisonConfig, RunConfig
-from train.configs import lm13m_4k
+from train.config import ComparisonConfig
+from train.configs import lm13m_4k, recall_index
 
 GQA, _, CPT = lm13m_4k.sides(
   dataclasses.replace(lm13m_4k.GQA, eval_window=None, oracle_at_end=True),
   lm13m_4k.INDEX,
 )
-INDEX_RATE = CPT.optimizer.index_learning_rate_factor
-
-
-def _side(side: str, rate: float = INDEX_RATE, **changes) -> RunConfig:
-  """MSA CPT with other fields of its index, its recipe or both."""
-  index = {
-    name: changes[name] for name in changes if hasattr(lm13m_4k.INDEX, name)
-  }
-  recipe = {name: changes[name] for name in changes if name not in index}
-  return dataclasses.replace(
-    CPT,
-    side=side,
-    model=dataclasses.replace(
-      CPT.model, index=dataclasses.replace(lm13m_4k.INDEX, **index)
-    ),
-    recipe=dataclasses.replace(CPT.recipe, **recipe),
-    optimizer=dataclasses.replace(
-      CPT.optimizer, index_learning_rate_factor=rate
-    ),
-  )
-
+_side = functools.partial(recall_index.changed, CPT)
 
 COMPARISON = ComparisonConfig(
   name="lm13m_4k_index",

@@ -9,7 +9,9 @@ cores.
 """
 
 import dataclasses
+import functools
 
+from msa_jax.model_config import IndexConfig
 from train.config import ComparisonConfig, RecipeConfig, RunConfig
 from train.configs import demo, parity
 
@@ -19,22 +21,28 @@ RECIPE = RecipeConfig(index_warmup_steps=100)
 INDEX_RATE = 8.0
 
 
-def _side(side: str, rate: float = INDEX_RATE, **changes) -> RunConfig:
-  """The MSA side with other fields of its index, its recipe or both."""
-  fields = {field.name for field in dataclasses.fields(INDEX)}
+def changed(
+  run: RunConfig, side: str, rate: float = INDEX_RATE, **changes
+) -> RunConfig:
+  """An MSA run as another side, with other fields of its index, its recipe or
+  both, and the index's factor of the learning rate."""
+  fields = {field.name for field in dataclasses.fields(IndexConfig)}
   index = {name: changes[name] for name in changes if name in fields}
   recipe = {name: changes[name] for name in changes if name not in fields}
-  run = demo.msa(
-    GQA,
-    dataclasses.replace(INDEX, **index),
-    dataclasses.replace(RECIPE, **recipe),
-    side,
+  return dataclasses.replace(
+    run,
+    side=side,
+    model=dataclasses.replace(
+      run.model, index=dataclasses.replace(run.model.index, **index)
+    ),
+    recipe=dataclasses.replace(run.recipe, **recipe),
+    optimizer=dataclasses.replace(
+      run.optimizer, index_learning_rate_factor=rate
+    ),
   )
-  optimizer = dataclasses.replace(
-    run.optimizer, index_learning_rate_factor=rate
-  )
-  return dataclasses.replace(run, optimizer=optimizer)
 
+
+_side = functools.partial(changed, demo.msa(GQA, INDEX, RECIPE))
 
 COMPARISON = ComparisonConfig(
   name="recall_index",
