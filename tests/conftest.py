@@ -1,9 +1,6 @@
 import os
 import pathlib
 
-# JAX may not be asked before its flags are set.
-HAS_GPU = any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
-
 # Most of the tests' time is compilation: trade run time for it. The first flag
 # is for CPUs alone, since it also changes programs for GPUs: on an H200 six
 # tests of the choice in packed rows fail with it and pass without it (jax
@@ -20,7 +17,10 @@ HAS_GPU = any(pathlib.Path("/dev").glob("nvidia[0-9]*"))
 os.environ["XLA_FLAGS"] = " ".join(
   (
     os.environ.get("XLA_FLAGS", ""),
-    "" if HAS_GPU else "--xla_backend_optimization_level=0",
+    # JAX may not be asked before its flags are set.
+    ""
+    if (HAS_GPU := any(pathlib.Path("/dev").glob("nvidia[0-9]*")))
+    else "--xla_backend_optimization_level=0",
     "--xla_backend_extra_options=xla_cpu_disable_new_fusion_emitters",
     "--xla_cpu_parallel_codegen_split_count=1",
     "--xla_cpu_opt_preset=CPU_OPT_PRESET_FAST_COMPILE",
