@@ -815,9 +815,11 @@ def _attention(q, k, v, until, first_slot, scale, config, interpret) -> Any:
     seeing = functools.partial(
       _seeing, until=until, first_slot=first_slot, q_len=t, num_heads=num_heads
     )
-    # Padding inside of a tree stands where others see keys.
+    # Padding inside of a tree stands where others see keys. With fewer keys
+    # than queries, the first queries stand before slot 0.
     slot = first_slot[:, None] + jnp.arange(t, dtype=jnp.int32)
     real = packed_rows.at_slots(until, first_slot[:, None], t, 0) > slot
+    real &= slot >= 0
     out = jnp.where(real[..., None, None], out, 0)
     lse = jnp.where(real[:, None], lse, -jnp.inf)
     bad_scores = real[..., None] & (bad_q | seeing(bad_k))
