@@ -188,3 +188,12 @@ def test_a_step_asks_the_compiler_for_its_memory_once(monkeypatch):
   for _ in range(3):
     program.compile("sparse")
   assert len(asked) == 1
+
+
+def test_compiler_options_have_names_that_the_compiler_knows():
+  """A name that XLA does not know is an error, on any platform."""
+  lowered = jax.jit(jnp.dot).lower(jnp.ones((2, 2)), jnp.ones((2, 2)))
+  for options in program_lib.COMPILER_OPTIONS.values():
+    lowered.compile(options)
+  with pytest.raises(Exception, match="No such compile option"):
+    lowered.compile({"xla_gpu_no_such_option": False})

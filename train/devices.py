@@ -208,7 +208,7 @@ class Generation:
     """Compiles the program; returns its `launches`."""
     with self.program.context():
       traced, lowered, _ = lower(self.trace)
-    self._compiled = lowered.compile()
+    self._compiled = lowered.compile(self.program.compiler_options)
     return launches(traced.jaxpr.jaxpr)
 
   def __call__(
