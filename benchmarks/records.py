@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib.util
+import itertools
 import json
 import os
 import pathlib
@@ -158,6 +159,8 @@ STYLES = {  # selection -> (its name in the legend, line style)
   "fitted": ("fitted to a trained model's", "-."),
 }
 COLOURS = dict(exact="tab:blue", fast="tab:green", fp8="tab:red")
+# implementation -> its colour; None: that of the precision
+IMPLEMENTATIONS = dict(mosaic_gpu=None, xla="tab:gray", reference="tab:brown")
 
 
 def bound_seconds(op: str, case: Case, precision: str) -> float:
@@ -176,19 +179,24 @@ PLOT_TITLES = dict(
 
 def plot_op(axes, op: str, found: list[dict]) -> None:
   """Draws the speed-up of one op against length, with its bounds."""
-  for selection, (name, style) in STYLES.items():
-    for precision, colour in COLOURS.items():
-      points = sorted(
-        (record["tokens"], record["speedup"])
-        for record in found
-        if (record["selection"], record["score_precision"])
-        == (selection, precision)
-      )
-      if points:
-        axes.plot(
-          *zip(*points, strict=True), style, color=colour, marker="o", ms=4,
-          label=f"{name}, {precision}",
-        )  # fmt: skip
+  lines: dict[tuple[str, str, str], list[tuple[int, float]]] = {}
+  for record in found:
+    line = (
+      record["implementation"],
+      record["selection"],
+      record["score_precision"],
+    )
+    lines.setdefault(line, []).append((record["tokens"], record["speedup"]))
+  for line in itertools.product(IMPLEMENTATIONS, STYLES, COLOURS):
+    if line in lines:
+      implementation, selection, precision = line
+      name, style = STYLES[selection]
+      axes.plot(
+        *zip(*sorted(lines[line]), strict=True), style, marker="o", ms=4,
+        color=IMPLEMENTATIONS[implementation] or COLOURS[precision],
+        label=f"{name}, {precision}"
+        + (f", {implementation}" if implementation != "mosaic_gpu" else ""),
+      )  # fmt: skip
   dense = {record["tokens"]: record["dense_ms"] for record in found}
   ranked = {record["score_precision"] for record in found}
   for precision in BOUND_TFLOPS:

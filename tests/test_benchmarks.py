@@ -470,6 +470,21 @@ def test_results_are_written_whole_or_not_at_all(tmp_path, monkeypatch):
   assert sorted(tmp_path.iterdir()) == [path, plot]
 
 
+def test_a_plot_has_a_line_for_each_implementation():
+  figure = pytest.importorskip("matplotlib.figure").Figure()
+  axes = figure.subplots()
+  rows = [
+    dict(tokens=tokens, speedup=speedup, implementation=implementation)
+    | dict(selection="random", score_precision="exact", dense_ms=1.0)
+    for implementation, speedup in (("mosaic_gpu", 4.0), ("xla", 0.5))
+    for tokens in (32768, 8192)
+  ]
+  records.plot_op(axes, "train", rows)
+  lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
+  assert lines["random, exact"] == [[8192, 4], [32768, 4]]
+  assert lines["random, exact, xla"] == [[8192, 0.5], [32768, 0.5]]
+
+
 # ------------------------------------------------------------------ the fuzzer
 
 
