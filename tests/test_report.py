@@ -196,6 +196,42 @@ def test_gap_is_paired_by_seed_with_its_t_interval(pair):
   np.testing.assert_allclose(found["percent"], percent)
 
 
+def test_seeds_of_folders_with_other_sides_are_paired(tmp_path):
+  """Commands that trained some sides of some seeds each, into two folders."""
+  sides = {"gqa": [1.0, 1.1, 1.2, 1.0], "msa": [1.01, 1.122, 1.236, 1.05]}
+  _make(tmp_path / "a", {"text": sides})
+  _make(tmp_path / "b", {"text": sides})
+  for side, seed, folder in (
+    *((side, seed, "a") for side in sides for seed in (2, 3)),
+    *((side, seed, "b") for side in sides for seed in (0, 1)),
+    ("msa", 3, "b"),
+  ):
+    shutil.rmtree(tmp_path / folder / "text" / side / f"seed{seed}")
+  plan = [{"task": "text", "side": side} for side in (*sides, "msa_cpt")]
+  plan = {"runs": plan, "seeds": [0], "aimed_interval": 0.6}
+  (tmp_path / "b" / "comparison.json").write_text(json.dumps(plan))
+  report.write(tmp_path / "a", tmp_path / "b", out=tmp_path / "out")
+  summary = _summary(tmp_path / "out")
+  task = summary["tasks"]["text"]
+  (found,) = task["gaps"]["msa"]
+  assert found["seeds"] == [0, 1, 2]
+  np.testing.assert_allclose(found["percents"], [1.0, 2.0, 3.0])
+  # Student's t with 2 degrees of freedom, and chi squared: 7.3778 and 0.0506.
+  # 2.1788 (12 degrees) / 13**0.5 = 0.6043, 2.1604 (13) / 14**0.5 = 0.5774.
+  (row,) = task["differences_by_seed"]
+  assert row == {
+    "side": "MSA", "difference in": "held-out loss (%)", "seeds": "3",
+    "mean": "+2.00 ± 2.48", "standard deviation": "1.00 (0.52 to 6.28)",
+    "seeds for ± 0.6 %": "14", "by seed": "0: +1.00, 1: +2.00, 2: +3.00",
+  }  # fmt: skip
+  assert "1.00 %, it takes 14 seeds." in task["verdicts"][-1]
+  assert summary["warnings"] == [
+    "text/msa lacks seed 3: a gap is of the seeds that both of its sides have.",
+    "text/msa_cpt lacks seeds 0 to 3: a gap is of the seeds that both of its"
+    " sides have.",
+  ]
+
+
 def test_words_follow_the_interval(pair):
   tasks = _summary(pair.parent.parent)["tasks"]
   (text,) = tasks["text"]["verdicts"]
@@ -265,8 +301,8 @@ def test_unfinished_and_missing_runs_are_named_and_left_out(tmp_path):
   warnings = "\n".join(summary["warnings"])
   assert "text/gqa/seed1 is not finished (at step 40)" in warnings
   assert "text/msa/seed2 is not finished (at step 40)" in warnings
-  assert "text/gqa/seed3 is missing" in warnings
-  assert "text/msa/seed3 is missing" in warnings
+  assert "text/gqa lacks seed 3: a gap is of the seeds" in warnings
+  assert "text/msa lacks seed 3: a gap is of the seeds" in warnings
 
 
 def test_report_of_runs_that_only_started(tmp_path):
@@ -619,7 +655,7 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
       else:
         window = {"kind": "window_eval", "window": 2, "window_most": 3}
         seen = {"loss_by_position": bins(loss, 1.1 * (loss + 0.2))}
-        added.append(last | window | seen)
+        added.append(last | window | seen | {"loss": 1.05 * loss})
       _write(path, [*earlier, *added])
   for side in ("gqa", "msa"):
     sample = {"prompt": "if <", "sample": f"{side} >", "text": "a:"}
@@ -636,6 +672,10 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
   ):
     found = row["baseline"], row["difference"], row["dense_difference"]
     assert found == pytest.approx((base, gap, dense))
+  assert (
+    "2 to 3 tokens alone, GQA's held-out loss changes by +5.00 % (2"
+    in (task["verdicts"][-1])
+  )
   (row,) = task["dense"]
   assert (row["side"], row["seeds"]) == ("MSA", "3")
   metric = "held-out loss (bits per byte)"
@@ -650,6 +690,7 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
       "side": "GQA",
       "seeds": "2",
       "tokens seen": "the last 2 to 3",
+      "all targets": "1.1000 → 1.1550 (+5.00%)",
       "after 2 to 3 tokens": "1.3000 → 1.4300 (+10.00%)",
     }
   ]

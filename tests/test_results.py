@@ -113,6 +113,11 @@ def test_folders_with_other_seeds_are_thinned_to_one(full, tmp_path):
   plan = json.loads(merged.pop(pathlib.Path("comparison.json")))
   assert plan["seeds"] == [0, 1]
   assert merged == files_of(tmp_path / "small")
+  # The last command of a folder may have trained one seed of several.
+  _edit(tmp_path / "merged" / "comparison.json", seeds=[1])
+  thin.thin([tmp_path / "merged"], tmp_path / "again")
+  plan = json.loads((tmp_path / "again" / "comparison.json").read_text())
+  assert plan["seeds"] == [0, 1]
   _edit(parts[1] / "text" / "msa" / "seed1" / "config.json", context=65)
   with pytest.raises(ValueError, match="context is 64 in text/gqa/seed0 and"):
     thin.thin(parts, tmp_path / "refused")

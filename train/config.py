@@ -576,7 +576,17 @@ class ComparisonConfig:
 
   seeds: tuple[int, ...] = (0,)
 
+  aimed_interval: float | None = None
+  """How certain the difference in loss is to become: half the width of its 95 %
+  interval over seeds, in percent of the baseline's loss. The report says how
+  many seeds that takes. None: the report does not say it."""
+
   def __post_init__(self):
+    aim = self.aimed_interval
+    _check(
+      aim is None or (_is_number(aim) and 0 < aim < math.inf),
+      f"aimed_interval={aim!r}: wanted a percentage above 0, or None.",
+    )
     _check(bool(self.name), "name='': wanted a name.")
     _check(bool(self.runs), "runs=(): wanted at least one side of a task.")
     _check(bool(self.seeds), "seeds=(): wanted at least one seed.")

@@ -5,10 +5,10 @@ Text is the stream of `lm13m_4k` (rows="stream").
 `gqa` and `msa` are the runs of `lm13m_4k`. Copied from there, they are not
 trained again:
 
-  mkdir -p runs/lm13m_4k_ablations/mix
-  cp -r runs/lm13m_4k/mix/gqa runs/lm13m_4k/mix/msa \
-    runs/lm13m_4k_ablations/mix
-  rm -r runs/lm13m_4k_ablations/mix/*/seed2
+  for side in gqa msa; do
+    mkdir -p runs/lm13m_4k_ablations/mix/$side
+    cp -r runs/lm13m_4k/mix/$side/seed[0-2] runs/lm13m_4k_ablations/mix/$side
+  done
   python -m train compare lm13m_4k_ablations
 
 The kernels take blocks of 64 and 128. `block_32` therefore runs on "xla" as the
@@ -38,7 +38,7 @@ def _side(run: RunConfig) -> RunConfig:
 
 COMPARISON = ComparisonConfig(
   name="lm13m_4k_ablations",
-  seeds=(0, 1),
+  seeds=(0, 1, 2),
   runs=tuple(
     _side(run)
     for run in ablations.sides(dataclasses.replace(GQA, keep_steps=()), INDEX)

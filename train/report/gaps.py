@@ -4,6 +4,7 @@ Every side of a comparison is compared with the side named ``gqa``, seed by seed
 and on the same held-out tokens.
 """
 
+import bisect
 import statistics
 from collections.abc import Sequence
 from typing import Any
@@ -21,6 +22,34 @@ def t_interval(values: Sequence[float]) -> tuple[float, float] | None:
   half = stats.t.ppf(0.975, len(values) - 1) * stats.sem(values)
   mean = statistics.fmean(values)
   return mean - float(half), mean + float(half)
+
+
+def deviation_interval(values: Sequence[float]) -> tuple[float, float] | None:
+  """95 % interval of the standard deviation of what the values were drawn from,
+  if it is normal; None for fewer than two values."""
+  if len(values) < 2:
+    return None
+  free = len(values) - 1
+  low, high = (
+    statistics.stdev(values) * (free / float(stats.chi2.ppf(q, free))) ** 0.5
+    for q in (0.975, 0.025)
+  )
+  return low, high
+
+
+def pairs_needed(deviation: float, half: float) -> int:
+  """The fewest pairs of seeds whose 95 % t-interval reaches `half` to either
+  side of the mean, if their standard deviation is `deviation`."""
+
+  def reached(count: int) -> bool:
+    sem = deviation / count**0.5
+    return float(stats.t.ppf(0.975, count - 1)) * sem <= half
+
+  most = 2
+  while not reached(most):
+    most *= 2
+  # More pairs always give a narrower interval.
+  return bisect.bisect_left(range(most), True, lo=2, key=reached)
 
 
 def paired_runs(
@@ -71,6 +100,7 @@ def paired_gap(pairs: list[tuple[Run, Run]], metric: Metric) -> dict[str, Any]:
     "values": values,
     "mean": statistics.fmean(values) if values else None,
     "interval": t_interval(values),
+    "percents": percents,
     "percent": statistics.fmean(percents) if percents else None,
     "percent_interval": t_interval(percents),
     "batch_percent_interval": _batch_interval(pairs) if relative else None,

@@ -45,12 +45,14 @@ from train.report.gaps import (
   gaps_by_position,
   paired_gap,
   paired_runs,
+  pairs_needed,
 )
 from train.report.runs import (
   BASELINE,
   Metric,
   Probe,
   Run,
+  aimed_interval,
   chance_of,
   check_runs,
   flatten,
@@ -173,6 +175,47 @@ picked blocks.</dd>
 <dt><b>Chance</b></dt><dd>Accuracy of a guess that knows the task but not the
 fact.</dd></dl>
 """
+
+
+def _aim_words(gaps: dict[str, list[dict]], aim: float | None) -> Iterable[str]:
+  """Says which sides' differences in loss are as certain as is aimed at."""
+  for side, found in gaps.items():
+    percents, interval = found[0]["percents"], found[0]["percent_interval"]
+    if aim is None or not interval:
+      continue
+    half = (interval[1] - interval[0]) / 2
+    deviation = statistics.stdev(percents)
+    needed = pairs_needed(deviation, aim)
+    yield (
+      f"The interval of {side_name(side)} − {side_name(BASELINE)} in loss is"
+      f" ± {half:.2f} %, and ± {aim:g} % was aimed at: "
+      + (
+        "reached."
+        if half <= aim
+        else f"not reached. By the standard deviation of these {len(percents)}"
+        f" differences, {deviation:.2f} %, it takes {needed:,} seeds."
+      )
+    )
+
+
+def _window_words(sides: dict[str, list[Run]]) -> Iterable[str]:
+  """Says how much of a side's loss depends on tokens far back."""
+  for side, runs in sides.items():
+    found = [r for r in runs if r.finished and r.final_window]
+    if not found:
+      continue
+    more = [100 * (r.final_window["loss"] / r.final["loss"] - 1) for r in found]
+    window, most = (
+      found[0].final_window[key] for key in ("window", "window_most")
+    )
+    yield (
+      f"Tokens far back: with the last {window:,} to {most:,} tokens alone,"
+      f" {side_name(side)}'s held-out loss changes by"
+      f" {statistics.fmean(more):+.2f} % ({len(found)}"
+      f" seed{'s' * (len(found) > 1)}). That is about all that reading none of"
+      " the farther tokens can cost. Where it is small, the loss hardly tells"
+      " how well blocks are chosen, and a larger gap has another reason."
+    )
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
@@ -320,15 +363,36 @@ def _unlike_speeds(task: str, sides: dict[str, list[Run]]) -> Iterable[str]:
       )
 
 
+def _in_words(numbers: Sequence[int]) -> str:
+  """Numbers that grow, with runs of them shortened: "0, 2 to 13"."""
+  spans: list[list[int]] = []
+  for number in numbers:
+    if spans and number == spans[-1][-1] + 1:
+      spans[-1].append(number)
+    else:
+      spans.append([number])
+  return ", ".join(
+    f"{span[0]} to {span[-1]}" if len(span) > 2 else ", ".join(map(str, span))
+    for span in spans
+  )
+
+
 def find_warnings(
   tasks: dict[str, dict[str, list[Run]]], *folders: Path
 ) -> list:
   """What a reader must know before trusting the numbers of the page."""
   words = []
   every = [r for sides in tasks.values() for rs in sides.values() for r in rs]
+  missing: dict[tuple[str, str], list[int]] = {}
   for task, side, seed in planned_runs(folders, every):
     if seed not in [r.seed for r in tasks.get(task, {}).get(side, [])]:
-      words.append(f"{task}/{side}/seed{seed} is missing: it is not counted.")
+      missing.setdefault((task, side), []).append(seed)
+  for (task, side), seeds in missing.items():
+    word = "seeds" if len(seeds) > 1 else "seed"
+    words.append(
+      f"{task}/{side} lacks {word} {_in_words(seeds)}: a gap is of the seeds"
+      " that both of its sides have."
+    )
   for task, sides in tasks.items():
     if BASELINE not in sides:
       words.append(f"{task}: no side is named {BASELINE}, so there is no gap.")
@@ -568,12 +632,14 @@ class _Task:
     metrics: by which the task is judged.
     probes: kinds of retrieval that were evaluated.
     pairs: (baseline, side) runs of each side other than the baseline.
+    aim: the comparison's `aimed_interval`.
     summary: the task's part of summary.json.
   """
 
   name: str
   sides: dict[str, list[Run]]
   different: dict[str, dict[str, tuple[Any, Any]]]
+  aim: float | None
   summary: dict[str, Any]
 
   def __post_init__(self):
@@ -590,9 +656,10 @@ def _compose(
   """The page and the summary; saves the figures in `out`."""
   page = _Page(out, colors)
   _add_head(page, title, folders, tasks)
+  aim = aimed_interval(folders)
   for name, sides in tasks.items():
     summary = page.summary["tasks"][name] = {}
-    task = _Task(name, sides, different[name], summary)
+    task = _Task(name, sides, different[name], aim, summary)
     for section in (
       _add_gaps,
       _add_results,
@@ -644,10 +711,31 @@ def _add_gaps(page: _Page, task: _Task) -> None:
       verdict(side_name(side), side_name(BASELINE), metric, found, i > 0)
       for i, (metric, found) in enumerate(zip(task.metrics, gaps[side]))
     ]
+  words += _aim_words(gaps, task.aim)
+  words += _window_words(task.sides)
   for probe in task.probes:
     words += _recall_words(task.sides, probe)
   page.add_box(words, "say")
   task.summary |= {"verdicts": words, "gaps": gaps}
+  text = (
+    "Side minus baseline after training, paired by seed: the mean with its 95 %"
+    " t-interval, the standard deviation of the seeds' differences with its own"
+    " 95 % interval, and the difference of each seed."
+  )
+  if task.aim is not None:
+    text += (
+      " The number of seeds is that with which an interval of the aimed width"
+      " is reached, if the standard deviation is the one shown. From few seeds"
+      " that is a rough guess, as its interval says."
+    )
+  _add_table(
+    page,
+    task,
+    "differences_by_seed",
+    "Differences by seed",
+    tables.gap_rows(gaps, task.metrics, task.aim),
+    text,
+  )
 
 
 def _add_results(page: _Page, task: _Task) -> None:

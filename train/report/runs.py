@@ -361,19 +361,27 @@ def group_by_side(runs: Iterable[Run]) -> dict[str, list[Run]]:
 def planned_runs(
   folders: Iterable[Path], runs: Iterable[Run]
 ) -> list[tuple[str, str, int]]:
-  """(task, side, seed) of every run that a comparison's folders plan or
-  have."""
+  """(task, side, seed) of every run that a comparison's folders plan together,
+  or have: each side that any of them names, for each seed that any of them
+  names or has."""
   runs = list(runs)
-  planned: dict[tuple[str, str, int], None] = {}
+  sides: dict[tuple[str, str], None] = {}
+  seeds = {run.seed for run in runs}
   for folder in folders:
-    own = [r for r in runs if r.folder.parents[2] == folder]
     saved = _read_json(folder / "comparison.json")
-    sides = [(r["task"], r["side"]) for r in saved.get("runs", [])]
-    sides += [(r.task, r.side) for r in own]
-    seeds = saved.get("seeds") or sorted({r.seed for r in own})
-    for side in dict.fromkeys(sides):
-      planned |= {(*side, seed): None for seed in seeds}
-  return list(planned)
+    sides |= {(r["task"], r["side"]): None for r in saved.get("runs", [])}
+    sides |= {
+      (r.task, r.side): None for r in runs if r.folder.parents[2] == folder
+    }
+    seeds |= set(saved.get("seeds", ()))
+  return [(*side, seed) for side in sides for seed in sorted(seeds)]
+
+
+def aimed_interval(folders: Iterable[Path]) -> float | None:
+  """The `aimed_interval` of the first folder's comparison that has one."""
+  saved = (_read_json(folder / "comparison.json") for folder in folders)
+  found = (plan.get("aimed_interval") for plan in saved)
+  return next((aim for aim in found if aim is not None), None)
 
 
 def _without_seed(run: Run) -> dict:

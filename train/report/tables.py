@@ -7,13 +7,18 @@ maps a side's name to its runs of one task.
 import math
 import re
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
 from train.report.figures import side_name
-from train.report.gaps import paired_gap
-from train.report.runs import BASELINE, Metric, Probe, Run, quartiles
+from train.report.gaps import (
+  deviation_interval,
+  paired_gap,
+  pairs_needed,
+  t_interval,
+)
+from train.report.runs import BASELINE, BITS, Metric, Probe, Run, quartiles
 
 Rows = list[dict[str, str]]
 
@@ -126,6 +131,58 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
   return rows
 
 
+def gap_rows(
+  gaps: dict[str, list[dict]], metrics: Sequence[Metric], aim: float | None
+) -> Rows:
+  """Each side's differences from the baseline: by seed, their mean with its
+  95 % t-interval, and how many seeds make the interval of the loss as narrow as
+  the comparison aims at.
+
+  Args:
+    gaps: for each side what `gaps.paired_gap` returns for each metric.
+    metrics: in the same order.
+    aim: half the width of the interval, in percent; None: nothing is aimed at.
+  """
+  rows = []
+  for side, found in gaps.items():
+    for metric, gap in zip(metrics, found):
+      if metric == BITS:  # the only one whose differences are relative
+        values, unit, digits = gap["percents"], "%", 2
+      else:
+        values = [value * metric.scale for value in gap["values"]]
+        unit = "points" if metric.unit == "%" else metric.unit
+        digits = metric.digits
+
+      def shown(value: float, sign: str = "", digits=digits) -> str:
+        return f"{value:{sign}.{digits}f}"
+
+      mean = deviation = needed = "–"
+      if values:
+        mean = shown(statistics.fmean(values), "+")
+      if interval := t_interval(values):
+        mean += f" ± {shown((interval[1] - interval[0]) / 2)}"
+      if spread := deviation_interval(values):
+        deviation = shown(statistics.stdev(values))
+        deviation += " ({} to {})".format(*map(shown, spread))
+        if aim is not None and metric == BITS:
+          needed = f"{pairs_needed(statistics.stdev(values), aim):,}"
+      rows.append(
+        {
+          "side": side_name(side),
+          "difference in": f"{metric.title.lower()} ({unit})",
+          "seeds": str(len(values)),
+          "mean": mean,
+          "standard deviation": deviation,
+          **({} if aim is None else {f"seeds for ± {aim:g} %": needed}),
+          "by seed": ", ".join(
+            f"{seed}: {shown(value, '+')}"
+            for seed, value in zip(gap["seeds"], values)
+          ),
+        }
+      )
+  return rows
+
+
 def window_rows(sides: dict[str, list[Run]]) -> Rows:
   """Loss after training with all tokens of the context and with the last ones
   alone, by the number of tokens before the query; means over the seeds."""
@@ -140,21 +197,28 @@ def window_rows(sides: dict[str, list[Run]]) -> Rows:
       "side": side_name(side),
       "seeds": str(len(found)),
       "tokens seen": f"the last {window:,} to {most:,}",
+      "all targets": _change(*_means(found, lambda x: x["loss"])),
     }
     for i, place in enumerate(found[0][1]["loss_by_position"]):
       if place["low"] < window:
         continue
-      every, last = (
-        statistics.mean(
-          seed[way]["loss_by_position"][i]["loss"] for seed in found
-        )
-        for way in (0, 1)
-      )
-      row[f"after {place['low']:,} to {place['high'] - 1:,} tokens"] = (
-        f"{every:.4f} → {last:.4f} ({last / every - 1:+.2%})"
+      row[f"after {place['low']:,} to {place['high'] - 1:,} tokens"] = _change(
+        *_means(found, lambda x, i=i: x["loss_by_position"][i]["loss"])
       )
     rows.append(row)
   return rows
+
+
+def _means(
+  found: list[tuple[dict, dict]], value: Callable[[dict], float]
+) -> tuple[float, float]:
+  """Means over the seeds of a number of both records of a seed."""
+  before, after = (statistics.fmean(map(value, x)) for x in zip(*found))
+  return before, after
+
+
+def _change(before: float, after: float) -> str:
+  return f"{before:.4f} → {after:.4f} ({after / before - 1:+.2%})"
 
 
 def sample_rows(sides: dict[str, list[Run]]) -> Rows:

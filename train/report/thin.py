@@ -175,7 +175,8 @@ def _thin_task(tasks: list[pathlib.Path], target: pathlib.Path) -> None:
 
 def _write_head(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
   """Copies the files beside the tasks, each from the first folder that has it.
-  The comparison gets the seeds of all."""
+  The comparison gets the seeds of all, and those of all runs: a folder's own
+  names the seeds of the last command that wrote to it."""
   paths = [path for source in sources for path in sorted(source.glob("*.json"))]
   for path in reversed(paths):
     shutil.copyfile(path, target / path.name)
@@ -184,9 +185,17 @@ def _write_head(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
     for path in paths
     if path.name == "comparison.json"
   ]
-  if len(plans) > 1:
-    seeds = sorted({seed for plan in plans for seed in plan["seeds"]})
-    _write_json(target / "comparison.json", plans[0] | {"seeds": seeds})
+  if not plans:
+    return
+  seeds = {seed for plan in plans for seed in plan["seeds"]}
+  seeds |= {
+    _seed(path.parent)
+    for source in sources
+    for path in source.glob("*/*/seed*/config.json")
+  }
+  if sorted(seeds) != plans[0]["seeds"]:
+    plan = plans[0] | {"seeds": sorted(seeds)}
+    _write_json(target / "comparison.json", plan)
 
 
 def thin(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
