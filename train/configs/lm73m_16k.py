@@ -8,12 +8,13 @@ batches. One dense training is the trunk, from which the others start:
   beside it from the KL loss and changes nothing: neither the output nor the
   gradients of the other parameters, which are clipped apart. So its loss is
   GQA's. Its step also computes the KL; `speed` times GQA's own step.
-- `msa`, `msa_middle` and `msa_cpt` start from the trunk's checkpoints at 10, 50
-  and 85 % of the steps, with its index and its optimizer's state, and are
+- `msa`, `msa_cpt` and `msa_middle` start from the trunk's checkpoints at 10, 85
+  and 50 % of the steps, with its index and its optimizer's state, and are
   sparse at once: each query attends to 16 blocks of 128 tokens, 2,048 of
   16,384. Each is what a run of its own with as long a warm-up would be. The
-  first is MSA-PT, and the last stands for MSA-CPT, which makes a trained GQA
-  model sparse; here its index has learned from the beginning.
+  first is MSA-PT, and the second stands for MSA-CPT, which makes a trained GQA
+  model sparse; here its index has learned from the beginning. `msa_middle` is
+  last, because one seed of it suffices.
 
 MSA names the kernels (`implementation="mosaic_gpu"`), so the runs fail where
 the kernels cannot run.
@@ -30,24 +31,48 @@ recall alone (see `train.data.MixConfig`). Held-out text has no facts in it, and
 both kinds of retrieval are evaluated apart, at distances up to the whole
 context.
 
-Every command below takes less than ten minutes and continues where it, or a
-kill, stopped. Compiled programs are kept for the next command. `--plan` fits
-the number of steps to a budget with step times measured on the device, so the
-number below is only a first guess. The first command tries everything at full
-size in 20 steps.
+A run reads 121M tokens, three quarters of them text, which is some 305 MB: each
+of 240 MB 1.3 times. More text takes longer to prepare than it is worth: that of
+120 MB took 32 s, and all 385 MB took 257 s (16 cores, 2026-11-29).
+
+One command trains a seed, its trunk first. A kill loses the steps since the
+last checkpoint (at most 920), and the same command goes on. Compiled programs
+are kept for the next command:
 
   export JAX_COMPILATION_CACHE_DIR=runs/.compiled
   export XLA_PYTHON_CLIENT_MEM_FRACTION=0.92
-  python -m train compare lm73m_16k --folder runs/try --unit 1 --set \
-    log_every=1 eval_every=800 layers_every=1600 eval_batches=2 \
+  python -m train compare lm73m_16k --seeds 0 --no-report
+  python -m train compare lm73m_16k --seeds 1 --sides gqa msa msa_cpt \
+    --no-report
+  # and so on; then, of one folder or of several,
+  python -m train report runs/lm73m_16k
+  python -m train.report.thin runs/lm73m_16k kept/lm73m_16k
+
+On an H200, whose steps take 201 ms (trunk) and 97 ms (sparse), a seed should
+take some 28 minutes, and 24 without `msa_middle`. That is computed from
+measured times, and has not been run:
+
+  | seconds | gqa | msa | msa_cpt | msa_middle |
+  |---|---:|---:|---:|---:|
+  | training steps | 740 | 321 | 54 | 178 |
+  | evaluations, probes, records of layers | 44 | 60 | 38 | 48 |
+  | checkpoints | 8 | 5 | 2 | 3 |
+
+and once some 20 s to start, 60 s to compile and 60 to 150 s to prepare the
+text.
+
+The first command below tries everything at full size in 20 steps. `--plan` fits
+the number of steps to another budget, with step times measured on the device.
+`--minutes` stops a command after this time, and the same command continues it:
+
+  python -m train compare lm73m_16k --folder runs/try --unit 1 --seeds 0 --set \
+    log_every=1 eval_every=20 layers_every=20 eval_batches=2 \
     final_probe_batches=4
-  python -m train compare lm73m_16k --plan 20 --minutes 8.9 --no-report
+  python -m train compare lm73m_16k --seeds 0 --plan 20 --minutes 8.9 \
+    --no-report
   # until it says no more that it is not finished:
   python -m train compare --config runs/lm73m_16k/comparison.json --minutes 8.9
   python -m train speed lm73m_16k
-  python -m train report runs/lm73m_16k
-  tar -C runs --exclude checkpoints --exclude tensorboard -czf lm73m_16k.tgz \
-    lm73m_16k
 
 `lm13m_4k` and `lm13m_4k_ablations` are run the same way. Their seeds may share
 a GPU, in one process for each seed (`--seeds`), if the runs' own times are not
@@ -59,10 +84,10 @@ can be run with choices of the same statistics:
   python -m benchmarks.fit runs/lm73m_16k/mix/msa/seed0
   python -m benchmarks --selection trained_like fitted
 
-A tiny and short version runs in a minute on a CPU. It must ask for the portable
+A tiny and short version runs in minutes on a CPU. It must ask for the portable
 implementation:
 
-  python -m train compare lm73m_16k --folder runs/try --unit 1 --set \
+  python -m train compare lm73m_16k --folder runs/try --unit 1 --seeds 0 --set \
     model.implementation=xla model.gqa_implementation=xla model.dtype=float32 \
     model.num_layers=2 model.embed_dim=64 model.num_heads=4 model.head_dim=16 \
     model.rope_dim=16 model.index.index_dim=16 model.index.block_size=16 \
@@ -94,7 +119,7 @@ from train.data import MixConfig, RecallConfig, TextConfig
 # (width 96, 400 steps of 4 batch rows, chance 25 %) it ended with 28 % of
 # needles and of recall right for asks=4 and answer_share=0.2, with 30 and 32 %
 # for asks=1 and answer_share=0.4, and with 52 and 55 % for 4 and 0.4. Measured
-# on two CPU cores, 2026-11-24, with one seed. This comparison has 3,200 batch
+# on two CPU cores, 2026-11-24, with one seed. This comparison has 7,360 batch
 # rows.
 #
 # Of the packages of a CPU's environment (120 MB), files of whose runs of five
@@ -106,6 +131,7 @@ DATA = MixConfig(
   text=TextConfig(
     installed=True,
     near_duplicates=0.5,
+    max_bytes=240_000_000,
     tokenizer="bpe",
     vocab_size=8192,
     rows="stream",
@@ -143,19 +169,19 @@ GQA = RunConfig(
   # factors of 2 and 4 showed no difference beyond that of GQA's own two runs,
   # which found 100 and 95 % of the needles.
   optimizer=OptimizerConfig(
-    learning_rate=1e-3, warmup_steps=80, index_learning_rate_factor=4.0
+    learning_rate=1e-3, warmup_steps=184, index_learning_rate_factor=4.0
   ),
-  num_steps=1600,
+  num_steps=3680,
   batch_size=2,
   context=1 << 14,
   log_every=10,
-  eval_every=160,
+  eval_every=368,
   eval_batches=32,
   probe_batches=4,
-  final_probe_batches=160,
+  final_probe_batches=96,
   eval_window=2048,  # as many tokens as a sparse query reads
-  layers_every=160,
-  checkpoint_every=800,
+  layers_every=368,
+  checkpoint_every=920,
   keep_checkpoints=1,
 )
 INDEX = IndexConfig(index_dim=128, block_size=128, top_k=16)
@@ -167,7 +193,7 @@ TRUNK = dataclasses.replace(
     GQA, INDEX, RecipeConfig(index_warmup_steps=GQA.num_steps), side="gqa"
   ),
   # 10, 50 and 85 % of the steps.
-  keep_steps=(160, 800, 1360),
+  keep_steps=(368, 1840, 3128),
 )
 
 
@@ -179,10 +205,15 @@ def _branch(side: str, start: int) -> RunConfig:
   return dataclasses.replace(TRUNK, side=side, recipe=recipe, keep_steps=())
 
 
+EARLY, MIDDLE, LATE = TRUNK.keep_steps
 COMPARISON = ComparisonConfig(
   name="lm73m_16k",
+  seeds=(0, 1, 2, 3, 4),
   runs=(
     TRUNK,
-    *map(_branch, ("msa", "msa_middle", "msa_cpt"), TRUNK.keep_steps),
+    _branch("msa", EARLY),
+    _branch("msa_cpt", LATE),
+    _branch("msa_middle", MIDDLE),
   ),
+  aimed_interval=0.5,
 )
