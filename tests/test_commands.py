@@ -451,7 +451,7 @@ def test_report_of_it_all(compared):
   assert cli.main(["report", str(compared)]) == 0
   page = (compared / "report" / "report.html").read_text()
   for words in (
-    "mix/msa/seed0 is missing",
+    "mix/msa lacks seed 0: a gap is of the seeds",
     "GQA was trained with dense attention and an index branch beside it",
     "Needle answers right, MSA CPT − GQA",
     "Recall answers right, MSA CPT − GQA",

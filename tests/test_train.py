@@ -1510,6 +1510,14 @@ def test_a_side_must_keep_what_another_starts_from(comparison):
     dataclasses.replace(comparison, runs=runs)
 
 
+def test_an_interval_to_aim_at_is_a_percentage(comparison):
+  assert dataclasses.replace(comparison, aimed_interval=1).aimed_interval == 1
+  for wrong in (0, -0.5, "1", True, float("inf"), float("nan")):
+    text = f"aimed_interval={wrong!r}: wanted a percentage above 0, or None"
+    with pytest.raises(ValueError, match=text):
+      dataclasses.replace(comparison, aimed_interval=wrong)
+
+
 def test_schedule():
   optimizer = config_lib.OptimizerConfig(
     learning_rate=2.0, warmup_steps=4, min_lr_ratio=0.1
