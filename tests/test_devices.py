@@ -66,7 +66,11 @@ def test_first_steps_have_every_phase():
     phases = [first.phase(step) for step in range(1, steps + 1)]
     assert phases == ["warmup"] * warmup + ["sparse"] * (steps - warmup)
   assert devices._first_steps(gqa, 1) == gqa
-  for steps, text in {1: "wanted at least 2", 1601: "wanted 1 to 1600"}.items():
+  most = msa.num_steps
+  for steps, text in {
+    1: "wanted at least 2",
+    most + 1: f"wanted 1 to {most}, the steps",
+  }.items():
     with pytest.raises(ValueError, match=text):
       devices._first_steps(msa, steps)
 

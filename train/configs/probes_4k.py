@@ -9,8 +9,9 @@ with the oracle's blocks as well.
 The number of steps is a guess from tiny models: the preset has not been run on
 a GPU. These (`probes`, 57,600 rows in 3,600 steps, GQA) learned facts, sums and
 counts (99 % right and more), and not to follow a link (34 % of one hop right,
-chance 33 %). Of spans of up to 8 of 16 symbols they copied 32 %; with copying
-alone and 32 symbols 91 % after 28,800 rows.
+chance 33 %), also not with links alone and 28,800 rows. Of spans of up to 8 of
+16 symbols they copied 32 %; with copying alone and 32 symbols 91 % after 28,800
+rows.
 
 Seeds can share a GPU, after those of `lm13m_4k` or beside them. One that ends
 with no time left is continued by the same command:
