@@ -2,11 +2,14 @@
 
 import json
 import pathlib
+import shutil
 
 import numpy as np
 import pytest
 from test_report import _edit, _make, _read, _summary, split_by_seed
 
+from train import config as config_lib
+from train import configs
 from train.report import page, runs, thin
 
 RESULTS = pathlib.Path(__file__).parents[1] / "train" / "results"
@@ -122,6 +125,32 @@ def test_folders_with_other_seeds_are_thinned_to_one(full, tmp_path):
   with pytest.raises(ValueError, match="context is 64 in text/gqa/seed0 and"):
     thin.thin(parts, tmp_path / "refused")
   assert not (tmp_path / "refused").exists()
+
+
+def test_seeds_that_were_trained_before_a_field_was_added_are_merged(tmp_path):
+  """Seeds of the preset come from several days, and the code goes on."""
+  (old,) = (RESULTS / "lm13m_4k_seeds" / "mix" / "gqa").glob("seed0")
+  path = tmp_path / "old" / "mix" / "gqa" / "seed0"
+  shutil.copytree(old, path)
+  shutil.copy(old.parents[1] / "environment.json", path.parents[1])
+  config = json.loads((path / "config.json").read_text())
+  del config["eval_window"], config["model"]["index"]["rope_dim"]
+  (path / "config.json").write_text(json.dumps(config))
+  new = runs.read_runs(RESULTS / "lm13m_4k_seeds")
+  (before,) = runs.read_runs(tmp_path / "old")
+  with pytest.raises(ValueError, match="eval_window is None in mix/gqa/seed0"):
+    runs.check_runs([before, *new[1:]])
+  config["eval_window"] = 512
+  (path / "config.json").write_text(json.dumps(config))
+  (before,) = runs.read_runs(tmp_path / "old")
+  runs.check_runs([before, *new[1:]])
+  # The preset makes runs that can be merged with these.
+  preset = configs.preset("lm13m_4k").resolve(tmp_path)
+  planned = {f"{r.task}/{r.side}/seed{r.seed}": r for r in preset}
+  for run in new:
+    saved = config_lib.to_dict(planned[run.label]) | {"folder": ""}
+    other = run.config | {"folder": ""}
+    assert config_lib.differences(other, json.loads(json.dumps(saved))) == []
 
 
 def test_a_runs_own_environment_wins(full, tmp_path):

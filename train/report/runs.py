@@ -15,6 +15,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+from train import config as config_lib
+
 BASELINE = "gqa"
 # The fields in which two sides may differ: attention, its recipe, and whether
 # layers are scanned, which changes how they are compiled.
@@ -316,6 +318,17 @@ def read_runs(*folders: Path) -> list[Run]:
   )
 
 
+def _completed(config: dict) -> dict:
+  """A run's saved config with the fields that were added since it was made,
+  which have the default values that runs had before. A config that is none any
+  more stays as it is."""
+  try:
+    run = config_lib.from_dict(config_lib.RunConfig, config)
+  except ValueError:
+    return config
+  return json.loads(json.dumps(config_lib.to_dict(run)))
+
+
 def _read_folder(folder: Path) -> list[Run]:
   """The runs of one folder."""
   runs = []
@@ -339,7 +352,7 @@ def _read_folder(folder: Path) -> list[Run]:
       )
     finished = done and bool(records["eval"])
     broken = _read_json(path / "broken.json")
-    about = (task, side, int(seed), config, environment)
+    about = (task, side, int(seed), _completed(config), environment)
     samples = _read_json(path / "samples.json") or []
     runs.append(Run(path, *about, records, finished, broken, samples))
   if not runs:
