@@ -1,5 +1,6 @@
 """Context parallelism: one sequence over many devices."""
 
+import dataclasses
 import functools
 import json
 import re
@@ -7,12 +8,14 @@ import re
 import jax
 import jax.numpy as jnp
 import numpy as np
+import op_contract
 import pytest
 from flax import nnx
 from helpers import Case, run_on_devices
+from test_kernels_packed import interpret_kernels
 
 import msa_jax
-from msa_jax import context, mosaic_gpu, xla
+from msa_jax import context, mosaic_gpu, reference, xla
 
 OPTIONS = dict(block_size=8, top_k=2)
 T = 40
@@ -644,44 +647,203 @@ def test_decoding_kernels_get_a_layers_own_slots(pretend_hopper):
     assert f"decode_{name}" in text
 
 
-@pytest.mark.slow
-def test_interpreted_kernels_take_the_pieces_of_two_devices(monkeypatch):
-  """One device after the other: the interpreter has one memory for all."""
-  from pallas_kernels import select_blocks, sparse_attention
-  from pallas_kernels import sparse_attention_fwd as fwd
+# Every kernel of the phase: several blocks, the last of them short, and pairs
+# as well as shared blocks.
+INTERPRETED = Case(
+  q_len=160, kv_len=160, num_heads=2, num_kv_heads=1, head_dim=64, index_dim=64,
+  block_size=64, top_k=2,
+)  # fmt: skip
 
-  case = Case(
-    q_len=256, kv_len=256, num_heads=2, num_kv_heads=1, head_dim=64,
-    index_dim=64, block_size=64,
-  )  # fmt: skip
-  q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
-  for module, name, options in (
-    (select_blocks, "select_blocks", {}),
-    (sparse_attention, "sparse_attention",
-     dict(config=fwd.Config(num_ctas=1, pair_warpgroups=2, query_stages=2))),
-  ):  # fmt: skip
-    call = functools.partial(getattr(module, name), interpret=True, **options)
-    monkeypatch.setattr(module, name, call)
-  select = dict(
-    block_size=64, top_k=2, num_local_blocks=1, score_precision="exact"
+
+def interpreted_operands(case):
+  """Whole rows of q, k, v, index_q, index_k, dout, dlse and query_mask."""
+  inputs = case.inputs(dtype=jnp.bfloat16)
+  dout = jax.random.normal(jax.random.key(9), inputs[0].shape, jnp.bfloat16)
+  dlse = jax.random.normal(
+    jax.random.key(10), (case.batch, case.num_heads, case.q_len)
   )
-  attend = dict(block_size=64, scale=0.125)
-  where: dict = dict(kv_lengths=None)
-  want_blocks = xla.select_blocks(index_q, index_k, **select, **where)
-  want = xla.sparse_attention(q, k, v, want_blocks, **attend, **where)
-  order = context.zigzag_order(256, 2).reshape(2, 128)
-  for device, slots in enumerate(order):
-    starts = (64 * device, 64 * (3 - device))
-    where["query_pieces"] = [(jnp.int32([start]), 64) for start in starts]
-    blocks = mosaic_gpu.select_blocks(
-      index_q[:, slots], index_k, **select, **where
-    )
-    np.testing.assert_array_equal(blocks, want_blocks[:, :, slots])
-    out, lse = mosaic_gpu.sparse_attention(
-      q[:, slots], k, v, blocks, **attend, **where
-    )
-    close(np.float32(out), np.float32(want[0][:, slots]), 2e-2)
-    close(lse, want[1][:, :, slots], 2e-3)
+  mask = (jnp.arange(case.q_len) % 7 != 3)[None]
+  return *inputs, dout, dlse, mask
+
+
+def attend_from_pieces(
+  case, phase, pieces, q, k, v, index_q, index_k, dout, dlse, mask, dkl
+):
+  """What the kernels give the queries of the pieces, and all gradients.
+
+  Queries, cotangents and mask are those of the pieces; dkl is the KL's.
+  """
+
+  def attend(q, k, v, index_q, index_k):
+    out = msa_jax.msa_attention(
+      q, k, v, index_q, index_k, block_size=case.block_size, top_k=case.top_k,
+      phase=phase, with_kl=True, query_mask=mask, query_pieces=pieces,
+      implementation="mosaic_gpu",
+    )  # fmt: skip
+    return (out.out, out.lse, out.kl), out.block_indices
+
+  args = q, k, v, index_q, index_k
+  results, pull, blocks = jax.vjp(attend, *args, has_aux=True)
+  return results, blocks, pull((dout, dlse, dkl))
+
+
+def check_pieces(case, phase, slots, operands, got):
+  """Results of the queries at `slots` against the reference of whole rows, in
+  which the other queries choose no block and so see nothing.
+
+  The gradients of keys are those of these queries.
+  """
+  q, k, v, index_q, index_k, dout, dlse, mask = operands
+  (out, lse, kl), blocks, (dq, dk, dv, d_index_q, d_index_k) = got
+
+  def whole(x, axis, fill=0):
+    shape = list(x.shape)
+    shape[axis] = case.q_len
+    at = (slice(None),) * axis + (slots,)
+    return jnp.full(shape, fill, x.dtype).at[at].set(x)
+
+  want = reference.select_blocks(
+    index_q, index_k, score_precision="exact", **case.select_options()
+  )
+  np.testing.assert_array_equal(blocks, want[:, :, slots])
+  if phase == "warmup":
+    shape = (*want.shape[:2], len(slots), case.num_blocks)
+    blocks = jnp.broadcast_to(jnp.arange(case.num_blocks), shape)
+  blocks = whole(blocks, 2, -1)
+  counted = mask & whole(jnp.ones((1, len(slots)), bool), 1)
+  op_contract.check_attention(
+    case, q, k, v, blocks, whole(out, 1), whole(lse, 2, -jnp.inf)
+  )
+  op_contract.check_attention_gradients(
+    case, q, k, v, dout, blocks, (whole(dq, 1), dk, dv), dlse
+  )
+  op_contract.check_kl(
+    case, q, k, index_q, index_k, blocks,
+    (kl, [whole(d_index_q, 1), d_index_k]), counted,
+  )  # fmt: skip
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+def test_interpreted_kernels_take_pieces(monkeypatch, pretend_hopper, phase):
+  """Values and gradients of an early and a late piece with traced starts, which
+  are no whole blocks and do not reach the last key."""
+  case, pieces = INTERPRETED, ((5, 30), (110, 30))
+  if phase == "warmup":  # tiles of keys that one piece sees and one does not
+    case, pieces = dataclasses.replace(case, q_len=300, kv_len=300), (
+      (5, 30), (250, 30),
+    )  # fmt: skip
+  interpret_kernels(monkeypatch, phase)
+  slots = np.concatenate([np.arange(s, s + n) for s, n in pieces])
+  operands = interpreted_operands(case)
+
+  @jax.jit
+  def run(starts, q, k, v, index_q, index_k, dout, dlse, mask):
+    return attend_from_pieces(
+      case, phase, [(start, n) for start, (_, n) in zip(starts, pieces)],
+      q[:, slots], k, v, index_q[:, slots], index_k, dout[:, slots],
+      dlse[:, :, slots], mask[:, slots], jnp.float32(1),
+    )  # fmt: skip
+
+  got = run(jnp.int32([start for start, _ in pieces]), *operands)
+  check_pieces(case, phase, slots, operands, got)
+
+
+INTERPRETED_MESH = """
+import sys, threading
+import jax, jax.numpy as jnp, numpy as np, pytest
+from jax._src.pallas.mosaic_gpu.interpret import gpu_callbacks, jaxpr_interpret
+from jax.sharding import AxisType
+from msa_jax import context
+from pallas_kernels import mosaic
+from test_context import (
+  INTERPRETED, attend_from_pieces, check_pieces, interpreted_operands)
+from test_kernels_packed import interpret_kernels
+
+# JAX's interpreter has one memory for all devices, and wants them to run the
+# same kernels at the same time, but ours branch on what each device's queries
+# chose. So a device waits for its turn to interpret a kernel, alone. Sending is
+# in programs of its own: a device that waits for another would keep its turn.
+turn = threading.Semaphore()
+begin = gpu_callbacks._initialize_shared_memory
+end = gpu_callbacks._clean_up_shared_memory
+
+
+def begin_alone(**options):
+  assert turn.acquire(timeout=300)
+  return begin(**options)
+
+
+def end_alone(token):
+  token = end(token)
+  turn.release()
+  return token
+
+
+def no_axes(info):
+  for name in ("axis_sizes", "axis_indices"):
+    object.__setattr__(info, name, {})
+
+
+gpu_callbacks._initialize_shared_memory = begin_alone
+gpu_callbacks._clean_up_shared_memory = end_alone
+jaxpr_interpret.DeviceInfo.__init__ = no_axes
+
+phase, case, n = sys.argv[1], INTERPRETED, jax.device_count()
+mosaic.require_hopper = lambda: None
+interpret_kernels(pytest.MonkeyPatch(), phase)
+mesh = jax.make_mesh((n,), ("context",), axis_types=(AxisType.Auto,))
+order = context.zigzag_order(case.q_len, n)
+# What a device has of the tokens, and what it has of its own.
+tokens, own = jax.P(None, "context"), jax.P("context")
+heads_first = jax.P(None, None, "context")
+
+
+def over_devices(function, in_specs, out_specs):
+  return jax.jit(jax.shard_map(
+    function, mesh=mesh, in_specs=in_specs, out_specs=out_specs,
+    check_vma=False))
+
+
+def attend(q, k, v, index_q, index_k, dout, dlse, mask, share):
+  pieces = context.query_pieces("context", q.shape[1])
+  (out, lse, kl), blocks, gradients = attend_from_pieces(
+    case, phase, pieces, q, k, v, index_q, index_k, dout, dlse, mask, share[0])
+  return (out, lse, kl * share), blocks, gradients
+
+
+operands = interpreted_operands(case)
+*operands_of_tokens, dlse, mask = operands
+q, k, v, index_q, index_k, dout, mask = (
+  x[:, order] for x in (*operands_of_tokens, mask))
+dlse = dlse[:, :, order]
+share = mask.reshape(n, -1).sum(1) / mask.sum()
+gather = over_devices(
+  lambda *keys: [context.gather_keys(x, "context") for x in keys],
+  (tokens,) * 3, own)
+k, v, index_k = gather(k, v, index_k)
+results, blocks, (dq, dk, dv, d_index_q, d_index_k) = over_devices(
+  attend, (tokens, own, own, tokens, own, tokens, heads_first, tokens, own),
+  ((tokens, heads_first, own), heads_first, (tokens, own, own, tokens, own)),
+)(q, k, v, index_q, index_k, dout, dlse, mask, share)
+add_up = over_devices(
+  lambda *keys: [context.sum_gradients(x, "context") for x in keys],
+  (own,) * 3, tokens)
+dk, dv, d_index_k = add_up(dk, dv, d_index_k)
+(out, lse, kl), back = results, np.argsort(order)
+dk, dv, d_index_k = (x[:, back] for x in (dk, dv, d_index_k))
+got = (out, lse, kl.sum()), blocks, (dq, dk, dv, d_index_q, d_index_k)
+check_pieces(
+  case, phase, order, operands,
+  jax.tree.map(jnp.asarray, jax.device_get(got)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+def test_interpreted_kernels_under_a_mesh(phase):
+  """Two devices, each with its own two pieces, against the whole row."""
+  run_on_devices(2, INTERPRETED_MESH, phase)
 
 
 @pytest.mark.gpu
