@@ -25,11 +25,18 @@ in the compiled program; "formula_bytes" are those of the keys of the other
 devices' tokens, 2,304 S (n - 1) / n in the paper's heads for the forward pass.
 
 Records go to results/<device>_x<n>.json, as those of `python -m benchmarks`.
+
+  JAX_PLATFORMS=cpu python -m benchmarks.context_parallel --compile-for 8
+
+compiles each op for 8 H100 and runs nothing. No GPU need be here, but the extra
+`cuda` must be installed. It prints what the devices send each other, and what
+they compute meanwhile in XLA's schedule.
 """
 
 from __future__ import annotations
 
 import argparse
+import collections
 import concurrent.futures
 import dataclasses
 import datetime
@@ -38,11 +45,12 @@ import pathlib
 import re
 import sys
 from collections.abc import Callable
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import msa_jax
@@ -96,12 +104,14 @@ def layer(
       options["max_segments"] = documents
     if devices > 1:
       options["query_pieces"] = context.query_pieces(AXIS, q.shape[1])
+    index_k = keys(index_k)
+    k, v = keys((k, v))
     return msa_jax.msa_attention(
       q,
-      keys(k),
-      keys(v),
+      k,
+      v,
       index_q,
-      keys(index_k),
+      index_k,
       block_size=case.block_size,
       top_k=case.top_k,
       implementation=implementation,
@@ -127,7 +137,9 @@ def layer(
   def gather(q, k, v, index_q, index_k, dout):
     del q, index_q, dout
     # A few numbers of each, so that nothing but sending takes time.
-    return tuple(keys(x)[:, :: case.block_size] for x in (k, v, index_k))
+    return tuple(
+      x[:, :: case.block_size] for x in (*keys((k, v)), keys(index_k))
+    )
 
   def decode(q, k, v, index_q, index_k, dout):
     del dout
@@ -242,11 +254,53 @@ def operands(case: Case, mesh: Mesh, selection: str) -> tuple[Any, ...]:
   return q, k, v, index_q, index_k, dout
 
 
+# What XLA has to know of an H100 to compile for it: a `GpuTargetConfigProto`.
+_H100 = """
+platform_name: "CUDA"
+device_description_str: "NVIDIA H100 80GB HBM3"
+dnn_version_info { major: 9 minor: 10 }
+runtime_version { major: 13 }
+gpu_device_info {
+  cuda_compute_capability { major: 9 }
+  core_count: 132
+  fpus_per_core: 128
+  clock_rate_ghz: 1.98
+  threads_per_warp: 32
+  threads_per_block_limit: 1024
+  threads_per_core_limit: 2048
+  registers_per_block_limit: 65536
+  registers_per_core_limit: 65536
+  shared_memory_per_block: 49152
+  shared_memory_per_block_optin: 232448
+  shared_memory_per_core: 233472
+  block_dim_limit_x: 2147483647
+  block_dim_limit_y: 65535
+  block_dim_limit_z: 65535
+  l2_cache_size: 52428800
+  memory_bandwidth: 3352320000000
+  device_memory_size: 84929347584
+}
+"""
+
+
+def described_mesh(count: int) -> Mesh:
+  """A mesh of H100 GPUs of one host that need not be here, to compile for.
+
+  Raises:
+    RuntimeError: JAX's CUDA plugin is not installed.
+  """
+  topology = topologies.get_topology_desc(
+    platform="cuda", target_config=_H100, topology=f"1x1x{count}"
+  )
+  devices = np.array(topology.devices)
+  return Mesh(devices, (AXIS,), axis_types=(AxisType.Auto,))
+
+
 # ---- What the devices send ----
 
 _COLLECTIVE = re.compile(
   r"= (?P<shape>.*?) (?P<name>all-gather|all-reduce|reduce-scatter|all-to-all"
-  r"|collective-permute)(?:-start)?\("
+  r"|collective-permute)(?P<start>-start)?\("
 )
 _ARRAY = re.compile(r"(?P<dtype>[a-z]+[0-9]+)[a-z0-9]*\[(?P<sizes>[0-9,]*)\]")
 
@@ -264,26 +318,104 @@ def sent_bytes(text: str, devices: int) -> dict[str, int]:
   """
   found: dict[str, int] = {}
   for match in _COLLECTIVE.finditer(text):
-    arrays = [
-      int(re.sub("[a-z]", "", array["dtype"]))
-      // 8
-      * math.prod(int(n) for n in array["sizes"].split(",") if n)
-      for array in _ARRAY.finditer(match["shape"])
-    ]
     name = match["name"]
-    started = "-start(" in match[0]
-    if started and name == "collective-permute":
-      arrays = arrays[:2]  # what follows are contexts
-    # What starts lists what it reads before what it gives.
-    size = sum(arrays[len(arrays) // 2 :] if started else arrays)
-    if started and name == "all-reduce":
-      size = sum(arrays)
-    if name == "reduce-scatter":
-      size *= devices
-    share = (devices - 1) / devices
-    factor = {"all-reduce": 2 * share, "collective-permute": 1.0}
-    moved = round(size * factor.get(name, share))
-    found[name] = found.get(name, 0) + moved
+    found[name] = found.get(name, 0) + _received(match, devices)
+  return found
+
+
+def _received(match: re.Match, devices: int) -> int:
+  """Bytes of one collective, see `sent_bytes`."""
+  arrays = [
+    int(re.sub("[a-z]", "", array["dtype"]))
+    // 8
+    * math.prod(int(n) for n in array["sizes"].split(",") if n)
+    for array in _ARRAY.finditer(match["shape"])
+  ]
+  name, started = match["name"], match["start"]
+  if started and name == "collective-permute":
+    arrays = arrays[:2]  # what follows are contexts
+  # What starts lists what it reads before what it gives; a sum need not.
+  if started and (name != "all-reduce" or match["shape"].startswith("((")):
+    arrays = arrays[len(arrays) // 2 :]
+  size = sum(arrays)
+  if name == "reduce-scatter":
+    size *= devices
+  share = (devices - 1) / devices
+  factor = {"all-reduce": 2 * share, "collective-permute": 1.0}
+  return round(size * factor.get(name, share))
+
+
+class Sent(NamedTuple):
+  """A collective of a compiled program.
+
+  Attributes:
+    name: its kind, such as "all-gather".
+    received: bytes that a device receives.
+    meanwhile: what runs while it is under way, by name: our kernels, and
+      "other" for fusions, products and sorts. None if everything waits for it.
+  """
+
+  name: str
+  received: int
+  meanwhile: dict[str, int] | None
+
+
+_COMPUTATION = re.compile(r"^(ENTRY )?%?(?P<name>[\w.-]+) .*->.*\{$")
+_DONE = re.compile(
+  r" (?:all-|reduce-|collective-)\w+(?:-\w+)?-done\(%?([\w.-]+)"
+)
+_CALLED = re.compile(
+  r"(?:body|true_computation|false_computation|to_apply)=%?([\w.-]+)"
+  r"|branch_computations=\{([^}]*)\}"
+)
+_KERNEL = re.compile(r'custom_call_target="mosaic_gpu.*?op_name="([^"]*)"')
+_WORK = re.compile(r" (?:fusion|sort|custom-call|dot|copy|scatter|gather)\(")
+_CALLS = re.compile(r" (?:while|conditional|call)\(")
+
+
+def schedule(text: str, devices: int) -> list[Sent]:
+  """The collectives of a compiled program, as XLA has scheduled them.
+
+  Args:
+    text: of a compiled program for GPUs, in XLA's words; its operations are in
+      the order in which they start.
+    devices: that take part in each collective.
+  """
+  computations: dict[str, list[str]] = {}
+  lines, entry = [], []
+  for line in text.splitlines():
+    if header := _COMPUTATION.match(line):
+      lines = computations[header["name"]] = []
+      if header[1]:
+        entry = lines
+    else:
+      lines.append(line)
+  found: list[Sent] = []
+  under_way: dict[str, collections.Counter] = {}
+
+  def visit(lines):
+    for line in lines:
+      if match := _COLLECTIVE.search(line):
+        meanwhile = collections.Counter() if match["start"] else None
+        received = _received(match, devices)
+        found.append(Sent(match["name"], received, meanwhile))
+        if meanwhile is not None:
+          name = line.split("=")[0].replace("ROOT", "").strip(" %")
+          under_way[name] = meanwhile
+      elif match := _DONE.search(line):
+        under_way.pop(match[1], None)
+      elif _CALLS.search(line):
+        for one, several in _CALLED.findall(line):
+          for name in (one or several).split(","):
+            visit(computations.get(name.strip(" %"), []))
+      elif _WORK.search(line):
+        kernel = _KERNEL.search(line)
+        # The last name is that of the primitive that calls the kernel.
+        name = kernel[1].split("/")[-2] if kernel else "other"
+        for meanwhile in under_way.values():
+          meanwhile[name] += 1
+
+  visit(entry)
   return found
 
 
@@ -380,7 +512,8 @@ class _Compiled:
     # commands hold theirs.
     self.run = run.lower(*arrays).compile({"xla_gpu_autotune_level": 0})
     self.peak_bytes = measure.program_bytes(self.run)
-    self.sent = sent_bytes(self.run.as_text() or "", mesh.size)
+    self.text = self.run.as_text() or ""
+    self.sent = sent_bytes(self.text, mesh.size)
 
   def fits(self) -> bool:
     limit = (jax.devices()[0].memory_stats() or {}).get("bytes_limit")
@@ -474,6 +607,27 @@ def record(
   )
 
 
+def report_schedule(
+  name: str, case: Case, op: str, compiled: _Compiled, devices: int
+) -> None:
+  """Prints what a compiled program sends, and what hides it."""
+  sent = sum(compiled.sent.values())
+  formula = formula_bytes(case, devices, op)
+  print(
+    f"{name} {op} for {devices} devices: received {sent / 1e6:.1f} MB,"
+    f" formula {formula and round(formula / 1e6, 1)} MB, memory"
+    f" {compiled.peak_bytes / 1e9:.1f} GB"
+  )
+  for each in schedule(compiled.text, devices):
+    if each.meanwhile is None:
+      meanwhile = "waited for"
+    else:
+      counts = sorted(each.meanwhile.items(), key=lambda item: item[0])
+      counted = ", ".join(f"{count} {what}" for what, count in counts)
+      meanwhile = f"while {counted or 'nothing'}"
+    print(f"  {each.name:16} {each.received / 1e6:9.1f} MB {meanwhile}")
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.context_parallel",
@@ -505,6 +659,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--no-one", action="store_true", help="do not time one device"
   )
+  parser.add_argument(
+    "--compile-for", type=int, metavar="N",
+    help="compile for N H100 and print what is sent when, and run nothing",
+  )  # fmt: skip
   parser.add_argument("--results", type=pathlib.Path, help="JSON file")
   parser.add_argument(
     "--lock", type=pathlib.Path, metavar="FILE",
@@ -516,7 +674,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 
 def main(argv: list[str] | None = None) -> int:
   args = parse(argv)
-  count = jax.device_count()
+  count = args.compile_for or jax.device_count()
+  if args.compile_for is not None and count < 2:
+    print(
+      f"context_parallel: --compile-for {count}: wanted 2 or more.",
+      file=sys.stderr,
+    )
+    return 2
   if count < 2:
     print(
       "context_parallel: wanted at least 2 devices, 1 is here (on a CPU:"
@@ -524,10 +688,6 @@ def main(argv: list[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 1
-  path = args.results or (
-    records.FOLDER / f"{records.device_slug()}_x{count}.json"
-  )
-  records.read_own(path)
   chosen = {
     each: case
     for name in args.tokens
@@ -544,6 +704,27 @@ def main(argv: list[str] | None = None) -> int:
       file=sys.stderr,
     )
     return 2
+  if args.compile_for is not None:
+    try:
+      mesh = described_mesh(count)
+    except RuntimeError as error:
+      print(
+        "context_parallel: --compile-for needs JAX's CUDA plugin (the extra"
+        f" cuda of this package): {error}",
+        file=sys.stderr,
+      )
+      return 1
+    for name, case in chosen.items():
+      for op in ops:
+        compiled = _Compiled(
+          case, mesh, op, args.implementation, args.documents
+        )
+        report_schedule(name, case, op, compiled, count)
+    return 0
+  path = args.results or (
+    records.FOLDER / f"{records.device_slug()}_x{count}.json"
+  )
+  records.read_own(path)
   note = dict(
     date=datetime.datetime.now(datetime.UTC).date().isoformat(),
     commit=args.commit or records.commit_name(),

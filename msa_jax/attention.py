@@ -1212,6 +1212,9 @@ class MSAttention(GQAttention):
         assert split is not None
         part = share(count(query_mask).astype(kl.value.dtype))
         kl = _sum_kl_gradients(kl, part, index_q, own_index_k, split.axis)
+        # Nothing but the loss waits for the KL. XLA would compute that of all
+        # layers at the end, and keep the gathered keys of each until then.
+        out, kl = lax.optimization_barrier((out, kl))
         kl = lax.psum(kl, axes)
       elif axes:
         kl = lax.psum(kl * share(count(query_mask).astype(kl.dtype)), axes)
@@ -1317,10 +1320,12 @@ def _all_keys(args: tuple, axis: str) -> tuple[tuple, ops.QueryPieces]:
   """`MSAttention._attend`'s operands with the keys of all devices, and where
   the device's queries stand."""
   q, k, v, index_q, index_k, index_v, *rest = args
-  k, v, index_k, index_v = (
+  # The choice of blocks waits for index_k alone, and hides the others' way.
+  index_k, index_v = (
     None if x is None else context_lib.gather_keys(x, axis)
-    for x in (k, v, index_k, index_v)
+    for x in (index_k, index_v)
   )
+  k, v = context_lib.gather_keys((k, v), axis)
   pieces = context_lib.query_pieces(axis, q.shape[1])
   return (q, k, v, index_q, index_k, index_v, *rest), pieces
 
@@ -1369,7 +1374,7 @@ def _attend_in_parts(
 
   @functools.partial(jax.checkpoint, policy=save_attention)
   def part(q, k, v, *rest):
-    k, v = (context_lib.gather_keys(x, axis) for x in (k, v))
+    k, v = context_lib.gather_keys((k, v), axis)
     return attend(q, k, v, *rest, **options)
 
   outs: list[Any] = []
@@ -1524,9 +1529,8 @@ def _attend_dense_split(
 ) -> Array:
   """`_attend_dense` where a mesh axis splits the tokens."""
   num_heads, num_kv_heads = q.shape[2], k.shape[2]
-  gather: Any = context_lib.gather_keys
   if not _heads_for_all(num_heads, num_kv_heads, split.devices):
-    k, v = (gather(x, split.axis) for x in (k, v))
+    k, v = context_lib.gather_keys((k, v), split.axis)
     pieces = context_lib.query_pieces(split.axis, q.shape[1])
     return attend(q, k, v, sinks, segments, query_pieces=pieces)
   q = context_lib.to_heads(q, split.axis)
@@ -1534,8 +1538,8 @@ def _attend_dense_split(
     k, v = (context_lib.to_heads(x, split.axis) for x in (k, v))
   else:
     k, v = (
-      context_lib.share_of_heads(gather(x, split.axis), split.axis, 2)
-      for x in (k, v)
+      context_lib.share_of_heads(x, split.axis, 2)
+      for x in context_lib.gather_keys((k, v), split.axis)
     )
   if sinks is not None:
     sinks = context_lib.share_of_heads(sinks, split.axis, 0)
@@ -1615,11 +1619,9 @@ def _write(
   """The cache with the tokens in it, or a device's part of both."""
   if split is None:
     return cache.write(span.slots, k, v, index_k)
-  new: list[Any] = [k, v, index_k]
+  new: Any = (k, v) if index_k is None else (k, v, index_k)
   if spread:
-    new = [
-      None if x is None else context_lib.gather_keys(x, split.axis) for x in new
-    ]
+    new = context_lib.gather_keys(new, split.axis)
   slots = context_lib.own_slots(span.slots, cache.k.shape[1], split.axis)
   return cache.write(slots, *new)
 

@@ -271,26 +271,47 @@ class Split(NamedTuple):
     return self.own(jnp.arange(length, dtype=jnp.int32)[None])
 
 
-@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
-def gather_keys(x: Float[Array, "B T *A"], axis_name: str) -> Any:
+def gather_keys(x: Any, axis_name: str) -> Any:
   """All tokens of the rows, in the order of the sequence.
 
   `sum_gradients` sums the devices' gradients.
 
+  Arrays of a tuple with one dtype are sent together. XLA (jax 0.11.2) has one
+  collective under way at a time, so of keys and values that are sent one after
+  the other, only the first are on the way while blocks are chosen.
+
   Args:
-    x: what the device holds of the rows, in zigzag order.
+    x: [B, T, *A], what the device holds of the rows, in zigzag order, or a
+      tuple of such arrays.
     axis_name: of the mesh axis.
+
+  Returns:
+    [B, S, *A], or a tuple of such arrays.
 
   Raises:
     ValueError: its tokens are no two pieces of equal length.
   """
-  _check_own("x", x.shape[1], axis_name)
-  whole = lax.all_gather(x, axis_name, axis=1, tiled=True)
-  return _whole_to_natural(whole, lax.axis_size(axis_name))
+  return _gather_keys(x, axis_name)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1,))
+def _gather_keys(x: Any, axis_name: str) -> Any:
+  if not isinstance(x, tuple):
+    return gather_tokens(x, axis_name)
+  if len({each.dtype for each in x}) > 1:
+    return tuple(gather_tokens(each, axis_name) for each in x)
+  flat = [each.reshape(*each.shape[:2], -1) for each in x]
+  ends = np.cumsum([each.shape[2] for each in flat])
+  whole = gather_tokens(jnp.concatenate(flat, axis=2), axis_name)
+  parts = jnp.split(whole, ends[:-1], axis=2)
+  return tuple(
+    part.reshape(*part.shape[:2], *each.shape[2:])
+    for part, each in zip(parts, x)
+  )
 
 
 def _gather_keys_fwd(x, axis_name):
-  return gather_keys(x, axis_name), None
+  return _gather_keys(x, axis_name), None
 
 
 def sum_gradients(gradient: Float[Array, "B S *A"], axis_name: str) -> Array:
@@ -314,10 +335,11 @@ def sum_gradients(gradient: Float[Array, "B S *A"], axis_name: str) -> Array:
 
 def _gather_keys_bwd(axis_name, residuals, cotangent):
   del residuals
-  return (sum_gradients(cotangent, axis_name),)
+  add_up = functools.partial(sum_gradients, axis_name=axis_name)
+  return (jax.tree.map(add_up, cotangent),)
 
 
-gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
+_gather_keys.defvjp(_gather_keys_fwd, _gather_keys_bwd)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(1,))

@@ -14,6 +14,7 @@ import contextlib
 import dataclasses
 import functools
 import math
+import re
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -347,9 +348,17 @@ def num_sms() -> int:
 
 
 def require_hopper() -> None:
-  """Raises NotImplementedError unless the current device is a Hopper GPU."""
+  """Raises NotImplementedError unless the current device is a Hopper GPU.
+
+  Of GPUs that are not attached, for which `jax.experimental.topologies`
+  compiles programs, JAX tells the name alone.
+  """
   device = current_device()
   capability = getattr(device, "compute_capability", None)
+  if isinstance(device, jax.sharding.AbstractDevice) and re.search(
+    r"\bG?H(100|200|800|20)\b", device.device_kind
+  ):
+    capability = "9.0"
   if device.platform != "gpu" or capability != "9.0":
     raise NotImplementedError(
       "mosaic_gpu supports Hopper GPUs (compute capability 9.0), calls here run"

@@ -376,7 +376,8 @@ def test_asks_the_default_device(inside_jit, request):
 
 
 @pytest.mark.parametrize(
-  "kind, cores", [("H100", 114), ("A100", 108), ("B200", 132)]
+  "kind, cores",
+  [("H100", 114), ("A100", 108), ("B200", 132), ("NVIDIA H200", 132)],
 )
 def test_asks_the_devices_of_the_mesh(kind, cores, request):
   cpu = jax.devices("cpu")[0]
@@ -387,7 +388,7 @@ def test_asks_the_devices_of_the_mesh(kind, cores, request):
   mesh = jax.sharding.AbstractMesh((2,), ("data",), abstract_device=device)
   with jax.default_device(cpu), jax.sharding.use_abstract_mesh(mesh):
     assert mosaic.num_sms() == cores
-    if kind == "H100":
+    if kind in ("H100", "NVIDIA H200"):  # the second is not attached
       mosaic.require_hopper()
       return
     with pytest.raises(NotImplementedError, match=f"run on gpu {kind}"):
