@@ -32,10 +32,12 @@ from msa_jax.checks import (
   check_heads,
   check_precision,
   check_rank,
+  check_rngs,
   check_scale,
   check_sizes,
   compute_dtype,
   require,
+  wrong,
 )
 from msa_jax.layers import (
   RopeScaling,
@@ -201,6 +203,7 @@ class GQAttention(nnx.Module):
     sharding: Sharding | None = None,
     rngs: nnx.Rngs,
   ):
+    check_rngs(rngs)
     sharding = sharding and sharding.present()
     in_features, out_features = check_sizes(
       in_features=in_features,
@@ -214,6 +217,7 @@ class GQAttention(nnx.Module):
       rope_theta=rope_theta,
       norm_eps=norm_eps,
     )
+    self.in_features = in_features
     self.num_heads = num_heads
     self.num_kv_heads = num_kv_heads
     self.head_dim = head_dim
@@ -332,7 +336,7 @@ class GQAttention(nnx.Module):
       NotImplementedError: "cudnn" was named, and cuDNN or, for packed rows, the
         kernel does not support the call.
     """
-    _check_input(x)
+    _check_input(x, self.in_features)
     split = self.context_split("x", *x.shape[:2])
     segments, positions = _packed(
       x, positions, segment_ids, segments, max_segments, split, zigzag
@@ -407,7 +411,7 @@ class GQAttention(nnx.Module):
         the cache.
       NotImplementedError: cuDNN was named and does not support the call.
     """
-    _check_input(x)
+    _check_input(x, self.in_features)
     split = self._check_cache_split(x, cache)
     spread = spreads(split, x.shape[1])
     x, positions = _spread(x, span, spread, zigzag)
@@ -685,7 +689,7 @@ class MSAttention(GQAttention):
         tokens.
       NotImplementedError: the named implementation does not support the call.
     """
-    _check_input(x)
+    _check_input(x, self.in_features)
     split = self.context_split("x", *x.shape[:2])
     segments, positions = _packed(
       x, positions, segment_ids, segments, max_segments, split, zigzag
@@ -788,7 +792,7 @@ class MSAttention(GQAttention):
       NotImplementedError: the named implementation does not support the call,
         or the layer is an ablation without a cached form.
     """
-    _check_input(x)
+    _check_input(x, self.in_features)
     self._cached_index_dim()
     if phase == "warmup" and self.implementation == "mosaic_gpu":
       raise NotImplementedError(
@@ -1773,5 +1777,13 @@ def _dot_product_attention(q: Array, k: Array, v: Array, **options) -> Array:
     ) from error
 
 
-def _check_input(x: Array) -> None:
+def _check_input(x: Array, in_features: int) -> None:
   check_rank("x", x, "B T E")
+  if not jnp.issubdtype(x.dtype, jnp.floating):
+    raise wrong("x", "an array of floating-point numbers", str(x.dtype))
+  if x.shape[-1] != in_features:
+    raise wrong(
+      "x",
+      f"an array with E = {in_features} (in_features) in axis 2",
+      f"{x.shape[-1]} in shape {tuple(x.shape)}",
+    )

@@ -18,6 +18,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import nnx
 from jax.core import Tracer
 from jaxtyping import Array
 
@@ -229,13 +230,22 @@ def check_heads(
   require(
     qkv_features % num_heads == 0,
     "qkv_features",
-    f"a multiple of num_heads = {num_heads}",
+    f"a multiple of num_heads = {num_heads} (it is in_features unless it is"
+    " given)",
     qkv_features,
   )
   head_dim = qkv_features // num_heads
   rope_dim = check_rope_dim(rope_dim, head_dim)
   check_positive(rope_theta=rope_theta, norm_eps=norm_eps)
   return num_heads, num_kv_heads, head_dim, rope_dim
+
+
+def check_rngs(rngs: nnx.Rngs) -> None:
+  """Raises ValueError unless rngs are streams of random keys."""
+  # Flax would say that a key or a seed has no attribute "params".
+  if not isinstance(rngs, nnx.Rngs):
+    want = "a flax.nnx.Rngs, such as nnx.Rngs(0)"
+    raise wrong("rngs", want, type(rngs).__name__)
 
 
 # --- arrays ------------------------------------------------------------------
@@ -334,11 +344,14 @@ def check_attention(q: Array, k: Array, v: Array) -> None:
       "q",
       "an array of at most as many tokens as k (the queries are the last T of"
       " S)",
-      f"T = {t} and S = {s}",
+      f"T = {t} in shape {tuple(q.shape)}, [B, T, H, D], and S = {s} in shape"
+      f" {tuple(k.shape)}, [B, S, K, D]",
     )
   if h % num_kv_heads:
     raise wrong(
-      "q", f"an array of a multiple of k's {num_kv_heads} heads", f"H = {h}"
+      "q",
+      f"an array with a multiple of K = {num_kv_heads} heads (as k) in axis 2",
+      f"{h} in shape {tuple(q.shape)}",
     )
 
 
@@ -362,7 +375,8 @@ def check_index(
       "index_q",
       "an array of at most as many tokens as index_k (the queries are the last"
       " T of S)",
-      f"T = {t} and S = {index_k.shape[1]}",
+      f"T = {t} in shape {tuple(index_q.shape)}, [B, T, K, I], and S ="
+      f" {index_k.shape[1]} in shape {tuple(index_k.shape)}, [B, S, I]",
     )
 
 

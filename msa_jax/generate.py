@@ -530,6 +530,7 @@ def _check_prompts(
 ) -> list[np.ndarray]:
   if isinstance(prompts, str | bytes) or not hasattr(prompts, "__iter__"):
     raise wrong("prompts", "a sequence of prompts", repr(prompts))
+  prompts = list(prompts)
   rows = [np.asarray(row) for row in prompts]
   if not rows:
     raise wrong("prompts", "at least one prompt", "none")
@@ -537,11 +538,12 @@ def _check_prompts(
     if (
       row.ndim != 1 or not row.size or not np.issubdtype(row.dtype, np.integer)
     ):
-      raise wrong(
-        f"prompts[{i}]",
-        "one or more token ids",
-        f"{row.dtype} of shape {row.shape}",
-      )
+      got = f"{row.dtype} of shape {row.shape}"
+      if not row.size:
+        got = "none"
+      elif isinstance(prompts[i], str | bytes) or row.ndim == 0:
+        got = repr(prompts[i])
+      raise wrong(f"prompts[{i}]", "a sequence of one or more token ids", got)
     if row.min() < 0 or row.max() >= vocab_size:
       raise wrong(
         f"prompts[{i}]",

@@ -31,6 +31,7 @@ from msa_jax.attention import (
 from msa_jax.checks import (
   check_integers,
   check_rank,
+  check_rngs,
   compute_dtype,
   require,
   wrong,
@@ -255,6 +256,7 @@ class DecoderLM(nnx.Module):
     rngs: nnx.Rngs,
     sharding: Sharding | None = None,
   ):
+    check_rngs(rngs)
     self.config = config
     self.source: Hashable = None
     self.sharding = sharding = sharding and sharding.present()

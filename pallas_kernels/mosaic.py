@@ -360,10 +360,12 @@ def require_hopper() -> None:
   ):
     capability = "9.0"
   if device.platform != "gpu" or capability != "9.0":
+    where = f"the platform {device.platform!r}"
+    if device.platform == "gpu":
+      where = f"{device.device_kind} (compute capability {capability})"
     raise NotImplementedError(
-      "mosaic_gpu supports Hopper GPUs (compute capability 9.0), calls here run"
-      f" on {device.platform} {device.device_kind} (compute capability"
-      f" {capability})"
+      "mosaic_gpu supports Hopper GPUs (compute capability 9.0), and calls here"
+      f" run on {where}"
     )
 
 

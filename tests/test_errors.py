@@ -81,7 +81,7 @@ WRONG = {
   "v must be an array with K = 2": lambda: sparse(Q, K, V[:, :, :1], BLOCKS),
   "k must be an array with D = 8": lambda: sparse(Q, K[..., :4], V, BLOCKS),
   "v must be an array with D = 8": lambda: sparse(Q, K, V[..., :4], BLOCKS),
-  "q must be an array of a multiple of k's 2 heads, got H = 3": lambda: sparse(
+  "a multiple of K = 2 heads (as k) in axis 2, got 3 in shape": lambda: sparse(
     Q[:, :, :3], K, V, BLOCKS
   ),
   "index_q must be an array with K = 2": lambda: msa(
@@ -104,6 +104,10 @@ WRONG = {
   ),
   "q must be an array of at most as many tokens as k": lambda: sparse(
     Q, K[:, :9], V[:, :9], BLOCKS
+  ),
+  # Heads before tokens: the text has both shapes and the order of their axes.
+  "T = 4 in shape (1, 4, 24, 8), [B, T, H, D], and S = 2 in shape": lambda: (
+    sparse(*(x.swapaxes(1, 2) for x in (Q, K, V)), BLOCKS)
   ),
   "index_q must be an array of at most as many tokens": lambda: select(
     INDEX_Q, INDEX_K[:, :9]
@@ -632,10 +636,22 @@ def test_wrong_modules():
   rngs = nnx.Rngs(0)
   with pytest.raises(ValueError, match="implementation must be one of 'xla',"):
     msa_jax.GQAttention(4, 32, implementation="mosaic_gpu", rngs=rngs)
-  with pytest.raises(ValueError, match="x must be an array of rank 3"):
-    msa_jax.GQAttention(4, 32, rngs=rngs)(jnp.zeros((4, 32)))
-  with pytest.raises(ValueError, match="qkv_features must be a multiple"):
+  layer = msa_jax.GQAttention(4, 32, rngs=rngs)
+  for x, text in (
+    (jnp.zeros((4, 32)), r"x must be an array of rank 3"),
+    (jnp.zeros((2, 4, 31)), r"E = 32 \(in_features\) in axis 2, got 31"),
+    (jnp.zeros((2, 4, 32), jnp.int32), r"x must be .* numbers, got int32"),
+  ):
+    with pytest.raises(ValueError, match=text):
+      layer(x)
+  with pytest.raises(ValueError, match=r"qkv_features must be .*in_features"):
     msa_jax.GQAttention(4, 30, num_kv_heads=2, rngs=rngs)
+  for make in (
+    functools.partial(msa_jax.MSAttention, 4, 32),
+    functools.partial(msa_jax.DecoderLM, msa_jax.ModelConfig(**CONFIG)),
+  ):
+    with pytest.raises(ValueError, match=r"rngs must be .*Rngs\(0\), got int"):
+      make(rngs=0)
   model = msa_jax.DecoderLM(msa_jax.ModelConfig(**CONFIG), rngs=rngs)
   with pytest.raises(ValueError, match="tokens must be an array of rank 2"):
     model(jnp.zeros((4,), jnp.int32))

@@ -333,8 +333,11 @@ WRONG = {
   "prompts must be at least one prompt, got none": lambda: stream(
     model(), [], max_new_tokens=1
   ),
-  "prompts[1] must be one or more token ids": lambda: stream(
-    model(), [[1], []], max_new_tokens=1
+  "prompts[1] must be a sequence of one or more token ids, got none": lambda: (
+    stream(model(), [[1], []], max_new_tokens=1)
+  ),
+  "prompts[0] must be a sequence of one or more token ids, got 'hi'": lambda: (
+    stream(model(), ["hi"], max_new_tokens=1)
   ),
   "prompts[0] must be ids below vocab_size = 64, got 3 to 64": lambda: stream(
     model(), [[64, 3]], max_new_tokens=1

@@ -842,6 +842,8 @@ def test_wrong_configs(tmp_path, config, text):
 def test_wrong_calls(tmp_path):
   with pytest.raises(ValueError, match=r"config.json cannot be read"):
     m3.load(tmp_path)
+  with pytest.raises(ValueError, match=r"folder must be .*, got 'MiniMax-M3'"):
+    m3.load("MiniMax-M3")
   with pytest.raises(ValueError, match=r"options must be among .*'top_k'"):
     m3.load(TINY, top_k=3)
   model = m3.load(TINY)

@@ -136,6 +136,13 @@ def describe_folder(folder: pathlib.Path) -> Description:
   Raises:
     ValueError: as `read_config`.
   """
+  if not folder.is_dir():
+    raise wrong(
+      "folder",
+      "a folder on this machine with config.json and safetensors files (nothing"
+      " is downloaded)",
+      repr(str(folder)),
+    )
   path = folder / "config.json"
   whole = read_json(path)
   family = find_family(whole, path)
