@@ -228,7 +228,14 @@ def main(argv: list[str] | None = None) -> int:
     draw(content, args.plot_only)
     return 0
   records.require_plots()
-  mosaic.require_hopper()
+  try:
+    mosaic.require_hopper()
+  except NotImplementedError as error:
+    print(
+      f"error: {error}. python -m benchmarks.portable measures on any device.",
+      file=sys.stderr,
+    )
+    return 1
   # Wrong arguments must fail now, not after minutes of measuring.
   ops = {group: [op for op in group.OPS if op in args.ops] for group in GROUPS}
   chosen = choose(args, ops)

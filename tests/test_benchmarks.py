@@ -96,6 +96,12 @@ def test_forward_ops_write_records(arguments):
   assert recalls == {(s, "fp8") for s in cases.SELECTIONS}
 
 
+def test_without_a_hopper_gpu_nothing_is_measured(no_gpu, capsys):
+  pytest.importorskip("matplotlib")
+  assert bench.main(["--tokens", "8k"]) == 1
+  assert "benchmarks.portable measures on any" in capsys.readouterr().err
+
+
 def test_a_second_run_replaces_the_records_that_it_measured(arguments):
   """And no others: theirs stay in their places, untouched."""
   pytest.importorskip("matplotlib")
@@ -612,7 +618,8 @@ def worth_row(op, tokens, speedup, **fields):
     score_precision="exact",
     implementation="mosaic_gpu",
   )
-  return case | row | dict(speedup=speedup) | fields
+  times = dict(speedup=speedup, ms=1.0, dense_ms=speedup)
+  return case | row | times | fields
 
 
 def test_worth_takes_the_records_of_a_models_heads():
@@ -645,6 +652,10 @@ def test_worth_takes_the_records_of_a_models_heads():
     "not yet (8K 1.2x, 32K 0.8x)"
   )
   assert worth.cell({}) == "not measured"
+  # The record's own speed-up is rounded to 0.75, and would become 0.8.
+  rounded = worth_row("train", 1 << 13, 0.75, ms=5.36, dense_ms=4.009)
+  found = worth.speedups([rounded], model, "train", "trained_like")
+  assert worth.cell(found) == "not yet (8K 0.7x)"
 
 
 def test_worth_writes_its_page(tmp_path):

@@ -84,11 +84,29 @@ def test_fields_are_set_with_their_types():
   for wrong, text in {
     "context": "wanted FIELD=VALUE",
     "model.depth=3": "'model.depth' is no field of a RunConfig",
+    "learning_rate=1": "did you mean optimizer.learning_rate?",
+    "model.implementaton=xla": "did you mean model.implementation",
+    "recipe.depth=3": "; recipe has kl_weight, index_warmup_steps",
     "context=long": "context='long': wanted int",
     "context=0": "context=0",
+    "data=text": "wanted fields with a 'type' that is one of ['Factory",
+    "model.layer_kinds=msa": "wanted a list ['gqa', 'msa', ...]",
+    "model.implementation=cuda": "wanted 'reference' or 'xla' or 'mosaic_gpu'"
+    " or null",
   }.items():
-    with pytest.raises(ValueError, match=text):
+    with pytest.raises(ValueError) as error:
       config_lib.with_fields(comparison, [wrong])
+    assert text in str(error.value)
+
+
+def test_an_interrupted_command_says_how_to_go_on(monkeypatch, capsys):
+  def interrupted(*arguments, **options):
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr("train.compare.compare", interrupted)
+  assert cli.main(["compare", "smoke"]) == 130
+  text = "interrupted; the same command goes on from the last checkpoint."
+  assert text in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", PRESETS)

@@ -658,7 +658,12 @@ def test_wrong_samples(trained, place, capsys):
   dense = dataclasses.replace(run, folder=str(place / "dense"))
   save(dense, {name: x for name, x in state.items() if "index" not in name})
   (place / "empty").mkdir()
+  inner = place / "comparison" / "text" / "msa" / "seed0"
+  inner.mkdir(parents=True)
+  (inner / "config.json").write_text("{}")
   for text, arguments in {
+    f"comparison: no run folder (it has no config.json); wanted one of"
+    f" {inner}": [str(place / "comparison")],
     "no run folder": [str(place / "nothing")],
     "it has no config.json": [str(place / "empty")],
     "no checkpoint of step 3; there are [2, 4]": [run.folder, "--step=3"],

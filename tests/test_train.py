@@ -1605,6 +1605,7 @@ def test_command_line_errors(capsys):
   for command, words in {
     "train nothing": "preset 'nothing' is unknown: wanted one of",
     "train smoke --task text --side mla": "--task text --side msa",
+    "train smoke": "train: wanted --task and --side: preset 'smoke' has",
     "compare": "wanted a preset",
     "compare --config /nowhere.json": "cannot be read",
   }.items():

@@ -28,6 +28,8 @@ from train import configs
 
 # Exit status of a command that --minutes stopped.
 STOPPED = 3
+# Exit status of a command that Ctrl-C stopped, as shells have it.
+INTERRUPTED = 130
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -358,9 +360,11 @@ def _pick_run(args: argparse.Namespace) -> config_lib.RunConfig:
     if run.task == args.task and run.side == args.side:
       return run
   there = [f"--task {r.task} --side {r.side}" for r in comparison.runs]
+  got = f"--task {args.task} --side {args.side}"
+  if args.task is None or args.side is None:
+    got = "train: wanted --task and --side"
   raise ValueError(
-    f"--task {args.task} --side {args.side}: preset {args.preset!r} has\n  "
-    + "\n  ".join(there)
+    f"{got}: preset {args.preset!r} has\n  " + "\n  ".join(there)
   )
 
 
@@ -491,7 +495,7 @@ def _compare(args: argparse.Namespace) -> int:
     compiled=compiled,
   )
   if path is not None:
-    print(path)
+    print(f"finished, {'report' if not args.no_report else 'folder'}: {path}")
     return 0
   how = "the same command continues it"
   if args.plan is not None:
@@ -539,7 +543,7 @@ def _devices(args: argparse.Namespace) -> None:
 def _report(args: argparse.Namespace) -> None:
   from train import report
 
-  print(report.write(*args.folder, out=args.out))
+  print(f"report: {report.write(*args.folder, out=args.out)}")
 
 
 def _sample(args: argparse.Namespace) -> None:
@@ -612,6 +616,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
       " `pip install -e '.[train]'` in the clone",
       file=sys.stderr,
     )
+  except KeyboardInterrupt:
+    text = "interrupted"
+    if args.command in ("train", "compare"):
+      text += "; the same command goes on from the last checkpoint"
+    print(f"\n{text}.", file=sys.stderr)
+    return INTERRUPTED
   return 1
 
 

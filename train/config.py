@@ -2,6 +2,7 @@
 and are saved as JSON."""
 
 import dataclasses
+import difflib
 import functools
 import importlib
 import json
@@ -885,14 +886,13 @@ def _value(hint: Any, value: Any, where: str) -> Any:
     return from_dict(configs[0], value, where)
   if configs:
     named = {config.__name__: config for config in configs}
-    value = value if isinstance(value, dict) else {}
-    kind = value.get("type", "nothing")
-    _check(
-      kind in named,
-      f"{where}: wanted a field 'type' that is one of {sorted(named)}, got"
-      f" {kind!r}.",
-    )
-    rest = {name: item for name, item in value.items() if name != "type"}
+    rest = dict(value) if isinstance(value, dict) else {}
+    kind = rest.pop("type", None)
+    if kind not in named:
+      raise ValueError(
+        f"{where}: wanted fields with a 'type' that is one of"
+        f" {sorted(named)}, got {value if kind is None else kind!r}."
+      )
     return from_dict(named[kind], rest, where)
   for member in members:
     origin, arguments = typing.get_origin(member), typing.get_args(member)
@@ -907,12 +907,50 @@ def _value(hint: Any, value: Any, where: str) -> Any:
       return float(value)
     if isinstance(member, type) and type(value) is member:
       return value
-  wanted = " or ".join(getattr(m, "__name__", str(m)) for m in members)
-  if any(typing.get_origin(member) is Literal for member in members):
-    wanted = " or ".join(
-      repr(a) for m in members for a in typing.get_args(m) or (m,)
-    )
+  wanted = " or ".join(text for member in members for text in _named(member))
   raise ValueError(f"{where}={value!r}: wanted {wanted}.")
+
+
+def _named(hint: Any) -> list[str]:
+  """What a value of a type may be, in the words of JSON."""
+  if hint is type(None):
+    return ["null"]
+  if typing.get_origin(hint) is Literal:
+    return [repr(choice) for choice in typing.get_args(hint)]
+  if typing.get_origin(hint) is tuple:
+    (item, *_) = typing.get_args(hint)
+    return [f"a list [{', '.join(_named(item))}, ...]"]
+  return [getattr(hint, "__name__", str(hint))]
+
+
+def _near(name: str, saved: dict[str, Any]) -> str:
+  """What to add to the error of an unknown field: fields that may be meant.
+
+  Args:
+    name: the dotted name that is unknown.
+    saved: the config as JSON values.
+  """
+
+  def names(config: dict[str, Any], prefix: str = "") -> Iterator[str]:
+    for field, value in config.items():
+      yield prefix + field
+      if isinstance(value, dict):
+        yield from names(value, f"{prefix}{field}.")
+
+  *path, last = name.split(".")
+  by_last: dict[str, list[str]] = {}
+  for known in names(saved):
+    by_last.setdefault(known.rpartition(".")[2], []).append(known)
+  for near in difflib.get_close_matches(last, by_last, n=1, cutoff=0.8):
+    return f"; did you mean {' or '.join(by_last[near])}?"
+  inner, there = saved, []
+  for key in path:
+    if not isinstance(inner.get(key), dict):
+      break
+    inner = inner[key]
+    there.append(key)
+  what = ".".join(there) or "it"
+  return f"; {what} has {', '.join(inner)}."
 
 
 def with_fields(config: Any, fields: Sequence[str]) -> Any:
@@ -938,11 +976,11 @@ def with_fields(config: Any, fields: Sequence[str]) -> Any:
     inner = saved
     for key in path:
       inner = inner.get(key) if isinstance(inner, dict) else None
-    _check(
-      isinstance(inner, dict) and last in inner,
-      f"{name!r} is no field of a {type(config).__name__} ({where}).",
-    )
-    assert isinstance(inner, dict)
+    if not isinstance(inner, dict) or last not in inner:
+      kind = type(config).__name__
+      raise ValueError(
+        f"{name!r} is no field of a {kind} ({where}){_near(name, saved)}"
+      )
     try:
       inner[last] = json.loads(value)
     except json.JSONDecodeError:

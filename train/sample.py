@@ -36,7 +36,11 @@ def load_config(
     ValueError: there is no such run or implementation.
   """
   if not (folder / "config.json").exists():
-    raise ValueError(f"{folder}: no run folder (it has no config.json).")
+    text = f"{folder}: no run folder (it has no config.json)"
+    runs = sorted(path.parent for path in folder.glob("*/*/seed*/config.json"))
+    if runs:
+      text += f"; wanted one of {', '.join(map(str, runs))}"
+    raise ValueError(f"{text}.")
   config = config_lib.load(config_lib.RunConfig, folder / "config.json")
   if implementation is not None:
     named: Any = None if implementation == "auto" else implementation
