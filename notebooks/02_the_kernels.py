@@ -25,6 +25,7 @@ os.environ.setdefault("NPROC", "16")
 
 import dataclasses
 import json
+import sys
 import textwrap
 import time
 
@@ -33,6 +34,7 @@ import jax.numpy as jnp
 import matplotlib.pyplot as plt
 import numpy as np
 
+sys.path[:0] = [".", ".."]  # the repository, seen from itself or from notebooks
 import msa_jax
 from benchmarks import cases, measure, records
 from msa_jax import selection_stats
@@ -142,11 +144,11 @@ plt.show()
 # %% [markdown]
 # ## The roofline
 #
-# A kernel is bound by the matrix units (the flat roof) or by memory (the
+# A kernel is bound by the tensor cores (the flat roof) or by memory (the
 # slope). Which one depends on the number of operations for each byte that it
 # moves. The points are measured.
 #
-# * **Selection** loads a key once for 256 queries, so the matrix units bound
+# * **Selection** loads a key once for 256 queries, so the tensor cores bound
 #   it. Only smaller operands (fp8, which has its own roof) make it faster.
 # * **Attention has two kernels.** The *pair* kernel works on (query, block)
 #   pairs. For each pair it reads the query's 16 heads (4 KB), writes their
@@ -219,12 +221,12 @@ axes.legend(loc="lower right")
 plt.show()
 
 # %% [markdown]
-# ## Selection: sort while the matrix units work
+# ## Selection: sort while the tensor cores work
 #
 # No array of size tokens x tokens is ever written: a score stays in registers
 # until the maximum of its block is taken. The costly part is the running list
 # of the 16 best blocks. If the threads that compute the scores also keep this
-# list, the matrix units wait for them. If another *warpgroup* (128 threads)
+# list, the tensor cores wait for them. If another *warpgroup* (128 threads)
 # keeps it while they multiply, it costs almost no time. The times are read from
 # the tuning log.
 
@@ -306,9 +308,10 @@ plt.show()
 # Before attention starts, `tile_plan.py` decides on the GPU, for every tile of
 # 8 queries, which kernel handles which of its choices:
 #
-# * **Tile kernel**: one CTA keeps the 8 queries and loads blocks one after the
-#   other. Its cost is the number of blocks in the union. Each block is
-#   multiplied with all 8 queries, also with those that did not choose it.
+# * **Tile kernel**: one CTA (a thread block of CUDA) keeps the 8 queries and
+#   loads blocks one after the other. Its cost is the number of different blocks
+#   that the 8 queries chose, their *union*. Each block is multiplied with all 8
+#   queries, also with those that did not choose it.
 # * **Pair kernel**: one CTA keeps a block and gathers the queries that chose
 #   it. Its cost is the number of choices, which is always 8 x 16 = 128, however
 #   many blocks are shared.
@@ -347,7 +350,7 @@ axes.annotate(
 union = np.linspace(16, 128, 100)
 axes.plot(
   union, matmul * paper.top_k / union, color="#555555", ls="-", lw=1.3,
-  label="tile kernel: matrix rate, all 8 queries x the union",
+  label="tile kernel: tensor-core rate, all 8 queries x the union",
 )
 axes.axhline(
   copy * pair_intensity, color="#555555", ls="--", lw=1.3,
@@ -367,8 +370,9 @@ plt.show()
 #
 # The pair kernel needs the choices in the other direction: not *query → blocks*
 # but *block → queries*. A sort gives that. The queries of each block are then
-# cut into *tasks* of limited size for the GPU's 132 processors, so that a block
-# which many queries chose is not left to one processor while the others wait.
+# cut into *tasks* of limited size for the GPU's 132 streaming multiprocessors
+# (SMs), so that a block which many queries chose is not left to one SM while the
+# others wait.
 # Below is the plan that `tile_plan.py` makes of random choices, in which block
 # 2 was made popular, with tasks of at most 32 queries (256 in practice). A
 # query's own block always goes to the tile kernel, because only that one masks

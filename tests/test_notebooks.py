@@ -34,6 +34,15 @@ each_notebook = pytest.mark.parametrize(
 )
 
 
+@each_notebook
+def test_notebooks_find_the_repository_from_their_folder(source):
+  """Jupyter runs a notebook in its folder, where `train` cannot be imported."""
+  kinds_and_texts = build.read_cells(source)
+  imports = next(text for kind, text in kinds_and_texts if kind == "code")
+  before, path, after = imports.partition('sys.path[:0] = [".", ".."]')
+  assert path and "import msa_jax" not in before and "import" in after
+
+
 def small_checkpoint(folder):
   """A tiny model without QK-norm, with a tokenizer of bytes."""
   config = ModelConfig(

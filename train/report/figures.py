@@ -547,7 +547,12 @@ def _token_axis(axes, sides) -> None:
     *(token_budget(sides) or (None, None)),
     next(iter(sides.values()))[0].get("context"),
   )
-  for word, x in zip(("local block", "tokens read", "context"), marks):
+  places = ["center"] * 3
+  low, high = axes.get_xlim()
+  if marks[0] and marks[1] and marks[1] / marks[0] < (high / low) ** 0.2:
+    places[:2] = "right", "left"  # else their words would overlap
+  words = ("local block", "tokens read", "context")
+  for word, place, x in zip(words, places, marks):
     if not x:
       continue
     axes.axvline(x, color="#999999", lw=1, ls=":")
@@ -557,7 +562,7 @@ def _token_axis(axes, sides) -> None:
       xycoords=("data", "axes fraction"),
       xytext=(0, 2),
       textcoords="offset points",
-      ha="center",
+      ha=place,
       fontsize=8,
       color="#555555",
     )

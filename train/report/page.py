@@ -686,8 +686,8 @@ def _add_head(page: _Page, title: str, folders, tasks) -> None:
   """Title, warnings and overview."""
   page.add(
     f"<h1>{html.escape(title)}</h1>",
-    "<p>Language models that differ in their attention only, trained on the "
-    "same batches from the same seeds.</p>",
+    "<p>Language models (the sides) that differ in their attention only, "
+    "trained on the same batches from the same seeds.</p>",
   )
   page.summary["warnings"] = find_warnings(tasks, *folders)
   page.add_box(page.summary["warnings"], "warn")
@@ -780,19 +780,25 @@ def _add_table(
 
 def _add_choice_tables(page: _Page, task: _Task) -> None:
   """What choosing blocks costs, and the ablations."""
+  dense = tables.dense_rows(task.sides, task.metrics)
+  oracle = (
+    " With the oracle's blocks, each query reads the blocks with the most dense"
+    " attention, as many as the index chooses: what is lost then is lost"
+    " because there are so few blocks, and the rest because the index chooses"
+    " other ones."
+  )
+  if not any("oracle" in column for row in dense for column in row):
+    oracle = ""
   _add_table(
     page,
     task,
     "dense",
     "What choosing blocks costs after training",
-    tables.dense_rows(task.sides, task.metrics),
+    dense,
     "The final weights with sparse attention, as they were trained, and with "
     "dense attention, for which they were not trained. Where only the first is "
     "worse than GQA, the choice of blocks may be the reason; where both are "
-    "worse, it is not. With the oracle's blocks, each query reads the blocks "
-    "with the most dense attention, as many as the index chooses: what is lost "
-    "then is lost because there are so few blocks, and the rest because the "
-    "index chooses other ones.",
+    "worse, it is not." + oracle,
   )
   _add_table(
     page,
