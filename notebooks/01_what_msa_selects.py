@@ -331,8 +331,8 @@ for name, (layer_kl, selection, found) in measured.items():
 #   softmax and values. That makes scoring *all* tokens cheap, while the
 #   expensive heads read a fixed number of tokens.
 # * Its loss trains the index projections only, so that it does not change what
-#   attention learns. But attention cannot read what the Index Branch misses,
-#   which explains the gap between the two curves above.
+#   attention learns. But attention cannot read what the Index Branch misses.
+#   Here it misses few facts, so the two curves of answers above nearly agree.
 #
 # `02_the_kernels` shows how a GPU does this at a million tokens, and
 # `03_gqa_against_msa` shows what it costs in quality and saves in time.

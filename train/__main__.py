@@ -598,7 +598,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
   parser = _parser()
   args, rest = parser.parse_known_args(arguments)
   if rest and args.command != "train":
-    parser.error(f"unknown arguments: {' '.join(rest)}")
+    parser.error(
+      f"unknown arguments: {' '.join(rest)} (python -m train {args.command}"
+      " --help lists all)"
+    )
   # The rest of train's arguments are fields of the run.
   more = (rest,) if args.command == "train" else ()
   try:
