@@ -356,6 +356,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     plot(content, args.plot_only.with_suffix(".png"))
     return 0
   records.require_plots()
+  if args.implementation == "mosaic_gpu":
+    records.require_hopper()
   name = f"{records.device_slug()}_packed.json"
   path = args.results or records.FOLDER / name
   old = records.read_own(path)

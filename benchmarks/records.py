@@ -22,6 +22,7 @@ import jax
 
 from benchmarks import measure
 from benchmarks.cases import Case
+from pallas_kernels import mosaic
 
 FOLDER = pathlib.Path(__file__).parent / "results"
 KEY = [
@@ -151,6 +152,17 @@ def require_plots() -> None:
       "benchmarks: matplotlib, which draws the plots, is not installed; it"
       " comes with pip install -e '.[train]'"
     )
+
+
+def require_hopper() -> None:
+  """Ends the program with one line where the kernels do not run."""
+  try:
+    mosaic.require_hopper()
+  except NotImplementedError as error:
+    raise SystemExit(
+      f"benchmarks: {error}; python -m benchmarks.portable measures on any"
+      " device"
+    ) from None
 
 
 STYLES = {  # selection -> (its name in the legend, line style)
