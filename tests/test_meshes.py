@@ -383,7 +383,9 @@ def test_export_without_a_gpu(name, no_gpu):
   got, want = both.call(*args), program(*args, implementation="xla")
   for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(want), strict=True):
     np.testing.assert_array_equal(x, y)
-  with pytest.raises(NotImplementedError, match=r"Hopper GPUs.*run on cpu"):
+  with pytest.raises(
+    NotImplementedError, match=r"Hopper GPUs.*run on the platform 'cpu'"
+  ):
     program(*args)
 
 
@@ -391,7 +393,9 @@ def test_warmup_needs_its_gpu(no_gpu):
   run = functools.partial(
     msa_jax.msa_attention, phase="warmup", implementation="mosaic_gpu"
   )
-  with pytest.raises(NotImplementedError, match=r"Hopper GPUs.*run on cpu"):
+  with pytest.raises(
+    NotImplementedError, match=r"Hopper GPUs.*run on the platform 'cpu'"
+  ):
     jax.jit(functools.partial(run, **OPTIONS)).trace(*operands())
 
 
