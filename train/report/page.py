@@ -522,7 +522,7 @@ def write(*folders: Path, out: Path | None = None) -> Path:
         )
       (temporary / "report.html").write_text(page)
       (temporary / "summary.json").write_text(
-        json.dumps(_finite(summary), indent=2, allow_nan=False) + "\n"
+        json.dumps(_finite(summary), allow_nan=False) + "\n"
       )
       old = temporary.with_name(temporary.name + "-old")
       if final.exists():
