@@ -33,7 +33,7 @@ context.
 
 A run reads 121M tokens, three quarters of them text, which is some 305 MB: each
 of 240 MB 1.3 times. More text takes longer to prepare than it is worth: that of
-120 MB took 32 s, and all 385 MB took 257 s (16 cores, 2026-11-29).
+120 MB took 32 s, and all 358 MB took 257 s (16 cores, 2026-11-29).
 
 One command trains a seed, its trunk first. A kill loses the steps since the
 last checkpoint (at most 920), and the same command goes on. Compiled programs
