@@ -100,6 +100,9 @@ def layer(
     if documents > 1:
       # Every device holds the ids of the whole row.
       ids = jnp.asarray(segment_ids(case.kv_tokens, documents))
+      # A training step reads its ids. XLA would compute all that follows from
+      # these while it compiles, which takes it a minute.
+      ids = jax.lax.optimization_barrier(ids)
       options["segment_ids"] = jnp.tile(ids, (case.batch, 1))
       options["max_segments"] = documents
     if devices > 1:
@@ -520,6 +523,30 @@ class _Compiled:
     return limit is None or self.peak_bytes <= _SHARE * limit
 
 
+def reserve() -> None:
+  """Takes nearly all free memory of each device as one piece.
+
+  Unless XLA takes its memory at the start (XLA_PYTHON_CLIENT_PREALLOCATE), it
+  asks for more whenever it needs some, and an array must fit into one of these
+  pieces. A program of several devices for which one finds no room never ends:
+  the others wait for it. Other commands of `--lock` leave different amounts.
+  """
+  for device in jax.devices():
+    stats = device.memory_stats()
+    if stats is None:
+      return
+    room = stats["bytes_limit"] - stats["bytes_in_use"]
+    for tenths in (10, 9, 8, 7, 6, 5):
+      size = int(0.098 * tenths * room)
+      try:
+        with jax.default_device(device):
+          jax.block_until_ready(jnp.zeros(size, jnp.uint8)).delete()
+        break
+      except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+          raise
+
+
 def measured(
   compiled: _Compiled, arrays: tuple[jax.Array, ...]
 ) -> tuple[float, float | None] | None:
@@ -769,6 +796,7 @@ def main(argv: list[str] | None = None) -> int:
       [future for each in programs.values() for future in each.values()]
     )
     wait_for_turn()
+    reserve()
     for name, case in ordered:
       measure.log(name)
       for selection in args.selection:
