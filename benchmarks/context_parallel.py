@@ -24,7 +24,8 @@ devices; it is null where one device has no memory for the program.
 in the compiled program; "formula_bytes" are those of the keys of the other
 devices' tokens, 2,304 S (n - 1) / n in the paper's heads for the forward pass.
 
-Records go to results/<device>_x<n>.json, as those of `python -m benchmarks`.
+Records go to results/<device>_x<n>.json, as those of `python -m benchmarks`;
+`--plot-only FILE` draws the efficiencies of such a file.
 
   JAX_PLATFORMS=cpu python -m benchmarks.context_parallel --compile-for 8
 
@@ -655,6 +656,51 @@ def report_schedule(
     print(f"  {each.name:16} {each.received / 1e6:9.1f} MB {meanwhile}")
 
 
+def plot(content: dict, path: pathlib.Path) -> None:
+  """Plots the efficiencies of a results file by length.
+
+  The file is written whole or not at all.
+  """
+  from matplotlib.figure import Figure
+
+  figure = Figure(figsize=(7, 4.5), layout="constrained")
+  axes = figure.subplots()
+  names = dict(context_prefill="forward", context_train="training")
+  lines: dict[tuple, list[tuple[int, float]]] = {}
+  for record in content["rows"]:
+    if record["op"] in names and record["efficiency"] is not None:
+      heads = (record["num_heads"], record["num_kv_heads"])
+      line = (heads, record["op"], record.get("documents", 1))
+      point = record["tokens"] >> 10, 100 * record["efficiency"]
+      lines.setdefault(line, []).append(point)
+  colours: dict[tuple, str] = {}
+  for (heads, op, documents), points in sorted(lines.items(), reverse=True):
+    colour = colours.setdefault(heads, f"C{len(colours)}")
+    packed = f", {documents} documents" if documents > 1 else ""
+    axes.plot(
+      *zip(*sorted(points), strict=True),
+      color=colour,
+      linestyle="-" if op == "context_prefill" else "--",
+      marker="o" if op == "context_prefill" else "^",
+      markerfacecolor=colour if documents == 1 else "none",
+      label=f"{heads[0]} heads, {heads[1]} KV heads, {names[op]}{packed}",
+    )
+  ticks = sorted({x for points in lines.values() for x, _ in points})
+  axes.set_xscale("log", base=2)
+  axes.set_xticks(
+    ticks, [f"{x}K" if x < 1024 else f"{x >> 10}M" for x in ticks]
+  )
+  axes.set_ylim(80, 101)
+  axes.axhline(100, color="grey", linewidth=0.8)
+  axes.set_xlabel("tokens of the sequence")
+  (count,) = {record["devices"] for record in content["rows"]}
+  axes.set_ylabel(f"speed over {count} times one GPU's, %")
+  axes.legend(fontsize=8)
+  axes.set_title(f"One layer's MSA on {count} {content['device']}")
+  with records.whole_file(path) as file:
+    figure.savefig(file, dpi=150, format=path.suffix[1:])
+
+
 def parse(argv: list[str] | None) -> argparse.Namespace:
   parser = argparse.ArgumentParser(
     prog="python -m benchmarks.context_parallel",
@@ -696,11 +742,19 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     help="as that of python -m benchmarks",
   )  # fmt: skip
   parser.add_argument("--commit", help="commit to record (default: HEAD)")
+  parser.add_argument(
+    "--plot-only", type=pathlib.Path, metavar="JSON",
+    help="draw the efficiencies of a results file and stop",
+  )  # fmt: skip
   return parser.parse_args(argv)
 
 
 def main(argv: list[str] | None = None) -> int:
   args = parse(argv)
+  if args.plot_only:
+    content = records.read_json(args.plot_only)
+    plot(content, args.plot_only.with_suffix(".png"))
+    return 0
   count = args.compile_for or jax.device_count()
   if args.compile_for is not None and count < 2:
     print(

@@ -73,11 +73,7 @@ def measure(
   if once:
     return first, None
   estimate = seconds()
-  if estimate > 0.6:
-    # The first call may load code and take longer; the median of three does not
-    # show it.
-    times = [first, estimate, seconds()]
-  elif estimate > 0.1:
+  if estimate > 0.1:  # the first call may load code, and is left out
     times = [estimate, seconds(), seconds()]
   else:
     count = max(1, min(50, int(0.1 / estimate)))
