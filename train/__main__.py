@@ -485,7 +485,7 @@ def _compare(args: argparse.Namespace) -> int:
   if args.plan is not None:
     from train import plan
 
-    comparison, compiled = plan.plan(comparison, folder, args.plan)
+    comparison, compiled = plan.plan(comparison, folder, args.plan, args.sides)
   path = compare(
     comparison,
     folder,

@@ -49,7 +49,7 @@ def compare(
     report.check_packages()
   comparison = pretrained.resolve(comparison)
   resolved = list(comparison.resolve(folder))
-  _check_sides(resolved, sides)
+  config_lib.check_sides(resolved, sides)
   _check_comparable(comparison, resolved)
   _check_starts(resolved)
   wanted = {
@@ -84,17 +84,6 @@ def compare(
   if training.failed:
     raise FloatingPointError(f"{path} lacks\n" + "\n".join(training.failed))
   return path
-
-
-def _check_sides(
-  resolved: Sequence[config_lib.RunConfig], sides: Sequence[str] | None
-) -> None:
-  there = dict.fromkeys(run.side for run in resolved)
-  unknown = set(sides or ()) - set(there)
-  if unknown:
-    raise ValueError(
-      f"sides={sorted(unknown)}: the comparison has {', '.join(there)}."
-    )
 
 
 def _check_comparable(

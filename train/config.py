@@ -763,6 +763,16 @@ def step_unit(comparison: ComparisonConfig) -> int:
   return math.gcd(*counts)
 
 
+def check_sides(runs: Sequence[RunConfig], sides: Sequence[str] | None) -> None:
+  """Raises ValueError if a side is none of the runs'; None means all."""
+  there = dict.fromkeys(run.side for run in runs)
+  unknown = set(sides or ()) - set(there)
+  if unknown:
+    raise ValueError(
+      f"sides={sorted(unknown)}: the comparison has {', '.join(there)}."
+    )
+
+
 def with_step_unit(comparison: ComparisonConfig, unit: int) -> ComparisonConfig:
   """The same comparison with another `step_unit`.
 

@@ -18,7 +18,13 @@ from msa_jax.model_config import ModelConfig
 from train import data as data_lib
 from train import evaluate
 from train.checkpoint import Checkpoints, provenance, write_json
-from train.config import ComparisonConfig, RunConfig, to_dict, with_step_unit
+from train.config import (
+  ComparisonConfig,
+  RunConfig,
+  check_sides,
+  to_dict,
+  with_step_unit,
+)
 from train.program import (
   CompiledTask,
   Program,
@@ -35,7 +41,10 @@ SPARE = 0.08
 
 
 def plan(
-  comparison: ComparisonConfig, folder: pathlib.Path, minutes: float
+  comparison: ComparisonConfig,
+  folder: pathlib.Path,
+  minutes: float,
+  sides: Sequence[str] | None = None,
 ) -> tuple[ComparisonConfig, dict[str, CompiledTask]]:
   """Makes a comparison as long as a budget allows, from measured times.
 
@@ -43,22 +52,34 @@ def plan(
   the measured times. Step counts keep their shares of a run. The time to
   tokenize text is not part of the budget: it is done here, if need be.
 
+  Args:
+    comparison: what to train.
+    folder: where its runs will lie.
+    minutes: the budget of all seeds together.
+    sides: the only sides that the budget is for; None: all.
+
   Returns:
     The comparison, and its compiled tasks by name, for `compare`.
 
   Raises:
-    ValueError: the folder has runs already, data cannot be opened or used, or
-      not one unit of steps fits.
+    ValueError: the folder has runs already, a side is unknown, data cannot be
+      opened or used, or not one unit of steps fits.
   """
+  check_sides(comparison.runs, sides)
   started = sorted(folder.glob("*/*/seed*/config.json"))
   if started:
     raise ValueError(f"{folder} has runs already, such as {started[0].parent}.")
+
+  def chosen(comparison: ComparisonConfig) -> list[RunConfig]:
+    return [r for r in comparison.runs if sides is None or r.side in sides]
+
   times: dict[tuple[str, ModelConfig], dict[str, Any]] = {}
   compiled: dict[str, CompiledTask] = {}
   opened = {}  # of all tasks, before the first one is compiled
   for task in comparison.tasks():
-    members = [run for run in comparison.runs if run.task == task]
-    opened[task] = members, open_data(members)
+    members = [run for run in chosen(comparison) if run.task == task]
+    if members:
+      opened[task] = members, open_data(members)
   for task, (members, source) in opened.items():
     start = time.monotonic()
     made = compile_task(members, source)
@@ -69,15 +90,14 @@ def plan(
       program = made.programs[compile_key(runs[0])]
       found = _measure_runs(program, runs, made.source)
       times[task, model] = found
-      sides = [run.side for run in runs]
-      print(json.dumps({"sides": sides, **found}), flush=True)
+      print(json.dumps({"sides": [r.side for r in runs], **found}), flush=True)
   seeds = len(comparison.seeds)
 
   def run_seconds(run: RunConfig) -> float:
     return seeds * _run_seconds(run, times[run.task, run.model])
 
   def all_seconds(unit: int) -> float:
-    return sum(map(run_seconds, with_step_unit(comparison, unit).runs))
+    return sum(map(run_seconds, chosen(with_step_unit(comparison, unit))))
 
   unit = 0
   while all_seconds(unit + 1) <= 60 * minutes * (1 - SPARE):
@@ -97,7 +117,7 @@ def plan(
       "minutes": round(run_seconds(run) / 60, 2),
       "seconds": times[run.task, run.model],
     }
-    for run in planned.runs
+    for run in chosen(planned)
   ]
   for record in records:
     print(json.dumps(record), flush=True)
