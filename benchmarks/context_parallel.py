@@ -690,7 +690,7 @@ def plot(content: dict, path: pathlib.Path) -> None:
   axes.set_xticks(
     ticks, [f"{x}K" if x < 1024 else f"{x >> 10}M" for x in ticks]
   )
-  axes.set_ylim(80, 101)
+  axes.set_ylim(top=101)
   axes.axhline(100, color="grey", linewidth=0.8)
   axes.set_xlabel("tokens of the sequence")
   (count,) = {record["devices"] for record in content["rows"]}

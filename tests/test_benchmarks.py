@@ -706,3 +706,21 @@ def test_starts_of_an_index_are_compared(tmp_path, capsys):
     assert row["best possible score recall"] == oracle["score recall"]
   with pytest.raises(ValueError, match="wanted fewer"):
     starts.first_tokens(tmp_path / "a", 10**9)
+
+
+def test_plot_of_several_devices(tmp_path):
+  """Rows without one device's time have no efficiency, and are left out."""
+  pytest.importorskip("matplotlib")
+  from benchmarks import context_parallel
+
+  common = dict(num_heads=64, num_kv_heads=4, devices=2)
+  rows = [
+    common | dict(op=op, tokens=tokens, efficiency=efficiency)
+    for op in ("context_prefill", "context_train", "context_decode")
+    for tokens, efficiency in ((1 << 16, 0.7), (1 << 21, None))
+  ]
+  rows.append(rows[0] | dict(documents=8))
+  path = tmp_path / "found.json"
+  path.write_text(json.dumps(dict(device="a GPU", jax="1", rows=rows)))
+  assert context_parallel.main(["--plot-only", str(path)]) == 0
+  assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
