@@ -61,8 +61,7 @@ Bound: reading the index keys (256 bytes a token in bf16, 132 in fp8), then
 
 SMEM at I = D = 128: scan 32 KiB of queries (48 with fp8 keys) and tiles in all
 the rest; attend 16 KiB of queries, K and V blocks of 64 KiB, 16 or 32 KiB of
-results. At D 256 attend has 32 KiB of queries, two stages of 64 keys and values
-(128 KiB), and the same room for results, which leave 128 columns at a time.
+results.
 
 Barriers of scan (one arrival each where no number stands):
 
@@ -89,9 +88,8 @@ Slots of the cache from kv_lengths[b] on do not exist: whatever they hold, NaN
 included, changes nothing. A visible NaN or infinity in q, k or v makes the
 output of its query NaN. A block whose index scores hold NaN is not chosen
 unless it is forced. A capacity that is no multiple of 8 is padded by a copy in
-every call. Heads of other sizes than 64, 128 and 256, and index heads of others
-than 64 and 128, are refused, because padding them would copy the cache in every
-call whatever its capacity.
+every call. Heads of other sizes than 64 and 128 are refused, because padding
+them would copy the cache in every call whatever its capacity.
 
 Not supported: gradients; what `mosaic.check_supported` and
 `mosaic.check_decode_supported` refuse; so many index queries that scan does not
@@ -140,7 +138,7 @@ class Config:
   Attributes:
     stages: key tiles in flight, an even number; 0 takes as many as SMEM holds.
     unit: tokens of an attention step, 64 or block_size; 0 derives it from the
-      number of queries. At D 256 it is always 64.
+      number of queries.
     splits: upper bound on the CTAs that share a query's blocks; 0 fills the
       GPU.
     num_ctas: CTAs of scan; 0 takes the number of SMs.
@@ -237,18 +235,11 @@ class KernelParams:
   @property
   def unit(self) -> int:
     """Tokens of an attention step."""
-    if self.head_dim > mosaic.WIDE:  # a whole block does not fit SMEM
-      return 64
     if self.config.unit:
       return min(self.config.unit, self.block_size)
     # Half blocks if there are too few whole ones for all SMs.
     few = 2 * self.all_queries * self.top_k <= mosaic.num_sms()
     return 64 if few else self.block_size
-
-  @property
-  def out_columns(self) -> int:
-    """Columns of a result that leave through SMEM at once."""
-    return min(self.head_dim, mosaic.WIDE)
 
   @property
   def units(self) -> int:
@@ -848,7 +839,7 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
       plgpu.SwizzleTransform(128),  # pyright: ignore
     )
   out_dtype = jnp.dtype(jnp.float32 if s.partial else s.dtype)
-  fixed = ROWS * (d * size + s.out_columns * out_dtype.itemsize) + 4096
+  fixed = ROWS * d * (size + out_dtype.itemsize) + 4096
   stages = (mosaic.SMEM_LIMIT - fixed) // (2 * s.unit * d * size)
   stages = min(stages, s.split_units)
   kv = (stages, s.unit, d)
@@ -856,9 +847,7 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
     q_smem=plgpu.SMEM((ROWS, d), s.dtype, transforms=mosaic.OPERAND),
     k_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
     v_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
-    o_smem=plgpu.SMEM(
-      (ROWS, s.out_columns), out_dtype, transforms=out_transforms
-    ),
+    o_smem=plgpu.SMEM((ROWS, d), out_dtype, transforms=out_transforms),
     # The ids, how many there are, and where those of this device start.
     ids_smem=plgpu.SMEM((s.top_k + 2,), jnp.int32),
     q_ready=plgpu.Barrier(),
@@ -1073,29 +1062,20 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
           _full(0.0, (ROWS,), jnp.float32, row_layout),
         ),
       )
-
-      def send(x, x_gmem):
-        """Copies the rows of the heads to memory, some columns at a time."""
-        if s.out_columns == d:
-          parts = [(x, x_gmem)]
-        else:
-          parts = [
-            (x[:, i : i + s.out_columns], x_gmem.at[:, pl.ds(i, s.out_columns)])
-            for i in range(0, d, s.out_columns)
-          ]
-        for i, (part, part_gmem) in enumerate(parts):
-          if i:
-            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          o_smem[...] = part
-          plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, s.heads)], part_gmem)
-
       if not s.partial:
-        out = out_gmem.at[loc.b, loc.token, loc.group, heads]
-        send(_finish(acc, l_i, s), out)
+        o_smem[...] = _finish(acc, l_i, s)
+        plgpu.commit_smem()
+        plgpu.copy_smem_to_gmem(
+          o_smem.at[pl.ds(0, s.heads)],
+          out_gmem.at[loc.b, loc.token, loc.group, heads],
+        )
         plgpu.wait_smem_to_gmem(0)
         return
-      send(acc, part_gmem.at[query, split])
+      o_smem[...] = acc
+      plgpu.commit_smem()
+      plgpu.copy_smem_to_gmem(
+        o_smem.at[pl.ds(0, s.heads)], part_gmem.at[query, split]
+      )
       stats_gmem[query, split, 0] = m_i
       stats_gmem[query, split, 1] = l_i
       plgpu.wait_smem_to_gmem(0)

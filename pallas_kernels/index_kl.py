@@ -24,13 +24,11 @@ queries that chose it. The (query, KV block) pairs of a task are processed in
 
 * **index_lse**: one warpgroup computes the index scores of 64 pairs with the
   block and a log sum exp for each. XLA merges those of a query's choices.
-* **kv_blocks**: two compute warpgroups own 64 keys each. A third one gathers q
-  (`row_tile` in `_copy`), each of its warps some of the queries: one TMA copy a
-  query, or with fewer than 8 heads one for each 64 columns of it
-  (`mosaic.copy_rows`). For each row tile the compute warpgroups get p as keys x
-  rows. The heads of a query lie in neighbouring columns, that is in the
-  registers of four lanes (two lanes if there are four heads, one if there are
-  two). Their mean is therefore a sum in float32 and an exchange that leaves
+* **kv_blocks**: two compute warpgroups own 64 keys each. A third one gathers q,
+  one TMA copy a query (`row_tile` in `_copy`), each of its warps some of the
+  queries. For each row tile the compute warpgroups get p as keys x rows. The
+  heads of a query lie in neighbouring columns, that is in the registers of four
+  lanes. Their mean is therefore a sum in float32 and an exchange that leaves
   each of the four lanes with the mean of one query of four. The pairs are
   gathered in the order that makes this the register layout of a product with 64
   pairs. Then come the index scores of the 64 pairs, r, g and the value. g times
@@ -50,9 +48,7 @@ MFLOP (0.52 of scores, 0.1 of other products); 128 for 2,048 exponentials.
 benchmarks/results/LOG.md says what is reached.
 
 SMEM: q 32 KB a stage, K and index_k 32 KB each, index_q 32 KB, g 16 KB, log sum
-exps 8 KB. At D 256, where K takes 64 KB, the ring of q holds two stages of half
-the columns of a row tile: q is gathered in two *parts*, whose products are
-added up in the same accumulator.
+exps 8 KB.
 
 Barriers of index_lse, whose only warpgroup copies and computes:
 
@@ -65,11 +61,8 @@ Barriers of kv_blocks, between compute warpgroups 0 and 1 and the copy
 warpgroup (arrivals in brackets):
 
   name        who arrives                            who waits
-  q_ring      ready: the copies of each query (8 or  0 and 1
-              16; with 4 or 2 heads 32 or 64 times
-              the columns / 64)
-              free: 0 and 1, after the scores, or    copy
-              the part's product (2)
+  q_ring      ready: a copy a query (8 or 16)        0 and 1
+              free: 0 and 1, after the scores (2)    copy
   lse_ring    ready: the copy of a pair tile's lse   0 and 1
               free: 0 and 1 (2)                      copy
   kv_ring     ready: both halves of K, index_k (4)   0 and 1
@@ -89,14 +82,12 @@ warpgroup (arrivals in brackets):
 NaN: one in a query reaches its own row and the keys that it sees. Keys that are
 not finite are zeroed, and a query that sees one is made NaN through index_lse.
 
-Heads of other sizes than 64, 128 and 256, and index heads of others than 64 and
-128, are padded with zeros to the next of these. The heads of a group are padded
-to 2, 4, 8 or 16; padding heads have an lse of +inf, so that their p is 0, and
-the mean divides by the number of real heads. The 128 rows of a row tile are
-then those of 64, 32, 16 or 8 queries.
+Heads and index heads of other sizes than 64 and 128 are padded with zeros to
+the next of these. The heads of a group are padded to 8 or 16; padding heads
+have an lse of +inf, so that their p is 0, and the mean divides by the number of
+real heads.
 
-Not supported: what `mosaic.check_supported` refuses, and over all tokens what
-`mosaic.check_dense_supported` does; gradients of gradients.
+Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
 from __future__ import annotations
@@ -157,7 +148,7 @@ class Config:
 class KernelParams:
   """Static parameters of one call, after padding."""
 
-  q_rows: int  # rows of a query in a row tile: its group's heads, padded
+  q_rows: int  # rows of a query in a row tile: its group's heads, 8 or 16
   head_dim: int
   index_dim: int
   num_kv_heads: int
@@ -174,23 +165,6 @@ class KernelParams:
   def queries(self) -> int:
     """Queries in a row tile."""
     return ROWS // self.q_rows
-
-  @property
-  def q_columns(self) -> int:
-    """Columns of a row tile's queries that are gathered at once."""
-    return min(self.head_dim, mosaic.WIDE)
-
-  @property
-  def q_parts(self) -> int:
-    """Parts of so many columns of a row tile."""
-    return self.head_dim // self.q_columns
-
-  @property
-  def stages(self) -> int:
-    """Parts of row tiles in flight, of which two fit SMEM if heads are wide."""
-    return (
-      min(self.config.stages, 2) if self.q_parts > 1 else self.config.stages
-    )
 
   def locate(self, kv_block, first_group):
     """Batch row, KV head and block in the group of a launch's KV block."""
@@ -348,22 +322,14 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
   )
 
 
-def _gather_order(x, q_rows):
+def _gather_order(x):
   """Reorders the pairs of each pair tile to the order that row tiles gather.
 
   Of every four pairs that are gathered, each of the four lanes that share an
   accumulator row gets the mean of one, and column 8 j + 2 l + {0, 1} of an
   accumulator lies in lane l. So the pair gathered as n = 8 j + 4 i + l belongs
-  to column 8 j + 2 l + i. With 4 rows a query, where lanes 0 and 1 hold the
-  columns of one query and lanes 2 and 3 those of the next, the four lanes get
-  the pairs in the order 0, 2, 1, 3.
-
-  Args:
-    x: a value of each pair slot, a whole number of pair tiles.
-    q_rows: rows of a query.
+  to column 8 j + 2 l + i.
   """
-  if q_rows == 4:
-    return x.reshape(-1, 2, 2, 2).swapaxes(1, 3).reshape(x.shape)
   return x.reshape(-1, 4, 2).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -379,12 +345,8 @@ def _sum_heads(p, sums, tile, *, q_rows, interpret):
   """
   queries = ROWS // q_rows
   if interpret:
-    x = p.reshape(KEYS, queries, q_rows).sum(-1)
-    if q_rows == 4:
-      x = x.reshape(KEYS, -1, 2, 2, 2).swapaxes(2, 4)
-    else:
-      x = x.reshape(KEYS, -1, 2, 4).swapaxes(2, 3)
-    x = x.reshape(KEYS, queries)
+    x = p.reshape(KEYS, queries // 8, 2, 4, q_rows).sum(-1)
+    x = x.swapaxes(2, 3).reshape(KEYS, queries)
     column = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
     x = jnp.tile(x, (1, PAIRS // queries))
     return jnp.where(column // queries == tile, x, sums)
@@ -422,26 +384,24 @@ def _sum_heads(p, sums, tile, *, q_rows, interpret):
       return vector.extract(x, dynamic_position=[], static_position=at)
 
     # A register holds two columns of one row, which is among the first or the
-    # second 8 of 16 rows. Four lanes hold the 8 columns of a part: of one query
-    # or a half of it, or of two or four queries.
+    # second 8 of 16 rows.
     parts = p.registers.reshape(ROWS // 8, 2)
-    per_total = max(q_rows // 8, 1)
-    lanes = min(q_rows, 8) // 2  # that share a query
+    per_query = q_rows // 8
     new = {}
     for half in range(2):
       totals = []
-      for a in range(ROWS // 8 // per_total):
-        x = parts[a * per_total, half]
-        for i in range(1, per_total):
-          x = arith.addf(x, parts[a * per_total + i, half])
+      for a in range(queries):
+        x = parts[a * per_query, half]
+        for i in range(1, per_query):
+          x = arith.addf(x, parts[a * per_query + i, half])
         totals.append(arith.addf(element(x, 0), element(x, 1)))
       for j in range(queries // 8):
         columns = []
         for i in range(2):
-          x = totals[lanes * (2 * j + i) : lanes * (2 * j + i + 1)]
-          if lanes == 4:
-            x = [exchange(high, x[b], x[b + 2], 2) for b in range(2)]
-          columns.append(exchange(low, x[0], x[1], 1) if lanes > 1 else x[0])
+          a, b, c, d = totals[8 * j + 4 * i : 8 * j + 4 * i + 4]
+          columns.append(
+            exchange(low, exchange(high, a, c, 2), exchange(high, b, d, 2), 1)
+          )
         new[j, half] = vector.from_elements(pair, columns)
     registers_shape = sums.registers.shape
     old = sums.registers.reshape(PAIRS // 8, 2)
@@ -492,7 +452,6 @@ def _kv_blocks(
     iq_smem, ilse_smem, limit_smem, g_smem, q_ring, lse_ring, kv_ring, iq_ring,
     g_ready, g_read, diq_ready, tensor_turn, weight_gmem=None, weight_smem=None,
   ):  # fmt: skip
-    q_smem, q_to = mosaic.whole_and_tiles(q_smem)
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = kv_block_plan.num_tasks_of_cta(
       cta, chunk_gmem[2], config.num_ctas
@@ -533,28 +492,13 @@ def _kv_blocks(
           lse_ring.wait_ready(stage)
 
           def row_tile(t, mean):
-            if s.q_parts == 1:
-              q_stages = [q_ring.slot(row_step + t)]
-            else:
-              q_stages = [
-                q_ring.slot(row_step + t * s.q_parts + i)
-                for i in range(s.q_parts)
-              ]
-            for q_stage in q_stages:
-              q_ring.wait_ready(q_stage)
+            q_stage = q_ring.slot(row_step + t)
+            q_ring.wait_ready(q_stage)
 
             def product(acc):
-              for i, q_stage in enumerate(q_stages):
-                keys = k_smem.at[wg]
-                if s.q_parts > 1:
-                  at = pl.ds(i * s.q_columns, s.q_columns)
-                  keys = k_smem.at[wg, :, at]
-                plgpu.wgmma(acc, keys, q_smem.at[q_stage].transpose((1, 0)))
-              for i, q_stage in enumerate(q_stages[:-1]):
-                # The first part may be filled again while the next one is
-                # multiplied.
-                plgpu.wgmma_wait(s.q_parts - 1 - i)
-                q_ring.release(q_stage)
+              plgpu.wgmma(
+                acc, k_smem.at[wg], q_smem.at[q_stage].transpose((1, 0))
+              )
               return acc[...]
 
             # The warpgroups alternate: one multiplies while the other takes
@@ -563,7 +507,7 @@ def _kv_blocks(
             plgpu.barrier_wait(tensor_turn.at[wg])
             scores = pl.run_scoped(product, ACC((KEYS, ROWS), jnp.float32))
             plgpu.barrier_arrive(tensor_turn.at[1 - wg])
-            q_ring.release(q_stages[-1])
+            q_ring.release(q_stage)
             lse_rows = plgpu.load(lse_smem.at[stage, t], layout=column_layout)
             p = jnp.exp2(
               scores * (s.scale * mosaic.LOG2E) - along(lse_rows, ROWS)
@@ -657,10 +601,7 @@ def _kv_blocks(
               )
           else:
             iq_ring.release(stage)
-          row_step += (
-            num_row_tiles if s.q_parts == 1 else (num_row_tiles * s.q_parts)
-          )
-          return row_step, pair_step + 1, value, dik
+          return row_step + num_row_tiles, pair_step + 1, value, dik
 
         dik = plgpu.layout_cast(
           jnp.full((KEYS, i_dim), 0.0, jnp.float32), plgpu.Layout.WGMMA
@@ -742,8 +683,12 @@ def _kv_blocks(
               iq_ring.ready_at(stage),
             )
 
-        def gather(t, part, row_step, stage):
-          """Gathers one part of the columns of a row tile."""
+        def row_tile(t, steps):
+          row_step, pair_step = steps
+          stage = q_ring.slot(row_step)
+          # int32: the division of a loop's index has 64 bits in 64-bit JAX.
+          j, nth = jnp.int32(t) // row_tiles, lax.rem(t, row_tiles)
+          pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
 
           @plgpu.warp_map
           def _(warp):
@@ -752,36 +697,21 @@ def _kv_blocks(
             at = first * PAIRS + t * s.queries
             query = [query_gmem[at + a] for a in mine]
             q_ring.wait_free(row_step, stage)
-            columns = pl.ds(part * s.q_columns, s.q_columns)
             for a, one in zip(mine, query, strict=True):
-              q_of_query = q_gmem.at[
-                batch_row, origin + one, pl.ds(kv_head * q_rows, q_rows)
-              ]
-              if s.q_parts > 1:
-                q_of_query = q_of_query.at[:, columns]
-              mosaic.copy_rows(
-                q_of_query, q_to, stage, a * q_rows, q_ring.ready_at(stage)
+              plgpu.copy_gmem_to_smem(
+                q_gmem.at[
+                  batch_row, origin + one, pl.ds(kv_head * q_rows, q_rows)
+                ],
+                q_smem.at[stage, pl.ds(a * q_rows, q_rows)],
+                q_ring.ready_at(stage),
               )
-
-        def row_tile(t, steps):
-          row_step, pair_step = steps
-          steps = [row_step + i if i else row_step for i in range(s.q_parts)]
-          stages = [q_ring.slot(step) for step in steps]
-          # int32: the division of a loop's index has 64 bits in 64-bit JAX.
-          j, nth = jnp.int32(t) // row_tiles, lax.rem(t, row_tiles)
-          pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
-          for part, (step, stage) in enumerate(zip(steps, stages, strict=True)):
-            gather(t, part, step, stage)
 
           # The keys and the index operands are copied last, because the task or
           # pair tile before may still be using their buffers.
-          # Yet the second pair tile's index operands need the first one to be
-          # done, and so the keys.
-          most = min(q_ring.stages // s.q_parts, 2 * row_tiles)
-          pl.when(t == jnp.minimum(most, num_row_tiles) - 1)(copy_keys)
+          pl.when(t == jnp.minimum(q_ring.stages, num_row_tiles) - 1)(copy_keys)
           ends = (nth == row_tiles - 1) | (t == num_row_tiles - 1)
           pl.when(ends)(lambda: copy_index(j, pair_step))
-          return row_step + s.q_parts, pair_step + ends.astype(jnp.int32)
+          return row_step + 1, pair_step + ends.astype(jnp.int32)
 
         return lax.fori_loop(0, num_row_tiles, row_tile, steps)
 
@@ -823,9 +753,7 @@ def _kv_blocks(
     interpret=s.interpret,
     auto_barriers=False,
     scratch=dict(
-      q_smem=mosaic.gathered_operand(
-        (s.stages, ROWS, s.q_columns), s.dtype, q_rows, s.interpret
-      ),
+      q_smem=operand(config.stages, ROWS, d),
       lse_smem=plgpu.SMEM((2, row_tiles, ROWS), jnp.float32),
       k_smem=operand(2, KEYS, d),
       ik_smem=operand(2, KEYS, i_dim),
@@ -833,11 +761,7 @@ def _kv_blocks(
       ilse_smem=plgpu.SMEM((2, PAIRS), jnp.float32),
       limit_smem=plgpu.SMEM((2, PAIRS), jnp.int32),
       g_smem=operand(2, KEYS, PAIRS),
-      q_ring=mosaic.ring(
-        s.stages,
-        fills=s.queries * mosaic.copies_of_rows(q_rows, s.q_columns),
-        releases=2,
-      ),
+      q_ring=mosaic.ring(config.stages, fills=s.queries, releases=2),
       lse_ring=mosaic.ring(2, releases=2),
       kv_ring=mosaic.ring(fills=4, releases=2),
       iq_ring=mosaic.ring(2, fills=3 if weights is None else 4, releases=2),
@@ -1049,7 +973,7 @@ def _loss(
       values = jax.new_ref(lax.empty((config.num_ctas, 2, KEYS), jnp.float32))
       partials = jax.new_ref(lax.empty((partial_rows, i_dim), q.dtype))
       sums = jax.new_ref(sums)
-      gathered = _gather_order(query, q_rows)
+      gathered = _gather_order(query)
       pair_weights = None
       if weights is not None:
         pair_weights = weights[
@@ -1262,7 +1186,6 @@ def index_kl_loss(
   )
   if block_indices is None:
     check()
-    mosaic.check_dense_supported(d)
     config = config or dense_index_kl.Config()
   else:
     check(

@@ -54,8 +54,7 @@ warpgroup waits before it fills a slot again.
 NaN: non-finite operands are zeroed before the kernels, and what depends on one
 is set to NaN after them.
 
-Not supported: what `mosaic.check_supported` and `mosaic.check_dense_supported`
-refuse; gradients of gradients.
+Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
 
 from __future__ import annotations
@@ -932,7 +931,6 @@ def attention(
   (b, t, num_heads, d), s_len = q.shape, k.shape[1]
   scale = float(d**-0.5 if scale is None else scale)
   mosaic.check_supported(dtype=q.dtype, head_dim=d, scale=scale)
-  mosaic.check_dense_supported(d)
   if not q.size or not k.size:
     return jnp.zeros_like(q), jnp.full((b, num_heads, t), -jnp.inf, jnp.float32)
   if kv_lengths is None:

@@ -26,14 +26,8 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (64, 128, 256)  # D inside a kernel: whole 128-byte swizzle tiles
-INDEX_DIMS = (64, 128)  # I inside a kernel
-MAX_HEAD_DIM = 256  # D, a multiple of 8
-MAX_INDEX_DIM = 128  # I, likewise
-MAX_DENSE_HEAD_DIM = 128  # D of the warm-up's kernels
-# Heads of more dims are *wide*: their tiles do not fit SMEM or registers as
-# those of other heads do, so kernels take smaller ones or fewer of them.
-WIDE = 128
+HEAD_DIMS = (64, 128)  # D and I inside a kernel: whole 128-byte swizzle tiles
+MAX_HEAD_DIM = 128  # D and I, multiples of 8
 BLOCK_SIZES = (64, 128)
 MAX_GROUP_SIZE = 16  # G
 MAX_TOP_K = 64  # P
@@ -199,8 +193,6 @@ class Packing:
 def pad_head_dim(x: Array) -> Array:
   """Pads the last axis (D or I) with zeros to a size of `HEAD_DIMS`.
 
-  Those of `INDEX_DIMS` are the first of these.
-
   Zeros add nothing to a score. What they become in outputs and gradients is cut
   off by the caller, or by the gradient of this function.
   """
@@ -249,13 +241,11 @@ def check_supported(
       )
 
   check("dtype", jnp.dtype(dtype).name, DTYPES)
-  for name, dim, most in (
-    ("head_dim", head_dim, MAX_HEAD_DIM),
-    ("index_dim", index_dim, MAX_INDEX_DIM),
-  ):
-    if dim is not None and (dim % 8 or not 0 < dim <= most):
+  for name, dim in (("head_dim", head_dim), ("index_dim", index_dim)):
+    if dim is not None and (dim % 8 or not 0 < dim <= MAX_HEAD_DIM):
       raise NotImplementedError(
-        f"mosaic_gpu supports {name} of multiples of 8 up to {most}, got {dim}"
+        f"mosaic_gpu supports {name} of multiples of 8 up to {MAX_HEAD_DIM},"
+        f" got {dim}"
       )
   check("block_size", block_size, BLOCK_SIZES)
   if group_size is not None and group_size > MAX_GROUP_SIZE:
@@ -287,22 +277,6 @@ def check_supported(
     raise NotImplementedError(f"mosaic_gpu supports scale > 0, got {scale}")
 
 
-def check_dense_supported(head_dim: int) -> None:
-  """Raises NotImplementedError beyond the limits of dense kernels alone.
-
-  These are the warm-up's attention and KL over all tokens.
-
-  Args:
-    head_dim: D.
-  """
-  if head_dim > MAX_DENSE_HEAD_DIM:
-    raise NotImplementedError(
-      f"mosaic_gpu supports head_dim up to {MAX_DENSE_HEAD_DIM} in the warm-up"
-      " phase and in dense attention, whose tiles of more dims do not fit"
-      f" shared memory, got {head_dim}"
-    )
-
-
 def check_decode_supported(
   *,
   tokens: int,
@@ -330,14 +304,11 @@ def check_decode_supported(
       f" registers hold one list of {MAX_TOP_K} blocks, got top_k {top_k} and"
       f" {rows}"
     )
-  for name, dim, dims in (
-    ("head_dim", head_dim, HEAD_DIMS),
-    ("index_dim", index_dim, INDEX_DIMS),
-  ):
-    if dim not in dims:
+  for name, dim in (("head_dim", head_dim), ("index_dim", index_dim)):
+    if dim not in HEAD_DIMS:
       raise NotImplementedError(
         f"mosaic_gpu decode_attention supports {name} in"
-        f" ({', '.join(map(str, dims))}), because padding would copy the"
+        f" ({', '.join(map(str, HEAD_DIMS))}), because padding would copy the"
         f" whole cache in every step, got {dim}"
       )
   for name, value, most in (
@@ -405,69 +376,6 @@ OPERAND = (
 )
 
 
-def gathered_operand(
-  sizes: tuple[int, ...], dtype: Any, rows: int, interpret: bool
-) -> Any:
-  """SMEM of `OPERAND`, for `scratch`, into which `copy_rows` copies.
-
-  Args:
-    sizes: operands, rows and columns of each.
-    dtype: of the entries.
-    rows: of one copy: 2, 4 or a multiple of 8.
-    interpret: run on the CPU, where every buffer has the shape of its array.
-  """
-  whole = plgpu.SMEM(sizes, dtype, transforms=OPERAND)
-  if rows % 8 == 0 or interpret:
-    return whole
-  count, all_rows, columns = sizes
-  # The same bytes as tiles, whose rows can be sliced. Pallas warns of reading
-  # through one member what another one has written, because members may be
-  # padded; but these both start where the union does.
-  tiles = plgpu.SMEM(
-    (count, all_rows // 8, columns // 64, 8, 64), dtype, transforms=OPERAND[1:]
-  )
-  return plgpu.RefUnion(whole, tiles)
-
-
-def whole_and_tiles(smem: Any) -> tuple[Any, Any]:
-  """In a kernel: operands of `gathered_operand`, and the SMEM to copy to."""
-  # A union of two is a row of bytes.
-  return tuple(smem) if smem.ndim == 1 else (smem, smem)
-
-
-def copies_of_rows(rows: int, columns: int) -> int:
-  """How many TMA copies `copy_rows` starts, each of which arrives."""
-  return columns // 64 if rows % 8 else 1
-
-
-def copy_rows(src: Any, dst: Any, slot: Any, first: Any, ready: Any) -> None:
-  """Copies a few rows from GMEM into one of the operands of a buffer in SMEM.
-
-  A copy moves whole tiles of 8 rows x 64 columns. If there are fewer rows, each
-  64 columns take a copy of their own, whose rows lie side by side in a tile.
-  They are swizzled as in a copy of the whole tile, because TMA swizzles by the
-  address in SMEM (CUDA Programming Guide, swizzle pattern pointer offset).
-
-  Args:
-    src: the rows.
-    dst: the SMEM to copy to, of `gathered_operand` for so many rows.
-    slot: the operand.
-    first: its row that the first one goes to, a multiple of their number.
-    ready: barrier at which the copies arrive, `copies_of_rows` of them.
-  """
-  rows, columns = src.shape
-  if rows % 8 == 0:
-    plgpu.copy_gmem_to_smem(src, dst.at[slot, pl.ds(first, rows)], ready)
-    return
-  for i in range(columns // 64):
-    part = pl.ds(i * 64, 64)
-    if dst.ndim == 3:  # interpreted
-      at = dst.at[slot, pl.ds(first, rows), part]
-    else:
-      at = dst.at[slot, first >> 3, i, pl.ds(first & 7, rows)]
-    plgpu.copy_gmem_to_smem(src.at[:, part], at, ready)
-
-
 def span(start: Any, size: int) -> Any:
   """A slice that starts at a multiple of its size, which TMA has to be told."""
   return pl.ds(pl.multiple_of(start, size), size)
@@ -496,7 +404,7 @@ def zero_non_finite(x: Array) -> tuple[Array, Array]:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("ready", "free"),
-  meta_fields=("buffers",),
+  meta_fields=(),
 )
 @dataclasses.dataclass(frozen=True)
 class Ring:
@@ -514,27 +422,16 @@ class Ring:
 
   A ring of one stage is a buffer that is filled again and again.
 
-  Consumers that take turns, each waiting for its own steps alone, must meet the
-  same barriers in every round: a barrier tells two states apart, so whoever
-  waits for it may miss none. Then the number of slots is a multiple of the
-  consumers'. If SMEM holds fewer buffers, slot i is buffer i % buffers, and
-  step i fills it when step i - buffers has been released.
-
-  In a ring of a cluster, consumers release a slot to the producers of all CTAs,
-  each of which copies a share into the buffers of all of them.
-
   In the `scratch` of `launch` it holds two `plgpu.Barrier`, see `ring`; in the
   kernel body, what they have become.
 
   Attributes:
     ready: one barrier a stage, at which copies (or producers) arrive.
     free: one barrier a stage, at which consumers arrive.
-    buffers: if there are fewer than stages; 0 if not.
   """
 
   ready: Any
   free: Any
-  buffers: int = 0
 
   @property
   def stages(self) -> int:
@@ -547,10 +444,6 @@ class Ring:
     """The slot that a step fills and reads."""
     return 0 if self.stages == 1 else lax.rem(step, self.stages)
 
-  def buffer(self, slot: Any) -> Any:
-    """The buffer of a slot."""
-    return lax.rem(slot, self.buffers) if self.buffers else slot
-
   def wait_free(self, step: Any, slot: Any = None) -> Any:
     """Waits until a step may fill its slot, which is returned.
 
@@ -558,10 +451,9 @@ class Ring:
     """
     slot = self.slot(step) if slot is None else slot
 
-    @pl.when(step >= (self.buffers or self.stages))
+    @pl.when(step >= self.stages)
     def _():
-      before = self.slot(step - self.buffers) if self.buffers else slot
-      self.wait_released(before)
+      self.wait_released(slot)
 
     return slot
 
@@ -582,40 +474,21 @@ class Ring:
     plgpu.barrier_wait(self._at(self.ready, slot))
 
   def release(self, slot: Any) -> None:
-    """A consumer has read a slot.
-
-    In a ring of a cluster one thread of each warpgroup arrives, so that its
-    warps must have met since they waited for the slot, as in a wgmma.
-    """
+    """A consumer has read a slot."""
     plgpu.barrier_arrive(self._at(self.free, slot))
 
 
-def ring(
-  stages: int = 1,
-  *,
-  fills: int = 1,
-  releases: int = 1,
-  buffers: int = 0,
-  cluster: bool = False,
-) -> Ring:
+def ring(stages: int = 1, *, fills: int = 1, releases: int = 1) -> Ring:
   """A `Ring` for the `scratch` of `launch`.
 
   Args:
     stages: buffers.
     fills: arrivals that make a slot ready: its copies, or its producers.
-    releases: arrivals of each CTA that make a slot free: its consumers.
-    buffers: see `Ring`.
-    cluster: whether the CTAs of a cluster fill their buffers together.
+    releases: arrivals that make a slot free: its consumers.
   """
-  free: Any = plgpu.Barrier(num_arrivals=releases, num_barriers=stages)
-  if cluster:
-    free = plgpu.ClusterBarrier(
-      collective_axes=("rank",), num_arrivals=releases, num_barriers=stages
-    )
   return Ring(
     ready=plgpu.Barrier(num_arrivals=fills, num_barriers=stages),
-    free=free,
-    buffers=buffers,
+    free=plgpu.Barrier(num_arrivals=releases, num_barriers=stages),
   )
 
 
@@ -627,14 +500,12 @@ def drain_rings(steps: Any, *rings: Ring) -> None:
   Args:
     steps: how many times buffers of each ring were filled in all; for rings of
       one stage, a number that is positive if they were filled.
-    *rings: with the same number of stages and of buffers.
+    *rings: with the same number of stages.
   """
-  first = rings[0]
-  for i in range(first.buffers or first.stages):
+  for slot in range(rings[0].stages):
 
-    @pl.when(steps > i)
-    def _(i=i):
-      slot = first.slot(steps - 1 - i) if first.buffers else i
+    @pl.when(steps > slot)
+    def _(slot=slot):
       for each in rings:
         each.wait_released(slot)
 
@@ -666,15 +537,13 @@ def launch(
   num_ctas: int,
   num_warpgroups: int,
   scratch: Mapping[str, Any],
-  cluster: int = 1,
   interpret: bool = False,
   auto_barriers: bool = True,
   reduction_scratch: int = 512,
 ) -> None:
   """Runs `body(**operand_refs, **scratch_refs)` on `num_ctas` CTAs.
 
-  The axes are called "cta" and "wg" (warpgroup). With clusters "cta" counts
-  these, and "rank" the CTAs of one.
+  The axes are called "cta" and "wg" (warpgroup).
 
   Args:
     body: the kernel. Its parameters have the names of operands and scratch.
@@ -687,7 +556,6 @@ def launch(
     num_warpgroups: warpgroups of a CTA.
     scratch: a mapping from names to SMEM (`q_smem`), barriers (`x_ready`) and
       rings (`q_ring`, see `ring`), in the order of their allocation.
-    cluster: CTAs of a cluster, of which `num_ctas` is a multiple.
     interpret: run on the CPU in Pallas's GPU interpret mode.
     auto_barriers: False removes the warpgroup barriers that Pallas puts around
       every SMEM store and copy. Then the body must order what one warpgroup
@@ -695,10 +563,8 @@ def launch(
     reduction_scratch: bytes of SMEM for reductions across warps.
   """
   mesh = plgpu.Mesh(
-    grid=(num_ctas // cluster,),
+    grid=(num_ctas,),
     grid_names=("cta",),
-    cluster=(cluster,) if cluster > 1 else (),
-    cluster_names=("rank",) if cluster > 1 else (),
     num_threads=num_warpgroups,
     thread_name="wg",
   )

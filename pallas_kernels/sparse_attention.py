@@ -18,9 +18,9 @@ its heads padded to 8 or 16; two neighbouring queries with heads padded to 4, or
 four with heads padded to 2. The result is exact, but each padding head costs as
 much as a real one.
 
-Heads of other sizes than 64, 128 and 256 are padded with zeros to the next of
-these. A padded head costs as much as a whole one; the copies that pad q, k and
-v are linear in T.
+Heads of other sizes than 64 and 128 are padded with zeros to the next of these.
+A padded head costs as much as a whole one; the copies that pad q, k and v are
+linear in T.
 
 Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """
@@ -47,10 +47,10 @@ from pallas_kernels import (
 
 
 def pad_heads(x: Array, num_kv_heads: int) -> Array:
-  """Pads [B,T,H,D] with zero heads to `mosaic.Packing.heads` a group."""
+  """Pads [B,T,H,D] with zero heads to 8 or 16 heads a group."""
   b, t, num_heads, d = x.shape
   group_size = num_heads // num_kv_heads
-  rows = mosaic.Packing(group_size).heads
+  rows = mosaic.padded_heads(group_size)
   if rows == group_size:
     return x
   x = x.reshape(b, t, num_kv_heads, group_size, d)

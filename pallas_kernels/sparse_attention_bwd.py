@@ -13,13 +13,10 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
 `gather` in `_copy`). Warpgroup roles:
 
 * two compute warpgroups own 64 of the keys each. They compute the scores as
-  k q^T, so that p comes out of the softmax in the register layout of the left
-  operand of dV. ds passes through SMEM, because dQ needs both halves of the
-  keys, and dK reads it there too, so that no registers hold it. Over the row
-  tiles without masks the tensor cores always have the next product: dV and the
-  scores of the next row tile run while ds is handed over, and dK while these
-  scores become p, until dP of that row tile is done. At D 64 registers are left
-  for dP to run beside its scores.
+  k q^T, so that p and ds come out of the softmax in the register layout of the
+  left operands of dV and dK. Only ds passes through SMEM, because dQ needs both
+  halves of the keys. The scores of the next row tile are computed while dK is,
+  and dV while ds is handed over.
 * the third warpgroup gathers queries, multiplies dQ from both halves' ds and
   stores it, each of its warps for some of the queries: one partial dQ for each
   (pack, KV block) pair, in q's dtype. A query's partials are summed afterwards:
@@ -41,18 +38,8 @@ Row tiles that need masks (with queries inside the KV block, the last tile of a
 list, or any tile if blocks have 64 keys) have a loop of their own, so that the
 loop over the full tiles spends no registers on masks.
 
-With heads of more than 128 dims (*wide* ones), dK and dV of 64 keys would take
-all registers of a thread. Then a KV block has 64 keys. Both compute warpgroups
-compute scores, p, dP and ds of all of these, and each owns half of the columns
-of dK and dV; the first one sends ds. A chosen block of 128 keys is two pairs.
-The products are 7 instead of 5, in exchange for no barrier between the two.
-There is no room in SMEM for a dQ of all columns, so that each 64 of them are
-stored as soon as they are computed, and none in registers for the scores of the
-next row tile: each row tile waits for all of its products. dK reads ds from
-registers, because the second warpgroup sends none.
-
-Two blocks of 64 keys share a KV block of 128: a query that chose only one of
-them is masked in the other half. The result is exact and costs up to twice the
+Two blocks of 64 keys share a KV block: a query that chose only one of them is
+masked in the other half. The result is exact and costs up to twice the
 products.
 
 A launch takes all KV heads of several batch rows, so that many short rows fill
@@ -67,8 +54,7 @@ FLOP a byte), or shared memory, which a row tile keeps as busy as the tensor
 cores. benchmarks/results/LOG.md says what is reached.
 
 SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32 KB, dQ 32 KB, and
-2 KB of lse, delta and pairs. At D 256: K and V 64 KB, q and dout 128 KB in two
-stages, ds 16 KB, dQ 16 KB. What a pair is (its pack and where its dQ goes) is
+2 KB of lse, delta and pairs. What a pair is (its pack and where its dQ goes) is
 copied there one row tile ahead: with 8 rows a pack, waiting for these numbers
 from memory took 40 % of the kernel's time.
 
@@ -82,16 +68,12 @@ stands; sum_extra and sum_pairs have none):
   q_ring      ready: copies of q and dout of each    0 and 1
               pack, of lse and of delta (10 with
               16 rows a pack, 18 with 8)
-              free: 0 and 1, after dK, which a row   third
-              tile without masks leaves to the next
-              one, unless heads are wide (2)
-  kv_ring     ready: both halves of K and V (4), or  0 and 1
-              all of them if heads are wide (2)
+              free: 0 and 1, after dK (2)            third
+  kv_ring     ready: both halves of K and V (4)      0 and 1
               free: 0 and 1, after the task's last   third
               row tile (2)
-  ds_ring     ready: 0 and 1, each its keys' ds (2), third
-              or 0 alone if heads are wide (1)
-              free: third, after dQ                  0 and 1, or 0
+  ds_ring     ready: 0 and 1, each its keys' ds (2)  third
+              free: third, after dQ                  0 and 1
   clean       0 and 1: one has zeroed what is not    0 and 1
               finite in q, the other in dout (2)
 
@@ -111,16 +93,12 @@ Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import kv_block_plan, mosaic
 
@@ -137,8 +115,7 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    stages: row tiles of gathered queries in flight, at least two, and two at
-      most with wide heads.
+    stages: row tiles of gathered queries in flight.
     task: upper bound on the pairs of a task; 0 derives it from their number.
     chunk: upper bound on the queries of a chunk; 0 derives it from the
       workspace.
@@ -191,62 +168,11 @@ class KernelParams:
     """Packs in a row tile of 64 MMA rows."""
     return ROWS // self.packing.rows
 
-  @property
-  def wide(self) -> bool:
-    """Whether the compute warpgroups share keys and split the columns."""
-    return self.head_dim > mosaic.WIDE
-
-  @property
-  def columns(self) -> int:
-    """Columns of dK and dV of a compute warpgroup."""
-    return self.head_dim // 2 if self.wide else self.head_dim
-
-  @property
-  def key_parts(self) -> int:
-    """Parts of `KEYS` keys of a KV block."""
-    return kv_block_keys(self.head_dim) // KEYS
-
-  @property
-  def stages(self) -> int:
-    """Row tiles in flight, of which two fit SMEM if heads are wide."""
-    return min(self.config.stages, 2) if self.wide else self.config.stages
-
-
-def kv_block_keys(head_dim: int) -> int:
-  """Keys of a KV block, whose K and V stay in SMEM, and dK and dV in registers.
-
-  Args:
-    head_dim: D inside the kernel.
-  """
-  return KEYS if head_dim > mosaic.WIDE else kv_block_plan.KV_BLOCK
-
 
 def _zeros(params):
   return plgpu.layout_cast(
     jnp.full(params, 0.0, jnp.float32), plgpu.Layout.WGMMA
   )
-
-
-def _zeros_again(shape):
-  """Zeros of a second accumulator that is allocated while a first one is used.
-
-  LLVM keeps the zero of the first one in a register and copies it, and ptxas
-  then zeroes the second one by a move a register instead of by its first
-  product. LLVM does not merge this zero with another one.
-  """
-  layout = plgpu.Layout.WGMMA
-
-  @plgpu.inline_mgpu(
-    return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout)
-  )
-  def run(*_):
-    zero = llvm.inline_asm(
-      ir.F32Type.get(), [], "mov.b32 $0, 0f00000000;", "=f",
-      has_side_effects=True,
-    )  # fmt: skip
-    return mgpu.FragmentedArray.splat(zero, shape, layout=layout.to_mgpu())
-
-  return run()
 
 
 def _kv_blocks(
@@ -285,8 +211,7 @@ def _kv_blocks(
     params: static parameters.
   """
   s, config = params, params.config
-  half, d, stages = s.half, s.head_dim, s.stages
-  kv_block = s.key_parts * KEYS
+  half, d, stages = s.half, s.head_dim, config.stages
   rows, pack = s.packing.rows, s.packing.queries
   masks_choices = plan.chosen is not None
   row_layout = plgpu.Layout.WGMMA.reduce(0)
@@ -328,7 +253,7 @@ def _kv_blocks(
       num_tiles = (count + half - 1) // half
       full = count // half
       inside_tiles = (inside + half - 1) // half
-      num_masked = num_tiles if s.block_size < kv_block else (
+      num_masked = num_tiles if s.block_size < kv_block_plan.KV_BLOCK else (
         jnp.minimum(inside_tiles, full) + num_tiles - full
       )  # fmt: skip
 
@@ -352,14 +277,13 @@ def _kv_blocks(
         # Added to a query in the launch, this gives its distance from the
         # block's first key.
         after_key = (
-          starts_gmem[group] - group * s.chunk * pack - block * kv_block
+          starts_gmem[group]
+          - group * s.chunk * pack
+          - block * kv_block_plan.KV_BLOCK
         )
         if keys_gmem is not None:
           batch_row = (chunk_gmem[0] + group) // s.num_kv_heads
-          if s.wide:
-            last_key = keys_gmem[batch_row, block] - 1
-          else:
-            last_key = wg * KEYS + keys_gmem[batch_row, 2 * block + wg] - 1
+          last_key = wg * KEYS + keys_gmem[batch_row, 2 * block + wg] - 1
         kv_ring.wait_ready(0)
 
         def over_keys(x):
@@ -371,8 +295,9 @@ def _kv_blocks(
           # and spill it. This zero, which it cannot know, makes it compute the
           # address again.
           zero = jnp.minimum(j, 0)
-          part = zero if s.wide else wg + zero
-          plgpu.wgmma(acc, x_smem.at[part], y_smem.at[stage].transpose((1, 0)))
+          plgpu.wgmma(
+            acc, x_smem.at[wg + zero], y_smem.at[stage].transpose((1, 0))
+          )
 
         def key_major_product(x_smem, y_smem, stage, j):
           def run(acc):
@@ -391,11 +316,12 @@ def _kv_blocks(
 
         def mask(scores, j):
           first = nth_tile(j) * half
-          key = plgpu.broadcasted_iota(
-            jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
+          key = (
+            plgpu.broadcasted_iota(
+              jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
+            )
+            + wg * KEYS
           )
-          if not s.wide:
-            key += wg * KEYS
           query_of_row = (
             plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
             // s.packing.heads
@@ -410,14 +336,15 @@ def _kv_blocks(
               reach = pairs_gmem[at + 3]
             for b in range(pack):
               if keys_gmem is None:
-                seen = jnp.minimum(after_key + first_query + b, kv_block - 1)
+                seen = jnp.minimum(
+                  after_key + first_query + b, kv_block_plan.KV_BLOCK - 1
+                )
               else:
                 seen = ((reach >> (8 * b)) & 255) - 1
                 seen = jnp.minimum(seen, last_key)
               live = first + a < count
               if masks_choices:
-                part = 2 * b if s.wide else 2 * b + wg
-                live &= ((chosen >> part) & 1) == 1
+                live &= ((chosen >> (2 * b + wg)) & 1) == 1
               seen = jnp.where(live, seen, -1)
               limit = jnp.where(query_of_row == a * pack + b, seen, limit)
           return jnp.where(key <= over_keys(limit), scores, -jnp.inf)
@@ -437,22 +364,10 @@ def _kv_blocks(
           return p * (dp - over_keys(delta_rows))
 
         def send_ds(ds, step):
-          if s.wide:  # both warpgroups have the same ds
-            pl.when(wg == 0)(lambda: send_part(ds, step, 0))
-          else:
-            send_part(ds, step, wg)
-
-        def send_part(ds, step, part):
           slot = ds_ring.wait_free(step)
-          ds_smem[slot, part] = ds
+          ds_smem[slot, wg] = ds
           plgpu.commit_smem()
           ds_ring.fill(slot)
-
-        def my_columns(x_smem, stage):
-          """A row tile's columns of which this warpgroup owns dK and dV."""
-          if not s.wide:
-            return x_smem.at[stage]
-          return x_smem.at[stage, :, pl.ds(wg * s.columns, s.columns)]
 
         def stage_after(j):
           """Waits for the next row tile and returns its stage.
@@ -463,42 +378,67 @@ def _kv_blocks(
           pl.when(j + 1 < num_tiles)(lambda: q_ring.wait_ready(after))
           return after
 
-        def left_operand(x):
-          """x in registers, or in SMEM if interpreted, as wgmma takes it."""
-          if p_smem is None:
-            return x
-          p_smem[wg] = x
-          plgpu.commit_smem()
-          return p_smem.at[wg]
+        def add_products(dk, dv, p, ds, step, j=None):
+          """Adds a row tile's terms to dk and dv, and sends ds to dQ.
 
-        def add_dv(dv_acc, p, stage):
-          """Starts dv's term of a row tile."""
-          p = left_operand(p.astype(s.dtype))
-          plgpu.wgmma(dv_acc, p, my_columns(do_smem, stage))
-
-        def add_dk(dk_acc, ds, stage, step):
-          """Starts dk's term of a row tile, whose ds `send_ds` has sent.
-
-          ds is read where dQ reads it, so that no registers hold it. That needs
-          no barrier of its own: this warpgroup alone writes its half of ds, and
-          in this slot not before the row tile after next, when it has waited
-          for this product. With wide heads the other warpgroup may have sent
-          ds, so each multiplies its own.
+          If j is given, this also computes and returns p of the tile after j.
           """
-          if s.wide:
-            ds = left_operand(ds)
-          else:
-            ds = ds_smem.at[ds_ring.slot(step), wg]
-          plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage))
+          stage = q_ring.slot(step)
+          if p_smem is not None:
 
-        def add_products(dk_acc, dv_acc, p, ds, stage, step):
-          """Starts a row tile's terms of dk and dv, and sends ds to dQ."""
-          add_dv(dv_acc, p, stage)
-          send_ds(ds, step)
-          add_dk(dk_acc, ds, stage, step)
+            def product(a, b):
+              def run(acc):
+                plgpu.wgmma(acc, a, b)
+                return acc[...]
 
-        def masked_terms(j, stage):
-          """p and ds of a row tile that needs masks."""
+              return pl.run_scoped(run, ACC((KEYS, d), jnp.float32))
+
+            p_smem[wg] = p
+            plgpu.commit_smem()
+            dv = dv + product(p_smem.at[wg], do_smem.at[stage])
+            send_ds(ds, step)
+            ds_at = ds_smem.at[ds_ring.slot(step), wg]
+            dk = dk + product(ds_at, q_smem.at[stage])
+            if j is None:
+              return dk, dv
+            after = stage_after(j)
+            scores = key_major_product(k_smem, q_smem, after, j)
+            return dk, dv, probabilities(scores, after)
+
+          def run(dk_acc, dv_acc, acc=None):
+            dk_acc[...] = dk
+            dv_acc[...] = dv
+            plgpu.wgmma(dv_acc, p, do_smem.at[stage])
+            send_ds(ds, step)
+            if j is not None:
+              # Without this wait, the registers of the next scores would be
+              # occupied from here on.
+              plgpu.wgmma_wait(0)
+              after = stage_after(j)
+              key_major(k_smem, q_smem, after, j + 1, acc)
+              # The address of this stage is computed again, for the reason in
+              # key_major. The zeros come from j, j + 1 and j + 2, because the
+              # compiler would merge equal ones and keep the result.
+              stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
+            else:
+              stage_again = stage
+            plgpu.wgmma(dk_acc, ds, q_smem.at[stage_again])
+            if j is None:
+              return dk_acc[...], dv_acc[...]
+            scores = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            p_next = probabilities(scores, after)
+            return dk_acc[...], dv_acc[...], p_next
+
+          scoped = [ACC((KEYS, d), jnp.float32)] * 2
+          if j is not None:
+            scoped.append(ACC((KEYS, ROWS), jnp.float32))
+          return pl.run_scoped(run, *scoped)
+
+        def masked_tile(j, carry):
+          dk, dv = carry
+          step = done + j
+          stage = q_ring.slot(step)
+          q_ring.wait_ready(stage)
           pl.when(wg == 0)(lambda: scrub(q_smem, stage))
           pl.when(wg == 1)(lambda: scrub(do_smem, stage))
           plgpu.commit_smem()
@@ -508,177 +448,42 @@ def _kv_blocks(
           p = probabilities(scores, stage)
           p = jnp.where(scores == -jnp.inf, 0.0, p)  # lse may be NaN
           dp = key_major_product(v_smem, do_smem, stage, j)
-          return p, jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
+          ds = jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
+          carry = add_products(
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
+          )
+          q_ring.release(stage)
+          return carry
 
-        def masked_tile(j, dk_acc, dv_acc):
+        def full_tile(j, carry):
+          dk, dv, p = carry
           step = done + j
           stage = q_ring.slot(step)
-          q_ring.wait_ready(stage)
-          p, ds = masked_terms(j, stage)
-          add_products(dk_acc, dv_acc, p, ds.astype(s.dtype), stage, step)
-          plgpu.wgmma_wait(0)
-          q_ring.release(stage)
-
-        def full_terms(j, stage):
-          """p and ds of a row tile that needs no masks."""
-          scores = key_major_product(k_smem, q_smem, stage, j)
-          p = probabilities(scores, stage)
           dp = key_major_product(v_smem, do_smem, stage, j)
-          return p, ds_of(p, dp, stage)
-
-        def wide_tile(j, carry, terms):
-          """A row tile of wide heads, which does all its products itself."""
-          step = done + j
-          stage = q_ring.slot(step)
-          q_ring.wait_ready(stage)
-          p, ds = (x.astype(s.dtype) for x in terms(j, stage))
-
-          def run(dk_acc, dv_acc):
-            if not s.interpret:  # where accumulators cannot be set
-              dk_acc[...], dv_acc[...] = carry
-            add_products(dk_acc, dv_acc, p, ds, stage, step)
-            return dk_acc[...], dv_acc[...]
-
-          new = pl.run_scoped(run, *dk_dv_accs)
+          ds = ds_of(p, dp, stage)
+          carry = add_products(
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step, j
+          )
           q_ring.release(stage)
-          if s.interpret:
-            new = tuple(
-              x + so_far for x, so_far in zip(new, carry, strict=True)
-            )
-          return new
+          return carry
 
-        def release_before(j):
-          """Releases the full row tile before j, whose products are done."""
-
-          @pl.when(j > num_masked)
-          def _():
-            q_ring.release(q_ring.slot(done + j - 1))
-
-        # At 64 columns, registers hold dP of a row tile beside its scores, so
-        # both are computed together.
-        early_dp = d == 64
-
-        def full_tile(j, carry, dk_acc, dv_acc):
-          """Adds a row tile's terms to dk and dv.
-
-          The product of dk runs on into the next row tile, which releases the
-          stage. A wait for it here would be moved above the exponentials by the
-          compiler.
-
-          Args:
-            j: row tile.
-            carry: its probabilities, and its dP if that is computed early.
-            dk_acc, dv_acc: accumulators.
-
-          Returns:
-            The same of the next row tile.
-          """
-          step = done + j
-          stage = q_ring.slot(step)
-          p, dp = carry
-
-          def after_next_product():
-            # dk of the row tile before, the last product that reads its stage,
-            # is done when only the product issued last may still run. The stage
-            # must be free before the wait in stage_after: with two stages it is
-            # the next one.
-            plgpu.wgmma_wait(1)
-            release_before(j)
-
-          def dp_product(acc):
-            key_major(v_smem, do_smem, stage, j, acc)
-            after_next_product()
-            return acc[...]
-
-          if not early_dp:
-            dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
-          ds = ds_of(p, dp, stage).astype(s.dtype)
-          add_dv(dv_acc, p, stage)
-          if early_dp:
-            after_next_product()
-          # The third warpgroup gathers the next row tile before it multiplies
-          # this one's ds, so this may wait before ds is sent.
-          after = stage_after(j)
-
-          # Allocated here, right before its first product, this accumulator
-          # takes no instructions to become zero.
-          def next_products(scores_acc, dp_acc=None):
-            key_major(k_smem, q_smem, after, j + 1, scores_acc)
-            send_ds(ds, step)
-            if dp_acc is not None:
-              if not s.interpret:
-                dp_acc[...] = _zeros_again((KEYS, ROWS))
-              key_major(v_smem, do_smem, after, j + 1, dp_acc)
-            # The address of this stage is computed again, for the reason in
-            # key_major. The zeros come from j, j + 1 and j + 2, because the
-            # compiler would merge equal ones and keep the result.
-            stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
-            add_dk(dk_acc, ds, stage_again, step)
-            scores = plgpu.wgmma_accumulator_load(
-              scores_acc, wait_n=1 + early_dp
-            )
-            p = probabilities(scores, after)
-            if dp_acc is None:
-              return p, None
-            # This branch is never taken, which the compiler cannot know. It
-            # would move the wait for dP above the exponentials, but it does not
-            # move it across a branch.
-            pl.when(done < 0)(lambda: q_ring.wait_ready(after))
-            return p, plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-
-          accumulators = [ACC((KEYS, ROWS), jnp.float32)] * (1 + early_dp)
-          return pl.run_scoped(next_products, *accumulators)
-
-        def all_tiles(dk_acc, dv_acc):
-          @pl.loop(0, num_masked)
-          def _(j):
-            masked_tile(j, dk_acc, dv_acc)
-
-          if s.block_size == kv_block:
-            stage = q_ring.slot(done + num_masked)
-            pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
-            # Without a full tile the stage holds old data, and these scores are
-            # not used.
-            scores = key_major_product(k_smem, q_smem, stage, num_masked)
-            p = probabilities(scores, stage)
-            dp = None
-            if early_dp:
-              dp = key_major_product(v_smem, do_smem, stage, num_masked)
-            lax.fori_loop(
-              num_masked,
-              num_tiles,
-              lambda j, carry: full_tile(j, carry, dk_acc, dv_acc),
-              (p, dp),
-            )
-            plgpu.wgmma_wait(0)
-            release_before(num_tiles)
-          return dk_acc[...], dv_acc[...]
-
-        dk_dv_accs = [ACC((KEYS, s.columns), jnp.float32)] * 2
-        if s.wide:
-          carry = (_zeros((KEYS, s.columns)),) * 2
-          carry = lax.fori_loop(
-            0,
-            num_masked,
-            functools.partial(wide_tile, terms=masked_terms),
-            carry,
+        zero = _zeros((KEYS, d))
+        dk, dv = lax.fori_loop(0, num_masked, masked_tile, (zero, zero))
+        if s.block_size == kv_block_plan.KV_BLOCK:
+          stage = q_ring.slot(done + num_masked)
+          pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
+          # Without a full tile the stage holds old data, and these scores are
+          # not used.
+          scores = key_major_product(k_smem, q_smem, stage, num_masked)
+          p = probabilities(scores, stage)
+          dk, dv, _ = lax.fori_loop(
+            num_masked, num_tiles, full_tile, (dk, dv, p)
           )
-          dk, dv = lax.fori_loop(
-            num_masked,
-            num_tiles,
-            functools.partial(wide_tile, terms=full_terms),
-            carry,
-          )
-        else:
-          dk, dv = pl.run_scoped(all_tiles, *dk_dv_accs)
+
         kv_ring.release(0)
         is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
-          if s.wide:
-            mine = pl.ds(wg * s.columns, s.columns)
-            at = sums_gmem.at[kind, sum_slot, :, mine]
-          else:
-            at = sums_gmem.at[kind, sum_slot, pl.ds(wg * KEYS, KEYS)]
+          at = sums_gmem.at[kind, sum_slot, pl.ds(wg * KEYS, KEYS)]
 
           def add(at=at, x=x):
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -688,10 +493,7 @@ def _kv_blocks(
         return done + num_tiles
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      if s.wide:
-        pl.when(wg == 0)(lambda: mosaic.drain_rings(done, ds_ring))
-      else:
-        mosaic.drain_rings(done, ds_ring)
+      mosaic.drain_rings(done, ds_ring)
 
     @pl.when(wg == 2)
     def _copy():
@@ -708,8 +510,8 @@ def _kv_blocks(
         origin = chunk_gmem[1] - group * s.chunk
 
         pl.when(i > 0)(lambda: kv_ring.wait_released(0))
-        for h in range(s.key_parts):
-          tokens = pl.ds(block * kv_block + h * KEYS, KEYS)
+        for h in range(2):
+          tokens = pl.ds(block * kv_block_plan.KV_BLOCK + h * KEYS, KEYS)
           for x_gmem, x_smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
             plgpu.copy_gmem_to_smem(
               x_gmem.at[batch_row, kv_head, tokens],
@@ -749,10 +551,14 @@ def _kv_blocks(
         def store_dq(j, step):
           slot = ds_ring.slot(step)
           first = nth_tile(j) * half
+          # The dQ of two row tiles ago was stored from the same slot.
+          plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+          ds_ring.wait_ready(slot)
+          for column in range(0, d, 64):
+            at = pl.ds(column, 64)
 
-          def product_of(at):
-            def product(acc):
-              for h in range(s.key_parts):
+            def product(acc, at=at):
+              for h in range(2):
                 plgpu.wgmma(
                   acc,
                   ds_smem.at[slot, h].transpose((1, 0)),
@@ -761,54 +567,26 @@ def _kv_blocks(
               return acc[...]
 
             dq = pl.run_scoped(product, ACC((ROWS, 64), jnp.float32))
-            return (dq * s.scale).astype(s.dtype)
-
-          def store(dq_slot, at=None):
-            packs, slots = (pair_fields(1, j, field) for field in range(2))
-
-            @plgpu.warp_map
-            def _(warp):
-              for a in range(half):
-
-                @pl.when((warp == a % 4) & (first + a < count))
-                def _(a=a):
-                  part = part_gmem.at[packs[a], slots[a]]
-                  plgpu.copy_smem_to_gmem(
-                    dq_smem.at[dq_slot, pl.ds(a * rows, rows)],
-                    part if at is None else part.at[:, at],
-                    commit_group=False,
-                  )
-
-            plgpu.commit_smem_to_gmem_group()
-
-          if s.wide:
-            ds_ring.wait_ready(slot)
-            plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
-
-            @pl.loop(0, d // 64)
-            def _(i):
-              at = mosaic.span(i * 64, 64)
-              dq_slot = lax.rem(i, 2)
-              # The dQ of two columns tiles ago was stored from the same slot.
-              plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-              dq_smem[dq_slot] = product_of(at)
-              plgpu.commit_smem()
-              store(dq_slot, at)
-
-            ds_ring.release(slot)
-            copy_pairs(1, j + 1)
-            return
-          # The dQ of two row tiles ago was stored from the same slot.
-          plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-          ds_ring.wait_ready(slot)
-          for column in range(0, d, 64):
-            at = pl.ds(column, 64)
-            dq_smem[slot, :, at] = product_of(at)
+            dq_smem[slot, :, at] = (dq * s.scale).astype(s.dtype)
           ds_ring.release(slot)
           plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
           plgpu.commit_smem()
           copy_pairs(1, j + 1)
-          store(slot)
+          packs, slots = (pair_fields(1, j, field) for field in range(2))
+
+          @plgpu.warp_map
+          def _(warp):
+            for a in range(half):
+
+              @pl.when((warp == a % 4) & (first + a < count))
+              def _(a=a):
+                plgpu.copy_smem_to_gmem(
+                  dq_smem.at[slot, pl.ds(a * rows, rows)],
+                  part_gmem.at[packs[a], slots[a]],
+                  commit_group=False,
+                )
+
+          plgpu.commit_smem_to_gmem_group()
 
         def gather(j, step):
           stage = q_ring.slot(step)
@@ -870,19 +648,15 @@ def _kv_blocks(
   scratch = dict(
     q_smem=operand(stages, ROWS),
     do_smem=operand(stages, ROWS),
-    k_smem=operand(s.key_parts, KEYS),
-    v_smem=operand(s.key_parts, KEYS),
-    ds_smem=plgpu.SMEM(
-      (2, s.key_parts, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND
-    ),
-    dq_smem=plgpu.SMEM(
-      (2, ROWS, 64 if s.wide else d), s.dtype, transforms=mosaic.OPERAND
-    ),
+    k_smem=operand(2, KEYS),
+    v_smem=operand(2, KEYS),
+    ds_smem=plgpu.SMEM((2, 2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND),
+    dq_smem=operand(2, ROWS),
     small_smem=plgpu.SMEM((pairs_at + 4 * tile_words,), jnp.int32),
     pairs_ready=plgpu.Barrier(num_barriers=4),
     q_ring=mosaic.ring(stages, fills=2 * half + 2, releases=2),
-    kv_ring=mosaic.ring(fills=2 * s.key_parts, releases=2),
-    ds_ring=mosaic.ring(2, fills=s.key_parts),
+    kv_ring=mosaic.ring(fills=4, releases=2),
+    ds_ring=mosaic.ring(2, fills=2),
     clean=plgpu.Barrier(num_arrivals=2),
   )
   if s.interpret:  # interpreted wgmma takes no register operand
@@ -940,19 +714,18 @@ def _describe(plan, slots: int) -> jax.Array:
 def sum_extra(sums, extra, *, num_kv_blocks, interpret):
   """Adds the extra sums of hot KV blocks to the blocks' own sums, in order.
 
-  A CTA owns 32 keys of one KV block (16 of wide heads), and each of its
-  warpgroups one kind of sum (dK or dV; `index_kl` has dindex_k only).
+  A CTA owns 32 keys of one KV block, and each of its warpgroups one kind of sum
+  (dK or dV; `index_kl` has dindex_k only).
 
   Args:
-    sums: Ref, float32 [kinds, slots, keys of a KV block, D].
+    sums: Ref, float32 [kinds, slots, KV_BLOCK, D].
     extra: `KVBlockPlan.extra`.
     num_kv_blocks: KV blocks of all groups of the launch.
     interpret: run on the CPU.
   """
-  kinds, _, kv_block, d = sums.shape
-  # Of a CTA. A thread holds the total and four sums of these keys.
-  tile_keys = 16 if d > mosaic.WIDE else 32
-  tiles = kv_block // tile_keys
+  kinds, _, _, d = sums.shape
+  tile_keys = 32  # keys of a CTA
+  tiles = kv_block_plan.KV_BLOCK // tile_keys
   layout = plgpu.Layout.WG_STRIDED((tile_keys, d), vec_size=4)
 
   def body(*, extra_gmem, sums_gmem):
@@ -1050,14 +823,6 @@ def _sum_pairs(dq, partials, counts, *, params):
   )
 
 
-def _smaller_blocks(block_indices, num_blocks: int):
-  """The halves of chosen blocks, as ids of blocks of half the size."""
-  known = (block_indices >= 0) & (block_indices < num_blocks)
-  ids = 2 * jnp.where(known, block_indices, 0)
-  ids = jnp.where(known[..., None], jnp.stack([ids, ids + 1], axis=-1), -1)
-  return ids.reshape(*block_indices.shape[:-1], -1)
-
-
 def backward(
   q, k, v, dout, lse, delta, block_indices, kv_lengths, packed=None, *, packing,
   block_size, scale, config, interpret,
@@ -1086,13 +851,9 @@ def backward(
   b, num_packs, _, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
   rows, pack = packing.rows, packing.queries
-  kv_block = kv_block_keys(d)
-  if kv_block < block_size:
-    block_indices = _smaller_blocks(block_indices, s_len // block_size)
-    block_size = kv_block
   t, top_k = block_indices.shape[2:]
   slots = pack * top_k
-  num_kv_blocks = s_len // kv_block
+  num_kv_blocks = s_len // kv_block_plan.KV_BLOCK
 
   max_pairs = MAX_WORKSPACE // (rows * d)
   split = kv_block_plan.split_launches(
@@ -1134,17 +895,15 @@ def backward(
 
   lse, delta = by_group(lse * mosaic.LOG2E), by_group(delta)
   starts = jnp.repeat(kv_lengths - t, num_kv_heads)
-  keys = None
-  if packed is not None:
-    keys = packed.keys_of_halves(s_len // kv_block_plan.KV_BLOCK)
+  keys = None if packed is None else packed.keys_of_halves(num_kv_blocks)
   num_slots = groups * num_kv_blocks
   max_tasks = kv_block_plan.max_tasks(num_slots, num_pairs, task)
 
   def launch(index, carry):
     dq, dk, dv = carry
     first = index * groups
-    sums = lax.empty((2, max_tasks, kv_block, d), jnp.float32)
-    own = jnp.zeros((2, num_slots, kv_block, d), jnp.float32)
+    sums = lax.empty((2, max_tasks, kv_block_plan.KV_BLOCK, d), jnp.float32)
+    own = jnp.zeros((2, num_slots, kv_block_plan.KV_BLOCK, d), jnp.float32)
     sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
     partials = lax.empty((groups * chunk, slots, rows, d), q.dtype)
 
@@ -1165,7 +924,6 @@ def backward(
           first_pack * pack,
           chunk * pack,
           num_kv_blocks,
-          kv_block,
         )
       plan = kv_block_plan.plan_kv_blocks(
         cut(block_indices),
@@ -1175,7 +933,6 @@ def backward(
         task=task,
         pack=pack,
         places=places,
-        block_keys=kv_block,
       )
 
       def by_pair(x, other):

@@ -19,7 +19,7 @@ from helpers import (
 from op_contract import SPARSE_KL, KLContract, check_kl, kl_and_gradients
 
 from benchmarks import cases
-from pallas_kernels import dense_index_kl, index_kl, mosaic
+from pallas_kernels import dense_index_kl, index_kl
 
 # On the CPU: one CTA, small tasks; chunks of one unit's queries.
 INTERPRETED = index_kl.Config(stages=2, task=64, num_ctas=1)
@@ -227,14 +227,7 @@ def test_gpu_patterns(hopper, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize(
-  "name",
-  [
-    name
-    for name, (case, _) in HOPPER_CASES.items()
-    if case.head_dim <= mosaic.MAX_DENSE_HEAD_DIM
-  ],
-)
+@pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_over_all_tokens(hopper, name):
   case, dtype = HOPPER_CASES[name]
   q, k, _, index_q, index_k = case.inputs(dtype=dtype)
@@ -283,47 +276,6 @@ def test_gpu_small_chunks_and_tasks(hopper):
   q, k, _, index_q, index_k = case.inputs(dtype=dtype)
   config = index_kl.Config(task=72, chunk=100, num_ctas=7)
   run_twice(case, (q, k, index_q, index_k, random_blocks(case)), config)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("head_dim", [64, 128, 256])
-@pytest.mark.parametrize("group", [1, 2, 3, 4])
-def test_gpu_small_groups(hopper, group, head_dim):
-  """Row tiles of 32 or 64 queries; several tasks of pair tiles for each CTA."""
-  case = Case(
-    batch=2, q_len=700, kv_len=1408, num_heads=2 * group, num_kv_heads=2,
-    head_dim=head_dim, index_dim=min(head_dim, 128), block_size=128, top_k=8,
-    kv_lengths=(1408, 301),
-  )  # fmt: skip
-  q, k, _, index_q, index_k = case.inputs(dtype="bfloat16")
-  choices = patterns(case)
-  for name, config in (
-    ("random", index_kl.Config()),
-    ("all_on_block_0", index_kl.Config(task=72, num_ctas=7)),
-    ("sharing", index_kl.Config(task=200, num_ctas=3)),
-    ("some_rows_empty", index_kl.Config(stages=2, chunk=100, num_ctas=7)),
-  ):
-    run_twice(case, (q, k, index_q, index_k, choices[name]), config)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("group", [2, 4])
-def test_gpu_nan_of_one_query_of_a_small_group(hopper, group):
-  case = Case(
-    q_len=300, kv_len=900, num_heads=2 * group, num_kv_heads=2, head_dim=128,
-    index_dim=128, block_size=128, top_k=4,
-  )  # fmt: skip
-  q, k, _, index_q, index_k = case.inputs(dtype="bfloat16")
-  _, (diq, dik) = compiled(case, None)(
-    q.at[0, 77, 1].set(jnp.nan), k, index_q, index_k, random_blocks(case)
-  )
-  where = np.zeros((300, 2), bool)
-  where[77, 0] = True
-  np.testing.assert_array_equal(np.isnan(diq).any((0, 3)), where)
-  chosen = np.asarray(random_blocks(case))[0, 0, 77]
-  seen = np.isin(np.arange(900) // 128, chosen)
-  seen &= np.arange(900) <= case.positions()[0, 77]
-  np.testing.assert_array_equal(np.isnan(dik[0]).any(-1), seen)
 
 
 @pytest.mark.gpu
