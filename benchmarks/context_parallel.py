@@ -39,13 +39,14 @@ from __future__ import annotations
 import argparse
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import datetime
 import math
 import pathlib
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -101,8 +102,8 @@ def layer(
     if documents > 1:
       # Every device holds the ids of the whole row.
       ids = jnp.asarray(segment_ids(case.kv_tokens, documents))
-      # A training step reads its ids. XLA would compute all that follows from
-      # these while it compiles, which takes it a minute.
+      # In training, ids are an input. As constants, XLA would compute all that
+      # follows from them while it compiles, which takes a minute.
       ids = jax.lax.optimization_barrier(ids)
       options["segment_ids"] = jnp.tile(ids, (case.batch, 1))
       options["max_segments"] = documents
@@ -524,13 +525,24 @@ class _Compiled:
     return limit is None or self.peak_bytes <= _SHARE * limit
 
 
+@contextlib.contextmanager
+def _memory_may_end() -> Iterator[None]:
+  """Leaves the block, and raises nothing, where memory ends."""
+  try:
+    yield
+  except jax.errors.JaxRuntimeError as error:
+    if "RESOURCE_EXHAUSTED" not in str(error):
+      raise
+
+
 def reserve() -> None:
   """Takes nearly all free memory of each device as one piece.
 
   Unless XLA takes its memory at the start (XLA_PYTHON_CLIENT_PREALLOCATE), it
   asks for more whenever it needs some, and an array must fit into one of these
-  pieces. A program of several devices for which one finds no room never ends:
-  the others wait for it. Other commands of `--lock` leave different amounts.
+  pieces. A program of several devices for which one finds no room never ends,
+  because the others wait for it. Other commands of `--lock` hold memory too, so
+  smaller sizes are tried until one fits.
   """
   for device in jax.devices():
     stats = device.memory_stats()
@@ -539,27 +551,18 @@ def reserve() -> None:
     room = stats["bytes_limit"] - stats["bytes_in_use"]
     for tenths in (10, 9, 8, 7, 6, 5):
       size = int(0.098 * tenths * room)
-      try:
-        with jax.default_device(device):
-          jax.block_until_ready(jnp.zeros(size, jnp.uint8)).delete()
+      with _memory_may_end(), jax.default_device(device):
+        jax.block_until_ready(jnp.zeros(size, jnp.uint8)).delete()
         break
-      except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-          raise
 
 
 def measured(
   compiled: _Compiled, arrays: tuple[jax.Array, ...]
 ) -> tuple[float, float | None] | None:
   """Seconds and spread; None if the memory is not there."""
-  if not compiled.fits():
-    return None
-  try:
+  with _memory_may_end():
     return measure.measure(lambda: compiled.run(*arrays))
-  except jax.errors.JaxRuntimeError as error:
-    if "RESOURCE_EXHAUSTED" not in str(error):
-      raise
-    return None
+  return None
 
 
 def record(
@@ -574,14 +577,10 @@ def record(
   seconds: dict[int, tuple[float, float | None] | None] = {}
   count = max(programs)
   for devices, future in programs.items():
-    try:
+    compiled = None
+    with _memory_may_end():  # where XLA finds no schedule that fits
       compiled = future.result()
-    except jax.errors.JaxRuntimeError as error:
-      if "RESOURCE_EXHAUSTED" not in str(error):
-        raise
-      seconds[devices] = None  # XLA finds no schedule that fits
-      continue
-    if not compiled.fits():
+    if compiled is None or not compiled.fits():
       seconds[devices] = None
       continue
     arrays = operands(case, mesh_of(devices), selection)
