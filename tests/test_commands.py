@@ -582,7 +582,7 @@ def test_commands_refuse(compared, capsys):
 
 def test_flops_of_a_step():
   """Against sums over positions."""
-  _, msa, _ = configs.preset("lm13m_4k").runs
+  _, msa, *_ = configs.preset("lm13m_4k").runs
   context, model = 600, msa.model
   index = dataclasses.replace(model.index, block_size=16, top_k=3)
   model = dataclasses.replace(model, index=index, num_layers=1)

@@ -110,9 +110,17 @@ def sides(gqa: RunConfig, index: IndexConfig) -> tuple[RunConfig, ...]:
   )
 
 
+def _runs() -> tuple[RunConfig, ...]:
+  gqa, msa, cpt = sides(GQA, INDEX)
+  index = dataclasses.replace(cpt.model.index, index_dim=128)
+  model = dataclasses.replace(cpt.model, index=index)
+  wide = dataclasses.replace(cpt, side="msa_cpt_index_128", model=model)
+  return gqa, msa, cpt, wide
+
+
 COMPARISON = ComparisonConfig(
   name="lm13m_4k",
   seeds=tuple(range(14)),
-  runs=sides(GQA, INDEX),
+  runs=_runs(),
   aimed_interval=0.35,
 )
