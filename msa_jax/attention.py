@@ -30,6 +30,7 @@ from msa_jax.checks import (
   check_choice,
   check_chosen_blocks,
   check_heads,
+  check_positions,
   check_precision,
   check_rank,
   check_rngs,
@@ -1478,7 +1479,12 @@ def _packed(
   """A layer's segments and rotary positions; both may be None.
 
   Where a mesh axis splits the tokens, positions are in zigzag order.
+
+  Raises:
+    ValueError: an argument is wrong.
   """
+  if positions is not None:
+    check_positions(positions, *x.shape[:2])
   segments = check_segments(segment_ids, segments, max_segments, *x.shape[:2])
   if split is not None:
     return segments, split.positions(positions, zigzag, segments, x.shape[1])

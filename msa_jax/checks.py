@@ -437,6 +437,16 @@ def check_kv_lengths(kv_lengths: Array | None, batch: int) -> None:
     check_integers("kv_lengths", kv_lengths)
 
 
+def check_positions(positions: Array, batch: int, length: int) -> None:
+  """Raises ValueError unless positions are integers [T] or [B, T]."""
+  want = f"of shape [T] = ({length},) or [B, T] = ({batch}, {length})"
+  if not hasattr(positions, "shape") or not hasattr(positions, "dtype"):
+    raise wrong("positions", f"an array {want}", type(positions).__name__)
+  if positions.shape not in ((length,), (1, length), (batch, length)):
+    raise wrong("positions", want, str(tuple(positions.shape)))
+  check_integers("positions", positions)
+
+
 def check_query_pieces(
   query_pieces: Any, batch: int, q_len: int, kv_len: int
 ) -> list[tuple[Any, int]]:

@@ -15,13 +15,13 @@ from jax import lax
 from jaxtyping import Array, Float, Int
 
 from msa_jax.checks import (
+  check_positions,
   check_positive,
   check_rank,
   check_rope_dim,
   check_sizes,
   compute_dtype,
   require,
-  wrong,
 )
 
 
@@ -169,10 +169,7 @@ def partial_rope(
   check_rank("x", x, "B T H D")
   rope_dim = check_rope_dim(rope_dim, x.shape[-1])
   check_positive(theta=theta)
-  batch, length = x.shape[:2]
-  if positions.shape not in ((length,), (1, length), (batch, length)):
-    want = f"of shape [T] = ({length},) or [B, T] = ({batch}, {length})"
-    raise wrong("positions", want, str(tuple(positions.shape)))
+  check_positions(positions, *x.shape[:2])
   half = rope_dim // 2
   dtype = compute_dtype(x.dtype)
   frequency = theta ** (-jnp.arange(half, dtype=dtype) / half)

@@ -30,6 +30,7 @@ from msa_jax.attention import (
 )
 from msa_jax.checks import (
   check_integers,
+  check_positions,
   check_rank,
   check_rngs,
   compute_dtype,
@@ -361,6 +362,8 @@ class DecoderLM(nnx.Module):
       NotImplementedError: a named implementation does not support the call.
     """
     _check_tokens(tokens)
+    if positions is not None:
+      check_positions(positions, *tokens.shape)
     segments = check_segments(
       segment_ids, segments, max_segments, *tokens.shape
     )

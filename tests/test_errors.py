@@ -662,6 +662,41 @@ def test_wrong_modules():
     msa_jax.to_msa(model, other, rngs=rngs)
 
 
+@pytest.mark.parametrize(
+  "what", ["partial_rope", "GQAttention", "MSAttention", "DecoderLM"]
+)
+@pytest.mark.parametrize(
+  "positions, text",
+  [
+    (jnp.arange(8.0), r"an array of integers, got float32"),
+    (np.arange(8.0), r"an array of integers, got float64"),
+    (jnp.arange(8) > 3, r"an array of integers, got bool"),
+    (list(range(8)), r"an array of shape \[T\] = \(8,\) or .*, got list"),
+    (jnp.zeros((3, 8), jnp.int32), r"of shape .* \(2, 8\), got \(3, 8\)"),
+  ],
+  ids=["float32", "float64", "bool", "list", "shape"],
+)
+def test_wrong_positions(what, positions, text):
+  x = jnp.zeros((2, 8, 16))
+  sizes = dict(num_kv_heads=2, rngs=nnx.Rngs(0))
+  calls = dict(
+    partial_rope=lambda: msa_jax.partial_rope(
+      x[:, :, None], positions, rope_dim=4, theta=100.0
+    ),
+    GQAttention=lambda: msa_jax.GQAttention(4, 16, **sizes)(
+      x, positions=positions
+    ),
+    MSAttention=lambda: msa_jax.MSAttention(4, 16, **sizes)(
+      x, positions=positions
+    ),
+    DecoderLM=lambda: msa_jax.DecoderLM(
+      msa_jax.ModelConfig(**CONFIG), rngs=nnx.Rngs(0)
+    )(x[..., 0].astype(jnp.int32), positions=positions),
+  )
+  with pytest.raises(ValueError, match=f"positions must be {text}"):
+    calls[what]()
+
+
 def test_lengths_of_a_right_padded_batch_are_warned_of_once():
   call = functools.partial(msa, *INPUTS, implementation="reference")
   msa_jax.ops._said.clear()
