@@ -32,6 +32,7 @@ from msa_jax.checks import (
   check_heads,
   check_positions,
   check_precision,
+  check_query_mask,
   check_rank,
   check_rngs,
   check_scale,
@@ -691,6 +692,7 @@ class MSAttention(GQAttention):
       NotImplementedError: the named implementation does not support the call.
     """
     _check_input(x, self.in_features)
+    check_query_mask(query_mask, x)
     split = self.context_split("x", *x.shape[:2])
     segments, positions = _packed(
       x, positions, segment_ids, segments, max_segments, split, zigzag

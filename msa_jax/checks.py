@@ -485,11 +485,16 @@ def check_query_pieces(
   return pieces
 
 
-def check_query_mask(query_mask: Array | None, q: Array) -> None:
-  """Raises ValueError unless query_mask is None, or bool or float32 [B, T]."""
+def check_query_mask(query_mask: Array | None, x: Array) -> None:
+  """Raises ValueError unless query_mask is None, or bool or float32 [B, T].
+
+  Args:
+    query_mask: what came.
+    x: an array of the same tokens, [B, T, ...].
+  """
   if query_mask is None:
     return
-  check_array("query_mask", query_mask, q.shape[:2], "[B, T]")
+  check_array("query_mask", query_mask, x.shape[:2], "[B, T]")
   if query_mask.dtype not in (jnp.bool_, jnp.float32):
     want = "an array of bool or float32"
     raise wrong("query_mask", want, str(query_mask.dtype))

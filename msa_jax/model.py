@@ -31,6 +31,7 @@ from msa_jax.attention import (
 from msa_jax.checks import (
   check_integers,
   check_positions,
+  check_query_mask,
   check_rank,
   check_rngs,
   compute_dtype,
@@ -364,6 +365,7 @@ class DecoderLM(nnx.Module):
     _check_tokens(tokens)
     if positions is not None:
       check_positions(positions, *tokens.shape)
+    check_query_mask(query_mask, tokens)
     segments = check_segments(
       segment_ids, segments, max_segments, *tokens.shape
     )

@@ -697,6 +697,34 @@ def test_wrong_positions(what, positions, text):
     calls[what]()
 
 
+@pytest.mark.parametrize("selection", ["index", "window"])
+@pytest.mark.parametrize(
+  "query_mask, text",
+  [
+    (jnp.ones((2, 8), jnp.int32), "an array of bool or float32, got int32"),
+    (
+      jnp.ones((2, 7), bool),
+      r"an array of shape \[B, T\] = \(2, 8\), got \(2, 7\)",
+    ),
+  ],
+  ids=["dtype", "shape"],
+)
+def test_wrong_query_masks(selection, query_mask, text):
+  """Also where no KL reads them."""
+  x, rngs = jnp.zeros((2, 8, 16)), nnx.Rngs(0)
+  index = msa_jax.IndexConfig(selection=selection)
+  layer = msa_jax.MSAttention(4, 16, num_kv_heads=2, index=index, rngs=rngs)
+  kind = "msa" if selection == "index" else "gqa"
+  config = CONFIG | dict(layer_kinds=(kind,) * 2, index=index)
+  model = msa_jax.DecoderLM(msa_jax.ModelConfig(**config), rngs=rngs)
+  for call in (
+    lambda: layer(x, query_mask=query_mask),
+    lambda: model(x[..., 0].astype(jnp.int32), query_mask=query_mask),
+  ):
+    with pytest.raises(ValueError, match=f"query_mask must be {text}"):
+      call()
+
+
 def test_lengths_of_a_right_padded_batch_are_warned_of_once():
   call = functools.partial(msa, *INPUTS, implementation="reference")
   msa_jax.ops._said.clear()
