@@ -6,6 +6,7 @@ import pathlib
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from test_commands import TINY
@@ -81,6 +82,21 @@ def test_one_device_is_refused(capsys):
   run = lm73m_16k.GQA
   with pytest.raises(ValueError, match=r"meshes=.*rings.*wanted one, data"):
     devices._side(run, 3, 2, ["rings"])
+
+
+def test_sides_are_refused_in_the_words_of_compare(monkeypatch, capsys):
+  """A side that starts from another one is left out, and the error says so."""
+  monkeypatch.setattr(jax, "device_count", lambda: 2)
+  for side in ("mla", "msa_cpt"):
+    assert cli.main(["devices", "lm13m_4k", "--sides", "gqa", side]) == 1
+    words = (
+      f"sides=['{side}']: the comparison has gqa, msa. Sides without steps of"
+      " their own are left out: msa_cpt."
+    )
+    assert words in capsys.readouterr().err
+  assert cli.main(["devices", "smoke", "--sides", "mla"]) == 1
+  error = capsys.readouterr().err
+  assert "the comparison has gqa, msa." in error and "left out" not in error
 
 
 COMMAND = """

@@ -763,14 +763,28 @@ def step_unit(comparison: ComparisonConfig) -> int:
   return math.gcd(*counts)
 
 
-def check_sides(runs: Sequence[RunConfig], sides: Sequence[str] | None) -> None:
-  """Raises ValueError if a side is none of the runs'; None means all."""
+def check_sides(
+  runs: Sequence[RunConfig],
+  sides: Sequence[str] | None,
+  every: Sequence[RunConfig] = (),
+) -> None:
+  """Raises ValueError if a side is none of the runs'; None means all.
+
+  Args:
+    runs: those that can be chosen.
+    sides: the chosen ones.
+    every: all runs of the comparison, if `speed.runs_with_own_steps` left out
+      some of them.
+  """
   there = dict.fromkeys(run.side for run in runs)
+  others = dict.fromkeys(run.side for run in every if run.side not in there)
   unknown = set(sides or ()) - set(there)
   if unknown:
-    raise ValueError(
-      f"sides={sorted(unknown)}: the comparison has {', '.join(there)}."
-    )
+    text = f"sides={sorted(unknown)}: the comparison has {', '.join(there)}."
+    if others:
+      names = ", ".join(others)
+      text += f" Sides without steps of their own are left out: {names}."
+    raise ValueError(text)
 
 
 def with_step_unit(comparison: ComparisonConfig, unit: int) -> ComparisonConfig:

@@ -52,7 +52,13 @@ from jax import lax
 from msa_jax import generate, ops
 from train import data as data_lib
 from train.checkpoint import provenance, write_json
-from train.config import ComparisonConfig, MeshConfig, RunConfig, only_task
+from train.config import (
+  ComparisonConfig,
+  MeshConfig,
+  RunConfig,
+  check_sides,
+  only_task,
+)
 from train.program import (
   Params,
   Program,
@@ -445,9 +451,7 @@ def devices(
     )
   members = only_task(comparison, comparison.tasks()[0]).runs
   runs = {run.side: run for run in runs_with_own_steps(members)}
-  unknown = set(sides or ()) - set(runs)
-  if unknown:
-    raise ValueError(f"sides={sorted(unknown)}: wanted {', '.join(runs)}.")
+  check_sides(list(runs.values()), sides, members)
   runs = {name: run for name, run in runs.items() if name in (sides or runs)}
   source = data_lib.load(next(iter(runs.values())).data)
   for run in runs.values():  # before programs are compiled for minutes
