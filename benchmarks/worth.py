@@ -160,7 +160,7 @@ def main(argv: list[str] | None = None) -> int:
     "--results",
     type=pathlib.Path,
     default=RESULTS,
-    help="JSON file of `python -m benchmarks` (default: the H100's)",
+    help="JSON file of `python -m benchmarks` (default: the H200's)",
   )
   parser.add_argument(
     "--page",
