@@ -541,19 +541,36 @@ def reserve() -> None:
   Unless XLA takes its memory at the start (XLA_PYTHON_CLIENT_PREALLOCATE), it
   asks for more whenever it needs some, and an array must fit into one of these
   pieces. A program of several devices for which one finds no room never ends,
-  because the others wait for it. Other commands of `--lock` hold memory too, so
-  smaller sizes are tried until one fits.
+  because the others wait for it.
+
+  For a new array XLA asks the driver for the next power of two, or for all that
+  its limit leaves if that is less. If other programs hold some of it, XLA asks
+  for a tenth less, again and again, until the array would no longer fit. That
+  takes no time, but an array that finds no room waits 10 s for memory that is
+  given back. So the array is the smallest one for which all of the room is
+  asked, and the second one, for the next power of two is kept, much smaller.
   """
   for device in jax.devices():
     stats = device.memory_stats()
     if stats is None:
       return
-    room = stats["bytes_limit"] - stats["bytes_in_use"]
-    for tenths in (10, 9, 8, 7, 6, 5):
-      size = int(0.098 * tenths * room)
-      with _memory_may_end(), jax.default_device(device):
-        jax.block_until_ready(jnp.zeros(size, jnp.uint8)).delete()
+    # What XLA has from the driver, whether arrays use it or not.
+    held = stats.get("pool_bytes", stats["bytes_in_use"])
+    room = stats["bytes_limit"] - held
+    if room < 2:
+      continue
+    power = 1 << ((room - 1).bit_length() - 1)  # the one below the room
+    for size in (power + 1, max(power // 4, 1)):
+      if _has_room(device, size):
         break
+
+
+def _has_room(device: jax.Device, size: int) -> bool:
+  """Whether an array of so many bytes fits; it is gone afterwards."""
+  with _memory_may_end(), jax.default_device(device):
+    jax.block_until_ready(jnp.zeros(size, jnp.uint8)).delete()
+    return True
+  return False
 
 
 def measured(

@@ -724,3 +724,74 @@ def test_plot_of_several_devices(tmp_path):
   path.write_text(json.dumps(dict(device="a GPU", jax="1", rows=rows)))
   assert context_parallel.main(["--plot-only", str(path)]) == 0
   assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+
+
+class Allocator:
+  """A device whose memory XLA's best-fit allocator takes piece by piece.
+
+  Attributes:
+    limit: bytes that XLA may take.
+    free: bytes that the driver has left.
+    pieces: bytes that XLA has taken.
+    refused: arrays that found no room.
+  """
+
+  def __init__(self, limit, free, pieces=()):
+    self.limit, self.free, self.pieces = limit, free, list(pieces)
+    self.refused, self.region = 0, 2 << 20
+
+  def memory_stats(self):
+    held = sum(self.pieces)
+    return dict(bytes_limit=self.limit, bytes_in_use=0, pool_bytes=held)
+
+  def has_room(self, size):
+    """Its function `Extend`, of openxla/xla, bfc_allocator.cc."""
+    size = -(-size // 256) * 256
+    left = (self.limit - sum(self.pieces)) // 256 * 256
+    if size <= left:
+      while size > self.region:
+        self.region *= 2
+      piece = min(self.region, left)
+      while piece > self.free and piece >= size:
+        piece = -(-int(0.9 * piece) // 256) * 256
+      if size <= piece <= self.free:
+        self.pieces.append(piece)
+        self.free -= piece
+        return True
+    self.refused += 1
+    return False
+
+
+@pytest.mark.parametrize("gb", [40, 59, 68, 69, 105, 127, 137, 138])
+@pytest.mark.parametrize("held", [0, 3 << 30])
+def test_memory_is_reserved_in_one_piece_without_waiting(monkeypatch, gb, held):
+  """Beside programs that hold half of it too; 10 s are lost if it is more."""
+  from benchmarks import context_parallel
+
+  limit = gb * 10**9
+  room = limit - held
+  devices = [
+    Allocator(limit, int(share * room), [held])
+    for share in (1.3, 1.0, 0.9, 0.75, 0.6, 0.5, 0.3)
+  ]
+  frees = [device.free for device in devices]
+  monkeypatch.setattr(jax, "devices", lambda: devices)
+  monkeypatch.setattr(context_parallel, "_has_room", Allocator.has_room)
+  context_parallel.reserve()
+  for device, free in zip(devices, frees, strict=True):
+    _, piece = device.pieces
+    assert piece >= 0.89 * min(room, free)
+    assert device.refused <= 1
+    # The first array is a power of two, half of the room or more.
+    least = 1 << ((room - 1).bit_length() - 1)
+    assert device.refused == 0 or 0.9 * free <= least + 256
+
+
+def test_memory_that_xla_has_already_is_not_reserved(monkeypatch):
+  from benchmarks import context_parallel
+
+  device = Allocator(59 << 30, 1 << 30, [59 << 30])
+  monkeypatch.setattr(jax, "devices", lambda: [device])
+  monkeypatch.setattr(context_parallel, "_has_room", Allocator.has_room)
+  context_parallel.reserve()
+  assert device.refused == 0 and len(device.pieces) == 1
