@@ -176,6 +176,7 @@ def attention(
   """
   d = q.shape[-1]
   mosaic.check_supported(dtype=q.dtype, head_dim=d)
+  mosaic.check_dense_supported(d)
   if q.shape[1] != k.shape[1]:
     raise NotImplementedError(
       "mosaic_gpu attention of the warm-up phase supports as many keys as"

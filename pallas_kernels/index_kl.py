@@ -1186,6 +1186,7 @@ def index_kl_loss(
   )
   if block_indices is None:
     check()
+    mosaic.check_dense_supported(d)
     config = config or dense_index_kl.Config()
   else:
     check(

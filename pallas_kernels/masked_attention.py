@@ -931,6 +931,7 @@ def attention(
   (b, t, num_heads, d), s_len = q.shape, k.shape[1]
   scale = float(d**-0.5 if scale is None else scale)
   mosaic.check_supported(dtype=q.dtype, head_dim=d, scale=scale)
+  mosaic.check_dense_supported(d)
   if not q.size or not k.size:
     return jnp.zeros_like(q), jnp.full((b, num_heads, t), -jnp.inf, jnp.float32)
   if kv_lengths is None:

@@ -26,8 +26,14 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int
 
 DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (64, 128)  # D and I inside a kernel: whole 128-byte swizzle tiles
-MAX_HEAD_DIM = 128  # D and I, multiples of 8
+HEAD_DIMS = (64, 128, 256)  # D inside a kernel: whole 128-byte swizzle tiles
+INDEX_DIMS = (64, 128)  # I inside a kernel
+MAX_HEAD_DIM = 256  # D, a multiple of 8
+MAX_INDEX_DIM = 128  # I, likewise
+MAX_DENSE_HEAD_DIM = 128  # D of the warm-up's kernels
+# Heads of more dims are *wide*: their tiles do not fit SMEM or registers as
+# those of other heads do, so kernels take smaller ones or fewer of them.
+WIDE = 128
 BLOCK_SIZES = (64, 128)
 MAX_GROUP_SIZE = 16  # G
 MAX_TOP_K = 64  # P
@@ -193,6 +199,8 @@ class Packing:
 def pad_head_dim(x: Array) -> Array:
   """Pads the last axis (D or I) with zeros to a size of `HEAD_DIMS`.
 
+  Those of `INDEX_DIMS` are the first of these.
+
   Zeros add nothing to a score. What they become in outputs and gradients is cut
   off by the caller, or by the gradient of this function.
   """
@@ -241,11 +249,13 @@ def check_supported(
       )
 
   check("dtype", jnp.dtype(dtype).name, DTYPES)
-  for name, dim in (("head_dim", head_dim), ("index_dim", index_dim)):
-    if dim is not None and (dim % 8 or not 0 < dim <= MAX_HEAD_DIM):
+  for name, dim, most in (
+    ("head_dim", head_dim, MAX_HEAD_DIM),
+    ("index_dim", index_dim, MAX_INDEX_DIM),
+  ):
+    if dim is not None and (dim % 8 or not 0 < dim <= most):
       raise NotImplementedError(
-        f"mosaic_gpu supports {name} of multiples of 8 up to {MAX_HEAD_DIM},"
-        f" got {dim}"
+        f"mosaic_gpu supports {name} of multiples of 8 up to {most}, got {dim}"
       )
   check("block_size", block_size, BLOCK_SIZES)
   if group_size is not None and group_size > MAX_GROUP_SIZE:
@@ -277,6 +287,22 @@ def check_supported(
     raise NotImplementedError(f"mosaic_gpu supports scale > 0, got {scale}")
 
 
+def check_dense_supported(head_dim: int) -> None:
+  """Raises NotImplementedError beyond the limits of dense kernels alone.
+
+  These are the warm-up's attention and KL over all tokens.
+
+  Args:
+    head_dim: D.
+  """
+  if head_dim > MAX_DENSE_HEAD_DIM:
+    raise NotImplementedError(
+      f"mosaic_gpu supports head_dim up to {MAX_DENSE_HEAD_DIM} in the warm-up"
+      " phase and in dense attention, whose tiles of more dims do not fit"
+      f" shared memory, got {head_dim}"
+    )
+
+
 def check_decode_supported(
   *,
   tokens: int,
@@ -304,11 +330,14 @@ def check_decode_supported(
       f" registers hold one list of {MAX_TOP_K} blocks, got top_k {top_k} and"
       f" {rows}"
     )
-  for name, dim in (("head_dim", head_dim), ("index_dim", index_dim)):
-    if dim not in HEAD_DIMS:
+  for name, dim, dims in (
+    ("head_dim", head_dim, HEAD_DIMS),
+    ("index_dim", index_dim, INDEX_DIMS),
+  ):
+    if dim not in dims:
       raise NotImplementedError(
         f"mosaic_gpu decode_attention supports {name} in"
-        f" ({', '.join(map(str, HEAD_DIMS))}), because padding would copy the"
+        f" ({', '.join(map(str, dims))}), because padding would copy the"
         f" whole cache in every step, got {dim}"
       )
   for name, value, most in (
@@ -404,7 +433,7 @@ def zero_non_finite(x: Array) -> tuple[Array, Array]:
 @functools.partial(
   jax.tree_util.register_dataclass,
   data_fields=("ready", "free"),
-  meta_fields=(),
+  meta_fields=("buffers",),
 )
 @dataclasses.dataclass(frozen=True)
 class Ring:
@@ -422,16 +451,24 @@ class Ring:
 
   A ring of one stage is a buffer that is filled again and again.
 
+  Consumers that take turns, each waiting for its own steps alone, must meet the
+  same barriers in every round: a barrier tells two states apart, so whoever
+  waits for it may miss none. Then the number of slots is a multiple of the
+  consumers'. If SMEM holds fewer buffers, slot i is buffer i % buffers, and
+  step i fills it when step i - buffers has been released.
+
   In the `scratch` of `launch` it holds two `plgpu.Barrier`, see `ring`; in the
   kernel body, what they have become.
 
   Attributes:
     ready: one barrier a stage, at which copies (or producers) arrive.
     free: one barrier a stage, at which consumers arrive.
+    buffers: if there are fewer than stages; 0 if not.
   """
 
   ready: Any
   free: Any
+  buffers: int = 0
 
   @property
   def stages(self) -> int:
@@ -444,6 +481,10 @@ class Ring:
     """The slot that a step fills and reads."""
     return 0 if self.stages == 1 else lax.rem(step, self.stages)
 
+  def buffer(self, slot: Any) -> Any:
+    """The buffer of a slot."""
+    return lax.rem(slot, self.buffers) if self.buffers else slot
+
   def wait_free(self, step: Any, slot: Any = None) -> Any:
     """Waits until a step may fill its slot, which is returned.
 
@@ -451,9 +492,10 @@ class Ring:
     """
     slot = self.slot(step) if slot is None else slot
 
-    @pl.when(step >= self.stages)
+    @pl.when(step >= (self.buffers or self.stages))
     def _():
-      self.wait_released(slot)
+      before = self.slot(step - self.buffers) if self.buffers else slot
+      self.wait_released(before)
 
     return slot
 
@@ -478,17 +520,21 @@ class Ring:
     plgpu.barrier_arrive(self._at(self.free, slot))
 
 
-def ring(stages: int = 1, *, fills: int = 1, releases: int = 1) -> Ring:
+def ring(
+  stages: int = 1, *, fills: int = 1, releases: int = 1, buffers: int = 0
+) -> Ring:
   """A `Ring` for the `scratch` of `launch`.
 
   Args:
     stages: buffers.
     fills: arrivals that make a slot ready: its copies, or its producers.
     releases: arrivals that make a slot free: its consumers.
+    buffers: see `Ring`.
   """
   return Ring(
     ready=plgpu.Barrier(num_arrivals=fills, num_barriers=stages),
     free=plgpu.Barrier(num_arrivals=releases, num_barriers=stages),
+    buffers=buffers,
   )
 
 
@@ -500,12 +546,14 @@ def drain_rings(steps: Any, *rings: Ring) -> None:
   Args:
     steps: how many times buffers of each ring were filled in all; for rings of
       one stage, a number that is positive if they were filled.
-    *rings: with the same number of stages.
+    *rings: with the same number of stages and of buffers.
   """
-  for slot in range(rings[0].stages):
+  first = rings[0]
+  for i in range(first.buffers or first.stages):
 
-    @pl.when(steps > slot)
-    def _(slot=slot):
+    @pl.when(steps > i)
+    def _(i=i):
+      slot = first.slot(steps - 1 - i) if first.buffers else i
       for each in rings:
         each.wait_released(slot)
 

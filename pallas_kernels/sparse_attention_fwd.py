@@ -150,16 +150,53 @@ class KernelParams:
     """Packs in 64 MMA rows, which is half a tile."""
     return ROWS // self.packing.rows
 
+  @property
+  def wide(self) -> bool:
+    """Whether tiles have to be smaller to fit SMEM."""
+    return self.head_dim > mosaic.WIDE
+
+  @property
+  def pair_warpgroups(self) -> int:
+    """Compute warpgroups of the pair kernel."""
+    return 2 if self.wide else self.config.pair_warpgroups
+
+  @property
+  def pair_buffers(self) -> int:
+    """Row tiles of gathered queries in flight in the pair kernel."""
+    if self.wide:
+      return 3
+    return self.config.query_stages * self.config.pair_warpgroups
+
+  def pair_ring(self) -> mosaic.Ring:
+    """The ring of these row tiles, at which the warpgroups take turns."""
+    buffers = self.pair_buffers
+    if buffers % self.pair_warpgroups == 0:
+      return mosaic.ring(buffers, fills=self.half)
+    stages = buffers * self.pair_warpgroups
+    return mosaic.ring(stages, fills=self.half, buffers=buffers)
+
+  @property
+  def step_keys(self) -> int:
+    """Keys of a block that the tile kernel loads at once."""
+    return min(self.block_size, 64) if self.wide else self.block_size
+
+  @property
+  def merge_columns(self) -> int:
+    """Columns of a partial output that the tile kernel merges at once."""
+    return 64 if self.wide else self.head_dim
+
   def operand(self, *leading: int) -> plgpu.SMEM:
     return plgpu.SMEM(
       (*leading, self.head_dim), self.dtype, transforms=mosaic.OPERAND
     )
 
-  def probs_scratch(self, warpgroups: int) -> dict[str, plgpu.SMEM]:
+  def probs_scratch(
+    self, warpgroups: int, num_keys: int
+  ) -> dict[str, plgpu.SMEM]:
     """SMEM for probabilities: interpreted wgmma takes no register operand."""
     if not self.interpret:
       return {}
-    sizes = (warpgroups, ROWS, self.block_size)
+    sizes = (warpgroups, ROWS, num_keys)
     return dict(p_smem=plgpu.SMEM(sizes, self.dtype, transforms=mosaic.OPERAND))
 
 
@@ -179,12 +216,12 @@ def candidate_configs() -> tuple[Config, ...]:
   )
 
 
-def _qk(q_smem, k_smem, block_size: int) -> Any:
+def _qk(q_smem, k_smem, num_keys: int) -> Any:
   def product(acc):
     plgpu.wgmma(acc, q_smem, k_smem.transpose((1, 0)))
     return acc[...]
 
-  return pl.run_scoped(product, ACC((ROWS, block_size), jnp.float32))
+  return pl.run_scoped(product, ACC((ROWS, num_keys), jnp.float32))
 
 
 def _pv(p, v_smem, params: KernelParams, p_smem, acc=None) -> Any:
@@ -209,6 +246,19 @@ def _pv(p, v_smem, params: KernelParams, p_smem, acc=None) -> Any:
   return out if acc is None else acc + out
 
 
+def _plus(x, i: int):
+  """x + i. The sum with 0, and those with a factor of 1, leave no code."""
+  return x + i if i else x
+
+
+def _times(x, n: int):
+  return x * n if n > 1 else x
+
+
+def _quotient(x, n: int):
+  return lax.div(x, n) if n > 1 else x
+
+
 def _over_columns(x, width: int):
   return lax.broadcast_in_dim(x, (ROWS, width), [0])
 
@@ -225,14 +275,13 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  half, rows, workers = s.half, s.packing.rows, config.pair_warpgroups
-  stages = config.query_stages * workers
+  half, rows, workers = s.half, s.packing.rows, s.pair_warpgroups
   registers, copy_registers = {2: (232, 40), 3: (160, 32)}[workers]
 
   def body(
     *, chunk_gmem, tasks_gmem, order_gmem, q_gmem, k_gmem, v_gmem, part_gmem,
-    lse_gmem, q_smem, k_smem, v_smem, o_smem, l_smem, q_ring, k_ring, v_ring,
-    p_smem: Any = None,
+    lse_gmem, q_smem, k_smem, v_smem, l_smem, q_ring, k_ring, v_ring,
+    o_smem: Any = None, p_smem: Any = None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = (chunk_gmem[5] - cta + config.num_ctas - 1) // config.num_ctas
@@ -262,15 +311,18 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
             for a in range(half)
           ]
           q_ring.wait_ready(slot)
-          scores = _qk(q_smem.at[slot], k_smem, s.block_size)
-          q_ring.release(slot)
+          buffer = q_ring.buffer(slot)
+          scores = _qk(q_smem.at[buffer], k_smem, s.block_size)
+          if not s.wide:
+            q_ring.release(slot)
           m = scores.max(axis=1) * s.scale_log2
           p = jnp.exp2(scores * s.scale_log2 - _over_columns(m, s.block_size))
           l = p.sum(axis=1)
           o = _pv(p, v_smem, s, p_smem.at[wg] if s.interpret else None)
           o = o * _over_columns(1.0 / l, s.head_dim)
           plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          o_smem[wg] = o.astype(s.dtype)
+          out_smem, at_out = (q_smem, buffer) if s.wide else (o_smem, wg)
+          out_smem[at_out] = o.astype(s.dtype)
           l_smem[wg] = m + jnp.log2(l)
           plgpu.commit_smem()
           for a in range(half):
@@ -281,7 +333,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
               choice = lax.rem(choice_slot[a], g.pack_slots)
               at = pl.ds(a * rows, rows)
               plgpu.copy_smem_to_gmem(
-                o_smem.at[wg, at],
+                out_smem.at[at_out, at],
                 part_gmem.at[pack, choice],
                 commit_group=False,
               )
@@ -296,6 +348,9 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
               )
 
           plgpu.commit_smem_to_gmem_group()
+          if s.wide:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+            q_ring.release(slot)
           return carry
 
         lax.fori_loop(
@@ -343,7 +398,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
               q_gmem.at[
                 batch_row, origin + pack[a], pl.ds(kv_head * rows, rows)
               ],
-              q_smem.at[slot, pl.ds(a * rows, rows)],
+              q_smem.at[q_ring.buffer(slot), pl.ds(a * rows, rows)],
               q_ring.ready_at(slot),
             )
           return step + 1
@@ -355,6 +410,8 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
       mosaic.drain_rings(my_tasks, k_ring, v_ring)
 
   parts, part_lse = partials
+  # Wide outputs leave through the buffer of their queries.
+  o_smem = {} if s.wide else dict(o_smem=s.operand(workers, ROWS))
   mosaic.launch(
     body,
     dict(
@@ -372,15 +429,15 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
     num_warpgroups=workers + 1,
     interpret=s.interpret,
     scratch=dict(
-      q_smem=s.operand(stages, ROWS),
+      q_smem=s.operand(s.pair_buffers, ROWS),
       k_smem=s.operand(s.block_size),
       v_smem=s.operand(s.block_size),
-      o_smem=s.operand(workers, ROWS),
+      **o_smem,
       l_smem=plgpu.SMEM((workers, ROWS), jnp.float32),
-      q_ring=mosaic.ring(stages, fills=half),
+      q_ring=s.pair_ring(),
       k_ring=mosaic.ring(releases=workers),
       v_ring=mosaic.ring(releases=workers),
-      **s.probs_scratch(workers),
+      **s.probs_scratch(workers, s.block_size),
     ),
   )
 
@@ -411,7 +468,12 @@ def _tiles(
   tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
   merging = partials is not None
   kv_stages = config.kv_stages if merging else config.walk_stages
+  if s.wide:
+    kv_stages = 2
+  each = s.block_size // s.step_keys  # steps of a block
   merge_stages = config.merge_stages
+  columns = s.merge_columns if merging else s.head_dim
+  column_steps = range(s.head_dim // columns)
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
@@ -478,18 +540,20 @@ def _tiles(
           k_ring.wait_ready(slot)
           # Read one block ahead: a warpgroup would wait for it here.
           following = shared_by_gmem[
-            index, wg, jnp.minimum(j + 1, num_shared - 1)
+            index, wg, jnp.minimum(_quotient(j + 1, each), num_shared - 1)
           ]
 
           def walk(acc, m_i, l_i):
-            scores = _qk(q_smem.at[wg], k_smem.at[slot], s.block_size)
+            scores = _qk(q_smem.at[wg], k_smem.at[slot], s.step_keys)
             k_ring.release(slot)
             chosen = chosen_by(mine)
             if own:
-              first_key = shared_gmem[index, j] * s.block_size
+              first_key = shared_gmem[index, _quotient(j, each)] * s.block_size
               key = first_key + plgpu.broadcasted_iota(
                 jnp.int32, scores.shape, 1, layout=plgpu.Layout.WGMMA
               )
+              if each > 1:
+                key += lax.rem(j, each) * s.step_keys
               if keys is None:
                 last = position + query_of_row
               else:
@@ -498,10 +562,12 @@ def _tiles(
                   layout=row_layout,
                   optimized=False,
                 )
-                num_keys = keys_gmem[batch_row, shared_gmem[index, j]]
+                num_keys = keys_gmem[
+                  batch_row, shared_gmem[index, _quotient(j, each)]
+                ]
                 last = jnp.minimum(last, first_key + num_keys - 1)
               scores = jnp.where(
-                key <= _over_columns(last, s.block_size), scores, -jnp.inf
+                key <= _over_columns(last, s.step_keys), scores, -jnp.inf
               )
             m_block = jnp.where(
               chosen, scores.max(axis=1) * s.scale_log2, -jnp.inf
@@ -512,7 +578,7 @@ def _tiles(
             # it.
             shift = jnp.where(chosen, m_new, jnp.inf)
             p = jnp.exp2(
-              scores * s.scale_log2 - _over_columns(shift, s.block_size)
+              scores * s.scale_log2 - _over_columns(shift, s.step_keys)
             )
             l_new = l_i * alpha + p.sum(axis=1)
             acc = acc * _over_columns(alpha, s.head_dim)
@@ -534,28 +600,33 @@ def _tiles(
         def merge(choice, carry):
           bits = [merge_gmem[index, h, choice] for h in range(2)]
 
-          def add(acc, m_i, l_i, step):
-            slot = o_ring.slot(step)
+          def add(accs, m_i, l_i, step):
+            slots = [o_ring.slot(_plus(step, i)) for i in column_steps]
             chosen = chosen_by(jnp.where(wg == 0, bits[0], bits[1]))
-            o_ring.wait_ready(slot)
+            o_ring.wait_ready(slots[0])
             m_part = plgpu.load(
-              l_smem.at[slot, pl.ds(wg * ROWS, ROWS)], layout=row_layout
+              l_smem.at[slots[0], pl.ds(wg * ROWS, ROWS)], layout=row_layout
             )
             m_part = jnp.where(chosen, m_part, -jnp.inf)
             m_new = jnp.maximum(m_i, m_part)
             alpha, weight = jnp.exp2(m_i - m_new), jnp.exp2(m_part - m_new)
-            o = plgpu.load(
-              o_smem.at[slot, wg], layout=plgpu.Layout.WGMMA
-            ).astype(jnp.float32)
-            o_ring.release(slot)
-            # Queries without this pair find old SMEM contents, maybe NaN.
-            o = jnp.where(
-              _over_columns(chosen, s.head_dim),
-              o * _over_columns(weight, s.head_dim),
-              0.0,
-            )
-            acc = acc * _over_columns(alpha, s.head_dim) + o
-            return acc, m_new, l_i * alpha + weight, step + 1
+            merged = []
+            for i, (slot, acc) in enumerate(zip(slots, accs, strict=True)):
+              if i:
+                o_ring.wait_ready(slot)
+              o = plgpu.load(
+                o_smem.at[slot, wg], layout=plgpu.Layout.WGMMA
+              ).astype(jnp.float32)
+              o_ring.release(slot)
+              # Queries without this pair find old SMEM contents, maybe NaN.
+              o = jnp.where(
+                _over_columns(chosen, columns),
+                o * _over_columns(weight, columns),
+                0.0,
+              )
+              merged.append(acc * _over_columns(alpha, columns) + o)
+            l_new = l_i * alpha + weight
+            return tuple(merged), m_new, l_new, step + len(column_steps)
 
           return lax.cond((bits[0] | bits[1]) != 0, add, lambda *c: c, *carry)
 
@@ -565,28 +636,39 @@ def _tiles(
           full(0.0, (ROWS,), row_layout),
           shared_by_gmem[index, wg, 0],
         )
+        first_own, num_steps = _times(num_full, each), _times(num_shared, each)
         carry = lax.fori_loop(
-          0, num_full, functools.partial(block, own=False), carry
+          0, first_own, functools.partial(block, own=False), carry
         )
         *carry, _ = lax.fori_loop(
-          num_full, num_shared, functools.partial(block, own=True), carry
+          first_own, num_steps, functools.partial(block, own=True), carry
         )
-        if merging:
-          *carry, merge_step = lax.fori_loop(
-            0, g.pack_slots, merge, (*carry, merge_step)
-          )
         acc, m_i, l_i = carry
+        accs = (acc,)
+        if len(column_steps) > 1:
+          accs = tuple(
+            acc[:, i * columns : (i + 1) * columns] for i in column_steps
+          )
+        if merging:
+          accs, m_i, l_i, merge_step = lax.fori_loop(
+            0, g.pack_slots, merge, (accs, m_i, l_i, merge_step)
+          )
 
         sees = chosen_by(seeing)
         bad_key, bad_value = chosen_by(bad_keys), chosen_by(bad_values)
         factor = jnp.where(bad_key | bad_value, jnp.nan, 1.0 / l_i)
-        acc = acc * _over_columns(factor, s.head_dim)
-        acc = jnp.where(_over_columns(sees, s.head_dim), acc, 0.0)
+        accs = [x * _over_columns(factor, columns) for x in accs]
+        accs = [jnp.where(_over_columns(sees, columns), x, 0.0) for x in accs]
         # Only infinite scores can leave a query that sees keys without weight.
         log_l = jnp.where(bad_key | (l_i == 0.0), jnp.nan, jnp.log2(l_i))
         lse_rows = jnp.where(sees, (m_i + log_l) * mosaic.LN2, -jnp.inf)
         lse_gmem[batch_row, kv_head, pl.ds(first_pack * rows, ROWS)] = lse_rows
-        q_smem[wg] = acc.astype(s.dtype)
+        if len(accs) == 1:
+          q_smem[wg] = accs[0].astype(s.dtype)
+        else:
+          for i, x in enumerate(accs):
+            at = pl.ds(i * columns, columns)
+            q_smem[wg, :, at] = x.astype(s.dtype)
         plgpu.commit_smem()
         for a in range(half):
 
@@ -600,7 +682,7 @@ def _tiles(
 
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        return kv_step + num_shared, merge_step
+        return kv_step + _times(num_shared, each), merge_step
 
       lax.fori_loop(0, my_tiles, tile, (jnp.int32(0), jnp.int32(0)))
       plgpu.wait_smem_to_gmem(0)
@@ -617,7 +699,10 @@ def _tiles(
         def block(j, carry):
           step = kv_step + j
           slot = k_ring.slot(step)
-          tokens = pl.ds(shared_gmem[index, j] * s.block_size, s.block_size)
+          first_key = shared_gmem[index, _quotient(j, each)] * s.block_size
+          if each > 1:
+            first_key += lax.rem(j, each) * s.step_keys
+          tokens = pl.ds(first_key, s.step_keys)
           k_ring.wait_free(step, slot)
           plgpu.copy_gmem_to_smem(
             k_gmem.at[batch_row, kv_head, tokens],
@@ -632,14 +717,13 @@ def _tiles(
           )
           return carry
 
-        lax.fori_loop(0, num_shared, block, None)
+        lax.fori_loop(0, _times(num_shared, each), block, None)
 
         def merge(choice, step):
           bits = [merge_gmem[index, h, choice] for h in range(2)]
           wanted = (bits[0] | bits[1]) != 0
 
-          @pl.when(wanted)
-          def _():
+          def copy(step, at=None):
             slot = o_ring.wait_free(step)
             plgpu.copy_gmem_to_smem(
               part_lse_gmem.at[index - first_tile, choice], l_smem.at[slot],
@@ -651,8 +735,11 @@ def _tiles(
 
               @pl.when(of_pack != 0)
               def _load(a=a):
+                part = part_gmem.at[
+                  (index - first_tile) * g.tile_packs + a, choice
+                ]
                 plgpu.copy_gmem_to_smem(
-                  part_gmem.at[(index - first_tile) * g.tile_packs + a, choice],
+                  part if at is None else part.at[:, at],
                   o_smem.at[slot, a // half, pl.ds((a % half) * rows, rows)],
                   o_ring.ready_at(slot),
                 )
@@ -661,11 +748,20 @@ def _tiles(
               def _():
                 o_ring.fill(slot)
 
-          return step + wanted.astype(jnp.int32)
+          @pl.when(wanted)
+          def _():
+            if len(column_steps) == 1:
+              copy(step)
+            else:
+              pl.loop(0, len(column_steps))(
+                lambda i: copy(step + i, mosaic.span(i * columns, columns))
+              )
+
+          return step + _times(wanted.astype(jnp.int32), len(column_steps))
 
         if merging:
           merge_step = lax.fori_loop(0, g.pack_slots, merge, merge_step)
-        return kv_step + num_shared, merge_step
+        return kv_step + _times(num_shared, each), merge_step
 
       kv_step, merge_step = lax.fori_loop(
         0, my_tiles, tile, (jnp.int32(0), jnp.int32(0))
@@ -688,8 +784,8 @@ def _tiles(
   )
   scratch: dict[str, Any] = dict(
     q_smem=s.operand(2, ROWS),
-    k_smem=s.operand(kv_stages, s.block_size),
-    v_smem=s.operand(kv_stages, s.block_size),
+    k_smem=s.operand(kv_stages, s.step_keys),
+    v_smem=s.operand(kv_stages, s.step_keys),
     q_ready=plgpu.Barrier(num_arrivals=half, num_barriers=2),
     k_ring=mosaic.ring(kv_stages, releases=2),
     v_ring=mosaic.ring(kv_stages, releases=2),
@@ -700,7 +796,9 @@ def _tiles(
     parts, part_lse = partials
     operands |= dict(merge_gmem=merges, part_gmem=parts, part_lse_gmem=part_lse)
     scratch |= dict(
-      o_smem=s.operand(merge_stages, 2, ROWS),
+      o_smem=plgpu.SMEM(
+        (merge_stages, 2, ROWS, columns), s.dtype, transforms=mosaic.OPERAND
+      ),
       l_smem=plgpu.SMEM((merge_stages, 2 * ROWS), jnp.float32),
       o_ring=mosaic.ring(merge_stages, fills=g.tile_packs + 1, releases=2),
     )
@@ -711,7 +809,7 @@ def _tiles(
     num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
-    scratch=scratch | s.probs_scratch(2),
+    scratch=scratch | s.probs_scratch(2, s.step_keys),
   )
 
 
