@@ -96,6 +96,7 @@ def query_places(
   first_query: Any,
   queries: int,
   num_kv_blocks: int,
+  kv_block: int = KV_BLOCK,
 ) -> QueryPlaces:
   """The places of a chunk's queries.
 
@@ -105,13 +106,14 @@ def query_places(
     first_query: of the chunk.
     queries: of the chunk; those behind the row see nothing.
     num_kv_blocks: KV blocks of a group.
+    kv_block: keys of a KV block.
   """
   slot = first_query + jnp.arange(queries, dtype=jnp.int32)
   positions = packed.positions.at[batch_row[:, None], slot[None]].get(
     mode="fill", fill_value=-1
   )
-  unmasked_from = packed.unmasked_from(num_kv_blocks)[batch_row] - first_query
-  return QueryPlaces(positions, unmasked_from)
+  unmasked_from = packed.unmasked_from(num_kv_blocks, kv_block)
+  return QueryPlaces(positions, unmasked_from[batch_row] - first_query)
 
 
 def sort_key_fits(num_kv_blocks: int, num_pairs: int) -> bool:
@@ -191,7 +193,7 @@ def split_launches(
     pairs, kv_blocks = groups * queries * top_k, groups * num_kv_blocks
     # Each KV block has a sum in memory, however few pairs it has. So a launch
     # may not have more blocks than a single group may.
-    few = kv_blocks <= mosaic.MAX_BLOCKS
+    few = kv_blocks <= max(mosaic.MAX_BLOCKS, num_kv_blocks)
     return pairs <= most and few and sort_key_fits(kv_blocks, pairs)
 
   candidates = [(1, heads) for heads in mosaic.divisors(num_kv_heads)]
@@ -247,6 +249,7 @@ def plan_kv_blocks(
   task: int,
   pack: int = 1,
   places: QueryPlaces | None = None,
+  kv_block: int = KV_BLOCK,
 ) -> KVBlockPlan:
   """Sorts the choices of a chunk by KV block and cuts them into tasks.
 
@@ -257,16 +260,18 @@ def plan_kv_blocks(
     starts: position of each group's first query among the keys; the other
       queries follow. A query at a negative position sees nothing. Not used
       with `places`.
-    block_size: tokens of a chosen block, KV_BLOCK or half of it.
+    block_size: tokens of a chosen block, `kv_block` or half of it.
     num_blocks: N.
     task: upper bound on the pairs of a task, a multiple of 8.
     pack: queries of a pack.
     places: of the queries of packed rows. The ids must be of blocks that the
       queries see.
+    kv_block: keys of a KV block.
   """
   num_groups, num_packs, slots = ids.shape
   num_pairs = ids.size
-  group_kv_blocks = -(-num_blocks * block_size // KV_BLOCK)
+  keys = kv_block
+  group_kv_blocks = -(-num_blocks * block_size // keys)
   num_kv_blocks = num_groups * group_kv_blocks
   slot_bits = (num_pairs - 1).bit_length()
   if not sort_key_fits(num_kv_blocks, num_pairs):
@@ -280,7 +285,12 @@ def plan_kv_blocks(
   else:
     positions = places.positions
   kv_block, is_pair, chosen = _pairs_of_packs(
-    ids, positions, block_size=block_size, num_blocks=num_blocks, pack=pack
+    ids,
+    positions,
+    block_size=block_size,
+    num_blocks=num_blocks,
+    pack=pack,
+    each=keys // block_size,
   )
   group = jnp.arange(num_groups)[:, None]
   kv_block += group[..., None] * group_kv_blocks
@@ -294,7 +304,7 @@ def plan_kv_blocks(
   # The first slot of each block's list whose pack stands behind the block's
   # last key and so needs no causal mask.
   if places is None:
-    after = (jnp.arange(group_kv_blocks) + 1)[None] * KV_BLOCK - starts[:, None]
+    after = (jnp.arange(group_kv_blocks) + 1)[None] * keys - starts[:, None]
   else:
     after = places.unmasked_from
   after = group * num_packs + jnp.clip(-(-after // pack), 0, num_packs)
@@ -314,7 +324,7 @@ def plan_kv_blocks(
   if places is not None:
     block = (key >> slot_bits).astype(jnp.int32) % group_kv_blocks
     queries = positions.reshape(-1, pack)[order // slots]
-    reach = jnp.clip(queries + 1 - block[:, None] * KV_BLOCK, 0, KV_BLOCK)
+    reach = jnp.clip(queries + 1 - block[:, None] * keys, 0, keys)
     reach <<= 8 * jnp.arange(pack, dtype=jnp.int32)
     reach = jnp.sum(reach, axis=-1, dtype=jnp.int32)
 
@@ -356,6 +366,7 @@ def _pairs_of_packs(
   block_size: int,
   num_blocks: int,
   pack: int,
+  each: int,
 ) -> tuple[
   Int[Array, "groups packs slots"],
   Bool[Array, "groups packs slots"],
@@ -363,10 +374,10 @@ def _pairs_of_packs(
 ]:
   """Each pack's pairs: KV block in the group, whether the slot holds one, bits.
 
-  The bits are those of `KVBlockPlan.chosen`.
+  The bits are those of `KVBlockPlan.chosen`; `each` are the blocks of a KV
+  block.
   """
   _, num_packs, slots = ids.shape
-  each = KV_BLOCK // block_size
   query = jnp.arange(slots, dtype=jnp.int32)[None, None] // (slots // pack)
   position = jnp.repeat(
     positions.reshape(-1, num_packs, pack), slots // pack, axis=-1

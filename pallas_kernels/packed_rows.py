@@ -214,14 +214,23 @@ class PackedRows(NamedTuple):
       keys = keys.reshape(len(keys), -1)
     return jnp.pad(keys, ((0, 0), (0, 2 * num_kv_blocks - keys.shape[1])))
 
-  def unmasked_from(self, num_kv_blocks: int) -> Int[Array, "B kv_blocks"]:
+  def unmasked_from(
+    self, num_kv_blocks: int, kv_block: int
+  ) -> Int[Array, "B kv_blocks"]:
     """The number of the query from which on none needs a mask in a KV block.
 
     Its slot is the one behind the block; T if the block is a short one.
+
+    Args:
+      num_kv_blocks: KV blocks of a row.
+      kv_block: places of a KV block: whole blocks, or half of one.
     """
     never = self.positions.shape[1]
     query = jnp.where(self.keys < self.block_size, never, self.end)
-    each = 2 * HALF // self.block_size
+    if kv_block < self.block_size:
+      query = jnp.repeat(query, self.block_size // kv_block, axis=1)
+      return query[:, :num_kv_blocks]
+    each = kv_block // self.block_size
     pad = num_kv_blocks * each - self.num_blocks
     query = jnp.pad(query, ((0, 0), (0, pad)), constant_values=never)
     return query.reshape(len(query), num_kv_blocks, each).max(axis=-1)

@@ -168,6 +168,35 @@ class KernelParams:
     """Packs in a row tile of 64 MMA rows."""
     return ROWS // self.packing.rows
 
+  @property
+  def wide(self) -> bool:
+    """Whether the compute warpgroups share keys and split the columns."""
+    return self.head_dim > mosaic.WIDE
+
+  @property
+  def columns(self) -> int:
+    """Columns of dK and dV of a compute warpgroup."""
+    return self.head_dim // 2 if self.wide else self.head_dim
+
+  @property
+  def key_parts(self) -> int:
+    """Parts of `KEYS` keys of a KV block."""
+    return kv_block_keys(self.head_dim) // KEYS
+
+  @property
+  def stages(self) -> int:
+    """Row tiles in flight, of which two fit SMEM if heads are wide."""
+    return min(self.config.stages, 2) if self.wide else self.config.stages
+
+
+def kv_block_keys(head_dim: int) -> int:
+  """Keys of a KV block, whose K and V stay in SMEM, and dK and dV in registers.
+
+  Args:
+    head_dim: D inside the kernel.
+  """
+  return KEYS if head_dim > mosaic.WIDE else kv_block_plan.KV_BLOCK
+
 
 def _zeros(params):
   return plgpu.layout_cast(
@@ -211,7 +240,8 @@ def _kv_blocks(
     params: static parameters.
   """
   s, config = params, params.config
-  half, d, stages = s.half, s.head_dim, config.stages
+  half, d, stages = s.half, s.head_dim, s.stages
+  kv_block = s.key_parts * KEYS
   rows, pack = s.packing.rows, s.packing.queries
   masks_choices = plan.chosen is not None
   row_layout = plgpu.Layout.WGMMA.reduce(0)
@@ -253,7 +283,7 @@ def _kv_blocks(
       num_tiles = (count + half - 1) // half
       full = count // half
       inside_tiles = (inside + half - 1) // half
-      num_masked = num_tiles if s.block_size < kv_block_plan.KV_BLOCK else (
+      num_masked = num_tiles if s.block_size < kv_block else (
         jnp.minimum(inside_tiles, full) + num_tiles - full
       )  # fmt: skip
 
@@ -279,11 +309,14 @@ def _kv_blocks(
         after_key = (
           starts_gmem[group]
           - group * s.chunk * pack
-          - block * kv_block_plan.KV_BLOCK
+          - block * kv_block
         )
         if keys_gmem is not None:
           batch_row = (chunk_gmem[0] + group) // s.num_kv_heads
-          last_key = wg * KEYS + keys_gmem[batch_row, 2 * block + wg] - 1
+          if s.wide:
+            last_key = keys_gmem[batch_row, block] - 1
+          else:
+            last_key = wg * KEYS + keys_gmem[batch_row, 2 * block + wg] - 1
         kv_ring.wait_ready(0)
 
         def over_keys(x):
@@ -295,8 +328,9 @@ def _kv_blocks(
           # and spill it. This zero, which it cannot know, makes it compute the
           # address again.
           zero = jnp.minimum(j, 0)
+          part = zero if s.wide else wg + zero
           plgpu.wgmma(
-            acc, x_smem.at[wg + zero], y_smem.at[stage].transpose((1, 0))
+            acc, x_smem.at[part], y_smem.at[stage].transpose((1, 0))
           )
 
         def key_major_product(x_smem, y_smem, stage, j):
@@ -316,12 +350,11 @@ def _kv_blocks(
 
         def mask(scores, j):
           first = nth_tile(j) * half
-          key = (
-            plgpu.broadcasted_iota(
-              jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
-            )
-            + wg * KEYS
+          key = plgpu.broadcasted_iota(
+            jnp.int32, (KEYS, ROWS), 0, layout=plgpu.Layout.WGMMA
           )
+          if not s.wide:
+            key += wg * KEYS
           query_of_row = (
             plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
             // s.packing.heads
@@ -337,14 +370,15 @@ def _kv_blocks(
             for b in range(pack):
               if keys_gmem is None:
                 seen = jnp.minimum(
-                  after_key + first_query + b, kv_block_plan.KV_BLOCK - 1
+                  after_key + first_query + b, kv_block - 1
                 )
               else:
                 seen = ((reach >> (8 * b)) & 255) - 1
                 seen = jnp.minimum(seen, last_key)
               live = first + a < count
               if masks_choices:
-                live &= ((chosen >> (2 * b + wg)) & 1) == 1
+                part = 2 * b if s.wide else 2 * b + wg
+                live &= ((chosen >> part) & 1) == 1
               seen = jnp.where(live, seen, -1)
               limit = jnp.where(query_of_row == a * pack + b, seen, limit)
           return jnp.where(key <= over_keys(limit), scores, -jnp.inf)
@@ -364,10 +398,22 @@ def _kv_blocks(
           return p * (dp - over_keys(delta_rows))
 
         def send_ds(ds, step):
+          if s.wide:  # both warpgroups have the same ds
+            pl.when(wg == 0)(lambda: send_part(ds, step, 0))
+          else:
+            send_part(ds, step, wg)
+
+        def send_part(ds, step, part):
           slot = ds_ring.wait_free(step)
-          ds_smem[slot, wg] = ds
+          ds_smem[slot, part] = ds
           plgpu.commit_smem()
           ds_ring.fill(slot)
+
+        def my_columns(x_smem, stage):
+          """A row tile's columns of which this warpgroup owns dK and dV."""
+          if not s.wide:
+            return x_smem.at[stage]
+          return x_smem.at[stage, :, pl.ds(wg * s.columns, s.columns)]
 
         def stage_after(j):
           """Waits for the next row tile and returns its stage.
@@ -391,14 +437,15 @@ def _kv_blocks(
                 plgpu.wgmma(acc, a, b)
                 return acc[...]
 
-              return pl.run_scoped(run, ACC((KEYS, d), jnp.float32))
+              return pl.run_scoped(run, ACC((KEYS, s.columns), jnp.float32))
 
             p_smem[wg] = p
             plgpu.commit_smem()
-            dv = dv + product(p_smem.at[wg], do_smem.at[stage])
+            dv = dv + product(p_smem.at[wg], my_columns(do_smem, stage))
             send_ds(ds, step)
-            ds_at = ds_smem.at[ds_ring.slot(step), wg]
-            dk = dk + product(ds_at, q_smem.at[stage])
+            p_smem[wg] = ds
+            plgpu.commit_smem()
+            dk = dk + product(p_smem.at[wg], my_columns(q_smem, stage))
             if j is None:
               return dk, dv
             after = stage_after(j)
@@ -408,7 +455,7 @@ def _kv_blocks(
           def run(dk_acc, dv_acc, acc=None):
             dk_acc[...] = dk
             dv_acc[...] = dv
-            plgpu.wgmma(dv_acc, p, do_smem.at[stage])
+            plgpu.wgmma(dv_acc, p, my_columns(do_smem, stage))
             send_ds(ds, step)
             if j is not None:
               # Without this wait, the registers of the next scores would be
@@ -422,14 +469,14 @@ def _kv_blocks(
               stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
             else:
               stage_again = stage
-            plgpu.wgmma(dk_acc, ds, q_smem.at[stage_again])
+            plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage_again))
             if j is None:
               return dk_acc[...], dv_acc[...]
             scores = plgpu.wgmma_accumulator_load(acc, wait_n=1)
             p_next = probabilities(scores, after)
             return dk_acc[...], dv_acc[...], p_next
 
-          scoped = [ACC((KEYS, d), jnp.float32)] * 2
+          scoped = [ACC((KEYS, s.columns), jnp.float32)] * 2
           if j is not None:
             scoped.append(ACC((KEYS, ROWS), jnp.float32))
           return pl.run_scoped(run, *scoped)
@@ -467,9 +514,27 @@ def _kv_blocks(
           q_ring.release(stage)
           return carry
 
-        zero = _zeros((KEYS, d))
+        def wide_tile(j, carry):
+          """A full tile, without the scores of the next one in registers."""
+          dk, dv = carry
+          step = done + j
+          stage = q_ring.slot(step)
+          q_ring.wait_ready(stage)
+          scores = key_major_product(k_smem, q_smem, stage, j)
+          p = probabilities(scores, stage)
+          dp = key_major_product(v_smem, do_smem, stage, j)
+          ds = ds_of(p, dp, stage)
+          carry = add_products(
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
+          )
+          q_ring.release(stage)
+          return carry
+
+        zero = _zeros((KEYS, s.columns))
         dk, dv = lax.fori_loop(0, num_masked, masked_tile, (zero, zero))
-        if s.block_size == kv_block_plan.KV_BLOCK:
+        if s.wide:
+          dk, dv = lax.fori_loop(num_masked, num_tiles, wide_tile, (dk, dv))
+        elif s.block_size == kv_block:
           stage = q_ring.slot(done + num_masked)
           pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
           # Without a full tile the stage holds old data, and these scores are
@@ -483,7 +548,11 @@ def _kv_blocks(
         kv_ring.release(0)
         is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
-          at = sums_gmem.at[kind, sum_slot, pl.ds(wg * KEYS, KEYS)]
+          at = sums_gmem.at[kind, sum_slot]
+          if s.wide:
+            at = at.at[:, pl.ds(wg * s.columns, s.columns)]
+          else:
+            at = at.at[pl.ds(wg * KEYS, KEYS)]
 
           def add(at=at, x=x):
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -493,7 +562,10 @@ def _kv_blocks(
         return done + num_tiles
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
-      mosaic.drain_rings(done, ds_ring)
+      if s.wide:
+        pl.when(wg == 0)(lambda: mosaic.drain_rings(done, ds_ring))
+      else:
+        mosaic.drain_rings(done, ds_ring)
 
     @pl.when(wg == 2)
     def _copy():
@@ -510,8 +582,8 @@ def _kv_blocks(
         origin = chunk_gmem[1] - group * s.chunk
 
         pl.when(i > 0)(lambda: kv_ring.wait_released(0))
-        for h in range(2):
-          tokens = pl.ds(block * kv_block_plan.KV_BLOCK + h * KEYS, KEYS)
+        for h in range(s.key_parts):
+          tokens = pl.ds(block * kv_block + h * KEYS, KEYS)
           for x_gmem, x_smem in ((k_gmem, k_smem), (v_gmem, v_smem)):
             plgpu.copy_gmem_to_smem(
               x_gmem.at[batch_row, kv_head, tokens],
@@ -551,14 +623,9 @@ def _kv_blocks(
         def store_dq(j, step):
           slot = ds_ring.slot(step)
           first = nth_tile(j) * half
-          # The dQ of two row tiles ago was stored from the same slot.
-          plgpu.wait_smem_to_gmem(1, wait_read_only=True)
-          ds_ring.wait_ready(slot)
-          for column in range(0, d, 64):
-            at = pl.ds(column, 64)
-
-            def product(acc, at=at):
-              for h in range(2):
+          def product_of(at):
+            def product(acc):
+              for h in range(s.key_parts):
                 plgpu.wgmma(
                   acc,
                   ds_smem.at[slot, h].transpose((1, 0)),
@@ -567,26 +634,54 @@ def _kv_blocks(
               return acc[...]
 
             dq = pl.run_scoped(product, ACC((ROWS, 64), jnp.float32))
-            dq_smem[slot, :, at] = (dq * s.scale).astype(s.dtype)
+            return (dq * s.scale).astype(s.dtype)
+
+          def store(dq_slot, at=None):
+            packs, slots = (pair_fields(1, j, field) for field in range(2))
+
+            @plgpu.warp_map
+            def _(warp):
+              for a in range(half):
+
+                @pl.when((warp == a % 4) & (first + a < count))
+                def _(a=a):
+                  part = part_gmem.at[packs[a], slots[a]]
+                  plgpu.copy_smem_to_gmem(
+                    dq_smem.at[dq_slot, pl.ds(a * rows, rows)],
+                    part if at is None else part.at[:, at],
+                    commit_group=False,
+                  )
+
+            plgpu.commit_smem_to_gmem_group()
+
+          if s.wide:
+            ds_ring.wait_ready(slot)
+            plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
+
+            @pl.loop(0, d // 64)
+            def _(i):
+              at = mosaic.span(i * 64, 64)
+              dq_slot = lax.rem(i, 2)
+              # The dQ of two columns tiles ago was stored from the same slot.
+              plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+              dq_smem[dq_slot] = product_of(at)
+              plgpu.commit_smem()
+              store(dq_slot, at)
+
+            ds_ring.release(slot)
+            copy_pairs(1, j + 1)
+            return
+          # The dQ of two row tiles ago was stored from the same slot.
+          plgpu.wait_smem_to_gmem(1, wait_read_only=True)
+          ds_ring.wait_ready(slot)
+          for column in range(0, d, 64):
+            at = pl.ds(column, 64)
+            dq_smem[slot, :, at] = product_of(at)
           ds_ring.release(slot)
           plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
           plgpu.commit_smem()
           copy_pairs(1, j + 1)
-          packs, slots = (pair_fields(1, j, field) for field in range(2))
-
-          @plgpu.warp_map
-          def _(warp):
-            for a in range(half):
-
-              @pl.when((warp == a % 4) & (first + a < count))
-              def _(a=a):
-                plgpu.copy_smem_to_gmem(
-                  dq_smem.at[slot, pl.ds(a * rows, rows)],
-                  part_gmem.at[packs[a], slots[a]],
-                  commit_group=False,
-                )
-
-          plgpu.commit_smem_to_gmem_group()
+          store(slot)
 
         def gather(j, step):
           stage = q_ring.slot(step)
@@ -648,15 +743,19 @@ def _kv_blocks(
   scratch = dict(
     q_smem=operand(stages, ROWS),
     do_smem=operand(stages, ROWS),
-    k_smem=operand(2, KEYS),
-    v_smem=operand(2, KEYS),
-    ds_smem=plgpu.SMEM((2, 2, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND),
-    dq_smem=operand(2, ROWS),
+    k_smem=operand(s.key_parts, KEYS),
+    v_smem=operand(s.key_parts, KEYS),
+    ds_smem=plgpu.SMEM(
+      (2, s.key_parts, KEYS, ROWS), s.dtype, transforms=mosaic.OPERAND
+    ),
+    dq_smem=plgpu.SMEM(
+      (2, ROWS, 64 if s.wide else d), s.dtype, transforms=mosaic.OPERAND
+    ),
     small_smem=plgpu.SMEM((pairs_at + 4 * tile_words,), jnp.int32),
     pairs_ready=plgpu.Barrier(num_barriers=4),
     q_ring=mosaic.ring(stages, fills=2 * half + 2, releases=2),
-    kv_ring=mosaic.ring(fills=4, releases=2),
-    ds_ring=mosaic.ring(2, fills=2),
+    kv_ring=mosaic.ring(fills=2 * s.key_parts, releases=2),
+    ds_ring=mosaic.ring(2, fills=s.key_parts),
     clean=plgpu.Barrier(num_arrivals=2),
   )
   if s.interpret:  # interpreted wgmma takes no register operand
@@ -714,18 +813,19 @@ def _describe(plan, slots: int) -> jax.Array:
 def sum_extra(sums, extra, *, num_kv_blocks, interpret):
   """Adds the extra sums of hot KV blocks to the blocks' own sums, in order.
 
-  A CTA owns 32 keys of one KV block, and each of its warpgroups one kind of sum
-  (dK or dV; `index_kl` has dindex_k only).
+  A CTA owns 32 keys of one KV block (16 of wide heads), and each of its
+  warpgroups one kind of sum (dK or dV; `index_kl` has dindex_k only).
 
   Args:
-    sums: Ref, float32 [kinds, slots, KV_BLOCK, D].
+    sums: Ref, float32 [kinds, slots, keys of a KV block, D].
     extra: `KVBlockPlan.extra`.
     num_kv_blocks: KV blocks of all groups of the launch.
     interpret: run on the CPU.
   """
-  kinds, _, _, d = sums.shape
-  tile_keys = 32  # keys of a CTA
-  tiles = kv_block_plan.KV_BLOCK // tile_keys
+  kinds, _, kv_block, d = sums.shape
+  # Of a CTA. A thread holds the total and four sums of these keys.
+  tile_keys = 16 if d > mosaic.WIDE else 32
+  tiles = kv_block // tile_keys
   layout = plgpu.Layout.WG_STRIDED((tile_keys, d), vec_size=4)
 
   def body(*, extra_gmem, sums_gmem):
@@ -823,6 +923,14 @@ def _sum_pairs(dq, partials, counts, *, params):
   )
 
 
+def _smaller_blocks(block_indices, num_blocks: int):
+  """The halves of chosen blocks, as ids of blocks of half the size."""
+  known = (block_indices >= 0) & (block_indices < num_blocks)
+  ids = 2 * jnp.where(known, block_indices, 0)
+  ids = jnp.where(known[..., None], jnp.stack([ids, ids + 1], axis=-1), -1)
+  return ids.reshape(*block_indices.shape[:-1], -1)
+
+
 def backward(
   q, k, v, dout, lse, delta, block_indices, kv_lengths, packed=None, *, packing,
   block_size, scale, config, interpret,
@@ -851,9 +959,13 @@ def backward(
   b, num_packs, _, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
   rows, pack = packing.rows, packing.queries
+  kv_block = kv_block_keys(d)
+  if kv_block < block_size:
+    block_indices = _smaller_blocks(block_indices, s_len // block_size)
+    block_size = kv_block
   t, top_k = block_indices.shape[2:]
   slots = pack * top_k
-  num_kv_blocks = s_len // kv_block_plan.KV_BLOCK
+  num_kv_blocks = s_len // kv_block
 
   max_pairs = MAX_WORKSPACE // (rows * d)
   split = kv_block_plan.split_launches(
@@ -895,15 +1007,17 @@ def backward(
 
   lse, delta = by_group(lse * mosaic.LOG2E), by_group(delta)
   starts = jnp.repeat(kv_lengths - t, num_kv_heads)
-  keys = None if packed is None else packed.keys_of_halves(num_kv_blocks)
+  keys = None
+  if packed is not None:
+    keys = packed.keys_of_halves(s_len // kv_block_plan.KV_BLOCK)
   num_slots = groups * num_kv_blocks
   max_tasks = kv_block_plan.max_tasks(num_slots, num_pairs, task)
 
   def launch(index, carry):
     dq, dk, dv = carry
     first = index * groups
-    sums = lax.empty((2, max_tasks, kv_block_plan.KV_BLOCK, d), jnp.float32)
-    own = jnp.zeros((2, num_slots, kv_block_plan.KV_BLOCK, d), jnp.float32)
+    sums = lax.empty((2, max_tasks, kv_block, d), jnp.float32)
+    own = jnp.zeros((2, num_slots, kv_block, d), jnp.float32)
     sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
     partials = lax.empty((groups * chunk, slots, rows, d), q.dtype)
 
@@ -924,6 +1038,7 @@ def backward(
           first_pack * pack,
           chunk * pack,
           num_kv_blocks,
+          kv_block,
         )
       plan = kv_block_plan.plan_kv_blocks(
         cut(block_indices),
@@ -933,6 +1048,7 @@ def backward(
         task=task,
         pack=pack,
         places=places,
+        kv_block=kv_block,
       )
 
       def by_pair(x, other):
