@@ -235,11 +235,18 @@ class KernelParams:
   @property
   def unit(self) -> int:
     """Tokens of an attention step."""
+    if self.head_dim > mosaic.WIDE:  # a whole block does not fit SMEM
+      return 64
     if self.config.unit:
       return min(self.config.unit, self.block_size)
     # Half blocks if there are too few whole ones for all SMs.
     few = 2 * self.all_queries * self.top_k <= mosaic.num_sms()
     return 64 if few else self.block_size
+
+  @property
+  def out_columns(self) -> int:
+    """Columns of a result that leave through SMEM at once."""
+    return min(self.head_dim, mosaic.WIDE)
 
   @property
   def units(self) -> int:
@@ -839,7 +846,7 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
       plgpu.SwizzleTransform(128),  # pyright: ignore
     )
   out_dtype = jnp.dtype(jnp.float32 if s.partial else s.dtype)
-  fixed = ROWS * d * (size + out_dtype.itemsize) + 4096
+  fixed = ROWS * (d * size + s.out_columns * out_dtype.itemsize) + 4096
   stages = (mosaic.SMEM_LIMIT - fixed) // (2 * s.unit * d * size)
   stages = min(stages, s.split_units)
   kv = (stages, s.unit, d)
@@ -847,7 +854,9 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
     q_smem=plgpu.SMEM((ROWS, d), s.dtype, transforms=mosaic.OPERAND),
     k_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
     v_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
-    o_smem=plgpu.SMEM((ROWS, d), out_dtype, transforms=out_transforms),
+    o_smem=plgpu.SMEM(
+      (ROWS, s.out_columns), out_dtype, transforms=out_transforms
+    ),
     # The ids, how many there are, and where those of this device start.
     ids_smem=plgpu.SMEM((s.top_k + 2,), jnp.int32),
     q_ready=plgpu.Barrier(),
@@ -1062,20 +1071,29 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
           _full(0.0, (ROWS,), jnp.float32, row_layout),
         ),
       )
+
+      def send(x, x_gmem):
+        """Copies the rows of the heads to memory, some columns at a time."""
+        if s.out_columns == d:
+          parts = [(x, x_gmem)]
+        else:
+          parts = [
+            (x[:, i : i + s.out_columns], x_gmem.at[:, pl.ds(i, s.out_columns)])
+            for i in range(0, d, s.out_columns)
+          ]
+        for i, (part, part_gmem) in enumerate(parts):
+          if i:
+            plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          o_smem[...] = part
+          plgpu.commit_smem()
+          plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, s.heads)], part_gmem)
+
       if not s.partial:
-        o_smem[...] = _finish(acc, l_i, s)
-        plgpu.commit_smem()
-        plgpu.copy_smem_to_gmem(
-          o_smem.at[pl.ds(0, s.heads)],
-          out_gmem.at[loc.b, loc.token, loc.group, heads],
-        )
+        out = out_gmem.at[loc.b, loc.token, loc.group, heads]
+        send(_finish(acc, l_i, s), out)
         plgpu.wait_smem_to_gmem(0)
         return
-      o_smem[...] = acc
-      plgpu.commit_smem()
-      plgpu.copy_smem_to_gmem(
-        o_smem.at[pl.ds(0, s.heads)], part_gmem.at[query, split]
-      )
+      send(acc, part_gmem.at[query, split])
       stats_gmem[query, split, 0] = m_i
       stats_gmem[query, split, 1] = l_i
       plgpu.wait_smem_to_gmem(0)

@@ -166,6 +166,21 @@ class KernelParams:
     """Queries in a row tile."""
     return ROWS // self.q_rows
 
+  @property
+  def q_columns(self) -> int:
+    """Columns of a row tile's queries that are gathered at once."""
+    return min(self.head_dim, mosaic.WIDE)
+
+  @property
+  def q_parts(self) -> int:
+    """Parts of so many columns of a row tile."""
+    return self.head_dim // self.q_columns
+
+  @property
+  def stages(self) -> int:
+    """Parts of row tiles in flight, of which two fit SMEM if heads are wide."""
+    return min(self.config.stages, 2) if self.q_parts > 1 else self.config.stages
+
   def locate(self, kv_block, first_group):
     """Batch row, KV head and block in the group of a launch's KV block."""
     group = first_group + kv_block // self.num_kv_blocks
@@ -492,13 +507,28 @@ def _kv_blocks(
           lse_ring.wait_ready(stage)
 
           def row_tile(t, mean):
-            q_stage = q_ring.slot(row_step + t)
-            q_ring.wait_ready(q_stage)
+            if s.q_parts == 1:
+              q_stages = [q_ring.slot(row_step + t)]
+            else:
+              q_stages = [
+                q_ring.slot(row_step + t * s.q_parts + i)
+                for i in range(s.q_parts)
+              ]
+            for q_stage in q_stages:
+              q_ring.wait_ready(q_stage)
 
             def product(acc):
-              plgpu.wgmma(
-                acc, k_smem.at[wg], q_smem.at[q_stage].transpose((1, 0))
-              )
+              for i, q_stage in enumerate(q_stages):
+                keys = k_smem.at[wg]
+                if s.q_parts > 1:
+                  at = pl.ds(i * s.q_columns, s.q_columns)
+                  keys = k_smem.at[wg, :, at]
+                plgpu.wgmma(acc, keys, q_smem.at[q_stage].transpose((1, 0)))
+              for i, q_stage in enumerate(q_stages[:-1]):
+                # The first part may be filled again while the next one is
+                # multiplied.
+                plgpu.wgmma_wait(s.q_parts - 1 - i)
+                q_ring.release(q_stage)
               return acc[...]
 
             # The warpgroups alternate: one multiplies while the other takes
@@ -507,7 +537,7 @@ def _kv_blocks(
             plgpu.barrier_wait(tensor_turn.at[wg])
             scores = pl.run_scoped(product, ACC((KEYS, ROWS), jnp.float32))
             plgpu.barrier_arrive(tensor_turn.at[1 - wg])
-            q_ring.release(q_stage)
+            q_ring.release(q_stages[-1])
             lse_rows = plgpu.load(lse_smem.at[stage, t], layout=column_layout)
             p = jnp.exp2(
               scores * (s.scale * mosaic.LOG2E) - along(lse_rows, ROWS)
@@ -601,7 +631,10 @@ def _kv_blocks(
               )
           else:
             iq_ring.release(stage)
-          return row_step + num_row_tiles, pair_step + 1, value, dik
+          row_step += num_row_tiles if s.q_parts == 1 else (
+            num_row_tiles * s.q_parts
+          )
+          return row_step, pair_step + 1, value, dik
 
         dik = plgpu.layout_cast(
           jnp.full((KEYS, i_dim), 0.0, jnp.float32), plgpu.Layout.WGMMA
@@ -683,12 +716,9 @@ def _kv_blocks(
               iq_ring.ready_at(stage),
             )
 
-        def row_tile(t, steps):
-          row_step, pair_step = steps
+        def gather(t, part, row_step):
+          """Gathers one part of the columns of a row tile."""
           stage = q_ring.slot(row_step)
-          # int32: the division of a loop's index has 64 bits in 64-bit JAX.
-          j, nth = jnp.int32(t) // row_tiles, lax.rem(t, row_tiles)
-          pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
 
           @plgpu.warp_map
           def _(warp):
@@ -697,21 +727,33 @@ def _kv_blocks(
             at = first * PAIRS + t * s.queries
             query = [query_gmem[at + a] for a in mine]
             q_ring.wait_free(row_step, stage)
+            heads = pl.ds(kv_head * q_rows, q_rows)
+            columns = pl.ds(part * s.q_columns, s.q_columns)
             for a, one in zip(mine, query, strict=True):
+              q_of_query = q_gmem.at[batch_row, origin + one, heads]
+              if s.q_parts > 1:
+                q_of_query = q_of_query.at[:, columns]
               plgpu.copy_gmem_to_smem(
-                q_gmem.at[
-                  batch_row, origin + one, pl.ds(kv_head * q_rows, q_rows)
-                ],
+                q_of_query,
                 q_smem.at[stage, pl.ds(a * q_rows, q_rows)],
                 q_ring.ready_at(stage),
               )
 
+        def row_tile(t, steps):
+          row_step, pair_step = steps
+          # int32: the division of a loop's index has 64 bits in 64-bit JAX.
+          j, nth = jnp.int32(t) // row_tiles, lax.rem(t, row_tiles)
+          pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
+          for i in range(s.q_parts):
+            gather(t, i, row_step + i if i else row_step)
+
           # The keys and the index operands are copied last, because the task or
           # pair tile before may still be using their buffers.
-          pl.when(t == jnp.minimum(q_ring.stages, num_row_tiles) - 1)(copy_keys)
+          most = q_ring.stages // s.q_parts
+          pl.when(t == jnp.minimum(most, num_row_tiles) - 1)(copy_keys)
           ends = (nth == row_tiles - 1) | (t == num_row_tiles - 1)
           pl.when(ends)(lambda: copy_index(j, pair_step))
-          return row_step + 1, pair_step + ends.astype(jnp.int32)
+          return row_step + s.q_parts, pair_step + ends.astype(jnp.int32)
 
         return lax.fori_loop(0, num_row_tiles, row_tile, steps)
 
@@ -753,7 +795,7 @@ def _kv_blocks(
     interpret=s.interpret,
     auto_barriers=False,
     scratch=dict(
-      q_smem=operand(config.stages, ROWS, d),
+      q_smem=operand(s.stages, ROWS, s.q_columns),
       lse_smem=plgpu.SMEM((2, row_tiles, ROWS), jnp.float32),
       k_smem=operand(2, KEYS, d),
       ik_smem=operand(2, KEYS, i_dim),
@@ -761,7 +803,7 @@ def _kv_blocks(
       ilse_smem=plgpu.SMEM((2, PAIRS), jnp.float32),
       limit_smem=plgpu.SMEM((2, PAIRS), jnp.int32),
       g_smem=operand(2, KEYS, PAIRS),
-      q_ring=mosaic.ring(config.stages, fills=s.queries, releases=2),
+      q_ring=mosaic.ring(s.stages, fills=s.queries, releases=2),
       lse_ring=mosaic.ring(2, releases=2),
       kv_ring=mosaic.ring(fills=4, releases=2),
       iq_ring=mosaic.ring(2, fills=3 if weights is None else 4, releases=2),
