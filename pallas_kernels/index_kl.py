@@ -179,7 +179,9 @@ class KernelParams:
   @property
   def stages(self) -> int:
     """Parts of row tiles in flight, of which two fit SMEM if heads are wide."""
-    return min(self.config.stages, 2) if self.q_parts > 1 else self.config.stages
+    return (
+      min(self.config.stages, 2) if self.q_parts > 1 else self.config.stages
+    )
 
   def locate(self, kv_block, first_group):
     """Batch row, KV head and block in the group of a launch's KV block."""
@@ -631,8 +633,8 @@ def _kv_blocks(
               )
           else:
             iq_ring.release(stage)
-          row_step += num_row_tiles if s.q_parts == 1 else (
-            num_row_tiles * s.q_parts
+          row_step += (
+            num_row_tiles if s.q_parts == 1 else (num_row_tiles * s.q_parts)
           )
           return row_step, pair_step + 1, value, dik
 

@@ -307,9 +307,7 @@ def _kv_blocks(
         # Added to a query in the launch, this gives its distance from the
         # block's first key.
         after_key = (
-          starts_gmem[group]
-          - group * s.chunk * pack
-          - block * kv_block
+          starts_gmem[group] - group * s.chunk * pack - block * kv_block
         )
         if keys_gmem is not None:
           batch_row = (chunk_gmem[0] + group) // s.num_kv_heads
@@ -329,9 +327,7 @@ def _kv_blocks(
           # address again.
           zero = jnp.minimum(j, 0)
           part = zero if s.wide else wg + zero
-          plgpu.wgmma(
-            acc, x_smem.at[part], y_smem.at[stage].transpose((1, 0))
-          )
+          plgpu.wgmma(acc, x_smem.at[part], y_smem.at[stage].transpose((1, 0)))
 
         def key_major_product(x_smem, y_smem, stage, j):
           def run(acc):
@@ -369,9 +365,7 @@ def _kv_blocks(
               reach = pairs_gmem[at + 3]
             for b in range(pack):
               if keys_gmem is None:
-                seen = jnp.minimum(
-                  after_key + first_query + b, kv_block - 1
-                )
+                seen = jnp.minimum(after_key + first_query + b, kv_block - 1)
               else:
                 seen = ((reach >> (8 * b)) & 255) - 1
                 seen = jnp.minimum(seen, last_key)
@@ -623,6 +617,7 @@ def _kv_blocks(
         def store_dq(j, step):
           slot = ds_ring.slot(step)
           first = nth_tile(j) * half
+
           def product_of(at):
             def product(acc):
               for h in range(s.key_parts):

@@ -146,6 +146,19 @@ HOPPER_CASES = {
     q_len=200, kv_len=4500, num_heads=11, num_kv_heads=1, head_dim=64,
     index_dim=64, block_size=64, top_k=64,
   ), "bfloat16"),
+  "d256": (Case(
+    q_len=700, kv_len=1408, num_heads=16, num_kv_heads=2, head_dim=256,
+    index_dim=128, block_size=128, top_k=8,
+  ), "bfloat16"),
+  "d256_group_16_block_64": (Case(
+    batch=2, q_len=333, kv_len=1500, num_heads=32, num_kv_heads=2,
+    head_dim=256, index_dim=64, block_size=64, top_k=6,
+    kv_lengths=(1500, 301),
+  ), "float16"),
+  "d256_group_4_of_200": (Case(
+    q_len=300, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=200,
+    index_dim=80, block_size=128, top_k=4,
+  ), "bfloat16"),
 }  # fmt: skip
 
 # Shapes at which the kernels that own KV blocks are lowered: the paper's, small

@@ -340,11 +340,12 @@ def test_gpu_gradients_through_lse(hopper, name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", bwd.candidate_configs(), ids=str)
-def test_gpu_configs(hopper, config):
-  case, dtype = HOPPER_CASES["paper_heads"]
+@pytest.mark.parametrize("name", ["paper_heads", "d256"])
+def test_gpu_configs(hopper, name, config):
+  case, dtype = HOPPER_CASES[name]
   args = attention_inputs(case, dtype)
-  for name in ("random", "sharing", "all_on_block_0"):
-    run_twice(case, *args, patterns(case)[name], config)
+  for pattern in ("random", "sharing", "all_on_block_0"):
+    run_twice(case, *args, patterns(case)[pattern], config)
 
 
 @pytest.mark.gpu

@@ -646,6 +646,18 @@ def test_gpu_matrix(hopper, shape, fp8, block_size):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("shape", range(len(GPU_SHAPES)))
+@pytest.mark.parametrize("block_size", [64, 128])
+def test_gpu_d256(hopper, shape, block_size):
+  case = Case(
+    head_dim=256, index_dim=128, fp8=shape % 2 == 1, block_size=block_size,
+    dtype="bfloat16" if shape % 3 else "float16", **GPU_SHAPES[shape],
+  )  # fmt: skip
+  for config in (None, decode.Config(unit=128, splits=3)):
+    run_and_check(case, config=config, interpret=False)
+
+
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS, ids=str)
 @pytest.mark.parametrize("fp8", [False, True])
 def test_gpu_configs(hopper, config, fp8):

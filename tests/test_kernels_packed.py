@@ -24,7 +24,7 @@ import msa_jax
 from benchmarks import cases
 from msa_jax import mosaic_gpu, reference, xla
 from msa_jax import segments as segments_lib
-from pallas_kernels import dense_index_kl, index_kl, kv_block_plan
+from pallas_kernels import dense_index_kl, index_kl, kv_block_plan, mosaic
 from pallas_kernels import masked_attention as masked
 from pallas_kernels import packed_rows as packed_lib
 from pallas_kernels import select_blocks as sb
@@ -388,10 +388,18 @@ def assert_rows_agree(results, poison):
 
 
 @pytest.mark.parametrize(
-  "kind", ["documents", pytest.param("trees", marks=pytest.mark.slow)]
+  "kind, head_dim",
+  [
+    ("documents", None),
+    pytest.param("trees", None, marks=pytest.mark.slow),
+    pytest.param("documents", 256, marks=pytest.mark.slow),
+    pytest.param("trees", 136, marks=pytest.mark.slow),
+  ],
 )
-def test_interpreted_attention_and_gradients(kind):
+def test_interpreted_attention_and_gradients(kind, head_dim):
   case, layout, poison = small(kind)
+  if head_dim:
+    case = dataclasses.replace(case, head_dim=head_dim)
   blocks = random_choices(case, layout)[:1]
   blocks = jnp.concatenate([blocks] * case.batch)
   inputs = op_contract.attention_inputs(case, "bfloat16")
@@ -887,6 +895,14 @@ GPU_CASES = {
     q_len=900, kv_len=900, num_heads=12, num_kv_heads=2, head_dim=96,
     index_dim=80, block_size=128, top_k=3,
   ), "bfloat16"),
+  "d256": (Case(
+    batch=2, q_len=1300, kv_len=1300, num_heads=16, num_kv_heads=2,
+    head_dim=256, index_dim=128, block_size=128, top_k=5,
+  ), "bfloat16"),
+  "d256_group_4_block_64": (Case(
+    q_len=900, kv_len=900, num_heads=8, num_kv_heads=2, head_dim=256,
+    index_dim=64, block_size=64, top_k=6,
+  ), "float16"),
 }  # fmt: skip
 GPU_MATRIX = pytest.mark.parametrize(
   "name, kind",
@@ -950,7 +966,8 @@ def test_gpu_kl(hopper, name, kind):
     if kind == "trees":  # counts, or shares of a small whole
       factor = (1.0, 1e-7)[seed]
       mask = jnp.where(mask, 1.0 + jnp.arange(case.q_len) % 4, 0.0) * factor
-    for ids in (blocks, None):
+    dense = case.head_dim <= mosaic.MAX_DENSE_HEAD_DIM
+    for ids in (blocks, None) if dense else (blocks,):
       op_contract.run_twice(
         run, check, q, k, index_q, index_k, ids, mask, layout
       )

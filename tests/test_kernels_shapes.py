@@ -28,7 +28,9 @@ from op_contract import (
 import msa_jax
 from pallas_kernels import (
   decode,
+  dense_attention,
   index_kl,
+  masked_attention,
   mosaic,
   select_blocks,
   sparse_attention_bwd,
@@ -226,15 +228,117 @@ def test_decoding_of_more_heads_than_a_swizzle_tile_lowers():
   )
 
 
-@pytest.mark.parametrize("name", ["head_dim", "index_dim"])
-def test_decoding_says_why_it_does_not_pad(name):
+@pytest.mark.parametrize(
+  "name, dims", [("head_dim", "64, 128, 256"), ("index_dim", "64, 128")]
+)
+def test_decoding_says_why_it_does_not_pad(name, dims):
   case = dataclasses.replace(test_kernels_decode.Case(), **{name: 96})
   with pytest.raises(NotImplementedError) as error:
     test_kernels_decode.lower(case)
   assert str(error.value) == (
-    f"mosaic_gpu decode_attention supports {name} in (64, 128), because padding"
+    f"mosaic_gpu decode_attention supports {name} in ({dims}), because padding"
     " would copy the whole cache in every step, got 96"
   )
+
+
+# --------------------------------------------------- head dims of 136 to 256
+
+# (G, K, D, I) and the block size.
+WIDE = [
+  pytest.param((16, 1, 200, 64), 128, PAIRS),
+  pytest.param((3, 1, 256, 48), 64, FORWARD, marks=SLOW),
+  pytest.param((8, 2, 256, 128), 64, PAIRS, marks=SLOW),
+  pytest.param((2, 1, 160, 64), 128, FORWARD, marks=SLOW),
+]
+
+
+@pytest.mark.parametrize("sizes, block_size, config", WIDE)
+def test_wide_attention_and_gradients(sizes, block_size, config):
+  case = padded_case(*sizes, kv_len=300, kv_lengths=(300, 5))
+  case = dataclasses.replace(case, block_size=block_size)
+  q, k, v, dout = attention_inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case)
+  out, lse, grads = attend_and_pull(case, q, k, v, dout, blocks, config)
+  check_attention(case, q, k, v, blocks, out, lse)
+  check_attention_gradients(case, q, k, v, dout, blocks, grads)
+
+
+@pytest.mark.parametrize("sizes, block_size, config", WIDE)
+def test_wide_kl(sizes, block_size, config):
+  del config
+  case = padded_case(*sizes, kv_len=300, kv_lengths=(300, 5))
+  case = dataclasses.replace(case, block_size=block_size)
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  args = (case, q, k, index_q, index_k, random_blocks(case))
+  config = index_kl.Config(task=64, num_ctas=1)
+  check_kl(*args, test_kernels_kl.run(*args, config=config, interpret=True))
+
+
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    dict(num_heads=16, block_size=128),
+    pytest.param(dict(num_heads=6), marks=SLOW),
+  ],
+  ids=str,
+)
+def test_wide_decoding(sizes):
+  case = test_kernels_decode.Case(
+    lengths=(140, 3), capacity=144, head_dim=256, top_k=2, **sizes
+  )
+  test_kernels_decode.run_and_check(case)
+
+
+def test_wide_heads_lower_for_cuda():
+  """Lowering checks that a kernel fits SMEM."""
+  case = dataclasses.replace(
+    real_case(1 << 15, 16, 2, dim=256), index_dim=128
+  )  # fmt: skip
+  for text in kernels_of(case).values():
+    assert "mosaic_gpu" in text
+
+
+@SLOW
+@pytest.mark.parametrize(
+  "group, block_size", [(1, 128), (4, 64), (16, 64), (16, 128)]
+)
+def test_wide_heads_of_every_pack_lower_for_cuda(group, block_size):
+  case = real_case(1 << 13, 2 * group, 2, dim=256, block_size=block_size)
+  case = dataclasses.replace(case, index_dim=64)
+  for text in kernels_of(case).values():
+    assert "mosaic_gpu" in text
+
+
+def test_dense_kernels_name_their_bound_on_heads():
+  case = padded_case(2, 1, 136, 64)
+  q, k, v, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  text = "supports head_dim up to 128 in the warm-up phase and in dense"
+  lse = jnp.zeros((case.batch, case.num_heads, case.q_len), jnp.float32)
+  for call in (
+    lambda: index_kl.index_kl_loss(q, k, index_q, index_k, None, lse=lse),
+    lambda: masked_attention.attention(q, k, v),
+    lambda: dense_attention.attention(q, k, v),
+  ):
+    with pytest.raises(NotImplementedError, match=text):
+      call()
+
+
+@pytest.mark.gpu
+def test_gpu_d256_warm_up_falls_back(hopper):
+  """Dense attention and its KL have no kernel, the choice has one."""
+  case = Case(
+    q_len=256, kv_len=256, num_heads=8, num_kv_heads=2, head_dim=256,
+    index_dim=128, block_size=64, top_k=2,
+  )  # fmt: skip
+  inputs = case.inputs(dtype=jnp.bfloat16)
+  attend = functools.partial(
+    msa_jax.msa_attention, block_size=64, top_k=2, phase="warmup", with_kl=True
+  )
+  got, want = attend(*inputs), attend(*inputs, implementation="xla")
+  np.testing.assert_array_equal(got.out, want.out)
+  np.testing.assert_allclose(got.kl, want.kl, rtol=1e-5)
+  with pytest.raises(NotImplementedError, match="head_dim up to 128"):
+    attend(*inputs, implementation="mosaic_gpu")
 
 
 # ------------------------------------------------------------- many choices
@@ -348,8 +452,10 @@ def kernels_of(case):
       kv_lengths=jnp.full((case.batch,), case.kv_len), **options,
     )  # fmt: skip
 
-  functions = [attention, kl, warm_up_kl, choice]
-  if case.head_dim in mosaic.HEAD_DIMS and case.index_dim in mosaic.HEAD_DIMS:
+  functions = [attention, kl, choice]
+  if case.head_dim <= mosaic.MAX_DENSE_HEAD_DIM:
+    functions.append(warm_up_kl)
+  if case.head_dim in mosaic.HEAD_DIMS and case.index_dim in mosaic.INDEX_DIMS:
     functions.append(step)
   return {
     function.__name__: jax.jit(function)

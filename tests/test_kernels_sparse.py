@@ -302,8 +302,8 @@ SMALL = Case(
 @pytest.mark.parametrize(
   "change, dtype, text",
   [
-    ({"head_dim": 68}, "bfloat16", "head_dim of multiples of 8 up to 128, got"),
-    ({"head_dim": 136}, "bfloat16", "multiples of 8 up to 128, got 136"),
+    ({"head_dim": 68}, "bfloat16", "head_dim of multiples of 8 up to 256, got"),
+    ({"head_dim": 264}, "bfloat16", "multiples of 8 up to 256, got 264"),
     ({"block_size": 32}, "bfloat16", "block_size in (64, 128), got 32"),
     ({"num_heads": 17}, "bfloat16", "num_kv_heads) up to 16, got 17"),
     ({"top_k": 65}, "bfloat16", "top_k up to 64, got 65"),
@@ -525,17 +525,19 @@ def test_gpu_patterns(hopper, name):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", fwd.candidate_configs(), ids=str)
-def test_gpu_configs(hopper, config):
-  case, dtype = GPU_CASES["paper_heads"]
+@pytest.mark.parametrize("name", ["paper_heads", "d256"])
+def test_gpu_configs(hopper, name, config):
+  case, dtype = GPU_CASES[name]
   q, k, v, *_ = case.inputs(dtype=dtype)
-  for name in ("random", "sharing"):
-    run_twice(case, q, k, v, patterns(case)[name], config)
+  for pattern in ("random", "sharing"):
+    run_twice(case, q, k, v, patterns(case)[pattern], config)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("config", [PAIRS, WALK], ids=["pairs", "walk"])
-def test_gpu_small_chunks_and_tasks(hopper, config):
-  case, dtype = GPU_CASES["ragged_batch"]
+@pytest.mark.parametrize("name", ["ragged_batch", "d256_group_16_block_64"])
+def test_gpu_small_chunks_and_tasks(hopper, name, config):
+  case, dtype = GPU_CASES[name]
   config = dataclasses.replace(config, chunk=64, span=32, task=16, num_ctas=7)
   q, k, v, *_ = case.inputs(dtype=dtype)
   run_twice(case, q, k, v, random_blocks(case), config)
