@@ -63,7 +63,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     type=heads,
     metavar="HxKxD",
     help="heads to take instead of those of the shapes, such as 32x8x128 for"
-    " H = 32, K = 8, D = I = 128",
+    " H = 32, K = 8, D = I = 128; I is 128 at most",
   )
   parser.add_argument(
     "--selection",
@@ -124,7 +124,7 @@ def heads(text: str) -> dict[str, int]:
     num_heads=num_heads,
     num_kv_heads=num_kv_heads,
     head_dim=head_dim,
-    index_dim=head_dim,
+    index_dim=min(head_dim, 128),
   )
 
 

@@ -44,6 +44,8 @@ MODELS = (
   Model("Llama-3.1-8B, Qwen3-8B", 32, 8, 128),
   Model("Qwen3-14B", 40, 8, 128),
   Model("Qwen3-30B-A3B", 32, 4, 128),
+  Model("Qwen3-Next-80B-A3B", 16, 2, 256),
+  Model("Gemma-3-12B", 16, 8, 256),
   Model("MiniMax-M2", 48, 8, 128),
   Model("Llama-3.1-70B, Qwen3-32B", 64, 8, 128),
   Model("Qwen3-235B-A22B", 64, 4, 128),
@@ -78,7 +80,7 @@ def speedups(
       num_heads=model.num_heads,
       num_kv_heads=model.num_kv_heads,
       head_dim=model.head_dim,
-      index_dim=model.head_dim,
+      index_dim=min(model.head_dim, 128),
     )
   )
   wanted |= dict(

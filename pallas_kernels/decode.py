@@ -61,7 +61,8 @@ Bound: reading the index keys (256 bytes a token in bf16, 132 in fp8), then
 
 SMEM at I = D = 128: scan 32 KiB of queries (48 with fp8 keys) and tiles in all
 the rest; attend 16 KiB of queries, K and V blocks of 64 KiB, 16 or 32 KiB of
-results.
+results. At D 256 attend has 32 KiB of queries, two stages of 64 keys and values
+(128 KiB), and the same room for results, which leave 128 columns at a time.
 
 Barriers of scan (one arrival each where no number stands):
 
@@ -88,8 +89,9 @@ Slots of the cache from kv_lengths[b] on do not exist: whatever they hold, NaN
 included, changes nothing. A visible NaN or infinity in q, k or v makes the
 output of its query NaN. A block whose index scores hold NaN is not chosen
 unless it is forced. A capacity that is no multiple of 8 is padded by a copy in
-every call. Heads of other sizes than 64 and 128 are refused, because padding
-them would copy the cache in every call whatever its capacity.
+every call. Heads of other sizes than 64, 128 and 256, and index heads of others
+than 64 and 128, are refused, because padding them would copy the cache in every
+call whatever its capacity.
 
 Not supported: gradients; what `mosaic.check_supported` and
 `mosaic.check_decode_supported` refuse; so many index queries that scan does not
@@ -138,7 +140,7 @@ class Config:
   Attributes:
     stages: key tiles in flight, an even number; 0 takes as many as SMEM holds.
     unit: tokens of an attention step, 64 or block_size; 0 derives it from the
-      number of queries.
+      number of queries. At D 256 it is always 64.
     splits: upper bound on the CTAs that share a query's blocks; 0 fills the
       GPU.
     num_ctas: CTAs of scan; 0 takes the number of SMs.

@@ -20,11 +20,11 @@ takes a forward and a backward call of its own, which are part of a program only
 if lse is differentiated.
 
 Not supported: another number of keys than of queries, kv_lengths, packed rows
-(`masked_attention` takes all three), and what `mosaic.check_supported` refuses.
-cuDNN has a packed layout for documents, but its backward pass takes each one to
-be as long as the row. Its workspace is about 2 x documents x H x T x D float32,
-79 GiB for 9 documents in a row of 128K tokens (H 64, D 128).
-"""
+(`masked_attention` takes all three), and what `mosaic.check_supported` and
+`mosaic.check_dense_supported` refuse. cuDNN has a packed layout for documents,
+but its backward pass takes each one to be as long as the row. Its workspace is
+about 2 x documents x H x T x D float32, 79 GiB for 9 documents in a row of 128K
+tokens (H 64, D 128)."""
 
 from __future__ import annotations
 

@@ -65,7 +65,8 @@ less the slot of the first one. index_lse starts at the first key that a tile's
 queries may see, and the units of other documents, or of branches of a tree that
 ended before, are skipped. Keys stay where they are.
 
-Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
+Not supported: what `mosaic.check_supported` and `mosaic.check_dense_supported`
+refuse; gradients of gradients.
 """
 
 from __future__ import annotations

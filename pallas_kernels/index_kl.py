@@ -48,7 +48,9 @@ MFLOP (0.52 of scores, 0.1 of other products); 128 for 2,048 exponentials.
 benchmarks/results/LOG.md says what is reached.
 
 SMEM: q 32 KB a stage, K and index_k 32 KB each, index_q 32 KB, g 16 KB, log sum
-exps 8 KB.
+exps 8 KB. At D 256, where K takes 64 KB, the ring of q holds two stages of half
+the columns of a row tile: q is gathered in two *parts*, whose products are
+added up in the same accumulator.
 
 Barriers of index_lse, whose only warpgroup copies and computes:
 
@@ -62,7 +64,8 @@ warpgroup (arrivals in brackets):
 
   name        who arrives                            who waits
   q_ring      ready: a copy a query (8 or 16)        0 and 1
-              free: 0 and 1, after the scores (2)    copy
+              free: 0 and 1, after the scores, or    copy
+              the part's product (2)
   lse_ring    ready: the copy of a pair tile's lse   0 and 1
               free: 0 and 1 (2)                      copy
   kv_ring     ready: both halves of K, index_k (4)   0 and 1
@@ -82,12 +85,13 @@ warpgroup (arrivals in brackets):
 NaN: one in a query reaches its own row and the keys that it sees. Keys that are
 not finite are zeroed, and a query that sees one is made NaN through index_lse.
 
-Heads and index heads of other sizes than 64 and 128 are padded with zeros to
-the next of these. The heads of a group are padded to 8 or 16; padding heads
-have an lse of +inf, so that their p is 0, and the mean divides by the number of
-real heads.
+Heads of other sizes than 64, 128 and 256, and index heads of others than 64 and
+128, are padded with zeros to the next of these. The heads of a group are padded
+to 8 or 16; padding heads have an lse of +inf, so that their p is 0, and the
+mean divides by the number of real heads.
 
-Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
+Not supported: what `mosaic.check_supported` refuses, and over all tokens what
+`mosaic.check_dense_supported` does; gradients of gradients.
 """
 
 from __future__ import annotations
@@ -718,9 +722,8 @@ def _kv_blocks(
               iq_ring.ready_at(stage),
             )
 
-        def gather(t, part, row_step):
+        def gather(t, part, row_step, stage):
           """Gathers one part of the columns of a row tile."""
-          stage = q_ring.slot(row_step)
 
           @plgpu.warp_map
           def _(warp):
@@ -729,10 +732,11 @@ def _kv_blocks(
             at = first * PAIRS + t * s.queries
             query = [query_gmem[at + a] for a in mine]
             q_ring.wait_free(row_step, stage)
-            heads = pl.ds(kv_head * q_rows, q_rows)
             columns = pl.ds(part * s.q_columns, s.q_columns)
             for a, one in zip(mine, query, strict=True):
-              q_of_query = q_gmem.at[batch_row, origin + one, heads]
+              q_of_query = q_gmem.at[
+                batch_row, origin + one, pl.ds(kv_head * q_rows, q_rows)
+              ]
               if s.q_parts > 1:
                 q_of_query = q_of_query.at[:, columns]
               plgpu.copy_gmem_to_smem(
@@ -743,11 +747,13 @@ def _kv_blocks(
 
         def row_tile(t, steps):
           row_step, pair_step = steps
+          steps = [row_step + i if i else row_step for i in range(s.q_parts)]
+          stages = [q_ring.slot(step) for step in steps]
           # int32: the division of a loop's index has 64 bits in 64-bit JAX.
           j, nth = jnp.int32(t) // row_tiles, lax.rem(t, row_tiles)
           pl.when(nth == 0)(lambda: copy_lse(j, pair_step))
-          for i in range(s.q_parts):
-            gather(t, i, row_step + i if i else row_step)
+          for part, (step, stage) in enumerate(zip(steps, stages, strict=True)):
+            gather(t, part, step, stage)
 
           # The keys and the index operands are copied last, because the task or
           # pair tile before may still be using their buffers.

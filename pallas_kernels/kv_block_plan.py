@@ -96,7 +96,7 @@ def query_places(
   first_query: Any,
   queries: int,
   num_kv_blocks: int,
-  kv_block: int = KV_BLOCK,
+  block_keys: int = KV_BLOCK,
 ) -> QueryPlaces:
   """The places of a chunk's queries.
 
@@ -106,13 +106,13 @@ def query_places(
     first_query: of the chunk.
     queries: of the chunk; those behind the row see nothing.
     num_kv_blocks: KV blocks of a group.
-    kv_block: keys of a KV block.
+    block_keys: keys of a KV block.
   """
   slot = first_query + jnp.arange(queries, dtype=jnp.int32)
   positions = packed.positions.at[batch_row[:, None], slot[None]].get(
     mode="fill", fill_value=-1
   )
-  unmasked_from = packed.unmasked_from(num_kv_blocks, kv_block)
+  unmasked_from = packed.unmasked_from(num_kv_blocks, block_keys)
   return QueryPlaces(positions, unmasked_from[batch_row] - first_query)
 
 
@@ -249,7 +249,7 @@ def plan_kv_blocks(
   task: int,
   pack: int = 1,
   places: QueryPlaces | None = None,
-  kv_block: int = KV_BLOCK,
+  block_keys: int = KV_BLOCK,
 ) -> KVBlockPlan:
   """Sorts the choices of a chunk by KV block and cuts them into tasks.
 
@@ -260,18 +260,17 @@ def plan_kv_blocks(
     starts: position of each group's first query among the keys; the other
       queries follow. A query at a negative position sees nothing. Not used
       with `places`.
-    block_size: tokens of a chosen block, `kv_block` or half of it.
+    block_size: tokens of a chosen block, `block_keys` or half of it.
     num_blocks: N.
     task: upper bound on the pairs of a task, a multiple of 8.
     pack: queries of a pack.
     places: of the queries of packed rows. The ids must be of blocks that the
       queries see.
-    kv_block: keys of a KV block.
+    block_keys: keys of a KV block.
   """
   num_groups, num_packs, slots = ids.shape
   num_pairs = ids.size
-  keys = kv_block
-  group_kv_blocks = -(-num_blocks * block_size // keys)
+  group_kv_blocks = -(-num_blocks * block_size // block_keys)
   num_kv_blocks = num_groups * group_kv_blocks
   slot_bits = (num_pairs - 1).bit_length()
   if not sort_key_fits(num_kv_blocks, num_pairs):
@@ -290,7 +289,7 @@ def plan_kv_blocks(
     block_size=block_size,
     num_blocks=num_blocks,
     pack=pack,
-    each=keys // block_size,
+    each=block_keys // block_size,
   )
   group = jnp.arange(num_groups)[:, None]
   kv_block += group[..., None] * group_kv_blocks
@@ -304,7 +303,8 @@ def plan_kv_blocks(
   # The first slot of each block's list whose pack stands behind the block's
   # last key and so needs no causal mask.
   if places is None:
-    after = (jnp.arange(group_kv_blocks) + 1)[None] * keys - starts[:, None]
+    after = (jnp.arange(group_kv_blocks) + 1)[None] * block_keys
+    after -= starts[:, None]
   else:
     after = places.unmasked_from
   after = group * num_packs + jnp.clip(-(-after // pack), 0, num_packs)
@@ -324,7 +324,8 @@ def plan_kv_blocks(
   if places is not None:
     block = (key >> slot_bits).astype(jnp.int32) % group_kv_blocks
     queries = positions.reshape(-1, pack)[order // slots]
-    reach = jnp.clip(queries + 1 - block[:, None] * keys, 0, keys)
+    reach = queries + 1 - block[:, None] * block_keys
+    reach = jnp.clip(reach, 0, block_keys)
     reach <<= 8 * jnp.arange(pack, dtype=jnp.int32)
     reach = jnp.sum(reach, axis=-1, dtype=jnp.int32)
 

@@ -54,7 +54,8 @@ warpgroup waits before it fills a slot again.
 NaN: non-finite operands are zeroed before the kernels, and what depends on one
 is set to NaN after them.
 
-Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
+Not supported: what `mosaic.check_supported` and `mosaic.check_dense_supported`
+refuse; gradients of gradients.
 """
 
 from __future__ import annotations

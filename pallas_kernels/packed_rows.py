@@ -215,7 +215,7 @@ class PackedRows(NamedTuple):
     return jnp.pad(keys, ((0, 0), (0, 2 * num_kv_blocks - keys.shape[1])))
 
   def unmasked_from(
-    self, num_kv_blocks: int, kv_block: int
+    self, num_kv_blocks: int, block_keys: int
   ) -> Int[Array, "B kv_blocks"]:
     """The number of the query from which on none needs a mask in a KV block.
 
@@ -223,14 +223,14 @@ class PackedRows(NamedTuple):
 
     Args:
       num_kv_blocks: KV blocks of a row.
-      kv_block: places of a KV block: whole blocks, or half of one.
+      block_keys: places of a KV block: whole blocks, or half of one.
     """
     never = self.positions.shape[1]
     query = jnp.where(self.keys < self.block_size, never, self.end)
-    if kv_block < self.block_size:
-      query = jnp.repeat(query, self.block_size // kv_block, axis=1)
+    if block_keys < self.block_size:
+      query = jnp.repeat(query, self.block_size // block_keys, axis=1)
       return query[:, :num_kv_blocks]
-    each = kv_block // self.block_size
+    each = block_keys // self.block_size
     pad = num_kv_blocks * each - self.num_blocks
     query = jnp.pad(query, ((0, 0), (0, pad)), constant_values=never)
     return query.reshape(len(query), num_kv_blocks, each).max(axis=-1)

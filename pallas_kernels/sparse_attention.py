@@ -18,9 +18,9 @@ its heads padded to 8 or 16; two neighbouring queries with heads padded to 4, or
 four with heads padded to 2. The result is exact, but each padding head costs as
 much as a real one.
 
-Heads of other sizes than 64 and 128 are padded with zeros to the next of these.
-A padded head costs as much as a whole one; the copies that pad q, k and v are
-linear in T.
+Heads of other sizes than 64, 128 and 256 are padded with zeros to the next of
+these. A padded head costs as much as a whole one; the copies that pad q, k and
+v are linear in T.
 
 Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 """

@@ -38,8 +38,17 @@ Row tiles that need masks (with queries inside the KV block, the last tile of a
 list, or any tile if blocks have 64 keys) have a loop of their own, so that the
 loop over the full tiles spends no registers on masks.
 
-Two blocks of 64 keys share a KV block: a query that chose only one of them is
-masked in the other half. The result is exact and costs up to twice the
+With heads of more than 128 dims (*wide* ones), dK and dV of 64 keys would take
+all registers of a thread. Then a KV block has 64 keys. Both compute warpgroups
+compute scores, p, dP and ds of all of these, and each owns half of the columns
+of dK and dV; the first one sends ds. A chosen block of 128 keys is two pairs.
+The products are 7 instead of 5, in exchange for no barrier between the two.
+There is no room in SMEM for a dQ of all columns, so that each 64 of them are
+stored as soon as they are computed, and none in registers for the scores of the
+next row tile.
+
+Two blocks of 64 keys share a KV block of 128: a query that chose only one of
+them is masked in the other half. The result is exact and costs up to twice the
 products.
 
 A launch takes all KV heads of several batch rows, so that many short rows fill
@@ -54,7 +63,8 @@ FLOP a byte), or shared memory, which a row tile keeps as busy as the tensor
 cores. benchmarks/results/LOG.md says what is reached.
 
 SMEM at D 128: K and V 64 KB, q and dout 32 KB a stage, ds 32 KB, dQ 32 KB, and
-2 KB of lse, delta and pairs. What a pair is (its pack and where its dQ goes) is
+2 KB of lse, delta and pairs. At D 256: K and V 64 KB, q and dout 128 KB in two
+stages, ds 16 KB, dQ 16 KB. What a pair is (its pack and where its dQ goes) is
 copied there one row tile ahead: with 8 rows a pack, waiting for these numbers
 from memory took 40 % of the kernel's time.
 
@@ -69,11 +79,13 @@ stands; sum_extra and sum_pairs have none):
               pack, of lse and of delta (10 with
               16 rows a pack, 18 with 8)
               free: 0 and 1, after dK (2)            third
-  kv_ring     ready: both halves of K and V (4)      0 and 1
+  kv_ring     ready: both halves of K and V (4), or  0 and 1
+              all of them if heads are wide (2)
               free: 0 and 1, after the task's last   third
               row tile (2)
-  ds_ring     ready: 0 and 1, each its keys' ds (2)  third
-              free: third, after dQ                  0 and 1
+  ds_ring     ready: 0 and 1, each its keys' ds (2), third
+              or 0 alone if heads are wide (1)
+              free: third, after dQ                  0 and 1, or 0
   clean       0 and 1: one has zeroed what is not    0 and 1
               finite in q, the other in dout (2)
 
@@ -115,7 +127,8 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    stages: row tiles of gathered queries in flight.
+    stages: row tiles of gathered queries in flight, two at most with wide
+      heads.
     task: upper bound on the pairs of a task; 0 derives it from their number.
     chunk: upper bound on the queries of a chunk; 0 derives it from the
       workspace.
@@ -542,11 +555,11 @@ def _kv_blocks(
         kv_ring.release(0)
         is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
-          at = sums_gmem.at[kind, sum_slot]
           if s.wide:
-            at = at.at[:, pl.ds(wg * s.columns, s.columns)]
+            mine = pl.ds(wg * s.columns, s.columns)
+            at = sums_gmem.at[kind, sum_slot, :, mine]
           else:
-            at = at.at[pl.ds(wg * KEYS, KEYS)]
+            at = sums_gmem.at[kind, sum_slot, pl.ds(wg * KEYS, KEYS)]
 
           def add(at=at, x=x):
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
@@ -1043,7 +1056,7 @@ def backward(
         task=task,
         pack=pack,
         places=places,
-        kv_block=kv_block,
+        block_keys=kv_block,
       )
 
       def by_pair(x, other):

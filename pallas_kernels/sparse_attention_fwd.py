@@ -31,7 +31,11 @@ the two cases makes the host wait for the plan.
 
 SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
 partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial
-outputs (192 KB of K and V when nothing is merged).
+outputs (192 KB of K and V when nothing is merged). At D 256 (*wide* heads):
+pairs 128 KB of K and V and 96 KB of queries, through which the partial outputs
+leave, so two warpgroups take turns at three buffers; tiles 64 KB of queries,
+128 KB of K and V in two stages of 64 keys, 32 KB of partial outputs, of which
+64 columns are merged at once.
 
 Barriers of pairs, between the compute warpgroups and the copy warpgroup
 (arrivals in brackets, one where no number stands):
@@ -39,7 +43,8 @@ Barriers of pairs, between the compute warpgroups and the copy warpgroup
   name        who arrives                            who waits
   q_ring      ready: a copy a pack (4 with 16 rows   compute, the one whose
               a pack, 8 with 8)                      row tile it is
-              free: that one, after the scores       copy
+              free: that one, after the scores, or   copy
+              when its wide output has left
   k_ring      ready: the copy of a task's keys       compute, all
               free: compute, after the task (2 or    copy
               3: all)
@@ -51,6 +56,7 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
   q_ready     one a compute warpgroup: its own       0 and 1, each its own
               copies of q, one a pack (4 or 8)
   k_ring      ready: the copy of a block's keys      0 and 1
+              (of 64 of its keys if heads are wide)
               free: 0 and 1, after the scores or     copy
               when they skip the block (2)
   v_ring      ready: the copy of a block's values    0 and 1
@@ -62,6 +68,7 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
               copy of its partial output, or the
               copy warpgroup if there is none (9
               with 16 rows a pack, 17 with 8)
+              (of wide heads: for each 64 columns)
               free: 0 and 1, which have read their   copy
               half (2)
 
@@ -97,6 +104,8 @@ MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
 @dataclasses.dataclass(frozen=True)
 class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
+
+  With wide heads, warpgroups and stages are those that fit, whatever is given.
 
   Attributes:
     pair_warpgroups: compute warpgroups of the pair kernel, 2 or 3.
