@@ -661,7 +661,7 @@ def test_worth_takes_the_records_of_a_models_heads():
 
 def test_worth_writes_its_page(tmp_path):
   """And the page in docs/ is what the committed records give."""
-  assert len(worth.MODELS) == 12
+  assert len(worth.MODELS) == 14
   here = worth.PAGE.read_text()
   assert worth.with_table(here, records.read_json(worth.RESULTS)) == here
   page = tmp_path / "page.md"
