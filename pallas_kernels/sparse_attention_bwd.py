@@ -459,34 +459,35 @@ def _kv_blocks(
             scores = key_major_product(k_smem, q_smem, after, j)
             return dk, dv, probabilities(scores, after)
 
-          def run(dk_acc, dv_acc, acc=None):
+          def run(dk_acc, dv_acc):
             dk_acc[...] = dk
             dv_acc[...] = dv
             plgpu.wgmma(dv_acc, p, my_columns(do_smem, stage))
             send_ds(ds, step)
-            if j is not None:
-              # Without this wait, the registers of the next scores would be
-              # occupied from here on.
-              plgpu.wgmma_wait(0)
-              after = stage_after(j)
+            if j is None:
+              plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage))
+              return dk_acc[...], dv_acc[...]
+            # Without this wait, the registers of the next scores would be
+            # occupied from here on.
+            plgpu.wgmma_wait(0)
+            after = stage_after(j)
+
+            # Allocated here, right before its first product, this accumulator
+            # takes no instructions to become zero.
+            def next_scores(acc):
               key_major(k_smem, q_smem, after, j + 1, acc)
               # The address of this stage is computed again, for the reason in
               # key_major. The zeros come from j, j + 1 and j + 2, because the
               # compiler would merge equal ones and keep the result.
               stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
-            else:
-              stage_again = stage
-            plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage_again))
-            if j is None:
-              return dk_acc[...], dv_acc[...]
-            scores = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+              plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage_again))
+              return plgpu.wgmma_accumulator_load(acc, wait_n=1)
+
+            scores = pl.run_scoped(next_scores, ACC((KEYS, ROWS), jnp.float32))
             p_next = probabilities(scores, after)
             return dk_acc[...], dv_acc[...], p_next
 
-          scoped = [ACC((KEYS, s.columns), jnp.float32)] * 2
-          if j is not None:
-            scoped.append(ACC((KEYS, ROWS), jnp.float32))
-          return pl.run_scoped(run, *scoped)
+          return pl.run_scoped(run, *[ACC((KEYS, s.columns), jnp.float32)] * 2)
 
         def masked_tile(j, carry):
           dk, dv = carry
