@@ -13,10 +13,12 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
 `gather` in `_copy`). Warpgroup roles:
 
 * two compute warpgroups own 64 of the keys each. They compute the scores as
-  k q^T, so that p and ds come out of the softmax in the register layout of the
-  left operands of dV and dK. Only ds passes through SMEM, because dQ needs both
-  halves of the keys. The scores of the next row tile are computed while dK is,
-  and dV while ds is handed over.
+  k q^T, so that p comes out of the softmax in the register layout of the left
+  operand of dV. ds passes through SMEM, because dQ needs both halves of the
+  keys, and dK reads it there too, so that no registers hold it. Over the row
+  tiles without masks the tensor cores always have the next product: dV runs
+  while ds is handed over, the scores of the next row tile come behind it, and
+  dK runs while these become p and until dP of that row tile is done.
 * the third warpgroup gathers queries, multiplies dQ from both halves' ds and
   stores it, each of its warps for some of the queries: one partial dQ for each
   (pack, KV block) pair, in q's dtype. A query's partials are summed afterwards:
@@ -45,7 +47,8 @@ of dK and dV; the first one sends ds. A chosen block of 128 keys is two pairs.
 The products are 7 instead of 5, in exchange for no barrier between the two.
 There is no room in SMEM for a dQ of all columns, so that each 64 of them are
 stored as soon as they are computed, and none in registers for the scores of the
-next row tile.
+next row tile: each row tile waits for all of its products. dK reads ds from
+registers, because the second warpgroup sends none.
 
 Two blocks of 64 keys share a KV block of 128: a query that chose only one of
 them is masked in the other half. The result is exact and costs up to twice the
@@ -78,7 +81,9 @@ stands; sum_extra and sum_pairs have none):
   q_ring      ready: copies of q and dout of each    0 and 1
               pack, of lse and of delta (10 with
               16 rows a pack, 18 with 8)
-              free: 0 and 1, after dK (2)            third
+              free: 0 and 1, after dK, which a row   third
+              tile without masks leaves to the next
+              one, unless heads are wide (2)
   kv_ring     ready: both halves of K and V (4), or  0 and 1
               all of them if heads are wide (2)
               free: 0 and 1, after the task's last   third
@@ -105,6 +110,7 @@ Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import jax
 import jax.numpy as jnp
@@ -127,8 +133,8 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    stages: row tiles of gathered queries in flight, two at most with wide
-      heads.
+    stages: row tiles of gathered queries in flight, at least two, and two at
+      most with wide heads.
     task: upper bound on the pairs of a task; 0 derives it from their number.
     chunk: upper bound on the queries of a chunk; 0 derives it from the
       workspace.
@@ -431,69 +437,42 @@ def _kv_blocks(
           pl.when(j + 1 < num_tiles)(lambda: q_ring.wait_ready(after))
           return after
 
-        def add_products(dk, dv, p, ds, step, j=None):
-          """Adds a row tile's terms to dk and dv, and sends ds to dQ.
+        def left_operand(x):
+          """x in registers, or in SMEM if interpreted, as wgmma takes it."""
+          if p_smem is None:
+            return x
+          p_smem[wg] = x
+          plgpu.commit_smem()
+          return p_smem.at[wg]
 
-          If j is given, this also computes and returns p of the tile after j.
+        def add_dv(dv_acc, p, stage):
+          """Starts dv's term of a row tile."""
+          p = left_operand(p.astype(s.dtype))
+          plgpu.wgmma(dv_acc, p, my_columns(do_smem, stage))
+
+        def add_dk(dk_acc, ds, stage, step):
+          """Starts dk's term of a row tile, whose ds `send_ds` has sent.
+
+          ds is read where dQ reads it, so that no registers hold it. That needs
+          no barrier of its own: this warpgroup alone writes its half of ds, and
+          in this slot not before the row tile after next, when it has waited
+          for this product. With wide heads the other warpgroup may have sent
+          ds, so each multiplies its own.
           """
-          stage = q_ring.slot(step)
-          if p_smem is not None:
+          if s.wide:
+            ds = left_operand(ds)
+          else:
+            ds = ds_smem.at[ds_ring.slot(step), wg]
+          plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage))
 
-            def product(a, b):
-              def run(acc):
-                plgpu.wgmma(acc, a, b)
-                return acc[...]
+        def add_products(dk_acc, dv_acc, p, ds, stage, step):
+          """Starts a row tile's terms of dk and dv, and sends ds to dQ."""
+          add_dv(dv_acc, p, stage)
+          send_ds(ds, step)
+          add_dk(dk_acc, ds, stage, step)
 
-              return pl.run_scoped(run, ACC((KEYS, s.columns), jnp.float32))
-
-            p_smem[wg] = p
-            plgpu.commit_smem()
-            dv = dv + product(p_smem.at[wg], my_columns(do_smem, stage))
-            send_ds(ds, step)
-            p_smem[wg] = ds
-            plgpu.commit_smem()
-            dk = dk + product(p_smem.at[wg], my_columns(q_smem, stage))
-            if j is None:
-              return dk, dv
-            after = stage_after(j)
-            scores = key_major_product(k_smem, q_smem, after, j)
-            return dk, dv, probabilities(scores, after)
-
-          def run(dk_acc, dv_acc):
-            dk_acc[...] = dk
-            dv_acc[...] = dv
-            plgpu.wgmma(dv_acc, p, my_columns(do_smem, stage))
-            send_ds(ds, step)
-            if j is None:
-              plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage))
-              return dk_acc[...], dv_acc[...]
-            # Without this wait, the registers of the next scores would be
-            # occupied from here on.
-            plgpu.wgmma_wait(0)
-            after = stage_after(j)
-
-            # Allocated here, right before its first product, this accumulator
-            # takes no instructions to become zero.
-            def next_scores(acc):
-              key_major(k_smem, q_smem, after, j + 1, acc)
-              # The address of this stage is computed again, for the reason in
-              # key_major. The zeros come from j, j + 1 and j + 2, because the
-              # compiler would merge equal ones and keep the result.
-              stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
-              plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage_again))
-              return plgpu.wgmma_accumulator_load(acc, wait_n=1)
-
-            scores = pl.run_scoped(next_scores, ACC((KEYS, ROWS), jnp.float32))
-            p_next = probabilities(scores, after)
-            return dk_acc[...], dv_acc[...], p_next
-
-          return pl.run_scoped(run, *[ACC((KEYS, s.columns), jnp.float32)] * 2)
-
-        def masked_tile(j, carry):
-          dk, dv = carry
-          step = done + j
-          stage = q_ring.slot(step)
-          q_ring.wait_ready(stage)
+        def masked_terms(j, stage):
+          """p and ds of a row tile that needs masks."""
           pl.when(wg == 0)(lambda: scrub(q_smem, stage))
           pl.when(wg == 1)(lambda: scrub(do_smem, stage))
           plgpu.commit_smem()
@@ -503,56 +482,139 @@ def _kv_blocks(
           p = probabilities(scores, stage)
           p = jnp.where(scores == -jnp.inf, 0.0, p)  # lse may be NaN
           dp = key_major_product(v_smem, do_smem, stage, j)
-          ds = jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
-          carry = add_products(
-            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
-          )
-          q_ring.release(stage)
-          return carry
+          return p, jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
 
-        def full_tile(j, carry):
-          dk, dv, p = carry
-          step = done + j
-          stage = q_ring.slot(step)
-          dp = key_major_product(v_smem, do_smem, stage, j)
-          ds = ds_of(p, dp, stage)
-          carry = add_products(
-            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step, j
-          )
-          q_ring.release(stage)
-          return carry
-
-        def wide_tile(j, carry):
-          """A full tile, without the scores of the next one in registers."""
-          dk, dv = carry
+        def masked_tile(j, dk_acc, dv_acc):
           step = done + j
           stage = q_ring.slot(step)
           q_ring.wait_ready(stage)
+          p, ds = masked_terms(j, stage)
+          add_products(dk_acc, dv_acc, p, ds.astype(s.dtype), stage, step)
+          plgpu.wgmma_wait(0)
+          q_ring.release(stage)
+
+        def full_terms(j, stage):
+          """p and ds of a row tile that needs no masks."""
           scores = key_major_product(k_smem, q_smem, stage, j)
           p = probabilities(scores, stage)
           dp = key_major_product(v_smem, do_smem, stage, j)
-          ds = ds_of(p, dp, stage)
-          carry = add_products(
-            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
-          )
+          return p, ds_of(p, dp, stage)
+
+        def wide_tile(j, carry, terms):
+          """A row tile of wide heads, which does all its products itself."""
+          step = done + j
+          stage = q_ring.slot(step)
+          q_ring.wait_ready(stage)
+          p, ds = (x.astype(s.dtype) for x in terms(j, stage))
+
+          def run(dk_acc, dv_acc):
+            if not s.interpret:  # where accumulators cannot be set
+              dk_acc[...], dv_acc[...] = carry
+            add_products(dk_acc, dv_acc, p, ds, stage, step)
+            return dk_acc[...], dv_acc[...]
+
+          new = pl.run_scoped(run, *accumulators)
           q_ring.release(stage)
-          return carry
+          if s.interpret:
+            new = tuple(
+              x + so_far for x, so_far in zip(new, carry, strict=True)
+            )
+          return new
 
-        zero = _zeros((KEYS, s.columns))
-        dk, dv = lax.fori_loop(0, num_masked, masked_tile, (zero, zero))
+        def release_before(j):
+          """Releases the full row tile before j, whose products are done."""
+
+          @pl.when(j > num_masked)
+          def _():
+            q_ring.release(q_ring.slot(done + j - 1))
+
+        def full_tile(j, p, dk_acc, dv_acc):
+          """Adds a row tile's terms to dk and dv.
+
+          The product of dk runs on into the next row tile, which releases the
+          stage. A wait for it here would be moved above the exponentials by the
+          compiler.
+
+          Args:
+            j: row tile.
+            p: its probabilities.
+            dk_acc, dv_acc: accumulators.
+
+          Returns:
+            p of the next row tile.
+          """
+          step = done + j
+          stage = q_ring.slot(step)
+
+          def dp_product(acc):
+            key_major(v_smem, do_smem, stage, j, acc)
+            # dk of the row tile before, the last product that reads its stage,
+            # is done when only the product issued last may still run. The stage
+            # must be free before the wait in stage_after: with two stages it is
+            # the next one.
+            plgpu.wgmma_wait(1)
+            release_before(j)
+            return acc[...]
+
+          dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
+          ds = ds_of(p, dp, stage).astype(s.dtype)
+          add_dv(dv_acc, p, stage)
+          send_ds(ds, step)
+          after = stage_after(j)
+
+          # Allocated here, right before its first product, this accumulator
+          # takes no instructions to become zero.
+          def next_scores(acc):
+            key_major(k_smem, q_smem, after, j + 1, acc)
+            # The address of this stage is computed again, for the reason in
+            # key_major. The zeros come from j, j + 1 and j + 2, because the
+            # compiler would merge equal ones and keep the result.
+            stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
+            add_dk(dk_acc, ds, stage_again, step)
+            return plgpu.wgmma_accumulator_load(acc, wait_n=1)
+
+          scores = pl.run_scoped(next_scores, ACC((KEYS, ROWS), jnp.float32))
+          return probabilities(scores, after)
+
+        def all_tiles(dk_acc, dv_acc):
+          @pl.loop(0, num_masked)
+          def _(j):
+            masked_tile(j, dk_acc, dv_acc)
+
+          if s.block_size == kv_block:
+            stage = q_ring.slot(done + num_masked)
+            pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
+            # Without a full tile the stage holds old data, and these scores are
+            # not used.
+            scores = key_major_product(k_smem, q_smem, stage, num_masked)
+            p = probabilities(scores, stage)
+            lax.fori_loop(
+              num_masked,
+              num_tiles,
+              lambda j, p: full_tile(j, p, dk_acc, dv_acc),
+              p,
+            )
+            plgpu.wgmma_wait(0)
+            release_before(num_tiles)
+          return dk_acc[...], dv_acc[...]
+
+        accumulators = [ACC((KEYS, s.columns), jnp.float32)] * 2
         if s.wide:
-          dk, dv = lax.fori_loop(num_masked, num_tiles, wide_tile, (dk, dv))
-        elif s.block_size == kv_block:
-          stage = q_ring.slot(done + num_masked)
-          pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
-          # Without a full tile the stage holds old data, and these scores are
-          # not used.
-          scores = key_major_product(k_smem, q_smem, stage, num_masked)
-          p = probabilities(scores, stage)
-          dk, dv, _ = lax.fori_loop(
-            num_masked, num_tiles, full_tile, (dk, dv, p)
+          carry = (_zeros((KEYS, s.columns)),) * 2
+          carry = lax.fori_loop(
+            0,
+            num_masked,
+            functools.partial(wide_tile, terms=masked_terms),
+            carry,
           )
-
+          dk, dv = lax.fori_loop(
+            num_masked,
+            num_tiles,
+            functools.partial(wide_tile, terms=full_terms),
+            carry,
+          )
+        else:
+          dk, dv = pl.run_scoped(all_tiles, *accumulators)
         kv_ring.release(0)
         is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
