@@ -16,9 +16,9 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
   k q^T, so that p comes out of the softmax in the register layout of the left
   operand of dV. ds passes through SMEM, because dQ needs both halves of the
   keys, and dK reads it there too, so that no registers hold it. Over the row
-  tiles without masks the tensor cores always have the next product: dV runs
-  while ds is handed over, the scores of the next row tile come behind it, and
-  dK runs while these become p and until dP of that row tile is done.
+  tiles without masks the tensor cores always have the next product: dV and the
+  scores of the next row tile run while ds is handed over, and dK while these
+  scores become p, until dP of that row tile is done.
 * the third warpgroup gathers queries, multiplies dQ from both halves' ds and
   stores it, each of its warps for some of the queries: one partial dQ for each
   (pack, KV block) pair, in q's dtype. A query's partials are summed afterwards:
@@ -559,13 +559,15 @@ def _kv_blocks(
           dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
           ds = ds_of(p, dp, stage).astype(s.dtype)
           add_dv(dv_acc, p, stage)
-          send_ds(ds, step)
+          # The third warpgroup gathers the next row tile before it multiplies
+          # this one's ds, so this may wait before ds is sent.
           after = stage_after(j)
 
           # Allocated here, right before its first product, this accumulator
           # takes no instructions to become zero.
           def next_scores(acc):
             key_major(k_smem, q_smem, after, j + 1, acc)
+            send_ds(ds, step)
             # The address of this stage is computed again, for the reason in
             # key_major. The zeros come from j, j + 1 and j + 2, because the
             # compiler would merge equal ones and keep the result.
