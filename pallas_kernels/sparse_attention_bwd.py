@@ -18,7 +18,8 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
   keys, and dK reads it there too, so that no registers hold it. Over the row
   tiles without masks the tensor cores always have the next product: dV and the
   scores of the next row tile run while ds is handed over, and dK while these
-  scores become p, until dP of that row tile is done.
+  scores become p, until dP of that row tile is done. At D 64 registers are left
+  for dP to run beside its scores.
 * the third warpgroup gathers queries, multiplies dQ from both halves' ds and
   stores it, each of its warps for some of the queries: one partial dQ for each
   (pack, KV block) pair, in q's dtype. A query's partials are summed afterwards:
@@ -116,7 +117,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
+from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
+from jaxlib.mlir import ir
+from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import kv_block_plan, mosaic
 
@@ -221,6 +225,28 @@ def _zeros(params):
   return plgpu.layout_cast(
     jnp.full(params, 0.0, jnp.float32), plgpu.Layout.WGMMA
   )
+
+
+def _zeros_again(shape):
+  """Zeros of a second accumulator that is allocated while a first one is used.
+
+  LLVM keeps the zero of the first one in a register and copies it, and ptxas
+  then zeroes the second one by a move a register instead of by its first
+  product. LLVM does not merge this zero with another one.
+  """
+  layout = plgpu.Layout.WGMMA
+
+  @plgpu.inline_mgpu(
+    return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout)
+  )
+  def run(*_):
+    zero = llvm.inline_asm(
+      ir.F32Type.get(), [], "mov.b32 $0, 0f00000000;", "=f",
+      has_side_effects=True,
+    )  # fmt: skip
+    return mgpu.FragmentedArray.splat(zero, shape, layout=layout.to_mgpu())
+
+  return run()
 
 
 def _kv_blocks(
@@ -513,7 +539,7 @@ def _kv_blocks(
             add_products(dk_acc, dv_acc, p, ds, stage, step)
             return dk_acc[...], dv_acc[...]
 
-          new = pl.run_scoped(run, *accumulators)
+          new = pl.run_scoped(run, *dk_dv_accs)
           q_ring.release(stage)
           if s.interpret:
             new = tuple(
@@ -528,7 +554,11 @@ def _kv_blocks(
           def _():
             q_ring.release(q_ring.slot(done + j - 1))
 
-        def full_tile(j, p, dk_acc, dv_acc):
+        # At 64 columns, registers hold dP of a row tile beside its scores, so
+        # both are computed together.
+        early_dp = d == 64
+
+        def full_tile(j, carry, dk_acc, dv_acc):
           """Adds a row tile's terms to dk and dv.
 
           The product of dk runs on into the next row tile, which releases the
@@ -537,46 +567,67 @@ def _kv_blocks(
 
           Args:
             j: row tile.
-            p: its probabilities.
+            carry: its probabilities, and its dP if that is computed early.
             dk_acc, dv_acc: accumulators.
 
           Returns:
-            p of the next row tile.
+            The same of the next row tile.
           """
           step = done + j
           stage = q_ring.slot(step)
+          p, dp = carry
 
-          def dp_product(acc):
-            key_major(v_smem, do_smem, stage, j, acc)
+          def after_next_product():
             # dk of the row tile before, the last product that reads its stage,
             # is done when only the product issued last may still run. The stage
             # must be free before the wait in stage_after: with two stages it is
             # the next one.
             plgpu.wgmma_wait(1)
             release_before(j)
+
+          def dp_product(acc):
+            key_major(v_smem, do_smem, stage, j, acc)
+            after_next_product()
             return acc[...]
 
-          dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
+          if not early_dp:
+            dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
           ds = ds_of(p, dp, stage).astype(s.dtype)
           add_dv(dv_acc, p, stage)
+          if early_dp:
+            after_next_product()
           # The third warpgroup gathers the next row tile before it multiplies
           # this one's ds, so this may wait before ds is sent.
           after = stage_after(j)
 
           # Allocated here, right before its first product, this accumulator
           # takes no instructions to become zero.
-          def next_scores(acc):
-            key_major(k_smem, q_smem, after, j + 1, acc)
+          def next_products(scores_acc, dp_acc=None):
+            key_major(k_smem, q_smem, after, j + 1, scores_acc)
             send_ds(ds, step)
+            if dp_acc is not None:
+              if not s.interpret:
+                dp_acc[...] = _zeros_again((KEYS, ROWS))
+              key_major(v_smem, do_smem, after, j + 1, dp_acc)
             # The address of this stage is computed again, for the reason in
             # key_major. The zeros come from j, j + 1 and j + 2, because the
             # compiler would merge equal ones and keep the result.
             stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
             add_dk(dk_acc, ds, stage_again, step)
-            return plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            scores = plgpu.wgmma_accumulator_load(
+              scores_acc, wait_n=1 + early_dp
+            )
+            p = probabilities(scores, after)
+            if dp_acc is None:
+              return p, None
+            # This branch is never taken, which the compiler cannot know. It
+            # would move the wait for dP above the exponentials, but it does not
+            # move it across a branch.
+            pl.when(done < 0)(lambda: q_ring.wait_ready(after))
+            return p, plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
 
-          scores = pl.run_scoped(next_scores, ACC((KEYS, ROWS), jnp.float32))
-          return probabilities(scores, after)
+          accumulators = [ACC((KEYS, ROWS), jnp.float32)] * (1 + early_dp)
+          return pl.run_scoped(next_products, *accumulators)
 
         def all_tiles(dk_acc, dv_acc):
           @pl.loop(0, num_masked)
@@ -590,17 +641,20 @@ def _kv_blocks(
             # not used.
             scores = key_major_product(k_smem, q_smem, stage, num_masked)
             p = probabilities(scores, stage)
+            dp = None
+            if early_dp:
+              dp = key_major_product(v_smem, do_smem, stage, num_masked)
             lax.fori_loop(
               num_masked,
               num_tiles,
-              lambda j, p: full_tile(j, p, dk_acc, dv_acc),
-              p,
+              lambda j, carry: full_tile(j, carry, dk_acc, dv_acc),
+              (p, dp),
             )
             plgpu.wgmma_wait(0)
             release_before(num_tiles)
           return dk_acc[...], dv_acc[...]
 
-        accumulators = [ACC((KEYS, s.columns), jnp.float32)] * 2
+        dk_dv_accs = [ACC((KEYS, s.columns), jnp.float32)] * 2
         if s.wide:
           carry = (_zeros((KEYS, s.columns)),) * 2
           carry = lax.fori_loop(
@@ -616,7 +670,7 @@ def _kv_blocks(
             carry,
           )
         else:
-          dk, dv = pl.run_scoped(all_tiles, *accumulators)
+          dk, dv = pl.run_scoped(all_tiles, *dk_dv_accs)
         kv_ring.release(0)
         is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
