@@ -16,13 +16,17 @@ the device which of the two kernels computes which choice:
   leaves a normalised partial output in q's dtype and a base-2 lse. Two or three
   warpgroups each compute row tiles of 64 MMA rows, and one warpgroup copies.
   Bound: 4 + 4 KB moved for each pair (16 heads, D 128), and 4 more to merge it.
-* **tiles** (the queries stay, key blocks stream by). A CTA owns a tile of
-  neighbouring queries, and each of its two compute warpgroups owns 64 MMA rows
-  of it. They walk the tile's shared blocks with an online softmax, each
-  skipping the blocks that none of its own queries chose, then merge the partial
-  outputs of the tile's pairs, and write out and lse. A third warpgroup copies.
-  Bound: where neighbours agree, reading shared blocks from L2 (64 KB for 8
-  queries) and wgmma; otherwise reading the partial outputs.
+* **tiles** (the queries stay, key blocks stream by). A cluster of two CTAs owns
+  a tile of neighbouring queries, and each of their four compute warpgroups owns
+  a part of it, 64 MMA rows. They walk the tile's shared blocks with an online
+  softmax, each skipping the blocks that none of its own queries chose, then
+  merge the partial outputs of the tile's pairs, and write out and lse. A third
+  warpgroup of each CTA copies: it loads half of a block's keys and values into
+  the SMEM of both CTAs (multicast), so that a block comes from L2 once for all
+  256 rows. A CTA may refill a slot when the warpgroups of both CTAs have read
+  theirs. A tile of wide heads has one CTA, and two parts.
+  Bound: where neighbours agree, wgmma, and reading shared blocks from L2 (64 KB
+  for 16 queries of 16 heads); otherwise reading the partial outputs.
 
 If no tile has a pair, one launch of the tile kernel computes everything.
 Otherwise the chunks of one group's queries are processed one after another in a
@@ -56,12 +60,16 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
   q_ready     one a compute warpgroup: its own       0 and 1, each its own
               copies of q, one a pack (4 or 8)
   k_ring      ready: the copy of a block's keys      0 and 1
-              (of 64 of its keys if heads are wide)
-              free: 0 and 1, after the scores or     copy
-              when they skip the block (2)
-  v_ring      ready: the copy of a block's values    0 and 1
-              free: 0 and 1, after the product or    copy
-              when they skip the block (2)
+              (of 64 of its keys if heads are wide),
+              whose bytes the copy warpgroups of
+              both CTAs bring
+              free: 0 and 1 of both CTAs, after the  copy
+              scores or when they skip the block (4,
+              or 2 if heads are wide)
+  v_ring      ready: as k_ring, of the values        0 and 1
+              free: 0 and 1 of both CTAs, after the  copy
+              product or when they skip the block
+              (4, or 2 if heads are wide)
   o_ring      only if there are pairs                0 and 1
               ready: the copy of a choice's lse,
               and for each pack of the tile the
@@ -105,7 +113,8 @@ MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
 class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
-  With wide heads, warpgroups and stages are those that fit, whatever is given.
+  With wide heads, warpgroups and stages are those that fit, and clusters have
+  one CTA, whatever is given.
 
   Attributes:
     pair_warpgroups: compute warpgroups of the pair kernel, 2 or 3.
@@ -119,10 +128,11 @@ class Config:
       it from the number of blocks.
     chunk: upper bound on the queries of a chunk; 0 derives it from the
       workspace.
-    shared_cost: half a tile walks a block as a shared one if this many of its
-      queries (of 16 heads) chose it. With 0, all blocks are shared.
+    shared_cost: a part of a tile walks a block as a shared one if this many of
+      its queries (of 16 heads) chose it. With 0, all blocks are shared.
     slack: factor by which sharing all blocks may cost more than the mixture of
       shared blocks and pairs and still be preferred.
+    cluster: CTAs that share a tile and its loads of K and V (tile kernel).
     num_ctas: CTAs of the persistent grids.
   """
 
@@ -136,6 +146,7 @@ class Config:
   chunk: int = 0
   shared_cost: float = 2.2
   slack: float = 1.35
+  cluster: int = 2
   num_ctas: int = mosaic.NUM_SMS
 
 
@@ -155,14 +166,14 @@ class KernelParams:
   interpret: bool
 
   @property
-  def half(self) -> int:
-    """Packs in 64 MMA rows, which is half a tile."""
-    return ROWS // self.packing.rows
-
-  @property
   def wide(self) -> bool:
     """Whether tiles have to be smaller to fit SMEM."""
     return self.head_dim > mosaic.WIDE
+
+  @property
+  def cluster(self) -> int:
+    """CTAs that share a tile, each of which owns two of its parts."""
+    return self.geometry.parts // 2
 
   @property
   def pair_warpgroups(self) -> int:
@@ -180,9 +191,9 @@ class KernelParams:
     """The ring of these row tiles, at which the warpgroups take turns."""
     buffers = self.pair_buffers
     if buffers % self.pair_warpgroups == 0:
-      return mosaic.ring(buffers, fills=self.half)
+      return mosaic.ring(buffers, fills=self.geometry.part_packs)
     stages = buffers * self.pair_warpgroups
-    return mosaic.ring(stages, fills=self.half, buffers=buffers)
+    return mosaic.ring(stages, fills=self.geometry.part_packs, buffers=buffers)
 
   @property
   def step_keys(self) -> int:
@@ -218,6 +229,7 @@ def candidate_configs() -> tuple[Config, ...]:
   """Configs that are worth timing; every one of them is tested."""
   return (
     Config(),
+    Config(cluster=1),
     Config(task=128),
     Config(pair_warpgroups=2, query_stages=3),
     Config(shared_cost=0.0),
@@ -284,7 +296,8 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  half, rows, workers = s.half, s.packing.rows, s.pair_warpgroups
+  rows, workers = s.packing.rows, s.pair_warpgroups
+  part_packs = g.part_packs  # 64 MMA rows
   registers, copy_registers = {2: (232, 40), 3: (160, 32)}[workers]
 
   def body(
@@ -305,7 +318,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
 
       def task(i, step):
         _, start, count = read_task(i)
-        num_row_tiles = (count + half - 1) // half
+        num_row_tiles = (count + part_packs - 1) // part_packs
         # A warpgroup takes every `workers`-th row tile, counted across tasks.
         mine = lax.rem(wg + workers - lax.rem(step, workers), workers)
         k_ring.wait_ready(0)
@@ -314,10 +327,10 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
         def attend_row_tile(j, carry):
           row_tile = mine + j * workers
           slot = q_ring.slot(step + row_tile)
-          first = row_tile * half
+          first = row_tile * part_packs
           choice_slot = [
             order_gmem[start + jnp.minimum(first + a, count - 1)]
-            for a in range(half)
+            for a in range(part_packs)
           ]
           q_ring.wait_ready(slot)
           buffer = q_ring.buffer(slot)
@@ -334,7 +347,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
           out_smem[at_out] = o.astype(s.dtype)
           l_smem[wg] = m + jnp.log2(l)
           plgpu.commit_smem()
-          for a in range(half):
+          for a in range(part_packs):
 
             @pl.when(first + a < count)
             def _store(a=a):
@@ -397,12 +410,12 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
         def gather(j, step):
           slot = q_ring.slot(step)
           pack = [
-            order_gmem[start + jnp.minimum(j * half + a, count - 1)]
+            order_gmem[start + jnp.minimum(j * part_packs + a, count - 1)]
             // g.pack_slots
-            for a in range(half)
+            for a in range(part_packs)
           ]
           q_ring.wait_free(step, slot)
-          for a in range(half):
+          for a in range(part_packs):
             plgpu.copy_gmem_to_smem(
               q_gmem.at[
                 batch_row, origin + pack[a], pl.ds(kv_head * rows, rows)
@@ -412,7 +425,9 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
             )
           return step + 1
 
-        return lax.fori_loop(0, (count + half - 1) // half, gather, step)
+        return lax.fori_loop(
+          0, (count + part_packs - 1) // part_packs, gather, step
+        )
 
       step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       mosaic.drain_rings(step, q_ring)
@@ -473,7 +488,8 @@ def _tiles(
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  half, rows = s.half, s.packing.rows
+  part_packs, rows = g.part_packs, s.packing.rows  # 64 MMA rows
+  cta_packs = 2 * part_packs
   tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
   merging = partials is not None
   kv_stages = config.kv_stages if merging else config.walk_stages
@@ -483,6 +499,8 @@ def _tiles(
   merge_stages = config.merge_stages
   columns = s.merge_columns if merging else s.head_dim
   column_steps = range(s.head_dim // columns)
+  shares = s.cluster > 1
+  num_clusters = max(config.num_ctas // s.cluster, 1)
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
@@ -493,12 +511,13 @@ def _tiles(
     o_smem: Any = None, l_smem: Any = None, o_ring: Any = None,
     p_smem: Any = None,
   ):  # fmt: skip
-    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tiles = (num_tiles - cta + config.num_ctas - 1) // config.num_ctas
+    cluster, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    rank = lax.axis_index("rank") if shares else jnp.int32(0)
+    my_tiles = (num_tiles - cluster + num_clusters - 1) // num_clusters
     first_tile = chunk_gmem[0]
 
     def locate(i):
-      index = first_tile + cta + i * config.num_ctas
+      index = first_tile + cluster + i * num_clusters
       group_index = index // tiles_of_group
       return (
         index,
@@ -510,7 +529,8 @@ def _tiles(
     @pl.when(wg < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      # Query in this warpgroup's half of the tile.
+      part = 2 * rank + wg  # of the tile
+      # Query in this warpgroup's part.
       query_of_row = (
         plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
         // s.packing.heads
@@ -526,8 +546,8 @@ def _tiles(
         kv_step, merge_step = steps
         index, batch_row, kv_head, tile_pack = locate(i)
         heads = pl.ds(kv_head * rows, rows)
-        first_pack = tile_pack + wg * half
-        for a in range(half):
+        first_pack = tile_pack + part * part_packs
+        for a in range(part_packs):
           plgpu.copy_gmem_to_smem(
             q_gmem.at[
               batch_row, jnp.minimum(first_pack + a, s.num_packs - 1), heads
@@ -537,7 +557,7 @@ def _tiles(
           )
         num_full, num_shared = (counts_gmem[index, j] for j in range(2))
         bad_keys, bad_values, seeing = (
-          queries_gmem[index, j, wg] for j in range(3)
+          queries_gmem[index, j, part] for j in range(3)
         )
         if keys is None:
           position = positions_gmem[batch_row] + first_pack * g.pack
@@ -549,7 +569,7 @@ def _tiles(
           k_ring.wait_ready(slot)
           # Read one block ahead: a warpgroup would wait for it here.
           following = shared_by_gmem[
-            index, wg, jnp.minimum(_quotient(j + 1, each), num_shared - 1)
+            index, part, jnp.minimum(_quotient(j + 1, each), num_shared - 1)
           ]
 
           def walk(acc, m_i, l_i):
@@ -599,15 +619,19 @@ def _tiles(
             return acc, m_new, l_new
 
           def skip(acc, m_i, l_i):
-            k_ring.release(slot)
             v_ring.wait_ready(slot)
+            if shares:
+              # One thread releases the slot for all warps of its warpgroup, and
+              # no product makes them wait for each other here.
+              plgpu.commit_smem()
+            k_ring.release(slot)
             v_ring.release(slot)
             return acc, m_i, l_i
 
           return *lax.cond(mine != 0, walk, skip, *carry), following
 
         def merge(choice, carry):
-          bits = [merge_gmem[index, h, choice] for h in range(2)]
+          bits = [merge_gmem[index, 2 * rank + h, choice] for h in range(2)]
 
           def add(accs, m_i, l_i, step):
             slots = [o_ring.slot(_plus(step, i)) for i in column_steps]
@@ -643,7 +667,7 @@ def _tiles(
           full(0.0, (ROWS, s.head_dim), plgpu.Layout.WGMMA),
           full(FLOOR, (ROWS,), row_layout),
           full(0.0, (ROWS,), row_layout),
-          shared_by_gmem[index, wg, 0],
+          shared_by_gmem[index, part, 0],
         )
         first_own, num_steps = _times(num_full, each), _times(num_shared, each)
         carry = lax.fori_loop(
@@ -679,7 +703,7 @@ def _tiles(
             at = pl.ds(i * columns, columns)
             q_smem[wg, :, at] = x.astype(s.dtype)
         plgpu.commit_smem()
-        for a in range(half):
+        for a in range(part_packs):
 
           @pl.when(first_pack + a < s.num_packs)
           def _store(a=a):
@@ -704,6 +728,7 @@ def _tiles(
         kv_step, merge_step = steps
         index, batch_row, kv_head, _ = locate(i)
         num_shared = counts_gmem[index, 1]
+        first_of_chunk = (index - first_tile) * g.tile_packs + rank * cta_packs
 
         def block(j, carry):
           step = kv_step + j
@@ -717,39 +742,46 @@ def _tiles(
             k_gmem.at[batch_row, kv_head, tokens],
             k_smem.at[slot],
             k_ring.ready_at(slot),
+            collective_axes="rank" if shares else None,
           )
           v_ring.wait_free(step, slot)
           plgpu.copy_gmem_to_smem(
             v_gmem.at[batch_row, kv_head, tokens],
             v_smem.at[slot],
             v_ring.ready_at(slot),
+            collective_axes="rank" if shares else None,
           )
           return carry
 
         lax.fori_loop(0, _times(num_shared, each), block, None)
 
         def merge(choice, step):
-          bits = [merge_gmem[index, h, choice] for h in range(2)]
+          bits = [merge_gmem[index, 2 * rank + h, choice] for h in range(2)]
           wanted = (bits[0] | bits[1]) != 0
 
           def copy(step, at=None):
             slot = o_ring.wait_free(step)
             plgpu.copy_gmem_to_smem(
-              part_lse_gmem.at[index - first_tile, choice], l_smem.at[slot],
+              part_lse_gmem.at[
+                index - first_tile,
+                choice,
+                mosaic.span(rank * 2 * ROWS, 2 * ROWS),
+              ],
+              l_smem.at[slot],
               o_ring.ready_at(slot),
-            )  # fmt: skip
-            for a in range(g.tile_packs):
-              of_pack = bits[a // half] >> (a % half * g.pack)
+            )
+            for a in range(cta_packs):
+              of_pack = bits[a // part_packs] >> (a % part_packs * g.pack)
               of_pack &= (1 << g.pack) - 1
 
               @pl.when(of_pack != 0)
               def _load(a=a):
-                part = part_gmem.at[
-                  (index - first_tile) * g.tile_packs + a, choice
-                ]
+                partial = part_gmem.at[first_of_chunk + a, choice]
                 plgpu.copy_gmem_to_smem(
-                  part if at is None else part.at[:, at],
-                  o_smem.at[slot, a // half, pl.ds((a % half) * rows, rows)],
+                  partial if at is None else partial.at[:, at],
+                  o_smem.at[
+                    slot, a // part_packs, pl.ds((a % part_packs) * rows, rows)
+                  ],
                   o_ring.ready_at(slot),
                 )
 
@@ -795,9 +827,9 @@ def _tiles(
     q_smem=s.operand(2, ROWS),
     k_smem=s.operand(kv_stages, s.step_keys),
     v_smem=s.operand(kv_stages, s.step_keys),
-    q_ready=plgpu.Barrier(num_arrivals=half, num_barriers=2),
-    k_ring=mosaic.ring(kv_stages, releases=2),
-    v_ring=mosaic.ring(kv_stages, releases=2),
+    q_ready=plgpu.Barrier(num_arrivals=part_packs, num_barriers=2),
+    k_ring=mosaic.ring(kv_stages, releases=2, cluster=shares),
+    v_ring=mosaic.ring(kv_stages, releases=2, cluster=shares),
   )
   if keys is not None:
     operands |= dict(keys_gmem=keys)
@@ -809,13 +841,14 @@ def _tiles(
         (merge_stages, 2, ROWS, columns), s.dtype, transforms=mosaic.OPERAND
       ),
       l_smem=plgpu.SMEM((merge_stages, 2 * ROWS), jnp.float32),
-      o_ring=mosaic.ring(merge_stages, fills=g.tile_packs + 1, releases=2),
+      o_ring=mosaic.ring(merge_stages, fills=cta_packs + 1, releases=2),
     )
   mosaic.launch(
     body,
     operands | dict(out_gmem=out, lse_gmem=lse),
     name="sparse_tiles_merge" if merging else "sparse_tiles",
-    num_ctas=config.num_ctas,
+    num_ctas=num_clusters * s.cluster,
+    cluster=s.cluster,
     num_warpgroups=3,
     interpret=s.interpret,
     scratch=scratch | s.probs_scratch(2, s.step_keys),
@@ -839,7 +872,10 @@ def geometry(
     packed: whether rows are packed.
   """
   pack, pack_rows = packing.queries, packing.rows
-  tile = 2 * ROWS // pack_rows * pack
+  # SMEM has room for two stages of 64 keys of wide heads, with which the CTAs
+  # of a cluster would wait for each other in every step.
+  parts = 2 * (1 if head_dim > mosaic.WIDE else config.cluster)
+  tile = parts * ROWS // pack_rows * pack
 
   def round_up(x):
     return -(-x // tile) * tile
@@ -870,7 +906,8 @@ def geometry(
     shared_cost=config.shared_cost * 16 / pack_rows,
     slack=config.slack,
     # In packed rows every block of a tile may be an own one, or end early.
-    **(dict(masked=tile * top_k) if packed else {}),
+    masked=tile * top_k if packed else -(-(tile - 1) // block_size) + 1,
+    parts=parts,
   )
 
 
@@ -972,7 +1009,7 @@ def forward(
     out, lse = results()
     partials = (
       new((g.chunk // pack, g.pack_slots, packing.rows, d), q.dtype),
-      new((chunk_tiles, g.pack_slots, 2 * ROWS), jnp.float32),
+      new((chunk_tiles, g.pack_slots, g.parts * ROWS), jnp.float32),
     )
     merges = tile_plan.plan_merges(tiles, g)
     total = num_tiles // chunk_tiles
