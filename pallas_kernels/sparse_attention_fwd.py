@@ -20,11 +20,13 @@ the device which of the two kernels computes which choice:
   a tile of neighbouring queries, and each of their four compute warpgroups owns
   a part of it, 64 MMA rows. They walk the tile's shared blocks with an online
   softmax, each skipping the blocks that none of its own queries chose, then
-  merge the partial outputs of the tile's pairs, and write out and lse. A third
+  merge the partial outputs of the tile's pairs, and write out and lse. The
+  product with a block's values runs beside the softmax of the next one. A third
   warpgroup of each CTA copies: it loads half of a block's keys and values into
   the SMEM of both CTAs (multicast), so that a block comes from L2 once for all
   256 rows. A CTA may refill a slot when the warpgroups of both CTAs have read
-  theirs. A tile of wide heads has one CTA, and two parts.
+  theirs. A tile of wide heads has one CTA and two parts, and finishes a block
+  before it starts the next one.
   Bound: where neighbours agree, wgmma, and reading shared blocks from L2 (64 KB
   for 16 queries of 16 heads); otherwise reading the partial outputs.
 
@@ -539,8 +541,8 @@ def _tiles(
       def chosen_by(bits):
         return ((bits >> query_of_row) & 1) == 1
 
-      def full(value, sizes, layout):
-        return plgpu.layout_cast(jnp.full(sizes, value, jnp.float32), layout)
+      def full(value, sizes, layout, dtype=jnp.float32):
+        return plgpu.layout_cast(jnp.full(sizes, value, dtype), layout)
 
       def tile(i, steps):
         kv_step, merge_step = steps
@@ -563,19 +565,127 @@ def _tiles(
           position = positions_gmem[batch_row] + first_pack * g.pack
         plgpu.barrier_wait(q_ready.at[wg])
 
-        def block(j, carry, own: bool):
-          *carry, mine = carry
+        def start(j, mine):
+          """Waits for a block's keys, and reads which queries chose the next.
+
+          Read one block ahead: a warpgroup would wait for it here.
+          """
           slot = k_ring.slot(kv_step + j)
           k_ring.wait_ready(slot)
-          # Read one block ahead: a warpgroup would wait for it here.
           following = shared_by_gmem[
             index, part, jnp.minimum(_quotient(j + 1, each), num_shared - 1)
           ]
+          return slot, chosen_by(mine), following
+
+        def softmax(scores, chosen, m_i, l_i):
+          """p, the new maximum and sum, and the factor of what was added."""
+          m_block = jnp.where(
+            chosen, scores.max(axis=1) * s.scale_log2, -jnp.inf
+          )
+          m_new = jnp.maximum(m_i, m_block)
+          alpha = jnp.exp2(m_i - m_new)
+          # exp2(x - inf) = 0 drops the block for queries that did not choose
+          # it.
+          shift = jnp.where(chosen, m_new, jnp.inf)
+          p = jnp.exp2(
+            scores * s.scale_log2 - _over_columns(shift, s.step_keys)
+          )
+          l_new = l_i * alpha + p.sum(axis=1)
+          return p, m_new, l_new, alpha
+
+        def rescaled(acc, alpha):
+          return acc * _over_columns(alpha, s.head_dim)
+
+        def add_values(acc, p, slot):
+          acc = _pv(
+            p, v_smem.at[slot], s, p_smem.at[wg] if s.interpret else None, acc
+          )
+          v_ring.release(slot)
+          return acc
+
+        def skip(slot):
+          v_ring.wait_ready(slot)
+          if shares:
+            # One thread releases the slot for all warps of its warpgroup, and
+            # no product makes them wait for each other here.
+            plgpu.commit_smem()
+          k_ring.release(slot)
+          v_ring.release(slot)
+
+        def finish(acc, p, before):
+          """Does the product that `block` left to do, if there is one."""
+          return lax.cond(
+            before >= 0,
+            lambda acc: add_values(acc, p, before),
+            lambda acc: acc,
+            acc,
+          )
+
+        def block(j, carry):
+          """A block that needs no mask; its product with values is left to do.
+
+          That of the block before, if this warpgroup walked it (`before` is its
+          slot, or -1), runs beside the softmax of this one.
+          """
+          *carry, mine = carry
+          slot, chosen, following = start(j, mine)
+
+          def walk(acc, m_i, l_i, p, before):
+            def alone(acc, m_i, l_i):
+              scores = _qk(q_smem.at[wg], k_smem.at[slot], s.step_keys)
+              k_ring.release(slot)
+              p, m_i, l_i, alpha = softmax(scores, chosen, m_i, l_i)
+              v_ring.wait_ready(slot)
+              return rescaled(acc, alpha), m_i, l_i, p.astype(s.dtype)
+
+            def beside(acc, m_i, l_i):
+              if s.interpret:
+                acc = add_values(acc, p, before)
+                return alone(acc, m_i, l_i)
+
+              def run(out_acc, scores_acc):
+                out_acc[...] = acc
+                plgpu.wgmma(
+                  scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0))
+                )
+                plgpu.wgmma(out_acc, p, v_smem.at[before])
+                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
+                k_ring.release(slot)
+                p_new, m_new, l_new, alpha = softmax(scores, chosen, m_i, l_i)
+                # This wait ends a basic block. In one block the compiler moves
+                # the end of the product, which is next, ahead of the softmax.
+                v_ring.wait_ready(slot)
+                out = out_acc[...]
+                v_ring.release(before)
+                # Not before the product has read the old p, whose registers
+                # this takes: the compiler would serialize the products.
+                p_new = p_new.astype(s.dtype)
+                return rescaled(out, alpha), m_new, l_new, p_new
+
+              return pl.run_scoped(
+                run,
+                ACC((ROWS, s.head_dim), jnp.float32),
+                ACC((ROWS, s.step_keys), jnp.float32),
+              )
+
+            new = lax.cond(before >= 0, beside, alone, acc, m_i, l_i)
+            return *new, jnp.int32(slot)
+
+          def pass_by(acc, m_i, l_i, p, before):
+            acc = finish(acc, p, before)
+            skip(slot)
+            return acc, m_i, l_i, p, jnp.int32(-1)
+
+          return *lax.cond(mine != 0, walk, pass_by, *carry), following
+
+        def block_alone(j, carry, own: bool):
+          """A block and its product with values; an `own` one needs a mask."""
+          *carry, mine = carry
+          slot, chosen, following = start(j, mine)
 
           def walk(acc, m_i, l_i):
             scores = _qk(q_smem.at[wg], k_smem.at[slot], s.step_keys)
             k_ring.release(slot)
-            chosen = chosen_by(mine)
             if own:
               first_key = shared_gmem[index, _quotient(j, each)] * s.block_size
               key = first_key + plgpu.broadcasted_iota(
@@ -598,37 +708,16 @@ def _tiles(
               scores = jnp.where(
                 key <= _over_columns(last, s.step_keys), scores, -jnp.inf
               )
-            m_block = jnp.where(
-              chosen, scores.max(axis=1) * s.scale_log2, -jnp.inf
-            )
-            m_new = jnp.maximum(m_i, m_block)
-            alpha = jnp.exp2(m_i - m_new)
-            # exp2(x - inf) = 0 drops the block for queries that did not choose
-            # it.
-            shift = jnp.where(chosen, m_new, jnp.inf)
-            p = jnp.exp2(
-              scores * s.scale_log2 - _over_columns(shift, s.step_keys)
-            )
-            l_new = l_i * alpha + p.sum(axis=1)
-            acc = acc * _over_columns(alpha, s.head_dim)
+            p, m_i, l_i, alpha = softmax(scores, chosen, m_i, l_i)
+            acc = rescaled(acc, alpha)
             v_ring.wait_ready(slot)
-            acc = _pv(
-              p, v_smem.at[slot], s, p_smem.at[wg] if s.interpret else None, acc
-            )
-            v_ring.release(slot)
-            return acc, m_new, l_new
+            return add_values(acc, p, slot), m_i, l_i
 
-          def skip(acc, m_i, l_i):
-            v_ring.wait_ready(slot)
-            if shares:
-              # One thread releases the slot for all warps of its warpgroup, and
-              # no product makes them wait for each other here.
-              plgpu.commit_smem()
-            k_ring.release(slot)
-            v_ring.release(slot)
-            return acc, m_i, l_i
+          def pass_by(*carry):
+            skip(slot)
+            return carry
 
-          return *lax.cond(mine != 0, walk, skip, *carry), following
+          return *lax.cond(mine != 0, walk, pass_by, *carry), following
 
         def merge(choice, carry):
           bits = [merge_gmem[index, 2 * rank + h, choice] for h in range(2)]
@@ -663,18 +752,28 @@ def _tiles(
 
           return lax.cond((bits[0] | bits[1]) != 0, add, lambda *c: c, *carry)
 
-        carry = (
-          full(0.0, (ROWS, s.head_dim), plgpu.Layout.WGMMA),
+        acc = full(0.0, (ROWS, s.head_dim), plgpu.Layout.WGMMA)
+        m_i, l_i = (
           full(FLOOR, (ROWS,), row_layout),
           full(0.0, (ROWS,), row_layout),
-          shared_by_gmem[index, part, 0],
         )
+        mine = shared_by_gmem[index, part, 0]
         first_own, num_steps = _times(num_full, each), _times(num_shared, each)
-        carry = lax.fori_loop(
-          0, first_own, functools.partial(block, own=False), carry
-        )
+        if s.wide:  # no registers are left for p of the block before
+          carry = lax.fori_loop(
+            0,
+            first_own,
+            functools.partial(block_alone, own=False),
+            (acc, m_i, l_i, mine),
+          )
+        else:
+          p = full(0.0, (ROWS, s.step_keys), plgpu.Layout.WGMMA, s.dtype)
+          acc, m_i, l_i, p, before, mine = lax.fori_loop(
+            0, first_own, block, (acc, m_i, l_i, p, jnp.int32(-1), mine)
+          )
+          carry = finish(acc, p, before), m_i, l_i, mine
         *carry, _ = lax.fori_loop(
-          first_own, num_steps, functools.partial(block, own=True), carry
+          first_own, num_steps, functools.partial(block_alone, own=True), carry
         )
         acc, m_i, l_i = carry
         accs = (acc,)
