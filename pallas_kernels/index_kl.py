@@ -24,11 +24,13 @@ queries that chose it. The (query, KV block) pairs of a task are processed in
 
 * **index_lse**: one warpgroup computes the index scores of 64 pairs with the
   block and a log sum exp for each. XLA merges those of a query's choices.
-* **kv_blocks**: two compute warpgroups own 64 keys each. A third one gathers q,
-  one TMA copy a query (`row_tile` in `_copy`), each of its warps some of the
-  queries. For each row tile the compute warpgroups get p as keys x rows. The
-  heads of a query lie in neighbouring columns, that is in the registers of four
-  lanes. Their mean is therefore a sum in float32 and an exchange that leaves
+* **kv_blocks**: two compute warpgroups own 64 keys each. A third one gathers q
+  (`row_tile` in `_copy`), each of its warps some of the queries: one TMA copy a
+  query, or with fewer than 8 heads one for each 64 columns of it
+  (`mosaic.copy_rows`). For each row tile the compute warpgroups get p as keys x
+  rows. The heads of a query lie in neighbouring columns, that is in the
+  registers of four lanes (two lanes if there are four heads, one if there are
+  two). Their mean is therefore a sum in float32 and an exchange that leaves
   each of the four lanes with the mean of one query of four. The pairs are
   gathered in the order that makes this the register layout of a product with 64
   pairs. Then come the index scores of the 64 pairs, r, g and the value. g times
@@ -63,7 +65,9 @@ Barriers of kv_blocks, between compute warpgroups 0 and 1 and the copy
 warpgroup (arrivals in brackets):
 
   name        who arrives                            who waits
-  q_ring      ready: a copy a query (8 or 16)        0 and 1
+  q_ring      ready: the copies of each query (8 or  0 and 1
+              16; with 4 or 2 heads 32 or 64 times
+              the columns / 64)
               free: 0 and 1, after the scores, or    copy
               the part's product (2)
   lse_ring    ready: the copy of a pair tile's lse   0 and 1
@@ -87,8 +91,9 @@ not finite are zeroed, and a query that sees one is made NaN through index_lse.
 
 Heads of other sizes than 64, 128 and 256, and index heads of others than 64 and
 128, are padded with zeros to the next of these. The heads of a group are padded
-to 8 or 16; padding heads have an lse of +inf, so that their p is 0, and the
-mean divides by the number of real heads.
+to 2, 4, 8 or 16; padding heads have an lse of +inf, so that their p is 0, and
+the mean divides by the number of real heads. The 128 rows of a row tile are
+then those of 64, 32, 16 or 8 queries.
 
 Not supported: what `mosaic.check_supported` refuses, and over all tokens what
 `mosaic.check_dense_supported` does; gradients of gradients.
@@ -152,7 +157,7 @@ class Config:
 class KernelParams:
   """Static parameters of one call, after padding."""
 
-  q_rows: int  # rows of a query in a row tile: its group's heads, 8 or 16
+  q_rows: int  # rows of a query in a row tile: its group's heads, padded
   head_dim: int
   index_dim: int
   num_kv_heads: int
@@ -343,14 +348,22 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
   )
 
 
-def _gather_order(x):
+def _gather_order(x, q_rows):
   """Reorders the pairs of each pair tile to the order that row tiles gather.
 
   Of every four pairs that are gathered, each of the four lanes that share an
   accumulator row gets the mean of one, and column 8 j + 2 l + {0, 1} of an
   accumulator lies in lane l. So the pair gathered as n = 8 j + 4 i + l belongs
-  to column 8 j + 2 l + i.
+  to column 8 j + 2 l + i. With 4 rows a query, where lanes 0 and 1 hold the
+  columns of one query and lanes 2 and 3 those of the next, the four lanes get
+  the pairs in the order 0, 2, 1, 3.
+
+  Args:
+    x: a value of each pair slot, a whole number of pair tiles.
+    q_rows: rows of a query.
   """
+  if q_rows == 4:
+    return x.reshape(-1, 2, 2, 2).swapaxes(1, 3).reshape(x.shape)
   return x.reshape(-1, 4, 2).swapaxes(1, 2).reshape(x.shape)
 
 
@@ -366,8 +379,12 @@ def _sum_heads(p, sums, tile, *, q_rows, interpret):
   """
   queries = ROWS // q_rows
   if interpret:
-    x = p.reshape(KEYS, queries // 8, 2, 4, q_rows).sum(-1)
-    x = x.swapaxes(2, 3).reshape(KEYS, queries)
+    x = p.reshape(KEYS, queries, q_rows).sum(-1)
+    if q_rows == 4:
+      x = x.reshape(KEYS, -1, 2, 2, 2).swapaxes(2, 4)
+    else:
+      x = x.reshape(KEYS, -1, 2, 4).swapaxes(2, 3)
+    x = x.reshape(KEYS, queries)
     column = lax.broadcasted_iota(jnp.int32, sums.shape, 1)
     x = jnp.tile(x, (1, PAIRS // queries))
     return jnp.where(column // queries == tile, x, sums)
@@ -405,24 +422,26 @@ def _sum_heads(p, sums, tile, *, q_rows, interpret):
       return vector.extract(x, dynamic_position=[], static_position=at)
 
     # A register holds two columns of one row, which is among the first or the
-    # second 8 of 16 rows.
+    # second 8 of 16 rows. Four lanes hold the 8 columns of a part: of one query
+    # or a half of it, or of two or four queries.
     parts = p.registers.reshape(ROWS // 8, 2)
-    per_query = q_rows // 8
+    per_total = max(q_rows // 8, 1)
+    lanes = min(q_rows, 8) // 2  # that share a query
     new = {}
     for half in range(2):
       totals = []
-      for a in range(queries):
-        x = parts[a * per_query, half]
-        for i in range(1, per_query):
-          x = arith.addf(x, parts[a * per_query + i, half])
+      for a in range(ROWS // 8 // per_total):
+        x = parts[a * per_total, half]
+        for i in range(1, per_total):
+          x = arith.addf(x, parts[a * per_total + i, half])
         totals.append(arith.addf(element(x, 0), element(x, 1)))
       for j in range(queries // 8):
         columns = []
         for i in range(2):
-          a, b, c, d = totals[8 * j + 4 * i : 8 * j + 4 * i + 4]
-          columns.append(
-            exchange(low, exchange(high, a, c, 2), exchange(high, b, d, 2), 1)
-          )
+          x = totals[lanes * (2 * j + i) : lanes * (2 * j + i + 1)]
+          if lanes == 4:
+            x = [exchange(high, x[b], x[b + 2], 2) for b in range(2)]
+          columns.append(exchange(low, x[0], x[1], 1) if lanes > 1 else x[0])
         new[j, half] = vector.from_elements(pair, columns)
     registers_shape = sums.registers.shape
     old = sums.registers.reshape(PAIRS // 8, 2)
@@ -473,6 +492,7 @@ def _kv_blocks(
     iq_smem, ilse_smem, limit_smem, g_smem, q_ring, lse_ring, kv_ring, iq_ring,
     g_ready, g_read, diq_ready, tensor_turn, weight_gmem=None, weight_smem=None,
   ):  # fmt: skip
+    q_smem, q_to = mosaic.whole_and_tiles(q_smem)
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     my_tasks = kv_block_plan.num_tasks_of_cta(
       cta, chunk_gmem[2], config.num_ctas
@@ -739,10 +759,8 @@ def _kv_blocks(
               ]
               if s.q_parts > 1:
                 q_of_query = q_of_query.at[:, columns]
-              plgpu.copy_gmem_to_smem(
-                q_of_query,
-                q_smem.at[stage, pl.ds(a * q_rows, q_rows)],
-                q_ring.ready_at(stage),
+              mosaic.copy_rows(
+                q_of_query, q_to, stage, a * q_rows, q_ring.ready_at(stage)
               )
 
         def row_tile(t, steps):
@@ -757,7 +775,9 @@ def _kv_blocks(
 
           # The keys and the index operands are copied last, because the task or
           # pair tile before may still be using their buffers.
-          most = q_ring.stages // s.q_parts
+          # Yet the second pair tile's index operands need the first one to be
+          # done, and so the keys.
+          most = min(q_ring.stages // s.q_parts, 2 * row_tiles)
           pl.when(t == jnp.minimum(most, num_row_tiles) - 1)(copy_keys)
           ends = (nth == row_tiles - 1) | (t == num_row_tiles - 1)
           pl.when(ends)(lambda: copy_index(j, pair_step))
@@ -803,7 +823,9 @@ def _kv_blocks(
     interpret=s.interpret,
     auto_barriers=False,
     scratch=dict(
-      q_smem=operand(s.stages, ROWS, s.q_columns),
+      q_smem=mosaic.gathered_operand(
+        (s.stages, ROWS, s.q_columns), s.dtype, q_rows, s.interpret
+      ),
       lse_smem=plgpu.SMEM((2, row_tiles, ROWS), jnp.float32),
       k_smem=operand(2, KEYS, d),
       ik_smem=operand(2, KEYS, i_dim),
@@ -811,7 +833,11 @@ def _kv_blocks(
       ilse_smem=plgpu.SMEM((2, PAIRS), jnp.float32),
       limit_smem=plgpu.SMEM((2, PAIRS), jnp.int32),
       g_smem=operand(2, KEYS, PAIRS),
-      q_ring=mosaic.ring(s.stages, fills=s.queries, releases=2),
+      q_ring=mosaic.ring(
+        s.stages,
+        fills=s.queries * mosaic.copies_of_rows(q_rows, s.q_columns),
+        releases=2,
+      ),
       lse_ring=mosaic.ring(2, releases=2),
       kv_ring=mosaic.ring(fills=4, releases=2),
       iq_ring=mosaic.ring(2, fills=3 if weights is None else 4, releases=2),
@@ -1023,7 +1049,7 @@ def _loss(
       values = jax.new_ref(lax.empty((config.num_ctas, 2, KEYS), jnp.float32))
       partials = jax.new_ref(lax.empty((partial_rows, i_dim), q.dtype))
       sums = jax.new_ref(sums)
-      gathered = _gather_order(query)
+      gathered = _gather_order(query, q_rows)
       pair_weights = None
       if weights is not None:
         pair_weights = weights[

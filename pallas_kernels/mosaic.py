@@ -405,6 +405,69 @@ OPERAND = (
 )
 
 
+def gathered_operand(
+  sizes: tuple[int, ...], dtype: Any, rows: int, interpret: bool
+) -> Any:
+  """SMEM of `OPERAND`, for `scratch`, into which `copy_rows` copies.
+
+  Args:
+    sizes: operands, rows and columns of each.
+    dtype: of the entries.
+    rows: of one copy: 2, 4 or a multiple of 8.
+    interpret: run on the CPU, where every buffer has the shape of its array.
+  """
+  whole = plgpu.SMEM(sizes, dtype, transforms=OPERAND)
+  if rows % 8 == 0 or interpret:
+    return whole
+  count, all_rows, columns = sizes
+  # The same bytes as tiles, whose rows can be sliced. Pallas warns of reading
+  # through one member what another one has written, because members may be
+  # padded; but these both start where the union does.
+  tiles = plgpu.SMEM(
+    (count, all_rows // 8, columns // 64, 8, 64), dtype, transforms=OPERAND[1:]
+  )
+  return plgpu.RefUnion(whole, tiles)
+
+
+def whole_and_tiles(smem: Any) -> tuple[Any, Any]:
+  """In a kernel: operands of `gathered_operand`, and the SMEM to copy to."""
+  # A union of two is a row of bytes.
+  return tuple(smem) if smem.ndim == 1 else (smem, smem)
+
+
+def copies_of_rows(rows: int, columns: int) -> int:
+  """How many TMA copies `copy_rows` starts, each of which arrives."""
+  return columns // 64 if rows % 8 else 1
+
+
+def copy_rows(src: Any, dst: Any, slot: Any, first: Any, ready: Any) -> None:
+  """Copies a few rows from GMEM into one of the operands of a buffer in SMEM.
+
+  A copy moves whole tiles of 8 rows x 64 columns. If there are fewer rows, each
+  64 columns take a copy of their own, whose rows lie side by side in a tile.
+  They are swizzled as in a copy of the whole tile, because TMA swizzles by the
+  address in SMEM (CUDA Programming Guide, swizzle pattern pointer offset).
+
+  Args:
+    src: the rows.
+    dst: the SMEM to copy to, of `gathered_operand` for so many rows.
+    slot: the operand.
+    first: its row that the first one goes to, a multiple of their number.
+    ready: barrier at which the copies arrive, `copies_of_rows` of them.
+  """
+  rows, columns = src.shape
+  if rows % 8 == 0:
+    plgpu.copy_gmem_to_smem(src, dst.at[slot, pl.ds(first, rows)], ready)
+    return
+  for i in range(columns // 64):
+    part = pl.ds(i * 64, 64)
+    if dst.ndim == 3:  # interpreted
+      at = dst.at[slot, pl.ds(first, rows), part]
+    else:
+      at = dst.at[slot, first >> 3, i, pl.ds(first & 7, rows)]
+    plgpu.copy_gmem_to_smem(src.at[:, part], at, ready)
+
+
 def span(start: Any, size: int) -> Any:
   """A slice that starts at a multiple of its size, which TMA has to be told."""
   return pl.ds(pl.multiple_of(start, size), size)

@@ -47,10 +47,10 @@ from pallas_kernels import (
 
 
 def pad_heads(x: Array, num_kv_heads: int) -> Array:
-  """Pads [B,T,H,D] with zero heads to 8 or 16 heads a group."""
+  """Pads [B,T,H,D] with zero heads to `mosaic.Packing.heads` a group."""
   b, t, num_heads, d = x.shape
   group_size = num_heads // num_kv_heads
-  rows = mosaic.padded_heads(group_size)
+  rows = mosaic.Packing(group_size).heads
   if rows == group_size:
     return x
   x = x.reshape(b, t, num_kv_heads, group_size, d)

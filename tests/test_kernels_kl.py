@@ -286,6 +286,47 @@ def test_gpu_small_chunks_and_tasks(hopper):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("head_dim", [64, 128, 256])
+@pytest.mark.parametrize("group", [1, 2, 3, 4])
+def test_gpu_small_groups(hopper, group, head_dim):
+  """Row tiles of 32 or 64 queries; several tasks of pair tiles for each CTA."""
+  case = Case(
+    batch=2, q_len=700, kv_len=1408, num_heads=2 * group, num_kv_heads=2,
+    head_dim=head_dim, index_dim=min(head_dim, 128), block_size=128, top_k=8,
+    kv_lengths=(1408, 301),
+  )  # fmt: skip
+  q, k, _, index_q, index_k = case.inputs(dtype="bfloat16")
+  choices = patterns(case)
+  for name, config in (
+    ("random", index_kl.Config()),
+    ("all_on_block_0", index_kl.Config(task=72, num_ctas=7)),
+    ("sharing", index_kl.Config(task=200, num_ctas=3)),
+    ("some_rows_empty", index_kl.Config(stages=2, chunk=100, num_ctas=7)),
+  ):
+    run_twice(case, (q, k, index_q, index_k, choices[name]), config)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("group", [2, 4])
+def test_gpu_nan_of_one_query_of_a_small_group(hopper, group):
+  case = Case(
+    q_len=300, kv_len=900, num_heads=2 * group, num_kv_heads=2, head_dim=128,
+    index_dim=128, block_size=128, top_k=4,
+  )  # fmt: skip
+  q, k, _, index_q, index_k = case.inputs(dtype="bfloat16")
+  _, (diq, dik) = compiled(case, None)(
+    q.at[0, 77, 1].set(jnp.nan), k, index_q, index_k, random_blocks(case)
+  )
+  where = np.zeros((300, 2), bool)
+  where[77, 0] = True
+  np.testing.assert_array_equal(np.isnan(diq).any((0, 3)), where)
+  chosen = np.asarray(random_blocks(case))[0, 0, 77]
+  seen = np.isin(np.arange(900) // 128, chosen)
+  seen &= np.arange(900) <= case.positions()[0, 77]
+  np.testing.assert_array_equal(np.isnan(dik[0]).any(-1), seen)
+
+
+@pytest.mark.gpu
 def test_gpu_launches_of_rows_and_groups(hopper):
   case, dtype = HOPPER_CASES["ragged_rows"]
   q, k, _, index_q, index_k = case.inputs(dtype=dtype)

@@ -162,7 +162,16 @@ def test_one_query_whose_only_block_is_a_pair():
   check_attention(case, q, k, v, blocks, out, lse)
 
 
-@pytest.mark.parametrize("sizes", SOME_PADDED, ids=str)
+@pytest.mark.parametrize(
+  "sizes",
+  [
+    *SOME_PADDED,
+    pytest.param((1, 2, 64, 64), marks=SLOW),
+    pytest.param((2, 2, 64, 64), marks=SLOW),
+    (4, 2, 128, 128),
+  ],
+  ids=str,
+)
 def test_padded_heads_stay_out_of_the_kl(sizes):
   """Every real score is far below 0, the score that a padding head has.
 
@@ -181,6 +190,52 @@ def test_padded_heads_stay_out_of_the_kl(sizes):
   )
   k, index_k = (x.at[1, 5:].set(0) for x in (k, index_k))
   check_kl(case, q, k, index_q, index_k, blocks, got)
+
+
+@pytest.mark.parametrize(
+  "group, head_dim",
+  [(2, 128), *(pytest.param(*x, marks=SLOW) for x in ((4, 256), (1, 64)))],
+)
+def test_kl_of_small_groups_over_several_tasks(group, head_dim):
+  """Tasks of up to three pair tiles, of two row tiles or of one.
+
+  If it is one, all stages of q would be filled with several pair tiles of a
+  task, whose index operands do not fit, before the keys are copied.
+  """
+  case = Case(
+    q_len=150, kv_len=400, num_heads=group, num_kv_heads=1, head_dim=head_dim,
+    index_dim=64, block_size=128, top_k=3,
+  )  # fmt: skip
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  args = (case, q, k, index_q, index_k, random_blocks(case))
+  config = index_kl.Config(task=152, num_ctas=1)
+  got = test_kernels_kl.run(*args, config=config, interpret=True)
+  check_kl(*args, got)
+
+
+@pytest.mark.parametrize("group", [4, pytest.param(2, marks=SLOW)])
+def test_nan_stays_in_its_query_of_a_row_tile_of_the_kl(group):
+  """Queries 4 to 7 share 16 rows or 8; 5 holds NaN."""
+  case = Case(
+    q_len=12, kv_len=300, num_heads=group, num_kv_heads=1, head_dim=128,
+    index_dim=64, block_size=128, top_k=2,
+  )  # fmt: skip
+  q, k, _, index_q, index_k = case.inputs(dtype=jnp.bfloat16)
+  blocks = np.array(random_blocks(case))
+  blocks[0, 0, :, 0] = np.arange(12) % 2
+  blocks[..., 1] = 2
+  value, (diq, dik) = test_kernels_kl.run(
+    case, q.at[0, 5, 1].set(jnp.nan), k, index_q, index_k, jnp.asarray(blocks),
+    config=test_kernels_kl.INTERPRETED, interpret=True,
+  )  # fmt: skip
+  assert np.isnan(value)
+  bad = np.isnan(np.asarray(diq, np.float32))[0, :, 0]
+  np.testing.assert_array_equal(bad.all(-1), np.arange(12) == 5)
+  np.testing.assert_array_equal(bad.any(-1), np.arange(12) == 5)
+  position = 300 - 12 + 5
+  key = np.arange(300)
+  seen = np.isin(key // 128, blocks[0, 0, 5]) & (key <= position)
+  np.testing.assert_array_equal(np.isnan(dik[0]).any(-1), seen)
 
 
 @pytest.mark.parametrize(
@@ -471,6 +526,7 @@ def real_case(tokens, heads, kv_heads, dim=128, block_size=128, top_k=16):
   [
     pytest.param(real_case(1 << 15, 48, 8), marks=SLOW),  # MiniMax-M2
     pytest.param(real_case(1 << 15, 40, 8), marks=SLOW),  # Qwen3-14B
+    pytest.param(real_case(1 << 15, 32, 8), marks=SLOW),  # Llama 3 8B
     pytest.param(real_case(1 << 13, 9, 3, dim=64), marks=SLOW),  # SmolLM2-135M
     pytest.param(real_case(1 << 13, 32, 32, dim=80), marks=SLOW),
     real_case(1 << 13, 24, 2, dim=96, block_size=64),
