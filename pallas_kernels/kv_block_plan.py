@@ -310,11 +310,7 @@ def plan_kv_blocks(
   after = group * num_packs + jnp.clip(-(-after // pack), 0, num_packs)
   after = after.reshape(-1).astype(jnp.uint32) * slots
   bounds, inside = jnp.split(
-    jnp.searchsorted(
-      key,
-      jnp.concatenate([lists, lists[:-1] + after]),
-      method="scan_unrolled",
-    ).astype(jnp.int32),
+    mosaic.counts_below(key, jnp.concatenate([lists, lists[:-1] + after])),
     [num_kv_blocks + 1],
   )
   order = (key & ((1 << slot_bits) - 1)).astype(jnp.int32)
@@ -331,7 +327,8 @@ def plan_kv_blocks(
 
   counts = bounds[1:] - bounds[:-1]
   task_counts = -(-counts // task)
-  ends = jnp.cumsum(task_counts)
+  more = jnp.maximum(task_counts - 1, 0)
+  ends, more_ends = mosaic.sums_up_to(jnp.stack([task_counts, more]))
   index = jnp.arange(max_tasks(num_kv_blocks, num_pairs, task))
   block = mosaic.counts_up_to(ends, index.size)
   block = jnp.minimum(block, num_kv_blocks - 1)
@@ -343,8 +340,7 @@ def plan_kv_blocks(
   inside = jnp.clip(inside[block] - start, 0, count)
   # A pair inside the block needs a mask and takes about twice as long.
   longest_first = jnp.argsort(-(count + inside))
-  more = jnp.maximum(task_counts - 1, 0)
-  first_extra = num_kv_blocks + jnp.cumsum(more) - more
+  first_extra = num_kv_blocks + more_ends - more
   sum_slot = jnp.where(nth == 0, block, first_extra[block] + nth - 1)
   return KVBlockPlan(
     tasks=jnp.stack([block, start, count, inside, sum_slot], axis=-1).astype(

@@ -86,6 +86,11 @@ def bit_not(x: Any) -> Any:
   return jnp.bitwise_xor(x, jnp.int32(-1))
 
 
+# Up to so many comparisons, comparing all with all in one launch takes less time
+# than the launches that fewer operations would be spread over.
+ALL_WITH_ALL = 1 << 24
+
+
 def counts_up_to(values: Int[Array, "n"], size: int) -> Int[Array, "size"]:
   """How many of the values are at most i, for i = 0 .. size - 1.
 
@@ -93,8 +98,45 @@ def counts_up_to(values: Int[Array, "n"], size: int) -> Int[Array, "size"]:
   values it is `searchsorted(values, arange(size), side="right")`, whose search
   of some 15 steps takes longer to compile than all else in a plan.
   """
+  if values.size * size <= ALL_WITH_ALL:
+    index = jnp.arange(size, dtype=values.dtype)[:, None]
+    return jnp.sum(values[None] <= index, axis=1, dtype=jnp.int32)
   marks = jnp.zeros((size,), jnp.int32).at[values].add(1, mode="drop")
   return jnp.cumsum(marks, dtype=jnp.int32)
+
+
+def sums_up_to(values: Int[Array, "*A n"]) -> Int[Array, "*A n"]:
+  """The cumulative sum along the last axis, in one launch if it is short."""
+  n = values.shape[-1]
+  if values.size * n > ALL_WITH_ALL:
+    return jnp.cumsum(values, axis=-1, dtype=jnp.int32)
+  index = jnp.arange(n)
+  so_far = jnp.where(index <= index[:, None], values[..., None, :], 0)
+  return jnp.sum(so_far, axis=-1, dtype=jnp.int32)
+
+
+def counts_below(
+  values: UInt32[Array, "n"], bounds: UInt32[Array, "m"]
+) -> Int[Array, "m"]:
+  """How many of the ascending values are below each of the bounds.
+
+  It is `searchsorted(values, bounds)`, of which XLA makes a launch for every
+  four steps. This takes two: one finds the row of about sqrt(n) values in which
+  the answer lies, and one counts in it.
+  """
+  n = values.size
+  width = 1 << -(-n.bit_length() // 2)
+  if bounds.size * width > ALL_WITH_ALL:
+    found = jnp.searchsorted(values, bounds, method="scan_unrolled")
+    return found.astype(jnp.int32)
+  last = jnp.uint32(0xFFFFFFFF)  # below no bound
+  rows = jnp.pad(values, (0, -n % width), constant_values=last)
+  rows = rows.reshape(-1, width)
+  bounds = bounds[:, None]
+  row = jnp.sum(rows[:, 0] < bounds, axis=1, dtype=jnp.int32) - 1
+  row = jnp.maximum(row, 0)
+  inside = jnp.sum(rows[row] < bounds, axis=1, dtype=jnp.int32)
+  return row * width + inside
 
 
 def starts_run(key: Array) -> Array:

@@ -386,15 +386,12 @@ def plan_pairs(
     num_keys=1,
     is_stable=False,
   )
-  # The unrolled search is one fused launch; the default is a loop of launches.
-  bounds = jnp.searchsorted(
-    segment,
-    jnp.arange(num_segments + 1, dtype=jnp.uint32),
-    method="scan_unrolled",
-  ).astype(jnp.int32)
+  bounds = mosaic.counts_below(
+    segment, jnp.arange(num_segments + 1, dtype=jnp.uint32)
+  )
   counts = bounds[1:] - bounds[:-1]
   task_counts = -(-counts // g.task)
-  ends = jnp.cumsum(task_counts)
+  ends = mosaic.sums_up_to(task_counts)
   # A chunk's tasks end with those of its last segment.
   chunk_end = ends.reshape(num_chunks, -1)[:, -1]
   chunk_first = jnp.pad(chunk_end[:-1], (1, 0))
