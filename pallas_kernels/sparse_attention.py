@@ -122,9 +122,9 @@ def _backward(
   q, k, v, out, lse, dout, dlse, block_indices, kv_lengths, rows=None, *,
   block_size, scale, config, interpret,
 ):  # fmt: skip
-  t, num_heads = q.shape[1:3]
+  q_shape = q.shape
   s_len, num_kv_heads = k.shape[1:3]
-  group_size = num_heads // num_kv_heads
+  group_size = q.shape[2] // num_kv_heads
   places = s_len
   if rows is not None:
     places = rows.source.shape[1]
@@ -134,23 +134,25 @@ def _backward(
     block_major(x, num_kv_blocks, kv_block_plan.KV_BLOCK, rows)[0]
     for x in (k, v)
   )
+  packing = mosaic.Packing(group_size)
+  # An lse of +inf makes p of the padding zero.
+  rows_lse = packing.pack(lse.swapaxes(1, 2), num_kv_heads, fill=jnp.inf)
+  # All are packed first, so that XLA reads each of them once for everything.
+  q, out, dout = (packing.pack(x, num_kv_heads) for x in (q, out, dout))
   delta = jnp.sum(out.astype(jnp.float32) * dout.astype(jnp.float32), axis=-1)
   # A dout that is not finite goes into lse and so reaches dv of exactly the
   # keys that its query sees. A dlse that is not finite must not reach dv, so it
   # is subtracted afterwards.
-  rows_lse = jnp.where(jnp.isfinite(delta), lse.swapaxes(1, 2), jnp.nan)
+  rows_lse = jnp.where(jnp.isfinite(delta), rows_lse, jnp.nan)
   if dlse is not None:
     # The lse of a query that sees nothing is the constant -inf.
-    delta -= jnp.where(lse == -jnp.inf, 0, dlse).swapaxes(1, 2)
-  packing = mosaic.Packing(group_size)
+    dlse = jnp.where(lse == -jnp.inf, 0, dlse).swapaxes(1, 2)
+    delta -= packing.pack(dlse, num_kv_heads)
   if packing.queries > 1:
     # A query must not reach the other queries of its pack through a product of
     # NaN with zero, so what is not finite travels in lse and delta alone.
     rows_lse = jnp.where(jnp.all(jnp.isfinite(q), axis=-1), rows_lse, jnp.nan)
     q, dout = (jnp.where(jnp.isfinite(x), x, 0) for x in (q, dout))
-  # An lse of +inf makes p of the padding zero.
-  rows_lse = packing.pack(rows_lse, num_kv_heads, fill=jnp.inf)
-  q, dout, delta = (packing.pack(x, num_kv_heads) for x in (q, dout, delta))
   dq, dk, dv = sparse_attention_bwd.backward(
     q, k, v, dout, rows_lse, delta, block_indices,
     jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len), rows,
@@ -163,7 +165,7 @@ def _backward(
   dk, dv = (x[:, :, :places].swapaxes(1, 2) for x in (dk, dv))
   if rows is not None:
     dk, dv = (rows.from_blocks(x) for x in (dk, dv))
-  return packing.unpack(dq, t, num_kv_heads), dk, dv
+  return dq[:, :, :, :group_size].reshape(*q_shape), dk, dv
 
 
 _Q_K_V = ("B T H D", "B S K D", "B S K D")

@@ -998,19 +998,23 @@ def _sum_pairs(dq, partials, counts, *, params):
 
   A warpgroup computes one pack at a time, and reads four partials at once to
   hide latency. Slots after a pack's last pair are not read: neighbours that
-  choose alike leave a third of them empty.
+  choose alike leave a third of them empty. The queries of a pack are summed
+  apart from each other, because each has a place of its own in dq.
 
   Args:
-    dq: Ref, [packs, MMA rows, D], in the working dtype.
+    dq: Ref, [batch rows, queries, KV heads, heads, D], in the working dtype.
     partials: Ref of `_kv_blocks`.
     counts: int32 [packs]: the pairs of each pack, which hold its first slots.
     params: static parameters.
   """
-  num_packs, _, rows, d = partials.shape
+  num_packs, _, _, d = partials.shape
+  _, num_queries, kv_heads, heads, _ = dq.shape
+  queries = params.packing.queries
+  chunk = num_queries // queries  # packs of a group
   warpgroups = 4
   workers = 4 * params.config.num_ctas * warpgroups  # four CTAs fit on an SM
-  vector = max(1, min(8, rows * d // 128))
-  layout = plgpu.Layout.WG_STRIDED((rows, d), vec_size=vector)
+  vector = max(1, min(8, heads * d // 128))
+  layout = plgpu.Layout.WG_STRIDED((heads, d), vec_size=vector)
 
   def body(*, counts_gmem, part_gmem, dq_gmem):
     worker = lax.axis_index("cta") * warpgroups + lax.axis_index("wg")
@@ -1019,22 +1023,36 @@ def _sum_pairs(dq, partials, counts, *, params):
       index = worker + i * workers
       count = counts_gmem[index]
 
-      def add(j, total, each):
+      def add(j, totals, each):
         parts = [
-          plgpu.load(
-            part_gmem.at[index, j * each + a], layout=layout, optimized=False
-          )
+          [
+            plgpu.load(
+              part_gmem.at[index, j * each + a, pl.ds(q * heads, heads)],
+              layout=layout,
+              optimized=False,
+            )
+            for q in range(queries)
+          ]
           for a in range(each)
         ]
-        for x in parts:
-          total += x.astype(jnp.float32)
-        return total
+        for of_queries in parts:
+          totals = tuple(
+            total + x.astype(jnp.float32)
+            for total, x in zip(totals, of_queries, strict=True)
+          )
+        return totals
 
       fours = count // 4
-      total = plgpu.layout_cast(jnp.full((rows, d), 0.0, jnp.float32), layout)
-      total = lax.fori_loop(0, fours, lambda j, x: add(j, x, 4), total)
-      total = lax.fori_loop(4 * fours, count, lambda j, x: add(j, x, 1), total)
-      dq_gmem[index] = total.astype(params.dtype)
+      zero = plgpu.layout_cast(jnp.full((heads, d), 0.0, jnp.float32), layout)
+      totals = (zero,) * queries
+      totals = lax.fori_loop(0, fours, lambda j, x: add(j, x, 4), totals)
+      totals = lax.fori_loop(
+        4 * fours, count, lambda j, x: add(j, x, 1), totals
+      )
+      group, first = index // chunk, lax.rem(index, chunk) * queries
+      batch_row, kv_head = group // kv_heads, lax.rem(group, kv_heads)
+      for q, total in enumerate(totals):
+        dq_gmem[batch_row, first + q, kv_head] = total.astype(params.dtype)
       return carry
 
     lax.fori_loop(0, (num_packs - worker + workers - 1) // workers, pack, None)
@@ -1081,7 +1099,7 @@ def backward(
     interpret: run on the CPU.
 
   Returns:
-    dq like q, dk and dv like k and v.
+    dq as [B, T, K, heads of a group after padding, D], dk and dv like k and v.
   """
   b, num_packs, _, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
@@ -1211,14 +1229,20 @@ def backward(
         is_pair = split.token_major(plan.is_pair)[..., None, None]
         one = jnp.sum(jnp.where(is_pair, one, 0), axis=3).astype(q.dtype)
       else:
-        one = jax.new_ref(lax.empty((groups * chunk, rows, d), q.dtype))
+        one = jax.new_ref(
+          lax.empty(
+            (
+              split.batch_rows, chunk * pack, split.kv_heads, packing.heads, d,
+            ),
+            q.dtype,
+          )
+        )  # fmt: skip
         counts = jnp.sum(plan.is_pair, axis=-1, dtype=jnp.int32).reshape(-1)
         _sum_pairs(one, partials_ref, counts, params=params)
         partials = jax.freeze(partials_ref)
-        one = mosaic.result(one).reshape(groups, chunk, rows, d)
-        one = split.token_major(one)
+        one = mosaic.result(one)
       batch_row, kv_head = first // num_kv_heads, first % num_kv_heads
-      at = (batch_row, first_pack, kv_head, 0, 0)
+      at = (batch_row, first_pack * pack, kv_head, 0, 0)
       dq = lax.dynamic_update_slice(dq, one, at)
       return dq, jax.freeze(sums_ref), partials
 
@@ -1231,10 +1255,12 @@ def backward(
 
   all_groups = b * num_kv_heads
   dk, dv = (lax.empty((all_groups, s_len, d), q.dtype) for _ in range(2))
-  dq = lax.empty((b, padded_packs, num_kv_heads, rows, d), q.dtype)
+  dq = lax.empty(
+    (b, padded_packs * pack, num_kv_heads, packing.heads, d), q.dtype
+  )
   dq, dk, dv = lax.fori_loop(0, all_groups // groups, launch, (dq, dk, dv))
   return (
-    dq[:, :num_packs].reshape(q.shape),
+    dq[:, :t],
     dk.reshape(k.shape),
     dv.reshape(v.shape),
   )
