@@ -163,6 +163,7 @@ class KernelParams:
   num_kv_heads: int
   num_groups: int  # groups (KV heads of batch rows) of a launch
   num_kv_blocks: int  # KV blocks of a group
+  adds: bool  # to the sums of the chunks before
   dtype: jnp.dtype
   scale: float
   index_scale: float
@@ -676,8 +677,10 @@ def _kv_blocks(
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
             return so_far + x
 
-          is_first = sum_slot < s.num_groups * s.num_kv_blocks
-          at[...] = lax.cond(is_first, add_so_far, lambda x: x, dik)
+          if s.adds:
+            is_first = sum_slot < s.num_groups * s.num_kv_blocks
+            dik = lax.cond(is_first, add_so_far, lambda x: x, dik)
+          at[...] = dik
         return row_step, pair_step, value
 
       pl.when(wg == 1)(lambda: plgpu.barrier_arrive(tensor_turn.at[0]))
@@ -945,6 +948,7 @@ def _loss(
     num_kv_heads=num_kv_heads,
     num_groups=groups,
     num_kv_blocks=num_kv_blocks,
+    adds=split.num_chunks > 1,
     dtype=jnp.dtype(q.dtype),
     scale=scale,
     index_scale=index_scale,
@@ -965,7 +969,7 @@ def _loss(
     batch_row, kv_head = group // num_kv_heads, group % num_kv_heads
 
     def step(i, carry):
-      total, diq, sums = carry
+      total, diq, sums, has_sum = carry
       first_query = i * chunk
 
       def cut(x):
@@ -1070,17 +1074,19 @@ def _loss(
         x = jnp.sum(jnp.where(plan.is_pair[..., None], x, 0), axis=2)
         at = (batch_row[0], first_query, kv_head[0], 0)
         diq = lax.dynamic_update_slice(diq, split.token_major(x), at)
-      return total, diq, jax.freeze(sums)
+      return total, diq, jax.freeze(sums), has_sum | plan.has_pairs
 
     sums = lax.empty((1, slots, kv_block_plan.KV_BLOCK, i_dim), jnp.float32)
-    sums = sums.at[:, :num_slots].set(0.0)
-    total, diq, sums = lax.fori_loop(
-      0, split.num_chunks, step, (total, diq, sums)
+    if params.adds:
+      sums = sums.at[:, :num_slots].set(0.0)
+    has_sum = jnp.zeros((num_slots,), bool)
+    total, diq, sums, has_sum = lax.fori_loop(
+      0, split.num_chunks, step, (total, diq, sums, has_sum)
     )
     if with_gradients:
-      one = sums[0, :num_slots].reshape(
-        split.batch_rows, split.kv_heads, keys, i_dim
-      )
+      # The sum of a block that no query chose may never have been written.
+      one = jnp.where(has_sum[:, None, None], sums[0, :num_slots], 0)
+      one = one.reshape(split.batch_rows, split.kv_heads, keys, i_dim)
       one = jnp.sum(one, axis=1)
       at = (batch_row[0], 0, 0)
       so_far = lax.dynamic_slice(dik, at, one.shape)

@@ -15,9 +15,10 @@ the **(query, KV block) pairs** by block and cuts each block's list into
 * in the kernel, a CTA goes through its tasks with `num_tasks_of_cta` and
   `nth_task`, longest tasks first.
 
-The first task of a block adds to the block's own sum of gradients. If a block
-has more tasks, each of them writes a sum of its own, and a second kernel adds
-these in a fixed order: no atomics, so repeated runs give equal bits.
+The first task of a block writes the block's own sum of gradients, or adds to it
+if queries come in several chunks. If a block has more tasks, each of them
+writes a sum of its own, and a second kernel adds these in a fixed order: no
+atomics, so repeated runs give equal bits.
 
 All shapes are static (`max_tasks` bounds the number of tasks) and everything
 runs inside jit without a host sync. Ids that name no block, or a block beyond
@@ -64,6 +65,7 @@ class KVBlockPlan(NamedTuple):
       pairs of a pack come first, unless `chosen` is None.
     reach: int32 [pairs], of packed rows only: how many keys of the KV block lie
       up to each query of the pack, 0 to KV_BLOCK, in 8 bits a query.
+    has_pairs: bool [blocks]: which blocks have any, and so a sum.
   """
 
   tasks: Int[Array, "tasks 5"]
@@ -74,6 +76,7 @@ class KVBlockPlan(NamedTuple):
   chosen: Int[Array, "pairs"] | None
   is_pair: Bool[Array, "groups packs slots"]
   reach: Int[Array, "pairs"] | None
+  has_pairs: Bool[Array, "blocks"]
 
 
 class QueryPlaces(NamedTuple):
@@ -353,6 +356,7 @@ def plan_kv_blocks(
     chosen=chosen,
     is_pair=is_pair,
     reach=reach,
+    has_pairs=counts > 0,
   )
 
 

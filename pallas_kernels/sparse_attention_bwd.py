@@ -31,10 +31,10 @@ Packed rows (`packed_rows`) differ in row tiles that need masks: these read how
 far each query reaches in the block, and how many keys each half of it has. A
 program for plain rows has no code for that.
 
-There are no atomics: a block's first task adds to the block's float32 sum of dK
-and dV. A block that many queries chose has more tasks. They write sums of their
-own, which a second kernel, **sum_extra**, adds in order. So all sums have a
-fixed order.
+There are no atomics: a block's first task writes the block's float32 sum of dK
+and dV, or adds to it if queries come in several chunks. A block that many
+queries chose has more tasks. They write sums of their own, which a second
+kernel, **sum_extra**, adds in order. So all sums have a fixed order.
 
 Registers are the scarce resource: dK and dV take 128 of the 216 of a thread.
 Row tiles that need masks (with queries inside the KV block, the last tile of a
@@ -181,6 +181,7 @@ class KernelParams:
   num_groups: int  # groups (KV heads of batch rows) of a launch
   num_kv_blocks: int  # KV blocks of a group
   chunk: int  # packs of a chunk
+  adds: bool  # to the sums of the chunks before
   dtype: jnp.dtype
   scale: float
   config: Config
@@ -266,7 +267,7 @@ def _kv_blocks(
   *,
   params,
 ):
-  """Computes the dQ partials of a chunk and adds to the sums of dK and dV.
+  """Computes a chunk's dQ partials and sums of dK and dV.
 
   Args:
     partials: Ref of dQ partials, [packs, slots of a pack, MMA rows, D].
@@ -684,7 +685,7 @@ def _kv_blocks(
             so_far = plgpu.load(at, layout=plgpu.Layout.WGMMA, optimized=False)
             return so_far + x
 
-          at[...] = lax.cond(is_first, add, lambda x=x: x)
+          at[...] = lax.cond(is_first, add, lambda x=x: x) if s.adds else x
         return done + num_tiles
 
       done = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
@@ -1133,6 +1134,7 @@ def backward(
     num_groups=groups,
     num_kv_blocks=num_kv_blocks,
     chunk=chunk,
+    adds=split.num_chunks > 1,
     dtype=jnp.dtype(q.dtype),
     scale=scale,
     config=config,
@@ -1162,12 +1164,13 @@ def backward(
     dq, dk, dv = carry
     first = index * groups
     sums = lax.empty((2, max_tasks, kv_block, d), jnp.float32)
-    own = jnp.zeros((2, num_slots, kv_block, d), jnp.float32)
-    sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
+    if params.adds:
+      own = jnp.zeros((2, num_slots, kv_block, d), jnp.float32)
+      sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
     partials = lax.empty((groups * chunk, slots, rows, d), q.dtype)
 
     def step(i, carry):
-      dq, sums, partials = carry
+      dq, sums, has_sum, partials = carry
       first_pack = i * chunk
 
       def cut(x):
@@ -1244,10 +1247,15 @@ def backward(
       batch_row, kv_head = first // num_kv_heads, first % num_kv_heads
       at = (batch_row, first_pack * pack, kv_head, 0, 0)
       dq = lax.dynamic_update_slice(dq, one, at)
-      return dq, jax.freeze(sums_ref), partials
+      return dq, jax.freeze(sums_ref), has_sum | plan.has_pairs, partials
 
-    dq, sums, _ = lax.fori_loop(0, split.num_chunks, step, (dq, sums, partials))
-    sums = sums[:, :num_slots].astype(q.dtype)
+    has_sum = jnp.zeros((num_slots,), bool)
+    dq, sums, has_sum, _ = lax.fori_loop(
+      0, split.num_chunks, step, (dq, sums, has_sum, partials)
+    )
+    # The sum of a block that no query chose may never have been written.
+    sums = jnp.where(has_sum[:, None, None], sums[:, :num_slots], 0)
+    sums = sums.astype(q.dtype)
     sums = sums.reshape(2, groups, s_len, d)
     dk = lax.dynamic_update_slice(dk, sums[0], (first, 0, 0))
     dv = lax.dynamic_update_slice(dv, sums[1], (first, 0, 0))

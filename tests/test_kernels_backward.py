@@ -89,7 +89,7 @@ def test_every_choice_is_in_one_pair(kind, block_size, pack, starts):
     num_blocks=num_blocks, task=task, pack=pack,
   )  # fmt: skip
   assert (plan.chosen is None) == (block_size == 128 and pack == 1)
-  tasks, (num_tasks,), longest_first, extra, order, chosen, is_pair, _ = (
+  tasks, (num_tasks,), longest_first, extra, order, chosen, is_pair, _, used = (
     np.full(groups * queries * top_k, 3) if x is None else np.asarray(x)
     for x in plan
   )
@@ -118,6 +118,7 @@ def test_every_choice_is_in_one_pair(kind, block_size, pack, starts):
   for kv_block, mine in sum_slots.items():
     first, more = extra[kv_block]
     assert mine == [kv_block, *range(first, first + more)]
+  assert sorted(sum_slots) == list(np.flatnonzero(used))
   assert sum(extra[:, 1]) == num_tasks - len(sum_slots)
   wanted = [
     (group, t, i)

@@ -655,7 +655,35 @@ def test_64_bit_jax_does_not_change_a_bit():
     )
 
 
+@pytest.fixture(params=[True, False], ids=["all with all", "in steps"])
+def compares_all(request, monkeypatch):
+  """Short arrays are computed in another way than long ones."""
+  if not request.param:
+    monkeypatch.setattr(mosaic, "ALL_WITH_ALL", 0)
+
+
+@pytest.mark.usefixtures("compares_all")
 def test_counts_of_values_up_to_each_number():
   values = np.array([3, 0, 3, 7, 9, 40])
   found = mosaic.counts_up_to(jnp.asarray(values), 10)
   assert found.tolist() == [np.sum(values <= i) for i in range(10)]
+
+
+@pytest.mark.usefixtures("compares_all")
+def test_sums_of_values_up_to_each():
+  values = np.array([[3, 0, 7, -2], [0, 1, 0, 5]])
+  found = mosaic.sums_up_to(jnp.asarray(values))
+  assert found.tolist() == np.cumsum(values, axis=1).tolist()
+
+
+@pytest.mark.usefixtures("compares_all")
+@pytest.mark.parametrize("size", [1, 2, 37, 64])
+def test_counts_of_values_below_bounds(size):
+  rng = np.random.default_rng(size)
+  last = 0xFFFFFFFF
+  values = rng.integers(0, 20, size, np.uint32) << 27
+  values[size // 2 :: 7] = last
+  values = np.sort(values)
+  bounds = np.array([0, 1, 5 << 27, 7 << 27, (7 << 27) + 1, last], np.uint32)
+  found = mosaic.counts_below(jnp.asarray(values), jnp.asarray(bounds))
+  assert found.tolist() == [np.sum(values < x) for x in bounds]
