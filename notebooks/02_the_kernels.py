@@ -306,26 +306,22 @@ plt.show()
 # ## Two kernels, and the choice between them
 #
 # Before attention starts, `tile_plan.py` decides on the GPU, for every tile of
-# 16 queries, which kernel handles which of its choices:
+# 8 queries, which kernel handles which of its choices:
 #
-# * **Tile kernel**: a *cluster* of two CTAs (thread blocks of CUDA) keeps the
-#   queries, 8 in each, and blocks come one after the other. Each CTA loads half
-#   of a block and writes it into the shared memory of both, so that a block is
-#   read once for all 16. A warpgroup multiplies it with its own 4 queries, also
-#   with those that did not choose it, and skips it if none of the 4 did. So 8
-#   queries cost at most the number of different blocks that they chose, their
-#   *union*.
+# * **Tile kernel**: one CTA (a thread block of CUDA) keeps the 8 queries and
+#   loads blocks one after the other. Its cost is the number of different blocks
+#   that the 8 queries chose, their *union*. Each block is multiplied with all 8
+#   queries, also with those that did not choose it.
 # * **Pair kernel**: one CTA keeps a block and gathers the queries that chose
-#   it. Its cost is the number of choices, which is always 8 x 16 = 128 for 8
-#   queries, however many blocks are shared.
+#   it. Its cost is the number of choices, which is always 8 x 16 = 128, however
+#   many blocks are shared.
 #
-# A block that enough queries of a tile chose goes to the tile kernel. The other
+# A block that enough of the 8 queries chose goes to the tile kernel. The other
 # choices become pairs, unless the tile kernel could handle all of them at about
-# the same cost. Each point is one measured length, from the time when a tile
-# was the 8 queries of one CTA. Trained-like choices have a union of about 25 at
-# every length and are faster. The union of random ones grows with the length,
-# and their speed stays at the bound of the pair kernel: 12 KB of memory traffic
-# for each choice.
+# the same cost. Each point is one measured length. Trained-like choices have a
+# union of about 25 at every length and are faster. The union of random ones
+# grows with the length, and their speed stays at the bound of the pair kernel:
+# 12 KB of memory traffic for each choice.
 
 # %%
 figure, axes = plt.subplots(figsize=(9, 4.8), layout="constrained")

@@ -562,9 +562,6 @@ class Ring:
   consumers'. If SMEM holds fewer buffers, slot i is buffer i % buffers, and
   step i fills it when step i - buffers has been released.
 
-  In a ring of a cluster, consumers release a slot to the producers of all CTAs,
-  each of which copies a share into the buffers of all of them.
-
   In the `scratch` of `launch` it holds two `plgpu.Barrier`, see `ring`; in the
   kernel body, what they have become.
 
@@ -624,39 +621,24 @@ class Ring:
     plgpu.barrier_wait(self._at(self.ready, slot))
 
   def release(self, slot: Any) -> None:
-    """A consumer has read a slot.
-
-    In a ring of a cluster one thread of each warpgroup arrives, so that its
-    warps must have met since they waited for the slot, as in a wgmma.
-    """
+    """A consumer has read a slot."""
     plgpu.barrier_arrive(self._at(self.free, slot))
 
 
 def ring(
-  stages: int = 1,
-  *,
-  fills: int = 1,
-  releases: int = 1,
-  buffers: int = 0,
-  cluster: bool = False,
+  stages: int = 1, *, fills: int = 1, releases: int = 1, buffers: int = 0
 ) -> Ring:
   """A `Ring` for the `scratch` of `launch`.
 
   Args:
     stages: buffers.
     fills: arrivals that make a slot ready: its copies, or its producers.
-    releases: arrivals of each CTA that make a slot free: its consumers.
+    releases: arrivals that make a slot free: its consumers.
     buffers: see `Ring`.
-    cluster: whether the CTAs of a cluster fill their buffers together.
   """
-  free: Any = plgpu.Barrier(num_arrivals=releases, num_barriers=stages)
-  if cluster:
-    free = plgpu.ClusterBarrier(
-      collective_axes=("rank",), num_arrivals=releases, num_barriers=stages
-    )
   return Ring(
     ready=plgpu.Barrier(num_arrivals=fills, num_barriers=stages),
-    free=free,
+    free=plgpu.Barrier(num_arrivals=releases, num_barriers=stages),
     buffers=buffers,
   )
 
@@ -708,15 +690,13 @@ def launch(
   num_ctas: int,
   num_warpgroups: int,
   scratch: Mapping[str, Any],
-  cluster: int = 1,
   interpret: bool = False,
   auto_barriers: bool = True,
   reduction_scratch: int = 512,
 ) -> None:
   """Runs `body(**operand_refs, **scratch_refs)` on `num_ctas` CTAs.
 
-  The axes are called "cta" and "wg" (warpgroup). With clusters "cta" counts
-  these, and "rank" the CTAs of one.
+  The axes are called "cta" and "wg" (warpgroup).
 
   Args:
     body: the kernel. Its parameters have the names of operands and scratch.
@@ -729,7 +709,6 @@ def launch(
     num_warpgroups: warpgroups of a CTA.
     scratch: a mapping from names to SMEM (`q_smem`), barriers (`x_ready`) and
       rings (`q_ring`, see `ring`), in the order of their allocation.
-    cluster: CTAs of a cluster, of which `num_ctas` is a multiple.
     interpret: run on the CPU in Pallas's GPU interpret mode.
     auto_barriers: False removes the warpgroup barriers that Pallas puts around
       every SMEM store and copy. Then the body must order what one warpgroup
@@ -737,10 +716,8 @@ def launch(
     reduction_scratch: bytes of SMEM for reductions across warps.
   """
   mesh = plgpu.Mesh(
-    grid=(num_ctas // cluster,),
+    grid=(num_ctas,),
     grid_names=("cta",),
-    cluster=(cluster,) if cluster > 1 else (),
-    cluster_names=("rank",) if cluster > 1 else (),
     num_threads=num_warpgroups,
     thread_name="wg",
   )

@@ -16,19 +16,13 @@ the device which of the two kernels computes which choice:
   leaves a normalised partial output in q's dtype and a base-2 lse. Two or three
   warpgroups each compute row tiles of 64 MMA rows, and one warpgroup copies.
   Bound: 4 + 4 KB moved for each pair (16 heads, D 128), and 4 more to merge it.
-* **tiles** (the queries stay, key blocks stream by). A cluster of two CTAs owns
-  a tile of neighbouring queries, and each of their four compute warpgroups owns
-  a part of it, 64 MMA rows. They walk the tile's shared blocks with an online
-  softmax, each skipping the blocks that none of its own queries chose, then
-  merge the partial outputs of the tile's pairs, and write out and lse. The
-  product with a block's values runs beside the softmax of the next one. A third
-  warpgroup of each CTA copies: it loads half of a block's keys and values into
-  the SMEM of both CTAs (multicast), so that a block comes from L2 once for all
-  256 rows. A CTA may refill a slot when the warpgroups of both CTAs have read
-  theirs. A tile of wide heads has one CTA and two parts, and finishes a block
-  before it starts the next one.
-  Bound: where neighbours agree, wgmma, and reading shared blocks from L2 (64 KB
-  for 16 queries of 16 heads); otherwise reading the partial outputs.
+* **tiles** (the queries stay, key blocks stream by). A CTA owns a tile of
+  neighbouring queries, and each of its two compute warpgroups owns 64 MMA rows
+  of it. They walk the tile's shared blocks with an online softmax, each
+  skipping the blocks that none of its own queries chose, then merge the partial
+  outputs of the tile's pairs, and write out and lse. A third warpgroup copies.
+  Bound: where neighbours agree, reading shared blocks from L2 (64 KB for 8
+  queries) and wgmma; otherwise reading the partial outputs.
 
 If no tile has a pair, one launch of the tile kernel computes everything.
 Otherwise the chunks of one group's queries are processed one after another in a
@@ -62,16 +56,12 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
   q_ready     one a compute warpgroup: its own       0 and 1, each its own
               copies of q, one a pack (4 or 8)
   k_ring      ready: the copy of a block's keys      0 and 1
-              (of 64 of its keys if heads are wide),
-              whose bytes the copy warpgroups of
-              both CTAs bring
-              free: 0 and 1 of both CTAs, after the  copy
-              scores or when they skip the block (4,
-              or 2 if heads are wide)
-  v_ring      ready: as k_ring, of the values        0 and 1
-              free: 0 and 1 of both CTAs, after the  copy
-              product or when they skip the block
-              (4, or 2 if heads are wide)
+              (of 64 of its keys if heads are wide)
+              free: 0 and 1, after the scores or     copy
+              when they skip the block (2)
+  v_ring      ready: the copy of a block's values    0 and 1
+              free: 0 and 1, after the product or    copy
+              when they skip the block (2)
   o_ring      only if there are pairs                0 and 1
               ready: the copy of a choice's lse,
               and for each pack of the tile the
@@ -115,8 +105,7 @@ MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
 class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
-  With wide heads, warpgroups and stages are those that fit, and clusters have
-  one CTA, whatever is given.
+  With wide heads, warpgroups and stages are those that fit, whatever is given.
 
   Attributes:
     pair_warpgroups: compute warpgroups of the pair kernel, 2 or 3.
@@ -130,11 +119,10 @@ class Config:
       it from the number of blocks.
     chunk: upper bound on the queries of a chunk; 0 derives it from the
       workspace.
-    shared_cost: a part of a tile walks a block as a shared one if this many of
-      its queries (of 16 heads) chose it. With 0, all blocks are shared.
+    shared_cost: half a tile walks a block as a shared one if this many of its
+      queries (of 16 heads) chose it. With 0, all blocks are shared.
     slack: factor by which sharing all blocks may cost more than the mixture of
       shared blocks and pairs and still be preferred.
-    cluster: CTAs that share a tile and its loads of K and V (tile kernel).
     num_ctas: CTAs of the persistent grids.
   """
 
@@ -148,7 +136,6 @@ class Config:
   chunk: int = 0
   shared_cost: float = 2.2
   slack: float = 1.35
-  cluster: int = 2
   num_ctas: int = mosaic.NUM_SMS
 
 
@@ -168,14 +155,14 @@ class KernelParams:
   interpret: bool
 
   @property
+  def half(self) -> int:
+    """Packs in 64 MMA rows, which is half a tile."""
+    return ROWS // self.packing.rows
+
+  @property
   def wide(self) -> bool:
     """Whether tiles have to be smaller to fit SMEM."""
     return self.head_dim > mosaic.WIDE
-
-  @property
-  def cluster(self) -> int:
-    """CTAs that share a tile, each of which owns two of its parts."""
-    return self.geometry.parts // 2
 
   @property
   def pair_warpgroups(self) -> int:
@@ -193,9 +180,9 @@ class KernelParams:
     """The ring of these row tiles, at which the warpgroups take turns."""
     buffers = self.pair_buffers
     if buffers % self.pair_warpgroups == 0:
-      return mosaic.ring(buffers, fills=self.geometry.part_packs)
+      return mosaic.ring(buffers, fills=self.half)
     stages = buffers * self.pair_warpgroups
-    return mosaic.ring(stages, fills=self.geometry.part_packs, buffers=buffers)
+    return mosaic.ring(stages, fills=self.half, buffers=buffers)
 
   @property
   def step_keys(self) -> int:
@@ -231,7 +218,6 @@ def candidate_configs() -> tuple[Config, ...]:
   """Configs that are worth timing; every one of them is tested."""
   return (
     Config(),
-    Config(cluster=1),
     Config(task=128),
     Config(pair_warpgroups=2, query_stages=3),
     Config(shared_cost=0.0),
@@ -298,8 +284,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  rows, workers = s.packing.rows, s.pair_warpgroups
-  part_packs = g.part_packs  # 64 MMA rows
+  half, rows, workers = s.half, s.packing.rows, s.pair_warpgroups
   registers, copy_registers = {2: (232, 40), 3: (160, 32)}[workers]
 
   def body(
@@ -320,7 +305,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
 
       def task(i, step):
         _, start, count = read_task(i)
-        num_row_tiles = (count + part_packs - 1) // part_packs
+        num_row_tiles = (count + half - 1) // half
         # A warpgroup takes every `workers`-th row tile, counted across tasks.
         mine = lax.rem(wg + workers - lax.rem(step, workers), workers)
         k_ring.wait_ready(0)
@@ -329,10 +314,10 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
         def attend_row_tile(j, carry):
           row_tile = mine + j * workers
           slot = q_ring.slot(step + row_tile)
-          first = row_tile * part_packs
+          first = row_tile * half
           choice_slot = [
             order_gmem[start + jnp.minimum(first + a, count - 1)]
-            for a in range(part_packs)
+            for a in range(half)
           ]
           q_ring.wait_ready(slot)
           buffer = q_ring.buffer(slot)
@@ -349,7 +334,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
           out_smem[at_out] = o.astype(s.dtype)
           l_smem[wg] = m + jnp.log2(l)
           plgpu.commit_smem()
-          for a in range(part_packs):
+          for a in range(half):
 
             @pl.when(first + a < count)
             def _store(a=a):
@@ -412,12 +397,12 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
         def gather(j, step):
           slot = q_ring.slot(step)
           pack = [
-            order_gmem[start + jnp.minimum(j * part_packs + a, count - 1)]
+            order_gmem[start + jnp.minimum(j * half + a, count - 1)]
             // g.pack_slots
-            for a in range(part_packs)
+            for a in range(half)
           ]
           q_ring.wait_free(step, slot)
-          for a in range(part_packs):
+          for a in range(half):
             plgpu.copy_gmem_to_smem(
               q_gmem.at[
                 batch_row, origin + pack[a], pl.ds(kv_head * rows, rows)
@@ -427,9 +412,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
             )
           return step + 1
 
-        return lax.fori_loop(
-          0, (count + part_packs - 1) // part_packs, gather, step
-        )
+        return lax.fori_loop(0, (count + half - 1) // half, gather, step)
 
       step = lax.fori_loop(0, my_tasks, task, jnp.int32(0))
       mosaic.drain_rings(step, q_ring)
@@ -490,8 +473,7 @@ def _tiles(
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  part_packs, rows = g.part_packs, s.packing.rows  # 64 MMA rows
-  cta_packs = 2 * part_packs
+  half, rows = s.half, s.packing.rows
   tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
   merging = partials is not None
   kv_stages = config.kv_stages if merging else config.walk_stages
@@ -501,8 +483,6 @@ def _tiles(
   merge_stages = config.merge_stages
   columns = s.merge_columns if merging else s.head_dim
   column_steps = range(s.head_dim // columns)
-  shares = s.cluster > 1
-  num_clusters = max(config.num_ctas // s.cluster, 1)
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
@@ -513,13 +493,12 @@ def _tiles(
     o_smem: Any = None, l_smem: Any = None, o_ring: Any = None,
     p_smem: Any = None,
   ):  # fmt: skip
-    cluster, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    rank = lax.axis_index("rank") if shares else jnp.int32(0)
-    my_tiles = (num_tiles - cluster + num_clusters - 1) // num_clusters
+    cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+    my_tiles = (num_tiles - cta + config.num_ctas - 1) // config.num_ctas
     first_tile = chunk_gmem[0]
 
     def locate(i):
-      index = first_tile + cluster + i * num_clusters
+      index = first_tile + cta + i * config.num_ctas
       group_index = index // tiles_of_group
       return (
         index,
@@ -531,8 +510,7 @@ def _tiles(
     @pl.when(wg < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      part = 2 * rank + wg  # of the tile
-      # Query in this warpgroup's part.
+      # Query in this warpgroup's half of the tile.
       query_of_row = (
         plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
         // s.packing.heads
@@ -541,15 +519,15 @@ def _tiles(
       def chosen_by(bits):
         return ((bits >> query_of_row) & 1) == 1
 
-      def full(value, sizes, layout, dtype=jnp.float32):
-        return plgpu.layout_cast(jnp.full(sizes, value, dtype), layout)
+      def full(value, sizes, layout):
+        return plgpu.layout_cast(jnp.full(sizes, value, jnp.float32), layout)
 
       def tile(i, steps):
         kv_step, merge_step = steps
         index, batch_row, kv_head, tile_pack = locate(i)
         heads = pl.ds(kv_head * rows, rows)
-        first_pack = tile_pack + part * part_packs
-        for a in range(part_packs):
+        first_pack = tile_pack + wg * half
+        for a in range(half):
           plgpu.copy_gmem_to_smem(
             q_gmem.at[
               batch_row, jnp.minimum(first_pack + a, s.num_packs - 1), heads
@@ -559,133 +537,25 @@ def _tiles(
           )
         num_full, num_shared = (counts_gmem[index, j] for j in range(2))
         bad_keys, bad_values, seeing = (
-          queries_gmem[index, j, part] for j in range(3)
+          queries_gmem[index, j, wg] for j in range(3)
         )
         if keys is None:
           position = positions_gmem[batch_row] + first_pack * g.pack
         plgpu.barrier_wait(q_ready.at[wg])
 
-        def start(j, mine):
-          """Waits for a block's keys, and reads which queries chose the next.
-
-          Read one block ahead: a warpgroup would wait for it here.
-          """
+        def block(j, carry, own: bool):
+          *carry, mine = carry
           slot = k_ring.slot(kv_step + j)
           k_ring.wait_ready(slot)
+          # Read one block ahead: a warpgroup would wait for it here.
           following = shared_by_gmem[
-            index, part, jnp.minimum(_quotient(j + 1, each), num_shared - 1)
+            index, wg, jnp.minimum(_quotient(j + 1, each), num_shared - 1)
           ]
-          return slot, chosen_by(mine), following
-
-        def softmax(scores, chosen, m_i, l_i):
-          """p, the new maximum and sum, and the factor of what was added."""
-          m_block = jnp.where(
-            chosen, scores.max(axis=1) * s.scale_log2, -jnp.inf
-          )
-          m_new = jnp.maximum(m_i, m_block)
-          alpha = jnp.exp2(m_i - m_new)
-          # exp2(x - inf) = 0 drops the block for queries that did not choose
-          # it.
-          shift = jnp.where(chosen, m_new, jnp.inf)
-          p = jnp.exp2(
-            scores * s.scale_log2 - _over_columns(shift, s.step_keys)
-          )
-          l_new = l_i * alpha + p.sum(axis=1)
-          return p, m_new, l_new, alpha
-
-        def rescaled(acc, alpha):
-          return acc * _over_columns(alpha, s.head_dim)
-
-        def add_values(acc, p, slot):
-          acc = _pv(
-            p, v_smem.at[slot], s, p_smem.at[wg] if s.interpret else None, acc
-          )
-          v_ring.release(slot)
-          return acc
-
-        def skip(slot):
-          v_ring.wait_ready(slot)
-          if shares:
-            # One thread releases the slot for all warps of its warpgroup, and
-            # no product makes them wait for each other here.
-            plgpu.commit_smem()
-          k_ring.release(slot)
-          v_ring.release(slot)
-
-        def finish(acc, p, before):
-          """Does the product that `block` left to do, if there is one."""
-          return lax.cond(
-            before >= 0,
-            lambda acc: add_values(acc, p, before),
-            lambda acc: acc,
-            acc,
-          )
-
-        def block(j, carry):
-          """A block that needs no mask; its product with values is left to do.
-
-          That of the block before, if this warpgroup walked it (`before` is its
-          slot, or -1), runs beside the softmax of this one.
-          """
-          *carry, mine = carry
-          slot, chosen, following = start(j, mine)
-
-          def walk(acc, m_i, l_i, p, before):
-            def alone(acc, m_i, l_i):
-              scores = _qk(q_smem.at[wg], k_smem.at[slot], s.step_keys)
-              k_ring.release(slot)
-              p, m_i, l_i, alpha = softmax(scores, chosen, m_i, l_i)
-              v_ring.wait_ready(slot)
-              return rescaled(acc, alpha), m_i, l_i, p.astype(s.dtype)
-
-            def beside(acc, m_i, l_i):
-              if s.interpret:
-                acc = add_values(acc, p, before)
-                return alone(acc, m_i, l_i)
-
-              def run(out_acc, scores_acc):
-                out_acc[...] = acc
-                plgpu.wgmma(
-                  scores_acc, q_smem.at[wg], k_smem.at[slot].transpose((1, 0))
-                )
-                plgpu.wgmma(out_acc, p, v_smem.at[before])
-                scores = plgpu.wgmma_accumulator_load(scores_acc, wait_n=1)
-                k_ring.release(slot)
-                p_new, m_new, l_new, alpha = softmax(scores, chosen, m_i, l_i)
-                # This wait ends a basic block. In one block the compiler moves
-                # the end of the product, which is next, ahead of the softmax.
-                v_ring.wait_ready(slot)
-                out = out_acc[...]
-                v_ring.release(before)
-                # Not before the product has read the old p, whose registers
-                # this takes: the compiler would serialize the products.
-                p_new = p_new.astype(s.dtype)
-                return rescaled(out, alpha), m_new, l_new, p_new
-
-              return pl.run_scoped(
-                run,
-                ACC((ROWS, s.head_dim), jnp.float32),
-                ACC((ROWS, s.step_keys), jnp.float32),
-              )
-
-            new = lax.cond(before >= 0, beside, alone, acc, m_i, l_i)
-            return *new, jnp.int32(slot)
-
-          def pass_by(acc, m_i, l_i, p, before):
-            acc = finish(acc, p, before)
-            skip(slot)
-            return acc, m_i, l_i, p, jnp.int32(-1)
-
-          return *lax.cond(mine != 0, walk, pass_by, *carry), following
-
-        def block_alone(j, carry, own: bool):
-          """A block and its product with values; an `own` one needs a mask."""
-          *carry, mine = carry
-          slot, chosen, following = start(j, mine)
 
           def walk(acc, m_i, l_i):
             scores = _qk(q_smem.at[wg], k_smem.at[slot], s.step_keys)
             k_ring.release(slot)
+            chosen = chosen_by(mine)
             if own:
               first_key = shared_gmem[index, _quotient(j, each)] * s.block_size
               key = first_key + plgpu.broadcasted_iota(
@@ -708,19 +578,36 @@ def _tiles(
               scores = jnp.where(
                 key <= _over_columns(last, s.step_keys), scores, -jnp.inf
               )
-            p, m_i, l_i, alpha = softmax(scores, chosen, m_i, l_i)
-            acc = rescaled(acc, alpha)
+            m_block = jnp.where(
+              chosen, scores.max(axis=1) * s.scale_log2, -jnp.inf
+            )
+            m_new = jnp.maximum(m_i, m_block)
+            alpha = jnp.exp2(m_i - m_new)
+            # exp2(x - inf) = 0 drops the block for queries that did not choose
+            # it.
+            shift = jnp.where(chosen, m_new, jnp.inf)
+            p = jnp.exp2(
+              scores * s.scale_log2 - _over_columns(shift, s.step_keys)
+            )
+            l_new = l_i * alpha + p.sum(axis=1)
+            acc = acc * _over_columns(alpha, s.head_dim)
             v_ring.wait_ready(slot)
-            return add_values(acc, p, slot), m_i, l_i
+            acc = _pv(
+              p, v_smem.at[slot], s, p_smem.at[wg] if s.interpret else None, acc
+            )
+            v_ring.release(slot)
+            return acc, m_new, l_new
 
-          def pass_by(*carry):
-            skip(slot)
-            return carry
+          def skip(acc, m_i, l_i):
+            k_ring.release(slot)
+            v_ring.wait_ready(slot)
+            v_ring.release(slot)
+            return acc, m_i, l_i
 
-          return *lax.cond(mine != 0, walk, pass_by, *carry), following
+          return *lax.cond(mine != 0, walk, skip, *carry), following
 
         def merge(choice, carry):
-          bits = [merge_gmem[index, 2 * rank + h, choice] for h in range(2)]
+          bits = [merge_gmem[index, h, choice] for h in range(2)]
 
           def add(accs, m_i, l_i, step):
             slots = [o_ring.slot(_plus(step, i)) for i in column_steps]
@@ -752,28 +639,18 @@ def _tiles(
 
           return lax.cond((bits[0] | bits[1]) != 0, add, lambda *c: c, *carry)
 
-        acc = full(0.0, (ROWS, s.head_dim), plgpu.Layout.WGMMA)
-        m_i, l_i = (
+        carry = (
+          full(0.0, (ROWS, s.head_dim), plgpu.Layout.WGMMA),
           full(FLOOR, (ROWS,), row_layout),
           full(0.0, (ROWS,), row_layout),
+          shared_by_gmem[index, wg, 0],
         )
-        mine = shared_by_gmem[index, part, 0]
         first_own, num_steps = _times(num_full, each), _times(num_shared, each)
-        if s.wide:  # no registers are left for p of the block before
-          carry = lax.fori_loop(
-            0,
-            first_own,
-            functools.partial(block_alone, own=False),
-            (acc, m_i, l_i, mine),
-          )
-        else:
-          p = full(0.0, (ROWS, s.step_keys), plgpu.Layout.WGMMA, s.dtype)
-          acc, m_i, l_i, p, before, mine = lax.fori_loop(
-            0, first_own, block, (acc, m_i, l_i, p, jnp.int32(-1), mine)
-          )
-          carry = finish(acc, p, before), m_i, l_i, mine
+        carry = lax.fori_loop(
+          0, first_own, functools.partial(block, own=False), carry
+        )
         *carry, _ = lax.fori_loop(
-          first_own, num_steps, functools.partial(block_alone, own=True), carry
+          first_own, num_steps, functools.partial(block, own=True), carry
         )
         acc, m_i, l_i = carry
         accs = (acc,)
@@ -802,7 +679,7 @@ def _tiles(
             at = pl.ds(i * columns, columns)
             q_smem[wg, :, at] = x.astype(s.dtype)
         plgpu.commit_smem()
-        for a in range(part_packs):
+        for a in range(half):
 
           @pl.when(first_pack + a < s.num_packs)
           def _store(a=a):
@@ -827,7 +704,6 @@ def _tiles(
         kv_step, merge_step = steps
         index, batch_row, kv_head, _ = locate(i)
         num_shared = counts_gmem[index, 1]
-        first_of_chunk = (index - first_tile) * g.tile_packs + rank * cta_packs
 
         def block(j, carry):
           step = kv_step + j
@@ -841,46 +717,39 @@ def _tiles(
             k_gmem.at[batch_row, kv_head, tokens],
             k_smem.at[slot],
             k_ring.ready_at(slot),
-            collective_axes="rank" if shares else None,
           )
           v_ring.wait_free(step, slot)
           plgpu.copy_gmem_to_smem(
             v_gmem.at[batch_row, kv_head, tokens],
             v_smem.at[slot],
             v_ring.ready_at(slot),
-            collective_axes="rank" if shares else None,
           )
           return carry
 
         lax.fori_loop(0, _times(num_shared, each), block, None)
 
         def merge(choice, step):
-          bits = [merge_gmem[index, 2 * rank + h, choice] for h in range(2)]
+          bits = [merge_gmem[index, h, choice] for h in range(2)]
           wanted = (bits[0] | bits[1]) != 0
 
           def copy(step, at=None):
             slot = o_ring.wait_free(step)
             plgpu.copy_gmem_to_smem(
-              part_lse_gmem.at[
-                index - first_tile,
-                choice,
-                mosaic.span(rank * 2 * ROWS, 2 * ROWS),
-              ],
-              l_smem.at[slot],
+              part_lse_gmem.at[index - first_tile, choice], l_smem.at[slot],
               o_ring.ready_at(slot),
-            )
-            for a in range(cta_packs):
-              of_pack = bits[a // part_packs] >> (a % part_packs * g.pack)
+            )  # fmt: skip
+            for a in range(g.tile_packs):
+              of_pack = bits[a // half] >> (a % half * g.pack)
               of_pack &= (1 << g.pack) - 1
 
               @pl.when(of_pack != 0)
               def _load(a=a):
-                partial = part_gmem.at[first_of_chunk + a, choice]
+                part = part_gmem.at[
+                  (index - first_tile) * g.tile_packs + a, choice
+                ]
                 plgpu.copy_gmem_to_smem(
-                  partial if at is None else partial.at[:, at],
-                  o_smem.at[
-                    slot, a // part_packs, pl.ds((a % part_packs) * rows, rows)
-                  ],
+                  part if at is None else part.at[:, at],
+                  o_smem.at[slot, a // half, pl.ds((a % half) * rows, rows)],
                   o_ring.ready_at(slot),
                 )
 
@@ -926,9 +795,9 @@ def _tiles(
     q_smem=s.operand(2, ROWS),
     k_smem=s.operand(kv_stages, s.step_keys),
     v_smem=s.operand(kv_stages, s.step_keys),
-    q_ready=plgpu.Barrier(num_arrivals=part_packs, num_barriers=2),
-    k_ring=mosaic.ring(kv_stages, releases=2, cluster=shares),
-    v_ring=mosaic.ring(kv_stages, releases=2, cluster=shares),
+    q_ready=plgpu.Barrier(num_arrivals=half, num_barriers=2),
+    k_ring=mosaic.ring(kv_stages, releases=2),
+    v_ring=mosaic.ring(kv_stages, releases=2),
   )
   if keys is not None:
     operands |= dict(keys_gmem=keys)
@@ -940,14 +809,13 @@ def _tiles(
         (merge_stages, 2, ROWS, columns), s.dtype, transforms=mosaic.OPERAND
       ),
       l_smem=plgpu.SMEM((merge_stages, 2 * ROWS), jnp.float32),
-      o_ring=mosaic.ring(merge_stages, fills=cta_packs + 1, releases=2),
+      o_ring=mosaic.ring(merge_stages, fills=g.tile_packs + 1, releases=2),
     )
   mosaic.launch(
     body,
     operands | dict(out_gmem=out, lse_gmem=lse),
     name="sparse_tiles_merge" if merging else "sparse_tiles",
-    num_ctas=num_clusters * s.cluster,
-    cluster=s.cluster,
+    num_ctas=config.num_ctas,
     num_warpgroups=3,
     interpret=s.interpret,
     scratch=scratch | s.probs_scratch(2, s.step_keys),
@@ -971,10 +839,7 @@ def geometry(
     packed: whether rows are packed.
   """
   pack, pack_rows = packing.queries, packing.rows
-  # SMEM has room for two stages of 64 keys of wide heads, with which the CTAs
-  # of a cluster would wait for each other in every step.
-  parts = 2 * (1 if head_dim > mosaic.WIDE else config.cluster)
-  tile = parts * ROWS // pack_rows * pack
+  tile = 2 * ROWS // pack_rows * pack
 
   def round_up(x):
     return -(-x // tile) * tile
@@ -1005,8 +870,7 @@ def geometry(
     shared_cost=config.shared_cost * 16 / pack_rows,
     slack=config.slack,
     # In packed rows every block of a tile may be an own one, or end early.
-    masked=tile * top_k if packed else -(-(tile - 1) // block_size) + 1,
-    parts=parts,
+    **(dict(masked=tile * top_k) if packed else {}),
   )
 
 
@@ -1108,7 +972,7 @@ def forward(
     out, lse = results()
     partials = (
       new((g.chunk // pack, g.pack_slots, packing.rows, d), q.dtype),
-      new((chunk_tiles, g.pack_slots, g.parts * ROWS), jnp.float32),
+      new((chunk_tiles, g.pack_slots, 2 * ROWS), jnp.float32),
     )
     merges = tile_plan.plan_merges(tiles, g)
     total = num_tiles // chunk_tiles

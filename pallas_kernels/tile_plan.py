@@ -2,12 +2,11 @@
 
 A *group* here is one KV head of one batch row (batch x KV heads of them, one
 after another), and a *tile* is a run of neighbouring queries of a group, the
-unit that one cluster of CTAs of the tile kernel computes. A tile has several
-*parts*, each of them 64 MMA rows of one warpgroup. Every chosen block of a tile
-is handled in one of two ways:
+unit that one CTA of the tile kernel computes. Every chosen block of a tile is
+handled in one of two ways:
 
 * **shared**: enough queries of the tile chose the block, so the tile kernel
-  loads it once and multiplies it with the parts in which a query chose it;
+  loads it once and multiplies it with all of them;
 * **(pack, block) pairs**: few queries chose it. The pairs of all tiles are
   sorted by block, so that the pair kernel loads a block once and gathers the
   queries that chose it.
@@ -57,16 +56,14 @@ class Geometry:
     pack: queries of a pack: neighbours that are copied together, so that one
       pair holds all queries of a pack that chose its block.
     chunk: queries of a chunk, a multiple of `tile`.
-    tile: queries of a tile, a multiple of `parts * pack`.
-    parts: parts of a tile, which have at most 32 queries.
+    tile: queries of a tile, at most 64, a multiple of `2 * pack`.
     span: queries whose pairs are sorted together. A span shorter than `chunk`
       keeps the queries that it gathers in L2.
     task: upper bound on the pairs of a task. A block that many queries chose is
       split into several tasks.
-    shared_cost: cost of a shared block for a part, measured in pairs.
+    shared_cost: cost of a shared block for half a tile, measured in pairs.
     masked: upper bound on the blocks of a tile that must be shared because they
-      need a mask. The neighbouring positions of a tile that is no longer than a
-      block have 2 own ones.
+      need a mask: 2 own ones of neighbouring positions.
     slack: all blocks of a tile become shared if that costs at most `slack`
       times the mixture of shared blocks and pairs, because pairs also need the
       sort and a second kernel.
@@ -83,16 +80,11 @@ class Geometry:
   shared_cost: float
   slack: float
   masked: int = 2
-  parts: int = 2
 
   @property
-  def part(self) -> int:
-    """Queries of a part; their bits fit one int32."""
-    return self.tile // self.parts
-
-  @property
-  def part_packs(self) -> int:
-    return self.part // self.pack
+  def half(self) -> int:
+    """Queries of half a tile; their bits fit one int32."""
+    return self.tile // 2
 
   @property
   def tile_packs(self) -> int:
@@ -114,7 +106,7 @@ class Geometry:
   def slot_bits(self) -> int:
     """Bits of a choice slot in its tile, which stand below the block id.
 
-    At most 13, of 128 queries with 64 choices each, so that 15 bits of a block
+    At most 12, of 64 queries with 64 choices each, so that 15 bits of a block
     id fit beside them and `mosaic.NEVER` stays greater than every choice.
     """
     return (self.tile * self.top_k - 1).bit_length()
@@ -133,32 +125,33 @@ class Geometry:
 class TilePlan(NamedTuple):
   """What the CTA of each tile does; the tiles of all groups in one list.
 
-  "Query bits" are a bit mask over the queries of a part, one int32 for each.
+  "Query bits" are a bit mask over the queries of half a tile, one int32 for
+  each of the two halves.
 
   Attributes:
     counts: int32 [tiles, 2]: the number of shared blocks before the first one
       that needs a mask, and the number of all shared blocks.
-    queries: int32 [tiles, 3, parts]: query bits of the queries that see a
+    queries: int32 [tiles, 3, 2]: query bits of the queries that see a
       non-finite key, of those that see a non-finite value, and of those that
       see anything.
     shared: int32 [tiles, max_shared]: the shared blocks, ascending.
-    shared_by: int32 [tiles, parts, max_shared]: query bits of those that chose
-      each of them.
+    shared_by: int32 [tiles, 2, max_shared]: query bits of those that chose each
+      of them.
     choices: int32 [tiles, tile * P], ascending: block id and choice slot
       (query * P + p) of every valid choice, then `mosaic.NEVER`.
     is_pair: bool [tiles, tile * P]: which of `choices` are pairs. The first
       choice of a block by a query of a pack stands for the whole pack.
-    chosen_by: int32 [tiles, parts, tile * P]: query bits of all that chose the
-      same block.
+    chosen_by: int32 [tiles, 2, tile * P]: query bits of all that chose the same
+      block.
   """
 
   counts: Int[Array, "tiles 2"]
-  queries: Int[Array, "tiles 3 parts"]
+  queries: Int[Array, "tiles 3 2"]
   shared: Int[Array, "tiles entries"]
-  shared_by: Int[Array, "tiles parts entries"]
+  shared_by: Int[Array, "tiles 2 entries"]
   choices: Int[Array, "tiles slots"]
   is_pair: Bool[Array, "tiles slots"]
-  chosen_by: Int[Array, "tiles parts slots"]
+  chosen_by: Int[Array, "tiles 2 slots"]
 
 
 class PairPlan(NamedTuple):
@@ -236,9 +229,9 @@ def plan_tiles(
 
   first = valid & mosaic.starts_run(block)
   first_of_pack = first | (valid & mosaic.starts_run(query // g.pack))
-  bits = jnp.stack(chosen_by)
-  parts = jnp.sum(bits != 0, axis=0, dtype=jnp.int32)
-  packs = jnp.sum(_count_packs(bits, g), axis=0, dtype=jnp.int32)
+  low, high = chosen_by
+  halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
+  packs = _count_packs(low, g) + _count_packs(high, g)
 
   first_masked = own.reshape(num_tiles, g.tile)
   if keys is None:
@@ -250,13 +243,13 @@ def plan_tiles(
     first_masked = jnp.minimum(
       first_masked.min(axis=1), short.min(axis=1)
     )[:, None]  # fmt: skip
-  popular = packs.astype(jnp.float32) >= g.shared_cost * parts.astype(
+  popular = packs.astype(jnp.float32) >= g.shared_cost * halves.astype(
     jnp.float32
   )
   popular |= block >= first_masked
   # Costs of sharing all blocks and of the mixture with pairs, in units of one
-  # block shared by a part.
-  walk = jnp.where(first, parts, 0).astype(jnp.float32)
+  # block shared by half a tile.
+  walk = jnp.where(first, halves, 0).astype(jnp.float32)
   walk_cost = jnp.sum(walk, axis=-1)
   num_pairs = jnp.sum(first_of_pack & ~popular, axis=-1).astype(jnp.float32)
   mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1)
@@ -275,8 +268,8 @@ def plan_tiles(
   def pick(x):
     return jnp.take_along_axis(x, place, axis=1, mode="fill", fill_value=0)
 
-  def by_part(flags):
-    return _bit_mask(flags.reshape(num_tiles, g.parts, g.part))
+  def by_half(flags):
+    return _bit_mask(flags.reshape(num_tiles, 2, g.half))
 
   return TilePlan(
     counts=jnp.stack(
@@ -286,7 +279,7 @@ def plan_tiles(
       ],
       axis=-1,
     ),
-    queries=jnp.stack([by_part(x) for x in (bad_key, bad_value, sees)], axis=1),
+    queries=jnp.stack([by_half(x) for x in (bad_key, bad_value, sees)], axis=1),
     shared=pick(block),
     shared_by=jnp.stack([pick(x) for x in chosen_by], axis=1),
     choices=choices,
@@ -301,40 +294,45 @@ def _chosen_by(
   valid: Bool[Array, "tiles slots"],
   geometry: Geometry,
 ) -> list[Int[Array, "tiles slots"]]:
-  """For each part of a tile, query bits of those that chose the same block."""
+  """For each half of a tile, query bits of those that chose the same block."""
   g = geometry
-  together = max(WORD // g.part, 1)  # parts whose bits share a word
-  queries = together * g.part
-  found = []
-  for first in range(0, g.parts, together):
-    here = valid
-    if together < g.parts:
-      here &= query // queries == first // together
-    bits = jnp.where(here, jnp.int32(1) << query % queries, 0)
-    bits = mosaic.or_of_rest_of_run(bits, block, g.tile) | (
+
+  def over_runs(bits):
+    return mosaic.or_of_rest_of_run(bits, block, g.tile) | (
       mosaic.or_of_rest_of_run(bits, block, g.tile, backwards=True)
     )
-    for part in range(min(together, g.parts - first)):
-      low = lax.shift_right_logical(bits, jnp.int32(part * g.part))
-      found.append(low if g.part == WORD else low & ((1 << g.part) - 1))
-  return found
+
+  if g.tile <= WORD:  # both halves in one word
+    bits = jnp.where(valid, jnp.int32(1) << query, 0)
+    both = over_runs(bits)
+    mask = (1 << g.half) - 1
+    high = lax.shift_right_logical(both, jnp.int32(g.half))
+    return [both & mask, high & mask]
+  return [
+    over_runs(
+      jnp.where(
+        valid & (query // g.half == half), jnp.int32(1) << query % g.half, 0
+      )
+    )
+    for half in range(2)
+  ]
 
 
 def _count_packs(
-  bits: Int[Array, "parts tiles slots"], geometry: Geometry
-) -> Int[Array, "parts tiles slots"]:
+  bits: Int[Array, "tiles slots"], geometry: Geometry
+) -> Int[Array, "tiles slots"]:
   """How many packs have a query among query bits."""
   g = geometry
   any_of_pack = bits
   for shift in range(1, g.pack):
     any_of_pack |= lax.shift_right_logical(bits, jnp.int32(shift))
-  first_of_packs = sum(1 << i for i in range(0, g.part, g.pack))
+  first_of_packs = sum(1 << i for i in range(0, g.half, g.pack))
   return lax.population_count(any_of_pack & first_of_packs)
 
 
 def plan_merges(
   tiles: TilePlan, geometry: Geometry
-) -> Int[Array, "tiles parts pack_slots"]:
+) -> Int[Array, "tiles 2 pack_slots"]:
   """Query bits of the queries that a pair is for, by choice slot in the pack.
 
   The tile kernel merges the partial outputs of these pairs.
@@ -344,11 +342,11 @@ def plan_merges(
   pack, slot = slot // g.pack_slots, slot % g.pack_slots
   here = slot[:, None] == jnp.arange(g.pack_slots)[None, :, None]
   merges = []
-  for part in range(g.parts):
-    place = pack * g.pack - part * g.part  # of the pack's first bit in the part
+  for half in range(2):
+    place = pack * g.pack - half * g.half  # of the pack's first bit in the half
     mask = jnp.int32((1 << g.pack) - 1) << jnp.clip(place, 0, WORD - 1)
-    bits = tiles.chosen_by[:, part] & mask
-    bits = jnp.where(tiles.is_pair & (place >= 0) & (place < g.part), bits, 0)
+    bits = tiles.chosen_by[:, half] & mask
+    bits = jnp.where(tiles.is_pair & (place >= 0) & (place < g.half), bits, 0)
     merges.append(
       jnp.sum(jnp.where(here, bits[:, None], 0), axis=-1, dtype=jnp.int32)
     )
@@ -398,9 +396,9 @@ def plan_pairs(
   task = jnp.arange(num_chunks * g.max_tasks, dtype=jnp.int32)
   segment_of = mosaic.counts_up_to(ends, task.size)
   segment_of = jnp.minimum(segment_of, num_segments - 1)
-  # The tasks of one block have equal sizes, up to a row tile of pairs.
+  # The tasks of one block have equal sizes, up to a tile's number of pairs.
   size = -(-counts // jnp.maximum(task_counts, 1))
-  size = (-(-size // g.part_packs) * g.part_packs)[segment_of]
+  size = (-(-size // g.tile_packs) * g.tile_packs)[segment_of]
   start = bounds[segment_of]
   start += (task - (ends - task_counts)[segment_of]) * size
   start = jnp.minimum(start, bounds[segment_of + 1])
