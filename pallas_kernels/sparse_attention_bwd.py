@@ -13,13 +13,10 @@ its dK and dV in registers. The queries are gathered into *row tiles* of 64 rows
 `gather` in `_copy`). Warpgroup roles:
 
 * two compute warpgroups own 64 of the keys each. They compute the scores as
-  k q^T, so that p comes out of the softmax in the register layout of the left
-  operand of dV. ds passes through SMEM, because dQ needs both halves of the
-  keys, and dK reads it there too, so that no registers hold it. Over the row
-  tiles without masks the tensor cores always have the next product: dV and the
-  scores of the next row tile run while ds is handed over, and dK while these
-  scores become p, until dP of that row tile is done. At D 64 registers are left
-  for dP to run beside its scores.
+  k q^T, so that p and ds come out of the softmax in the register layout of the
+  left operands of dV and dK. Only ds passes through SMEM, because dQ needs both
+  halves of the keys. The scores of the next row tile are computed while dK is,
+  and dV while ds is handed over.
 * the third warpgroup gathers queries, multiplies dQ from both halves' ds and
   stores it, each of its warps for some of the queries: one partial dQ for each
   (pack, KV block) pair, in q's dtype. A query's partials are summed afterwards:
@@ -48,8 +45,7 @@ of dK and dV; the first one sends ds. A chosen block of 128 keys is two pairs.
 The products are 7 instead of 5, in exchange for no barrier between the two.
 There is no room in SMEM for a dQ of all columns, so that each 64 of them are
 stored as soon as they are computed, and none in registers for the scores of the
-next row tile: each row tile waits for all of its products. dK reads ds from
-registers, because the second warpgroup sends none.
+next row tile.
 
 Two blocks of 64 keys share a KV block of 128: a query that chose only one of
 them is masked in the other half. The result is exact and costs up to twice the
@@ -82,9 +78,7 @@ stands; sum_extra and sum_pairs have none):
   q_ring      ready: copies of q and dout of each    0 and 1
               pack, of lse and of delta (10 with
               16 rows a pack, 18 with 8)
-              free: 0 and 1, after dK, which a row   third
-              tile without masks leaves to the next
-              one, unless heads are wide (2)
+              free: 0 and 1, after dK (2)            third
   kv_ring     ready: both halves of K and V (4), or  0 and 1
               all of them if heads are wide (2)
               free: 0 and 1, after the task's last   third
@@ -111,16 +105,12 @@ Not supported: what `mosaic.check_supported` refuses; gradients of gradients.
 from __future__ import annotations
 
 import dataclasses
-import functools
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
-from jax.experimental.mosaic import gpu as mgpu
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxlib.mlir import ir
-from jaxlib.mlir.dialects import llvm
 
 from pallas_kernels import kv_block_plan, mosaic
 
@@ -137,8 +127,8 @@ class Config:
   """Tile and pipeline sizes; the result changes by rounding only.
 
   Attributes:
-    stages: row tiles of gathered queries in flight, at least two, and two at
-      most with wide heads.
+    stages: row tiles of gathered queries in flight, two at most with wide
+      heads.
     task: upper bound on the pairs of a task; 0 derives it from their number.
     chunk: upper bound on the queries of a chunk; 0 derives it from the
       workspace.
@@ -226,28 +216,6 @@ def _zeros(params):
   return plgpu.layout_cast(
     jnp.full(params, 0.0, jnp.float32), plgpu.Layout.WGMMA
   )
-
-
-def _zeros_again(shape):
-  """Zeros of a second accumulator that is allocated while a first one is used.
-
-  LLVM keeps the zero of the first one in a register and copies it, and ptxas
-  then zeroes the second one by a move a register instead of by its first
-  product. LLVM does not merge this zero with another one.
-  """
-  layout = plgpu.Layout.WGMMA
-
-  @plgpu.inline_mgpu(
-    return_type=plgpu.ShapeDtypeStruct(shape, jnp.float32, layout)
-  )
-  def run(*_):
-    zero = llvm.inline_asm(
-      ir.F32Type.get(), [], "mov.b32 $0, 0f00000000;", "=f",
-      has_side_effects=True,
-    )  # fmt: skip
-    return mgpu.FragmentedArray.splat(zero, shape, layout=layout.to_mgpu())
-
-  return run()
 
 
 def _kv_blocks(
@@ -464,42 +432,68 @@ def _kv_blocks(
           pl.when(j + 1 < num_tiles)(lambda: q_ring.wait_ready(after))
           return after
 
-        def left_operand(x):
-          """x in registers, or in SMEM if interpreted, as wgmma takes it."""
-          if p_smem is None:
-            return x
-          p_smem[wg] = x
-          plgpu.commit_smem()
-          return p_smem.at[wg]
+        def add_products(dk, dv, p, ds, step, j=None):
+          """Adds a row tile's terms to dk and dv, and sends ds to dQ.
 
-        def add_dv(dv_acc, p, stage):
-          """Starts dv's term of a row tile."""
-          p = left_operand(p.astype(s.dtype))
-          plgpu.wgmma(dv_acc, p, my_columns(do_smem, stage))
-
-        def add_dk(dk_acc, ds, stage, step):
-          """Starts dk's term of a row tile, whose ds `send_ds` has sent.
-
-          ds is read where dQ reads it, so that no registers hold it. That needs
-          no barrier of its own: this warpgroup alone writes its half of ds, and
-          in this slot not before the row tile after next, when it has waited
-          for this product. With wide heads the other warpgroup may have sent
-          ds, so each multiplies its own.
+          If j is given, this also computes and returns p of the tile after j.
           """
-          if s.wide:
-            ds = left_operand(ds)
-          else:
-            ds = ds_smem.at[ds_ring.slot(step), wg]
-          plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage))
+          stage = q_ring.slot(step)
+          if p_smem is not None:
 
-        def add_products(dk_acc, dv_acc, p, ds, stage, step):
-          """Starts a row tile's terms of dk and dv, and sends ds to dQ."""
-          add_dv(dv_acc, p, stage)
-          send_ds(ds, step)
-          add_dk(dk_acc, ds, stage, step)
+            def product(a, b):
+              def run(acc):
+                plgpu.wgmma(acc, a, b)
+                return acc[...]
 
-        def masked_terms(j, stage):
-          """p and ds of a row tile that needs masks."""
+              return pl.run_scoped(run, ACC((KEYS, s.columns), jnp.float32))
+
+            p_smem[wg] = p
+            plgpu.commit_smem()
+            dv = dv + product(p_smem.at[wg], my_columns(do_smem, stage))
+            send_ds(ds, step)
+            p_smem[wg] = ds
+            plgpu.commit_smem()
+            dk = dk + product(p_smem.at[wg], my_columns(q_smem, stage))
+            if j is None:
+              return dk, dv
+            after = stage_after(j)
+            scores = key_major_product(k_smem, q_smem, after, j)
+            return dk, dv, probabilities(scores, after)
+
+          def run(dk_acc, dv_acc, acc=None):
+            dk_acc[...] = dk
+            dv_acc[...] = dv
+            plgpu.wgmma(dv_acc, p, my_columns(do_smem, stage))
+            send_ds(ds, step)
+            if j is not None:
+              # Without this wait, the registers of the next scores would be
+              # occupied from here on.
+              plgpu.wgmma_wait(0)
+              after = stage_after(j)
+              key_major(k_smem, q_smem, after, j + 1, acc)
+              # The address of this stage is computed again, for the reason in
+              # key_major. The zeros come from j, j + 1 and j + 2, because the
+              # compiler would merge equal ones and keep the result.
+              stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
+            else:
+              stage_again = stage
+            plgpu.wgmma(dk_acc, ds, my_columns(q_smem, stage_again))
+            if j is None:
+              return dk_acc[...], dv_acc[...]
+            scores = plgpu.wgmma_accumulator_load(acc, wait_n=1)
+            p_next = probabilities(scores, after)
+            return dk_acc[...], dv_acc[...], p_next
+
+          scoped = [ACC((KEYS, s.columns), jnp.float32)] * 2
+          if j is not None:
+            scoped.append(ACC((KEYS, ROWS), jnp.float32))
+          return pl.run_scoped(run, *scoped)
+
+        def masked_tile(j, carry):
+          dk, dv = carry
+          step = done + j
+          stage = q_ring.slot(step)
+          q_ring.wait_ready(stage)
           pl.when(wg == 0)(lambda: scrub(q_smem, stage))
           pl.when(wg == 1)(lambda: scrub(do_smem, stage))
           plgpu.commit_smem()
@@ -509,169 +503,56 @@ def _kv_blocks(
           p = probabilities(scores, stage)
           p = jnp.where(scores == -jnp.inf, 0.0, p)  # lse may be NaN
           dp = key_major_product(v_smem, do_smem, stage, j)
-          return p, jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
+          ds = jnp.where(p == 0.0, 0.0, ds_of(p, dp, stage))
+          carry = add_products(
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
+          )
+          q_ring.release(stage)
+          return carry
 
-        def masked_tile(j, dk_acc, dv_acc):
+        def full_tile(j, carry):
+          dk, dv, p = carry
+          step = done + j
+          stage = q_ring.slot(step)
+          dp = key_major_product(v_smem, do_smem, stage, j)
+          ds = ds_of(p, dp, stage)
+          carry = add_products(
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step, j
+          )
+          q_ring.release(stage)
+          return carry
+
+        def wide_tile(j, carry):
+          """A full tile, without the scores of the next one in registers."""
+          dk, dv = carry
           step = done + j
           stage = q_ring.slot(step)
           q_ring.wait_ready(stage)
-          p, ds = masked_terms(j, stage)
-          add_products(dk_acc, dv_acc, p, ds.astype(s.dtype), stage, step)
-          plgpu.wgmma_wait(0)
-          q_ring.release(stage)
-
-        def full_terms(j, stage):
-          """p and ds of a row tile that needs no masks."""
           scores = key_major_product(k_smem, q_smem, stage, j)
           p = probabilities(scores, stage)
           dp = key_major_product(v_smem, do_smem, stage, j)
-          return p, ds_of(p, dp, stage)
-
-        def wide_tile(j, carry, terms):
-          """A row tile of wide heads, which does all its products itself."""
-          step = done + j
-          stage = q_ring.slot(step)
-          q_ring.wait_ready(stage)
-          p, ds = (x.astype(s.dtype) for x in terms(j, stage))
-
-          def run(dk_acc, dv_acc):
-            if not s.interpret:  # where accumulators cannot be set
-              dk_acc[...], dv_acc[...] = carry
-            add_products(dk_acc, dv_acc, p, ds, stage, step)
-            return dk_acc[...], dv_acc[...]
-
-          new = pl.run_scoped(run, *dk_dv_accs)
+          ds = ds_of(p, dp, stage)
+          carry = add_products(
+            dk, dv, p.astype(s.dtype), ds.astype(s.dtype), step
+          )
           q_ring.release(stage)
-          if s.interpret:
-            new = tuple(
-              x + so_far for x, so_far in zip(new, carry, strict=True)
-            )
-          return new
+          return carry
 
-        def release_before(j):
-          """Releases the full row tile before j, whose products are done."""
-
-          @pl.when(j > num_masked)
-          def _():
-            q_ring.release(q_ring.slot(done + j - 1))
-
-        # At 64 columns, registers hold dP of a row tile beside its scores, so
-        # both are computed together.
-        early_dp = d == 64
-
-        def full_tile(j, carry, dk_acc, dv_acc):
-          """Adds a row tile's terms to dk and dv.
-
-          The product of dk runs on into the next row tile, which releases the
-          stage. A wait for it here would be moved above the exponentials by the
-          compiler.
-
-          Args:
-            j: row tile.
-            carry: its probabilities, and its dP if that is computed early.
-            dk_acc, dv_acc: accumulators.
-
-          Returns:
-            The same of the next row tile.
-          """
-          step = done + j
-          stage = q_ring.slot(step)
-          p, dp = carry
-
-          def after_next_product():
-            # dk of the row tile before, the last product that reads its stage,
-            # is done when only the product issued last may still run. The stage
-            # must be free before the wait in stage_after: with two stages it is
-            # the next one.
-            plgpu.wgmma_wait(1)
-            release_before(j)
-
-          def dp_product(acc):
-            key_major(v_smem, do_smem, stage, j, acc)
-            after_next_product()
-            return acc[...]
-
-          if not early_dp:
-            dp = pl.run_scoped(dp_product, ACC((KEYS, ROWS), jnp.float32))
-          ds = ds_of(p, dp, stage).astype(s.dtype)
-          add_dv(dv_acc, p, stage)
-          if early_dp:
-            after_next_product()
-          # The third warpgroup gathers the next row tile before it multiplies
-          # this one's ds, so this may wait before ds is sent.
-          after = stage_after(j)
-
-          # Allocated here, right before its first product, this accumulator
-          # takes no instructions to become zero.
-          def next_products(scores_acc, dp_acc=None):
-            key_major(k_smem, q_smem, after, j + 1, scores_acc)
-            send_ds(ds, step)
-            if dp_acc is not None:
-              if not s.interpret:
-                dp_acc[...] = _zeros_again((KEYS, ROWS))
-              key_major(v_smem, do_smem, after, j + 1, dp_acc)
-            # The address of this stage is computed again, for the reason in
-            # key_major. The zeros come from j, j + 1 and j + 2, because the
-            # compiler would merge equal ones and keep the result.
-            stage_again = q_ring.slot(step + jnp.minimum(j + 2, 0))
-            add_dk(dk_acc, ds, stage_again, step)
-            scores = plgpu.wgmma_accumulator_load(
-              scores_acc, wait_n=1 + early_dp
-            )
-            p = probabilities(scores, after)
-            if dp_acc is None:
-              return p, None
-            # This branch is never taken, which the compiler cannot know. It
-            # would move the wait for dP above the exponentials, but it does not
-            # move it across a branch.
-            pl.when(done < 0)(lambda: q_ring.wait_ready(after))
-            return p, plgpu.wgmma_accumulator_load(dp_acc, wait_n=1)
-
-          accumulators = [ACC((KEYS, ROWS), jnp.float32)] * (1 + early_dp)
-          return pl.run_scoped(next_products, *accumulators)
-
-        def all_tiles(dk_acc, dv_acc):
-          @pl.loop(0, num_masked)
-          def _(j):
-            masked_tile(j, dk_acc, dv_acc)
-
-          if s.block_size == kv_block:
-            stage = q_ring.slot(done + num_masked)
-            pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
-            # Without a full tile the stage holds old data, and these scores are
-            # not used.
-            scores = key_major_product(k_smem, q_smem, stage, num_masked)
-            p = probabilities(scores, stage)
-            dp = None
-            if early_dp:
-              dp = key_major_product(v_smem, do_smem, stage, num_masked)
-            lax.fori_loop(
-              num_masked,
-              num_tiles,
-              lambda j, carry: full_tile(j, carry, dk_acc, dv_acc),
-              (p, dp),
-            )
-            plgpu.wgmma_wait(0)
-            release_before(num_tiles)
-          return dk_acc[...], dv_acc[...]
-
-        dk_dv_accs = [ACC((KEYS, s.columns), jnp.float32)] * 2
+        zero = _zeros((KEYS, s.columns))
+        dk, dv = lax.fori_loop(0, num_masked, masked_tile, (zero, zero))
         if s.wide:
-          carry = (_zeros((KEYS, s.columns)),) * 2
-          carry = lax.fori_loop(
-            0,
-            num_masked,
-            functools.partial(wide_tile, terms=masked_terms),
-            carry,
+          dk, dv = lax.fori_loop(num_masked, num_tiles, wide_tile, (dk, dv))
+        elif s.block_size == kv_block:
+          stage = q_ring.slot(done + num_masked)
+          pl.when(num_masked < num_tiles)(lambda: q_ring.wait_ready(stage))
+          # Without a full tile the stage holds old data, and these scores are
+          # not used.
+          scores = key_major_product(k_smem, q_smem, stage, num_masked)
+          p = probabilities(scores, stage)
+          dk, dv, _ = lax.fori_loop(
+            num_masked, num_tiles, full_tile, (dk, dv, p)
           )
-          dk, dv = lax.fori_loop(
-            num_masked,
-            num_tiles,
-            functools.partial(wide_tile, terms=full_terms),
-            carry,
-          )
-        else:
-          dk, dv = pl.run_scoped(all_tiles, *dk_dv_accs)
+
         kv_ring.release(0)
         is_first = sum_slot < s.num_groups * s.num_kv_blocks
         for kind, x in ((0, dk * s.scale), (1, dv)):
