@@ -129,14 +129,14 @@ def test_folders_with_other_seeds_are_thinned_to_one(full, tmp_path):
 
 def test_seeds_that_were_trained_before_a_field_was_added_are_merged(tmp_path):
   """Seeds of the preset come from several days, and the code goes on."""
-  (old,) = (RESULTS / "lm13m_4k_seeds" / "mix" / "gqa").glob("seed0")
+  (old,) = (RESULTS / "lm13m_4k" / "mix" / "gqa").glob("seed0")
   path = tmp_path / "old" / "mix" / "gqa" / "seed0"
   shutil.copytree(old, path)
   shutil.copy(old.parents[1] / "environment.json", path.parents[1])
   config = json.loads((path / "config.json").read_text())
   del config["eval_window"], config["model"]["index"]["rope_dim"]
   (path / "config.json").write_text(json.dumps(config))
-  new = runs.read_runs(RESULTS / "lm13m_4k_seeds")
+  new = runs.read_runs(RESULTS / "lm13m_4k")
   (before,) = runs.read_runs(tmp_path / "old")
   with pytest.raises(ValueError, match="eval_window is None in mix/gqa/seed0"):
     runs.check_runs([before, *new[1:]])
@@ -145,7 +145,7 @@ def test_seeds_that_were_trained_before_a_field_was_added_are_merged(tmp_path):
   (before,) = runs.read_runs(tmp_path / "old")
   runs.check_runs([before, *new[1:]])
   # The preset makes runs that can be merged with these.
-  preset = configs.preset("lm13m_4k").resolve(tmp_path)
+  preset = configs.preset("lm13m_4k").resolve(pathlib.Path("runs/lm13m_4k"))
   planned = {f"{r.task}/{r.side}/seed{r.seed}": r for r in preset}
   for run in new:
     saved = config_lib.to_dict(planned[run.label]) | {"folder": ""}

@@ -1,10 +1,10 @@
 """The tasks of `train.probes` with the models of `lm13m_4k`, on a Hopper GPU.
 
-The sides of `lm13m_4k` (GQA, MSA, MSA CPT; an MSA query attends to 512 of 4,096
-tokens) read nothing but these tasks. They train models of their own, because
-those of `lm13m_4k` have never seen the tasks' tokens, and so could but guess;
-its mix of text and retrieval stays what it was. Final weights are evaluated
-with the oracle's blocks as well.
+The sides of `lm13m_4k` (GQA, MSA, and MSA CPT with the wider index heads; an
+MSA query attends to 512 of 4,096 tokens) read nothing but these tasks. They
+train models of their own, because those of `lm13m_4k` have never seen the
+tasks' tokens, and so could but guess; its mix of text and retrieval stays what
+it was. Final weights are evaluated with the oracle's blocks as well.
 
 The number of steps is a guess from tiny models: the preset has not been run on
 a GPU. These (`probes`, 57,600 rows in 3,600 steps, GQA) learned facts, sums and
@@ -50,5 +50,7 @@ GQA = dataclasses.replace(
 )
 
 COMPARISON = ComparisonConfig(
-  name="probes_4k", seeds=(0, 1, 2), runs=lm13m_4k.sides(GQA, lm13m_4k.INDEX)
+  name="probes_4k",
+  seeds=(0, 1, 2),
+  runs=lm13m_4k.sides(GQA, lm13m_4k.INDEX, lm13m_4k.CPT_INDEX),
 )
