@@ -86,8 +86,8 @@ def bit_not(x: Any) -> Any:
   return jnp.bitwise_xor(x, jnp.int32(-1))
 
 
-# Up to so many comparisons, comparing all with all in one launch takes less time
-# than the launches that fewer operations would be spread over.
+# Up to so many comparisons, one launch that compares all with all takes less
+# time than the launches that fewer operations would be spread over.
 ALL_WITH_ALL = 1 << 24
 
 
