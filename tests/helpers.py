@@ -169,7 +169,9 @@ LOWERED = {
   for name in ("8k", "128k", "1m", "small_heads_32k", "8x4k", "16x4k_16_heads")
 }
 LOWERED_NAMES = [
-  pytest.param(name, marks=[pytest.mark.slow] * (name in ("128k", "8x4k")))
+  pytest.param(
+    name, marks=[pytest.mark.slow] * (name in ("8k", "128k", "8x4k"))
+  )
   for name in LOWERED
 ]
 

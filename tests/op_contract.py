@@ -318,12 +318,12 @@ class GradientContract:
   Attributes:
     scenarios: names of `ATTENTION` without NaN, for a call with a cotangent of
       lse.
-    without_dlse: those for a call without one.
+    without_dlse: those for a call without one, maybe as `pytest.param`.
     repeats: whether a second call must give equal bits.
   """
 
   scenarios: tuple[str, ...] = ("block_64", "group_16", "rows")
-  without_dlse: tuple[str, ...] = scenarios
+  without_dlse: tuple[Any, ...] = scenarios
   repeats: bool = True
 
   def run(self, name, case, q, k, v, dout, blocks, dlse=None):

@@ -104,6 +104,14 @@ def test_padded_attention_and_gradients(sizes):
 PAIRS = dataclasses.replace(FORWARD, shared_cost=1e9, slack=0.0)
 
 
+def pack_case(group):
+  """Two or four queries share MMA rows; 37 queries leave a pack half empty."""
+  return Case(
+    batch=1, q_len=37, kv_len=5 * 128, num_heads=group, num_kv_heads=1,
+    head_dim=64, block_size=128, top_k=2,
+  )  # fmt: skip
+
+
 @pytest.mark.parametrize(
   "group", [2, *(pytest.param(n, marks=SLOW) for n in (1, 3))]
 )
@@ -113,11 +121,7 @@ PAIRS = dataclasses.replace(FORWARD, shared_cost=1e9, slack=0.0)
   ids=["tiles", "pairs"],
 )
 def test_queries_of_a_pack_choose_apart(group, config):
-  """Two or four queries share MMA rows; 37 queries leave a pack half empty."""
-  case = Case(
-    batch=1, q_len=37, kv_len=5 * 128, num_heads=group, num_kv_heads=1,
-    head_dim=64, block_size=128, top_k=2,
-  )  # fmt: skip
+  case = pack_case(group)
   q, k, v, dout = attention_inputs(case, jnp.bfloat16)
   blocks = random_blocks(case, share=3)
   out, lse, grads = attend_and_pull(case, q, k, v, dout, blocks, config)
@@ -127,25 +131,25 @@ def test_queries_of_a_pack_choose_apart(group, config):
 
 def test_nan_stays_in_its_query_of_a_pack():
   """Queries 4 to 7 are a pack; 5 and 6 are bad, each in its own way."""
-  case = Case(
-    batch=1, q_len=8, kv_len=5 * 128, num_heads=2, num_kv_heads=1, head_dim=64,
-    block_size=128, top_k=2,
-  )  # fmt: skip
-  blocks = jnp.array([[0, 4], [1, 4], [2, 4], [0, 4], [0, 4], [1, 4], [2, 4],
-                      [3, -1]])[None, None]  # fmt: skip
+  case = pack_case(2)
+  blocks = np.tile(
+    [[0, 4], [1, 4], [2, 4], [0, 4], [0, 4], [1, 4], [2, 4], [3, -1]], (5, 1)
+  )
+  blocks = jnp.asarray(blocks[: case.q_len], jnp.int32)[None, None]
   q, k, v, dout = attention_inputs(case, jnp.bfloat16)
   dout = dout.at[0, 6, 0, 3].set(jnp.inf)
+  # The program of the test before, so with every argument given as there.
   _, _, (dq, dk, dv) = attend_and_pull(
-    case, q.at[0, 5, 1].set(jnp.nan), k, v, dout, blocks
+    case, q.at[0, 5, 1].set(jnp.nan), k, v, dout, blocks, FORWARD
   )
   dq, dk, dv = (np.isnan(np.asarray(x, np.float32)) for x in (dq, dk, dv))
-  heads = np.zeros((8, 2), bool)
+  heads = np.zeros((37, 2), bool)
   heads[5, 1] = heads[6, 0] = True
   np.testing.assert_array_equal(dq[0].all(-1), heads)
   np.testing.assert_array_equal(dq[0].any(-1), heads)
   keys = np.zeros(5 * 128, bool)
   keys[128 : 3 * 128] = True
-  keys[4 * 128 : 4 * 128 + 127] = True  # up to query 6, the last but one
+  keys[4 * 128 : 5 * 128 - 37 + 7] = True  # up to query 6
   for x in (dk, dv):
     np.testing.assert_array_equal(x[0, :, 0].any(-1), keys)
 

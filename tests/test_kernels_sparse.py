@@ -47,6 +47,18 @@ def call(case, q, k, v, blocks, config=None, **options):
 # ---------------------------------------------------------------- the plan
 
 
+@functools.partial(jax.jit, static_argnums=3)
+def plan_of(ids, positions, first_bad, geometry):
+  """The tiles, their pairs and the merges, in one program."""
+  plan = tile_plan.plan_tiles(ids, positions, first_bad, geometry)
+  chunk_tiles = geometry.chunk // geometry.tile
+  sizes = (-1, chunk_tiles, geometry.tile * geometry.top_k)
+  pairs = tile_plan.plan_pairs(
+    plan.choices.reshape(sizes), plan.is_pair.reshape(sizes), geometry
+  )
+  return plan, pairs, tile_plan.plan_merges(plan, geometry)
+
+
 def queries_of(bits, geometry):
   """bool [..., tile] of query bits [..., 2]."""
   bits = np.asarray(bits)[..., None] >> np.arange(geometry.half) & 1
@@ -118,18 +130,12 @@ def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
   elif kind == "empty":
     ids[:] = -1
   first_bad = np.full((groups, 2, num_blocks), mosaic.NEVER, np.int32)
-  plan = tile_plan.plan_tiles(
+  plan, pairs, merges = plan_of(
     jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
     jnp.asarray(first_bad), geometry,
   )  # fmt: skip
-  sizes = (-1, geometry.chunk // tile, tile * top_k)
-  pairs = tile_plan.plan_pairs(
-    plan.choices.reshape(sizes), plan.is_pair.reshape(sizes), geometry
-  )
   shared = decode_shared(plan, geometry)
-  alone = decode_pairs(
-    pairs, geometry, np.asarray(tile_plan.plan_merges(plan, geometry))
-  )  # fmt: skip
+  alone = decode_pairs(pairs, geometry, np.asarray(merges))
   valid = (ids >= 0) & (ids <= own[..., None])
   wanted = sorted(
     (group * (queries // tile) + t // tile, t % tile, ids[group, t, p])
@@ -154,7 +160,7 @@ def test_walks_everything_only_while_the_list_holds_it():
     task=16, shared_cost=4.0, slack=1e9,
   )  # fmt: skip
   ids = np.arange(32).reshape(1, 8, 4)  # 32 blocks, the list holds 10
-  plan = tile_plan.plan_tiles(
+  plan, _, _ = plan_of(
     jnp.asarray(ids, jnp.int32), jnp.arange(1000, 1008)[None],
     jnp.full((1, 2, 64), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
@@ -255,7 +261,19 @@ PAPER = Case(
 )  # fmt: skip
 
 
-@pytest.mark.parametrize("config", fwd.candidate_configs(), ids=str)
+# The default is lowered by test_kernels_backward; the others that are slow give
+# kernels that differ from it in numbers only.
+LOWERED_CONFIGS = [
+  pytest.param(
+    config,
+    marks=[pytest.mark.slow]
+    * (config in (fwd.Config(), fwd.Config(task=128), PAIRS)),
+  )
+  for config in fwd.candidate_configs()
+]
+
+
+@pytest.mark.parametrize("config", LOWERED_CONFIGS, ids=str)
 def test_lowers_every_config_at_the_paper_shape(config):
   text = lower(PAPER, config=config)
   assert text.count("mosaic_gpu") >= 3
@@ -266,7 +284,10 @@ def test_lowers_every_config_at_the_paper_shape(config):
   [
     # test_kernels_backward lowers forward and backward at the paper's shapes.
     (4097, 8, 8, 64, 64, 32, 3, "float16"),
-    (777, 16, 2, 128, 64, 5, 2, "bfloat16"),
+    # As wide heads as test_kernels_shapes lowers, in blocks of 64, too.
+    pytest.param(
+      *(777, 16, 2, 128, 64, 5, 2, "bfloat16"), marks=pytest.mark.slow
+    ),
     (5000, 8, 2, 64, 128, 1, 1, "float16"),
   ],
 )
