@@ -6,8 +6,8 @@ rotated, that are copies of the main branch's projections. The other sides
 change what their names say, start from the same checkpoint and read the same
 batches (text is one stream, rows="stream"):
 
-- `rope_0`: the index heads do not rotate. `dim_128`: they have twice D dims.
-  `dim_128_rope_0`: both.
+- `rope_0`: the index heads do not rotate. `rope_8`: 8 of their dims do (not run
+  yet). `dim_128`: they have twice D dims. `dim_128_rope_0`: both.
 - `random`: the index starts from random values, as in the paper.
 - `frozen`: the warm-up trains the index alone. `warmup_80`: it takes twice as
   many steps, of equally many in all. `rate_32`: the index learns at four times
@@ -42,6 +42,7 @@ COMPARISON = ComparisonConfig(
     GQA,
     _side("cpt"),
     _side("rope_0", rope_dim=0),
+    _side("rope_8", rope_dim=8),
     _side("dim_128", index_dim=128),
     _side("dim_128_rope_0", index_dim=128, rope_dim=0),
     _side("random", index_init="random"),
