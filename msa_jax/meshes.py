@@ -156,7 +156,7 @@ def any_mesh(results: Any, **operands: str) -> Callable:
         for name, x in call.items()
         if name in operands and _has_arrays(x)
       }
-      arrays = _vary_together(arrays)
+      arrays = vary_together(arrays)
       call.update(arrays)
       mesh = explicit_mesh(arrays)
       if mesh is None:
@@ -186,7 +186,7 @@ def _has_arrays(tree: Any) -> bool:
   return any(isinstance(x, jax.Array) for x in jax.tree.leaves(tree))
 
 
-def _vary_together(arrays: dict[str, Any]) -> dict[str, Any]:
+def vary_together(arrays: Any) -> Any:
   """Lets all arrays vary over the same axes of a `jax.shard_map`.
 
   Loops and custom gradients want that of what they carry and return.
@@ -230,7 +230,7 @@ def any_mesh_function(specs: Callable[..., Any]) -> Callable:
   def decorate(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(*args, **kwargs):
-      args, kwargs = _vary_together(dict(args=args, kwargs=kwargs)).values()
+      args, kwargs = vary_together(dict(args=args, kwargs=kwargs)).values()
       mesh = explicit_mesh(args, kwargs)
       if mesh is None:
         return function(*args, **kwargs)

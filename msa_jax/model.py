@@ -39,6 +39,7 @@ from msa_jax.checks import (
   wrong,
 )
 from msa_jax.context import Split
+from msa_jax.embedding import TokenEmbedding
 from msa_jax.layers import Sharding, rms_norm
 from msa_jax.meshes import any_mesh_method, spec
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
@@ -271,12 +272,13 @@ class DecoderLM(nnx.Module):
     if sharding is not None:
       init = nnx.with_partitioning(init, (None, sharding.embed))
       head_init = nnx.with_partitioning(head_init, (sharding.embed, None))
-    self.embed = nnx.Embed(
+    self.embed = TokenEmbedding(
       config.vocab_size,
       config.embed_dim,
       dtype=dtype,
       param_dtype=param_dtype,
       embedding_init=init,
+      sharding=sharding,
       rngs=rngs,
     )
     self.norm = rms_norm(
