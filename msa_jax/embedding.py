@@ -9,11 +9,13 @@ bfloat16 one by one, in an order that changes from run to run.
 So accelerators compute it as the product one_hot(tokens)^T cotangent, which
 their matrix units sum in float32 in an order that they fix. With N tokens, V
 rows and E columns this takes 2 N V E operations, a third of the 6 N V E of the
-output projection and its gradients. What else could do it is a sum over runs of
-sorted tokens. Its cost does not grow with V, but a mesh axis that splits the
-batch would gather all tokens' cotangents to sort them, where a product sums on
-each device and then over the devices. CPUs add one token after another, so
-there a scatter-add is exact to float32, repeats its bits and costs N E.
+output projection and its gradients. (A float32 model pays more on a GPU, as its
+sums take no TF32 and its output projection does.) What else could do it is a
+sum over runs of sorted tokens. Its cost does not grow with V, but a mesh axis
+that splits the batch would gather all tokens' cotangents to sort them, where a
+product sums on each device and then over the devices. CPUs add one token after
+another, so there a scatter-add is exact to float32, repeats its bits and costs
+N E.
 """
 
 from __future__ import annotations
