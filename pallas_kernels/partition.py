@@ -189,7 +189,7 @@ def by_rows_and_heads(
   operands: Sequence[str],
   results: Sequence[str],
   *,
-  interpret: bool = False,
+  interpret: bool | None = None,
 ) -> Callable:
   """`function`, which XLA may run on each device's batch rows and KV heads.
 
@@ -200,8 +200,9 @@ def by_rows_and_heads(
       may be split. The first operand has B, and H or K.
     results: likewise. A result without B, or without H and K, is a sum over
       them, so the devices' parts are added.
-    interpret: whether `function` is an interpreted kernel, which calls Python
-      in an order that the partitioner does not keep.
+    interpret: of a `kernel`, whether it is interpreted, and so calls Python in
+      an order that the partitioner does not keep. None if `function` is none,
+      and has gradients.
 
   Returns:
     A function of the same operands. It is `function` if there is one device
@@ -262,6 +263,7 @@ def by_rows_and_heads(
     outs = tuple(jax.vmap(function, axes)(*args))
     return outs, (True,) * len(outs)
 
+  # Not for kernels, see above: under vmap `mapped` hides no refs.
   @jax.custom_jvp
   def run(*args):
     return mapped(*args)
@@ -271,8 +273,11 @@ def by_rows_and_heads(
   def _(primals, tangents):
     return jax.jvp(lambda *args: tuple(function(*args)), primals, tangents)
 
+  def run_kernel(*args):
+    return mapped(*_once_differentiable(args))
+
   mesh = jax.sharding.get_abstract_mesh()
   manual = AxisType.Manual in mesh.axis_types
   if jax.device_count() == 1 or manual or interpret:
     return function
-  return run
+  return run if interpret is None else run_kernel

@@ -437,6 +437,35 @@ def test_kernels_under_meshes_lower():
   run_on_devices(4, LOWERING)
 
 
+VMAPPED = """
+import sys, types
+import jax, jax.numpy as jnp
+import test_meshes
+from pallas_kernels import mosaic
+# A machine of two GPUs, on which kernels are no programs for CUDA alone.
+mosaic.current_device = lambda: types.SimpleNamespace(
+  platform="gpu", compute_capability="9.0", core_count=132)
+args = [jnp.stack([x, x[:, ::-1]]) for x in test_meshes.operands()]
+for name in sys.argv[1:]:
+  traced = jax.jit(jax.vmap(getattr(test_meshes, name))).trace(*args)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  assert "@mosaic_gpu" in text
+"""
+
+
+@pytest.mark.parametrize(
+  "names",
+  [
+    ["decoding"],
+    pytest.param(
+      ["sparse_training", "weighted_warmup"], marks=pytest.mark.slow
+    ),
+  ],
+)
+def test_kernels_under_vmap_lower_beside_another_gpu(names):
+  run_on_devices(2, VMAPPED, *names)
+
+
 def test_forward_mode_says_so(pretend_hopper):
   q, *rest = operands()
 
