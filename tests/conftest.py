@@ -123,6 +123,8 @@ def pytest_collection_modifyitems(items):
   for item in items:
     if item.get_closest_marker("gpu_memory"):
       item.add_marker(pytest.mark.xdist_group("gpu_memory"))
+    elif "two_gpus" in item.fixturenames:
+      item.add_marker(pytest.mark.xdist_group("two_gpus"))
     elif item.get_closest_marker("gpu"):
       # Tests of one kernel and case share what is compiled for them.
       name = getattr(item, "callspec", None)
@@ -188,6 +190,18 @@ def hopper():
     mosaic.require_hopper()
   except NotImplementedError as error:
     pytest.skip(str(error))
+
+
+@pytest.fixture
+def two_gpus(hopper):
+  """Two Hopper GPUs; skips a test where there is one.
+
+  These tests run in the same process, one after another: no two processes have
+  kernels of collectives, which wait for each other, on the same GPUs.
+  """
+  if jax.device_count() < 2:
+    pytest.skip(f"needs two GPUs, got {jax.device_count()}")
+  return jax.devices()[:2]
 
 
 @pytest.fixture

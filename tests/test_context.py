@@ -848,12 +848,10 @@ def test_interpreted_kernels_under_a_mesh(phase):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("heads", [(64, 4), (32, 8)])
-def test_two_gpus_give_the_numbers_of_one(heads, hopper):
+def test_two_gpus_give_the_numbers_of_one(heads, two_gpus):
   """Choices bit for bit; KL, gradients and decoding within rounding."""
   from benchmarks import cases, context_parallel
 
-  if jax.device_count() < 2:
-    pytest.skip(f"needs two GPUs, got {jax.device_count()}")
   case = cases.Case(tokens=1, num_heads=heads[0], num_kv_heads=heads[1])
   context_parallel.check(case, 2, "mosaic_gpu")
 

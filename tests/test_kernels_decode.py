@@ -704,14 +704,10 @@ def test_gpu_runs_the_parts_of_a_split_cache(hopper, shape, fp8):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape", [0, 1])
 @pytest.mark.parametrize("fp8", [False, True])
-def test_two_gpus_share_a_cache(hopper, shape, fp8):
+def test_two_gpus_share_a_cache(two_gpus, shape, fp8):
   """The ids of one GPU; two runs with the same bits."""
-  if jax.device_count() < 2:
-    pytest.skip(f"needs two GPUs, got {jax.device_count()}")
   case, inputs, whole = split_case(shape, fp8)
-  mesh = jax.make_mesh(
-    (2,), ("context",), axis_types=AUTO, devices=jax.devices()[:2]
-  )
+  mesh = jax.make_mesh((2,), ("context",), axis_types=AUTO, devices=two_gpus)
   call = jax.jit(
     jax.shard_map(
       split_call(case), mesh=mesh, in_specs=SPLIT_SPECS, out_specs=jax.P(),

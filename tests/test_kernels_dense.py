@@ -411,6 +411,7 @@ def test_no_gradient_of_gradients(pretend_hopper, phase, kl):
 
 
 @pytest.mark.gpu
+@pytest.mark.gpu_memory  # all scores of 64 heads, several times
 @pytest.mark.usefixtures("hopper")
 class TestGpuLse(LseContract):
   phases = ("warmup",)

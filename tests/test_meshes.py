@@ -532,16 +532,14 @@ def test_varying_axes_change_no_number(gradient):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("axis_type", ["Auto", "Explicit"])
-def test_kernels_split_themselves_on_gpus(axis_type, hopper):
+def test_kernels_split_themselves_on_gpus(axis_type, two_gpus):
   """Two GPUs give the numbers of one, and nothing is gathered."""
-  if jax.device_count() < 2:
-    pytest.skip(f"needs two GPUs, got {jax.device_count()}")
   kind = getattr(jax.sharding.AxisType, axis_type)
   args = operands()
   for shape in ((2, 1), (1, 2)):
     mesh = jax.make_mesh(
       shape, ("data", "tensor"), axis_types=(kind,) * 2,
-      devices=jax.devices()[:2],
+      devices=two_gpus,
     )  # fmt: skip
     specs = (jax.P("data", None, "tensor"),) * 4 + (jax.P("data"),)
     placed = [
