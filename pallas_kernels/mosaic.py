@@ -111,7 +111,9 @@ def sums_up_to(values: Int[Array, "*A n"]) -> Int[Array, "*A n"]:
   if values.size * n > ALL_WITH_ALL:
     return jnp.cumsum(values, axis=-1, dtype=jnp.int32)
   index = jnp.arange(n)
-  so_far = jnp.where(index <= index[:, None], values[..., None, :], 0)
+  before = index[None] <= index[:, None]
+  before = jnp.expand_dims(before, range(values.ndim - 1))
+  so_far = jnp.where(before, values[..., None, :], 0)
   return jnp.sum(so_far, axis=-1, dtype=jnp.int32)
 
 
@@ -133,7 +135,7 @@ def counts_below(
   rows = jnp.pad(values, (0, -n % width), constant_values=last)
   rows = rows.reshape(-1, width)
   bounds = bounds[:, None]
-  row = jnp.sum(rows[:, 0] < bounds, axis=1, dtype=jnp.int32) - 1
+  row = jnp.sum(rows[None, :, 0] < bounds, axis=1, dtype=jnp.int32) - 1
   row = jnp.maximum(row, 0)
   inside = jnp.sum(rows[row] < bounds, axis=1, dtype=jnp.int32)
   return row * width + inside

@@ -91,7 +91,7 @@ def test_sides_are_refused_in_the_words_of_compare(monkeypatch, capsys):
     assert cli.main(["devices", "lm13m_4k", "--sides", "gqa", side]) == 1
     words = (
       f"sides=['{side}']: the comparison has gqa, msa. Sides without steps of"
-      " their own are left out: msa_cpt."
+      " their own are left out: msa_cpt, msa_cpt_index_128."
     )
     assert words in capsys.readouterr().err
   assert cli.main(["devices", "smoke", "--sides", "mla"]) == 1
