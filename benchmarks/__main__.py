@@ -120,12 +120,7 @@ def heads(text: str) -> dict[str, int]:
     raise argparse.ArgumentTypeError(
       f"wanted HxKxD, such as 32x8x128, got {text!r}"
     ) from None
-  return dict(
-    num_heads=num_heads,
-    num_kv_heads=num_kv_heads,
-    head_dim=head_dim,
-    index_dim=min(head_dim, 128),
-  )
+  return cases.heads(num_heads, num_kv_heads, head_dim)
 
 
 def with_heads(

@@ -23,6 +23,7 @@ import dataclasses
 import functools
 import json
 import pathlib
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -30,6 +31,8 @@ import numpy as np
 from jax import lax
 from jax.experimental import pallas as pl
 from jaxtyping import Array, Float, PRNGKeyArray
+
+from pallas_kernels import mosaic
 
 SELECTIONS = ("random", "trained_like", "outliers")
 FITTED = pathlib.Path(__file__).parent / "results" / "fitted_selection.json"
@@ -82,6 +85,16 @@ class Case:
   def __post_init__(self):
     if not self.kv_tokens:
       object.__setattr__(self, "kv_tokens", self.tokens)
+
+
+def heads(num_heads: int, num_kv_heads: int, head_dim: int) -> dict[str, Any]:
+  """The fields of a case with these heads. I is D, up to what kernels take."""
+  return dict(
+    num_heads=num_heads,
+    num_kv_heads=num_kv_heads,
+    head_dim=head_dim,
+    index_dim=min(head_dim, mosaic.MAX_INDEX_DIM),
+  )
 
 
 PAPER = {

@@ -15,8 +15,7 @@ import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from benchmarks import records
-from benchmarks.cases import Case
+from benchmarks import cases, records
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = records.FOLDER / "nvidia_h200.json"
@@ -75,12 +74,9 @@ def speedups(
     selection: the kind of choices.
   """
   wanted = dataclasses.asdict(
-    Case(
+    cases.Case(
       tokens=0,
-      num_heads=model.num_heads,
-      num_kv_heads=model.num_kv_heads,
-      head_dim=model.head_dim,
-      index_dim=min(model.head_dim, 128),
+      **cases.heads(model.num_heads, model.num_kv_heads, model.head_dim),
     )
   )
   wanted |= dict(

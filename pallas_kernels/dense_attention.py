@@ -24,7 +24,8 @@ Not supported: another number of keys than of queries, kv_lengths, packed rows
 `mosaic.check_dense_supported` refuse. cuDNN has a packed layout for documents,
 but its backward pass takes each one to be as long as the row. Its workspace is
 about 2 x documents x H x T x D float32, 79 GiB for 9 documents in a row of 128K
-tokens (H 64, D 128)."""
+tokens (H 64, D 128).
+"""
 
 from __future__ import annotations
 

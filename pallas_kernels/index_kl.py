@@ -1076,17 +1076,16 @@ def _loss(
         diq = lax.dynamic_update_slice(diq, split.token_major(x), at)
       return total, diq, jax.freeze(sums), has_sum | plan.has_pairs
 
-    sums = lax.empty((1, slots, kv_block_plan.KV_BLOCK, i_dim), jnp.float32)
-    if params.adds:
-      sums = sums.at[:, :num_slots].set(0.0)
+    shape = (1, slots, kv_block_plan.KV_BLOCK, i_dim)
+    sums = kv_block_plan.new_sums(shape, num_slots, params.adds)
     has_sum = jnp.zeros((num_slots,), bool)
     total, diq, sums, has_sum = lax.fori_loop(
       0, split.num_chunks, step, (total, diq, sums, has_sum)
     )
     if with_gradients:
-      # The sum of a block that no query chose may never have been written.
-      one = jnp.where(has_sum[:, None, None], sums[0, :num_slots], 0)
-      one = one.reshape(split.batch_rows, split.kv_heads, keys, i_dim)
+      one = kv_block_plan.own_sums(sums, has_sum).reshape(
+        split.batch_rows, split.kv_heads, keys, i_dim
+      )
       one = jnp.sum(one, axis=1)
       at = (batch_row[0], 0, 0)
       so_far = lax.dynamic_slice(dik, at, one.shape)

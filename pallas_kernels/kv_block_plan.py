@@ -31,7 +31,7 @@ from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Int, Shaped
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
 from pallas_kernels import mosaic, packed_rows
 
@@ -358,6 +358,36 @@ def plan_kv_blocks(
     reach=reach,
     has_pairs=counts > 0,
   )
+
+
+def new_sums(
+  shape: tuple[int, int, int, int], num_own: int, adds: bool
+) -> Float[Array, "kinds slots keys D"]:
+  """Memory of a launch's sums of gradients.
+
+  Args:
+    shape: kinds of sums, sum slots, keys of a KV block, D.
+    num_own: the first slots, which are the KV blocks' own.
+    adds: whether a block's first task adds to what its own slot holds, in each
+      chunk of queries, instead of writing it.
+  """
+  sums = lax.empty(shape, jnp.float32)
+  return sums.at[:, :num_own].set(0.0) if adds else sums
+
+
+def own_sums(
+  sums: Float[Array, "kinds slots keys D"], has_sum: Bool[Array, "blocks"]
+) -> Float[Array, "kinds blocks keys D"]:
+  """The sums of the KV blocks, zero where no query chose the block.
+
+  The sum of such a block may never have been written.
+
+  Args:
+    sums: of `new_sums`, after all chunks.
+    has_sum: `KVBlockPlan.has_pairs` of any chunk.
+  """
+  own = sums[:, : has_sum.size]
+  return jnp.where(has_sum[:, None, None], own, 0)
 
 
 def _pairs_of_packs(

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int
+from jaxtyping import Array, Int, UInt32
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128, 256)  # D inside a kernel: whole 128-byte swizzle tiles

@@ -1044,10 +1044,8 @@ def backward(
   def launch(index, carry):
     dq, dk, dv = carry
     first = index * groups
-    sums = lax.empty((2, max_tasks, kv_block, d), jnp.float32)
-    if params.adds:
-      own = jnp.zeros((2, num_slots, kv_block, d), jnp.float32)
-      sums = lax.dynamic_update_slice(sums, own, (0, 0, 0, 0))
+    shape = (2, max_tasks, kv_block, d)
+    sums = kv_block_plan.new_sums(shape, num_slots, params.adds)
     partials = lax.empty((groups * chunk, slots, rows, d), q.dtype)
 
     def step(i, carry):
@@ -1134,9 +1132,7 @@ def backward(
     dq, sums, has_sum, _ = lax.fori_loop(
       0, split.num_chunks, step, (dq, sums, has_sum, partials)
     )
-    # The sum of a block that no query chose may never have been written.
-    sums = jnp.where(has_sum[:, None, None], sums[:, :num_slots], 0)
-    sums = sums.astype(q.dtype)
+    sums = kv_block_plan.own_sums(sums, has_sum).astype(q.dtype)
     sums = sums.reshape(2, groups, s_len, d)
     dk = lax.dynamic_update_slice(dk, sums[0], (first, 0, 0))
     dv = lax.dynamic_update_slice(dv, sums[1], (first, 0, 0))
