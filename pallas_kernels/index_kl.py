@@ -1003,12 +1003,16 @@ def _loss(
       choice_slot = jnp.where(used, plan.order[pair], 0)
       query = choice_slot // top_k  # numbered over all groups of the launch
       query_group, query_of_chunk = query // chunk, query % chunk
-      # The pair slot of each choice; 0 for a choice that is no pair.
-      pair_slot_of = jnp.zeros((num_pairs,), jnp.int32)
+      # The pair slot of each choice; -1 for a choice that is no pair.
+      pair_slot_of = jnp.full((num_pairs,), -1, jnp.int32)
       pair_slot_of = pair_slot_of.at[
         jnp.where(used, choice_slot, num_pairs)
       ].set(pair_slot, mode="drop", unique_indices=True)
       pair_slot_of = pair_slot_of.reshape(groups, chunk, top_k)
+      # As `plan.is_pair`, whose layout in memory is that of the chosen blocks;
+      # XLA would bring what is gathered into that layout, which is slow.
+      is_pair = pair_slot_of >= 0
+      pair_slot_of = jnp.maximum(pair_slot_of, 0)
       if plan.reach is None:
         first_reach = first_positions[kv_block // num_kv_blocks] + 1
         first_reach -= kv_block % num_kv_blocks * kv_block_plan.KV_BLOCK
@@ -1033,9 +1037,7 @@ def _loss(
       _index_lse(
         index_lse, chunk_desc, plan, firsts, limits, iq, ik, params=params
       )
-      parts = jnp.where(
-        plan.is_pair, jax.freeze(index_lse)[pair_slot_of], -jnp.inf
-      )
+      parts = jnp.where(is_pair, jax.freeze(index_lse)[pair_slot_of], -jnp.inf)
       m = jnp.max(parts, axis=-1, initial=mosaic.FLOOR)
       query_lse = m + jnp.log2(jnp.sum(jnp.exp2(parts - m[..., None]), axis=-1))
       known = jnp.clip(ids, 0, bad.shape[1] - 1)
@@ -1071,7 +1073,7 @@ def _loss(
           sums, plan.extra, num_kv_blocks=num_slots, interpret=interpret
         )
         x = jax.freeze(partials)[pair_slot_of].astype(jnp.float32)
-        x = jnp.sum(jnp.where(plan.is_pair[..., None], x, 0), axis=2)
+        x = jnp.sum(jnp.where(is_pair[..., None], x, 0), axis=2)
         at = (batch_row[0], first_query, kv_head[0], 0)
         diq = lax.dynamic_update_slice(diq, split.token_major(x), at)
       return total, diq, jax.freeze(sums), has_sum | plan.has_pairs
