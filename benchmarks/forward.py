@@ -110,7 +110,7 @@ def add_programs(
     if with_dense:
       qkv = (of["q"], of["k"], of["v"])
       programs.add("dense cudnn", cudnn_attention, *qkv)
-      if case.tokens <= MOSAIC_DENSE_TOKENS and case.head_dim <= 128:
+      if case.tokens <= MOSAIC_DENSE_TOKENS and case.head_dim in (64, 128):
         qkv = (f16["q"], f16["k"], f16["v"])
         programs.add("dense jax mosaic_gpu", mosaic_attention, *qkv)
   # Outliers show what low precision loses: their recall is measured.

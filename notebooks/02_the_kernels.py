@@ -398,7 +398,8 @@ tiles = tile_plan.plan_tiles(
   jnp.asarray(ids)[None], jnp.asarray(positions)[None],
   jnp.full((1, 2, num_blocks), mosaic.NEVER), geometry,
 )
-pairs = tile_plan.plan_pairs(tiles.choices[None], tiles.is_pair[None], geometry)
+is_pair = tile_plan.find_pairs(tiles, geometry)
+pairs = tile_plan.plan_pairs(tiles.choices[None], is_pair[None], geometry)
 tasks = np.asarray(pairs.tasks)[: int(pairs.chunks[0, 1])]
 order = np.asarray(pairs.order)
 

@@ -473,8 +473,27 @@ def gathered_operand(
   return plgpu.RefUnion(whole, tiles)
 
 
+def operand_of_rows(count: int, dtype: Any, interpret: bool) -> Any:
+  """SMEM of `OPERAND`, for `scratch`, whose rows can be copied one by one.
+
+  Operands have 64 rows and 64 columns: tiles of 8 rows follow one another, and
+  any number of rows from any row on are one TMA copy (see `copy_rows` on how
+  they are swizzled).
+
+  Args:
+    count: operands.
+    dtype: of the entries.
+    interpret: run on the CPU.
+  """
+  whole = plgpu.SMEM((count, 64, 64), dtype, transforms=OPERAND)
+  if interpret:
+    return whole
+  rows = plgpu.SMEM((count, 64, 64), dtype, transforms=OPERAND[1:])
+  return plgpu.RefUnion(whole, rows)
+
+
 def whole_and_tiles(smem: Any) -> tuple[Any, Any]:
-  """In a kernel: operands of `gathered_operand`, and the SMEM to copy to."""
+  """In a kernel: operands of such a union, and the SMEM to copy to."""
   # A union of two is a row of bytes.
   return tuple(smem) if smem.ndim == 1 else (smem, smem)
 

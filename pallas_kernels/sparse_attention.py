@@ -91,28 +91,21 @@ def _forward(
   q, k, v, block_indices, kv_lengths, rows=None, *, block_size, scale, config,
   interpret,
 ):  # fmt: skip
-  b, t, num_heads = q.shape[:3]
-  s_len, num_kv_heads = k.shape[1:3]
-  group_size = num_heads // num_kv_heads
+  s_len = k.shape[1]
   num_blocks = -(-s_len // block_size)
   if rows is not None:
     num_blocks = rows.num_blocks
     block_indices = rows.seen_blocks(block_indices)
-  packing = mosaic.Packing(group_size)
-  q = packing.pack(q, num_kv_heads)
   k, bad_k = block_major(k, num_blocks, block_size, rows)
   v, bad_v = block_major(v, num_blocks, block_size, rows)
-  out, lse = sparse_attention_fwd.forward(
+  return sparse_attention_fwd.forward(
     q, k, v, jnp.stack([bad_k, bad_v], axis=2), block_indices,
     jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len), rows,
-    packing=packing,
     block_size=block_size,
     scale=scale,
     config=config or sparse_attention_fwd.heuristic_config(),
     interpret=interpret,
   )  # fmt: skip
-  lse = lse[:, :, :t, :group_size].swapaxes(2, 3)
-  return packing.unpack(out, t, num_kv_heads), lse.reshape(b, num_heads, t)
 
 
 @functools.partial(

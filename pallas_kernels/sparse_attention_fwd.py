@@ -83,7 +83,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -143,21 +143,35 @@ class Config:
 class KernelParams:
   """Static parameters of one call, after padding."""
 
-  num_packs: int  # packs of a batch row
+  q_len: int  # T
   num_kv_heads: int
   packing: mosaic.Packing
   head_dim: int
   block_size: int
   dtype: jnp.dtype
   scale_log2: float
-  geometry: tile_plan.Geometry
   config: Config
   interpret: bool
+  geometry: tile_plan.Geometry
 
   @property
   def half(self) -> int:
-    """Packs in 64 MMA rows, which is half a tile."""
+    """Packs in 64 MMA rows, which is half a tile that merges partials."""
     return ROWS // self.packing.rows
+
+  @property
+  def query_rows(self) -> int:
+    """MMA rows of a query in a tile: its heads, and padding behind them."""
+    return ROWS // self.geometry.half
+
+  @property
+  def tile_columns(self) -> int:
+    """Columns of the operands that hold a tile's queries.
+
+    TMA copies whole tiles of 8 rows x 64 columns, unless an operand has 64
+    columns: its rows then lie one behind the other and are copied one by one.
+    """
+    return 64 if self.packing.group_size % 8 else self.head_dim
 
   @property
   def wide(self) -> bool:
@@ -225,9 +239,15 @@ def candidate_configs() -> tuple[Config, ...]:
   )
 
 
-def _qk(q_smem, k_smem, num_keys: int) -> Any:
+def _qk(q_parts, k_smem, num_keys: int) -> Any:
+  """Scores of queries, whose columns stand in one operand or in several."""
+
   def product(acc):
-    plgpu.wgmma(acc, q_smem, k_smem.transpose((1, 0)))
+    for i, q_smem in enumerate(q_parts):
+      keys, columns = k_smem, q_smem.shape[-1]
+      if len(q_parts) > 1:
+        keys = k_smem.at[:, pl.ds(i * columns, columns)]
+      plgpu.wgmma(acc, q_smem, keys.transpose((1, 0)))
     return acc[...]
 
   return pl.run_scoped(product, ACC((ROWS, num_keys), jnp.float32))
@@ -321,7 +341,7 @@ def _pairs(partials, chunk_desc, plan, q, k, v, *, params: KernelParams):
           ]
           q_ring.wait_ready(slot)
           buffer = q_ring.buffer(slot)
-          scores = _qk(q_smem.at[buffer], k_smem, s.block_size)
+          scores = _qk([q_smem.at[buffer]], k_smem, s.block_size)
           if not s.wide:
             q_ring.release(slot)
           m = scores.max(axis=1) * s.scale_log2
@@ -458,23 +478,26 @@ def _tiles(
   """Walks the tiles' shared blocks, merges partials, writes out and lse.
 
   Args:
-    out, lse: Refs of the results.
+    out, lse: Refs of the results, [B,T,H,D] and [B, K, MMA rows of all tiles].
     partials: what `_pairs` computed; None if there are no pairs anywhere, and
-      then SMEM has room for more blocks.
+      then SMEM has room for more blocks, and a query needs no whole packs.
     chunk_desc: chunk descriptor as in `_pairs`, of which this reads the first
       tile only.
     positions: int32 [B]: position of each batch row's first query among its
-      keys; of packed rows [B, MMA rows]: of each MMA row's query.
+      keys; of packed rows [B, MMA rows of all tiles]: of each row's query.
     keys: int32 [B, N]: keys of each block of packed rows; None for plain rows.
     plan: `tile_plan.TilePlan`.
     merges: `tile_plan.plan_merges`; None like `partials`.
-    q, k, v: operands as `forward` takes them.
+    q, k, v: operands as `forward` takes them; the queries are not packed.
     num_tiles: tiles of this launch.
     params: static parameters.
   """
   s, g, config = params, params.geometry, params.config
-  half, rows = s.half, s.packing.rows
+  half, rows, group_size = s.half, s.packing.rows, s.packing.group_size
   tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
+  num_parts = (
+    s.head_dim // s.tile_columns
+  )  # operands of the queries of half a tile
   merging = partials is not None
   kv_stages = config.kv_stages if merging else config.walk_stages
   if s.wide:
@@ -504,7 +527,7 @@ def _tiles(
         index,
         group_index // s.num_kv_heads,
         lax.rem(group_index, s.num_kv_heads),
-        lax.rem(index, tiles_of_group) * g.tile_packs,
+        lax.rem(index, tiles_of_group),
       )
 
     @pl.when(wg < 2)
@@ -513,8 +536,11 @@ def _tiles(
       # Query in this warpgroup's half of the tile.
       query_of_row = (
         plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
-        // s.packing.heads
+        // s.query_rows
       )
+      # Of padding behind the last query, for which no bit is set, it is
+      # greater. Padding holds what SMEM held; nothing of it is written.
+      q_whole, q_rows = mosaic.whole_and_tiles(q_smem)
 
       def chosen_by(bits):
         return ((bits >> query_of_row) & 1) == 1
@@ -524,24 +550,43 @@ def _tiles(
 
       def tile(i, steps):
         kv_step, merge_step = steps
-        index, batch_row, kv_head, tile_pack = locate(i)
-        heads = pl.ds(kv_head * rows, rows)
-        first_pack = tile_pack + wg * half
-        for a in range(half):
+        index, batch_row, kv_head, nth = locate(i)
+        first_query = nth * g.tile + wg * g.half
+        first_row = (2 * nth + wg) * ROWS  # of `lse`, and of `positions`
+        first_part = wg * num_parts
+        heads = pl.ds(kv_head * group_size, group_size)
+
+        def each_query(copy):
+          """Calls copy(query, columns of its heads, their place in SMEM)."""
+
+          @plgpu.warp_map
+          def _(warp):
+            for a in range(g.half):
+
+              @pl.when(warp == a % 4)
+              def _(a=a):
+                at = pl.ds(a * s.query_rows, group_size)
+                for i in range(num_parts):
+                  columns_of = pl.ds(i * s.tile_columns, s.tile_columns)
+                  copy(
+                    first_query + a, columns_of, q_rows.at[first_part + i, at]
+                  )
+
+        def load(query, at, smem):
+          query = jnp.minimum(query, s.q_len - 1)
           plgpu.copy_gmem_to_smem(
-            q_gmem.at[
-              batch_row, jnp.minimum(first_pack + a, s.num_packs - 1), heads
-            ],
-            q_smem.at[wg, pl.ds(a * rows, rows)],
-            q_ready.at[wg],
+            q_gmem.at[batch_row, query, heads, at], smem, q_ready.at[wg]
           )
+
+        each_query(load)
         num_full, num_shared = (counts_gmem[index, j] for j in range(2))
         bad_keys, bad_values, seeing = (
           queries_gmem[index, j, wg] for j in range(3)
         )
         if keys is None:
-          position = positions_gmem[batch_row] + first_pack * g.pack
+          position = positions_gmem[batch_row] + first_query
         plgpu.barrier_wait(q_ready.at[wg])
+        q_parts = [q_whole.at[first_part + i] for i in range(num_parts)]
 
         def block(j, carry, own: bool):
           *carry, mine = carry
@@ -553,7 +598,7 @@ def _tiles(
           ]
 
           def walk(acc, m_i, l_i):
-            scores = _qk(q_smem.at[wg], k_smem.at[slot], s.step_keys)
+            scores = _qk(q_parts, k_smem.at[slot], s.step_keys)
             k_ring.release(slot)
             chosen = chosen_by(mine)
             if own:
@@ -567,7 +612,7 @@ def _tiles(
                 last = position + query_of_row
               else:
                 last = plgpu.load(
-                  positions_gmem.at[batch_row, pl.ds(first_pack * rows, ROWS)],
+                  positions_gmem.at[batch_row, pl.ds(first_row, ROWS)],
                   layout=row_layout,
                   optimized=False,
                 )
@@ -671,24 +716,26 @@ def _tiles(
         # Only infinite scores can leave a query that sees keys without weight.
         log_l = jnp.where(bad_key | (l_i == 0.0), jnp.nan, jnp.log2(l_i))
         lse_rows = jnp.where(sees, (m_i + log_l) * mosaic.LN2, -jnp.inf)
-        lse_gmem[batch_row, kv_head, pl.ds(first_pack * rows, ROWS)] = lse_rows
-        if len(accs) == 1:
-          q_smem[wg] = accs[0].astype(s.dtype)
-        else:
-          for i, x in enumerate(accs):
-            at = pl.ds(i * columns, columns)
-            q_smem[wg, :, at] = x.astype(s.dtype)
+        lse_gmem[batch_row, kv_head, pl.ds(first_row, ROWS)] = lse_rows
+        step = min(columns, s.tile_columns)
+        for column in range(0, s.head_dim, step):
+          x = accs[column // columns]
+          if step < columns:
+            x = x[:, column % columns : column % columns + step]
+          part = q_parts[column // s.tile_columns]
+          if step < s.tile_columns:
+            part = part.at[:, pl.ds(column % s.tile_columns, step)]
+          part[...] = x.astype(s.dtype)
         plgpu.commit_smem()
-        for a in range(half):
 
-          @pl.when(first_pack + a < s.num_packs)
-          def _store(a=a):
+        def store(query, at, smem):
+          @pl.when(query < s.q_len)
+          def _():
             plgpu.copy_smem_to_gmem(
-              q_smem.at[wg, pl.ds(a * rows, rows)],
-              out_gmem.at[batch_row, first_pack + a, heads],
-              commit_group=False,
+              smem, out_gmem.at[batch_row, query, heads, at], commit_group=False
             )
 
+        each_query(store)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return kv_step + _times(num_shared, each), merge_step
@@ -792,10 +839,14 @@ def _tiles(
     v_gmem=v,
   )
   scratch: dict[str, Any] = dict(
-    q_smem=s.operand(2, ROWS),
+    q_smem=(
+      mosaic.operand_of_rows(2 * num_parts, s.dtype, s.interpret)
+      if group_size % 8
+      else s.operand(2, ROWS)
+    ),
     k_smem=s.operand(kv_stages, s.step_keys),
     v_smem=s.operand(kv_stages, s.step_keys),
-    q_ready=plgpu.Barrier(num_arrivals=half, num_barriers=2),
+    q_ready=plgpu.Barrier(num_arrivals=g.half * num_parts, num_barriers=2),
     k_ring=mosaic.ring(kv_stages, releases=2),
     v_ring=mosaic.ring(kv_stages, releases=2),
   )
@@ -825,8 +876,13 @@ def _tiles(
 def geometry(
   q_len: int, kv_len: int, packing: mosaic.Packing, head_dim: int,
   block_size: int, top_k: int, config: Config, *, packed: bool = False,
+  walk: bool = False,
 ) -> tile_plan.Geometry:  # fmt: skip
   """Sizes of tiles, spans and chunks for one call.
+
+  Tiles that merge partial outputs hold whole packs. Where all blocks are
+  walked, as many queries as fit share one: 10 of 6 heads in 64 MMA rows, where
+  packs of 8 rows would be 8. (At most 32, whose bits fit one int32.)
 
   Args:
     q_len: T.
@@ -837,9 +893,12 @@ def geometry(
     top_k: P.
     config: tile sizes.
     packed: whether rows are packed.
+    walk: whether tiles have no pairs.
   """
   pack, pack_rows = packing.queries, packing.rows
   tile = 2 * ROWS // pack_rows * pack
+  if walk:
+    tile = 2 * min(ROWS // packing.group_size, tile_plan.WORD)
 
   def round_up(x):
     return -(-x // tile) * tile
@@ -874,8 +933,60 @@ def geometry(
   )
 
 
+class _Plan(NamedTuple):
+  """A plan of tiles, and where their queries are.
+
+  Attributes:
+    tiles: plan of the tiles of all groups.
+    positions: as `_tiles` takes them.
+    num_chunks: chunks of a group's queries.
+  """
+
+  tiles: tile_plan.TilePlan
+  positions: Int[Array, "B ..."]
+  num_chunks: int
+
+
+def _plan(
+  block_indices: Int[Array, "B K T P"],
+  first_bad: Int[Array, "B K 2 N"],
+  kv_lengths: Int[Array, "B"],
+  packed: packed_rows.PackedRows | None,
+  g: tile_plan.Geometry,
+) -> _Plan:
+  """Plans the tiles of `forward`'s operands."""
+  b, num_kv_heads, t, top_k = block_indices.shape
+  num_chunks = -(-t // g.chunk)
+  padded = num_chunks * g.chunk
+  pad = padded - t
+  if pad:
+    block_indices = jnp.pad(
+      block_indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1
+    )
+  if packed is None:
+    where, keys = kv_lengths - t, None
+    positions = where[:, None] + jnp.arange(padded)[None]
+  else:
+    positions = jnp.pad(
+      packed.positions, ((0, 0), (0, pad)), constant_values=-1
+    )
+    each = ROWS // g.half
+    where = jnp.repeat(positions.reshape(b, -1, g.half), each, axis=2)
+    behind = ((0, 0), (0, 0), (0, ROWS - each * g.half))
+    where = jnp.pad(where, behind, constant_values=-1).reshape(b, -1)
+    keys = jnp.repeat(packed.keys, num_kv_heads, axis=0)
+  tiles = tile_plan.plan_tiles(
+    block_indices.reshape(-1, padded, top_k),
+    jnp.repeat(positions, num_kv_heads, axis=0),
+    first_bad.reshape(-1, 2, g.num_blocks),
+    g,
+    keys,
+  )
+  return _Plan(tiles, where, num_chunks)
+
+
 def forward(
-  q: Float[Array, "B U K*rows D"],
+  q: Float[Array, "B T H D"],
   k: Float[Array, "B K S D"],
   v: Float[Array, "B K S D"],
   first_bad: Int[Array, "B K 2 N"],
@@ -883,16 +994,15 @@ def forward(
   kv_lengths: Int[Array, "B"],
   packed: packed_rows.PackedRows | None = None,
   *,
-  packing: mosaic.Packing,
   block_size: int,
   scale: float,
   config: Config,
   interpret: bool,
-) -> tuple[Float[Array, "B U K*rows D"], Float[Array, "B K U*pack R"]]:
-  """out and the natural lse of padded operands.
+) -> tuple[Float[Array, "B T H D"], Float[Array, "B H T"]]:
+  """out and the natural lse.
 
   Args:
-    q: queries in U packs (`mosaic.Packing`); a pack has 8 or 16 rows.
+    q: queries.
     k: finite keys, head-major, whole blocks.
     v: the same of values.
     first_bad: position of the first non-finite key (0) and value (1) of each
@@ -900,91 +1010,91 @@ def forward(
     block_indices: chosen blocks, in any order.
     kv_lengths: number of keys; the queries are the last of them.
     packed: places of packed rows, which then say where the queries are.
-    packing: of the queries; R is `packing.heads`.
     block_size: tokens of a block.
     scale: of the scores.
     config: tile sizes.
     interpret: run on the CPU.
   """
-  b, num_packs, _, d = q.shape
+  b, t, num_heads, d = q.shape
   num_kv_heads, s_len = k.shape[1:3]
-  t, top_k = block_indices.shape[2:]
-  pack, heads = packing.queries, packing.heads
-  g = geometry(
-    t, s_len, packing, d, block_size, top_k, config, packed=packed is not None
-  )
-  num_chunks = -(-t // g.chunk)
-  params = KernelParams(
-    num_packs=num_packs,
-    num_kv_heads=num_kv_heads,
-    packing=packing,
-    head_dim=d,
-    block_size=block_size,
-    dtype=jnp.dtype(q.dtype),
-    scale_log2=scale * mosaic.LOG2E,
-    geometry=g,
-    config=config,
-    interpret=interpret,
-  )
-  pad = num_chunks * g.chunk - t
-  if pad:
-    block_indices = jnp.pad(
-      block_indices, ((0, 0), (0, 0), (0, pad), (0, 0)), constant_values=-1
+  top_k = block_indices.shape[-1]
+  packing = mosaic.Packing(num_heads // num_kv_heads)
+  # If some tile has pairs, all tiles are planned again where the first plan's
+  # tiles are no whole packs.
+  walk, g = (
+    geometry(
+      t, s_len, packing, d, block_size, top_k, config,
+      packed=packed is not None, walk=walk,
     )
-  if packed is None:
-    starts, keys = kv_lengths - t, None
-    positions = starts[:, None] + jnp.arange(num_chunks * g.chunk)[None]
-    where = starts
-  else:
-    positions = jnp.pad(
-      packed.positions, ((0, 0), (0, pad)), constant_values=-1
-    )
-    where, keys = jnp.repeat(positions, heads, axis=1), packed.keys
-  tiles = tile_plan.plan_tiles(
-    block_indices.reshape(-1, num_chunks * g.chunk, top_k),
-    jnp.repeat(positions, num_kv_heads, axis=0),
-    first_bad.reshape(-1, 2, g.num_blocks),
-    g,
-    None if keys is None else jnp.repeat(keys, num_kv_heads, axis=0),
+    for walk in (True, False)
+  )  # fmt: skip
+  params = functools.partial(
+    KernelParams,
+    t,
+    num_kv_heads,
+    packing,
+    d,
+    block_size,
+    jnp.dtype(q.dtype),
+    scale * mosaic.LOG2E,
+    config,
+    interpret,
   )
+  plan_of = functools.partial(
+    _plan, block_indices, first_bad, kv_lengths, packed
+  )
+  first_plan = plan_of(walk)
+  keys = None if packed is None else packed.keys
 
   def new(sizes, dtype):
     return jax.new_ref(lax.empty(sizes, dtype))
 
-  num_tiles = tiles.counts.shape[0]
-  chunk_tiles = g.chunk // g.tile
-
-  def results():
+  def results(g):
+    rows = -(-t // g.chunk) * (g.chunk // g.half) * ROWS
     return (
       new(q.shape, q.dtype),
-      new((b, num_kv_heads, num_chunks * g.chunk * heads), jnp.float32),
+      new((b, num_kv_heads, rows), jnp.float32),
     )
+
+  def read(out, lse, g):
+    each = ROWS // g.half  # rows of a query
+    lse = mosaic.result(lse).reshape(b, num_kv_heads, -1, ROWS)
+    lse = lse[..., : each * g.half].reshape(b, num_kv_heads, -1, each)
+    lse = lse[:, :, :t, : packing.group_size].swapaxes(2, 3)
+    return mosaic.result(out), lse.reshape(b, num_heads, t)
 
   def walk_all():
-    out, lse = results()
+    tiles = first_plan.tiles
+    out, lse = results(walk)
     _tiles(
-      out, lse, None, jnp.zeros((1,), jnp.int32), where, keys, tiles, None, q,
-      k, v, num_tiles=num_tiles, params=params,
+      out, lse, None, jnp.zeros((1,), jnp.int32), first_plan.positions, keys,
+      tiles, None, q, k, v, num_tiles=tiles.counts.shape[0],
+      params=params(walk),
     )  # fmt: skip
-    return mosaic.result(out), mosaic.result(lse)
+    return read(out, lse, walk)
 
   def mixed():
-    out, lse = results()
+    plan = first_plan if g == walk else plan_of(g)
+    tiles, positions, num_chunks = plan
+    chunk_tiles, chunk_packs = g.chunk // g.tile, g.chunk // g.pack
+    packed_q = packing.pack(q, num_kv_heads)
+    out, lse = results(g)
     partials = (
-      new((g.chunk // pack, g.pack_slots, packing.rows, d), q.dtype),
+      new((chunk_packs, g.pack_slots, packing.rows, d), q.dtype),
       new((chunk_tiles, g.pack_slots, 2 * ROWS), jnp.float32),
     )
-    merges = tile_plan.plan_merges(tiles, g)
-    total = num_tiles // chunk_tiles
+    is_pair = tile_plan.find_pairs(tiles, g)
+    merges = tile_plan.plan_merges(tiles, is_pair, g)
+    total = b * num_kv_heads * num_chunks
     # One sort plans as many chunks as its workspace allows.
     planned = mosaic.largest_divisor(total, MAX_PLANNED // (g.chunk * top_k))
 
-    def plan(i, carry):
+    def some_chunks(i, carry):
       def cut(x):
         x = x.reshape(total, chunk_tiles, g.tile * top_k)
         return lax.dynamic_slice_in_dim(x, i * planned, planned)
 
-      pairs = tile_plan.plan_pairs(cut(tiles.choices), cut(tiles.is_pair), g)
+      pairs = tile_plan.plan_pairs(cut(tiles.choices), cut(is_pair), g)
 
       def chunk(j, carry):
         index = i * planned + j
@@ -994,22 +1104,21 @@ def forward(
             index * chunk_tiles,
             group_index // num_kv_heads,
             group_index % num_kv_heads,
-            index % num_chunks * (g.chunk // pack),
+            index % num_chunks * chunk_packs,
             pairs.chunks[j, 0],
             pairs.chunks[j, 1],
           ]
         ).astype(jnp.int32)
-        _pairs(partials, chunk_desc, pairs, q, k, v, params=params)
+        _pairs(partials, chunk_desc, pairs, packed_q, k, v, params=params(g))
         _tiles(
-          out, lse, partials, chunk_desc, where, keys, tiles, merges, q, k, v,
-          num_tiles=chunk_tiles, params=params,
+          out, lse, partials, chunk_desc, positions, keys, tiles, merges, q, k,
+          v, num_tiles=chunk_tiles, params=params(g),
         )  # fmt: skip
         return carry
 
       return lax.fori_loop(0, planned, chunk, carry)
 
-    lax.fori_loop(0, total // planned, plan, None)
-    return mosaic.result(out), mosaic.result(lse)
+    lax.fori_loop(0, total // planned, some_chunks, None)
+    return read(out, lse, g)
 
-  out, lse = lax.cond(jnp.any(tiles.is_pair), mixed, walk_all)
-  return out, lse.reshape(b, num_kv_heads, -1, heads)[:, :, : num_packs * pack]
+  return lax.cond(jnp.any(first_plan.tiles.has_pairs), mixed, walk_all)

@@ -137,21 +137,22 @@ class TilePlan(NamedTuple):
     shared: int32 [tiles, max_shared]: the shared blocks, ascending.
     shared_by: int32 [tiles, 2, max_shared]: query bits of those that chose each
       of them.
+    has_pairs: bool [tiles]: whether any choice is none of a shared block.
     choices: int32 [tiles, tile * P], ascending: block id and choice slot
       (query * P + p) of every valid choice, then `mosaic.NEVER`.
-    is_pair: bool [tiles, tile * P]: which of `choices` are pairs. The first
-      choice of a block by a query of a pack stands for the whole pack.
-    chosen_by: int32 [tiles, 2, tile * P]: query bits of all that chose the same
-      block.
+    chosen_by: int32 [tiles, 2, tile * P]: query bits of this choice's query and
+      of those behind it that chose the same block.
+    is_shared: bool [tiles, tile * P]: the first choices of shared blocks.
   """
 
   counts: Int[Array, "tiles 2"]
   queries: Int[Array, "tiles 3 2"]
   shared: Int[Array, "tiles entries"]
   shared_by: Int[Array, "tiles 2 entries"]
+  has_pairs: Bool[Array, "tiles"]
   choices: Int[Array, "tiles slots"]
-  is_pair: Bool[Array, "tiles slots"]
   chosen_by: Int[Array, "tiles 2 slots"]
+  is_shared: Bool[Array, "tiles slots"]
 
 
 class PairPlan(NamedTuple):
@@ -227,8 +228,8 @@ def plan_tiles(
   query = (choices & ((1 << g.slot_bits) - 1)) // g.top_k
   chosen_by = _chosen_by(block, query, valid, g)
 
+  # From here on only the first choice of each block counts: it knows of all.
   first = valid & mosaic.starts_run(block)
-  first_of_pack = first | (valid & mosaic.starts_run(query // g.pack))
   low, high = chosen_by
   halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
   packs = _count_packs(low, g) + _count_packs(high, g)
@@ -251,7 +252,8 @@ def plan_tiles(
   # block shared by half a tile.
   walk = jnp.where(first, halves, 0).astype(jnp.float32)
   walk_cost = jnp.sum(walk, axis=-1)
-  num_pairs = jnp.sum(first_of_pack & ~popular, axis=-1).astype(jnp.float32)
+  num_pairs = jnp.sum(jnp.where(first & ~popular, packs, 0), axis=-1)
+  num_pairs = num_pairs.astype(jnp.float32)
   mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1)
   mixed_cost += num_pairs / max(g.shared_cost, 1e-3)
   fits = jnp.sum(first, axis=-1) <= g.max_shared
@@ -282,9 +284,10 @@ def plan_tiles(
     queries=jnp.stack([by_half(x) for x in (bad_key, bad_value, sees)], axis=1),
     shared=pick(block),
     shared_by=jnp.stack([pick(x) for x in chosen_by], axis=1),
+    has_pairs=jnp.any(first & ~shared, axis=-1),
     choices=choices,
-    is_pair=first_of_pack & ~shared,
     chosen_by=jnp.stack(chosen_by, axis=1),
+    is_shared=listed,
   )
 
 
@@ -294,13 +297,11 @@ def _chosen_by(
   valid: Bool[Array, "tiles slots"],
   geometry: Geometry,
 ) -> list[Int[Array, "tiles slots"]]:
-  """For each half of a tile, query bits of those that chose the same block."""
+  """`TilePlan.chosen_by` for each half of a tile."""
   g = geometry
 
   def over_runs(bits):
-    return mosaic.or_of_rest_of_run(bits, block, g.tile) | (
-      mosaic.or_of_rest_of_run(bits, block, g.tile, backwards=True)
-    )
+    return mosaic.or_of_rest_of_run(bits, block, g.tile)
 
   if g.tile <= WORD:  # both halves in one word
     bits = jnp.where(valid, jnp.int32(1) << query, 0)
@@ -330,12 +331,34 @@ def _count_packs(
   return lax.population_count(any_of_pack & first_of_packs)
 
 
-def plan_merges(
+def find_pairs(
   tiles: TilePlan, geometry: Geometry
+) -> Bool[Array, "tiles slots"]:
+  """Which of the tiles' choices are pairs.
+
+  The first choice of a block by a query of a pack stands for the whole pack.
+  """
+  g = geometry
+  block = tiles.choices >> g.slot_bits
+  query = (tiles.choices & ((1 << g.slot_bits) - 1)) // g.top_k
+  first_of_pack = mosaic.starts_run(block) | mosaic.starts_run(query // g.pack)
+  shared = mosaic.or_of_rest_of_run(
+    tiles.is_shared.astype(jnp.int32), block, g.tile, backwards=True
+  )
+  return (tiles.choices != mosaic.NEVER) & first_of_pack & (shared == 0)
+
+
+def plan_merges(
+  tiles: TilePlan, is_pair: Bool[Array, "tiles slots"], geometry: Geometry
 ) -> Int[Array, "tiles 2 pack_slots"]:
   """Query bits of the queries that a pair is for, by choice slot in the pack.
 
   The tile kernel merges the partial outputs of these pairs.
+
+  Args:
+    tiles: the plan.
+    is_pair: of `find_pairs`.
+    geometry: static sizes.
   """
   g = geometry
   slot = tiles.choices & ((1 << g.slot_bits) - 1)
@@ -346,7 +369,7 @@ def plan_merges(
     place = pack * g.pack - half * g.half  # of the pack's first bit in the half
     mask = jnp.int32((1 << g.pack) - 1) << jnp.clip(place, 0, WORD - 1)
     bits = tiles.chosen_by[:, half] & mask
-    bits = jnp.where(tiles.is_pair & (place >= 0) & (place < g.half), bits, 0)
+    bits = jnp.where(is_pair & (place >= 0) & (place < g.half), bits, 0)
     merges.append(
       jnp.sum(jnp.where(here, bits[:, None], 0), axis=-1, dtype=jnp.int32)
     )
@@ -362,7 +385,7 @@ def plan_pairs(
 
   Args:
     choices: `TilePlan.choices` of the chunks' tiles.
-    is_pair: `TilePlan.is_pair` of the same tiles.
+    is_pair: of `find_pairs`, of the same tiles.
     geometry: static sizes.
   """
   g = geometry

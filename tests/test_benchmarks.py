@@ -322,7 +322,9 @@ def test_checks_reach_both_ways_of_the_kernels(name):
       ),
       geometry,
     )
-    shares.append(float(plan.is_pair.sum() / (ids >= 0).sum()))
+    shares.append(
+      float(tile_plan.find_pairs(plan, geometry).sum() / (ids >= 0).sum())
+    )
   assert shares[0] == 0 and shares[1] > 0.3
 
 

@@ -129,6 +129,20 @@ def test_queries_of_a_pack_choose_apart(group, config):
   check_attention_gradients(case, q, k, v, dout, blocks, grads)
 
 
+@pytest.mark.parametrize("config", [FORWARD, PAIRS], ids=["tiles", "pairs"])
+def test_more_queries_in_tiles_without_pairs(config):
+  """Of 6 heads, a tile holds 20 queries; of packs of 8 rows, 16."""
+  case = Case(
+    batch=2, q_len=45, kv_len=5 * 64, num_heads=12, num_kv_heads=2,
+    head_dim=128, block_size=64, top_k=3, kv_lengths=(320, 50),
+  )  # fmt: skip
+  q, k, v, _ = attention_inputs(case, jnp.bfloat16)
+  blocks = random_blocks(case, share=3)
+  attend_once = jax.jit(attend, static_argnums=(0, 5))
+  out, lse = attend_once(case, q, k, v, blocks, config)
+  check_attention(case, q, k, v, blocks, out, lse)
+
+
 def test_nan_stays_in_its_query_of_a_pack():
   """Queries 4 to 7 are a pack; 5 and 6 are bad, each in its own way."""
   case = pack_case(2)

@@ -49,14 +49,15 @@ def call(case, q, k, v, blocks, config=None, **options):
 
 @functools.partial(jax.jit, static_argnums=3)
 def plan_of(ids, positions, first_bad, geometry):
-  """The tiles, their pairs and the merges, in one program."""
+  """The tiles, which choices are pairs, their tasks and the merges."""
   plan = tile_plan.plan_tiles(ids, positions, first_bad, geometry)
   chunk_tiles = geometry.chunk // geometry.tile
   sizes = (-1, chunk_tiles, geometry.tile * geometry.top_k)
+  is_pair = tile_plan.find_pairs(plan, geometry)
   pairs = tile_plan.plan_pairs(
-    plan.choices.reshape(sizes), plan.is_pair.reshape(sizes), geometry
+    plan.choices.reshape(sizes), is_pair.reshape(sizes), geometry
   )
-  return plan, pairs, tile_plan.plan_merges(plan, geometry)
+  return plan, is_pair, pairs, tile_plan.plan_merges(plan, is_pair, geometry)
 
 
 def queries_of(bits, geometry):
@@ -130,10 +131,11 @@ def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
   elif kind == "empty":
     ids[:] = -1
   first_bad = np.full((groups, 2, num_blocks), mosaic.NEVER, np.int32)
-  plan, pairs, merges = plan_of(
+  plan, is_pair, pairs, merges = plan_of(
     jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
     jnp.asarray(first_bad), geometry,
   )  # fmt: skip
+  np.testing.assert_array_equal(plan.has_pairs, is_pair.any(axis=-1))
   shared = decode_shared(plan, geometry)
   alone = decode_pairs(pairs, geometry, np.asarray(merges))
   valid = (ids >= 0) & (ids <= own[..., None])
@@ -154,19 +156,45 @@ def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
     assert alone
 
 
+@pytest.mark.parametrize(
+  "group, tile",
+  [(1, 64), (3, 42), (5, 24), (6, 20), (7, 18), (11, 10), (16, 8)],
+)
+def test_tiles_that_are_walked_hold_as_many_queries_as_fit(group, tile):
+  queries, top_k, num_blocks = 4 * tile, 3, 9
+  geometry = fwd.geometry(
+    queries, num_blocks * 64, mosaic.Packing(group), 64, 64, top_k,
+    fwd.Config(shared_cost=0.0), walk=True,
+  )  # fmt: skip
+  assert geometry.tile == tile
+  rng = np.random.default_rng(group)
+  ids = np.argsort(rng.random((2, queries, num_blocks)))[..., :top_k]
+  plan = tile_plan.plan_tiles(
+    jnp.asarray(ids, jnp.int32), jnp.full((2, queries), num_blocks * 64 - 1),
+    jnp.full((2, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
+  )  # fmt: skip
+  assert not plan.has_pairs.any()
+  wanted = [
+    (row // tile, row % tile, block)
+    for row, blocks in enumerate(ids.reshape(-1, top_k))
+    for block in blocks
+  ]
+  assert sorted(decode_shared(plan, geometry)) == sorted(wanted)
+
+
 def test_walks_everything_only_while_the_list_holds_it():
   geometry = tile_plan.Geometry(
     num_blocks=64, block_size=16, top_k=4, pack=1, chunk=8, tile=8, span=8,
     task=16, shared_cost=4.0, slack=1e9,
   )  # fmt: skip
   ids = np.arange(32).reshape(1, 8, 4)  # 32 blocks, the list holds 10
-  plan, _, _ = plan_of(
+  plan, is_pair, _, _ = plan_of(
     jnp.asarray(ids, jnp.int32), jnp.arange(1000, 1008)[None],
     jnp.full((1, 2, 64), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
   assert geometry.max_shared == 10
   assert np.asarray(plan.counts)[0, 1] == 0
-  assert np.asarray(plan.is_pair).sum() == 32
+  assert np.asarray(is_pair).sum() == 32
 
 
 @pytest.mark.parametrize("num_blocks", [64, 256, 1024])
@@ -196,7 +224,8 @@ def test_random_choices_cost_no_more_than_pairs_alone(num_blocks):
     shared = decode_shared(plan, geometry)
     half = geometry.tile // 2
     walked = {(tile, query // half, block) for tile, query, block in shared}
-    return len(walked) * fwd.Config().shared_cost + np.sum(plan.is_pair)
+    num_pairs = np.sum(tile_plan.find_pairs(plan, geometry))
+    return len(walked) * fwd.Config().shared_cost + num_pairs
 
   assert cost(fwd.Config()) <= cost(PAIRS)
 
