@@ -8,7 +8,7 @@
 # **The answer, from what is committed here** (the numbers are printed below):
 #
 # * **Loss:** with 13M parameters and 4,096 tokens of context, MSA ends 0.8 %
-#   below GQA (12 seeds), and MSA that starts from a GQA model less than 0.1 %
+#   below GQA (16 seeds), and MSA that starts from a GQA model less than 0.1 %
 #   above it. With 73M and 16,384 tokens, three seeds could have missed a
 #   difference of 10 %.
 # * **Facts far back:** at 4,096 tokens MSA finds as many as GQA. At 16,384 it
@@ -133,7 +133,7 @@ display(figures.overview_figure({"16,384 tokens": found}, colors))
 # when MSA becomes sparse and is widest near the start of the context, where both
 # read everything ([Results](../docs/results.md#4096-tokens-13m-parameters)).
 # The far facts tell more: at 16K nearly all dots lie on the worse side. At 4K,
-# wider index heads bring back what MSA CPT misses.
+# wider index heads bring back most of what MSA CPT misses.
 
 # %%
 def draw_gaps(axes, column, better_below):

@@ -6,8 +6,9 @@ rotated, that are copies of the main branch's projections. The other sides
 change what their names say, start from the same checkpoint and read the same
 batches (text is one stream, rows="stream"):
 
-- `rope_0`: the index heads do not rotate. `rope_8`: 8 of their dims do (not run
-  yet). `dim_128`: they have twice D dims. `dim_128_rope_0`: both.
+- `rope_0`: the index heads do not rotate. `rope_8`: 8 of their dims do.
+  `dim_128`: they have twice D dims. `dim_128_rope_0`: twice D dims, and none of
+  them rotates.
 - `random`: the index starts from random values, as in the paper.
 - `frozen`: the warm-up trains the index alone. `warmup_80`: it takes twice as
   many steps, of equally many in all. `rate_32`: the index learns at four times
