@@ -247,34 +247,54 @@ def plot_heads(content: dict, path: pathlib.Path) -> None:
   Choices are trained-like, blocks of 128 keys, 16 a query, one batch row. The
   file is written whole or not at all.
   """
+  import matplotlib
   from matplotlib.figure import Figure
 
-  figure = Figure(figsize=(12, 4.5), layout="constrained")
+  figure = Figure(figsize=(12, 4.8), layout="constrained")
   panels = figure.subplots(1, 2)
   fixed = dict(
     batch=1, block_size=128, top_k=16, selection="trained_like",
     score_precision="exact", implementation="mosaic_gpu",
   )  # fmt: skip
-  for axes, op in zip(panels, ("prefill", "train"), strict=True):
-    lines: dict[tuple, dict[int, float]] = {}
-    for record in content["rows"]:
-      wanted = {"op": op} | fixed
-      if all(record.get(name) == value for name, value in wanted.items()) and (
-        record["speedup"] and record["tokens"] == record["kv_tokens"]
-      ):
-        heads = record["num_heads"], record["num_kv_heads"], record["head_dim"]
-        lines.setdefault(heads, {})[record["tokens"]] = record["speedup"]
-    for heads, points in sorted(lines.items(), reverse=True):
-      axes.plot(
-        *zip(*sorted(points.items()), strict=True), marker="o", ms=4,
-        label=", ".join(map(str, heads)),
-      )  # fmt: skip
+  lines: dict[str, dict[tuple, dict[int, float]]] = dict(prefill={}, train={})
+  for record in content["rows"]:
+    if all(record.get(name) == value for name, value in fixed.items()) and (
+      record["op"] in lines
+      and record["speedup"]
+      and record["tokens"] == record["kv_tokens"]
+    ):
+      heads = record["num_heads"], record["num_kv_heads"], record["head_dim"]
+      of_op = lines[record["op"]]
+      of_op.setdefault(heads, {})[record["tokens"]] = record["speedup"]
+  # In the legend as the lines stand: the most heads on a KV head are on top.
+  shapes = sorted(
+    {heads for of_op in lines.values() for heads in of_op},
+    key=lambda heads: (heads[0] / heads[1], heads),
+    reverse=True,
+  )
+  colours = matplotlib.colormaps["turbo"].resampled(len(shapes) + 2)
+  for axes, (op, of_op) in zip(panels, lines.items(), strict=True):
+    for i, heads in enumerate(shapes):
+      if points := of_op.get(heads):
+        axes.plot(
+          *zip(*sorted(points.items()), strict=True), marker="osD^v"[i % 5],
+          ms=5, color=colours(i + 1), label=", ".join(map(str, heads)),
+        )  # fmt: skip
     axes.axhline(1.0, color="black", lw=0.8)
-    ticks = sorted({tokens for points in lines.values() for tokens in points})
-    length_axis(axes, ticks)
+    length_axis(
+      axes, sorted({tokens for points in of_op.values() for tokens in points})
+    )
     axes.set_title(PLOT_TITLES[op])
-    if lines:
-      axes.legend(title="H, K, D", fontsize=8)
+  found = {
+    label: handle
+    for axes in panels
+    for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
+  }
+  names = [", ".join(map(str, heads)) for heads in shapes]
+  figure.legend(
+    [found[name] for name in names], names, title="H, K, D", fontsize=9,
+    loc="outside right center",
+  )  # fmt: skip
   panels[0].set_ylabel("speed-up over dense attention")
   figure.suptitle(f"{content['device']}, trained-like choices")
   with whole_file(path) as file:

@@ -12,11 +12,13 @@ such an entry is set to NaN at the end, and no other query is touched. In packed
 rows the copy moves every block to a whole multiple of the block size
 (`packed_rows`), and the kernels read positions that they count in plain rows.
 
-A TMA copy moves tiles of 8 rows. So the queries are laid out in packs of 8 or
-16 rows (`mosaic.Packing`): one query where a group has more than 4 heads, with
-its heads padded to 8 or 16; two neighbouring queries with heads padded to 4, or
+A TMA copy moves tiles of 8 rows. So queries that are gathered (in the backward,
+and for the forward's pairs) are laid out in packs of 8 or 16 rows
+(`mosaic.Packing`): one query where a group has more than 4 heads, with its
+heads padded to 8 or 16; two neighbouring queries with heads padded to 4, or
 four with heads padded to 2. The result is exact, but each padding head costs as
-much as a real one.
+much as a real one. The forward's tile kernel, whose queries stand side by side,
+copies the heads of each query by themselves, in and out.
 
 Heads of other sizes than 64, 128 and 256 are padded with zeros to the next of
 these. A padded head costs as much as a whole one; the copies that pad q, k and

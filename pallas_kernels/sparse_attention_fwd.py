@@ -6,28 +6,32 @@ blocks (Main Branch; arXiv 2606.13392):
   out = softmax_J(scale q.k) v      lse = log sum_J exp(scale q.k)
 
 One wgmma tile has 64 MMA rows: some queries times all heads of their group, so
-that a chosen block is read once for all of these heads. Queries come in packs
-of 8 or 16 rows (`mosaic.Packing`). `tile_plan` decides on
+that a chosen block is read once for all of these heads. `tile_plan` decides on
 the device which of the two kernels computes which choice:
 
 * **pairs** (the key block stays, queries are gathered). A CTA owns a task: K
   and V of one block stay in SMEM, while the queries that chose the block are
-  gathered, one TMA copy a pack (`gather` in `_copy`). Each (pack, block) pair
-  leaves a normalised partial output in q's dtype and a base-2 lse. Two or three
-  warpgroups each compute row tiles of 64 MMA rows, and one warpgroup copies.
+  gathered, one TMA copy a pack of 8 or 16 rows (`mosaic.Packing`, `gather` in
+  `_copy`). Each (pack, block) pair leaves a normalised partial output in q's
+  dtype and a base-2 lse. Two or three warpgroups each compute row tiles of 64
+  MMA rows, and one warpgroup copies.
   Bound: 4 + 4 KB moved for each pair (16 heads, D 128), and 4 more to merge it.
 * **tiles** (the queries stay, key blocks stream by). A CTA owns a tile of
   neighbouring queries, and each of its two compute warpgroups owns 64 MMA rows
   of it. They walk the tile's shared blocks with an online softmax, each
   skipping the blocks that none of its own queries chose, then merge the partial
-  outputs of the tile's pairs, and write out and lse. A third warpgroup copies.
+  outputs of the tile's pairs, and write out and lse. A third warpgroup copies
+  keys, values and partial outputs. Queries are read and results written where
+  they lie, the heads of one query at a time. Half a tile holds whole packs
+  where it merges, and otherwise as many queries as fit 64 MMA rows.
   Bound: where neighbours agree, reading shared blocks from L2 (64 KB for 8
   queries) and wgmma; otherwise reading the partial outputs.
 
 If no tile has a pair, one launch of the tile kernel computes everything.
 Otherwise the chunks of one group's queries are processed one after another in a
-workspace of at most 2^30 elements of partial outputs. The branch between
-the two cases makes the host wait for the plan.
+workspace of at most 2^30 elements of partial outputs, and planned again if
+their tiles then hold fewer queries. The branch between the two cases makes the
+host wait for the plan.
 
 SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
 partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial
@@ -54,7 +58,9 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
 
   name        who arrives                            who waits
   q_ready     one a compute warpgroup: its own       0 and 1, each its own
-              copies of q, one a pack (4 or 8)
+              copies of q, one a query (one for
+              each 64 columns, unless a group has
+              8 or 16 heads)
   k_ring      ready: the copy of a block's keys      0 and 1
               (of 64 of its keys if heads are wide)
               free: 0 and 1, after the scores or     copy

@@ -7,6 +7,7 @@ kernels pad inside: groups that are not 8 or 16 heads, heads that are not 64 or
 
 import dataclasses
 import functools
+import itertools
 import re
 
 import jax
@@ -563,11 +564,11 @@ def test_lowers_many_choices():
 
 
 def test_a_choice_fits_31_bits():
-  for group_size in (2, 4, 8, 16):
+  for group_size, walk in itertools.product(range(1, 17), (False, True)):
     g = sparse_attention_fwd.geometry(
       1 << 15, mosaic.MAX_BLOCKS * 64, mosaic.Packing(group_size),
       128, 64, mosaic.MAX_TOP_K,
-      sparse_attention_fwd.heuristic_config(),
+      sparse_attention_fwd.heuristic_config(), walk=walk,
     )  # fmt: skip
     assert g.tile * g.top_k <= 1 << g.slot_bits
     last = (g.num_blocks << g.slot_bits) - 1
