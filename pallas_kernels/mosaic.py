@@ -213,14 +213,11 @@ class Packing:
     """MMA rows of a pack."""
     return self.heads * self.queries
 
-  def num_packs(self, q_len: int) -> int:
-    return -(-q_len // self.queries)
-
   def pack(self, x: Array, num_kv_heads: int, fill: float = 0) -> Array:
     """[B,T,H,...] as [B,U,K*rows,...], padded with `fill`."""
     b, t, _, *rest = x.shape
     x = x.reshape(b, t, num_kv_heads, self.group_size, *rest)
-    u = self.num_packs(t)
+    u = -(-t // self.queries)
     pad = [(0, 0)] * x.ndim
     pad[1] = (0, u * self.queries - t)
     pad[3] = (0, self.heads - self.group_size)
@@ -229,15 +226,6 @@ class Packing:
     shape = (b, u, self.queries, num_kv_heads, self.heads, *rest)
     x = x.reshape(shape).swapaxes(2, 3)
     return x.reshape(b, u, num_kv_heads * self.rows, *rest)
-
-  def unpack(self, x: Array, q_len: int, num_kv_heads: int) -> Array:
-    """The inverse of `pack`: [B,T,H,...] without the padding."""
-    b, u, _, *rest = x.shape
-    shape = (b, u, num_kv_heads, self.queries, self.heads, *rest)
-    x = x.reshape(shape).swapaxes(2, 3)
-    x = x.reshape(b, u * self.queries, num_kv_heads, self.heads, *rest)
-    x = x[:, :q_len, :, : self.group_size]
-    return x.reshape(b, q_len, num_kv_heads * self.group_size, *rest)
 
 
 def pad_head_dim(x: Array) -> Array:
