@@ -4,7 +4,9 @@ and norms."""
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +14,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.ad_checkpoint import checkpoint_name
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from msa_jax.checks import (
@@ -36,7 +40,8 @@ class Sharding:
 
   Attributes:
     batch: axes that split the batch.
-    heads: axis that splits the KV heads, and the MLP's hidden units.
+    heads: axis that splits the KV heads, and the MLP's hidden units; between
+      them, also batch rows or tokens, see `between_layers`.
     embed: axis that splits the embedding dimension of stored parameters.
     expert: axis that splits the experts. It also splits a batch whose size it
       divides.
@@ -88,6 +93,81 @@ class Sharding:
     if length is not None and length % mesh.shape[axis]:
       return None
     return axis
+
+  def between_layers(
+    self, mesh: Any, batch_size: int, length: int
+  ) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The axes that split batch rows and tokens outside of attention and MLPs.
+
+    Norms, sums of residuals and the loss treat each token by itself. So devices
+    that share heads inside of attention and MLPs share batch rows outside of
+    them; or tokens, if their axis does not divide the rows; or nothing, if it
+    divides neither. What sums an MLP's output over these devices is then a
+    reduce-scatter, and what is gathered before the next product makes up for
+    the rest of an all-reduce. Rows come first because tokens of several rows
+    would have to be transposed to be sent.
+    """
+    rows = self.batch_axes(mesh, batch_size)
+    context = self.context_axis(mesh, length)
+    tokens = () if context is None else (context,)
+    heads = self.heads
+    if heads is None or heads not in mesh.axis_names or mesh.shape[heads] == 1:
+      return rows, tokens
+    for split in (((*rows, heads), tokens), (rows, (*tokens, heads))):
+      parts = (math.prod(mesh.shape[a] for a in axes) for axes in split)
+      if not any(map(operator.mod, (batch_size, length), parts)):
+        return split
+    return rows, tokens
+
+
+def gather_tokens(
+  x: Float[Array, "B T E"], sharding: Sharding | None
+) -> Float[Array, "B T E"]:
+  """Gives devices that share heads the tokens of each other.
+
+  See `Sharding.between_layers`. Its gradient is `split_tokens`, and vice versa.
+  """
+  split, whole = _token_specs(x, sharding)
+  if split == whole:
+    return x
+  return checkpoint_name(_place(x, whole, split), "gathered_tokens")
+
+
+def split_tokens(
+  x: Float[Array, "B T E"], sharding: Sharding | None
+) -> Float[Array, "B T E"]:
+  """Undoes `gather_tokens`. Of a sum over the devices that share heads, each
+  gets that of its own tokens alone."""
+  split, whole = _token_specs(x, sharding)
+  return x if split == whole else _place(x, split, whole)
+
+
+def _token_specs(
+  x: Array, sharding: Sharding | None
+) -> tuple[PartitionSpec, PartitionSpec]:
+  """How activations are split between layers, and inside of them."""
+  mesh = jax.sharding.get_abstract_mesh()
+  if sharding is None or mesh.empty:
+    return PartitionSpec(), PartitionSpec()
+  split = sharding.between_layers(mesh, *x.shape[:2])
+  whole = (tuple(a for a in axes if a != sharding.heads) for axes in split)
+  return PartitionSpec(*split), PartitionSpec(*whole)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(1, 2))
+def _place(x: Array, spec: PartitionSpec, back: PartitionSpec) -> Array:
+  """x split as `spec` says, and its gradient as `back` does.
+
+  The gradient of a constraint alone is split as its result is, and from there
+  XLA would go on to split the layer's products otherwise than forward.
+  """
+  return lax.with_sharding_constraint(x, spec)
+
+
+_place.defvjp(
+  lambda x, spec, back: (_place(x, spec, back), None),
+  lambda spec, back, _, dx: (lax.with_sharding_constraint(dx, back),),
+)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

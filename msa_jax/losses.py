@@ -52,8 +52,9 @@ def head_loss(
     target_weights: w, how much each target counts. They have no gradient.
     chunk_tokens: tokens, over the whole batch, whose logits exist at once.
     sharding: of the model. Where a mesh axis splits the tokens of a sequence,
-      each device takes the loss of its own ones. None leaves the division to
-      XLA, which gathers such tokens.
+      or the heads (`Sharding.between_layers`), each device takes the loss of
+      its own tokens. None leaves the division to XLA, which gathers tokens and
+      repeats the loss on devices that share heads.
 
   Raises:
     NotImplementedError: forward mode; the loss has a gradient in reverse mode.
@@ -69,19 +70,18 @@ def head_loss(
   chunk_tokens = check_integer("chunk_tokens", chunk_tokens)
   args = (hidden, weight, targets, target_weights)
   mesh = jax.sharding.get_abstract_mesh()
-  axis = None
-  if sharding is not None and not mesh.empty:
-    axis = sharding.context_axis(mesh, shape[1])
-  if sharding is None or axis is None:
+  if sharding is None or mesh.empty:
     return _reverse_mode(lambda: _head_loss(*args, chunk_tokens))
-  rows = sharding.batch_axes(mesh, shape[0])
-  axes = (*rows, axis)
+  rows, split = sharding.between_layers(mesh, *shape)
+  if (rows, split) == (sharding.batch_axes(mesh, shape[0]), ()):
+    return _reverse_mode(lambda: _head_loss(*args, chunk_tokens))
+  axes = (*rows, *split)
   chunk = max(chunk_tokens // math.prod(mesh.shape[name] for name in axes), 1)
 
   def local(*args):
     return lax.psum(_head_loss(*args, chunk), axes)
 
-  tokens = PartitionSpec(rows, axis)
+  tokens = PartitionSpec(rows, split)
   over_tokens = jax.shard_map(
     local,
     in_specs=(tokens, PartitionSpec(), tokens, tokens),

@@ -38,9 +38,8 @@ from msa_jax.checks import (
   require,
   wrong,
 )
-from msa_jax.context import Split
 from msa_jax.embedding import TokenEmbedding
-from msa_jax.layers import Sharding, rms_norm
+from msa_jax.layers import Sharding, gather_tokens, rms_norm, split_tokens
 from msa_jax.meshes import any_mesh_method, spec
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
 from msa_jax.model_config import LayerKind, MLPKind, ModelConfig
@@ -105,6 +104,7 @@ class DecoderLayer(nnx.Module):
   ):
     dtype = jnp.dtype(config.dtype)
     param_dtype = jnp.dtype(config.param_dtype)
+    self.sharding = sharding = sharding and sharding.present()
     options: dict[str, Any] = dict(
       num_heads=config.num_heads,
       in_features=config.embed_dim,
@@ -168,7 +168,7 @@ class DecoderLayer(nnx.Module):
     positions: Array | None,
     segments: Segments | None,
   ) -> _LayerOutput:
-    h = self.attention_norm(x)
+    h = gather_tokens(self.attention_norm(x), self.sharding)
     # The model has put the tokens in zigzag order, if a mesh axis splits them.
     rows: dict[str, Any] = dict(
       positions=positions, segments=segments, zigzag=True
@@ -185,7 +185,9 @@ class DecoderLayer(nnx.Module):
     else:
       out, selection = self.attention(h, **rows), None
       kl = jnp.zeros((), compute_dtype(out.dtype))
-    x, experts = self._add_mlp(x + out)
+    x, experts = self._add_mlp(
+      x + split_tokens(out, self.sharding), self.sharding
+    )
     return _LayerOutput(x, kl, selection, experts)
 
   def extend(
@@ -205,13 +207,18 @@ class DecoderLayer(nnx.Module):
     x, _ = self._add_mlp(x + result.out)
     return result._replace(out=x)
 
-  def _add_mlp(self, x: Array) -> tuple[Array, Array | None]:
-    """x + mlp(norm(x)), and the experts that each token went to."""
-    h = self.mlp_norm(x)
+  def _add_mlp(
+    self, x: Array, sharding: Sharding | None = None
+  ) -> tuple[Array, Array | None]:
+    """x + mlp(norm(x)), and the experts that each token went to.
+
+    With sharding, x is split as its `between_layers` says.
+    """
+    h = gather_tokens(self.mlp_norm(x), sharding)
     if isinstance(self.mlp, MixtureOfExperts):
       out, experts = self.mlp(h)
-      return x + out, experts
-    return x + self.mlp(h), None
+      return x + split_tokens(out, sharding), experts
+    return x + split_tokens(self.mlp(h), sharding), None
 
 
 def _output_specs(out: LMOutput, self, tokens: Array, **options):
@@ -386,7 +393,7 @@ class DecoderLM(nnx.Module):
       tokens = moved.zigzag(tokens)
       if query_mask is not None:
         query_mask = moved.zigzag(query_mask)
-    x = self._split_batch(self._embed(tokens, split))
+    x = self._embed(tokens)
     kls, selections, experts = [], [], []
     for group in self.layers:
       graphdef, params = nnx.split(group)
@@ -614,14 +621,18 @@ class DecoderLM(nnx.Module):
       q_len,
     )
 
-  def _embed(self, tokens: Array, split: Split | None) -> Array:
-    """The embeddings of tokens, in zigzag order where the mesh splits them."""
-    if split is None:
+  def _embed(self, tokens: Array) -> Array:
+    """The embeddings of tokens, split as `Sharding.between_layers` says."""
+    mesh = jax.sharding.get_abstract_mesh()
+    if self.sharding is None or mesh.empty:
       return self.embed(tokens)
+    split = self.sharding.between_layers(mesh, *tokens.shape)
+    if split == (self.sharding.batch_axes(mesh, len(tokens)), ()):
+      return self._split_batch(self.embed(tokens))
     # To read from a table that is split over "fsdp", XLA would send all devices
     # the embeddings of all tokens. A copy of the table is smaller.
     graphdef, params = nnx.split(self.embed)
-    place = PartitionSpec(split.rows, split.axis)
+    place = PartitionSpec(*split)
     return jax.shard_map(
       lambda params, tokens: nnx.merge(graphdef, params)(tokens),
       in_specs=(PartitionSpec(), place),
@@ -719,7 +730,7 @@ def _apply_layer(
 
 
 # What layers give `jax.ad_checkpoint.checkpoint_name` to besides.
-_LAYER_NAMES = ("rotated", "mlp_hidden")
+_LAYER_NAMES = ("rotated", "mlp_hidden", "gathered_tokens")
 _save_layer = jax.checkpoint_policies.save_only_these_names(
   *ATTENTION_NAMES, *_LAYER_NAMES
 )

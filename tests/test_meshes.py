@@ -319,6 +319,77 @@ def test_models_under_meshes_of_every_kind():
   run_on_devices(4, MODELS)
 
 
+# --- what lies between layers -------------------------------------------------
+
+BETWEEN_LAYERS = """
+import math, re
+import jax, jax.numpy as jnp
+from flax import nnx
+from jax.sharding import AxisType
+import msa_jax
+from msa_jax import DecoderLM, Sharding
+from test_context import close
+
+config = msa_jax.ModelConfig(
+  vocab_size=80, num_layers=2, embed_dim=32, num_heads=4, num_kv_heads=2,
+  head_dim=8, mlp_dim=48, layer_kinds=("gqa", "msa"), qk_norm=False,
+  index=msa_jax.IndexConfig(index_dim=8, block_size=8, top_k=2))
+
+
+def run(sharding, tokens):
+  graphdef, state = nnx.split(
+    DecoderLM(config, rngs=nnx.Rngs(0), sharding=sharding))
+
+  def loss(state, tokens):
+    model = nnx.merge(graphdef, state)
+    out = model(tokens, with_kl=True, with_logits=False)
+    mean = jnp.full(tokens.shape, 1 / tokens.size)
+    return out.kl.sum() + msa_jax.head_loss(
+      out.hidden, model.head_weight(), tokens, mean, sharding=sharding)
+
+  compiled = jax.jit(jax.value_and_grad(loss)).lower(state, tokens).compile()
+  return compiled(state, tokens), compiled.as_text()
+
+
+def entries(text, operation, last=""):
+  # Of the largest arrays that an operation computes on one device.
+  shapes = re.findall(rf"= f32\\[([0-9,]*{last})\\]\\S* {operation}\\(", text)
+  return max(math.prod(map(int, shape.split(","))) for shape in shapes)
+
+
+CASES = (
+  # Batch rows, tokens of each, and devices that share them between layers.
+  (dict(tensor=2), 2, 24, 2),
+  (dict(tensor=2), 1, 24, 2),
+  (dict(tensor=2), 3, 23, 1),
+  (dict(fsdp=2, tensor=2), 4, 24, 4),
+  (dict(context=2, tensor=2), 1, 24, 4),
+)
+for sizes, rows, length, parts in CASES:
+  tokens = jax.random.randint(jax.random.key(0), (rows, length), 0, 80)
+  want, _ = run(None, tokens)
+  devices = jax.devices()[: math.prod(sizes.values())]
+  for kind in (AxisType.Auto, AxisType.Explicit):
+    mesh = jax.make_mesh(
+      (*sizes.values(),), (*sizes,), axis_types=(kind,) * len(sizes),
+      devices=devices)
+    with jax.set_mesh(mesh):
+      spec = jax.P("fsdp" if "fsdp" in sizes else None)
+      got, text = run(Sharding(), jax.device_put(tokens, spec))
+      close(got, want)
+      # Norms, and the softmax over the vocabulary.
+      own = rows * length // parts
+      found = entries(text, "rsqrt"), entries(text, "exponential", ",80")
+      assert found == (own, own * 80), (sizes, rows, length, found)
+"""
+
+
+def test_devices_that_share_heads_share_tokens_between_layers():
+  """Each computes norms and losses of its own tokens, and all get the numbers
+  of one device, also where the axis divides neither batch rows nor tokens."""
+  run_on_devices(4, BETWEEN_LAYERS)
+
+
 # --- kernels, for machines that are not here ----------------------------------
 
 OPTIONS: dict[str, Any] = dict(block_size=64, top_k=2)
