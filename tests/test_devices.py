@@ -46,18 +46,20 @@ def test_meshes():
   assert list(devices.every_mesh(1, 2)) == ["one", "data", "fsdp", "context"]
 
 
-def test_devices_compute_their_own_rows_at_a_time():
+def test_devices_compute_as_much_at_a_time_as_one():
   run, *_ = configs.preset("lm73m_16k").runs  # 2 rows
   for mesh, parts in {
     MeshConfig(): 4,
     MeshConfig(data=4): 1,
     MeshConfig(fsdp=4): 1,
-    MeshConfig(data=2, tensor=2): 2,
-    MeshConfig(data=2, context=2): 2,
+    MeshConfig(data=2, tensor=2): 1,
+    MeshConfig(data=2, context=2): 1,
+    MeshConfig(data=2): 2,
   }.items():
     spread = devices._on(run, mesh, 4)
     assert (spread.batch_size, spread.grad_accumulation) == (8, parts)
-    assert spread.batch_size // parts // (mesh.data * mesh.fsdp) == 2
+    share = mesh.data * mesh.fsdp * mesh.tensor * mesh.context
+    assert spread.batch_size // parts == 2 * share
 
 
 def test_first_steps_have_every_phase():

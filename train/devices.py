@@ -13,9 +13,10 @@ device and meshes of all devices:
   decides which token is chosen, and the text that follows is another one:
   tokens can differ although logits hardly do.
 
-Each device computes batch_size / grad_accumulation batch rows at a time, so the
-batch is that times the number of devices. One device, and devices that share
-batch rows ("tensor", "context"), take it in parts.
+Each device computes as much at a time as batch_size / grad_accumulation batch
+rows are, so the batch is that times the number of devices. One device takes it
+in parts; devices that share batch rows ("tensor", "context") take all of it,
+because each has but its share of the heads or tokens.
 The results file also counts the kernels in the program: in a mesh they must lie
 inside `jax.shard_map` ("mapped"), each on its device's batch rows and KV heads.
 
@@ -122,9 +123,9 @@ def _first_steps(run: RunConfig, steps: int) -> RunConfig:
 
 def _on(run: RunConfig, mesh: MeshConfig, count: int) -> RunConfig:
   """The run on a mesh, with a batch for `count` devices, each of which
-  computes its own batch rows."""
+  computes as much at a time as one device alone."""
   rows = run.batch_size // run.grad_accumulation
-  parts = count // (mesh.data * mesh.fsdp)
+  parts = count // (mesh.data * mesh.fsdp * mesh.tensor * mesh.context)
   return dataclasses.replace(
     run, mesh=mesh, batch_size=count * rows, grad_accumulation=parts
   )
