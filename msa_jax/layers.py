@@ -105,13 +105,16 @@ class Sharding:
     divides neither. What sums an MLP's output over these devices is then a
     reduce-scatter, and what is gathered before the next product makes up for
     the rest of an all-reduce. Rows come first because tokens of several rows
-    would have to be transposed to be sent.
+    would have to be transposed to be sent. Where `embed` splits parameters,
+    nothing changes: XLA would gather activations in the place of parameters.
     """
     rows = self.batch_axes(mesh, batch_size)
     context = self.context_axis(mesh, length)
     tokens = () if context is None else (context,)
-    heads = self.heads
-    if heads is None or heads not in mesh.axis_names or mesh.shape[heads] == 1:
+    heads, sizes = self.heads, dict(mesh.shape)
+    if heads is None or sizes.get(heads, 1) == 1:
+      return rows, tokens
+    if self.embed is not None and sizes.get(self.embed, 1) > 1:
       return rows, tokens
     for split in (((*rows, heads), tokens), (rows, (*tokens, heads))):
       parts = (math.prod(mesh.shape[a] for a in axes) for axes in split)
