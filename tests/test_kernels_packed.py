@@ -330,11 +330,12 @@ KINDS = {
     [DOCUMENTS] * 2,
     roots([DOCUMENTS] * 2),
   ),
+  # Tiles of 20 queries, which are no whole packs.
   "trees": (
     Case(
       q_len=110,
       kv_len=110,
-      num_heads=8,
+      num_heads=6,
       num_kv_heads=1,
       head_dim=64,
       index_dim=64,
