@@ -156,9 +156,9 @@ class KernelParams:
   block_size: int
   dtype: jnp.dtype
   scale_log2: float
+  geometry: tile_plan.Geometry
   config: Config
   interpret: bool
-  geometry: tile_plan.Geometry
 
   @property
   def half(self) -> int:
@@ -486,7 +486,7 @@ def _tiles(
   Args:
     out, lse: Refs of the results, [B,T,H,D] and [B, K, MMA rows of all tiles].
     partials: what `_pairs` computed; None if there are no pairs anywhere, and
-      then SMEM has room for more blocks, and a query needs no whole packs.
+      then SMEM has room for more blocks, and half a tile needs no whole packs.
     chunk_desc: chunk descriptor as in `_pairs`, of which this reads the first
       tile only.
     positions: int32 [B]: position of each batch row's first query among its
@@ -501,9 +501,7 @@ def _tiles(
   s, g, config = params, params.geometry, params.config
   half, rows, group_size = s.half, s.packing.rows, s.packing.group_size
   tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
-  num_parts = (
-    s.head_dim // s.tile_columns
-  )  # operands of the queries of half a tile
+  num_parts = s.head_dim // s.tile_columns  # operands of half a tile's queries
   merging = partials is not None
   kv_stages = config.kv_stages if merging else config.walk_stages
   if s.wide:
@@ -539,13 +537,14 @@ def _tiles(
     @pl.when(wg < 2)
     def _compute():
       plgpu.set_max_registers(232, action="increase")
-      # Query in this warpgroup's half of the tile.
+      # Query in this warpgroup's half of the tile. Rows behind the last one
+      # have a greater number, whose bit nobody sets. Padding rows compute with
+      # what SMEM held before; no other row sees it, and `forward` cuts off
+      # their lse.
       query_of_row = (
         plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
         // s.query_rows
       )
-      # Of padding behind the last query, for which no bit is set, it is
-      # greater. Padding holds what SMEM held; nothing of it is written.
       q_whole, q_rows = mosaic.whole_and_tiles(q_smem)
 
       def chosen_by(bits):
@@ -572,10 +571,11 @@ def _tiles(
               @pl.when(warp == a % 4)
               def _(a=a):
                 at = pl.ds(a * s.query_rows, group_size)
-                for i in range(num_parts):
-                  columns_of = pl.ds(i * s.tile_columns, s.tile_columns)
+                for part in range(num_parts):
                   copy(
-                    first_query + a, columns_of, q_rows.at[first_part + i, at]
+                    first_query + a,
+                    pl.ds(part * s.tile_columns, s.tile_columns),
+                    q_rows.at[first_part + part, at],
                   )
 
         def load(query, at, smem):
@@ -1036,15 +1036,15 @@ def forward(
   )  # fmt: skip
   params = functools.partial(
     KernelParams,
-    t,
-    num_kv_heads,
-    packing,
-    d,
-    block_size,
-    jnp.dtype(q.dtype),
-    scale * mosaic.LOG2E,
-    config,
-    interpret,
+    q_len=t,
+    num_kv_heads=num_kv_heads,
+    packing=packing,
+    head_dim=d,
+    block_size=block_size,
+    dtype=jnp.dtype(q.dtype),
+    scale_log2=scale * mosaic.LOG2E,
+    config=config,
+    interpret=interpret,
   )
   plan_of = functools.partial(
     _plan, block_indices, first_bad, kv_lengths, packed
@@ -1075,7 +1075,7 @@ def forward(
     _tiles(
       out, lse, None, jnp.zeros((1,), jnp.int32), first_plan.positions, keys,
       tiles, None, q, k, v, num_tiles=tiles.counts.shape[0],
-      params=params(walk),
+      params=params(geometry=walk),
     )  # fmt: skip
     return read(out, lse, walk)
 
@@ -1115,10 +1115,12 @@ def forward(
             pairs.chunks[j, 1],
           ]
         ).astype(jnp.int32)
-        _pairs(partials, chunk_desc, pairs, packed_q, k, v, params=params(g))
+        _pairs(
+          partials, chunk_desc, pairs, packed_q, k, v, params=params(geometry=g)
+        )
         _tiles(
           out, lse, partials, chunk_desc, positions, keys, tiles, merges, q, k,
-          v, num_tiles=chunk_tiles, params=params(g),
+          v, num_tiles=chunk_tiles, params=params(geometry=g),
         )  # fmt: skip
         return carry
 
