@@ -34,6 +34,7 @@ of the ids of a query does not matter; a duplicate would be counted twice.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import NamedTuple
 
 import jax.numpy as jnp
@@ -56,7 +57,8 @@ class Geometry:
     pack: queries of a pack: neighbours that are copied together, so that one
       pair holds all queries of a pack that chose its block.
     chunk: queries of a chunk, a multiple of `tile`.
-    tile: queries of a tile, at most 64, a multiple of `2 * pack`.
+    tile: queries of a tile, at most 64; where tiles have pairs, a multiple of
+      `2 * pack`.
     span: queries whose pairs are sorted together. A span shorter than `chunk`
       keeps the queries that it gathers in L2.
     task: upper bound on the pairs of a task. A block that many queries chose is
@@ -299,10 +301,9 @@ def _chosen_by(
 ) -> list[Int[Array, "tiles slots"]]:
   """`TilePlan.chosen_by` for each half of a tile."""
   g = geometry
-
-  def over_runs(bits):
-    return mosaic.or_of_rest_of_run(bits, block, g.tile)
-
+  over_runs = functools.partial(
+    mosaic.or_of_rest_of_run, key=block, longest=g.tile
+  )
   if g.tile <= WORD:  # both halves in one word
     bits = jnp.where(valid, jnp.int32(1) << query, 0)
     both = over_runs(bits)
