@@ -145,6 +145,11 @@ class Config:
   num_ctas: int = mosaic.NUM_SMS
 
 
+def rows_of_query(g: tile_plan.Geometry) -> int:
+  """MMA rows of a query in a tile: its heads, and padding behind them."""
+  return ROWS // g.half
+
+
 @dataclasses.dataclass(frozen=True)
 class KernelParams:
   """Static parameters of one call, after padding."""
@@ -164,11 +169,6 @@ class KernelParams:
   def half(self) -> int:
     """Packs in 64 MMA rows, which is half a tile that merges partials."""
     return ROWS // self.packing.rows
-
-  @property
-  def query_rows(self) -> int:
-    """MMA rows of a query in a tile: its heads, and padding behind them."""
-    return ROWS // self.geometry.half
 
   @property
   def tile_columns(self) -> int:
@@ -541,10 +541,9 @@ def _tiles(
       # have a greater number, whose bit nobody sets. Padding rows compute with
       # what SMEM held before; no other row sees it, and `forward` cuts off
       # their lse.
-      query_of_row = (
-        plgpu.broadcasted_iota(jnp.int32, (ROWS,), 0, layout=row_layout)
-        // s.query_rows
-      )
+      query_of_row = plgpu.broadcasted_iota(
+        jnp.int32, (ROWS,), 0, layout=row_layout
+      ) // rows_of_query(g)
       q_whole, q_rows = mosaic.whole_and_tiles(q_smem)
 
       def chosen_by(bits):
@@ -570,7 +569,7 @@ def _tiles(
 
               @pl.when(warp == a % 4)
               def _(a=a):
-                at = pl.ds(a * s.query_rows, group_size)
+                at = pl.ds(a * rows_of_query(g), group_size)
                 for part in range(num_parts):
                   copy(
                     first_query + a,
@@ -976,7 +975,7 @@ def _plan(
     positions = jnp.pad(
       packed.positions, ((0, 0), (0, pad)), constant_values=-1
     )
-    each = ROWS // g.half
+    each = rows_of_query(g)
     where = jnp.repeat(positions.reshape(b, -1, g.half), each, axis=2)
     behind = ((0, 0), (0, 0), (0, ROWS - each * g.half))
     where = jnp.pad(where, behind, constant_values=-1).reshape(b, -1)
@@ -1063,7 +1062,7 @@ def forward(
     )
 
   def read(out, lse, g):
-    each = ROWS // g.half  # rows of a query
+    each = rows_of_query(g)
     lse = mosaic.result(lse).reshape(b, num_kv_heads, -1, ROWS)
     lse = lse[..., : each * g.half].reshape(b, num_kv_heads, -1, each)
     lse = lse[:, :, :t, : packing.group_size].swapaxes(2, 3)
