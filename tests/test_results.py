@@ -194,7 +194,6 @@ def test_committed_results_are_thin():
   large = {run for run, size in sizes.items() if size > 100_000}
   assert {run.parents[2].name for run in large} <= {
     "lm73m_16k",
-    "lm73m_16k_repeat",
     "smollm2_to_msa",
   }
   assert max(sizes.values()) < 150_000

@@ -17,7 +17,7 @@ the full run folders gave. For each run this keeps:
   stays whole. Earlier records serve only curves: they keep single numbers and
   lose lists (losses of each batch, answers by distance).
 * `selection.npz` without the chosen blocks of single queries. The first seed of
-  a side, which the report draws, keeps `counts`, rounded to 1/32: the colours
+  a side, which the report draws, keeps `counts`, rounded to 1/16: the colours
   of the figure show no more. The statistics of shared choices stay in all.
 
 Checkpoints, event files and the report are left behind.
@@ -50,7 +50,7 @@ _TRAIN_FIELDS = (
 _COPIED = ("config.json", "done.json", "broken.json", "samples.json")
 _DIGITS = 7  # of numbers that only curves and medians show
 _LAYER_DIGITS = 4
-_COUNT_STEPS = 32
+_COUNT_STEPS = 16
 
 
 def _rounded(value: Any, digits: int = _DIGITS) -> Any:
@@ -99,7 +99,7 @@ def thin_selection(content: bytes, with_counts: bool) -> bytes:
   counts = arrays.pop("counts", None)
   if with_counts and counts is not None:
     steps = np.rint(counts.astype(np.float32) * _COUNT_STEPS)
-    # Multiples of 1/32 up to 1 are exact in float16.
+    # Multiples of 1/16 up to 1 are exact in float16.
     arrays["counts"] = (steps / _COUNT_STEPS).astype(np.float16)
   packed = io.BytesIO()
   np.savez_compressed(packed, **arrays)
