@@ -122,6 +122,13 @@ class Sharding:
         return split
     return rows, tokens
 
+  def splits_more_than_rows(
+    self, mesh: Any, batch_size: int, length: int
+  ) -> bool:
+    """Whether `between_layers` splits more than `batch_axes` does."""
+    rows = self.batch_axes(mesh, batch_size)
+    return self.between_layers(mesh, batch_size, length) != (rows, ())
+
 
 def gather_tokens(
   x: Float[Array, "B T E"], sharding: Sharding | None

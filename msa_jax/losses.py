@@ -70,11 +70,13 @@ def head_loss(
   chunk_tokens = check_integer("chunk_tokens", chunk_tokens)
   args = (hidden, weight, targets, target_weights)
   mesh = jax.sharding.get_abstract_mesh()
-  if sharding is None or mesh.empty:
+  if (
+    sharding is None
+    or mesh.empty
+    or not sharding.splits_more_than_rows(mesh, *shape)
+  ):
     return _reverse_mode(lambda: _head_loss(*args, chunk_tokens))
   rows, split = sharding.between_layers(mesh, *shape)
-  if (rows, split) == (sharding.batch_axes(mesh, shape[0]), ()):
-    return _reverse_mode(lambda: _head_loss(*args, chunk_tokens))
   axes = (*rows, *split)
   chunk = max(chunk_tokens // math.prod(mesh.shape[name] for name in axes), 1)
 

@@ -623,16 +623,17 @@ class DecoderLM(nnx.Module):
 
   def _embed(self, tokens: Array) -> Array:
     """The embeddings of tokens, split as `Sharding.between_layers` says."""
-    mesh = jax.sharding.get_abstract_mesh()
-    if self.sharding is None or mesh.empty:
-      return self.embed(tokens)
-    split = self.sharding.between_layers(mesh, *tokens.shape)
-    if split == (self.sharding.batch_axes(mesh, len(tokens)), ()):
+    mesh, sharding = jax.sharding.get_abstract_mesh(), self.sharding
+    if (
+      sharding is None
+      or mesh.empty
+      or not sharding.splits_more_than_rows(mesh, *tokens.shape)
+    ):
       return self._split_batch(self.embed(tokens))
     # To read from a table that is split over "fsdp", XLA would send all devices
     # the embeddings of all tokens. A copy of the table is smaller.
     graphdef, params = nnx.split(self.embed)
-    place = PartitionSpec(*split)
+    place = PartitionSpec(*sharding.between_layers(mesh, *tokens.shape))
     return jax.shard_map(
       lambda params, tokens: nnx.merge(graphdef, params)(tokens),
       in_specs=(PartitionSpec(), place),
