@@ -272,13 +272,14 @@ def plot_heads(content: dict, path: pathlib.Path) -> None:
     key=lambda heads: (heads[0] / heads[1], heads),
     reverse=True,
   )
+  names = {heads: ", ".join(map(str, heads)) for heads in shapes}
   colours = matplotlib.colormaps["turbo"].resampled(len(shapes) + 2)
   for axes, (op, of_op) in zip(panels, lines.items(), strict=True):
     for i, heads in enumerate(shapes):
       if points := of_op.get(heads):
         axes.plot(
           *zip(*sorted(points.items()), strict=True), marker="osD^v"[i % 5],
-          ms=5, color=colours(i + 1), label=", ".join(map(str, heads)),
+          ms=5, color=colours(i + 1), label=names[heads],
         )  # fmt: skip
     axes.axhline(1.0, color="black", lw=0.8)
     length_axis(
@@ -290,10 +291,9 @@ def plot_heads(content: dict, path: pathlib.Path) -> None:
     for axes in panels
     for handle, label in zip(*axes.get_legend_handles_labels(), strict=True)
   }
-  names = [", ".join(map(str, heads)) for heads in shapes]
   figure.legend(
-    [found[name] for name in names], names, title="H, K, D", fontsize=9,
-    loc="outside right center",
+    [found[name] for name in names.values()], list(names.values()),
+    title="H, K, D", fontsize=9, loc="outside right center",
   )  # fmt: skip
   panels[0].set_ylabel("speed-up over dense attention")
   figure.suptitle(f"{content['device']}, trained-like choices")
