@@ -268,7 +268,7 @@ def compared(place, tiny, compiled_once) -> pathlib.Path:
     without_extras(patch)
     patch.setattr(plan, "_measure_runs", measured)
     options = ["--folder", str(out), "--no-report", "--sides", "gqa", "msa_cpt"]
-    command = ["compare", "lm73m_16k", "--plan", "1.4", "--minutes", "0"]
+    command = ["compare", "lm73m_16k", "--plan", "1.4", "--minutes", "1e-6"]
     command += ["--seeds", "0"]
     assert cli.main([*command, *options, "--set", *tiny]) == cli.STOPPED
     assert cli.main(["compare", "--config", file, *options]) == 0
@@ -569,6 +569,9 @@ def test_commands_refuse(compared, capsys):
     "compare lm73m_16k --sides mla": "sides=['mla']: the comparison has gqa",
     "compare lm73m_16k --minutes 1 --distributed": "--minutes: wanted one",
     "compare lm73m_16k --plan 1 --distributed": "--plan: wanted one",
+    "compare lm73m_16k --minutes 0": "--minutes: wanted a number above 0",
+    "compare lm73m_16k --plan -1": "--plan: wanted a number above 0, got -1",
+    "plan lm73m_16k --minutes nan": "wanted a number above 0, got nan",
     "speed lm73m_16k --set context": "wanted FIELD=VALUE",
     "compare demo --task texts": "task='texts': wanted one of text, recall",
     "compare demo --task recall --text t": "text='t': wanted a comparison",

@@ -226,7 +226,8 @@ def _add_compare_options(parser: argparse.ArgumentParser) -> None:
   add(
     "--minutes",
     type=float,
-    help="stop with a checkpoint after this time; call again to continue",
+    help="stop with a checkpoint after this time, and one step or more; call"
+    " again to continue",
   )
   add(
     "--plan",
@@ -468,7 +469,11 @@ def _with_options(
 def _compare(args: argparse.Namespace) -> int:
   stop_at = None
   for name in ("minutes", "plan"):
-    if getattr(args, name) is not None and args.distributed is not None:
+    minutes = getattr(args, name)
+    if minutes is None:
+      continue
+    _check_minutes(name, minutes)
+    if args.distributed is not None:
       raise ValueError(f"--{name}: wanted one process, not --distributed.")
   if args.minutes is not None:
     stop_at = time.monotonic() + 60 * args.minutes
@@ -507,9 +512,16 @@ def _compare(args: argparse.Namespace) -> int:
   return STOPPED
 
 
+def _check_minutes(name: str, minutes: float) -> None:
+  """Refuses a time in which nothing can be done, before anything is."""
+  if not minutes > 0:  # nor NaN
+    raise ValueError(f"--{name}: wanted a number above 0, got {minutes:g}.")
+
+
 def _plan(args: argparse.Namespace) -> None:
   from train import plan
 
+  _check_minutes("minutes", args.minutes)
   comparison = _comparison(args)
   folder = args.folder or _default_folder(comparison)
   plan.plan(comparison, folder, args.minutes)
