@@ -48,7 +48,8 @@ def head_loss(
     hidden: the model's last activations, `LMOutput.hidden`.
     weight: the output projection, `DecoderLM.head_weight()`; cast to hidden's
       dtype.
-    targets: the next token of each position.
+    targets: the next token of each position. Negative ones count from the end;
+      one outside of V makes the loss NaN, whatever its weight.
     target_weights: w, how much each target counts. They have no gradient.
     chunk_tokens: tokens, over the whole batch, whose logits exist at once.
     sharding: of the model. Where a mesh axis splits the tokens of a sequence,

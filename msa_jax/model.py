@@ -343,7 +343,9 @@ class DecoderLM(nnx.Module):
     """Next-token logits.
 
     Args:
-      tokens: token ids.
+      tokens: token ids. Values are not checked here, because they are known on
+        the device alone: negative ids count from the end, and those of
+        `vocab_size` or more give NaN.
       phase: phase of the MSA layers, "sparse" or "warmup".
       with_kl: whether to compute the KL losses.
       with_selection: whether to return chosen blocks and recalls.

@@ -90,8 +90,8 @@ class Batch(NamedTuple):
     return cls(tokens.astype(np.int32), counted, distance, segment_ids)
 
   def check_ids(self, vocab_size: int) -> None:
-    """Refuses ids that a model does not have: on a device they would silently
-    count as others.
+    """Refuses ids that a model does not have: on a device negative ones would
+    silently count from the end, and others give NaN without saying why.
 
     Raises:
       ValueError: an id is out of range.
