@@ -1054,8 +1054,8 @@ def forward(
   def new(sizes, dtype):
     return jax.new_ref(lax.empty(sizes, dtype))
 
-  def results(g):
-    rows = -(-t // g.chunk) * (g.chunk // g.half) * ROWS
+  def results(plan, g):
+    rows = plan.num_chunks * (g.chunk // g.half) * ROWS
     return (
       new(q.shape, q.dtype),
       new((b, num_kv_heads, rows), jnp.float32),
@@ -1070,7 +1070,7 @@ def forward(
 
   def walk_all():
     tiles = first_plan.tiles
-    out, lse = results(walk)
+    out, lse = results(first_plan, walk)
     _tiles(
       out, lse, None, jnp.zeros((1,), jnp.int32), first_plan.positions, keys,
       tiles, None, q, k, v, num_tiles=tiles.counts.shape[0],
@@ -1083,7 +1083,7 @@ def forward(
     tiles, positions, num_chunks = plan
     chunk_tiles, chunk_packs = g.chunk // g.tile, g.chunk // g.pack
     packed_q = packing.pack(q, num_kv_heads)
-    out, lse = results(g)
+    out, lse = results(plan, g)
     partials = (
       new((chunk_packs, g.pack_slots, packing.rows, d), q.dtype),
       new((chunk_tiles, g.pack_slots, 2 * ROWS), jnp.float32),
