@@ -357,11 +357,10 @@ class DecoderLM(nnx.Module):
         and along the path in a tree. Positions alone separate nothing: tokens
         of other documents are hidden by segment_ids or segments.
       segment_ids: the document of each token of packed rows; 0 is padding. A
-        token sees its own document alone.
+        token sees its own document alone. A loss must leave out the target of
+        each document's last token, which is of another document.
       segments: the same for prefix trees, from `tree_segments`; not both.
       max_segments: the most documents of a row, see `msa_jax.ops`.
-        A loss must leave out the targets of each document's last token, which
-        are another document's.
       zigzag: where a mesh axis splits the tokens, tokens, positions and
         query_mask are in zigzag order, and so are the results, so that no
         token moves between devices, see `msa_jax.context`. False: they are in

