@@ -36,6 +36,14 @@ os.environ["XLA_FLAGS"] = " ".join(
 # backend's pool would starve.
 os.environ.setdefault("NPROC", "16")
 
+# An interpreted kernel multiplies tiles in NumPy, from several threads. BLAS's
+# own threads would wait for each other in loops and take the cores from them.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+
+# Where in Python an operation comes from is of use to who reads a program. JAX
+# would write up to 100 frames for each, of which pytest alone has thirty.
+os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
+
 # Several processes share a GPU. A fraction bounds one of them and reserves
 # nothing; all `gpu_memory` tests run in the same process, and the others need
 # less than 6 GB each.

@@ -525,7 +525,8 @@ class LseContract:
     def run(q, k, v, sink):
       return with_sink(*self.attend(case, q, k, v, blocks), sink)
 
-    grads = jax.vjp(run, q, k, v, sink)[1](dout)
+    # One program, as in the next test: both have many small operations.
+    grads = jax.jit(lambda *x: jax.vjp(run, *x)[1](dout))(q, k, v, sink)
     args = (case, q, k, v, sink, dout, blocks)
     truth = dense_sink_gradients(*args)
     near = rounded_sink_gradients(*args, dtype=dtype)
@@ -565,13 +566,18 @@ class LseContract:
         self.attend(late, q, *second, None),
       ])  # fmt: skip
 
-    (out, lse), pull = jax.vjp(run, q, k, v)
     # Where nothing is seen, the merge itself gives its halves NaN.
     dlse = jnp.nan_to_num(lse_cotangent(case, blocks))
+
+    @jax.jit
+    def run_and_pull(q, k, v):
+      results, pull = jax.vjp(run, q, k, v)
+      return results, pull((dout.astype(jnp.float32), dlse))
+
+    (out, lse), grads = run_and_pull(q, k, v)
     out = out.astype(dtype)
     if dtype != "float32":
       check_attention(case, q, k, v, blocks, out, lse)
-    grads = pull((dout.astype(jnp.float32), dlse))
     args = (case, q, k, v, dout, blocks)
     truth, _ = attention_gradients(*args, dlse=dlse)
     near, _ = attention_gradients(*args, dtype, dlse)

@@ -282,22 +282,28 @@ def test_pairs_without_a_mask_see_a_whole_kv_block(kind, block_size, pack):
     q_len=900, kv_len=900, block_size=block_size, num_kv_heads=1, top_k=4
   )
   layout = layout_of(case, kind, seed=3)
-  rows = packed_lib.of_layout(layout, block_size, 900, jnp.array([900]))
-  assert rows is not None
-  num_kv_blocks = -(-rows.num_blocks * block_size // 128)
   first, queries = 64, 400  # a chunk
-  places = kv_block_plan.query_places(
-    rows, jnp.zeros((1,), jnp.int32), first, queries, num_kv_blocks
-  )
-  ids = rows.seen_blocks(random_choices(case, layout))
-  ids = ids[0, :, first : first + queries].reshape(1, -1, 4 * pack)
-  plan = kv_block_plan.plan_kv_blocks(
-    ids, jnp.zeros((1,), jnp.int32), block_size=block_size,
-    num_blocks=rows.num_blocks, task=16, pack=pack, places=places,
-  )  # fmt: skip
+
+  @jax.jit
+  def planned(layout, ids):
+    rows = packed_lib.of_layout(layout, block_size, 900, jnp.array([900]))
+    assert rows is not None
+    num_kv_blocks = -(-rows.num_blocks * block_size // 128)
+    places = kv_block_plan.query_places(
+      rows, jnp.zeros((1,), jnp.int32), first, queries, num_kv_blocks
+    )
+    ids = rows.seen_blocks(ids)
+    ids = ids[0, :, first : first + queries].reshape(1, -1, 4 * pack)
+    plan = kv_block_plan.plan_kv_blocks(
+      ids, jnp.zeros((1,), jnp.int32), block_size=block_size,
+      num_blocks=rows.num_blocks, task=16, pack=pack, places=places,
+    )  # fmt: skip
+    return rows, rows.keys_of_halves(num_kv_blocks), plan
+
+  rows, halves, plan = planned(layout, random_choices(case, layout))
   reach, order = np.asarray(plan.reach), np.asarray(plan.order)
   position = np.asarray(rows.positions)[0]
-  halves = np.asarray(rows.keys_of_halves(num_kv_blocks))[0].reshape(-1, 2)
+  halves = np.asarray(halves)[0].reshape(-1, 2)
   count, tasks = 0, np.asarray(plan.tasks)[: int(plan.num_tasks[0])]
   for kv_block, start, size, inside, _ in tasks:
     count += size

@@ -30,6 +30,19 @@ def make(seed, b, t, s, k, i, dtype="bfloat16"):
   )
 
 
+# One for all tests: what differs in numbers only is compiled once.
+select = jax.jit(
+  sb.select_blocks,
+  static_argnames=(
+    *("block_size", "top_k", "num_local_blocks", "score_precision"),
+    *("config", "interpret"),
+  ),
+)
+
+quantise_keys = jax.jit(sb.quantise_keys, static_argnums=1)
+quantise_queries = jax.jit(sb.quantise_queries)
+
+
 def run_and_check(
   index_q,
   index_k,
@@ -43,20 +56,20 @@ def run_and_check(
   interpret=True,
 ):
   lengths = None if kv_lengths is None else jnp.array(kv_lengths, jnp.int32)
-  select = jax.jit(
-    functools.partial(
-      sb.select_blocks,
-      block_size=block_size,
-      top_k=top_k,
-      num_local_blocks=num_local,
-      kv_lengths=lengths,
-      score_precision=precision,
-      config=config,
-      interpret=interpret,
-    )
+  call = functools.partial(
+    select,
+    index_q,
+    index_k,
+    block_size=block_size,
+    top_k=top_k,
+    num_local_blocks=num_local,
+    kv_lengths=lengths,
+    score_precision=precision,
+    config=config,
+    interpret=interpret,
   )
-  ids = np.array(select(index_q, index_k))
-  np.testing.assert_array_equal(ids, select(index_q, index_k))
+  ids = np.array(call())
+  np.testing.assert_array_equal(ids, call())
   # An infinite entry counts as NaN.
   index_q, index_k = (
     jnp.where(jnp.isfinite(x), x, jnp.nan) for x in (index_q, index_k)
@@ -66,12 +79,12 @@ def run_and_check(
     padded = jnp.pad(index_k, ((0, 0), (0, pad), (0, 0)))
     if lengths is None:
       lengths = jnp.full((index_k.shape[0],), index_k.shape[1], jnp.int32)
-    index_k, scale = sb.quantise_keys(padded, block_size, lengths)
+    index_k, scale = quantise_keys(padded, block_size, lengths)
     index_k = (
       index_k.astype(jnp.float32) * jnp.repeat(scale, block_size, 1)[..., None]
     )
     index_k = index_k[:, : index_k.shape[1] - pad]
-    index_q = sb.quantise_queries(index_q)
+    index_q = quantise_queries(index_q)
   check_choice(
     index_q,
     index_k,
@@ -239,7 +252,7 @@ def test_fp8_scales():
   ).reshape(1, 256, 1).clip(-20, 20)
   lengths = jnp.array([200], jnp.int32)
   index_k = index_k.at[0, 230].set(jnp.nan).at[0, 10, 1].set(jnp.nan)
-  quantised, scale = sb.quantise_keys(index_k, 64, lengths)
+  quantised, scale = quantise_keys(index_k, 64, lengths)
   back = quantised.astype(jnp.float32) * jnp.repeat(scale, 64, 1)[..., None]
   back, want = np.asarray(back[0]), np.asarray(index_k[0])
   # e4m3 keeps 3 mantissa bits of what is within 2^-14 of the block's largest.
@@ -254,12 +267,12 @@ def test_fp8_scales():
   # A NaN does not spoil its block.
   assert np.isnan(back[:64]).sum() == 1 and np.isnan(back[10, 1])
   # A slot beyond the length has no part in the scale of its block.
-  again = sb.quantise_keys(index_k.at[0, 200:].set(1e30), 64, lengths)
+  again = quantise_keys(index_k.at[0, 200:].set(1e30), 64, lengths)
   np.testing.assert_array_equal(scale, again[1])
 
   q = jax.random.normal(key, (1, 4, 2, 64)).at[0, 1, 0, 0].set(jnp.nan)
   q = q.at[0, 2].set(0)
-  q8 = np.asarray(sb.quantise_queries(q).astype(jnp.float32))
+  q8 = np.asarray(quantise_queries(q).astype(jnp.float32))
   assert np.isnan(q8).sum() == 1 and (q8[0, 2] == 0).all()
 
 

@@ -46,6 +46,9 @@ def call(case, q, k, v, blocks, config=None, **options):
 
 # ---------------------------------------------------------------- the plan
 
+plan_tiles = jax.jit(tile_plan.plan_tiles, static_argnums=3)
+find_pairs = jax.jit(tile_plan.find_pairs, static_argnums=1)
+
 
 @functools.partial(jax.jit, static_argnums=3)
 def plan_of(ids, positions, first_bad, geometry):
@@ -169,7 +172,7 @@ def test_tiles_that_are_walked_hold_as_many_queries_as_fit(group, tile):
   assert geometry.tile == tile
   rng = np.random.default_rng(group)
   ids = np.argsort(rng.random((2, queries, num_blocks)))[..., :top_k]
-  plan = tile_plan.plan_tiles(
+  plan = plan_tiles(
     jnp.asarray(ids, jnp.int32), jnp.full((2, queries), num_blocks * 64 - 1),
     jnp.full((2, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
@@ -217,14 +220,14 @@ def test_random_choices_cost_no_more_than_pairs_alone(num_blocks):
     geometry = fwd.geometry(
       queries, kv_len, mosaic.Packing(16), 128, 128, top_k, config
     )
-    plan = tile_plan.plan_tiles(
+    plan = plan_tiles(
       jnp.asarray(ids, jnp.int32)[None], jnp.asarray(positions)[None],
       jnp.full((1, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
     )  # fmt: skip
     shared = decode_shared(plan, geometry)
     half = geometry.tile // 2
     walked = {(tile, query // half, block) for tile, query, block in shared}
-    num_pairs = np.sum(tile_plan.find_pairs(plan, geometry))
+    num_pairs = np.sum(find_pairs(plan, geometry))
     return len(walked) * fwd.Config().shared_cost + num_pairs
 
   assert cost(fwd.Config()) <= cost(PAIRS)
