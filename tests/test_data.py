@@ -253,7 +253,7 @@ def test_near_duplicates_are_dropped_before_the_split(folder, capsys):
 def test_a_missing_minhash_library_is_named_with_its_extra(folder, monkeypatch):
   monkeypatch.setitem(sys.modules, "datasketch", None)
   with pytest.raises(
-    ModuleNotFoundError, match=r"near_duplicates: datasketch.*\[train\]"
+    ModuleNotFoundError, match=r"near_duplicates: datasketch.*extra train"
   ):
     data.load(config_of(folder, near_duplicates=0.8))
   data.load(config_of(folder))
