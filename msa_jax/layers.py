@@ -122,12 +122,18 @@ class Sharding:
         return split
     return rows, tokens
 
-  def splits_more_than_rows(
-    self, mesh: Any, batch_size: int, length: int
-  ) -> bool:
-    """Whether `between_layers` splits more than `batch_axes` does."""
-    rows = self.batch_axes(mesh, batch_size)
-    return self.between_layers(mesh, batch_size, length) != (rows, ())
+
+def split_beyond_batch(
+  sharding: Sharding | None, batch_size: int, length: int
+) -> tuple[tuple[str, ...], tuple[str, ...]] | None:
+  """What `Sharding.between_layers` gives for the mesh in use, or None if that
+  is the split of the batch alone (`Sharding.batch_axes`), or there is no mesh.
+  """
+  mesh = jax.sharding.get_abstract_mesh()
+  if sharding is None or mesh.empty:
+    return None
+  split = sharding.between_layers(mesh, batch_size, length)
+  return None if split == (sharding.batch_axes(mesh, batch_size), ()) else split
 
 
 def gather_tokens(

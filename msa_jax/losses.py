@@ -21,7 +21,7 @@ from msa_jax.checks import (
   compute_dtype,
   reverse_mode,
 )
-from msa_jax.layers import Sharding
+from msa_jax.layers import Sharding, split_beyond_batch
 from msa_jax.meshes import any_mesh_function, varying_zeros
 
 
@@ -70,21 +70,17 @@ def head_loss(
   check_array("target_weights", target_weights, shape, "[B, T]")
   chunk_tokens = check_integer("chunk_tokens", chunk_tokens)
   args = (hidden, weight, targets, target_weights)
-  mesh = jax.sharding.get_abstract_mesh()
-  if (
-    sharding is None
-    or mesh.empty
-    or not sharding.splits_more_than_rows(mesh, *shape)
-  ):
+  split = split_beyond_batch(sharding, *shape)
+  if split is None:
     return _reverse_mode(lambda: _head_loss(*args, chunk_tokens))
-  rows, split = sharding.between_layers(mesh, *shape)
-  axes = (*rows, *split)
+  axes = sum(split, ())  # of batch rows, then of tokens
+  mesh = jax.sharding.get_abstract_mesh()
   chunk = max(chunk_tokens // math.prod(mesh.shape[name] for name in axes), 1)
 
   def local(*args):
     return lax.psum(_head_loss(*args, chunk), axes)
 
-  tokens = PartitionSpec(rows, split)
+  tokens = PartitionSpec(*split)
   over_tokens = jax.shard_map(
     local,
     in_specs=(tokens, PartitionSpec(), tokens, tokens),

@@ -39,7 +39,13 @@ from msa_jax.checks import (
   wrong,
 )
 from msa_jax.embedding import TokenEmbedding
-from msa_jax.layers import Sharding, gather_tokens, rms_norm, split_tokens
+from msa_jax.layers import (
+  Sharding,
+  gather_tokens,
+  rms_norm,
+  split_beyond_batch,
+  split_tokens,
+)
 from msa_jax.meshes import any_mesh_method, spec
 from msa_jax.mlp import MixtureOfExperts, SwiGLU
 from msa_jax.model_config import LayerKind, MLPKind, ModelConfig
@@ -624,17 +630,13 @@ class DecoderLM(nnx.Module):
 
   def _embed(self, tokens: Array) -> Array:
     """The embeddings of tokens, split as `Sharding.between_layers` says."""
-    mesh, sharding = jax.sharding.get_abstract_mesh(), self.sharding
-    if (
-      sharding is None
-      or mesh.empty
-      or not sharding.splits_more_than_rows(mesh, *tokens.shape)
-    ):
+    split = split_beyond_batch(self.sharding, *tokens.shape)
+    if split is None:
       return self._split_batch(self.embed(tokens))
     # To read from a table that is split over "fsdp", XLA would send all devices
     # the embeddings of all tokens. A copy of the table is smaller.
     graphdef, params = nnx.split(self.embed)
-    place = PartitionSpec(*sharding.between_layers(mesh, *tokens.shape))
+    place = PartitionSpec(*split)
     return jax.shard_map(
       lambda params, tokens: nnx.merge(graphdef, params)(tokens),
       in_specs=(PartitionSpec(), place),
