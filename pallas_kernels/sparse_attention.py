@@ -18,7 +18,7 @@ and for the forward's pairs) are laid out in packs of 8 or 16 rows
 heads padded to 8 or 16; two neighbouring queries with heads padded to 4, or
 four with heads padded to 2. The result is exact, but each padding head costs as
 much as a real one. The forward's tile kernel, whose queries stand side by side,
-copies the heads of each query by themselves, in and out.
+copies real heads alone, in and out.
 
 Heads of other sizes than 64, 128 and 256 are padded with zeros to the next of
 these. A padded head costs as much as a whole one; the copies that pad q, k and

@@ -22,8 +22,9 @@ the device which of the two kernels computes which choice:
   skipping the blocks that none of its own queries chose, then merge the partial
   outputs of the tile's pairs, and write out and lse. A third warpgroup copies
   keys, values and partial outputs. Queries are read and results written where
-  they lie, the heads of one query at a time. Half a tile holds whole packs
-  where it merges, and otherwise as many queries as fit 64 MMA rows.
+  they lie: all queries of half a tile at once, or one after another where they
+  leave padding between their heads, or have 8 or 16 of them. Half a tile holds
+  whole packs where it merges, and otherwise as many queries as fit 64 MMA rows.
   Bound: where neighbours agree, reading shared blocks from L2 (64 KB for 8
   queries) and wgmma; otherwise reading the partial outputs.
 
@@ -58,9 +59,10 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
 
   name        who arrives                            who waits
   q_ready     one a compute warpgroup: its own       0 and 1, each its own
-              copies of q, one a query (one for
-              each 64 columns, unless a group has
-              8 or 16 heads)
+              copies of q, one for each 64 columns
+              (and each query, if padding lies
+              between them; with 8 or 16 heads a
+              group, one a query)
   k_ring      ready: the copy of a block's keys      0 and 1
               (of 64 of its keys if heads are wide)
               free: 0 and 1, after the scores or     copy
@@ -175,9 +177,19 @@ class KernelParams:
     """Columns of the operands that hold a tile's queries.
 
     TMA copies whole tiles of 8 rows x 64 columns, unless an operand has 64
-    columns: its rows then lie one behind the other and are copied one by one.
+    columns: its rows then lie one behind the other, and any number is copied.
     """
     return 64 if self.packing.group_size % 8 else self.head_dim
+
+  @property
+  def one_copy(self) -> bool:
+    """Whether one TMA copy moves 64 columns of all queries of half a tile.
+
+    It does where no padding lies between the heads of two queries. Operands
+    with tiles (of 8 or 16 heads) would take six dims, and TMA knows five.
+    """
+    group_size = self.packing.group_size
+    return group_size % 8 > 0 and rows_of_query(self.geometry) == group_size
 
   @property
   def wide(self) -> bool:
@@ -558,10 +570,31 @@ def _tiles(
         first_query = nth * g.tile + wg * g.half
         first_row = (2 * nth + wg) * ROWS  # of `lse`, and of `positions`
         first_part = wg * num_parts
-        heads = pl.ds(kv_head * group_size, group_size)
+        first_head = kv_head * group_size
+        heads = pl.ds(first_head, group_size)
+        parts = [
+          (q_rows.at[first_part + i], pl.ds(i * s.tile_columns, s.tile_columns))
+          for i in range(num_parts)
+        ]
 
-        def each_query(copy):
-          """Calls copy(query, columns of its heads, their place in SMEM)."""
+        def all_queries(smem):
+          """(heads, their place in SMEM) of each copy of all queries."""
+          if s.interpret:  # knows no reshaped Refs, but rows with a stride
+            return [
+              (first_head + i, smem.at[pl.ds(i, g.half, group_size)])
+              for i in range(group_size)
+            ]
+          rows = smem.at[pl.ds(0, g.half * group_size)]
+          return [(heads, rows.reshape(g.half, group_size, s.tile_columns))]
+
+        def each_copy(copy):
+          """Calls copy(queries, heads, columns, their place in SMEM)."""
+          if s.one_copy:
+            # Behind the last query, TMA reads zeros and writes nothing.
+            for smem, columns in parts:
+              for some_heads, at in all_queries(smem):
+                copy(pl.ds(first_query, g.half), some_heads, columns, at)
+            return
 
           @plgpu.warp_map
           def _(warp):
@@ -569,21 +602,18 @@ def _tiles(
 
               @pl.when(warp == a % 4)
               def _(a=a):
-                at = pl.ds(a * rows_of_query(g), group_size)
-                for part in range(num_parts):
-                  copy(
-                    first_query + a,
-                    pl.ds(part * s.tile_columns, s.tile_columns),
-                    q_rows.at[first_part + part, at],
-                  )
+                rows = pl.ds(a * rows_of_query(g), group_size)
+                for smem, columns in parts:
+                  copy(first_query + a, heads, columns, smem.at[rows])
 
-        def load(query, at, smem):
-          query = jnp.minimum(query, s.q_len - 1)
+        def load(queries, heads, columns, at):
+          if not s.one_copy:
+            queries = jnp.minimum(queries, s.q_len - 1)
           plgpu.copy_gmem_to_smem(
-            q_gmem.at[batch_row, query, heads, at], smem, q_ready.at[wg]
+            q_gmem.at[batch_row, queries, heads, columns], at, q_ready.at[wg]
           )
 
-        each_query(load)
+        each_copy(load)
         num_full, num_shared = (counts_gmem[index, j] for j in range(2))
         bad_keys, bad_values, seeing = (
           queries_gmem[index, j, wg] for j in range(3)
@@ -733,14 +763,16 @@ def _tiles(
           part[...] = x.astype(s.dtype)
         plgpu.commit_smem()
 
-        def store(query, at, smem):
-          @pl.when(query < s.q_len)
+        def store(queries, heads, columns, at):
+          @pl.when(s.one_copy or queries < s.q_len)
           def _():
             plgpu.copy_smem_to_gmem(
-              smem, out_gmem.at[batch_row, query, heads, at], commit_group=False
+              at,
+              out_gmem.at[batch_row, queries, heads, columns],
+              commit_group=False,
             )
 
-        each_query(store)
+        each_copy(store)
         plgpu.commit_smem_to_gmem_group()
         plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return kv_step + _times(num_shared, each), merge_step
@@ -832,6 +864,9 @@ def _tiles(
       if merging:
         mosaic.drain_rings(merge_step, o_ring)
 
+  copies = g.half  # of a part of the queries
+  if s.one_copy:
+    copies = group_size if s.interpret else 1
   operands = dict(
     chunk_gmem=chunk_desc,
     positions_gmem=positions,
@@ -851,7 +886,7 @@ def _tiles(
     ),
     k_smem=s.operand(kv_stages, s.step_keys),
     v_smem=s.operand(kv_stages, s.step_keys),
-    q_ready=plgpu.Barrier(num_arrivals=g.half * num_parts, num_barriers=2),
+    q_ready=plgpu.Barrier(num_arrivals=copies * num_parts, num_barriers=2),
     k_ring=mosaic.ring(kv_stages, releases=2),
     v_ring=mosaic.ring(kv_stages, releases=2),
   )
