@@ -88,10 +88,15 @@ Barriers of attend:
 Slots of the cache from kv_lengths[b] on do not exist: whatever they hold, NaN
 included, changes nothing. A visible NaN or infinity in q, k or v makes the
 output of its query NaN. A block whose index scores hold NaN is not chosen
-unless it is forced. A capacity that is no multiple of 8 is padded by a copy in
-every call. Heads of other sizes than 64, 128 and 256, and index heads of others
-than 64 and 128, are refused, because padding them would copy the cache in every
-call whatever its capacity.
+unless it is forced.
+
+Heads of other sizes than 64, 128 and 256, and index heads of others than 64 and
+128, are computed in the next of these, and the cache is read as it is: TMA
+fills the columns behind the last one with zeros. For that, keys and values lie
+in SMEM as operands of 64 columns (index keys in fp8: of all columns), one copy
+each. The SMEM is that of the padded size, and memory is read for the real one.
+Queries and results are padded. Where sizes need no padding, a capacity that is
+no multiple of 8 is padded by a copy in every call.
 
 Not supported: gradients; what `mosaic.check_supported` and
 `mosaic.check_decode_supported` refuse; so many index queries that scan does not
@@ -102,7 +107,9 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 import math
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -164,8 +171,8 @@ class KernelParams:
   tokens: int
   num_kv_heads: int
   group_size: int
-  head_dim: int
-  index_dim: int
+  head_dim: int  # D inside the kernel: q and results are padded to it
+  index_dim: int  # I, likewise
   capacity: int  # of this device
   block_size: int
   top_k: int
@@ -177,6 +184,8 @@ class KernelParams:
   config: Config
   interpret: bool
   devices: int = 1  # whose capacities together hold the cache
+  padded: bool = False  # whether the cache's heads have fewer dims
+  index_padded: bool = False  # likewise of its index keys
 
   @property
   def num_blocks(self) -> int:
@@ -246,9 +255,36 @@ class KernelParams:
     return 64 if few else self.block_size
 
   @property
+  def kv_columns(self) -> int:
+    """Columns of keys and values that one copy moves.
+
+    Tiles of 64 columns would go on in the next row where a row ends inside one,
+    so rows of other sizes are copied as operands of 64 columns, without tiles:
+    then TMA knows where a row ends, and fills the columns behind with zeros.
+    """
+    return 64 if self.padded else self.head_dim
+
+  @property
+  def kv_parts(self) -> int:
+    """Operands that the keys, or values, of a unit take."""
+    return self.head_dim // self.kv_columns
+
+  @property
+  def index_columns(self) -> int:
+    """Columns of index keys that one copy moves, see `kv_columns`."""
+    if not self.index_padded:
+      return self.index_dim
+    return min(self.index_dim, 128 // jnp.dtype(self.key_dtype).itemsize)
+
+  @property
+  def index_parts(self) -> int:
+    """Operands that a tile of index keys takes."""
+    return self.index_dim // self.index_columns
+
+  @property
   def out_columns(self) -> int:
     """Columns of a result that leave through SMEM at once."""
-    return min(self.head_dim, mosaic.WIDE)
+    return min(self.kv_columns, mosaic.WIDE)
 
   @property
   def units(self) -> int:
@@ -315,6 +351,28 @@ def _full(value: float, shape: tuple[int, ...], dtype: Any, layout: Any) -> Any:
 
 def _over_columns(x, width: int):
   return lax.broadcast_in_dim(x, (x.shape[0], width), [0])
+
+
+# ---- Operands in parts ----
+
+
+def _parts(count: int, columns: int, zero: Any) -> list[tuple[int, Any, Any]]:
+  """Number, columns of an operand, and columns of memory, of each part.
+
+  Only a start that is not static may reach beyond the end: `zero` is one.
+  """
+  if count == 1:
+    whole = slice(None)
+    return [(0, whole, pl.ds(zero, columns))]
+  return [
+    (i, pl.ds(i * columns, columns), pl.ds(zero + i * columns, columns))
+    for i in range(count)
+  ]
+
+
+def _at(slot: Any, parts: int, i: int) -> Any:
+  """Where part i of a stage lies among the operands of a ring."""
+  return slot if parts == 1 else slot * parts + i
 
 
 # ---- Which CTA scans which tiles ----
@@ -478,16 +536,21 @@ def _scan_scratch(s: KernelParams) -> dict[str, Any]:
       "mosaic_gpu decode_attention does not fit shared memory with"
       f" {s.queries} index queries a batch row"
     )
+  if s.index_padded:
+    k_smem = mosaic.operand_of_rows(
+      stages * s.index_parts, s.key_dtype, s.interpret,
+      rows=STEP_KEYS, columns=s.index_columns,
+    )  # fmt: skip
+  else:
+    k_smem = plgpu.SMEM(
+      (stages, STEP_KEYS, s.index_dim), s.key_dtype, transforms=transforms
+    )
   scratch = dict(
     q_smem=plgpu.SMEM(q_shape, s.index_dtype, transforms=mosaic.OPERAND),
-    k_smem=plgpu.SMEM(
-      (stages, STEP_KEYS, s.index_dim),
-      s.key_dtype,
-      transforms=transforms,
-    ),
+    k_smem=k_smem,
     max_smem=plgpu.SMEM((stages, blocks, s.padded_queries), jnp.float32),
     q_ready=plgpu.Barrier(num_barriers=SCORERS),
-    tile_ring=mosaic.ring(stages, fills=1 + s.fp8),
+    tile_ring=mosaic.ring(stages, fills=s.index_parts + s.fp8),
     max_ready=plgpu.Barrier(num_barriers=stages),
   )
   if s.fp8:
@@ -531,6 +594,7 @@ def _scan(
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     each_segment = functools.partial(_each_segment, lengths_gmem, cta, s)
+    k_operands, k_to = mosaic.whole_and_tiles(k_smem)
 
     def first_position(b):
       return _length(lengths_gmem, b, s) - s.tokens
@@ -584,9 +648,10 @@ def _scan(
             rows = pl.ds(m * ROWS, ROWS)
 
             def product(acc, rows=rows):
-              plgpu.wgmma(
-                acc, operand.at[wg, rows], k_smem.at[slot].transpose((1, 0))
-              )
+              for part, columns, _ in _parts(s.index_parts, s.index_columns, 0):
+                at = (wg, rows) if s.index_parts == 1 else (wg, rows, columns)
+                keys = k_operands.at[_at(slot, s.index_parts, part)]
+                plgpu.wgmma(acc, operand.at[at], keys.transpose((1, 0)))
               return acc[...]
 
             x = pl.run_scoped(product, ACC((ROWS, STEP_KEYS), jnp.float32))
@@ -689,7 +754,17 @@ def _scan(
           keys = pl.ds((first_tile + i) * STEP_KEYS, STEP_KEYS)
           tile_ring.wait_free(step, slot)
           ready = tile_ring.ready_at(slot)
-          plgpu.copy_gmem_to_smem(k_gmem.at[b, keys], k_smem.at[slot], ready)
+          if not s.index_padded:
+            plgpu.copy_gmem_to_smem(k_gmem.at[b, keys], k_to.at[slot], ready)
+          else:
+            for part, _, columns in _parts(
+              s.index_parts, s.index_columns, cta * 0
+            ):
+              plgpu.copy_gmem_to_smem(
+                k_gmem.at[b, keys, columns],
+                k_to.at[_at(slot, s.index_parts, part)],
+                ready,
+              )
           if s.fp8:
             plgpu.copy_gmem_to_smem(
               scale_gmem.at[b, keys], scale_smem.at[slot], ready
@@ -851,11 +926,18 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
   fixed = ROWS * (d * size + s.out_columns * out_dtype.itemsize) + 4096
   stages = (mosaic.SMEM_LIMIT - fixed) // (2 * s.unit * d * size)
   stages = min(stages, s.split_units)
-  kv = (stages, s.unit, d)
+
+  def ring_of_operands():
+    if not s.padded:
+      return plgpu.SMEM((stages, s.unit, d), s.dtype, transforms=mosaic.OPERAND)
+    return mosaic.operand_of_rows(
+      stages * s.kv_parts, s.dtype, s.interpret, rows=s.unit
+    )
+
   scratch = dict(
     q_smem=plgpu.SMEM((ROWS, d), s.dtype, transforms=mosaic.OPERAND),
-    k_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
-    v_smem=plgpu.SMEM(kv, s.dtype, transforms=mosaic.OPERAND),
+    k_smem=ring_of_operands(),
+    v_smem=ring_of_operands(),
     o_smem=plgpu.SMEM(
       (ROWS, s.out_columns), out_dtype, transforms=out_transforms
     ),
@@ -863,8 +945,8 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
     ids_smem=plgpu.SMEM((s.top_k + 2,), jnp.int32),
     q_ready=plgpu.Barrier(),
     ids_ready=plgpu.Barrier(),
-    k_ring=mosaic.ring(stages),
-    v_ring=mosaic.ring(stages),
+    k_ring=mosaic.ring(stages, fills=s.kv_parts),
+    v_ring=mosaic.ring(stages, fills=s.kv_parts),
   )
   if s.interpret:  # takes no wgmma operand from registers
     scratch["p_smem"] = plgpu.SMEM(
@@ -919,12 +1001,20 @@ def _count(conditions):
 
 def _finish(acc, total, s: KernelParams):
   """The output of heads whose weights sum to `total` (0: no visible key)."""
+  return _finish_parts([acc], total, s)[0]
+
+
+def _finish_parts(parts, total, s: KernelParams):
+  """`_finish` of heads that come as parts of their columns."""
   factor = jnp.where(total == 0, 0.0, 1.0 / total)
-  out = acc * (_over_columns(factor, s.head_dim) if acc.ndim == 2 else factor)
+
+  def over(x, part):
+    return _over_columns(x, part.shape[-1]) if part.ndim == 2 else x
+
+  outs = [x * over(factor, x) for x in parts]
   # A non-finite value shows in its own column only; spread it over the head.
-  bad = (out * 0.0).sum(axis=-1)
-  out += _over_columns(bad, s.head_dim) if acc.ndim == 2 else bad
-  return out.astype(s.dtype)
+  bad = functools.reduce(operator.add, [(x * 0.0).sum(axis=-1) for x in outs])
+  return [(x + over(bad, x)).astype(s.dtype) for x in outs]
 
 
 def _signal(counter) -> None:
@@ -986,6 +1076,9 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
     first_block = _first_block(lengths_gmem, s)
     zero = cta * 0  # only a start that is not static may reach beyond the end
     heads = pl.ds(zero, s.heads)
+    k_operands, k_to = mosaic.whole_and_tiles(k_smem)
+    v_operands, v_to = mosaic.whole_and_tiles(v_smem)
+    parts = _parts(s.kv_parts, s.kv_columns, zero)
 
     def my_units():
       """How many attention steps this split has."""
@@ -1006,13 +1099,16 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
       plgpu.barrier_wait(ids_ready)
 
       def step(i, carry):
-        acc, m_i, l_i = carry
+        accs, m_i, l_i = carry
         slot = k_ring.slot(i)
         start = unit_start(i)
         k_ring.wait_ready(slot)
 
         def scores(ref):
-          plgpu.wgmma(ref, q_smem, k_smem.at[slot].transpose((1, 0)))
+          for part, columns, _ in parts:
+            queries = q_smem if s.kv_parts == 1 else q_smem.at[:, columns]
+            keys = k_operands.at[_at(slot, s.kv_parts, part)]
+            plgpu.wgmma(ref, queries, keys.transpose((1, 0)))
           return ref[...]
 
         x = pl.run_scoped(scores, ACC((ROWS, unit), jnp.float32))
@@ -1026,76 +1122,93 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
         alpha = jnp.exp2(m_i - m_new)
         p = jnp.exp2(x * s.scale_log2 - _over_columns(m_new, unit))
         l_new = l_i * alpha + p.sum(axis=1)
-        acc = acc * _over_columns(alpha, d)
+        accs = [x * _over_columns(alpha, s.kv_columns) for x in accs]
         p = p.astype(s.dtype)
         v_ring.wait_ready(slot)
 
         @pl.when(start + unit - 1 > loc.position)
         def _():
           # An unused slot may hold NaN, and zero times NaN is NaN.
-          for n in range(unit // ROWS):
-            at = pl.ds(n * ROWS, ROWS)
-            value = plgpu.load(v_smem.at[slot, at], layout=layout)
+          for n, part in itertools.product(
+            range(unit // ROWS), range(s.kv_parts)
+          ):
+            at = (_at(slot, s.kv_parts, part), pl.ds(n * ROWS, ROWS))
+            value = plgpu.load(v_operands.at[at], layout=layout)
             token = (
               start
               + n * ROWS
               + plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=layout)
             )
-            v_smem[slot, at] = jnp.where(
+            v_operands[at] = jnp.where(
               token <= loc.position, value, jnp.zeros_like(value)
             )
           plgpu.commit_smem()
 
-        def values(ref, p=p):
-          plgpu.wgmma(ref, p, v_smem.at[slot])
+        def values(ref, part, p=p):
+          plgpu.wgmma(ref, p, v_operands.at[_at(slot, s.kv_parts, part)])
 
         if s.interpret:
           p_smem[...] = p
           plgpu.commit_smem()
 
-          def fresh(ref):
-            values(ref, p_smem)
-            return ref[...]
+        sums = []
+        for part, acc in enumerate(accs):
+          product = functools.partial(values, part=part)
+          if s.interpret:
 
-          acc += pl.run_scoped(fresh, ACC((ROWS, d), jnp.float32))
-        else:
-          acc = pl.run_state(values)(ACC.init(acc))
+            def fresh(ref, product=product):
+              product(ref, p=p_smem)
+              return ref[...]
+
+            sums.append(
+              acc + pl.run_scoped(fresh, ACC((ROWS, s.kv_columns), jnp.float32))
+            )
+          else:
+            sums.append(pl.run_state(product)(ACC.init(acc)))
         v_ring.release(slot)
-        return acc, m_new, l_new
+        return tuple(sums), m_new, l_new
 
-      acc, m_i, l_i = lax.fori_loop(
+      accs, m_i, l_i = lax.fori_loop(
         0,
         my_units(),
         step,
         (
-          _full(0.0, (ROWS, d), jnp.float32, layout),
+          tuple(
+            _full(0.0, (ROWS, s.kv_columns), jnp.float32, layout) for _ in parts
+          ),
           _full(FLOOR, (ROWS,), jnp.float32, row_layout),
           _full(0.0, (ROWS,), jnp.float32, row_layout),
         ),
       )
 
-      def send(x, x_gmem):
+      def send(accs, x_gmem):
         """Copies the rows of the heads to memory, some columns at a time."""
-        if s.out_columns == d:
-          parts = [(x, x_gmem)]
+        width = s.out_columns
+        if width == d:
+          pieces = [(accs[0], x_gmem)]
         else:
-          parts = [
-            (x[:, i : i + s.out_columns], x_gmem.at[:, pl.ds(i, s.out_columns)])
-            for i in range(0, d, s.out_columns)
+          pieces = [
+            x if x.shape[1] == width else x[:, i : i + width]
+            for x in accs
+            for i in range(0, s.kv_columns, width)
           ]
-        for i, (part, part_gmem) in enumerate(parts):
+          pieces = [
+            (x, x_gmem.at[:, pl.ds(i * width, width)])
+            for i, x in enumerate(pieces)
+          ]
+        for i, (piece, piece_gmem) in enumerate(pieces):
           if i:
             plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-          o_smem[...] = part
+          o_smem[...] = piece
           plgpu.commit_smem()
-          plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, s.heads)], part_gmem)
+          plgpu.copy_smem_to_gmem(o_smem.at[pl.ds(0, s.heads)], piece_gmem)
 
       if not s.partial:
         out = out_gmem.at[loc.b, loc.token, loc.group, heads]
-        send(_finish(acc, l_i, s), out)
+        send(_finish_parts(accs, l_i, s), out)
         plgpu.wait_smem_to_gmem(0)
         return
-      send(acc, part_gmem.at[query, split])
+      send(accs, part_gmem.at[query, split])
       stats_gmem[query, split, 0] = m_i
       stats_gmem[query, split, 1] = l_i
       plgpu.wait_smem_to_gmem(0)
@@ -1146,15 +1259,18 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
       def load(i, carry):
         slot = k_ring.slot(i)
         tokens = pl.ds(unit_start(i), unit)
-        for x_gmem, x_smem, ring in (
-          (k_gmem, k_smem, k_ring),
-          (v_gmem, v_smem, v_ring),
+        for x_gmem, x_to, ring in (
+          (k_gmem, k_to, k_ring),
+          (v_gmem, v_to, v_ring),
         ):
           ring.wait_free(i, slot)
-          plgpu.copy_gmem_to_smem(
-            x_gmem.at[loc.b, tokens, loc.group], x_smem.at[slot],
-            ring.ready_at(slot),
-          )  # fmt: skip
+          for part, _, columns in parts:
+            at = (loc.b, tokens, loc.group)
+            plgpu.copy_gmem_to_smem(
+              x_gmem.at[(*at, columns) if s.padded else at],
+              x_to.at[_at(slot, s.kv_parts, part)],
+              ring.ready_at(slot),
+            )
         return carry
 
       units = my_units()
@@ -1283,7 +1399,8 @@ def _scanned(index_q, index_k, index_k_scale, lengths, s: KernelParams):
   index_q = index_q.reshape(s.batch, s.queries, s.index_dim)
   if s.queries > 8 and s.queries % 8:  # a swizzle tile has 8 MMA rows
     index_q = jnp.pad(index_q, ((0, 0), (0, -s.queries % 8), (0, 0)))
-  index_k = _pad_capacity(index_k, s)
+  if not s.index_padded:
+    index_k = _pad_capacity(index_k, s)
   if s.fp8:
     index_k_scale = _pad_capacity(index_k_scale, s)
   shape = (s.list_queries, s.slots, s.num_lists)
@@ -1308,7 +1425,8 @@ def _attended(q, k, v, lengths, lists, counters, s: KernelParams):
     outputs["stats"] = _new((*part[:2], 2, ROWS), jnp.float32)
   if s.merge_inside:
     outputs["counters"] = counters
-  k, v = (_pad_capacity(x, s) for x in (k, v))
+  if not s.padded:
+    k, v = (_pad_capacity(x, s) for x in (k, v))
   _attend(q, k, v, lengths, lists, outputs, s)
   if s.separate_merge:
     _merge(lengths, outputs["part"], outputs["stats"], outputs["out"], s)
@@ -1317,10 +1435,12 @@ def _attended(q, k, v, lengths, lists, counters, s: KernelParams):
 
 @functools.partial(jax.jit, static_argnames=("s",))
 def _decode(q, k, v, index_q, index_k, index_k_scale, lengths, s: KernelParams):
+  head_dim = q.shape[-1]
+  q, index_q = mosaic.pad_head_dim(q), mosaic.pad_head_dim(index_q)
   lists, counters = _scanned(index_q, index_k, index_k_scale, lengths, s)
   outputs = _attended(q, k, v, lengths, lists, counters, s)
   out = mosaic.result(outputs["out"])[..., : s.group_size, :]
-  out = out.reshape(s.batch, s.tokens, -1, s.head_dim)
+  out = out.reshape(s.batch, s.tokens, -1, s.head_dim)[..., :head_dim]
   return out, mosaic.result(outputs["chosen"])
 
 
@@ -1369,7 +1489,7 @@ def _attend_own(q, k, v, lengths, *lists, s: KernelParams):
   """
   outputs = _attended(q, k, v, lengths, lists, None, s)
   part, stats = (mosaic.result(outputs[x]) for x in ("part", "stats"))
-  part = part[:, :, : s.group_size]
+  part = part[:, :, : s.group_size, : k.shape[-1]]
   m, l = (stats[:, :, i, : s.group_size, None] for i in (0, 1))
   part = _combine(jnp.concatenate([part, m, l], axis=-1), axis=1)
   return mosaic.result(outputs["chosen"]), part
@@ -1401,6 +1521,8 @@ def _decode_split(
     each = jax.custom_batching.sequential_vmap(functools.partial(function, s=s))
     return partition.kernel(each, s.interpret)
 
+  shape = q.shape
+  q, index_q = mosaic.pad_head_dim(q), mosaic.pad_head_dim(index_q)
   lengths = _own_lengths(kv_lengths, axis_name, s)
   lists = ()
   if s.slots:
@@ -1413,7 +1535,7 @@ def _decode_split(
   part = lax.all_gather(part, axis_name, to=to)
   part = _combine(part, axis=0)
   finish = jax.vmap(functools.partial(_finish, s=s))
-  return finish(part[..., :-2], part[..., -1]).reshape(q.shape), chosen
+  return finish(part[..., :-2], part[..., -1]).reshape(shape), chosen
 
 
 @mosaic.in_32_bits
@@ -1483,8 +1605,8 @@ def decode_attention(
     tokens=t,
     num_kv_heads=num_kv_heads,
     cache_rows=b * capacity * num_kv_heads,
-    head_dim=d,
     index_dim=index_dim,
+    fp8=index_k.dtype == FP8,
     top_k=top_k,
   )
   if index_k.dtype != (index_q.dtype if index_k_scale is None else FP8):
@@ -1511,8 +1633,10 @@ def decode_attention(
       tokens=t,
       num_kv_heads=k.shape[2],
       group_size=h // num_kv_heads,
-      head_dim=d,
-      index_dim=index_dim,
+      head_dim=mosaic.padded_head_dim(d),
+      index_dim=mosaic.padded_head_dim(index_dim),
+      padded=mosaic.padded_head_dim(d) != d,
+      index_padded=mosaic.padded_head_dim(index_dim) != index_dim,
       capacity=capacity,
       block_size=block_size,
       top_k=top_k,

@@ -228,6 +228,11 @@ class Packing:
     return x.reshape(b, u, num_kv_heads * self.rows, *rest)
 
 
+def padded_head_dim(dim: int) -> int:
+  """The size of `HEAD_DIMS` in which D or I is computed."""
+  return min(n for n in HEAD_DIMS if n >= dim)
+
+
 def pad_head_dim(x: Array) -> Array:
   """Pads the last axis (D or I) with zeros to a size of `HEAD_DIMS`.
 
@@ -237,7 +242,7 @@ def pad_head_dim(x: Array) -> Array:
   off by the caller, or by the gradient of this function.
   """
   dim = x.shape[-1]
-  size = min(n for n in HEAD_DIMS if n >= dim)
+  size = padded_head_dim(dim)
   if size == dim:
     return x
   return jnp.pad(x, ((0, 0),) * (x.ndim - 1) + ((0, size - dim),))
@@ -340,9 +345,9 @@ def check_decode_supported(
   tokens: int,
   num_kv_heads: int,
   cache_rows: int,
-  head_dim: int,
   index_dim: int,
   top_k: int,
+  fp8: bool = False,
 ) -> None:
   """Raises NotImplementedError beyond the limits of decoding alone.
 
@@ -350,9 +355,9 @@ def check_decode_supported(
     tokens: T.
     num_kv_heads: K.
     cache_rows: B x C x K.
-    head_dim: D.
     index_dim: I.
     top_k: P.
+    fp8: whether index keys have one byte.
   """
   rows = tokens * num_kv_heads
   if top_k > LONG_LIST and rows > MAX_DECODE_ROWS // 2:
@@ -362,16 +367,12 @@ def check_decode_supported(
       f" registers hold one list of {MAX_TOP_K} blocks, got top_k {top_k} and"
       f" {rows}"
     )
-  for name, dim, dims in (
-    ("head_dim", head_dim, HEAD_DIMS),
-    ("index_dim", index_dim, INDEX_DIMS),
-  ):
-    if dim not in dims:
-      raise NotImplementedError(
-        f"mosaic_gpu decode_attention supports {name} in"
-        f" ({', '.join(map(str, dims))}), because padding would copy the"
-        f" whole cache in every step, got {dim}"
-      )
+  if fp8 and index_dim % 16:
+    raise NotImplementedError(
+      "mosaic_gpu decode_attention supports index_dim of multiples of 16 with"
+      " float8_e4m3fn index keys, because TMA reads rows of a multiple of 16"
+      f" bytes, got {index_dim}"
+    )
   for name, value, most in (
     ("query tokens", tokens, MAX_DECODE_TOKENS),
     ("query tokens x KV heads", rows, MAX_DECODE_ROWS),
@@ -461,23 +462,34 @@ def gathered_operand(
   return plgpu.RefUnion(whole, tiles)
 
 
-def operand_of_rows(count: int, dtype: Any, interpret: bool) -> Any:
-  """SMEM of `OPERAND`, for `scratch`, whose rows can be copied one by one.
+def operand_of_rows(
+  count: int, dtype: Any, interpret: bool, *, rows: int = 64, columns: int = 64
+) -> Any:
+  """SMEM of wgmma operands, for `scratch`, whose rows can be copied one by one.
 
-  Operands have 64 rows and 64 columns: tiles of 8 rows follow one another, and
-  any number of rows from any row on are one TMA copy (see `copy_rows` on how
-  they are swizzled).
+  The columns of an operand are one swizzle tile: tiles of 8 rows follow one
+  another, and any number of rows from any row on are one TMA copy (see
+  `copy_rows` on how they are swizzled). Such a copy may reach beyond the last
+  column in memory too, where it reads zeros.
 
   Args:
     count: operands.
     dtype: of the entries.
     interpret: run on the CPU.
+    rows: of an operand.
+    columns: of an operand: 128 bytes, or 64.
   """
-  whole = plgpu.SMEM((count, 64, 64), dtype, transforms=OPERAND)
+  transforms = (
+    plgpu.TilingTransform((8, columns)),  # pyright: ignore
+    plgpu.SwizzleTransform(columns * jnp.dtype(dtype).itemsize),  # pyright: ignore
+  )
+  shape = (count, rows, columns)
+  whole = plgpu.SMEM(shape, dtype, transforms=transforms)
   if interpret:
     return whole
-  rows = plgpu.SMEM((count, 64, 64), dtype, transforms=OPERAND[1:])
-  return plgpu.RefUnion(whole, rows)
+  return plgpu.RefUnion(
+    whole, plgpu.SMEM(shape, dtype, transforms=transforms[1:])
+  )
 
 
 def whole_and_tiles(smem: Any) -> tuple[Any, Any]:

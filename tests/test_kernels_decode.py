@@ -220,6 +220,34 @@ def test_tokens_groups_and_forced_blocks(case):
   run_and_check(case, config=config)
 
 
+# Heads that the cache holds shorter than the kernel computes in.
+PADDED = [
+  # Two operands each; an empty batch row; Phi-3-mini's heads.
+  Case(lengths=(140, 0), capacity=141, head_dim=96, index_dim=96, num_heads=1,
+       num_kv_heads=1, top_k=2),
+  # Phi-2's heads, in fp8; partly visible blocks compete.
+  Case(lengths=(140, 131), capacity=144, head_dim=80, index_dim=80, tokens=2,
+       num_heads=3, num_kv_heads=1, num_local=0, fp8=True, top_k=2),
+  # One operand each, of fewer than 64 columns.
+  Case(lengths=(140,), capacity=143, head_dim=40, index_dim=48, num_heads=4,
+       num_kv_heads=1, top_k=1, num_local=0),
+  *(
+    pytest.param(case, marks=pytest.mark.slow)
+    for case in (
+      Case(head_dim=112, index_dim=72, num_heads=6, dtype="float16"),
+      Case(head_dim=72, index_dim=128, tokens=3),
+      Case(head_dim=128, index_dim=32, fp8=True),
+      Case(head_dim=200, index_dim=112, num_heads=2, fp8=True),
+    )
+  ),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("case", PADDED)
+def test_heads_are_padded_without_the_cache(case):
+  run_and_check(case)
+
+
 def test_all_forced_needs_no_scan():
   case = Case(lengths=(300, 40), top_k=2, num_local=2)
   _, ids = run_and_check(case)
@@ -406,6 +434,10 @@ def negative_scores(inputs):
   # More lists than lanes.
   pytest.param(33, Case(lengths=(2000,), capacity=33 * 64),
                marks=pytest.mark.slow),
+  # Heads that are padded inside.
+  pytest.param(2, Case(lengths=(300, 192), capacity=384, head_dim=96,
+                       index_dim=80),
+               marks=pytest.mark.slow),
   # Long lists.
   pytest.param(2, Case(lengths=(1500,), capacity=1536, top_k=18,
                        num_heads=2, num_kv_heads=1),
@@ -508,7 +540,7 @@ def test_other_calls_that_are_not_supported():
     call(index_k, scale=-1.0)
   with pytest.raises(NotImplementedError, match="capacity x KV heads"):
     mosaic.check_decode_supported(
-      tokens=1, num_kv_heads=4, cache_rows=1 << 31, head_dim=64, index_dim=64,
+      tokens=1, num_kv_heads=4, cache_rows=1 << 31, index_dim=64,
       top_k=16,
     )  # fmt: skip
   with pytest.raises(ValueError, match="stages must be even, got 3"):
@@ -661,6 +693,18 @@ def test_gpu_d256(hopper, shape, block_size, splits):
   )  # fmt: skip
   config = decode.Config(unit=128, splits=splits) if splits else None
   run_and_check(case, config=config, interpret=False)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("shape, block_size, fp8", gpu_cases(False, True))
+def test_gpu_padded_heads(hopper, shape, block_size, fp8):
+  dims = ((96, 96), (80, 80), (40, 48), (200, 112), (112, 32))
+  head_dim, index_dim = dims[shape]
+  case = Case(
+    head_dim=head_dim, index_dim=index_dim, fp8=fp8, block_size=block_size,
+    dtype="bfloat16" if shape % 2 else "float16", **GPU_SHAPES[shape],
+  )  # fmt: skip
+  run_and_check(case, config=None, interpret=False)
 
 
 @pytest.mark.gpu
