@@ -394,12 +394,12 @@ geometry = tile_plan.Geometry(
   chunk=num_queries, tile=8, span=num_queries, task=32, shared_cost=1e9,
   slack=0.0,
 )
-tiles = tile_plan.plan_tiles(
+_, choices = tile_plan.plan_tiles(
   jnp.asarray(ids)[None], jnp.asarray(positions)[None],
   jnp.full((1, 2, num_blocks), mosaic.NEVER), geometry,
 )
-is_pair = tile_plan.find_pairs(tiles, geometry)
-pairs = tile_plan.plan_pairs(tiles.choices[None], is_pair[None], geometry)
+is_pair = tile_plan.find_pairs(choices, geometry)
+pairs = tile_plan.plan_pairs(choices.choices[None], is_pair[None], geometry)
 tasks = np.asarray(pairs.tasks)[: int(pairs.chunks[0, 1])]
 order = np.asarray(pairs.order)
 
@@ -456,7 +456,7 @@ except NotImplementedError as error:
   interpret = True
   # The interpreter is faster with one CTA at a time and fewer threads.
   config = dataclasses.replace(
-    sparse_attention_fwd.heuristic_config(),
+    sparse_attention_fwd.Config(),
     num_ctas=1, pair_warpgroups=2, query_stages=2,
   )
 

@@ -105,7 +105,7 @@ def _forward(
     jnp.clip(kv_lengths.astype(jnp.int32), 0, s_len), rows,
     block_size=block_size,
     scale=scale,
-    config=config or sparse_attention_fwd.heuristic_config(),
+    config=config,
     interpret=interpret,
   )  # fmt: skip
 
@@ -297,6 +297,10 @@ def sparse_attention(
     return jnp.zeros_like(q), jnp.full((b, num_heads, t), -jnp.inf, jnp.float32)
   if kv_lengths is None:
     kv_lengths = jnp.full((k.shape[0],), k.shape[1], jnp.int32)
+  num_blocks = packed_rows.num_blocks(layout) or -(-k.shape[1] // block_size)
+  config = config or sparse_attention_fwd.heuristic_config(
+    num_blocks, block_indices.shape[-1]
+  )
   head_dim = q.shape[-1]
   q, k, v = (mosaic.pad_head_dim(x) for x in (q, k, v))
   both: Any = _sparse_attention(

@@ -107,6 +107,7 @@ ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # MMA rows of a wgmma tile
 MAX_WORKSPACE = 1 << 30  # elements of the partial outputs
 MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
+FEW_BLOCKS = 64  # that `tile_plan.plan_walk` compares with each choice
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +129,8 @@ class Config:
     chunk: upper bound on the queries of a chunk; 0 derives it from the
       workspace.
     shared_cost: half a tile walks a block as a shared one if this many of its
-      queries (of 16 heads) chose it. With 0, all blocks are shared.
+      queries (of 16 heads) chose it. With 0, all blocks are shared, and the
+      program has no kernels for pairs.
     slack: factor by which sharing all blocks may cost more than the mixture of
       shared blocks and pairs and still be preferred.
     num_ctas: CTAs of the persistent grids.
@@ -241,8 +243,19 @@ class KernelParams:
     return dict(p_smem=plgpu.SMEM(sizes, self.dtype, transforms=mosaic.OPERAND))
 
 
-def heuristic_config() -> Config:
-  """The config used when none is given."""
+def heuristic_config(num_blocks: int, top_k: int) -> Config:
+  """The config used when none is given.
+
+  Where a query chooses a quarter of the blocks or more, even random choices of
+  a tile's queries cover nearly all of them, so that pairs save nothing. Without
+  them the plan needs no sort of choices, and the host waits for no decision.
+
+  Args:
+    num_blocks: N.
+    top_k: P.
+  """
+  if num_blocks <= min(FEW_BLOCKS, 4 * top_k):
+    return Config(shared_cost=0.0)
   return Config()
 
 
@@ -978,11 +991,13 @@ class _Plan(NamedTuple):
 
   Attributes:
     tiles: plan of the tiles of all groups.
+    choices: that pairs are found in; None if there cannot be any.
     positions: as `_tiles` takes them.
     num_chunks: chunks of a group's queries.
   """
 
   tiles: tile_plan.TilePlan
+  choices: tile_plan.SortedChoices | None
   positions: Int[Array, "B ..."]
   num_chunks: int
 
@@ -1015,14 +1030,18 @@ def _plan(
     behind = ((0, 0), (0, 0), (0, ROWS - each * g.half))
     where = jnp.pad(where, behind, constant_values=-1).reshape(b, -1)
     keys = jnp.repeat(packed.keys, num_kv_heads, axis=0)
-  tiles = tile_plan.plan_tiles(
+  arguments = (
     block_indices.reshape(-1, padded, top_k),
     jnp.repeat(positions, num_kv_heads, axis=0),
     first_bad.reshape(-1, 2, g.num_blocks),
     g,
     keys,
   )
-  return _Plan(tiles, where, num_chunks)
+  if g.shared_cost == 0 and g.num_blocks <= FEW_BLOCKS:
+    tiles, choices = tile_plan.plan_walk(*arguments), None
+  else:
+    tiles, choices = tile_plan.plan_tiles(*arguments)
+  return _Plan(tiles, choices, where, num_chunks)
 
 
 def forward(
@@ -1115,7 +1134,8 @@ def forward(
 
   def mixed():
     plan = first_plan if g == walk else plan_of(g)
-    tiles, positions, num_chunks = plan
+    tiles, choices, positions, num_chunks = plan
+    assert choices is not None
     chunk_tiles, chunk_packs = g.chunk // g.tile, g.chunk // g.pack
     packed_q = packing.pack(q, num_kv_heads)
     out, lse = results(plan, g)
@@ -1123,8 +1143,8 @@ def forward(
       new((chunk_packs, g.pack_slots, packing.rows, d), q.dtype),
       new((chunk_tiles, g.pack_slots, 2 * ROWS), jnp.float32),
     )
-    is_pair = tile_plan.find_pairs(tiles, g)
-    merges = tile_plan.plan_merges(tiles, is_pair, g)
+    is_pair = tile_plan.find_pairs(choices, g)
+    merges = tile_plan.plan_merges(choices, is_pair, g)
     total = b * num_kv_heads * num_chunks
     # One sort plans as many chunks as its workspace allows.
     planned = mosaic.largest_divisor(total, MAX_PLANNED // (g.chunk * top_k))
@@ -1134,7 +1154,7 @@ def forward(
         x = x.reshape(total, chunk_tiles, g.tile * top_k)
         return lax.dynamic_slice_in_dim(x, i * planned, planned)
 
-      pairs = tile_plan.plan_pairs(cut(tiles.choices), cut(is_pair), g)
+      pairs = tile_plan.plan_pairs(cut(choices.choices), cut(is_pair), g)
 
       def chunk(j, carry):
         index = i * planned + j
@@ -1163,4 +1183,7 @@ def forward(
     lax.fori_loop(0, total // planned, some_chunks, None)
     return read(out, lse, g)
 
-  return lax.cond(jnp.any(first_plan.tiles.has_pairs), mixed, walk_all)
+  if config.shared_cost == 0:
+    return walk_all()
+  assert first_plan.choices is not None
+  return lax.cond(jnp.any(first_plan.choices.has_pairs), mixed, walk_all)

@@ -19,7 +19,8 @@ computes all queries of its pack; only those that chose the block merge it.
 `plan_tiles` compares the costs of the two ways. A tile may end up with shared
 blocks only, or with pairs for everything but its own blocks, or with both.
 Pairs are processed one *chunk* of queries at a time, which bounds the memory
-for their partial outputs.
+for their partial outputs. Where a call has few blocks, all are shared, and
+`plan_walk` finds those of a tile without sorting its choices.
 
 A query's own block is always shared, because only the tile kernel applies the
 causal mask: a pair's block lies wholly before its query. So is every block of a
@@ -99,7 +100,7 @@ class Geometry:
 
   @property
   def max_shared(self) -> int:
-    """Length of the list of shared blocks."""
+    """Length of `plan_tiles`' list of shared blocks."""
     fewest = max(1, int(self.shared_cost))
     slots = self.tile * self.top_k
     return min(slots // fewest + self.masked, slots)
@@ -139,6 +140,18 @@ class TilePlan(NamedTuple):
     shared: int32 [tiles, max_shared]: the shared blocks, ascending.
     shared_by: int32 [tiles, 2, max_shared]: query bits of those that chose each
       of them.
+  """
+
+  counts: Int[Array, "tiles 2"]
+  queries: Int[Array, "tiles 3 2"]
+  shared: Int[Array, "tiles entries"]
+  shared_by: Int[Array, "tiles 2 entries"]
+
+
+class SortedChoices(NamedTuple):
+  """The sorted choices of each tile, and which of them are no pairs.
+
+  Attributes:
     has_pairs: bool [tiles]: whether any choice is none of a shared block.
     choices: int32 [tiles, tile * P], ascending: block id and choice slot
       (query * P + p) of every valid choice, then `mosaic.NEVER`.
@@ -147,10 +160,6 @@ class TilePlan(NamedTuple):
     is_shared: bool [tiles, tile * P]: the first choices of shared blocks.
   """
 
-  counts: Int[Array, "tiles 2"]
-  queries: Int[Array, "tiles 3 2"]
-  shared: Int[Array, "tiles entries"]
-  shared_by: Int[Array, "tiles 2 entries"]
   has_pairs: Bool[Array, "tiles"]
   choices: Int[Array, "tiles slots"]
   chosen_by: Int[Array, "tiles 2 slots"]
@@ -181,13 +190,118 @@ def _bit_mask(flags: Bool[Array, "*A queries"]) -> Int[Array, "*A"]:
   return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
 
 
-def plan_tiles(
+class _Choices(NamedTuple):
+  """What both planners read of the choices.
+
+  Attributes:
+    block: int32 [groups, queries, P]: the blocks.
+    valid: bool [groups, queries, P]: whether the choice counts.
+    first_masked: int32 [tiles, 1]: a tile's first block that needs a mask.
+    queries: `TilePlan.queries`.
+  """
+
+  block: Int[Array, "groups queries P"]
+  valid: Bool[Array, "groups queries P"]
+  first_masked: Int[Array, "tiles 1"]
+  queries: Int[Array, "tiles 3 2"]
+
+
+def _choices(
+  ids: Int[Array, "groups queries P"],
+  positions: Int[Array, "groups queries"],
+  first_bad: Int[Array, "groups 2 N"],
+  geometry: Geometry,
+  keys: Int[Array, "groups N"] | None,
+) -> _Choices:
+  """Drops choices of no block. Arguments are those of `plan_tiles`."""
+  g = geometry
+  num_groups, num_queries, _ = ids.shape
+  num_tiles = num_groups * num_queries // g.tile
+  own = jnp.where(positions < 0, -1, positions // g.block_size)
+  valid = (ids >= 0) & (ids <= own[..., None]) & (ids < g.num_blocks)
+  sees = jnp.any((ids >= 0) & (ids <= own[..., None]), axis=-1)
+  group = jnp.arange(num_groups)[:, None, None]
+  known = jnp.clip(ids, 0, g.num_blocks - 1)
+  bad_key, bad_value = (
+    jnp.any(
+      valid & (first_bad[group, kind, known] <= positions[..., None]), axis=-1
+    )
+    for kind in range(2)
+  )
+  first_masked = own.reshape(num_tiles, g.tile)
+  if keys is None:
+    first_masked = first_masked[:, :1]
+  else:
+    first_masked = jnp.where(first_masked < 0, mosaic.NEVER, first_masked)
+    short = valid & (keys[group, known] < g.block_size)
+    short = jnp.where(short, known, mosaic.NEVER).reshape(num_tiles, -1)
+    first_masked = jnp.minimum(
+      first_masked.min(axis=1), short.min(axis=1)
+    )[:, None]  # fmt: skip
+
+  def by_half(flags):
+    return _bit_mask(flags.reshape(num_tiles, 2, g.half))
+
+  queries = jnp.stack([by_half(x) for x in (bad_key, bad_value, sees)], axis=1)
+  return _Choices(known, valid, first_masked, queries)
+
+
+def plan_walk(
   ids: Int[Array, "groups queries P"],
   positions: Int[Array, "groups queries"],
   first_bad: Int[Array, "groups 2 N"],
   geometry: Geometry,
   keys: Int[Array, "groups N"] | None = None,
 ) -> TilePlan:
+  """Shares every block of a tile that one of its queries chose.
+
+  The result is that of `plan_tiles` where no cost makes a pair. The work grows
+  with the number of blocks, so it is meant for few of them.
+
+  Args:
+    ids, positions, first_bad, geometry, keys: as in `plan_tiles`.
+  """
+  g = geometry
+  found = _choices(ids, positions, first_bad, g, keys)
+  num_tiles = found.first_masked.shape[0]
+  size = (num_tiles, 2, g.half, g.top_k)
+  chosen = jnp.where(found.valid, found.block, -1).reshape(*size, 1)
+  block = jnp.arange(g.num_blocks, dtype=jnp.int32)
+  query = jnp.arange(g.half, dtype=jnp.int32)[:, None, None]
+  bits = jnp.where(chosen == block, jnp.int32(1) << query, 0)
+  bits = lax.reduce(bits, jnp.int32(0), lax.bitwise_or, (2, 3))
+  listed = jnp.any(bits != 0, axis=1)
+  place = jnp.where(listed, block, g.num_blocks)
+  place = lax.sort(place, dimension=1, is_stable=False)
+  shared_by = jnp.take_along_axis(
+    bits, place[:, None], axis=2, mode="fill", fill_value=0
+  )
+  return TilePlan(
+    counts=_counts(listed, block, found.first_masked),
+    queries=found.queries,
+    shared=jnp.where(place < g.num_blocks, place, 0),
+    shared_by=shared_by,
+  )
+
+
+def _counts(listed, block, first_masked) -> Int[Array, "tiles 2"]:
+  """`TilePlan.counts` of the blocks that are listed."""
+  return jnp.stack(
+    [
+      jnp.sum(x, axis=-1, dtype=jnp.int32)
+      for x in (listed & (block < first_masked), listed)
+    ],
+    axis=-1,
+  )
+
+
+def plan_tiles(
+  ids: Int[Array, "groups queries P"],
+  positions: Int[Array, "groups queries"],
+  first_bad: Int[Array, "groups 2 N"],
+  geometry: Geometry,
+  keys: Int[Array, "groups N"] | None = None,
+) -> tuple[TilePlan, SortedChoices]:
   """Splits all choices into shared blocks of tiles and (pack, block) pairs.
 
   Args:
@@ -201,22 +315,11 @@ def plan_tiles(
       queries need not be neighbours, but ascend.
   """
   g = geometry
-  num_groups, num_queries, _ = ids.shape
-  num_tiles = num_groups * num_queries // g.tile
-  slots = g.tile * g.top_k
-  own = jnp.where(positions < 0, -1, positions // g.block_size)
-  valid = (ids >= 0) & (ids <= own[..., None]) & (ids < g.num_blocks)
-  sees = jnp.any((ids >= 0) & (ids <= own[..., None]), axis=-1)
-  group = jnp.arange(num_groups)[:, None, None]
-  known = jnp.clip(ids, 0, g.num_blocks - 1)
-  bad_key, bad_value = (
-    jnp.any(
-      valid & (first_bad[group, kind, known] <= positions[..., None]), axis=-1
-    )
-    for kind in range(2)
+  known, valid, first_masked, queries = _choices(
+    ids, positions, first_bad, g, keys
   )
-
-  is_choice = valid
+  num_tiles = first_masked.shape[0]
+  slots = g.tile * g.top_k
   # Sorting puts choices of the same block by different queries side by side.
   slot = jnp.arange(slots, dtype=jnp.int32)[None]
   choices = jnp.where(
@@ -236,16 +339,6 @@ def plan_tiles(
   halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
   packs = _count_packs(low, g) + _count_packs(high, g)
 
-  first_masked = own.reshape(num_tiles, g.tile)
-  if keys is None:
-    first_masked = first_masked[:, :1]
-  else:
-    first_masked = jnp.where(first_masked < 0, mosaic.NEVER, first_masked)
-    short = is_choice & (keys[group, known] < g.block_size)
-    short = jnp.where(short, known, mosaic.NEVER).reshape(num_tiles, slots)
-    first_masked = jnp.minimum(
-      first_masked.min(axis=1), short.min(axis=1)
-    )[:, None]  # fmt: skip
   popular = packs.astype(jnp.float32) >= g.shared_cost * halves.astype(
     jnp.float32
   )
@@ -272,20 +365,13 @@ def plan_tiles(
   def pick(x):
     return jnp.take_along_axis(x, place, axis=1, mode="fill", fill_value=0)
 
-  def by_half(flags):
-    return _bit_mask(flags.reshape(num_tiles, 2, g.half))
-
-  return TilePlan(
-    counts=jnp.stack(
-      [
-        jnp.sum(listed & (block < first_masked), axis=-1, dtype=jnp.int32),
-        jnp.sum(listed, axis=-1, dtype=jnp.int32),
-      ],
-      axis=-1,
-    ),
-    queries=jnp.stack([by_half(x) for x in (bad_key, bad_value, sees)], axis=1),
+  plan = TilePlan(
+    counts=_counts(listed, block, first_masked),
+    queries=queries,
     shared=pick(block),
     shared_by=jnp.stack([pick(x) for x in chosen_by], axis=1),
+  )
+  return plan, SortedChoices(
     has_pairs=jnp.any(first & ~shared, axis=-1),
     choices=choices,
     chosen_by=jnp.stack(chosen_by, axis=1),
@@ -333,7 +419,7 @@ def _count_packs(
 
 
 def find_pairs(
-  tiles: TilePlan, geometry: Geometry
+  tiles: SortedChoices, geometry: Geometry
 ) -> Bool[Array, "tiles slots"]:
   """Which of the tiles' choices are pairs.
 
@@ -350,14 +436,14 @@ def find_pairs(
 
 
 def plan_merges(
-  tiles: TilePlan, is_pair: Bool[Array, "tiles slots"], geometry: Geometry
+  tiles: SortedChoices, is_pair: Bool[Array, "tiles slots"], geometry: Geometry
 ) -> Int[Array, "tiles 2 pack_slots"]:
   """Query bits of the queries that a pair is for, by choice slot in the pack.
 
   The tile kernel merges the partial outputs of these pairs.
 
   Args:
-    tiles: the plan.
+    tiles: choices of `plan_tiles`.
     is_pair: of `find_pairs`.
     geometry: static sizes.
   """
@@ -385,7 +471,7 @@ def plan_pairs(
   """Sorts the pairs of some chunks by block and cuts them into tasks.
 
   Args:
-    choices: `TilePlan.choices` of the chunks' tiles.
+    choices: `SortedChoices.choices` of the chunks' tiles.
     is_pair: of `find_pairs`, of the same tiles.
     geometry: static sizes.
   """

@@ -126,6 +126,24 @@ def _forget_programs():
   jax.clear_caches()
 
 
+@pytest.fixture(autouse=True, scope="session")
+def pairs_of_few_blocks():
+  """Calls of few blocks, as tests make them, count the cost of pairs.
+
+  Without it only `Config(shared_cost=0)` would be tested, which the kernels
+  take for few blocks, and not what they do at the lengths that they are for.
+  """
+  from pallas_kernels import sparse_attention_fwd
+
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(
+      sparse_attention_fwd,
+      "heuristic_config",
+      lambda num_blocks, top_k: sparse_attention_fwd.Config(),
+    )
+    yield
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items):
   for item in items:

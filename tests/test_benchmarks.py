@@ -304,8 +304,8 @@ def test_no_number_on_a_wrong_attention(arguments, monkeypatch, capsys, top_k):
 # One program: the plan has many small operations.
 @functools.partial(jax.jit, static_argnums=3)
 def find_pairs(ids, positions, until, geometry):
-  plan = tile_plan.plan_tiles(ids, positions, until, geometry)
-  return tile_plan.find_pairs(plan, geometry)
+  _, choices = tile_plan.plan_tiles(ids, positions, until, geometry)
+  return tile_plan.find_pairs(choices, geometry)
 
 
 @pytest.mark.parametrize("name", ["8k", "small_heads_32k"])
@@ -319,7 +319,7 @@ def test_checks_reach_both_ways_of_the_kernels(name):
       of.tokens, of.kv_tokens,
       mosaic.Packing(of.num_heads // of.num_kv_heads),
       of.head_dim, of.block_size, of.top_k,
-      sparse_attention_fwd.heuristic_config(),
+      sparse_attention_fwd.Config(),
     )  # fmt: skip
     start = of.kv_tokens - of.tokens
     groups = of.batch * of.num_kv_heads

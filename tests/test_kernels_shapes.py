@@ -564,7 +564,7 @@ def test_a_choice_fits_31_bits():
     g = sparse_attention_fwd.geometry(
       1 << 15, mosaic.MAX_BLOCKS * 64, mosaic.Packing(group_size),
       128, 64, mosaic.MAX_TOP_K,
-      sparse_attention_fwd.heuristic_config(), walk=walk,
+      sparse_attention_fwd.Config(), walk=walk,
     )  # fmt: skip
     assert g.tile * g.top_k <= 1 << g.slot_bits
     last = (g.num_blocks << g.slot_bits) - 1

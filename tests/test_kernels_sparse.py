@@ -26,6 +26,7 @@ from pallas_kernels import sparse_attention_fwd as fwd
 
 PAIRS = fwd.Config(shared_cost=1e9, slack=0.0)  # pairs but for own blocks
 WALK = fwd.Config(shared_cost=0.0)  # shared blocks only
+HEURISTIC_CONFIG = fwd.heuristic_config  # conftest replaces it
 PATTERNS = list(patterns(Case()))
 
 
@@ -47,20 +48,22 @@ def call(case, q, k, v, blocks, config=None, **options):
 # ---------------------------------------------------------------- the plan
 
 plan_tiles = jax.jit(tile_plan.plan_tiles, static_argnums=3)
+plan_walk = jax.jit(tile_plan.plan_walk, static_argnums=3)
 find_pairs = jax.jit(tile_plan.find_pairs, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def plan_of(ids, positions, first_bad, geometry):
   """The tiles, which choices are pairs, their tasks and the merges."""
-  plan = tile_plan.plan_tiles(ids, positions, first_bad, geometry)
+  plan, found = tile_plan.plan_tiles(ids, positions, first_bad, geometry)
   chunk_tiles = geometry.chunk // geometry.tile
   sizes = (-1, chunk_tiles, geometry.tile * geometry.top_k)
-  is_pair = tile_plan.find_pairs(plan, geometry)
+  is_pair = tile_plan.find_pairs(found, geometry)
   pairs = tile_plan.plan_pairs(
-    plan.choices.reshape(sizes), is_pair.reshape(sizes), geometry
+    found.choices.reshape(sizes), is_pair.reshape(sizes), geometry
   )
-  return plan, is_pair, pairs, tile_plan.plan_merges(plan, is_pair, geometry)
+  merges = tile_plan.plan_merges(found, is_pair, geometry)
+  return plan, found.has_pairs, is_pair, pairs, merges
 
 
 def queries_of(bits, geometry):
@@ -134,11 +137,12 @@ def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
   elif kind == "empty":
     ids[:] = -1
   first_bad = np.full((groups, 2, num_blocks), mosaic.NEVER, np.int32)
-  plan, is_pair, pairs, merges = plan_of(
+  arguments = (
     jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
     jnp.asarray(first_bad), geometry,
   )  # fmt: skip
-  np.testing.assert_array_equal(plan.has_pairs, is_pair.any(axis=-1))
+  plan, has_pairs, is_pair, pairs, merges = plan_of(*arguments)
+  np.testing.assert_array_equal(has_pairs, is_pair.any(axis=-1))
   shared = decode_shared(plan, geometry)
   alone = decode_pairs(pairs, geometry, np.asarray(merges))
   valid = (ids >= 0) & (ids <= own[..., None])
@@ -155,6 +159,10 @@ def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
   np.testing.assert_array_equal(sees.reshape(groups, queries), valid.any(-1))
   if shared_cost == 0.0:
     assert not alone
+    walked = plan_walk(*arguments)
+    assert sorted(decode_shared(walked, geometry)) == wanted
+    np.testing.assert_array_equal(walked.counts, plan.counts)
+    np.testing.assert_array_equal(walked.queries, plan.queries)
   if kind == "random" and shared_cost == 1e9:
     assert alone
 
@@ -172,17 +180,28 @@ def test_tiles_that_are_walked_hold_as_many_queries_as_fit(group, tile):
   assert geometry.tile == tile
   rng = np.random.default_rng(group)
   ids = np.argsort(rng.random((2, queries, num_blocks)))[..., :top_k]
-  plan = plan_tiles(
+  arguments = (
     jnp.asarray(ids, jnp.int32), jnp.full((2, queries), num_blocks * 64 - 1),
     jnp.full((2, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
-  assert not plan.has_pairs.any()
+  plan, found = plan_tiles(*arguments)
+  assert not found.has_pairs.any()
   wanted = [
     (row // tile, row % tile, block)
     for row, blocks in enumerate(ids.reshape(-1, top_k))
     for block in blocks
   ]
   assert sorted(decode_shared(plan, geometry)) == sorted(wanted)
+  walked = plan_walk(*arguments)
+  assert sorted(decode_shared(walked, geometry)) == sorted(wanted)
+
+
+@pytest.mark.parametrize(
+  "num_blocks, top_k, walk",
+  [(64, 16, True), (65, 64, False), (20, 5, True), (21, 5, False)],
+)
+def test_few_blocks_are_walked_without_pairs(num_blocks, top_k, walk):
+  assert HEURISTIC_CONFIG(num_blocks, top_k) == (WALK if walk else fwd.Config())
 
 
 def test_walks_everything_only_while_the_list_holds_it():
@@ -191,7 +210,7 @@ def test_walks_everything_only_while_the_list_holds_it():
     task=16, shared_cost=4.0, slack=1e9,
   )  # fmt: skip
   ids = np.arange(32).reshape(1, 8, 4)  # 32 blocks, the list holds 10
-  plan, is_pair, _, _ = plan_of(
+  plan, _, is_pair, _, _ = plan_of(
     jnp.asarray(ids, jnp.int32), jnp.arange(1000, 1008)[None],
     jnp.full((1, 2, 64), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
@@ -220,14 +239,14 @@ def test_random_choices_cost_no_more_than_pairs_alone(num_blocks):
     geometry = fwd.geometry(
       queries, kv_len, mosaic.Packing(16), 128, 128, top_k, config
     )
-    plan = plan_tiles(
+    plan, found = plan_tiles(
       jnp.asarray(ids, jnp.int32)[None], jnp.asarray(positions)[None],
       jnp.full((1, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
     )  # fmt: skip
     shared = decode_shared(plan, geometry)
     half = geometry.tile // 2
     walked = {(tile, query // half, block) for tile, query, block in shared}
-    num_pairs = np.sum(find_pairs(plan, geometry))
+    num_pairs = np.sum(find_pairs(found, geometry))
     return len(walked) * fwd.Config().shared_cost + num_pairs
 
   assert cost(fwd.Config()) <= cost(PAIRS)
@@ -334,7 +353,7 @@ def test_lowers(tokens, heads, groups, dim, block, top_k, batch, dtype):
 def test_buffers_stay_below_2_31_elements():
   for tokens in (1 << 17, 1 << 20):
     g = fwd.geometry(
-      tokens, tokens, mosaic.Packing(16), 128, 128, 16, fwd.heuristic_config()
+      tokens, tokens, mosaic.Packing(16), 128, 128, 16, fwd.Config()
     )
     assert g.chunk * g.top_k * 16 * 128 <= 1 << 30
     assert g.chunk % g.tile == 0
@@ -568,12 +587,13 @@ class TestGpuLsePaperHeads(TestGpuLse):
 
 
 @pytest.mark.gpu
+@pytest.mark.parametrize("config", [None, WALK], ids=["default", "walk"])
 @pytest.mark.parametrize("name", GPU_CASES)
-def test_gpu_patterns(hopper, name):
+def test_gpu_patterns(hopper, name, config):
   case, dtype = GPU_CASES[name]
   q, k, v, *_ = case.inputs(dtype=dtype)
   for blocks in patterns(case).values():
-    run_twice(case, q, k, v, blocks)
+    run_twice(case, q, k, v, blocks, config)
 
 
 @pytest.mark.gpu
