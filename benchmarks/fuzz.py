@@ -106,7 +106,9 @@ class Signature:
 def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
   """Random signatures; those of one seed are the same in every run."""
   rng = np.random.default_rng(seed)
-  packing, weighing = (np.random.default_rng([seed, i]) for i in (1, 2))
+  packing, weighing, caching = (
+    np.random.default_rng([seed, i]) for i in (1, 2, 3)
+  )
 
   def pick(*values: Any) -> Any:
     return values[int(rng.integers(len(values)))]
@@ -118,9 +120,10 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
     kv_heads = int(rng.integers(1, 1 + (1 if tiny else max(1, 24 // group))))
     kv_heads = min(kv_heads, 4)
     dims = [64 if tiny else pick(64, 128, 128)] * 2
-    if op != "decode" and rng.random() < 0.4:
+    sizing = caching if op == "decode" else rng
+    if sizing.random() < 0.4:
       most = 64 if tiny else 128
-      dims = [8 * int(rng.integers(1, most // 8 + 1)) for _ in range(2)]
+      dims = [8 * int(sizing.integers(1, most // 8 + 1)) for _ in range(2)]
     block_size = 64 if tiny else pick(64, 128)
     kv_len = int(rng.integers(1, 200 if tiny else 2049))
     if rng.random() < 0.3:
@@ -141,6 +144,8 @@ def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
       precision = pick("exact", "exact", "fast")
     if op == "decode":
       precision = pick("exact", "fp8")
+    if precision == "fp8":  # rows of index keys are multiples of 16 bytes
+      dims[1] = math.ceil(dims[1] / 16) * 16
     found.append(
       Signature(
         op=op,

@@ -62,15 +62,18 @@ Bound: reading the index keys (256 bytes a token in bf16, 132 in fp8), then
 SMEM at I = D = 128: scan 32 KiB of queries (48 with fp8 keys) and tiles in all
 the rest; attend 16 KiB of queries, K and V blocks of 64 KiB, 16 or 32 KiB of
 results. At D 256 attend has 32 KiB of queries, two stages of 64 keys and values
-(128 KiB), and the same room for results, which leave 128 columns at a time.
+(128 KiB), and the same room for results, which leave 128 columns at a time (64
+if the cache's heads are shorter, see below).
 
-Barriers of scan (one arrival each where no number stands):
+Barriers of scan (one arrival each where no number stands; where the cache's
+heads are shorter than the kernel's, a copy of keys or values is several, one
+for each operand):
 
   name        who arrives                            who waits
   q_ready     one a score warpgroup: the copy of     score, itself
               its queries
-  tile_ring   ready: copy of a key tile (and of      score, the one whose
-              its scales: 2)                         turn it is
+  tile_ring   ready: copy of a key tile (and one     score, the one whose
+              of its scales)                         turn it is
               free: choose, which has read the       copy
               maxima that score left
   max_ready   score: the maxima of a tile            choose

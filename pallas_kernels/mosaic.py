@@ -26,8 +26,7 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 from jaxtyping import Array, Int, UInt32
 
 DTYPES = ("bfloat16", "float16")
-HEAD_DIMS = (64, 128, 256)  # D inside a kernel: whole 128-byte swizzle tiles
-INDEX_DIMS = (64, 128)  # I inside a kernel
+HEAD_DIMS = (64, 128, 256)  # D (and I) in a kernel: whole 128-byte swizzles
 MAX_HEAD_DIM = 256  # D, a multiple of 8
 MAX_INDEX_DIM = 128  # I, likewise
 MAX_DENSE_HEAD_DIM = 128  # D of the warm-up's kernels
@@ -235,8 +234,6 @@ def padded_head_dim(dim: int) -> int:
 
 def pad_head_dim(x: Array) -> Array:
   """Pads the last axis (D or I) with zeros to a size of `HEAD_DIMS`.
-
-  Those of `INDEX_DIMS` are the first of these.
 
   Zeros add nothing to a score. What they become in outputs and gradients is cut
   off by the caller, or by the gradient of this function.

@@ -551,6 +551,9 @@ def test_fuzz_repeats_a_call_and_its_signatures():
   for op in ("kl", "warmup_kl"):
     assert {s.weighted for s in found if s.op == op} == {False, True}
   assert {s.group_size for s in found} == set(range(1, 17))
+  steps = [s for s in found if s.op == "decode"]
+  assert any({s.head_dim, s.index_dim}.isdisjoint((64, 128)) for s in steps)
+  assert not any(s.index_dim % 16 for s in steps if s.precision == "fp8")
   assert all(s.q_len <= s.kv_len <= 2048 for s in found)
   s, key = fuzz.signatures(5, 6, tiny=True)[0], jax.random.key(1)
   for a, b in zip(

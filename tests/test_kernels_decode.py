@@ -238,6 +238,9 @@ PADDED = [
       Case(head_dim=72, index_dim=128, tokens=3),
       Case(head_dim=128, index_dim=32, fp8=True),
       Case(head_dim=200, index_dim=112, num_heads=2, fp8=True),
+      # The last operand lies behind the last column; rows of 16 bytes.
+      Case(head_dim=136, index_dim=8, capacity=331),
+      Case(head_dim=8, index_dim=16, fp8=True, num_local=0),
     )
   ),
 ]  # fmt: skip
@@ -698,7 +701,7 @@ def test_gpu_d256(hopper, shape, block_size, splits):
 @pytest.mark.gpu
 @pytest.mark.parametrize("shape, block_size, fp8", gpu_cases(False, True))
 def test_gpu_padded_heads(hopper, shape, block_size, fp8):
-  dims = ((96, 96), (80, 80), (40, 48), (200, 112), (112, 32))
+  dims = ((96, 96), (80, 80), (40, 48), (136, 112), (8, 16))
   head_dim, index_dim = dims[shape]
   case = Case(
     head_dim=head_dim, index_dim=index_dim, fp8=fp8, block_size=block_size,
