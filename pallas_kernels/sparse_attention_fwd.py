@@ -107,6 +107,7 @@ ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # MMA rows of a wgmma tile
 MAX_WORKSPACE = 1 << 30  # elements of the partial outputs
 MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
+BUNDLE_BYTES = 40 << 20  # of keys and values that stay in L2, which has 50 MB
 FEW_BLOCKS = 64  # that `tile_plan.plan_walk` compares with each choice
 
 
@@ -528,6 +529,10 @@ def _tiles(
   tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
   num_parts = s.head_dim // s.tile_columns  # operands of half a tile's queries
   merging = partials is not None
+  # Where tiles merge, a launch has those of one chunk of one group.
+  num_groups = 1 if merging else num_tiles // tiles_of_group
+  kv_bytes = 2 * k.shape[2] * k.shape[3] * s.dtype.itemsize
+  bundle = mosaic.largest_divisor(num_groups, BUNDLE_BYTES // kv_bytes)
   kv_stages = config.kv_stages if merging else config.walk_stages
   if s.wide:
     kv_stages = 2
@@ -546,11 +551,19 @@ def _tiles(
     p_smem: Any = None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
-    my_tiles = (num_tiles - cta + config.num_ctas - 1) // config.num_ctas
     first_tile = chunk_gmem[0]
+    # CTAs take turns forwards and backwards, so that none has the longer tile
+    # of every turn.
+    places = (cta, config.num_ctas - 1 - cta)
+    turns, rest = divmod(num_tiles, config.num_ctas)
+    my_tiles = turns + (places[turns % 2] < rest).astype(jnp.int32)
 
     def locate(i):
-      index = first_tile + cta + i * config.num_ctas
+      place = jnp.where(lax.rem(i, 2) == 0, *places)
+      rank = i * config.num_ctas + place
+      index = first_tile + tile_plan.tile_of_rank(
+        rank, num_groups, num_tiles // num_groups, bundle
+      )
       group_index = index // tiles_of_group
       return (
         index,

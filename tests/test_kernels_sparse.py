@@ -204,6 +204,22 @@ def test_few_blocks_are_walked_without_pairs(num_blocks, top_k, walk):
   assert HEURISTIC_CONFIG(num_blocks, top_k) == (WALK if walk else fwd.Config())
 
 
+@pytest.mark.parametrize(
+  "groups, tiles, bundle", [(1, 7, 1), (8, 5, 8), (8, 6, 2), (6, 4, 3)]
+)
+def test_order_of_tiles(groups, tiles, bundle):
+  """Every tile once, neighbours as long as each other, short ones last."""
+  order = np.array([
+    tile_plan.tile_of_rank(jnp.int32(i), groups, tiles, bundle)
+    for i in range(groups * tiles)
+  ])  # fmt: skip
+  assert sorted(order) == list(range(groups * tiles))
+  assert np.all(np.abs(np.diff(order % tiles)) <= 1)
+  assert np.all(order[-bundle:] % tiles == 0)
+  for i in range(0, order.size, bundle * tiles):
+    assert np.ptp(order[i : i + bundle * tiles] // tiles) == bundle - 1
+
+
 def test_walks_everything_only_while_the_list_holds_it():
   geometry = tile_plan.Geometry(
     num_blocks=64, block_size=16, top_k=4, pack=1, chunk=8, tile=8, span=8,
