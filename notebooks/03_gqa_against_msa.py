@@ -133,7 +133,7 @@ display(figures.overview_figure({"16,384 tokens": found}, colors))
 # The loss varies by chance, and two seeds at 16K give a wide bar. At 4K the seeds
 # are many enough: MSA's loss is lower. That comes from training and not from reading less, since the gap opens
 # when MSA becomes sparse and is widest near the start of the context, where both
-# read everything ([Results](../docs/results.md#4096-tokens-13m-parameters)).
+# read everything ([Results](../docs/results.md#loss)).
 # Of far facts, MSA CPT finds fewer than GQA at both lengths. At 4K,
 # wider index heads bring back most of what it misses.
 
