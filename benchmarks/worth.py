@@ -3,8 +3,9 @@
   python -m benchmarks.worth
   python -m benchmarks.worth --results FILE --page PAGE
 
-The numbers are the records of a results file at the heads of each model. The
-table replaces what stands between two marks of the page.
+The numbers are the records of a results file at the heads of each model. Two
+tables, of speed-ups by model and of times by heads, replace what stands between
+two marks of the page each.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from benchmarks import cases, records
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = records.FOLDER / "nvidia_h200.json"
 PAGE = ROOT / "docs" / "worth.md"
-MARKS = ("<!-- table of benchmarks.worth -->", "<!-- end of the table -->")
+MARKS = {
+  name: (f"<!-- {name} of benchmarks.worth -->", "<!-- end of the table -->")
+  for name in ("models", "times")
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -62,10 +66,10 @@ def name_of(tokens: int) -> str:
   return f"{tokens >> 10}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
 
 
-def speedups(
+def records_of(
   rows: Sequence[Mapping], model: Model, op: str, selection: str
-) -> dict[int, float]:
-  """Speed-up over dense attention by length, for one row of the batch.
+) -> dict[int, Mapping]:
+  """Records with a dense peer by length, for one row of the batch.
 
   Args:
     rows: records of a results file.
@@ -94,9 +98,21 @@ def speedups(
     )
     whole = row["tokens"] == (1 if op == "decode" else row["kv_tokens"])
     if fits and whole and row["speedup"]:
-      # From the times: "speedup" is rounded, and would be rounded again.
-      found[row["kv_tokens"]] = row["dense_ms"] / row["ms"]
+      found[row["kv_tokens"]] = row
   return dict(sorted(found.items()))
+
+
+def speedup(row: Mapping) -> float:
+  """From the times: the record's own is rounded, and would be again."""
+  return row["dense_ms"] / row["ms"]
+
+
+def speedups(
+  rows: Sequence[Mapping], model: Model, op: str, selection: str
+) -> dict[int, float]:
+  """Speed-up over dense attention by length. Arguments as in `records_of`."""
+  found = records_of(rows, model, op, selection)
+  return {tokens: speedup(row) for tokens, row in found.items()}
 
 
 def pays_from(found: Mapping[int, float]) -> int | None:
@@ -135,18 +151,55 @@ def table(rows: Sequence[Mapping]) -> str:
   return "\n".join(lines)
 
 
-def with_table(page: str, content: Mapping) -> str:
-  """A page's text with the table of a results file between its marks.
+def milliseconds(ms: float) -> str:
+  """Three digits, but no fraction of what has more."""
+  return f"{ms:,.0f}" if ms >= 100 else f"{ms:#.3g}"
+
+
+def times(rows: Sequence[Mapping]) -> str:
+  """The Markdown table of prefill and training of all heads and lengths."""
+  names = ("num_heads", "num_kv_heads", "head_dim")
+  found = {
+    tuple(row[name] for name in names)
+    for row in rows
+    if row["op"] in ("prefill", "train")
+  }
+  lines = [
+    "| H, K, D | tokens | dense, ms | prefill, ms | commit"
+    " | dense with gradients, ms | training, ms | commit |",
+    "|---|---:|---:|---:|---|---:|---:|---|",
+  ]
+  for heads in sorted(found, reverse=True):
+    model = Model("", *heads)
+    both = [
+      records_of(rows, model, op, "trained_like") for op in ("prefill", "train")
+    ]
+    for tokens in sorted(set().union(*both)):
+      cells = [", ".join(map(str, heads)), name_of(tokens)]
+      for row in (by_length.get(tokens) for by_length in both):
+        cells += ["", "", ""] if row is None else [
+          milliseconds(row["dense_ms"]),
+          f"{milliseconds(row['ms'])} ({speedup(row):.2f}x)",
+          row["commit"],
+        ]  # fmt: skip
+      lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
+def with_tables(page: str, content: Mapping) -> str:
+  """A page's text with the tables of a results file between their marks.
 
   Raises:
     ValueError: the page lacks the marks.
   """
-  start, end = MARKS
-  before, mark, rest = page.partition(start)
-  _, closing, after = rest.partition(end)
-  if not mark or not closing:
-    raise ValueError(f"wanted a page with the lines {start} and {end}")
-  return f"{before}{start}\n\n{table(content['rows'])}\n\n{end}{after}"
+  for name, make in {"models": table, "times": times}.items():
+    start, end = MARKS[name]
+    before, mark, rest = page.partition(start)
+    _, closing, after = rest.partition(end)
+    if not mark or not closing:
+      raise ValueError(f"wanted a page with the lines {start} and {end}")
+    page = f"{before}{start}\n\n{make(content['rows'])}\n\n{end}{after}"
+  return page
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -170,7 +223,7 @@ def main(argv: list[str] | None = None) -> int:
   content = records.read_json(args.results)
   if not content:
     parser.error(f"no results in {args.results}")
-  text = with_table(args.page.read_text(), content)
+  text = with_tables(args.page.read_text(), content)
   with records.whole_file(args.page) as file:
     file.write_text(text)
   print(table(content["rows"]))

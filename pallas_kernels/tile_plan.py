@@ -26,7 +26,7 @@ A query's own block is always shared, because only the tile kernel applies the
 causal mask: a pair's block lies wholly before its query. So is every block of a
 packed row that ends early, because only the tile kernel knows where it ends.
 
-All shapes are static and everything runs inside jit without a host sync.
+All shapes are static and everything runs inside jit on the device.
 Choices beyond the query's own block and ids that name no block are dropped
 before anything is counted, so an invalid id never becomes an address. The order
 of the ids of a query does not matter; a duplicate would be counted twice.

@@ -673,15 +673,29 @@ def test_worth_writes_its_page(tmp_path):
   """And the page in docs/ is what the committed records give."""
   assert len(worth.MODELS) == 14
   here = worth.PAGE.read_text()
-  assert worth.with_table(here, records.read_json(worth.RESULTS)) == here
+  assert worth.with_tables(here, records.read_json(worth.RESULTS)) == here
   page = tmp_path / "page.md"
-  page.write_text("before\n" + "\nold\n".join(worth.MARKS) + "\nafter\n")
+  between = "\n".join("\nold\n".join(marks) for marks in worth.MARKS.values())
+  page.write_text(f"before\n{between}\nafter\n")
   assert worth.main(["--page", str(page)]) == 0
   text = page.read_text()
   assert text.startswith("before\n") and text.endswith("\nafter\n")
   assert "old" not in text and "| MiniMax-M2 | 48, 8, 128 |" in text
+  assert "\n| 48, 8, 128 | 32K | " in text
   with pytest.raises(ValueError, match="wanted a page with the lines"):
-    worth.with_table("nothing", dict(rows=[]))
+    worth.with_tables("nothing", dict(rows=[]))
+
+
+def test_worth_shows_the_times_behind_it():
+  rows = [
+    worth_row("prefill", 1 << 15, 4.0, ms=7.0, dense_ms=28.25, commit="a"),
+    worth_row("train", 1 << 17, 4.0, ms=1234.5, dense_ms=5000.4, commit="b"),
+    worth_row("prefill", 1 << 14, 9.0, selection="random"),
+  ]
+  assert worth.times(rows).splitlines()[2:] == [
+    "| 64, 4, 128 | 32K | 28.2 | 7.00 (4.04x) | a |  |  |  |",
+    "| 64, 4, 128 | 128K |  |  |  | 5,000 | 1,234 (4.05x) | b |",
+  ]
 
 
 def test_starts_of_an_index_are_compared(tmp_path, capsys):
