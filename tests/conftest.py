@@ -1,5 +1,8 @@
+import atexit
 import os
 import pathlib
+import shutil
+import tempfile
 
 # Most of the tests' time is compilation: trade run time for it. The first flag
 # is for CPUs alone, since it also changes programs for GPUs: on an H200 six
@@ -43,6 +46,15 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # Where in Python an operation comes from is of use to who reads a program. JAX
 # would write up to 100 frames for each, of which pytest alone has thirty.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
+
+# Many tests compile what another test, file or process has compiled: workers
+# and the processes that tests start inherit this folder of theirs. To keep and
+# to find a program takes longer than to compile a small one.
+if not HAS_GPU and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+  folder = tempfile.mkdtemp(prefix="msa_jax_compiled_")
+  atexit.register(shutil.rmtree, folder, ignore_errors=True)
+  os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
+  os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
 
 # Several processes share a GPU. A fraction bounds one of them and reserves
 # nothing; all `gpu_memory` tests run in the same process, and the others need

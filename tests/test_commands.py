@@ -244,23 +244,7 @@ def test_an_own_tokenizer_sets_the_vocabulary_of_the_text_tasks(tmp_path):
 
 
 @pytest.fixture(scope="module")
-def compiled_once(place):
-  """JAX's compilation cache, set up as documented: a command loads what an
-  earlier one compiled."""
-  names = {
-    "jax_compilation_cache_dir": str(place / "compiled"),
-    "jax_persistent_cache_min_compile_time_secs": 0.0,
-  }
-  before = {name: getattr(jax.config, name) for name in names}
-  for name, value in names.items():
-    jax.config.update(name, value)
-  yield
-  for name, value in before.items():
-    jax.config.update(name, value)
-
-
-@pytest.fixture(scope="module")
-def compared(place, tiny, compiled_once) -> pathlib.Path:
+def compared(place, tiny) -> pathlib.Path:
   """Two sides of the preset by its commands: planned, stopped and resumed."""
   out = place / "runs"
   file = str(out / "comparison.json")
@@ -295,7 +279,7 @@ def records_of(folder: pathlib.Path, kind: str) -> list[dict]:
 
 
 @pytest.mark.parametrize("kind", ["mix", "recall", "probes"])
-def test_answers_by_choice_against_a_loop(tiny, compiled_once, kind):
+def test_answers_by_choice_against_a_loop(tiny, kind):
   """A mix and probes count the answers of their probes, recall alone those of
   its held-out batches."""
   comparison = config_lib.with_fields(configs.preset("lm73m_16k"), tiny)

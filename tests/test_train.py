@@ -101,21 +101,11 @@ def read_records(folder: pathlib.Path) -> list[dict]:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory):
-  """A folder; programs compiled once in this file are not compiled again."""
-  folder = tmp_path_factory.mktemp("train")
-  settings = {
-    "jax_compilation_cache_dir": str(folder / "compiled"),
-    "jax_persistent_cache_min_compile_time_secs": 0,
-  }
-  before = {name: getattr(jax.config, name) for name in settings}
-  for name, value in settings.items():
-    jax.config.update(name, value)
-  # Halves the time to compile; test_resume runs optimised code.
+  """A folder, and programs that compile in half of the time; test_resume runs
+  optimised code."""
   jax.config.update("jax_disable_most_optimizations", True)
-  yield folder
+  yield tmp_path_factory.mktemp("train")
   jax.config.update("jax_disable_most_optimizations", False)
-  for name, value in before.items():
-    jax.config.update(name, value)
 
 
 @pytest.fixture(scope="module")
