@@ -25,6 +25,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from helpers import Case, random_blocks
 
 import msa_jax
@@ -317,12 +318,12 @@ class GradientContract:
 
   Attributes:
     scenarios: names of `ATTENTION` without NaN, for a call with a cotangent of
-      lse.
-    without_dlse: those for a call without one, maybe as `pytest.param`.
+      lse, maybe as `pytest.param`.
+    without_dlse: those for a call without one.
     repeats: whether a second call must give equal bits.
   """
 
-  scenarios: tuple[str, ...] = ("block_64", "group_16", "rows")
+  scenarios: tuple[Any, ...] = ("block_64", "group_16", "rows")
   without_dlse: tuple[Any, ...] = scenarios
   repeats: bool = True
 
@@ -788,10 +789,12 @@ class KLContract:
     repeats: whether a second call must give equal bits.
     nan_reaches_gradients: whether the gradients of all that sees a NaN must be
       NaN. Otherwise they may be; no implementation may have NaN elsewhere.
+    slow: names of SPARSE_KL that are not part of CI.
   """
 
   repeats: bool = True
   nan_reaches_gradients: bool = True
+  slow: tuple[str, ...] = ()
 
   def run(self, name, case, q, k, index_q, index_k, blocks, mask=None):
     """Value and gradients, as `kl_and_gradients` returns them."""
@@ -804,11 +807,14 @@ class KLContract:
       assert_same_bits(got, self.run(name, case, *args, mask))
 
   def pytest_generate_tests(self, metafunc):
-    for argument, names in (
-      ("sparse_name", SPARSE_KL), ("dense_name", DENSE_KL),
-    ):  # fmt: skip
-      if argument in metafunc.fixturenames:
-        metafunc.parametrize(argument, names)
+    if "sparse_name" in metafunc.fixturenames:
+      names = [
+        pytest.param(name, marks=[pytest.mark.slow] * (name in self.slow))
+        for name in SPARSE_KL
+      ]
+      metafunc.parametrize("sparse_name", names)
+    if "dense_name" in metafunc.fixturenames:
+      metafunc.parametrize("dense_name", DENSE_KL)
 
   def test_chosen_blocks(self, sparse_name):
     case = SPARSE_KL[sparse_name]

@@ -217,6 +217,8 @@ class TestInterpreted(GradientContract):
   repeats = False  # the interpreter takes ten seconds a call
   # A cotangent of lse changes one sum; the tests of NaN are without, too.
   without_dlse = (pytest.param("block_64", marks=pytest.mark.slow),)
+  # Documents in tests/test_kernels_packed.py have blocks of 64 tokens, too.
+  scenarios = (*without_dlse, "group_16", "rows")
 
   def run(self, name, case, *args):
     return interpreted(case, *args, **CONFIGS[name])

@@ -56,6 +56,8 @@ def run(case, *args, mask=None, config=None, interpret=False):
 
 class TestInterpreted(KLContract):
   repeats = False  # the interpreter takes ten seconds a call
+  # The launches of rows, below, are of this case.
+  slow = ("rows",)
 
   def run(self, name, case, q, k, index_q, index_k, blocks, mask=None):
     config = INTERPRETED if blocks is not None else INTERPRETED_DENSE
@@ -117,11 +119,14 @@ def test_lowers_for_cuda(name):
 @pytest.mark.parametrize(
   "name, weighted",
   [
-    ("32k", False),
     ("128k", True),
     ("small_heads_32k", False),
-    ("16x4k_16_heads", True),
-    pytest.param("8k", False, marks=pytest.mark.slow),
+    *(
+      pytest.param(name, weighted, marks=pytest.mark.slow)
+      for name, weighted in (
+        *(("8k", False), ("32k", False), ("16x4k_16_heads", True)),
+      )
+    ),
   ],
 )
 def test_lowers_for_cuda_over_all_tokens(name, weighted):

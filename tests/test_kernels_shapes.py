@@ -76,6 +76,9 @@ def attend(case, q, k, v, blocks, config=FORWARD):
   )  # fmt: skip
 
 
+attend_once = jax.jit(attend, static_argnums=(0, 5))
+
+
 @functools.partial(jax.jit, static_argnames=("case", "config"))
 def attend_and_pull(case, q, k, v, dout, blocks, config=FORWARD):
   """out, lse and the gradients of q, k and v for the cotangent dout."""
@@ -130,7 +133,11 @@ def test_queries_of_a_pack_choose_apart(group, config):
   check_attention_gradients(case, q, k, v, dout, blocks, grads)
 
 
-@pytest.mark.parametrize("config", [FORWARD, PAIRS], ids=["tiles", "pairs"])
+@pytest.mark.parametrize(
+  "config",
+  [FORWARD, pytest.param(PAIRS, marks=SLOW)],
+  ids=["tiles", "pairs"],
+)
 def test_more_queries_in_tiles_without_pairs(config):
   """Of 6 heads, a tile holds 20 queries; of packs of 8 rows, 16."""
   case = Case(
@@ -139,7 +146,6 @@ def test_more_queries_in_tiles_without_pairs(config):
   )  # fmt: skip
   q, k, v, _ = attention_inputs(case, jnp.bfloat16)
   blocks = random_blocks(case, share=3)
-  attend_once = jax.jit(attend, static_argnums=(0, 5))
   out, lse = attend_once(case, q, k, v, blocks, config)
   check_attention(case, q, k, v, blocks, out, lse)
 
@@ -177,7 +183,7 @@ def test_one_query_whose_only_block_is_a_pair():
   )  # fmt: skip
   q, k, v, _ = attention_inputs(case, jnp.bfloat16)
   blocks = jnp.ones((1, 1, 1, 1), jnp.int32)
-  out, lse = attend(case, q, k, v, blocks)
+  out, lse = attend_once(case, q, k, v, blocks, FORWARD)
   check_attention(case, q, k, v, blocks, out, lse)
 
 
@@ -187,7 +193,7 @@ def test_one_query_whose_only_block_is_a_pair():
     *SOME_PADDED,
     pytest.param((1, 2, 64, 64), marks=SLOW),
     pytest.param((2, 2, 64, 64), marks=SLOW),
-    (4, 2, 128, 128),
+    pytest.param((4, 2, 128, 128), marks=SLOW),
   ],
   ids=str,
 )
@@ -272,8 +278,17 @@ def test_padded_kl_over_all_tokens(sizes):
   check_kl(*args, got)
 
 
-@pytest.mark.parametrize("index_dim", [8, 80, 112])
-@pytest.mark.parametrize("precision", ["exact", "fp8"])
+@pytest.mark.parametrize(
+  "precision, index_dim",
+  [
+    ("exact", 8),
+    ("fp8", 80),
+    *(
+      pytest.param(*sizes, marks=SLOW)
+      for sizes in (("exact", 80), ("exact", 112), ("fp8", 8), ("fp8", 112))
+    ),
+  ],
+)
 def test_padded_selection(index_dim, precision):
   index_q, index_k = test_kernels_select.make(0, 1, 40, 200, 2, index_dim)
   ids = test_kernels_select.run_and_check(
@@ -286,7 +301,9 @@ def test_padded_selection(index_dim, precision):
     np.testing.assert_array_equal(ids, want)
 
 
-@pytest.mark.parametrize("group", [3, pytest.param(7, marks=SLOW), 12])
+@pytest.mark.parametrize(
+  "group", [3, *(pytest.param(n, marks=SLOW) for n in (7, 12))]
+)
 def test_decoding_of_every_group_size(group):
   case = test_kernels_decode.Case(
     lengths=(140, 3), capacity=144, num_heads=2 * group, top_k=2
@@ -413,7 +430,7 @@ def test_none_moves_on_from_a_phase_without_kernels(pretend_hopper, phase):
   "precision, top_k",
   [
     ("exact", 34),
-    ("fast", 34),
+    pytest.param("fast", 34, marks=SLOW),
     pytest.param("exact", 64, marks=SLOW),
   ],
 )

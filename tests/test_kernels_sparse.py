@@ -112,7 +112,10 @@ def decode_pairs(pairs, geometry, merges):
 
 
 @pytest.mark.parametrize("kind", ["random", "share", "hot", "garbage", "empty"])
-@pytest.mark.parametrize("shared_cost", [0.0, 1.5, 2.2, 1e9])
+@pytest.mark.parametrize(
+  "shared_cost",
+  [0.0, pytest.param(1.5, marks=pytest.mark.slow), 2.2, 1e9],
+)
 @pytest.mark.parametrize("tile, pack", [(8, 1), (16, 1), (32, 2), (64, 4)])
 def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
   rng = np.random.default_rng(0)
@@ -351,11 +354,14 @@ def test_lowers_every_config_at_the_paper_shape(config):
   [
     # test_kernels_backward lowers forward and backward at the paper's shapes.
     (4097, 8, 8, 64, 64, 32, 3, "float16"),
-    # As wide heads as test_kernels_shapes lowers, in blocks of 64, too.
-    pytest.param(
-      *(777, 16, 2, 128, 64, 5, 2, "bfloat16"), marks=pytest.mark.slow
+    *(
+      pytest.param(*sizes, marks=pytest.mark.slow)
+      for sizes in (
+        # As wide heads as test_kernels_shapes lowers, in blocks of 64, too.
+        (777, 16, 2, 128, 64, 5, 2, "bfloat16"),
+        (5000, 8, 2, 64, 128, 1, 1, "float16"),
+      )
     ),
-    (5000, 8, 2, 64, 128, 1, 1, "float16"),
   ],
 )
 def test_lowers(tokens, heads, groups, dim, block, top_k, batch, dtype):

@@ -267,8 +267,10 @@ def _alone(array, documents):
   return jnp.asarray(np.stack(rows))
 
 
-# The reference equals loops over packed rows, above.
-@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+# Both equal loops over packed rows, above; this compares recalls, too.
+@pytest.mark.parametrize(
+  "phase", ["sparse", pytest.param("warmup", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize(
   "implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"]
 )
@@ -611,7 +613,10 @@ SEQUENCES = [
 ]
 
 
-@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+# Loops say what trees with weights give in the warm-up, above.
+@pytest.mark.parametrize(
+  "phase", ["sparse", pytest.param("warmup", marks=pytest.mark.slow)]
+)
 def test_merged_prefixes_train_like_the_sequences(phase, x64):
   """Loss, KL and all gradients in float64, and the choices of both."""
   config = msa_jax.ModelConfig(
