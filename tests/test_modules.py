@@ -47,6 +47,17 @@ def run(model, phase="sparse", tokens=TOKENS):
   return apply(*nnx.split(model), tokens, phase)
 
 
+# One program in the place of many small operations.
+@functools.partial(nnx.jit, static_argnames=("phase", "with_kl", "is_causal"))
+def call(layer, x, **options):
+  return layer(x, **options)
+
+
+@functools.partial(nnx.jit, static_argnames="phase")
+def extend(layer, x, cache, span, **options):
+  return layer.extend(x, cache, span, **options)
+
+
 def test_gqa_equals_flax():
   """Same weights, no rotation: flax's own multi-head attention."""
   ours = msa_jax.GQAttention(
@@ -59,8 +70,8 @@ def test_gqa_equals_flax():
     getattr(theirs, name).kernel[...] = getattr(ours, name).kernel[...]
   x = jax.random.normal(jax.random.key(2), (2, 10, 24))
   np.testing.assert_allclose(
-    ours(x),
-    theirs(x, is_causal=True, mask=nnx.make_causal_mask(x[..., 0])),
+    call(ours, x),
+    call(theirs, x, is_causal=True, mask=nnx.make_causal_mask(x[..., 0])),
     atol=1e-5,
   )
 
@@ -85,7 +96,9 @@ def test_msa_with_every_block_equals_gqa(changes):
   nnx.update(msa, nnx.from_flat_state(shared))
   x = jax.random.normal(jax.random.key(1), (2, 30, 32))
   for phase in ("sparse", "warmup"):
-    np.testing.assert_allclose(msa(x, phase=phase).out, gqa(x), atol=2e-6)
+    np.testing.assert_allclose(
+      call(msa, x, phase=phase).out, call(gqa, x), atol=2e-6
+    )
 
 
 def test_the_index_rotates_as_many_dims_as_it_is_told():
@@ -127,16 +140,18 @@ def test_sinks_take_a_share_of_each_head_and_none_of_the_kl(phase, selection):
     out = layer(x, phase=phase, with_kl=True)
     return jnp.sum(jnp.sin(out.out)), out
 
-  (_, out), grads = nnx.value_and_grad(loss, has_aux=True)(layer)
+  (_, out), grads = nnx.jit(nnx.value_and_grad(loss, has_aux=True))(layer)
   assert (grads.sinks[...] != 0).all()
-  without = plain(x, phase=phase, with_kl=True)
+  without = call(plain, x, phase=phase, with_kl=True)
   assert jnp.abs(out.out - without.out).max() > 0.1
   np.testing.assert_array_equal(out.kl, without.kl)
   # Nothing is left of a head whose sink is large, or all of it.
   layer.sinks[...] = jnp.full(4, -1e9)
-  np.testing.assert_allclose(layer(x, phase=phase).out, without.out, atol=1e-6)
+  np.testing.assert_allclose(
+    call(layer, x, phase=phase).out, without.out, atol=1e-6
+  )
   layer.sinks[...] = jnp.full(4, 1e9)
-  np.testing.assert_array_equal(layer(x, phase=phase).out, 0)
+  np.testing.assert_array_equal(call(layer, x, phase=phase).out, 0)
 
 
 @pytest.mark.parametrize(
@@ -157,14 +172,14 @@ def test_sinks_with_a_cache_equal_a_full_pass(kind, phase):
   )  # fmt: skip
   layer.sinks[...] = jnp.linspace(-1.0, 2.0, 4)
   x = jax.random.normal(jax.random.key(1), (2, 30, 32))
-  want = layer(x, **named)
+  want = call(layer, x, **named)
   want = want if phase is None else want.out
   cache = msa_jax.cache.empty((layer.init_cache(2, 40),))
   dirty = cache.layers[0]._replace(v=jnp.full_like(cache.layers[0].v, jnp.nan))
   cache, got = cache._replace(layers=(dirty,)), []
   for first, last in ((0, 20), (20, 25), (25, 26), (26, 30)):
     cache, span = cache.reserve(last - first)
-    out = layer.extend(x[:, first:last], cache.layers[0], span, **named)
+    out = extend(layer, x[:, first:last], cache.layers[0], span, **named)
     cache = cache._replace(layers=(out.cache,))
     got.append(out.out)
   np.testing.assert_allclose(jnp.concatenate(got, 1), want, atol=2e-6)
@@ -207,8 +222,8 @@ def test_scale_and_bias(kind):
   x = jax.random.normal(jax.random.key(9), (2, 30, 32))
   ones = jnp.ones((2, 30, 1))
   named = dict(with_kl=True) if kind == "MSAttention" else {}
-  got = jax.tree.leaves(layer(x, **named))
-  want = jax.tree.leaves(wide(jnp.concatenate([x, ones], -1), **named))
+  got = jax.tree.leaves(call(layer, x, **named))
+  want = jax.tree.leaves(call(wide, jnp.concatenate([x, ones], -1), **named))
   for a, b in zip(got, want, strict=True):
     np.testing.assert_allclose(a, b, atol=1e-5)
   with pytest.raises(ValueError, match="scale must be finite, got inf"):
@@ -366,6 +381,7 @@ def test_one_index_key_for_all_groups():
   x = jax.random.normal(jax.random.key(2), (7, 5))
   positions = jnp.arange(7)
 
+  @jax.jit
   def scores(query, key):
     q, k = (
       msa_jax.partial_rope(
@@ -452,7 +468,7 @@ def test_rope_scaling_slows_the_slow_pairs():
   # Layers use it.
   x = jax.random.normal(jax.random.key(0), (1, 40, 16))
   outs = [
-    msa_jax.GQAttention(2, 16, rope_scaling=s, rngs=nnx.Rngs(0))(x)
+    call(msa_jax.GQAttention(2, 16, rope_scaling=s, rngs=nnx.Rngs(0)), x)
     for s in (None, dataclasses.replace(scaling, context=8))
   ]
   assert np.abs(outs[0] - outs[1]).max() > 1e-3

@@ -338,7 +338,9 @@ def test_an_optimizer_of_ones_own(place, params):
       np.testing.assert_allclose(update, length * np.sign(mine[name]))
 
 
-@pytest.mark.parametrize("scan", [False, True])
+@pytest.mark.parametrize(
+  "scan", [pytest.param(False, marks=pytest.mark.slow), True]
+)
 def test_muon_orthogonalises_whole_matrices_alone(place, scan):
   run = with_field(tiny_run(place), "optimizer.algorithm", lambda _: "muon")
   run = with_field(run, "optimizer.weight_decay", lambda _: 0.0)
