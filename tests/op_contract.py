@@ -491,11 +491,11 @@ class LseContract:
 
   Attributes:
     phases: "sparse" and "warmup", or one of them.
-    dtypes: of the operands.
+    dtypes: of the operands, maybe as `pytest.param`.
   """
 
   phases: tuple[str, ...] = ("sparse", "warmup")
-  dtypes: tuple[str, ...] = ("float32", "bfloat16")
+  dtypes: tuple[Any, ...] = ("float32", "bfloat16")
 
   def attend(self, case, q, k, v, blocks):
     """out and lse, differentiable; `blocks` is None in the warm-up."""

@@ -146,7 +146,9 @@ def test_equal_scores_go_to_the_lower_block(fp8):
     )
 
 
-@pytest.mark.parametrize("capacity", [40, 37, 39])
+@pytest.mark.parametrize(
+  "capacity", [37, *(pytest.param(n, marks=pytest.mark.slow) for n in (39, 40))]
+)
 def test_index_keys_are_read_in_chunks(capacity, monkeypatch):
   """Several chunks of keys, the last one overlapping, and one of queries."""
   case = Case(batch=2, q_len=3, kv_len=capacity, kv_lengths=(capacity, 18))
@@ -650,7 +652,9 @@ def tiles_attention(seen, q, k, v, *, mask, key_value_seq_lengths, **options):
   return jnp.einsum("bkgts,bskd->btkgd", weights, v).reshape(q.shape)
 
 
-@pytest.mark.parametrize("num_tokens", [1, 12, 128])
+@pytest.mark.parametrize(
+  "num_tokens", [1, 12, pytest.param(128, marks=pytest.mark.slow)]
+)
 def test_cudnn_is_given_the_same_bits_whatever_unused_slots_hold(
   num_tokens, monkeypatch
 ):

@@ -769,7 +769,9 @@ def to_msa(model, **options):
   return msa_jax.to_msa(model, config, rngs=nnx.Rngs(0))
 
 
-@pytest.mark.parametrize("name", ["m2", "qwen3", "llama"])
+@pytest.mark.parametrize(
+  "name", ["m2", pytest.param("qwen3", marks=pytest.mark.slow), "llama"]
+)
 def test_an_msa_model_of_another_family_is_our_own(name, tmp_path):
   """Its warm-up is what the model was; it goes into a folder and back."""
   config, tensors = CONFIGS[name], random_tensors(CONFIGS[name])

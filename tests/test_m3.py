@@ -157,7 +157,9 @@ def test_model_equals_transformers(implementation, scan_layers):
   check_golden(run(model))
 
 
-@pytest.mark.parametrize("implementation", ["reference", "xla"])
+@pytest.mark.parametrize(
+  "implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"]
+)
 def test_prefill_and_cached_decoding_equal_transformers(implementation):
   """190 tokens at once, then ten one by one."""
   graphdef, params = nnx.split(m3.load(TINY, implementation=implementation))

@@ -13,6 +13,7 @@ import msa_jax
 from msa_jax import xla
 
 DENSE_AND_SPARSE = ("reference", "xla")
+SLOW = pytest.mark.slow
 
 
 def msa(case, implementation, **options):
@@ -42,8 +43,14 @@ def test_selection_equals_loops(name, implementation):
 
 @pytest.mark.parametrize(
   "name, phase",
-  [(name, "sparse") for name in CASES]
-  + [(name, "warmup") for name in ("even", "cached", "lengths")],
+  [
+    # Ragged rows and those of lengths have the sizes of even ones, and others.
+    *(
+      pytest.param("even", phase, marks=SLOW) for phase in ("sparse", "warmup")
+    ),
+    *((name, "sparse") for name in CASES if name != "even"),
+    *((name, "warmup") for name in ("cached", "lengths")),
+  ],
 )
 def test_outputs_and_gradients_equal_loops(name, phase, x64):
   """Both implementations in float64: out, lse, KL and every gradient."""
@@ -132,7 +139,9 @@ def test_caller_made_choices(name, implementation):
       )
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+@pytest.mark.parametrize(
+  "dtype", [jnp.bfloat16, pytest.param(jnp.float16, marks=SLOW)]
+)
 def test_low_precision_stays_near_the_yardstick(dtype):
   """xla in half precision errs no more than rounded probabilities do.
 
