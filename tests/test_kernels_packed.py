@@ -516,6 +516,20 @@ def test_interpreted_choice(kind, num_local, precision):
   )  # fmt: skip
 
 
+SELECT_OPTIONS = (
+  *("block_size", "top_k", "num_local_blocks", "score_precision"),
+  *("config", "interpret"),
+)
+# Programs of their own: the layout's blocks and ranges are many small
+# operations.
+select_in_one_program = jax.jit(
+  sb.select_blocks, static_argnames=SELECT_OPTIONS
+)
+wanted_in_one_program = jax.jit(
+  reference.select_blocks, static_argnames=SELECT_OPTIONS[:4]
+)
+
+
 def check_select(
   spans, parents, length, block_size, num_local, precision, groups=2, top_k=3,
   repeats=False, **options,
@@ -535,22 +549,17 @@ def check_select(
   if precision == "fp8":  # what e4m3 holds
     index_q, index_k = (jnp.round(2 * x) / 2 for x in (index_q, index_k))
   sizes = dict(block_size=block_size, top_k=top_k, num_local_blocks=num_local)
-  # Programs of their own: the layout's blocks and ranges are many small
-  # operations.
-  select = jax.jit(
-    functools.partial(
-      sb.select_blocks, score_precision=precision, **sizes, **options
-    )
+  select = functools.partial(
+    select_in_one_program, score_precision=precision, **sizes, **options
   )
   got = select(index_q, index_k, layout=layout)
   if repeats:
     again = select(index_q, index_k, layout=layout)
     op_contract.assert_same_bits(got, again)
-  want = jax.jit(
-    functools.partial(
-      reference.select_blocks, kv_lengths=None, score_precision="exact", **sizes
-    )
-  )(index_q, index_k, layout=layout)
+  want = wanted_in_one_program(
+    index_q, index_k, layout=layout, kv_lengths=None, score_precision="exact",
+    **sizes,
+  )  # fmt: skip
   if precision == "exact":
     np.testing.assert_array_equal(got, want)
     return

@@ -18,6 +18,7 @@ import test_kernels_decode
 import test_kernels_kl
 import test_kernels_select
 from helpers import Case, random_blocks
+from jax.experimental.mosaic.gpu import layout_inference
 from op_contract import (
   assert_same_bits,
   attention_inputs,
@@ -626,6 +627,22 @@ def test_64_bit_jax_lowers_the_same_kernels():
     kernels = kernel_texts(text)
     assert kernels
     assert kernel_texts(got[name]) == kernels, name
+
+
+@SLOW
+def test_quick_lowering_gives_the_same_text(monkeypatch):
+  """conftest makes JAX 0.11.2 lower kernels in less time, on GPUs too."""
+  site = layout_inference.ValueSite
+  if not hasattr(site, "slow_str"):
+    pytest.skip("conftest leaves this JAX as it is")
+  case = real_case(1 << 13, 32, 8)
+  quick = kernels_of(case)
+  jax.clear_caches()
+  monkeypatch.setattr(site, "__str__", site.slow_str)
+  for name, text in kernels_of(case).items():
+    kernels = kernel_texts(text)
+    assert kernels
+    assert kernel_texts(quick[name]) == kernels, name
 
 
 @SLOW
