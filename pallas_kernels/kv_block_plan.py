@@ -431,8 +431,7 @@ def _pairs_of_packs(
   first = valid & mosaic.starts_run(kv_block)
   # The first choice of each KV block stands for the pair; these move to the
   # front.
-  place = jnp.arange(slots, dtype=jnp.int32)
-  place = lax.sort(jnp.where(first, place, slots), is_stable=False)
+  place = mosaic.places_of(first, slots)
   kv_block, chosen = (
     jnp.take_along_axis(x, place, axis=-1, mode="fill", fill_value=0)
     for x in (kv_block, chosen)

@@ -23,7 +23,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
-from jaxtyping import Array, Int, UInt32
+from jaxtyping import Array, Bool, Int, UInt32
 
 DTYPES = ("bfloat16", "float16")
 HEAD_DIMS = (64, 128, 256)  # D (and I) in a kernel: whole 128-byte swizzles
@@ -138,6 +138,38 @@ def counts_below(
   row = jnp.maximum(row, 0)
   inside = jnp.sum(rows[row] < bounds, axis=1, dtype=jnp.int32)
   return row * width + inside
+
+
+def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
+  """Where the first `most` set flags are, ascending; then n.
+
+  That is a sort of the places, but without a sort: the flags are bits of words,
+  and the i-th place is found as the word that holds the i-th set bit, and then,
+  by halving, as the bit of the word.
+  """
+  n = flags.shape[-1]
+  flags = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -n % 32),))
+  flags = flags.reshape(*flags.shape[:-1], -1, 32)
+  bit = jnp.arange(32, dtype=jnp.uint32)
+  words = jnp.sum(flags.astype(jnp.uint32) << bit, axis=-1, dtype=jnp.uint32)
+  ends = sums_up_to(lax.population_count(words).astype(jnp.int32))
+  i = jnp.arange(most, dtype=jnp.int32)
+  which = jnp.sum(ends[..., None, :] <= i[:, None], axis=-1, dtype=jnp.int32)
+
+  def of_word(x):
+    return jnp.take_along_axis(x, which, axis=-1, mode="fill", fill_value=0)
+
+  word = of_word(words)
+  rest = i - (of_word(ends) - lax.population_count(word).astype(jnp.int32))
+  place = which * 32
+  for half in (16, 8, 4, 2, 1):
+    low = word & jnp.uint32((1 << half) - 1)
+    count = lax.population_count(low).astype(jnp.int32)
+    behind = rest >= count
+    rest = jnp.where(behind, rest - count, rest)
+    word = jnp.where(behind, word >> jnp.uint32(half), word)
+    place = jnp.where(behind, place + half, place)
+  return jnp.where(which < words.shape[-1], place, n)
 
 
 def starts_run(key: Array) -> Array:

@@ -282,8 +282,7 @@ def plan_walk(
   query = jnp.arange(g.half, dtype=jnp.int32)[:, None]
   bits = jnp.sum(chose << query, axis=2, dtype=jnp.int32)
   listed = jnp.any(bits != 0, axis=1)
-  place = jnp.where(listed, block, g.num_blocks)
-  place = lax.sort(place, dimension=1, is_stable=False)
+  place = mosaic.places_of(listed, g.num_blocks)
   shared_by = jnp.take_along_axis(
     bits, place[:, None], axis=2, mode="fill", fill_value=0
   )
@@ -370,8 +369,7 @@ def plan_tiles(
   shared = popular | (walk_tile | walk_all)[:, None]
 
   listed = first & shared
-  place = jnp.where(listed, jnp.arange(slots, dtype=jnp.int32), slots)
-  place = lax.sort(place, dimension=1, is_stable=False)[:, : g.max_shared]
+  place = mosaic.places_of(listed, g.max_shared)
 
   def pick(x):
     return jnp.take_along_axis(x, place, axis=1, mode="fill", fill_value=0)

@@ -725,6 +725,17 @@ def test_sums_of_values_up_to_each():
   assert found.tolist() == np.cumsum(values, axis=1).tolist()
 
 
+@pytest.mark.parametrize("n, most", [(5, 5), (32, 40), (100, 64), (512, 300)])
+def test_places_of_set_flags(n, most):
+  rng = np.random.default_rng(n)
+  flags = rng.random((3, 8, n)) < np.linspace(0, 1, 8)[None, :, None]
+  wanted = np.sort(np.where(flags, np.arange(n), n), axis=-1)[..., :most]
+  behind = ((0, 0), (0, 0), (0, max(most - n, 0)))
+  wanted = np.pad(wanted, behind, constant_values=n)
+  places = jax.jit(mosaic.places_of, static_argnums=1)(flags, most)
+  np.testing.assert_array_equal(places, wanted)
+
+
 @pytest.mark.usefixtures("compares_all")
 @pytest.mark.parametrize("size", [1, 2, 37, 64])
 def test_counts_of_values_below_bounds(size):
