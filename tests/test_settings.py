@@ -78,8 +78,15 @@ def every_operation(implementation, phase, inputs=INPUTS):
   return jax.tree.leaves(results)
 
 
-@pytest.mark.parametrize("implementation", ["xla", "reference"])
-@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+@pytest.mark.parametrize(
+  "phase, implementation",
+  [
+    ("sparse", "xla"),
+    pytest.param("sparse", "reference", marks=pytest.mark.slow),
+    ("warmup", "xla"),
+    ("warmup", "reference"),
+  ],
+)
 def test_operations_under_strict_settings(implementation, phase):
   with strict():
     got = every_operation(implementation, phase)
