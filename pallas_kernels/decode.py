@@ -139,7 +139,10 @@ STEP_KEYS = 128  # index keys of a tile
 SCORERS = 2  # score warpgroups, which alternate between tiles
 LANES = 32  # of a warp
 LENGTHS_AT_ONCE = 32  # batch rows whose lengths are read at once
-MERGE_ROUNDS = 5  # blocks to find before the lists in registers are shortened
+# Blocks to find before the lists in registers are shortened. Each shortening is
+# a loop of its own, and a program of long lists with many loops takes minutes
+# to lower.
+MERGE_ROUNDS, LONG_MERGE_ROUNDS = 5, 21
 MAX_DEVICES = 128  # that share a cache: one list each, merged at once
 
 
@@ -827,10 +830,11 @@ def _merge_lists(codes: list, ids: list, write: Callable) -> None:
     write: called with the place, the code and the id of an entry.
   """
   taken, slots = 0, len(codes)
+  most = LONG_MERGE_ROUNDS if slots > mosaic.LONG_LIST else MERGE_ROUNDS
   while taken < slots:
     # Entries too far down to be chosen are dropped every few rounds, which
     # leaves less to move.
-    rounds = min(MERGE_ROUNDS, slots - taken)
+    rounds = min(most, slots - taken)
 
     def pop(i, heads, taken=taken):
       codes, ids = heads

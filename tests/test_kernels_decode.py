@@ -269,6 +269,15 @@ def test_several_rows_in_the_share_of_a_cta(monkeypatch):
 
 
 @pytest.mark.slow
+def test_a_list_of_40_blocks():
+  case = Case(
+    lengths=(4000, 300), capacity=4000, num_heads=4, num_kv_heads=2, top_k=40,
+    dtype="float16",
+  )  # fmt: skip
+  run_and_check(case, config=None)
+
+
+@pytest.mark.slow
 def test_more_lists_than_lanes():
   case = Case(lengths=(4480, 300), capacity=4480, num_heads=1, num_kv_heads=1)
   params = params_of(case, decode.Config(num_ctas=36))
