@@ -140,6 +140,11 @@ def counts_below(
   return row * width + inside
 
 
+def lined_up(x: Array, ndim: int) -> Array:
+  """x with leading axes of one, as `jax_numpy_rank_promotion` wants."""
+  return lax.expand_dims(x, range(ndim - x.ndim))
+
+
 def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
   """Where the first `most` set flags are, ascending; then n.
 
@@ -150,11 +155,11 @@ def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
   n = flags.shape[-1]
   flags = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -n % 32),))
   flags = flags.reshape(*flags.shape[:-1], -1, 32)
-  bit = jnp.arange(32, dtype=jnp.uint32)
+  bit = lined_up(jnp.arange(32, dtype=jnp.uint32), flags.ndim)
   words = jnp.sum(flags.astype(jnp.uint32) << bit, axis=-1, dtype=jnp.uint32)
   ends = sums_up_to(lax.population_count(words).astype(jnp.int32))
-  i = jnp.arange(most, dtype=jnp.int32)
-  which = jnp.sum(ends[..., None, :] <= i[:, None], axis=-1, dtype=jnp.int32)
+  i = lined_up(jnp.arange(most, dtype=jnp.int32), words.ndim)
+  which = jnp.sum(ends[..., None, :] <= i[..., None], axis=-1, dtype=jnp.int32)
 
   def of_word(x):
     return jnp.take_along_axis(x, which, axis=-1, mode="fill", fill_value=0)

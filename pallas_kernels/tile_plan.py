@@ -277,17 +277,17 @@ def plan_walk(
     ],
     axis=-1,
   )  # fmt: skip
-  chose = chosen[..., block // WORD] >> block % WORD & 1
-  chose = chose.reshape(num_tiles, 2, g.half, g.num_blocks)
+  chosen = chosen[..., block // WORD].reshape(num_tiles, 2, g.half, -1)
+  chose = chosen >> mosaic.lined_up(block % WORD, 4) & 1
   query = jnp.arange(g.half, dtype=jnp.int32)[:, None]
-  bits = jnp.sum(chose << query, axis=2, dtype=jnp.int32)
+  bits = jnp.sum(chose << mosaic.lined_up(query, 4), axis=2, dtype=jnp.int32)
   listed = jnp.any(bits != 0, axis=1)
   place = mosaic.places_of(listed, g.num_blocks)
   shared_by = jnp.take_along_axis(
     bits, place[:, None], axis=2, mode="fill", fill_value=0
   )
   return TilePlan(
-    counts=_counts(listed, block, found.first_masked),
+    counts=_counts(listed, block[None], found.first_masked),
     queries=found.queries,
     shared=jnp.where(place < g.num_blocks, place, 0),
     shared_by=shared_by,

@@ -146,16 +146,20 @@ def pairs_of_few_blocks():
 
   Without it only `Config(shared_cost=0)` would be tested, which the kernels
   take for few blocks, and not what they do at the lengths that they are for.
+
+  Yields:
+    the function that chooses the config elsewhere.
   """
   from pallas_kernels import sparse_attention_fwd
 
+  here = sparse_attention_fwd.heuristic_config
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(
       sparse_attention_fwd,
       "heuristic_config",
       lambda num_blocks, top_k: sparse_attention_fwd.Config(),
     )
-    yield
+    yield here
 
 
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook

@@ -26,7 +26,6 @@ from pallas_kernels import sparse_attention_fwd as fwd
 
 PAIRS = fwd.Config(shared_cost=1e9, slack=0.0)  # pairs but for own blocks
 WALK = fwd.Config(shared_cost=0.0)  # shared blocks only
-HEURISTIC_CONFIG = fwd.heuristic_config  # conftest replaces it
 PATTERNS = list(patterns(Case()))
 
 
@@ -203,8 +202,11 @@ def test_tiles_that_are_walked_hold_as_many_queries_as_fit(group, tile):
   "num_blocks, top_k, walk",
   [(64, 16, True), (65, 64, False), (20, 5, True), (21, 5, False)],
 )
-def test_few_blocks_are_walked_without_pairs(num_blocks, top_k, walk):
-  assert HEURISTIC_CONFIG(num_blocks, top_k) == (WALK if walk else fwd.Config())
+def test_few_blocks_are_walked_without_pairs(
+  num_blocks, top_k, walk, pairs_of_few_blocks
+):
+  config = pairs_of_few_blocks(num_blocks, top_k)
+  assert config == (WALK if walk else fwd.Config())
 
 
 @pytest.mark.parametrize(

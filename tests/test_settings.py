@@ -15,6 +15,7 @@ from test_train import tiny_run
 
 import msa_jax
 from msa_jax import generate, ops, selection_stats
+from pallas_kernels import sparse_attention_fwd
 from train import config as config_lib
 from train import loop
 
@@ -108,7 +109,9 @@ def test_nothing_leaks_from_a_choice_of_implementation(phase):
 @pytest.mark.parametrize(
   "group_size", [pytest.param(2, marks=pytest.mark.slow), 16]
 )
-def test_kernels_lower_under_strict_settings(group_size, pretend_hopper):
+def test_kernels_lower_under_strict_settings(
+  group_size, pretend_hopper, monkeypatch, pairs_of_few_blocks
+):
   """Tracing is where promotions are found; it needs no GPU."""
   case = Case(
     q_len=192, kv_len=192, num_heads=group_size, num_kv_heads=1, head_dim=64,
@@ -143,6 +146,11 @@ def test_kernels_lower_under_strict_settings(group_size, pretend_hopper):
       assert (
         "mosaic_gpu" in traced.lower(lowering_platforms=("cuda",)).as_text()
       )
+    # Few blocks have a plan of their own.
+    monkeypatch.setattr(
+      sparse_attention_fwd, "heuristic_config", pairs_of_few_blocks
+    )
+    jax.jit(lambda *x: loss(*x)).trace(*inputs)
 
 
 CONFIG = msa_jax.ModelConfig(
