@@ -182,6 +182,9 @@ def test_the_presets_are_what_they_say():
     ("lm73m_16k", "msa", "warmup"),
     ("lm73m_16k", "msa", "sparse"),
     ("lm13m_4k_ablations", "fixed_window", "warmup"),
+    ("probes_4k", "gqa", "dense"),
+    ("probes_4k", "msa", "warmup"),
+    ("probes_4k", "msa_cpt", "sparse"),
   ],
 )
 def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
@@ -197,12 +200,16 @@ def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
     jax.ShapeDtypeStruct(batch, jnp.float32),
     dict.fromkeys(("backbone", "index"), jax.ShapeDtypeStruct((), jnp.float32)),
   )
+  packed = made.config.packed
+  if packed:
+    operands += (jax.ShapeDtypeStruct(batch, jnp.int32),)
   traced = jax.jit(made._step, static_argnames="phase").trace(
     *operands, phase=phase
   )
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  assert ("mosaic_gpu" in text) == (side == "msa")
-  assert ("__cudnn$fmha" in text) == (phase != "sparse")
+  # cuDNN attends to plain rows alone.
+  assert ("mosaic_gpu" in text) == (side.startswith("msa") or packed)
+  assert ("__cudnn$fmha" in text) == (phase != "sparse" and not packed)
 
 
 def test_own_text_replaces_that_of_the_text_tasks():

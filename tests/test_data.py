@@ -1114,6 +1114,138 @@ def test_every_answer_of_a_probe_follows_from_its_row(task):
   assert numbers == set(wanted[task])
 
 
+PACKED = dataclasses.replace(PROBES, lengths=(110, 130, 260), asks=5)
+
+
+def tasks_of(config, batch):
+  """(batch row, first token, end, task) of each document of training rows."""
+  for i, ids in enumerate(batch.segment_ids):
+    for document in range(1, ids.max() + 1):
+      start, *_, last = np.flatnonzero(ids == document).tolist()
+      row = batch.tokens[i, start : last + 1].tolist()
+      yield i, start, last + 1, task_of(config, row)
+
+
+def task_of(config, row):
+  """The task of a row, by its tokens of each kind."""
+  ids = probes.Ids(config)
+  if max(row) >= ids.link(0, 0):
+    return "variable_tracking"
+  if max(row) < ids.symbol:
+    return "common_words"
+  if max(row) < ids.fact(0, 0):
+    return "copy"
+  asks = any(ids.ask <= x < ids.key for x in row)
+  return "multi_value" if asks else "multi_query"
+
+
+def test_tasks_of_packed_rows_are_documents_of_each_length():
+  context = 570  # no multiple of any length
+  source = data.load(PACKED)
+  batch = source.train_batch(3, 5, batch_size=150, context=context)
+  assert batch.tokens.shape == batch.segment_ids.shape == (150, context + 1)
+  assert batch.tokens.max() < source.vocab_size
+  # Each row is full of tasks of one length; the last has what is left.
+  sizes = {}
+  for ids in batch.segment_ids:
+    count = np.bincount(ids)[1:].tolist()
+    np.testing.assert_array_equal(
+      ids, np.repeat(range(1, len(count) + 1), count)
+    )
+    (length,) = (x for x in PACKED.lengths if context // x == len(count))
+    last = context + 1 - length * (len(count) - 1)
+    assert count == [length] * (len(count) - 1) + [last]
+    sizes[length] = sizes.get(length, 0) + 1
+  # An equal share of the rows, and so of the tokens: 50 +- 5 standard
+  # deviations.
+  assert sorted(sizes) == [110, 130, 260]
+  assert all(abs(n - 50) < 5 * (150 * 2 / 9) ** 0.5 for n in sizes.values())
+  # Each task begins with the start token, and only there positions start again.
+  starts = np.diff(batch.segment_ids, axis=1, prepend=0) > 0
+  np.testing.assert_array_equal(batch.tokens == 0, starts)
+  np.testing.assert_array_equal(batch.positions() == 0, starts[:, :-1])
+  # Its answers follow from its own tokens, and nothing else is a target.
+  np.testing.assert_array_equal(batch.loss_mask, batch.answers)
+  weights = data.loss_weights(PACKED, batch)
+  answers, tasks = 0, []
+  for i, start, end, task in tasks_of(PACKED, batch):
+    row = batch.tokens[i, start:end].tolist()
+    here = slice(start, end - 1)
+    distance, number = batch.distance[i, here], batch.number[i, here]
+    found = [
+      (t, row[t + 1], None if distance[t] < 0 else t - distance[t], number[t])
+      for t in np.flatnonzero(number >= 0)
+    ]
+    assert found == answers_of(PACKED, task, row)
+    assert task != "variable_tracking" or len({row[t] for t, *_ in found}) == 5
+    assert weights[i, here].sum() == pytest.approx(1)
+    answers += len(found)
+    tasks.append(task)
+  assert batch.loss_mask.sum() == answers
+  assert (weights > 0).sum() == answers
+  _, counts = np.unique(tasks, return_counts=True)
+  share = counts / len(tasks)
+  np.testing.assert_allclose(share, 0.2, atol=5 * (0.16 / len(tasks)) ** 0.5)
+
+
+def test_packed_rows_of_tasks_are_fixed_and_held_out_rows_single():
+  source, again = data.load(PACKED), data.load(PACKED)
+  plain = data.load(PROBES)
+  shape = {"batch_size": 5, "context": 260}
+  assert data.is_packed(PACKED) and not data.is_packed(PROBES)
+  for step in (4, 0):  # in any order
+    a = source.train_batch(2, step, **shape)
+    assert batches_equal(a, again.train_batch(2, step, **shape))
+    # A row does not depend on the others of its batch.
+    fewer = source.train_batch(2, step, **(shape | {"batch_size": 2}))
+    for x, y in zip(a, fewer):
+      np.testing.assert_array_equal(x[:2], y)
+  others = source.train_batch(1, 0, **shape), source.train_batch(2, 1, **shape)
+  assert not any(np.array_equal(a.tokens, b.tokens) for b in others)
+  for task in (None, *source.probes):
+    pair = [
+      s.probe_batch(task, 1, **shape) if task else s.eval_batch(1, **shape)
+      for s in (source, plain)
+    ]
+    assert (pair[0].segment_ids == 1).all() and pair[1].segment_ids is None
+    assert batches_equal(pair[0]._replace(segment_ids=None), pair[1])
+  assert json.loads(json.dumps(source.fingerprint)) == source.fingerprint
+  prints = [source.fingerprint, plain.fingerprint]
+  for name, value in {"lengths": (110, 130), "asks": 4}.items():
+    changed = dataclasses.replace(PACKED, **{name: value})
+    prints.append(data.load(changed).fingerprint)
+  assert len({json.dumps(x) for x in prints}) == 4
+  # Data without the new fields are what they were.
+  assert not {"lengths", "asks"} & set(plain.fingerprint)
+
+
+@pytest.mark.parametrize(
+  ("lengths", "context", "keep", "text"),
+  [
+    (
+      (110, 520),
+      512,
+      0,
+      r"lengths=\(110, 520\) with context=512: wanted none ab",
+    ),
+    (
+      (110, 512),
+      16384,
+      1,
+      r"context=16384: a row would hold 148 tasks, .* at most 128\. Wanted none"
+      " below 128",
+    ),
+  ],
+)
+def test_packed_rows_of_tasks_want_room(lengths, context, keep, text):
+  source = data.load(dataclasses.replace(PROBES, lengths=lengths))
+  with pytest.raises(ValueError, match=text):
+    source.train_batch(0, 0, batch_size=1, context=context)
+  # The same lengths without the one that does not fit.
+  fits = dataclasses.replace(PROBES, lengths=lengths[keep:][:1])
+  data.load(fits).train_batch(0, 0, batch_size=1, context=context)
+
+
 @pytest.mark.parametrize("task", PROBES.tasks)
 def test_the_format_of_a_probe_does_not_tell_its_answers(task):
   source = data.load(PROBES)
@@ -1177,6 +1309,14 @@ def test_probes_are_fixed_and_held_out():
       {"num_keys": 15},
       r"num_keys=15: task 'variable_tracking' wants at least 16, for num_value",
     ),
+    ({"asks": 0}, r"asks=0: wanted an integer of at least 1"),
+    ({"asks": 17}, r"asks=17: wanted at most 16, the variables of 4 chains"),
+    (
+      {"lengths": (256, PROBES.least_context)},
+      r"lengths=\(256, 102\): wanted integers of at least 103, in which the p",
+    ),
+    ({"lengths": (128, 128)}, r"lengths=\(128, 128\): .* each once"),
+    ({"lengths": (128.5,)}, r"lengths=\(128\.5,\): wanted integers"),
   ],
 )
 def test_probes_config_refuses(changes, text):
@@ -1242,6 +1382,9 @@ def test_needles_of_packed_rows_lie_in_the_document_that_asks(mix):
       assert batch.loss_mask[row, t].all()
       counts[kind] += len(t)
   assert min(counts.values()) > 20
+  # Programs of packed rows want ids in every batch.
+  recall = source.probe_batch("recall", 0, batch_size=2, context=400)
+  assert (recall.segment_ids == 1).all()
 
 
 def check_answers(config: data.MixConfig, batch: data.Batch) -> np.ndarray:
@@ -1411,6 +1554,21 @@ def test_a_mix_can_have_probes(mix):
   answers = weights[new.answers].sum() / weights.sum()
   assert answers == pytest.approx(config.answer_share)
   assert "probes" not in plain.fingerprint and "probes" in source.fingerprint
+  # Of packed tasks, which make rows of all kinds documents.
+  packed = dataclasses.replace(tasks, lengths=(32, 64))
+  config = dataclasses.replace(config, probes=packed)
+  source = data.load(config)
+  assert data.is_packed(config) and not data.is_packed(mix)
+  batch = source.train_batch(0, 3, **shape)
+  assert (batch.segment_ids[~own] == 1).all()
+  np.testing.assert_array_equal(batch.tokens[~own], new.tokens[~own])
+  alone = data.load(packed).train_batch(0, 3, **shape)
+  np.testing.assert_array_equal(batch.tokens[own] - first, alone.tokens[own])
+  np.testing.assert_array_equal(batch.segment_ids[own], alone.segment_ids[own])
+  shape["batch_size"] = 4
+  held_out = [source.probe_batch(name, 0, **shape) for name in source.probes]
+  for batch in (*held_out, source.eval_batch(0, **shape)):
+    assert (batch.segment_ids == 1).all()
   with pytest.raises(ValueError, match=r"probes_share=0\.0 with probes=Pr"):
     dataclasses.replace(config, probes_share=0.0)
   with pytest.raises(ValueError, match=r"probes_share=0\.8: wanted at least"):

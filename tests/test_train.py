@@ -1570,7 +1570,10 @@ def test_presets_are_comparable(name):
     runs.check_comparable(sides)
   for run in comparison.runs:
     if isinstance(run.data, data.RecallConfig | data.ProbesConfig):
-      assert data.load(run.data).vocab_size <= run.model.vocab_size
+      source = data.load(run.data)
+      assert source.vocab_size <= run.model.vocab_size
+      # The tasks fit the context.
+      source.train_batch(0, 0, batch_size=1, context=run.context)
 
 
 def test_help(capsys):

@@ -283,12 +283,15 @@ def loss_weights(
 
   All targets in the loss mask have the same weight, except in a mix and in
   probes. In a mix the answers have `answer_share` of the weight together, if
-  the batch has other targets too. In probes the answers of a batch row have
-  the weight of one together, so that tasks with few answers are learnt too.
+  the batch has other targets too. In probes the answers of a task have the
+  weight of one together, so that tasks with few answers are learnt too.
   """
   weights = batch.loss_mask.astype(np.float32)
   if isinstance(config, ProbesConfig):
-    weights /= np.maximum(weights.sum(1, keepdims=True), 1)
+    ids = batch.segment_ids
+    task = np.zeros_like(batch.distance) if ids is None else ids[:, :-1]
+    for row, own in zip(weights, task):
+      row /= np.maximum(np.bincount(own, row)[own], 1)
   if isinstance(config, MixConfig):
     answers = batch.loss_mask & batch.answers
     count = answers.sum()
@@ -303,9 +306,13 @@ def is_packed(config: DataConfig) -> bool:
   """Whether batch rows hold several documents, which `segment_ids` names."""
   if isinstance(config, FactoryConfig):
     return config.packed
-  text = config.text if isinstance(config, MixConfig) else config
-  packs = isinstance(text, TextConfig | TokensConfig)
-  return packs and text.rows != "stream"
+  if isinstance(config, ProbesConfig):
+    return bool(config.lengths)
+  if isinstance(config, MixConfig):
+    tasks = config.probes is not None and is_packed(config.probes)
+    return tasks or is_packed(config.text)
+  packs = isinstance(config, TextConfig | TokensConfig)
+  return packs and config.rows != "stream"
 
 
 def max_documents(context: int) -> int:
@@ -839,29 +846,38 @@ class _ProbesSource(Source):
   """A new row for every (seed, step, batch row).
 
   The rows of held-out batches take the tasks in turn, those of a probe have one
-  task.
+  task. Training rows hold one task, or several as documents (config.lengths).
   """
 
   token_bytes = None
 
   def __init__(self, config: ProbesConfig):
     self._config = config
+    self._held_out = dataclasses.replace(config, asks=1)
     self.probes = config.tasks
     self.vocab_size = Ids(config).vocab_size
     self.chance = config.chances
     sample = self.eval_batch(
       0, batch_size=2 * len(config.tasks), context=config.least_context
-    )
+    ).tokens.tobytes()
+    fields = dataclasses.asdict(config)
+    # Without these fields as before there were any.
+    new = {"lengths": (), "asks": 1}
+    if any(fields[name] != old for name, old in new.items()):
+      context = max(config.lengths or (config.least_context,))
+      trained = self.train_batch(0, 0, batch_size=4, context=context)
+      sample += trained.tokens.tobytes()
+    fields = {k: x for k, x in fields.items() if k not in new or x != new[k]}
     self.fingerprint = {
       "name": "probes",
       **{
         name: list(value) if isinstance(value, tuple) else value
-        for name, value in dataclasses.asdict(config).items()
+        for name, value in fields.items()
       },
       "vocab_size": self.vocab_size,
       "chance": self.chance,
       # The hash of a sample, so that another generator gives another one.
-      "sha256": hashlib.sha256(sample.tokens.tobytes()).hexdigest(),
+      "sha256": hashlib.sha256(sample).hexdigest(),
     }
 
   def train_batch(self, seed, step, *, batch_size, context) -> Batch:
@@ -888,14 +904,51 @@ class _ProbesSource(Source):
     self, stream: tuple[int, ...], tasks: Sequence[str | None], context: int
   ) -> Batch:
     """A row for each task, each from random numbers of its own; None draws a
-    task."""
-    rows = []
+    training row."""
+    shape = len(tasks), context
+    tokens, ids = (np.ones((shape[0], context + 1), np.int32) for _ in range(2))
+    distance, number = (np.full(shape, -1, np.int32) for _ in range(2))
     for i, task in enumerate(tasks):
       rng = np.random.default_rng((*stream, i))
-      task = task or self.probes[rng.integers(len(self.probes))]
-      rows.append(make_row(self._config, task, rng, context))
-    tokens, distance, number = map(np.stack, zip(*rows))
-    return Batch(tokens, number >= 0, distance, number=number)
+      config = self._held_out if task else self._config
+      sizes = [context + 1] if task else self._sizes(rng, context)
+      at = 0
+      for document, size in enumerate(sizes, 1):
+        drawn = task or self.probes[rng.integers(len(self.probes))]
+        row = make_row(config, drawn, rng, size - 1)
+        to = at + size
+        tokens[i, at:to], ids[i, at:to] = row.tokens, document
+        # What follows a task's last token is no answer.
+        distance[i, at : to - 1] = row.distance
+        number[i, at : to - 1] = row.number
+        at = to
+    packed = ids if self._config.lengths else None
+    return Batch(tokens, number >= 0, distance, packed, number)
+
+  def _sizes(self, rng: np.random.Generator, context: int) -> list[int]:
+    """The tokens of each task of a training row.
+
+    Raises:
+      ValueError: the context cannot hold tasks of the config's lengths.
+    """
+    lengths, most = self._config.lengths, max_documents(context)
+    if not lengths:
+      return [context + 1]
+    if max(lengths) > context:
+      raise ValueError(
+        f"lengths={lengths} with context={context}: wanted none above the"
+        " context."
+      )
+    if context // min(lengths) > most:
+      raise ValueError(
+        f"lengths={lengths} with context={context}: a row would hold"
+        f" {context // min(lengths)} tasks, each a document, of at most {most}."
+        f" Wanted none below {context // (most + 1) + 1}."
+      )
+    length = int(rng.choice(lengths))
+    sizes = [length] * (context // length)
+    sizes[-1] += context + 1 - sum(sizes)
+    return sizes
 
 
 # --- Mix ---------------------------------------------------------------------
@@ -999,7 +1052,9 @@ class _MixSource(Source):
     return _rows_of(of_tasks, tasks, batch)
 
   def eval_batch(self, index, *, batch_size, context) -> Batch:
-    return self._text.eval_batch(index, batch_size=batch_size, context=context)
+    return self._as_packed(
+      self._text.eval_batch(index, batch_size=batch_size, context=context)
+    )
 
   def num_eval_batches(self, *, batch_size, context) -> int | None:
     return self._text.num_eval_batches(batch_size=batch_size, context=context)
@@ -1007,9 +1062,11 @@ class _MixSource(Source):
   def probe_batch(self, name, index, *, batch_size, context) -> Batch:
     shape: Any = dict(batch_size=batch_size, context=context)
     if name == "recall":
-      return self._moved(self._recall.eval_batch(index, **shape))
+      recall = self._moved(self._recall.eval_batch(index, **shape))
+      return self._as_packed(recall)
     if self._tasks is not None and name in self._tasks.probes:
-      return self._moved_tasks(self._tasks.probe_batch(name, index, **shape))
+      tasks = self._tasks.probe_batch(name, index, **shape)
+      return self._as_packed(self._moved_tasks(tasks))
     if name != "needle":
       return super().probe_batch(name, index, **shape)
     # The index may exceed the number of windows. Their text then occurs again,
@@ -1017,7 +1074,7 @@ class _MixSource(Source):
     windows = self._text.num_eval_batches(**shape)
     rng = np.random.default_rng((_MIX_STREAM, _EVAL_STREAM, index))
     text = self._text.eval_batch(index % max(windows, 1), **shape)
-    batch = self._with_needles(text, rng)
+    batch = self._as_packed(self._with_needles(text, rng))
     return batch._replace(loss_mask=batch.distance >= 0)
 
   def _with_needles(
@@ -1040,6 +1097,10 @@ class _MixSource(Source):
     tokens = recall.tokens + self._text.vocab_size
     return recall._replace(tokens=self._as_words(tokens))
 
+  def _as_packed(self, batch: Batch) -> Batch:
+    """The batch in the form that all of this source have."""
+    return _packed(batch) if is_packed(self._config) else batch
+
   def _moved_tasks(self, tasks: Batch) -> Batch:
     return tasks._replace(tokens=tasks.tokens + self._first_task_id)
 
@@ -1051,11 +1112,17 @@ class _MixSource(Source):
     return np.where(facts >= 0, self._words[np.maximum(facts, 0)], tokens)
 
 
+def _packed(batch: Batch) -> Batch:
+  """The batch with segment ids: a row without any is one document."""
+  if batch.segment_ids is not None:
+    return batch
+  return batch._replace(segment_ids=np.ones_like(batch.tokens))
+
+
 def _rows_of(first: np.ndarray, a: Batch, b: Batch) -> Batch:
   """The rows of a where `first` [B] is true, and those of b elsewhere."""
-  if b.segment_ids is not None:
-    # A row of a is one document.
-    a = a._replace(segment_ids=np.ones_like(a.tokens))
+  if a.segment_ids is not None or b.segment_ids is not None:
+    a, b = _packed(a), _packed(b)
   merged: Any = (
     None if x is None or y is None else np.where(first[:, None], x, y)
     for x, y in zip(a, b)

@@ -49,8 +49,15 @@ class ProbesConfig:
     "copy",
     "variable_tracking",
   )
-  """Each is a probe with this name. A training row has one of them, drawn with
-  equal probability."""
+  """Each is a probe with this name. The task of a training row, or of each of
+  its documents, is drawn with equal probability."""
+
+  lengths: tuple[int, ...] = ()
+  """Tokens of the tasks of a training row. Each row draws one of these lengths,
+  so that all have equally many tokens, and is filled with tasks of that length,
+  which are documents that see nothing of each other; the last of them has the
+  tokens that are left, too. (): one task, as long as the row. Held-out rows are
+  always one task."""
 
   num_keys: int = 16
   """Keys, which are the variables of variable_tracking too."""
@@ -81,10 +88,16 @@ class ProbesConfig:
 
   hops: tuple[int, ...] = (0, 1, 2, 3)
   """variable_tracking: how many links lead from a variable to its value. There
-  are num_values chains of max(hops) + 1 variables."""
+  are num_values chains of max(hops) + 1 variables, which are the first keys:
+  the fewer there are, the sooner links are learnt."""
+
+  asks: int = 1
+  """variable_tracking: how many variables the task asks for in training rows,
+  one after the other. In held-out rows it asks for one, because the last of
+  several can be guessed from the answers before."""
 
   def __post_init__(self):
-    least = {"num_keys": 1, "num_values": 2, "num_symbols": 2}
+    least = {"num_keys": 1, "num_values": 2, "num_symbols": 2, "asks": 1}
     for name, low in (least | {"num_fillers": 1, "num_spans": 1}).items():
       number = as_integer(getattr(self, name))
       if number is None or number < low:
@@ -125,6 +138,22 @@ class ProbesConfig:
           f"num_keys={self.num_keys}: task {task!r} wants at least {wanted},"
           f" for {what}."
         )
+    most = self.num_values * len(set(self.hops))
+    if self.asks > most:
+      raise ValueError(
+        f"asks={self.asks}: wanted at most {most}, the variables of"
+        f" {self.num_values} chains with hops={self.hops}."
+      )
+    lengths = tuple(map(as_integer, self.lengths))
+    least = self.least_context + 1
+    if len(set(lengths)) < len(lengths) or any(
+      x is None or x < least for x in lengths
+    ):
+      raise ValueError(
+        f"lengths={self.lengths!r}: wanted integers of at least {least}, in"
+        f" which the probes {tasks} have room, each once."
+      )
+    keep(self, lengths=lengths)
 
   @property
   def chances(self) -> dict[str, float]:
@@ -314,18 +343,25 @@ def _variable_tracking(
   # With a chain for each value, and one question, nobody can guess from the
   # values that are there.
   shape = config.num_values, max(config.hops) + 1
-  variables = rng.permutation(config.num_keys)[: shape[0] * shape[1]]
-  variables = variables.reshape(shape)
-  places = _places(rng, tokens, 2, variables.size)
+  variables = rng.permutation(shape[0] * shape[1]).reshape(shape)
+  places = _places(rng, tokens, 2 * config.asks, variables.size)
   # A variable is stated after the one that it is set to.
   places = np.sort(places.reshape(shape), axis=1)
   tokens[places[:, 0]] = ids.fact(variables[:, 0], np.arange(shape[0]))
   tokens[places[:, 1:]] = ids.link(variables[:, 1:], variables[:, :-1])
-  value, hops = rng.integers(config.num_values), int(rng.choice(config.hops))
-  return [
-    _Token(ids.key + variables[value, hops]),
-    _Token(ids.value + value, hops, places[value, hops]),
-  ]
+  first = int(rng.integers(config.num_values)), int(rng.choice(config.hops))
+  asked = [first]
+  if config.asks > 1:
+    every = [(i, j) for i in range(shape[0]) for j in sorted(set(config.hops))]
+    order = rng.permutation(len(every))
+    asked += [every[i] for i in order if every[i] != first]
+  end = []
+  for value, hops in asked[: config.asks]:
+    end += [
+      _Token(ids.key + variables[value, hops]),
+      _Token(ids.value + value, hops, places[value, hops]),
+    ]
+  return end
 
 
 class _Task(NamedTuple):
@@ -359,6 +395,6 @@ _TASKS = {
   "copy": _Task(_copy, lambda c: 1 + 2 * c.num_spans * (max(c.spans) + 1)),
   "variable_tracking": _Task(
     _variable_tracking,
-    lambda c: 3 + c.num_keys,
+    lambda c: 1 + c.num_keys + 2 * c.asks,
   ),
 }
