@@ -88,6 +88,7 @@ def bit_not(x: Any) -> Any:
 # Up to so many comparisons, one launch that compares all with all takes less
 # time than the launches that fewer operations would be spread over.
 ALL_WITH_ALL = 1 << 24
+MAX_SLOTS_COMPARED = 1024  # flags of a row, in `places_of`
 
 
 def counts_up_to(values: Int[Array, "n"], size: int) -> Int[Array, "size"]:
@@ -148,11 +149,17 @@ def lined_up(x: Array, ndim: int) -> Array:
 def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
   """Where the first `most` set flags are, ascending; then n.
 
-  That is a sort of the places, but without a sort: the flags are bits of words,
-  and the i-th place is found as the word that holds the i-th set bit, and then,
-  by halving, as the bit of the word.
+  That is a sort of the places, but short rows need no sort: the flags are bits
+  of words, and the i-th place is found as the word that holds the i-th set bit,
+  by comparing i with all words, and then, by halving, as the bit of the word.
   """
   n = flags.shape[-1]
+  if n > MAX_SLOTS_COMPARED:
+    places = lined_up(jnp.arange(n, dtype=jnp.int32), flags.ndim)
+    places = jnp.where(flags, places, n)
+    places = lax.sort(places, is_stable=False)[..., :most]
+    behind = ((0, 0),) * (flags.ndim - 1) + ((0, max(most - n, 0)),)
+    return jnp.pad(places, behind, constant_values=n)
   flags = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -n % 32),))
   flags = flags.reshape(*flags.shape[:-1], -1, 32)
   bit = lined_up(jnp.arange(32, dtype=jnp.uint32), flags.ndim)

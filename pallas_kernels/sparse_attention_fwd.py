@@ -32,7 +32,7 @@ If no tile has a pair, one launch of the tile kernel computes everything.
 Otherwise the chunks of one group's queries are processed one after another in a
 workspace of at most 2^30 elements of partial outputs, and planned again if
 their tiles then hold fewer queries. The branch between the two cases makes the
-host wait for the plan.
+host wait for the plan. There is none if all blocks are shared, as few are.
 
 SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
 partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial
@@ -108,7 +108,7 @@ ROWS = 64  # MMA rows of a wgmma tile
 MAX_WORKSPACE = 1 << 30  # elements of the partial outputs
 MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
 BUNDLE_BYTES = 40 << 20  # of keys and values that stay in L2, which has 50 MB
-FEW_BLOCKS = 64  # that `tile_plan.plan_walk` compares with each choice
+FEW_BLOCKS = 64  # at most, for which `tile_plan.plan_walk` plans
 
 
 @dataclasses.dataclass(frozen=True)

@@ -44,7 +44,7 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import mosaic
 
-WORD = 32  # queries whose bits share an int32
+WORD = 32  # queries, or blocks, whose bits share an int32
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,10 @@ class TilePlan(NamedTuple):
     queries: int32 [tiles, 3, 2]: query bits of the queries that see a
       non-finite key, of those that see a non-finite value, and of those that
       see anything.
-    shared: int32 [tiles, max_shared]: the shared blocks, ascending.
-    shared_by: int32 [tiles, 2, max_shared]: query bits of those that chose each
-      of them.
+    shared: int32 [tiles, entries]: the shared blocks, ascending. There are
+      `max_shared` entries, or N of `plan_walk`.
+    shared_by: int32 [tiles, 2, entries]: query bits of those that chose each of
+      them.
   """
 
   counts: Int[Array, "tiles 2"]
@@ -394,7 +395,7 @@ def _chosen_by(
   valid: Bool[Array, "tiles slots"],
   geometry: Geometry,
 ) -> list[Int[Array, "tiles slots"]]:
-  """`TilePlan.chosen_by` for each half of a tile."""
+  """`SortedChoices.chosen_by` for each half of a tile."""
   g = geometry
   over_runs = functools.partial(
     mosaic.or_of_rest_of_run, key=block, longest=g.tile
@@ -444,6 +445,8 @@ def tile_of_rank(
     tiles_of_group: tiles of each group, one group after another.
     bundle: groups whose tiles alternate; a divisor of `num_groups`.
   """
+  if num_groups == 1:  # registers are few where tiles merge
+    return tiles_of_group - 1 - rank
   size = bundle * tiles_of_group
   nth, place = lax.div(rank, size), lax.rem(rank, size)
   group, place = lax.rem(place, bundle), lax.div(place, bundle)

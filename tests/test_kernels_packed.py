@@ -39,6 +39,7 @@ DOCUMENTS = [(1, 2), (2, 65), (66, 131)]
 TREE = [(1, 12), (12, 80), (80, 83), (83, 86), (88, 100), (100, 108)]
 PARENTS = [-1, 0, 1, 2, 0, -1]
 PAIRS = fwd.Config(shared_cost=1e9, slack=0.0)  # pairs where no mask is needed
+WALK = fwd.Config(shared_cost=0.0)  # no pairs at all
 
 
 # One program in the place of many small operations.
@@ -395,15 +396,16 @@ def assert_rows_agree(results, poison):
 
 
 @pytest.mark.parametrize(
-  "kind, head_dim",
+  "kind, head_dim, config",
   [
-    ("documents", None),
-    pytest.param("trees", None, marks=pytest.mark.slow),
-    pytest.param("documents", 256, marks=pytest.mark.slow),
-    pytest.param("trees", 136, marks=pytest.mark.slow),
+    ("documents", None, PAIRS),
+    ("trees", None, WALK),
+    pytest.param("trees", None, fwd.Config(), marks=pytest.mark.slow),
+    pytest.param("documents", 256, PAIRS, marks=pytest.mark.slow),
+    pytest.param("trees", 136, fwd.Config(), marks=pytest.mark.slow),
   ],
 )
-def test_interpreted_attention_and_gradients(kind, head_dim):
+def test_interpreted_attention_and_gradients(kind, head_dim, config):
   case, layout, poison = small(kind)
   if head_dim:
     case = dataclasses.replace(case, head_dim=head_dim)
@@ -414,9 +416,8 @@ def test_interpreted_attention_and_gradients(kind, head_dim):
   dlse = lse_cotangent(case, blocks, layout)
   dlse = jnp.broadcast_to(dlse[:1], dlse.shape)
   config = dataclasses.replace(
-    PAIRS if kind == "documents" else fwd.Config(), num_ctas=1,
-    pair_warpgroups=2, query_stages=2,
-  )  # fmt: skip
+    config, num_ctas=1, pair_warpgroups=2, query_stages=2
+  )
 
   @jax.jit  # One program: the plans have many small operations.
   def run(q, k, v, dout, dlse, blocks, layout):

@@ -725,7 +725,9 @@ def test_sums_of_values_up_to_each():
   assert found.tolist() == np.cumsum(values, axis=1).tolist()
 
 
-@pytest.mark.parametrize("n, most", [(5, 5), (32, 40), (100, 64), (512, 300)])
+@pytest.mark.parametrize(
+  "n, most", [(5, 5), (32, 40), (100, 64), (512, 300), (1100, 1200)]
+)
 def test_places_of_set_flags(n, most):
   rng = np.random.default_rng(n)
   flags = rng.random((3, 8, n)) < np.linspace(0, 1, 8)[None, :, None]
