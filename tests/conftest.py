@@ -47,14 +47,22 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # would write up to 100 frames for each, of which pytest alone has thirty.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
-# Many tests compile what another test, file or process has compiled: workers
-# and the processes that tests start inherit this folder of theirs. To keep and
-# to find a program takes longer than to compile a small one.
+# Many tests compile what another test, file or process has compiled: the
+# processes that tests start inherit this folder. Each worker has its own in it,
+# because JAX does not write an entry at once, and another could read a part. To
+# keep and to find a program takes longer than to compile a small one.
 if not HAS_GPU and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   folder = tempfile.mkdtemp(prefix="msa_jax_compiled_")
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
   os.environ["JAX_COMPILATION_CACHE_DIR"] = folder
   os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.05"
+elif (
+  "PYTEST_XDIST_WORKER" in os.environ
+  and "msa_jax_compiled_" in os.environ.get("JAX_COMPILATION_CACHE_DIR", "")
+):
+  os.environ["JAX_COMPILATION_CACHE_DIR"] += (
+    "/" + os.environ["PYTEST_XDIST_WORKER"]
+  )
 
 # Several processes share a GPU. A fraction bounds one of them and reserves
 # nothing; all `gpu_memory` tests run in the same process, and the others need
