@@ -112,7 +112,7 @@ def sums_up_to(values: Int[Array, "*A n"]) -> Int[Array, "*A n"]:
     return jnp.cumsum(values, axis=-1, dtype=jnp.int32)
   index = jnp.arange(n)
   before = index[None] <= index[:, None]
-  before = jnp.expand_dims(before, range(values.ndim - 1))
+  before = lined_up(before, values.ndim + 1)
   so_far = jnp.where(before, values[..., None, :], 0)
   return jnp.sum(so_far, axis=-1, dtype=jnp.int32)
 
@@ -146,6 +146,12 @@ def lined_up(x: Array, ndim: int) -> Array:
   return lax.expand_dims(x, range(ndim - x.ndim))
 
 
+def bit_mask(flags: Bool[Array, "*A n"]) -> Int[Array, "*A"]:
+  """Up to 32 flags as bits of an int32, the first one lowest."""
+  shifts = lined_up(jnp.arange(flags.shape[-1], dtype=jnp.int32), flags.ndim)
+  return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
+
+
 def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
   """Where the first `most` set flags are, ascending; then n.
 
@@ -162,8 +168,7 @@ def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
     return jnp.pad(places, behind, constant_values=n)
   flags = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -n % 32),))
   flags = flags.reshape(*flags.shape[:-1], -1, 32)
-  bit = lined_up(jnp.arange(32, dtype=jnp.uint32), flags.ndim)
-  words = jnp.sum(flags.astype(jnp.uint32) << bit, axis=-1, dtype=jnp.uint32)
+  words = bit_mask(flags).astype(jnp.uint32)  # shifted right without the sign
   ends = sums_up_to(lax.population_count(words).astype(jnp.int32))
   i = lined_up(jnp.arange(most, dtype=jnp.int32), words.ndim)
   which = jnp.sum(ends[..., None, :] <= i[..., None], axis=-1, dtype=jnp.int32)

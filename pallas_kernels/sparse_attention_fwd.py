@@ -1054,6 +1054,7 @@ def _plan(
     tiles, choices = tile_plan.plan_walk(*arguments), None
   else:
     tiles, choices = tile_plan.plan_tiles(*arguments)
+    choices = choices if g.shared_cost else None
   return _Plan(tiles, choices, where, num_chunks)
 
 
@@ -1196,7 +1197,6 @@ def forward(
     lax.fori_loop(0, total // planned, some_chunks, None)
     return read(out, lse, g)
 
-  if config.shared_cost == 0:
+  if first_plan.choices is None:
     return walk_all()
-  assert first_plan.choices is not None
   return lax.cond(jnp.any(first_plan.choices.has_pairs), mixed, walk_all)

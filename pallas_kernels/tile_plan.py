@@ -185,12 +185,6 @@ class PairPlan(NamedTuple):
   order: Int[Array, "pairs"]
 
 
-def _bit_mask(flags: Bool[Array, "*A queries"]) -> Int[Array, "*A"]:
-  shifts = jnp.arange(flags.shape[-1], dtype=jnp.int32)
-  shifts = lax.expand_dims(shifts, range(flags.ndim - 1))
-  return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
-
-
 class _Choices(NamedTuple):
   """What both planners read of the choices.
 
@@ -241,7 +235,7 @@ def _choices(
     )[:, None]  # fmt: skip
 
   def by_half(flags):
-    return _bit_mask(flags.reshape(num_tiles, 2, g.half))
+    return mosaic.bit_mask(flags.reshape(num_tiles, 2, g.half))
 
   queries = jnp.stack([by_half(x) for x in (bad_key, bad_value, sees)], axis=1)
   return _Choices(known, valid, first_masked, queries)
