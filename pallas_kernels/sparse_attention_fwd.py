@@ -23,7 +23,8 @@ the device which of the two kernels computes which choice:
   outputs of the tile's pairs, and write out and lse. A third warpgroup copies
   keys, values and partial outputs. Queries are read and results written where
   they lie: all queries of half a tile at once, or one after another where they
-  leave padding between their heads, or have 8 or 16 of them. Half a tile holds
+  leave padding between their heads. If nothing is merged, the queries of the
+  next tile are read while results of this one are written. Half a tile holds
   whole packs where it merges, and otherwise as many queries as fit 64 MMA rows.
   Bound: where neighbours agree, reading shared blocks from L2 (64 KB for 8
   queries) and wgmma; otherwise reading the partial outputs.
@@ -35,8 +36,8 @@ their tiles then hold fewer queries. The branch between the two cases makes the
 host wait for the plan. There is none if all blocks are shared, as few are.
 
 SMEM at D 128 and block 128: pairs 96 KB of queries, 64 KB of K and V, 48 KB of
-partial outputs; tiles 32 KB of queries, 128 KB of K and V, 64 KB of partial
-outputs (192 KB of K and V when nothing is merged). At D 256 (*wide* heads):
+partial outputs; tiles 32 KB of queries, 128 KB of K and V, and 64 KB of partial
+outputs or, when nothing is merged, 32 KB of results. At D 256 (*wide* heads):
 pairs 128 KB of K and V and 96 KB of queries, through which the partial outputs
 leave, so two warpgroups take turns at three buffers; tiles 64 KB of queries,
 128 KB of K and V in two stages of 64 keys, 32 KB of partial outputs, of which
@@ -61,8 +62,7 @@ Barriers of tiles, between compute warpgroups 0 and 1 and the copy warpgroup:
   q_ready     one a compute warpgroup: its own       0 and 1, each its own
               copies of q, one for each 64 columns
               (and each query, if padding lies
-              between them; with 8 or 16 heads a
-              group, one a query)
+              between them)
   k_ring      ready: the copy of a block's keys      0 and 1
               (of 64 of its keys if heads are wide)
               free: 0 and 1, after the scores or     copy
@@ -105,6 +105,10 @@ from pallas_kernels.mosaic import FLOOR
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # MMA rows of a wgmma tile
+# Columns of the operands that hold a tile's queries. TMA copies whole tiles of
+# 8 rows x 64 columns, unless an operand has 64 columns: its rows then lie one
+# behind the other, and any number is copied.
+TILE_COLUMNS = 64
 MAX_WORKSPACE = 1 << 30  # elements of the partial outputs
 MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
 BUNDLE_BYTES = 40 << 20  # of keys and values that stay in L2, which has 50 MB
@@ -122,7 +126,8 @@ class Config:
     query_stages: row tiles of gathered queries in flight for each of these
       warpgroups (pair kernel).
     kv_stages: key blocks in flight (tile kernel, when it merges pairs).
-    walk_stages: key blocks in flight (tile kernel, when there are no pairs).
+    walk_stages: upper bound on the key blocks in flight (tile kernel, when
+      there are no pairs). With heads of 128 dims two fit.
     merge_stages: partial outputs in flight (tile kernel).
     task: upper bound on the pairs that share one load of a block.
     span: queries that are kept in L2 while their pairs are gathered; 0 derives
@@ -176,23 +181,12 @@ class KernelParams:
     return ROWS // self.packing.rows
 
   @property
-  def tile_columns(self) -> int:
-    """Columns of the operands that hold a tile's queries.
-
-    TMA copies whole tiles of 8 rows x 64 columns, unless an operand has 64
-    columns: its rows then lie one behind the other, and any number is copied.
-    """
-    return 64 if self.packing.group_size % 8 else self.head_dim
-
-  @property
   def one_copy(self) -> bool:
     """Whether one TMA copy moves 64 columns of all queries of half a tile.
 
-    It does where no padding lies between the heads of two queries. Operands
-    with tiles (of 8 or 16 heads) would take six dims, and TMA knows five.
+    It does where no padding lies between the heads of two queries.
     """
-    group_size = self.packing.group_size
-    return group_size % 8 > 0 and rows_of_query(self.geometry) == group_size
+    return rows_of_query(self.geometry) == self.packing.group_size
 
   @property
   def wide(self) -> bool:
@@ -218,6 +212,11 @@ class KernelParams:
       return mosaic.ring(buffers, fills=self.half)
     stages = buffers * self.pair_warpgroups
     return mosaic.ring(stages, fills=self.half, buffers=buffers)
+
+  @property
+  def walk_stages(self) -> int:
+    """Key blocks in flight in the tile kernel when there are no pairs."""
+    return min(self.config.walk_stages, 3 if self.head_dim < 128 else 2)
 
   @property
   def step_keys(self) -> int:
@@ -527,15 +526,15 @@ def _tiles(
   s, g, config = params, params.geometry, params.config
   half, rows, group_size = s.half, s.packing.rows, s.packing.group_size
   tiles_of_group = plan.counts.shape[0] // (q.shape[0] * s.num_kv_heads)
-  num_parts = s.head_dim // s.tile_columns  # operands of half a tile's queries
+  num_parts = s.head_dim // TILE_COLUMNS  # operands of half a tile's queries
   merging = partials is not None
+  # The next tile's queries are loaded while results of this one are written.
+  ahead = not merging and not s.wide
   # Where tiles merge, a launch has those of one chunk of one group.
   num_groups = 1 if merging else num_tiles // tiles_of_group
   kv_bytes = 2 * k.shape[2] * k.shape[3] * s.dtype.itemsize
   bundle = mosaic.largest_divisor(num_groups, BUNDLE_BYTES // kv_bytes)
-  kv_stages = config.kv_stages if merging else config.walk_stages
-  if s.wide:
-    kv_stages = 2
+  kv_stages = config.kv_stages if merging and not s.wide else s.walk_stages
   each = s.block_size // s.step_keys  # steps of a block
   merge_stages = config.merge_stages
   columns = s.merge_columns if merging else s.head_dim
@@ -548,7 +547,7 @@ def _tiles(
     v_smem, q_ready, k_ring, v_ring, keys_gmem: Any = None,
     merge_gmem: Any = None, part_gmem: Any = None, part_lse_gmem: Any = None,
     o_smem: Any = None, l_smem: Any = None, o_ring: Any = None,
-    p_smem: Any = None,
+    p_smem: Any = None, out_smem: Any = None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
     first_tile = chunk_gmem[0]
@@ -583,6 +582,9 @@ def _tiles(
         jnp.int32, (ROWS,), 0, layout=row_layout
       ) // rows_of_query(g)
       q_whole, q_rows = mosaic.whole_and_tiles(q_smem)
+      out_whole, out_rows = q_whole, q_rows
+      if ahead:
+        out_whole, out_rows = mosaic.whole_and_tiles(out_smem)
 
       def chosen_by(bits):
         return ((bits >> query_of_row) & 1) == 1
@@ -590,56 +592,70 @@ def _tiles(
       def full(value, sizes, layout):
         return plgpu.layout_cast(jnp.full(sizes, value, jnp.float32), layout)
 
+      first_part = wg * num_parts
+
+      def each_copy(i, smem, copy):
+        """Calls copy(batch row, queries, heads, columns, place in `smem`)."""
+        _, batch_row, kv_head, nth = locate(i)
+        first_query = nth * g.tile + wg * g.half
+        first_head = kv_head * group_size
+        heads = pl.ds(first_head, group_size)
+        parts = [
+          (smem.at[first_part + i], pl.ds(i * TILE_COLUMNS, TILE_COLUMNS))
+          for i in range(num_parts)
+        ]
+
+        def all_queries(part):
+          """(heads, their place in SMEM) of each copy of all queries."""
+          if s.interpret:  # knows no reshaped Refs, but rows with a stride
+            return [
+              (first_head + i, part.at[pl.ds(i, g.half, group_size)])
+              for i in range(group_size)
+            ]
+          rows = part.at[pl.ds(0, g.half * group_size)]
+          return [(heads, rows.reshape(g.half, group_size, TILE_COLUMNS))]
+
+        if s.one_copy:
+          # Behind the last query, TMA reads zeros and writes nothing.
+          for part, columns in parts:
+            for some_heads, at in all_queries(part):
+              queries = pl.ds(first_query, g.half)
+              copy(batch_row, queries, some_heads, columns, at)
+          return
+
+        @plgpu.warp_map
+        def _(warp):
+          for a in range(g.half):
+
+            @pl.when(warp == a % 4)
+            def _(a=a):
+              rows = pl.ds(a * rows_of_query(g), group_size)
+              for part, columns in parts:
+                copy(batch_row, first_query + a, heads, columns, part.at[rows])
+
+      def load(batch_row, queries, heads, columns, at):
+        if not s.one_copy:
+          queries = jnp.minimum(queries, s.q_len - 1)
+        plgpu.copy_gmem_to_smem(
+          q_gmem.at[batch_row, queries, heads, columns], at, q_ready.at[wg]
+        )
+
+      def store(batch_row, queries, heads, columns, at):
+        @pl.when(s.one_copy or queries < s.q_len)
+        def _():
+          plgpu.copy_smem_to_gmem(
+            at,
+            out_gmem.at[batch_row, queries, heads, columns],
+            commit_group=False,
+          )
+
       def tile(i, steps):
         kv_step, merge_step = steps
         index, batch_row, kv_head, nth = locate(i)
         first_query = nth * g.tile + wg * g.half
         first_row = (2 * nth + wg) * ROWS  # of `lse`, and of `positions`
-        first_part = wg * num_parts
-        first_head = kv_head * group_size
-        heads = pl.ds(first_head, group_size)
-        parts = [
-          (q_rows.at[first_part + i], pl.ds(i * s.tile_columns, s.tile_columns))
-          for i in range(num_parts)
-        ]
-
-        def all_queries(smem):
-          """(heads, their place in SMEM) of each copy of all queries."""
-          if s.interpret:  # knows no reshaped Refs, but rows with a stride
-            return [
-              (first_head + i, smem.at[pl.ds(i, g.half, group_size)])
-              for i in range(group_size)
-            ]
-          rows = smem.at[pl.ds(0, g.half * group_size)]
-          return [(heads, rows.reshape(g.half, group_size, s.tile_columns))]
-
-        def each_copy(copy):
-          """Calls copy(queries, heads, columns, their place in SMEM)."""
-          if s.one_copy:
-            # Behind the last query, TMA reads zeros and writes nothing.
-            for smem, columns in parts:
-              for some_heads, at in all_queries(smem):
-                copy(pl.ds(first_query, g.half), some_heads, columns, at)
-            return
-
-          @plgpu.warp_map
-          def _(warp):
-            for a in range(g.half):
-
-              @pl.when(warp == a % 4)
-              def _(a=a):
-                rows = pl.ds(a * rows_of_query(g), group_size)
-                for smem, columns in parts:
-                  copy(first_query + a, heads, columns, smem.at[rows])
-
-        def load(queries, heads, columns, at):
-          if not s.one_copy:
-            queries = jnp.minimum(queries, s.q_len - 1)
-          plgpu.copy_gmem_to_smem(
-            q_gmem.at[batch_row, queries, heads, columns], at, q_ready.at[wg]
-          )
-
-        each_copy(load)
+        if not ahead:
+          each_copy(i, q_rows, load)
         num_full, num_shared = (counts_gmem[index, j] for j in range(2))
         bad_keys, bad_values, seeing = (
           queries_gmem[index, j, wg] for j in range(3)
@@ -759,6 +775,14 @@ def _tiles(
           first_own, num_steps, functools.partial(block, own=True), carry
         )
         acc, m_i, l_i = carry
+        if ahead:
+          plgpu.commit_smem()  # all warps have read their queries
+
+          @pl.when(i + 1 < my_tiles)
+          def _():
+            each_copy(i + 1, q_rows, load)
+
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         accs = (acc,)
         if len(column_steps) > 1:
           accs = tuple(
@@ -778,30 +802,28 @@ def _tiles(
         log_l = jnp.where(bad_key | (l_i == 0.0), jnp.nan, jnp.log2(l_i))
         lse_rows = jnp.where(sees, (m_i + log_l) * mosaic.LN2, -jnp.inf)
         lse_gmem[batch_row, kv_head, pl.ds(first_row, ROWS)] = lse_rows
-        step = min(columns, s.tile_columns)
+        step = min(columns, TILE_COLUMNS)
         for column in range(0, s.head_dim, step):
           x = accs[column // columns]
           if step < columns:
             x = x[:, column % columns : column % columns + step]
-          part = q_parts[column // s.tile_columns]
-          if step < s.tile_columns:
-            part = part.at[:, pl.ds(column % s.tile_columns, step)]
+          part = out_whole.at[first_part + column // TILE_COLUMNS]
+          if step < TILE_COLUMNS:
+            part = part.at[:, pl.ds(column % TILE_COLUMNS, step)]
           part[...] = x.astype(s.dtype)
         plgpu.commit_smem()
 
-        def store(queries, heads, columns, at):
-          @pl.when(s.one_copy or queries < s.q_len)
-          def _():
-            plgpu.copy_smem_to_gmem(
-              at,
-              out_gmem.at[batch_row, queries, heads, columns],
-              commit_group=False,
-            )
-
-        each_copy(store)
+        each_copy(i, out_rows, store)
         plgpu.commit_smem_to_gmem_group()
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        if not ahead:
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
         return kv_step + _times(num_shared, each), merge_step
+
+      if ahead:
+
+        @pl.when(my_tiles > 0)
+        def _():
+          each_copy(0, q_rows, load)
 
       lax.fori_loop(0, my_tiles, tile, (jnp.int32(0), jnp.int32(0)))
       plgpu.wait_smem_to_gmem(0)
@@ -905,17 +927,17 @@ def _tiles(
     v_gmem=v,
   )
   scratch: dict[str, Any] = dict(
-    q_smem=(
-      mosaic.operand_of_rows(2 * num_parts, s.dtype, s.interpret)
-      if group_size % 8
-      else s.operand(2, ROWS)
-    ),
+    q_smem=mosaic.operand_of_rows(2 * num_parts, s.dtype, s.interpret),
     k_smem=s.operand(kv_stages, s.step_keys),
     v_smem=s.operand(kv_stages, s.step_keys),
     q_ready=plgpu.Barrier(num_arrivals=copies * num_parts, num_barriers=2),
     k_ring=mosaic.ring(kv_stages, releases=2),
     v_ring=mosaic.ring(kv_stages, releases=2),
   )
+  if ahead:
+    scratch |= dict(
+      out_smem=mosaic.operand_of_rows(2 * num_parts, s.dtype, s.interpret)
+    )
   if keys is not None:
     operands |= dict(keys_gmem=keys)
   if merging:
