@@ -112,7 +112,7 @@ TILE_COLUMNS = 64
 MAX_WORKSPACE = 1 << 30  # elements of the partial outputs
 MAX_PLANNED = 1 << 25  # choices whose pairs are sorted at once
 BUNDLE_BYTES = 40 << 20  # of keys and values that stay in L2, which has 50 MB
-FEW_BLOCKS = 64  # at most, for which `tile_plan.plan_walk` plans
+FEW_BLOCKS = 64  # at most, for which all blocks are shared
 
 
 @dataclasses.dataclass(frozen=True)
@@ -248,7 +248,7 @@ def heuristic_config(num_blocks: int, top_k: int) -> Config:
 
   Where a query chooses a quarter of the blocks or more, even random choices of
   a tile's queries cover nearly all of them, so that pairs save nothing. Without
-  them the plan needs no sort of choices, and the host waits for no decision.
+  them the host waits for no decision.
 
   Args:
     num_blocks: N.
@@ -1026,7 +1026,7 @@ class _Plan(NamedTuple):
 
   Attributes:
     tiles: plan of the tiles of all groups.
-    choices: that pairs are found in; None if there cannot be any.
+    choices: that pairs are found in; None if the plan is one of blocks.
     positions: as `_tiles` takes them.
     num_chunks: chunks of a group's queries.
   """
@@ -1043,6 +1043,7 @@ def _plan(
   kv_lengths: Int[Array, "B"],
   packed: packed_rows.PackedRows | None,
   g: tile_plan.Geometry,
+  by_block: bool,
 ) -> _Plan:
   """Plans the tiles of `forward`'s operands."""
   b, num_kv_heads, t, top_k = block_indices.shape
@@ -1072,12 +1073,9 @@ def _plan(
     g,
     keys,
   )
-  if g.shared_cost == 0 and g.num_blocks <= FEW_BLOCKS:
-    tiles, choices = tile_plan.plan_walk(*arguments), None
-  else:
-    tiles, choices = tile_plan.plan_tiles(*arguments)
-    choices = choices if g.shared_cost else None
-  return _Plan(tiles, choices, where, num_chunks)
+  if by_block:
+    return _Plan(tile_plan.plan_by_block(*arguments), None, where, num_chunks)
+  return _Plan(*tile_plan.plan_by_choice(*arguments), where, num_chunks)
 
 
 def forward(
@@ -1115,7 +1113,7 @@ def forward(
   top_k = block_indices.shape[-1]
   packing = mosaic.Packing(num_heads // num_kv_heads)
   # If some tile has pairs, all tiles are planned again where the first plan's
-  # tiles are no whole packs.
+  # tiles are no whole packs, or its choices are not sorted.
   walk, g = (
     geometry(
       t, s_len, packing, d, block_size, top_k, config,
@@ -1138,7 +1136,7 @@ def forward(
   plan_of = functools.partial(
     _plan, block_indices, first_bad, kv_lengths, packed
   )
-  first_plan = plan_of(walk)
+  first_plan = plan_of(walk, by_block=walk.few_blocks)
   keys = None if packed is None else packed.keys
 
   def new(sizes, dtype):
@@ -1169,7 +1167,9 @@ def forward(
     return read(out, lse, walk)
 
   def mixed():
-    plan = first_plan if g == walk else plan_of(g)
+    plan = first_plan
+    if g != walk or plan.choices is None:
+      plan = plan_of(g, by_block=False)
     tiles, choices, positions, num_chunks = plan
     assert choices is not None
     chunk_tiles, chunk_packs = g.chunk // g.tile, g.chunk // g.pack
@@ -1219,6 +1219,6 @@ def forward(
     lax.fori_loop(0, total // planned, some_chunks, None)
     return read(out, lse, g)
 
-  if first_plan.choices is None:
+  if walk.shared_cost == 0:
     return walk_all()
-  return lax.cond(jnp.any(first_plan.choices.has_pairs), mixed, walk_all)
+  return lax.cond(jnp.any(first_plan.tiles.has_pairs), mixed, walk_all)

@@ -16,11 +16,16 @@ least 8 MMA rows, because a TMA copy moves tiles of 8 rows. With 8 or more heads
 a group it is one query, with 4 heads two queries, with 2 heads four. A pair
 computes all queries of its pack; only those that chose the block merge it.
 
-`plan_tiles` compares the costs of the two ways. A tile may end up with shared
-blocks only, or with pairs for everything but its own blocks, or with both.
-Pairs are processed one *chunk* of queries at a time, which bounds the memory
-for their partial outputs. Where a call has few blocks, all are shared, and
-`plan_walk` finds those of a tile without sorting its choices.
+The costs of the two ways are compared. A tile may end up with shared blocks
+only, or with pairs for everything but its own blocks, or with both. Pairs are
+processed one *chunk* of queries at a time, which bounds the memory for their
+partial outputs.
+
+Which queries of a tile chose a block is found in two ways, with the same
+result. `plan_by_choice` sorts the tile's choices, which also serves to list its
+pairs. `plan_by_block` makes a table of all blocks, which takes less time where
+they are few (`Geometry.few_blocks`). It tells whether there are pairs, not
+which.
 
 A query's own block is always shared, because only the tile kernel applies the
 causal mask: a pair's block lies wholly before its query. So is every block of a
@@ -99,8 +104,14 @@ class Geometry:
     return self.pack * self.top_k
 
   @property
+  def few_blocks(self) -> bool:
+    """Whether `plan_by_block` takes less time than `plan_by_choice`."""
+    slots = self.tile * self.top_k
+    return self.num_blocks <= min(2 * slots, mosaic.MAX_SLOTS_COMPARED)
+
+  @property
   def max_shared(self) -> int:
-    """Length of `plan_tiles`' list of shared blocks."""
+    """The most shared blocks of a tile that has pairs as well."""
     fewest = max(1, int(self.shared_cost))
     slots = self.tile * self.top_k
     return min(slots // fewest + self.masked, slots)
@@ -138,22 +149,23 @@ class TilePlan(NamedTuple):
       non-finite key, of those that see a non-finite value, and of those that
       see anything.
     shared: int32 [tiles, entries]: the shared blocks, ascending. There are
-      `max_shared` entries, or N of `plan_walk`.
+      `max_shared` entries, or N if that is less.
     shared_by: int32 [tiles, 2, entries]: query bits of those that chose each of
       them.
+    has_pairs: bool [tiles]: whether any choice is none of a shared block.
   """
 
   counts: Int[Array, "tiles 2"]
   queries: Int[Array, "tiles 3 2"]
   shared: Int[Array, "tiles entries"]
   shared_by: Int[Array, "tiles 2 entries"]
+  has_pairs: Bool[Array, "tiles"]
 
 
 class SortedChoices(NamedTuple):
   """The sorted choices of each tile, and which of them are no pairs.
 
   Attributes:
-    has_pairs: bool [tiles]: whether any choice is none of a shared block.
     choices: int32 [tiles, tile * P], ascending: block id and choice slot
       (query * P + p) of every valid choice, then `mosaic.NEVER`.
     chosen_by: int32 [tiles, 2, tile * P]: query bits of this choice's query and
@@ -161,7 +173,6 @@ class SortedChoices(NamedTuple):
     is_shared: bool [tiles, tile * P]: the first choices of shared blocks.
   """
 
-  has_pairs: Bool[Array, "tiles"]
   choices: Int[Array, "tiles slots"]
   chosen_by: Int[Array, "tiles 2 slots"]
   is_shared: Bool[Array, "tiles slots"]
@@ -185,107 +196,113 @@ class PairPlan(NamedTuple):
   order: Int[Array, "pairs"]
 
 
-class _Choices(NamedTuple):
-  """What both planners read of the choices.
-
-  Attributes:
-    block: int32 [groups, queries, P]: the blocks.
-    valid: bool [groups, queries, P]: whether the choice counts.
-    first_masked: int32 [tiles, 1]: a tile's first block that needs a mask.
-    queries: `TilePlan.queries`.
-  """
-
-  block: Int[Array, "groups queries P"]
-  valid: Bool[Array, "groups queries P"]
-  first_masked: Int[Array, "tiles 1"]
-  queries: Int[Array, "tiles 3 2"]
-
-
-def _choices(
-  ids: Int[Array, "groups queries P"],
-  positions: Int[Array, "groups queries"],
-  first_bad: Int[Array, "groups 2 N"],
-  geometry: Geometry,
-  keys: Int[Array, "groups N"] | None,
-) -> _Choices:
-  """Drops choices of no block. Arguments are those of `plan_tiles`."""
-  g = geometry
-  num_groups, num_queries, _ = ids.shape
-  num_tiles = num_groups * num_queries // g.tile
-  own = jnp.where(positions < 0, -1, positions // g.block_size)
-  valid = (ids >= 0) & (ids <= own[..., None]) & (ids < g.num_blocks)
-  sees = jnp.any((ids >= 0) & (ids <= own[..., None]), axis=-1)
-  group = jnp.arange(num_groups)[:, None, None]
-  known = jnp.clip(ids, 0, g.num_blocks - 1)
-  bad_key, bad_value = (
-    jnp.any(
-      valid & (first_bad[group, kind, known] <= positions[..., None]), axis=-1
-    )
-    for kind in range(2)
-  )
-  first_masked = own.reshape(num_tiles, g.tile)
-  if keys is None:
-    first_masked = first_masked[:, :1]
-  else:
-    first_masked = jnp.where(first_masked < 0, mosaic.NEVER, first_masked)
-    short = valid & (keys[group, known] < g.block_size)
-    short = jnp.where(short, known, mosaic.NEVER).reshape(num_tiles, -1)
-    first_masked = jnp.minimum(
-      first_masked.min(axis=1), short.min(axis=1)
-    )[:, None]  # fmt: skip
-
-  def by_half(flags):
-    return mosaic.bit_mask(flags.reshape(num_tiles, 2, g.half))
-
-  queries = jnp.stack([by_half(x) for x in (bad_key, bad_value, sees)], axis=1)
-  return _Choices(known, valid, first_masked, queries)
-
-
-def plan_walk(
+def plan_by_block(
   ids: Int[Array, "groups queries P"],
   positions: Int[Array, "groups queries"],
   first_bad: Int[Array, "groups 2 N"],
   geometry: Geometry,
   keys: Int[Array, "groups N"] | None = None,
 ) -> TilePlan:
-  """Shares every block of a tile that one of its queries chose.
+  """The plan of `plan_by_choice`, without a sort.
 
-  The result is that of `plan_tiles` where no cost makes a pair. Bits are set
-  for every block, so this is meant for few of them.
+  The blocks of each query become bits of words, and those of a tile's queries a
+  table: for each block, the queries that chose it as bits.
 
   Args:
-    ids, positions, first_bad, geometry, keys: as in `plan_tiles`.
+    ids, positions, first_bad, geometry, keys: as in `plan_by_choice`.
   """
   g = geometry
-  found = _choices(ids, positions, first_bad, g, keys)
-  num_tiles = found.first_masked.shape[0]
+  num_groups, num_queries, top_k = ids.shape
+  num_tiles = num_groups * num_queries // g.tile
+  own = _own_blocks(positions, g)
   block = jnp.arange(g.num_blocks, dtype=jnp.int32)
-  # Blocks of a query as bits of words, then queries of a block as bits.
-  bit = jnp.int32(1) << found.block % WORD
-  chosen = jnp.stack(
-    [
-      lax.reduce(
-        jnp.where(found.valid & (found.block // WORD == word), bit, 0),
-        jnp.int32(0), lax.bitwise_or, (2,),
-      )
-      for word in range(-(-g.num_blocks // WORD))
-    ],
-    axis=-1,
-  )  # fmt: skip
-  chosen = chosen[..., block // WORD].reshape(num_tiles, 2, g.half, -1)
-  chose = chosen >> mosaic.lined_up(block % WORD, 4) & 1
-  query = jnp.arange(g.half, dtype=jnp.int32)[:, None]
-  bits = jnp.sum(chose << mosaic.lined_up(query, 4), axis=2, dtype=jnp.int32)
-  listed = jnp.any(bits != 0, axis=1)
-  place = mosaic.places_of(listed, g.num_blocks)
+  word = jnp.arange(-(-g.num_blocks // WORD), dtype=jnp.int32)
+
+  def as_bits(blocks):
+    """Bits [..., words] of one block of each query; of no block, none."""
+    here = mosaic.lined_up(word, blocks.ndim + 1) == blocks[..., None] >> 5
+    return jnp.where(here, jnp.int32(1) << (blocks & 31)[..., None], 0)
+
+  # Loops over few queries and choices: XLA takes longer for reductions.
+  chosen = jnp.zeros((num_groups, num_queries, word.size), jnp.int32)
+  for p in range(top_k):
+    choice = ids[..., p]
+    chosen |= as_bits(jnp.where(_is_valid(choice, own, g), choice, -1))
+  of_half = chosen.reshape(num_tiles, 2, g.half, -1, 1)
+  place = mosaic.lined_up(jnp.arange(WORD, dtype=jnp.int32), 4)
+  bits = jnp.zeros((num_tiles, 2, word.size, WORD), jnp.int32)
+  for query in range(g.half):
+    bits |= (of_half[:, :, query] >> place & 1) << query
+  bits = bits.reshape(num_tiles, 2, -1)[..., : g.num_blocks]
+  is_chosen = (bits[:, 0] | bits[:, 1]) != 0
+
+  # A query sees all of the blocks before its own, but only a part of that.
+  is_own = as_bits(own)
+  flags = [chosen != 0]
+  for kind in range(2):
+    bad = first_bad[:, kind]
+    bad_words = jnp.pad(bad < mosaic.NEVER, ((0, 0), (0, -g.num_blocks % WORD)))
+    bad_words = mosaic.bit_mask(bad_words.reshape(num_groups, 1, -1, WORD))
+    own_is_bad = jnp.take_along_axis(bad, jnp.maximum(own, 0), axis=1)
+    own_is_bad = (own_is_bad <= positions)[..., None]
+    bad_words = (bad_words & mosaic.bit_not(is_own)) | jnp.where(
+      own_is_bad, is_own, 0
+    )
+    flags.append((chosen & bad_words) != 0)
+  sees, bad_key, bad_value = (jnp.any(x, axis=-1) for x in flags)
+
+  first_masked = _first_own(own, keys, g)
+  if keys is not None:
+    short = (keys < g.block_size)[:, None]
+    short &= is_chosen.reshape(num_groups, -1, g.num_blocks)
+    short = jnp.where(short, mosaic.lined_up(block, 3), mosaic.NEVER)
+    first_masked = jnp.minimum(
+      first_masked, short.min(axis=-1).reshape(num_tiles, 1)
+    )
+  listed, place = _shared(
+    block[None], is_chosen, [bits[:, 0], bits[:, 1]], first_masked, g
+  )
   shared_by = jnp.take_along_axis(
     bits, place[:, None], axis=2, mode="fill", fill_value=0
   )
   return TilePlan(
-    counts=_counts(listed, block[None], found.first_masked),
-    queries=found.queries,
+    counts=_counts(listed, block[None], first_masked),
+    queries=_query_bits(bad_key, bad_value, sees, g),
     shared=jnp.where(place < g.num_blocks, place, 0),
     shared_by=shared_by,
+    has_pairs=jnp.any(is_chosen & ~listed, axis=-1),
+  )
+
+
+def _own_blocks(positions: Int[Array, "groups queries"], geometry: Geometry):
+  """The block of each position, -1 of a query that sees nothing."""
+  return jnp.where(positions < 0, -1, positions // geometry.block_size)
+
+
+def _is_valid(ids, own, geometry: Geometry):
+  """Whether a choice names a block up to the query's own."""
+  return (ids >= 0) & (ids <= own) & (ids < geometry.num_blocks)
+
+
+def _first_own(own, keys, geometry: Geometry) -> Int[Array, "tiles 1"]:
+  """The first own block of each tile's queries, which needs a mask."""
+  own = own.reshape(-1, geometry.tile)
+  if keys is None:
+    return own[:, :1]
+  return jnp.where(own < 0, mosaic.NEVER, own).min(axis=1, keepdims=True)
+
+
+def _query_bits(
+  bad_key: Bool[Array, "groups queries"],
+  bad_value: Bool[Array, "groups queries"],
+  sees: Bool[Array, "groups queries"],
+  geometry: Geometry,
+) -> Int[Array, "tiles 3 2"]:
+  """`TilePlan.queries`."""
+  halves = (-1, 2, geometry.half)
+  return jnp.stack(
+    [mosaic.bit_mask(x.reshape(halves)) for x in (bad_key, bad_value, sees)],
+    axis=1,
   )
 
 
@@ -300,7 +317,53 @@ def _counts(listed, block, first_masked) -> Int[Array, "tiles 2"]:
   )
 
 
-def plan_tiles(
+def _shared(
+  block: Int[Array, "_ n"],
+  is_chosen: Bool[Array, "tiles n"],
+  chosen_by: list[Int[Array, "tiles n"]],
+  first_masked: Int[Array, "tiles 1"],
+  geometry: Geometry,
+) -> tuple[Bool[Array, "tiles n"], Int[Array, "tiles entries"]]:
+  """Which entries are shared blocks, and where the shared blocks stand.
+
+  Args:
+    block: ascending blocks of each tile, or of all tiles.
+    is_chosen: entries that stand for a block that queries of the tile chose,
+      one for each such block.
+    chosen_by: query bits of each half of a tile, of those entries.
+    first_masked: a tile's first block that needs a mask.
+    geometry: static sizes.
+  """
+  g = geometry
+  entries = min(g.max_shared, g.num_blocks)
+  if g.shared_cost == 0:
+    return is_chosen, mosaic.places_of(is_chosen, entries)
+  low, high = chosen_by
+  halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
+  packs = _count_packs(low, g) + _count_packs(high, g)
+
+  popular = packs.astype(jnp.float32) >= g.shared_cost * halves.astype(
+    jnp.float32
+  )
+  popular |= block >= first_masked
+  # Costs of sharing all blocks and of the mixture with pairs, in units of one
+  # block shared by half a tile.
+  walk = jnp.where(is_chosen, halves, 0).astype(jnp.float32)
+  walk_cost = jnp.sum(walk, axis=-1)
+  num_pairs = jnp.sum(jnp.where(is_chosen & ~popular, packs, 0), axis=-1)
+  num_pairs = num_pairs.astype(jnp.float32)
+  mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1)
+  mixed_cost += num_pairs / max(g.shared_cost, 1e-3)
+  fits = jnp.sum(is_chosen, axis=-1) <= g.max_shared
+  walk_tile = fits & (walk_cost <= g.slack * mixed_cost)
+  walk_all = jnp.all(fits) & (
+    jnp.sum(walk_cost) <= g.slack * jnp.sum(mixed_cost)
+  )
+  listed = is_chosen & (popular | (walk_tile | walk_all)[:, None])
+  return listed, mosaic.places_of(listed, entries)
+
+
+def plan_by_choice(
   ids: Int[Array, "groups queries P"],
   positions: Int[Array, "groups queries"],
   first_bad: Int[Array, "groups 2 N"],
@@ -320,11 +383,26 @@ def plan_tiles(
       queries need not be neighbours, but ascend.
   """
   g = geometry
-  known, valid, first_masked, queries = _choices(
-    ids, positions, first_bad, g, keys
-  )
-  num_tiles = first_masked.shape[0]
+  num_groups, num_queries, _ = ids.shape
+  num_tiles = num_groups * num_queries // g.tile
   slots = g.tile * g.top_k
+  own = _own_blocks(positions, g)
+  valid = _is_valid(ids, own[..., None], g)
+  group = jnp.arange(num_groups)[:, None, None]
+  known = jnp.clip(ids, 0, g.num_blocks - 1)
+  bad_key, bad_value = (
+    jnp.any(
+      valid & (first_bad[group, kind, known] <= positions[..., None]), axis=-1
+    )
+    for kind in range(2)
+  )
+  queries = _query_bits(bad_key, bad_value, jnp.any(valid, axis=-1), g)
+  first_masked = _first_own(own, keys, g)
+  if keys is not None:
+    short = valid & (keys[group, known] < g.block_size)
+    short = jnp.where(short, known, mosaic.NEVER).reshape(num_tiles, -1)
+    first_masked = jnp.minimum(first_masked, short.min(axis=1, keepdims=True))
+
   # Sorting puts choices of the same block by different queries side by side.
   slot = jnp.arange(slots, dtype=jnp.int32)[None]
   choices = jnp.where(
@@ -337,34 +415,9 @@ def plan_tiles(
   block = choices >> g.slot_bits
   query = (choices & ((1 << g.slot_bits) - 1)) // g.top_k
   chosen_by = _chosen_by(block, query, valid, g)
-
-  # From here on only the first choice of each block counts: it knows of all.
+  # The first choice of each block knows of all.
   first = valid & mosaic.starts_run(block)
-  low, high = chosen_by
-  halves = (low != 0).astype(jnp.int32) + (high != 0).astype(jnp.int32)
-  packs = _count_packs(low, g) + _count_packs(high, g)
-
-  popular = packs.astype(jnp.float32) >= g.shared_cost * halves.astype(
-    jnp.float32
-  )
-  popular |= block >= first_masked
-  # Costs of sharing all blocks and of the mixture with pairs, in units of one
-  # block shared by half a tile.
-  walk = jnp.where(first, halves, 0).astype(jnp.float32)
-  walk_cost = jnp.sum(walk, axis=-1)
-  num_pairs = jnp.sum(jnp.where(first & ~popular, packs, 0), axis=-1)
-  num_pairs = num_pairs.astype(jnp.float32)
-  mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1)
-  mixed_cost += num_pairs / max(g.shared_cost, 1e-3)
-  fits = jnp.sum(first, axis=-1) <= g.max_shared
-  walk_tile = fits & (walk_cost <= g.slack * mixed_cost)
-  walk_all = jnp.all(fits) & (
-    jnp.sum(walk_cost) <= g.slack * jnp.sum(mixed_cost)
-  )
-  shared = popular | (walk_tile | walk_all)[:, None]
-
-  listed = first & shared
-  place = mosaic.places_of(listed, g.max_shared)
+  listed, place = _shared(block, first, chosen_by, first_masked, g)
 
   def pick(x):
     return jnp.take_along_axis(x, place, axis=1, mode="fill", fill_value=0)
@@ -374,9 +427,9 @@ def plan_tiles(
     queries=queries,
     shared=pick(block),
     shared_by=jnp.stack([pick(x) for x in chosen_by], axis=1),
+    has_pairs=jnp.any(first & ~listed, axis=-1),
   )
   return plan, SortedChoices(
-    has_pairs=jnp.any(first & ~shared, axis=-1),
     choices=choices,
     chosen_by=jnp.stack(chosen_by, axis=1),
     is_shared=listed,
@@ -474,7 +527,7 @@ def plan_merges(
   The tile kernel merges the partial outputs of these pairs.
 
   Args:
-    tiles: choices of `plan_tiles`.
+    tiles: choices of `plan_by_choice`.
     is_pair: of `find_pairs`.
     geometry: static sizes.
   """

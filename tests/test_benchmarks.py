@@ -304,7 +304,7 @@ def test_no_number_on_a_wrong_attention(arguments, monkeypatch, capsys, top_k):
 # One program: the plan has many small operations.
 @functools.partial(jax.jit, static_argnums=3)
 def find_pairs(ids, positions, until, geometry):
-  _, choices = tile_plan.plan_tiles(ids, positions, until, geometry)
+  _, choices = tile_plan.plan_by_choice(ids, positions, until, geometry)
   return tile_plan.find_pairs(choices, geometry)
 
 

@@ -46,15 +46,15 @@ def call(case, q, k, v, blocks, config=None, **options):
 
 # ---------------------------------------------------------------- the plan
 
-plan_tiles = jax.jit(tile_plan.plan_tiles, static_argnums=3)
-plan_walk = jax.jit(tile_plan.plan_walk, static_argnums=3)
+plan_by_choice = jax.jit(tile_plan.plan_by_choice, static_argnums=3)
+plan_by_block = jax.jit(tile_plan.plan_by_block, static_argnums=3)
 find_pairs = jax.jit(tile_plan.find_pairs, static_argnums=1)
 
 
 @functools.partial(jax.jit, static_argnums=3)
 def plan_of(ids, positions, first_bad, geometry):
   """The tiles, which choices are pairs, their tasks and the merges."""
-  plan, found = tile_plan.plan_tiles(ids, positions, first_bad, geometry)
+  plan, found = tile_plan.plan_by_choice(ids, positions, first_bad, geometry)
   chunk_tiles = geometry.chunk // geometry.tile
   sizes = (-1, chunk_tiles, geometry.tile * geometry.top_k)
   is_pair = tile_plan.find_pairs(found, geometry)
@@ -62,7 +62,7 @@ def plan_of(ids, positions, first_bad, geometry):
     found.choices.reshape(sizes), is_pair.reshape(sizes), geometry
   )
   merges = tile_plan.plan_merges(found, is_pair, geometry)
-  return plan, found.has_pairs, is_pair, pairs, merges
+  return plan, is_pair, pairs, merges
 
 
 def queries_of(bits, geometry):
@@ -143,8 +143,8 @@ def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
     jnp.asarray(ids, jnp.int32), jnp.asarray(positions, jnp.int32),
     jnp.asarray(first_bad), geometry,
   )  # fmt: skip
-  plan, has_pairs, is_pair, pairs, merges = plan_of(*arguments)
-  np.testing.assert_array_equal(has_pairs, is_pair.any(axis=-1))
+  plan, is_pair, pairs, merges = plan_of(*arguments)
+  np.testing.assert_array_equal(plan.has_pairs, is_pair.any(axis=-1))
   shared = decode_shared(plan, geometry)
   alone = decode_pairs(pairs, geometry, np.asarray(merges))
   valid = (ids >= 0) & (ids <= own[..., None])
@@ -161,12 +161,68 @@ def test_every_choice_is_done_once(kind, shared_cost, tile, pack):
   np.testing.assert_array_equal(sees.reshape(groups, queries), valid.any(-1))
   if shared_cost == 0.0:
     assert not alone
-    walked = plan_walk(*arguments)
-    assert sorted(decode_shared(walked, geometry)) == wanted
-    np.testing.assert_array_equal(walked.counts, plan.counts)
-    np.testing.assert_array_equal(walked.queries, plan.queries)
   if kind == "random" and shared_cost == 1e9:
     assert alone
+
+
+@pytest.mark.parametrize(
+  "tile, pack, num_blocks, top_k, shared_cost, slack",
+  [
+    (8, 1, 40, 4, 2.2, 0.0), (8, 1, 40, 4, 2.2, 1.35),
+    (16, 1, 70, 8, 2.2, 0.0), (18, 1, 33, 5, 0.0, 1.0),
+    (32, 2, 64, 8, 4.4, 0.9), (64, 4, 100, 8, 1.5, 0.0),
+    (64, 4, 31, 16, 1e9, 0.0),
+  ],
+)  # fmt: skip
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_plan_by_block_is_that_by_choice(
+  tile, pack, num_blocks, top_k, shared_cost, slack, packed
+):
+  rng = np.random.default_rng(tile + num_blocks)
+  groups, queries, block_size = 2, 4 * tile, 64
+  geometry = tile_plan.Geometry(
+    num_blocks=num_blocks, block_size=block_size, top_k=top_k, pack=pack,
+    chunk=queries, tile=tile, span=queries, task=16, shared_cost=shared_cost,
+    slack=slack, masked=tile * top_k if packed else 2,
+  )  # fmt: skip
+  positions = np.sort(rng.integers(-9, num_blocks * 64, (groups, queries)))
+  if not packed:  # the second group's first queries see nothing
+    positions = np.arange(queries) + np.array([[num_blocks * 16], [-9]])
+  # Neighbours choose from the same few blocks; some ids name no block.
+  near = rng.integers(-1, num_blocks + 1, (groups, queries // 8 + 1, 2 * top_k))
+  near = np.repeat(near, 8, axis=1)[:, :queries]
+  ids = rng.permuted(near, axis=-1)[..., :top_k]
+  ids[..., 0] = positions // block_size
+  once = np.sort(ids, axis=-1)
+  once[..., 1:][once[..., 1:] == once[..., :-1]] = -1
+  first_bad = np.full((groups, 2, num_blocks), mosaic.NEVER)
+  for kind in range(2):
+    bad = rng.choice(num_blocks, 4, replace=False)
+    first_bad[:, kind, bad] = bad * 64 + rng.integers(0, 64, 4)
+  keys = None
+  if packed:
+    keys = rng.choice([64, 64, 20], (groups, num_blocks)).astype(np.int32)
+  arguments = (
+    once.astype(np.int32), positions.astype(np.int32),
+    first_bad.astype(np.int32), geometry, keys,
+  )  # fmt: skip
+  want, _ = plan_by_choice(*arguments)
+  got = plan_by_block(*arguments)
+  assert want.has_pairs.any() == (shared_cost > 0 and slack < 1)
+  assert np.any(want.queries[:, :2] != 0)
+  for name in ("counts", "queries", "has_pairs"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+  assert decode_shared(got, geometry) == decode_shared(want, geometry)
+
+
+@pytest.mark.parametrize(
+  "num_blocks, top_k, few", [(256, 16, True), (257, 16, False)]
+)
+def test_a_table_of_all_blocks_is_for_few(num_blocks, top_k, few):
+  geometry = fwd.geometry(
+    4096, num_blocks * 128, mosaic.Packing(16), 128, 128, top_k, fwd.Config()
+  )
+  assert geometry.few_blocks == few
 
 
 @pytest.mark.parametrize(
@@ -186,16 +242,16 @@ def test_tiles_that_are_walked_hold_as_many_queries_as_fit(group, tile):
     jnp.asarray(ids, jnp.int32), jnp.full((2, queries), num_blocks * 64 - 1),
     jnp.full((2, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
-  plan, found = plan_tiles(*arguments)
-  assert not found.has_pairs.any()
+  plan, _ = plan_by_choice(*arguments)
+  assert not plan.has_pairs.any()
   wanted = [
     (row // tile, row % tile, block)
     for row, blocks in enumerate(ids.reshape(-1, top_k))
     for block in blocks
   ]
   assert sorted(decode_shared(plan, geometry)) == sorted(wanted)
-  walked = plan_walk(*arguments)
-  assert sorted(decode_shared(walked, geometry)) == sorted(wanted)
+  plan = plan_by_block(*arguments)
+  assert sorted(decode_shared(plan, geometry)) == sorted(wanted)
 
 
 @pytest.mark.parametrize(
@@ -231,7 +287,7 @@ def test_walks_everything_only_while_the_list_holds_it():
     task=16, shared_cost=4.0, slack=1e9,
   )  # fmt: skip
   ids = np.arange(32).reshape(1, 8, 4)  # 32 blocks, the list holds 10
-  plan, _, is_pair, _, _ = plan_of(
+  plan, is_pair, _, _ = plan_of(
     jnp.asarray(ids, jnp.int32), jnp.arange(1000, 1008)[None],
     jnp.full((1, 2, 64), mosaic.NEVER, jnp.int32), geometry,
   )  # fmt: skip
@@ -260,7 +316,7 @@ def test_random_choices_cost_no_more_than_pairs_alone(num_blocks):
     geometry = fwd.geometry(
       queries, kv_len, mosaic.Packing(16), 128, 128, top_k, config
     )
-    plan, found = plan_tiles(
+    plan, found = plan_by_choice(
       jnp.asarray(ids, jnp.int32)[None], jnp.asarray(positions)[None],
       jnp.full((1, 2, num_blocks), mosaic.NEVER, jnp.int32), geometry,
     )  # fmt: skip
