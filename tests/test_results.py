@@ -1,5 +1,6 @@
 """Thinning a comparison for the repository, and the results committed there."""
 
+import io
 import json
 import pathlib
 import shutil
@@ -43,6 +44,7 @@ def full(tmp_path):
         record["peak_bytes"] = 1000 + number
     text = "".join(json.dumps(record) + "\n" for record in records)
     (path / "metrics.jsonl").write_text(text)
+    _edit(path / "done.json", final=records[-1])
     if path.parent.name == "msa":
       with np.load(path / "selection.npz") as file:
         arrays = dict(file)
@@ -92,13 +94,27 @@ def test_what_a_thinned_run_keeps(full, tmp_path):
     assert run.final == before[label].final
     trained = run.records["train"]
     assert len(trained) == len(before[label].records["train"])
-    assert not any("grad_norm" in x or "kl" in x for x in trained)
+    assert not any({"grad_norm", "kl", "tokens"} & x.keys() for x in trained)
     assert [x["step"] for x in trained if "peak_bytes" in x] == [20]
     assert all(x["batch_loss"] == [] for x in run.records["eval"][:-1])
   for seed in (0, 1):
     with np.load(small / "text/msa" / f"seed{seed}" / "selection.npz") as file:
       assert "union8" in file and "block_indices" not in file
       assert ("counts" in file) == (seed == 0)
+  done = small / "text/msa/seed0/done.json"
+  assert json.loads(done.read_text()) == {"step": 40}
+
+
+def test_counts_keep_eighths():
+  """As float16 from 0 to 1, which the report's figure draws as it is."""
+  packed, shares = io.BytesIO(), np.linspace(0, 1, 4096, dtype=np.float32)
+  np.savez_compressed(packed, counts=shares, layers=np.arange(2))
+  small = thin.thin_selection(packed.getvalue(), with_counts=True)
+  with np.load(io.BytesIO(small)) as file:
+    counts, layers = file["counts"], file["layers"]
+  assert counts.dtype == np.float16 and layers.tolist() == [0, 1]
+  np.testing.assert_array_equal(8 * counts % 1, 0)
+  np.testing.assert_allclose(counts, shares, atol=1 / 16)
 
 
 def test_thinning_again_changes_nothing(full, tmp_path):
@@ -121,6 +137,13 @@ def test_folders_with_other_seeds_are_thinned_to_one(full, tmp_path):
   thin.thin([tmp_path / "merged"], tmp_path / "again")
   plan = json.loads((tmp_path / "again" / "comparison.json").read_text())
   assert plan["seeds"] == [0, 1]
+  # Folders may have been trained for other sides.
+  gqa, msa = plan["runs"]
+  _edit(parts[0] / "comparison.json", runs=[gqa])
+  _edit(parts[1] / "comparison.json", runs=[msa, gqa | {"context": 65}])
+  thin.thin(parts, tmp_path / "sides")
+  plan = json.loads((tmp_path / "sides" / "comparison.json").read_text())
+  assert plan["runs"] == [gqa, msa]
   _edit(parts[1] / "text" / "msa" / "seed1" / "config.json", context=65)
   with pytest.raises(ValueError, match="context is 64 in text/gqa/seed0 and"):
     thin.thin(parts, tmp_path / "refused")
@@ -188,15 +211,13 @@ def test_committed_results_are_thin():
     sizes[run] = sum(file.stat().st_size for file in run.iterdir())
   assert len(sizes) > 50
   files = (path for path in RESULTS.rglob("*") if path.is_file())
-  assert sum(path.stat().st_size for path in files) < 8_000_000
-  # Only choices of 16K tokens in 8 layers, and the records of 30 layers, take
-  # more than 100 KB.
-  large = {run for run, size in sizes.items() if size > 100_000}
-  assert {run.parents[2].name for run in large} <= {
-    "lm73m_16k",
-    "smollm2_to_msa",
-  }
-  assert max(sizes.values()) < 150_000
+  assert sum(path.stat().st_size for path in files) < 6_000_000
+  assert max(sizes.values()) <= 100_000
+  for folder in {run.parents[2] for run in sizes}:
+    plan = json.loads((folder / "comparison.json").read_text())
+    planned = {(run["task"], run["side"]) for run in plan["runs"]}
+    found = {run.parts[-3:-1] for run in sizes if run.parents[2] == folder}
+    assert found <= planned, folder
   unfinished = {
     str(run.folder.relative_to(RESULTS))
     for folder in {run.parents[2] for run in sizes}

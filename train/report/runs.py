@@ -247,7 +247,7 @@ def check_comparable(
 
 
 _NEEDED = {
-  "train": ("step", "phase", "tokens", "seconds", "loss", "tokens_per_second"),
+  "train": ("step", "phase", "seconds", "loss", "tokens_per_second"),
   "eval": ("step", "phase", "tokens", "seconds", "loss", "batch_loss"),
   "dense_eval": ("step", "loss"),
   "oracle_eval": ("step", "loss"),
