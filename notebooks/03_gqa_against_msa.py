@@ -9,12 +9,13 @@
 #
 # * **Loss:** with 13M parameters and 4,096 tokens of context, MSA ends 0.8 %
 #   below GQA (16 seeds), and MSA that starts from a GQA model less than 0.1 %
-#   above it. With 73M and 16,384 tokens (two seeds) it is 1.7 and 1.3 % below,
-#   and 0.0 and 0.2 % above.
-# * **Facts far back:** MSA finds as many as GQA, and at 16,384 tokens it learns to
-#   find them sooner. MSA that starts from a GQA model late in training
-#   finds fewer: at 16,384 tokens 7 and 9 points fewer of the farthest. This is
-#   where making a dense model sparse costs something.
+#   above it. With 73M and 16,384 tokens (three seeds) it is 1.5 ± 0.6 % below,
+#   and 0.1 ± 0.2 % above.
+# * **Facts far back:** at 4,096 tokens MSA finds as many as GQA. At 16,384 one of
+#   three seeds of GQA learns late to find them, and MSA is far ahead there; in
+#   the others MSA finds 0.0 and 2.4 points fewer of the farthest. MSA that starts
+#   from a GQA model late in training finds fewer: at 16,384 tokens 7, 9 and 4
+#   points fewer. This is where making a dense model sparse costs something.
 # * **Time:** below about 8,000 tokens there is little to save. From there on the
 #   speed-up grows with the length, to tens of times at a million tokens.
 #
@@ -52,11 +53,13 @@ ROWS = {
 # ## The numbers
 #
 # The sides of a comparison see the same batches, and with the same seed they
-# start from the same weights. **MSA** is trained from scratch: it attends
-# densely at first, while the Index Branch learns to follow attention (the
-# *warm-up*), and sparsely afterwards. **MSA CPT** starts from a checkpoint of
-# the GQA run and then does the same; *index 128* has index heads of 128
-# dimensions instead of the 64 of attention's heads.
+# start from the same weights. **MSA** attends densely at first, while the Index
+# Branch learns to follow attention (the *warm-up*), and sparsely afterwards.
+# **MSA CPT** starts from a late checkpoint of the GQA run. With 13M parameters
+# and less it then has a warm-up of its own, and *index 128* has index heads of
+# 128 dimensions instead of the 64 of attention's heads. With 73M an Index Branch
+# learns beside GQA without changing it, so both MSA and MSA CPT start from GQA's
+# run, and are sparse at once.
 #
 # "far facts" are facts in the farther half of the context. Each fact is stated
 # once and asked for later, and the answer is counted right or wrong.
@@ -100,21 +103,22 @@ for name, side, loss, facts in answer:
   print()
 
 # %% [markdown]
-# ## 1. The largest comparison: better on text, and sooner at far facts
+# ## 1. The largest comparison: a lower loss with MSA, fewer far facts with MSA CPT
 #
 # 73M parameters, 16,384 tokens of context, of which a sparse query reads 2,048;
-# two seeds, 121M training tokens. Thin lines are seeds, thick lines their mean.
+# three seeds, 121M training tokens. Thin lines are seeds, thick lines their mean.
 # Both sparse models start from one dense training, which is GQA: MSA after a
 # tenth of the steps, MSA CPT after 85 %.
 #
 # *Left:* the loss on held-out text; lower is better, and the axis is cut. A
-# window of 2,048 tokens alone would cost GQA 3.2 %.
+# window of 2,048 tokens alone would cost GQA 3.1 %.
 #
 # *Right:* facts planted in text (needles) and asked for later, by the distance
 # back to the fact; *chance* is what guessing gives. Left of *local block* every
 # side sees the fact; beyond it, a sparse model can answer only if its Index
 # Branch chooses the block of the fact. One seed of GQA began to find facts only
-# at the end of its training, and answers 82 % of them.
+# at the end of its training, and answers 82 % of them. MSA CPT started from that
+# seed before it had learnt this, and finds the fewest of the farthest.
 
 # %%
 found = read("lm73m_16k", "mix")
@@ -130,12 +134,13 @@ display(figures.overview_figure({"16,384 tokens": found}, colors))
 # better than GQA. A bar that crosses 0 shows no difference, which does not prove that there
 # is none.
 #
-# The loss varies by chance, and two seeds at 16K give a wide bar. At 4K the seeds
-# are many enough: MSA's loss is lower. That comes from training and not from reading less, since the gap opens
-# when MSA becomes sparse and is widest near the start of the context, where both
-# read everything ([Results](../docs/results.md#loss)).
-# Of far facts, MSA CPT finds fewer than GQA at both lengths. At 4K,
-# wider index heads bring back most of what it misses.
+# The loss varies by chance. MSA's is lower at 4K (16 seeds) and at 16K, where
+# three seeds give a wider bar. That comes from training and not from reading
+# less: at 4K the gap opens when MSA becomes sparse and is widest near the start
+# of the context, where both read everything ([Results](../docs/results.md#loss)).
+# Of far facts, MSA CPT finds fewer than GQA at both lengths: the bars end below 0.
+# At 4K, wider index heads bring back most of what it misses. For MSA at
+# 16K the seed in which GQA learns late makes the bar too wide to say anything.
 
 # %%
 def draw_gaps(axes, column, better_below):

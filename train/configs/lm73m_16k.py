@@ -48,11 +48,11 @@ are kept for the next command:
   python -m train report runs/lm73m_16k
   python -m train.report.thin runs/lm73m_16k kept/lm73m_16k
 
-On one H200 a seed without `msa_middle` took 22 and a half minutes (two seeds,
-2026-11-30): a minute to prepare the text, 13.8 minutes for the trunk, 6.3 for
-`msa` and 1.4 for `msa_cpt`, of which 12.5, 5.5 and 0.9 are training steps, and
-the rest is to compile, to evaluate and to save. A trunk's step takes 203 ms and
-a sparse one 100. `msa_middle` should take 4 minutes more (computed).
+On one H200 a seed without `msa_middle` took 22 to 24 minutes (three seeds,
+2026-11-30): 1 to 1.4 to prepare the text, 13.8 for the trunk, 6.3 for `msa` and
+1.4 for `msa_cpt`, of which 12.5, 5.5 and 0.9 are training steps, and the rest
+is to compile, to evaluate and to save. A trunk's step takes 203 ms and a sparse
+one 100. `msa_middle` should take 4 minutes more (computed).
 
 The first command below tries everything at full size in 20 steps. `--plan` fits
 the number of steps to another budget, with step times measured on the device.
