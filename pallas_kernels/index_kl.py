@@ -203,30 +203,27 @@ class KernelParams:
     )
 
 
-LIMIT_BITS = 8  # of the keys that a pair sees in half a KV block, 0 to KEYS
-
-
-def _pack_limits(reach, halves, keys=None):
-  """How many keys a pair sees in each half of its KV block, in one number.
+def _limits(reach, chosen, keys=None):
+  """How many keys a pair sees in each half of its KV block, of 0 to KEYS.
 
   Args:
     reach: keys of the block that lie up to the query; also below 0 and above
       KV_BLOCK.
-    halves: 2 bits, which halves of the block it chose.
+    chosen: which halves of the block the query chose, as in `KVBlockPlan`; None
+      if both.
     keys: keys of each half of the pair's block, [.., 2]; KEYS if None.
+
+  Returns:
+    both numbers in one (`kv_block_plan.pack_counts`).
   """
-  limits = 0
+  limits = []
   for half in range(2):
     most = KEYS if keys is None else keys[..., half]
     seen = jnp.clip(reach - half * KEYS, 0, most)
-    seen = jnp.where((halves >> half) & 1, seen, 0)
-    limits |= seen << (half * LIMIT_BITS)
-  return limits
-
-
-def _limit_of(limits, half):
-  """How many keys pairs see in half a KV block, from `_pack_limits`."""
-  return (limits >> (half * LIMIT_BITS)) & ((1 << LIMIT_BITS) - 1)
+    if chosen is not None:
+      seen = jnp.where(kv_block_plan.chose_half(chosen, 0, half), seen, 0)
+    limits.append(seen)
+  return kv_block_plan.pack_counts(limits)
 
 
 def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
@@ -238,7 +235,7 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
       head), first query, number of tasks.
     plan: `kv_block_plan.KVBlockPlan`.
     firsts: each task's first pair tile.
-    limits: for each pair, which keys of its block it sees (`_pack_limits`).
+    limits: for each pair, how many keys of its block it sees (`_limits`).
     iq: index queries, gathered in the order of the pair tiles.
     ik: index keys.
     params: static parameters.
@@ -302,7 +299,9 @@ def _index_lse(out, chunk_desc, plan, firsts, limits, iq, ik, *, params):
         def along(x):
           return lax.broadcast_in_dim(x, key.shape, [0])
 
-        first, second = (along(_limit_of(limit, half)) for half in range(2))
+        first, second = (
+          along(kv_block_plan.count_of(limit, half)) for half in range(2)
+        )
         visible = key < jnp.where(key < KEYS, first, second + KEYS)
         scores = jnp.where(visible, scores, mosaic.FLOOR)
         m = scores.max(axis=1)
@@ -584,7 +583,7 @@ def _kv_blocks(
           scores = pl.run_scoped(index_product, ACC((KEYS, PAIRS), jnp.float32))
           limit = plgpu.load(limit_smem.at[stage], layout=column_layout)
           ilse = plgpu.load(ilse_smem.at[stage], layout=column_layout)
-          visible = key < along(_limit_of(limit, wg))
+          visible = key < along(kv_block_plan.count_of(limit, wg))
           log_r = scores * (s.index_scale * mosaic.LOG2E) - along(ilse)
           mean = jnp.where(visible, mean, 0.0)
           r = jnp.where(visible, jnp.exp2(log_r), 0.0)
@@ -1020,11 +1019,11 @@ def _loss(
         keys = None
       else:
         assert keys_of_halves is not None
-        reach = plan.reach[pair]
+        reach = kv_block_plan.count_of(plan.reach[pair], 0)
         row_of_task = batch_row[kv_block // num_kv_blocks]
         keys = keys_of_halves[row_of_task, kv_block % num_kv_blocks][task_of]
-      halves = 3 if plan.chosen is None else plan.chosen[pair]
-      limits = _pack_limits(reach, jnp.int32(halves), keys)
+      chosen = None if plan.chosen is None else plan.chosen[pair]
+      limits = _limits(reach, chosen, keys)
       limits = jnp.where(used, limits, 0)
       # Index into [B, T, K]: of the group's first query, then of each pair.
       index_in_iq = (batch_row * t + first_query) * num_kv_heads + kv_head

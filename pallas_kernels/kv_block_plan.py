@@ -27,6 +27,7 @@ the query's own, are dropped before anything is counted.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax.numpy as jnp
@@ -59,12 +60,12 @@ class KVBlockPlan(NamedTuple):
     order: int32 [pairs]: each pair's slot in the chunk: (group * packs + pack)
       * slots + slot of the pack. Sorted by block, then pack.
     chosen: int32 [pairs], or None if every pair is one query that chose the
-      whole KV block: bit 2 * query + half says that this query of the pack
-      chose this half of the KV block.
+      whole KV block: which halves of the KV block each query of the pack chose
+      (`pack_chosen`).
     is_pair: bool [groups, packs, slots]: which slots of a pack hold a pair; the
       pairs of a pack come first, unless `chosen` is None.
     reach: int32 [pairs], of packed rows only: how many keys of the KV block lie
-      up to each query of the pack, 0 to KV_BLOCK, in 8 bits a query.
+      up to each query of the pack (`pack_counts`).
     has_pairs: bool [blocks]: which blocks have any, and so a sum.
   """
 
@@ -119,13 +120,87 @@ def query_places(
   return QueryPlaces(positions, unmasked_from[batch_row] - first_query)
 
 
+# ---- Numbers that share an integer, each with its writer and its readers ----
+
+
+class SortKey(NamedTuple):
+  """An integer that sorts by one number, `high`, and then by another, `low`.
+
+  Bits: `low` in the lowest `low_bits`, `high` above them.
+  """
+
+  low_bits: int
+
+  def pack(self, high: Any, low: Any) -> Any:
+    return (high << self.low_bits) | low
+
+  def least(self, high: Any) -> Any:
+    """The key of `high` with a low number of 0."""
+    return high << self.low_bits
+
+  def high(self, key: Any) -> Any:
+    return key >> self.low_bits
+
+  def low(self, key: Any) -> Any:
+    return key & ((1 << self.low_bits) - 1)
+
+
+def sort_key(num_pairs: int) -> SortKey:
+  """The key of so many pairs, unsigned: KV block, then the pair's slot."""
+  return SortKey((num_pairs - 1).bit_length())
+
+
 def sort_key_fits(num_kv_blocks: int, num_pairs: int) -> bool:
   """Whether `plan_kv_blocks` can sort so many pairs of so many KV blocks.
 
-  A sort key of 32 bits holds the block and the pair's slot.
+  A sort key has 32 bits.
   """
-  slot_bits = (num_pairs - 1).bit_length()
+  slot_bits = sort_key(num_pairs).low_bits
   return slot_bits <= 31 and num_kv_blocks.bit_length() + slot_bits <= 32
+
+
+def pack_chosen(query: Any, halves: Any) -> Any:
+  """What a query of a pack chose of a KV block, as a part of `chosen`.
+
+  Bits: 2 * query for the first half of the KV block, 2 * query + 1 for the
+  second one. The or of all queries' parts is what the pack chose. A KV block
+  that is one block has both bits or none.
+
+  Args:
+    query: of the pack.
+    halves: 2 bits, the lower one of the first half.
+  """
+  return halves << (2 * query)
+
+
+def chose_half(chosen: Any, query: Any, half: Any) -> Any:
+  """Whether a query of the pack chose this half of the KV block."""
+  return ((chosen >> (2 * query + half)) & 1) == 1
+
+
+def chose_any(chosen: Any, query: Any) -> Any:
+  """Whether a query of the pack chose any half of the KV block."""
+  return ((chosen >> (2 * query)) & 3) != 0
+
+
+def pack_counts(counts: Sequence[Any]) -> Any:
+  """Up to four numbers of keys, each 0 to KV_BLOCK, in one int32.
+
+  Bits: 8 for each number, the first one lowest. `KVBlockPlan.reach` has a
+  number for each query of a pack, and the KL one for each half of a KV block.
+  """
+  packed = 0
+  for i, count in enumerate(counts):
+    packed |= count << (8 * i)
+  return packed
+
+
+def count_of(packed: Any, i: Any) -> Any:
+  """The i-th number of `pack_counts`."""
+  return (packed >> (8 * i)) & 255
+
+
+# ---- Launches and tasks ----
 
 
 class LaunchSplit(NamedTuple):
@@ -275,7 +350,6 @@ def plan_kv_blocks(
   num_pairs = ids.size
   group_kv_blocks = -(-num_blocks * block_size // block_keys)
   num_kv_blocks = num_groups * group_kv_blocks
-  slot_bits = (num_pairs - 1).bit_length()
   if not sort_key_fits(num_kv_blocks, num_pairs):
     raise ValueError(
       f"{num_groups * num_packs} packs of {slots} choices among"
@@ -298,11 +372,12 @@ def plan_kv_blocks(
   kv_block += group[..., None] * group_kv_blocks
   slot = jnp.arange(num_pairs, dtype=jnp.uint32).reshape(ids.shape)
   unused = jnp.uint32(0xFFFFFFFF)
+  of_pair = sort_key(num_pairs)
   key = jnp.where(
-    is_pair, (kv_block.astype(jnp.uint32) << slot_bits) | slot, unused
+    is_pair, of_pair.pack(kv_block.astype(jnp.uint32), slot), unused
   )
   key = lax.sort(key.reshape(-1), is_stable=False)
-  lists = jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32) << slot_bits
+  lists = of_pair.least(jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32))
   # The first slot of each block's list whose pack stands behind the block's
   # last key and so needs no causal mask.
   if places is None:
@@ -316,17 +391,16 @@ def plan_kv_blocks(
     mosaic.counts_below(key, jnp.concatenate([lists, lists[:-1] + after])),
     [num_kv_blocks + 1],
   )
-  order = (key & ((1 << slot_bits) - 1)).astype(jnp.int32)
+  order = of_pair.low(key).astype(jnp.int32)
   if chosen is not None:
     chosen = chosen.reshape(-1)[order]
   reach = None
   if places is not None:
-    block = (key >> slot_bits).astype(jnp.int32) % group_kv_blocks
+    block = of_pair.high(key).astype(jnp.int32) % group_kv_blocks
     queries = positions.reshape(-1, pack)[order // slots]
     reach = queries + 1 - block[:, None] * block_keys
     reach = jnp.clip(reach, 0, block_keys)
-    reach <<= 8 * jnp.arange(pack, dtype=jnp.int32)
-    reach = jnp.sum(reach, axis=-1, dtype=jnp.int32)
+    reach = pack_counts([reach[:, i] for i in range(pack)])
 
   counts = bounds[1:] - bounds[:-1]
   task_counts = -(-counts // task)
@@ -419,14 +493,14 @@ def _pairs_of_packs(
   if pack == each == 1:
     return known, valid, None
   # Sorted by block, the choices inside a KV block stand side by side.
-  query_bits = (pack - 1).bit_length()
-  key = (known << query_bits) | query
+  of_choice = SortKey((pack - 1).bit_length())  # block, then query
+  key = of_choice.pack(known, query)
   key = lax.sort(jnp.where(valid, key, mosaic.NEVER), is_stable=False)
   valid = key != mosaic.NEVER
-  known, query = key >> query_bits, key & ((1 << query_bits) - 1)
+  known, query = of_choice.high(key), of_choice.low(key)
   kv_block = jnp.where(valid, known // each, -1)
-  both = 3 if each == 1 else jnp.int32(1) << (known & 1)
-  chosen = jnp.where(valid, both << (2 * query), 0)
+  halves = 3 if each == 1 else jnp.int32(1) << (known & 1)
+  chosen = jnp.where(valid, pack_chosen(query, halves), 0)
   chosen = mosaic.or_of_rest_of_run(chosen, kv_block, pack * each)
   first = valid & mosaic.starts_run(kv_block)
   # The first choice of each KV block stands for the pair; these move to the

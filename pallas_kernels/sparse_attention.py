@@ -154,7 +154,7 @@ def _backward(
     packing=packing,
     block_size=block_size,
     scale=scale,
-    config=config or sparse_attention_bwd.heuristic_config(),
+    config=config or sparse_attention_bwd.Config(),
     interpret=interpret,
   )  # fmt: skip
   dk, dv = (x[:, :, :places].swapaxes(1, 2) for x in (dk, dv))
@@ -269,7 +269,8 @@ def sparse_attention(
     layout: blocks of packed rows; None for plain rows. Ids of blocks that the
       query does not see contribute nothing.
     config: tile sizes; `heuristic_config` if None.
-    backward_config: tile sizes of the backward kernels, likewise.
+    backward_config: tile sizes of the backward kernels; the defaults of
+      `sparse_attention_bwd.Config` if None.
     interpret: run on the CPU in Pallas's GPU interpret mode.
 
   Returns:

@@ -116,7 +116,10 @@ from pallas_kernels import kv_block_plan, mosaic
 
 ACC = plgpu.WGMMAAccumulatorRef
 ROWS = 64  # MMA rows of a row tile
-FIELDS = 4  # of a pair: 16 bytes, which is the least that TMA copies
+# Fields of a pair, see `_describe`: 16 bytes, the least that TMA copies.
+PACK, SLOT, CHOSEN, REACH = range(4)
+FIELDS = 4
+GATHER, STORE = range(2)  # what a row tile's pairs are copied to SMEM for
 KEYS = 64  # keys of a compute warpgroup
 REGISTERS = (216, 72)  # of a thread: compute warpgroups, third warpgroup
 MAX_WORKSPACE = 1 << 31  # elements of the dQ partials
@@ -142,22 +145,6 @@ class Config:
   chunk: int = 0
   pairs: int = 0
   num_ctas: int = mosaic.NUM_SMS
-
-
-def heuristic_config() -> Config:
-  """The config used when none is given."""
-  return Config()
-
-
-def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one of them is tested."""
-  return (
-    Config(),
-    Config(stages=2),
-    Config(task=128),
-    Config(task=2048),
-    Config(pairs=1 << 19),
-  )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -373,20 +360,20 @@ def _kv_blocks(
           limit = plgpu.layout_cast(limit, row_layout)
           for a in range(half):
             at = (start + nth_pair(a, nth_tile(j), count)) * FIELDS
-            first_query = pairs_gmem[at] * pack
-            chosen = pairs_gmem[at + 2]
+            first_query = pairs_gmem[at + PACK] * pack
+            chosen = pairs_gmem[at + CHOSEN]
             if keys_gmem is not None:
-              reach = pairs_gmem[at + 3]
+              reach = pairs_gmem[at + REACH]
             for b in range(pack):
               if keys_gmem is None:
                 seen = jnp.minimum(after_key + first_query + b, kv_block - 1)
               else:
-                seen = ((reach >> (8 * b)) & 255) - 1
+                seen = kv_block_plan.count_of(reach, b) - 1
                 seen = jnp.minimum(seen, last_key)
               live = first + a < count
               if masks_choices:
-                part = 2 * b if s.wide else 2 * b + wg
-                live &= ((chosen >> part) & 1) == 1
+                part = 0 if s.wide else wg
+                live &= kv_block_plan.chose_half(chosen, b, part)
               seen = jnp.where(live, seen, -1)
               limit = jnp.where(query_of_row == a * pack + b, seen, limit)
           return jnp.where(key <= over_keys(limit), scores, -jnp.inf)
@@ -601,10 +588,12 @@ def _kv_blocks(
         # No wait for kv_ring is needed here: that for ds_ring implies it.
 
         def pairs_slot(use, step):
+          # Two `mosaic.Ring` would say the same, but ptxas 13.5 then spills two
+          # registers more (224 bytes instead of 216 at the paper's heads).
           return 2 * use + lax.rem(step, 2)
 
         def copy_pairs(use, j):
-          """Copies the j-th row tile's pairs to be gathered (0), stored (1).
+          """Copies the j-th row tile's pairs, to GATHER or to STORE.
 
           All warps must have finished with the tile two before it.
           """
@@ -646,7 +635,7 @@ def _kv_blocks(
             return (dq * s.scale).astype(s.dtype)
 
           def store(dq_slot, at=None):
-            packs, slots = (pair_fields(1, j, field) for field in range(2))
+            packs, slots = (pair_fields(STORE, j, x) for x in (PACK, SLOT))
 
             @plgpu.warp_map
             def _(warp):
@@ -665,11 +654,13 @@ def _kv_blocks(
 
           if s.wide:
             ds_ring.wait_ready(slot)
-            plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
+            plgpu.barrier_wait(pairs_ready.at[pairs_slot(STORE, step)])
 
             @pl.loop(0, d // 64)
             def _(i):
               at = mosaic.span(i * 64, 64)
+              # No `mosaic.Ring`: not a barrier, but the wait below says that a
+              # copy to memory has read its slot.
               dq_slot = lax.rem(i, 2)
               # The dQ of two columns tiles ago was stored from the same slot.
               plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -678,7 +669,7 @@ def _kv_blocks(
               store(dq_slot, at)
 
             ds_ring.release(slot)
-            copy_pairs(1, j + 1)
+            copy_pairs(STORE, j + 1)
             return
           # The dQ of two row tiles ago was stored from the same slot.
           plgpu.wait_smem_to_gmem(1, wait_read_only=True)
@@ -687,16 +678,16 @@ def _kv_blocks(
             at = pl.ds(column, 64)
             dq_smem[slot, :, at] = product_of(at)
           ds_ring.release(slot)
-          plgpu.barrier_wait(pairs_ready.at[pairs_slot(1, step)])
+          plgpu.barrier_wait(pairs_ready.at[pairs_slot(STORE, step)])
           plgpu.commit_smem()
-          copy_pairs(1, j + 1)
+          copy_pairs(STORE, j + 1)
           store(slot)
 
         def gather(j, step):
           stage = q_ring.slot(step)
           tile = nth_tile(j)
-          plgpu.barrier_wait(pairs_ready.at[pairs_slot(0, step)])
-          packs = pair_fields(0, j, 0)
+          plgpu.barrier_wait(pairs_ready.at[pairs_slot(GATHER, step)])
+          packs = pair_fields(GATHER, j, PACK)
           q_ring.wait_free(step, stage)
           at = pl.ds((start + tile * half) * rows, ROWS)
 
@@ -724,7 +715,7 @@ def _kv_blocks(
                   q_ring.ready_at(stage),
                 )
 
-        for use, j in ((0, 0), (0, 1), (1, 0)):
+        for use, j in ((GATHER, 0), (GATHER, 1), (STORE, 0)):
           copy_pairs(use, j)
 
         @pl.loop(0, num_tiles + stages)
@@ -737,7 +728,7 @@ def _kv_blocks(
 
           # All warps have gathered tile j: store_dq waits for them.
           pl.when(j < stages)(plgpu.commit_smem)
-          copy_pairs(0, j + 2)
+          copy_pairs(GATHER, j + 2)
 
         return done + num_tiles
 
@@ -800,10 +791,11 @@ def _kv_blocks(
 
 
 def _describe(plan, slots: int) -> jax.Array:
-  """int32 [pairs * FIELDS]: a pair's pack, slot in it, choice bits and reach.
+  """int32 [pairs * FIELDS]: what the kernel reads of each pair.
 
-  The pack is numbered over all groups of the launch. The kernel copies these to
-  SMEM ahead of use, because it would wait for each number that it reads from
+  PACK: its pack, numbered over all groups of the launch. SLOT: its slot in the
+  pack. CHOSEN, REACH: of the plan, 0 where it has none. The kernel copies these
+  to SMEM ahead of use, because it would wait for each number that it reads from
   memory.
 
   Args:
@@ -1088,7 +1080,7 @@ def backward(
         if pack > 1:
           assert plan.chosen is not None
           query = jnp.arange(rows)[None] // packing.heads
-          chose = ((plan.chosen[:, None] >> (2 * query)) & 3) != 0
+          chose = kv_block_plan.chose_any(plan.chosen[:, None], query)
           x = jnp.where(chose, x, other)
         x = jnp.pad(x.reshape(-1), (0, ROWS))
         return lax.bitcast_convert_type(x, jnp.int32)
