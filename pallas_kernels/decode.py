@@ -83,9 +83,9 @@ Barriers of attend:
   name        who arrives                            who waits
   q_ready     the copy of the query's heads          compute
   ids_ready   choose and copy: the ids are known     compute
-  k_ring      ready: the copy of a unit's keys       compute
+  k_ring      ready: the copy of a step's keys       compute
               free: compute, after the scores        choose and copy
-  v_ring      ready: the copy of a unit's values     compute
+  v_ring      ready: the copy of a step's values     compute
               free: compute, after the product       choose and copy
 
 Slots of the cache from kv_lengths[b] on do not exist: whatever they hold, NaN
@@ -152,15 +152,15 @@ class Config:
 
   Attributes:
     stages: key tiles in flight, an even number; 0 takes as many as SMEM holds.
-    unit: tokens of an attention step, 64 or block_size; 0 derives it from the
-      number of queries. At D 256 it is always 64.
+    step_keys: tokens of an attention step, 64 or block_size; 0 derives it from
+      the number of queries. At D 256 it is always 64.
     splits: upper bound on the CTAs that share a query's blocks; 0 fills the
       GPU.
     num_ctas: CTAs of scan; 0 takes the number of SMs.
   """
 
   stages: int = 0
-  unit: int = 0
+  step_keys: int = 0
   splits: int = 0
   num_ctas: int = 0
 
@@ -250,12 +250,12 @@ class KernelParams:
     return self.batch * self.queries
 
   @property
-  def unit(self) -> int:
+  def step_keys(self) -> int:
     """Tokens of an attention step."""
     if self.head_dim > mosaic.WIDE:  # a whole block does not fit SMEM
       return 64
-    if self.config.unit:
-      return min(self.config.unit, self.block_size)
+    if self.config.step_keys:
+      return min(self.config.step_keys, self.block_size)
     # Half blocks if there are too few whole ones for all SMs.
     few = 2 * self.all_queries * self.top_k <= mosaic.num_sms()
     return 64 if few else self.block_size
@@ -272,7 +272,7 @@ class KernelParams:
 
   @property
   def kv_parts(self) -> int:
-    """Operands that the keys, or values, of a unit take."""
+    """Operands that the keys, or values, of a step take."""
     return self.head_dim // self.kv_columns
 
   @property
@@ -293,19 +293,19 @@ class KernelParams:
     return min(self.kv_columns, mosaic.WIDE)
 
   @property
-  def units(self) -> int:
+  def steps(self) -> int:
     """Attention steps of a query."""
-    return self.top_k * (self.block_size // self.unit)
+    return self.top_k * (self.block_size // self.step_keys)
 
   @property
-  def split_units(self) -> int:
+  def split_steps(self) -> int:
     """Attention steps of a split, at most."""
     most = self.config.splits or mosaic.num_sms() // self.all_queries
-    return pl.cdiv(self.units, min(max(most, 1), self.units))
+    return pl.cdiv(self.steps, min(max(most, 1), self.steps))
 
   @property
   def splits(self) -> int:
-    return pl.cdiv(self.units, self.split_units)
+    return pl.cdiv(self.steps, self.split_steps)
 
   @property
   def partial(self) -> bool:
@@ -931,14 +931,16 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
     )
   out_dtype = jnp.dtype(jnp.float32 if s.partial else s.dtype)
   fixed = ROWS * (d * size + s.out_columns * out_dtype.itemsize) + 4096
-  stages = (mosaic.SMEM_LIMIT - fixed) // (2 * s.unit * d * size)
-  stages = min(stages, s.split_units)
+  stages = (mosaic.SMEM_LIMIT - fixed) // (2 * s.step_keys * d * size)
+  stages = min(stages, s.split_steps)
 
   def ring_of_operands():
     if not s.padded:
-      return plgpu.SMEM((stages, s.unit, d), s.dtype, transforms=mosaic.OPERAND)
+      return plgpu.SMEM(
+        (stages, s.step_keys, d), s.dtype, transforms=mosaic.OPERAND
+      )
     return mosaic.operand_of_rows(
-      stages * s.kv_parts, s.dtype, s.interpret, rows=s.unit
+      stages * s.kv_parts, s.dtype, s.interpret, rows=s.step_keys
     )
 
   scratch = dict(
@@ -957,7 +959,7 @@ def _attend_scratch(s: KernelParams) -> dict[str, Any]:
   )
   if s.interpret:  # takes no wgmma operand from registers
     scratch["p_smem"] = plgpu.SMEM(
-      (ROWS, s.unit), s.dtype, transforms=mosaic.OPERAND
+      (ROWS, s.step_keys), s.dtype, transforms=mosaic.OPERAND
     )
   return scratch
 
@@ -1062,10 +1064,10 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
       `KernelParams.partial` and `merge_inside` ask for.
     s: static parameters.
   """
-  d, unit, splits = s.head_dim, s.unit, s.splits
+  d, step_keys, splits = s.head_dim, s.step_keys, s.splits
   layout = plgpu.Layout.WGMMA
   row_layout = layout.reduce(1)
-  per_block = s.block_size // unit
+  per_block = s.block_size // step_keys
   operands = dict(q_gmem=q, k_gmem=k, v_gmem=v, lengths_gmem=lengths)
   operands |= dict(zip(("codes_gmem", "ids_gmem"), lists))
   operands |= {f"{name}_gmem": x for name, x in outputs.items()}
@@ -1087,17 +1089,17 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
     v_operands, v_to = mosaic.whole_and_tiles(v_smem)
     parts = _parts(s.kv_parts, s.kv_columns, zero)
 
-    def my_units():
+    def my_steps():
       """How many attention steps this split has."""
       known = ids_smem[s.top_k] * per_block
       return lax.div(known + (splits - 1) - split, splits)
 
-    def unit_start(i):
+    def step_start(i):
       """First slot of the split's i-th attention step, of the device's."""
       index = split + i * splits
       before = 0 if s.devices == 1 else ids_smem[s.top_k + 1]
       block = ids_smem[before + lax.div(index, per_block)] - first_block
-      offset = lax.rem(index, per_block) * unit
+      offset = lax.rem(index, per_block) * step_keys
       return block * s.block_size + offset
 
     @pl.when(wg == 0)
@@ -1108,7 +1110,7 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
       def step(i, carry):
         accs, m_i, l_i = carry
         slot = k_ring.slot(i)
-        start = unit_start(i)
+        start = step_start(i)
         k_ring.wait_ready(slot)
 
         def scores(ref):
@@ -1118,7 +1120,7 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
             plgpu.wgmma(ref, queries, keys.transpose((1, 0)))
           return ref[...]
 
-        x = pl.run_scoped(scores, ACC((ROWS, unit), jnp.float32))
+        x = pl.run_scoped(scores, ACC((ROWS, step_keys), jnp.float32))
         k_ring.release(slot)
         key = start + plgpu.broadcasted_iota(
           jnp.int32, x.shape, 1, layout=layout
@@ -1127,17 +1129,17 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
         x = jnp.where(key <= loc.position, x + x * 0.0, -jnp.inf)
         m_new = jnp.maximum(m_i, x.max(axis=1) * s.scale_log2)
         alpha = jnp.exp2(m_i - m_new)
-        p = jnp.exp2(x * s.scale_log2 - _over_columns(m_new, unit))
+        p = jnp.exp2(x * s.scale_log2 - _over_columns(m_new, step_keys))
         l_new = l_i * alpha + p.sum(axis=1)
         accs = [x * _over_columns(alpha, s.kv_columns) for x in accs]
         p = p.astype(s.dtype)
         v_ring.wait_ready(slot)
 
-        @pl.when(start + unit - 1 > loc.position)
+        @pl.when(start + step_keys - 1 > loc.position)
         def _():
           # An unused slot may hold NaN, and zero times NaN is NaN.
           for n, part in itertools.product(
-            range(unit // ROWS), range(s.kv_parts)
+            range(step_keys // ROWS), range(s.kv_parts)
           ):
             at = (_at(slot, s.kv_parts, part), pl.ds(n * ROWS, ROWS))
             value = plgpu.load(v_operands.at[at], layout=layout)
@@ -1177,7 +1179,7 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
 
       accs, m_i, l_i = lax.fori_loop(
         0,
-        my_units(),
+        my_steps(),
         step,
         (
           tuple(
@@ -1265,7 +1267,7 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
 
       def load(i, carry):
         slot = k_ring.slot(i)
-        tokens = pl.ds(unit_start(i), unit)
+        tokens = pl.ds(step_start(i), step_keys)
         for x_gmem, x_to, ring in (
           (k_gmem, k_to, k_ring),
           (v_gmem, v_to, v_ring),
@@ -1280,8 +1282,8 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
             )
         return carry
 
-      units = my_units()
-      lax.fori_loop(0, units, load, None)
+      steps = my_steps()
+      lax.fori_loop(0, steps, load, None)
 
       @pl.when(split == 0)
       def _():
@@ -1291,7 +1293,7 @@ def _attend(q, k, v, lengths, lists, outputs, s: KernelParams) -> None:
             block == NO_BLOCK, -1, block
           )
 
-      mosaic.drain_rings(units, k_ring, v_ring)
+      mosaic.drain_rings(steps, k_ring, v_ring)
 
     if s.merge_inside:
       first, step = split * 2 + wg, splits * 2

@@ -170,14 +170,14 @@ def _key_of_column():
 
 
 def _index_lse(
-  out, spans, limits, packed, iq, ik, *, params: KernelParams
+  out, extents, limits, packed, iq, ik, *, params: KernelParams
 ):  # fmt: skip
   """log2 sum exp2 of every query's index scores; undefined if it sees none.
 
   Args:
     out: Ref, float32 [B, K, queries].
-    spans: int32 [B, 2]: position of each batch row's first query, and number of
-      its keys.
+    extents: int32 [B, 2]: position of each batch row's first query, and number
+      of its keys.
     limits: int32 [B, queries]: how many keys each query sees.
     packed: of packed rows: `until`, int32 [B, keys], and the first key tile of
       each query tile, int32 [B, query tiles]; None for plain rows.
@@ -191,7 +191,7 @@ def _index_lse(
   row_layout = plgpu.Layout.WGMMA.reduce(1)
 
   def body(
-    *, spans_gmem, limits_gmem, iq_gmem, ik_gmem, out_gmem, iq_smem, ik_smem,
+    *, extents_gmem, limits_gmem, iq_gmem, ik_gmem, out_gmem, iq_smem, ik_smem,
     iq_ring, ik_ring, until_gmem=None, first_tile_gmem=None,
   ):  # fmt: skip
     cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -204,7 +204,8 @@ def _index_lse(
       first = (tiles - 1 - index // groups) * 2 * ROWS
       batch_row = lax.rem(index, groups) // s.num_kv_heads
       seen = jnp.minimum(
-        spans_gmem[batch_row, 0] + first + 2 * ROWS, spans_gmem[batch_row, 1]
+        extents_gmem[batch_row, 0] + first + 2 * ROWS,
+        extents_gmem[batch_row, 1],
       )
       key_tiles = jnp.maximum(seen + KEYS - 1, 0) // KEYS
       first_tile = 0
@@ -285,7 +286,7 @@ def _index_lse(
   mosaic.launch(
     body,
     dict(
-      spans_gmem=spans,
+      extents_gmem=extents,
       limits_gmem=limits,
       iq_gmem=iq,
       ik_gmem=ik,
@@ -725,7 +726,7 @@ def kl(
     interpret=interpret,
   )
   index_lse = jax.new_ref(lax.empty((b, num_kv_heads, queries), jnp.float32))
-  spans = jnp.stack([kv_lengths - t, kv_lengths], axis=-1)
+  extents = jnp.stack([kv_lengths - t, kv_lengths], axis=-1)
   packed = None
   if until is not None:
     first = of_queries(_first_seen(until), 0)
@@ -735,7 +736,7 @@ def kl(
     ).reshape(b, -1, 2 * ROWS)
     until = pad(until - first_slot, 1, keys)
     packed = until, first.min(axis=-1) // KEYS
-  _index_lse(index_lse, spans, limits, packed, iq, ik, params=params)
+  _index_lse(index_lse, extents, limits, packed, iq, ik, params=params)
   index_lse = jnp.where(poisoned, jnp.nan, jax.freeze(index_lse))
 
   def einsum(spec, x, y):

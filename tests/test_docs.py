@@ -20,6 +20,7 @@ import pytest
 import test_imports
 
 import msa_jax
+from pallas_kernels import kv_block_plan, tile_plan
 
 ROOT = pathlib.Path(__file__).parent.parent
 DOCS = sorted((ROOT / "docs").glob("*.md"))
@@ -140,6 +141,18 @@ def test_the_picture_of_the_house_is_right():
   packages = {module for module in paths if paths[module].stem == "__init__"}
   # Every kernel imports it.
   assert {*paths} - drawn - packages == {"pallas_kernels.mosaic"}
+
+
+@pytest.mark.parametrize(
+  "plan",
+  [tile_plan.TilePlan, tile_plan.PairPlan, kv_block_plan.KVBlockPlan],
+  ids=lambda plan: plan.__name__,
+)
+def test_the_table_of_a_plan_has_its_arrays(plan):
+  page = (ROOT / "docs" / "kernels.md").read_text()
+  _, _, after = page.partition(f"\n`{plan.__name__}`, ")
+  table = after.partition("\n\n")[2].partition("\n\n")[0]
+  assert re.findall(r"^\| `(\w+)` \|", table, re.M) == [*plan._fields]
 
 
 PRINTING = ("README.md", "layers.md")

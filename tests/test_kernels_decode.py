@@ -20,8 +20,8 @@ SMALL = decode.Config(num_ctas=3, stages=2, splits=2)
 CONFIGS = (
   decode.Config(),
   decode.Config(stages=4),
-  decode.Config(unit=128),
-  decode.Config(unit=64, splits=32),
+  decode.Config(step_keys=128),
+  decode.Config(step_keys=64, splits=32),
 )
 # Hopper sums e4m3 products with about 14 bits.
 FP8_GPU = 2.0**-10
@@ -216,7 +216,7 @@ def test_ragged_rows_and_unused_slots(lengths, fp8):
   ],
 )  # fmt: skip
 def test_tokens_groups_and_forced_blocks(case):
-  config = dataclasses.replace(SMALL, unit=64)
+  config = dataclasses.replace(SMALL, step_keys=64)
   run_and_check(case, config=config)
 
 
@@ -629,7 +629,7 @@ def test_lowers_odd_shapes():
   case = dataclasses.replace(
     PAPER, lengths=(1,) * 3, capacity=4096, num_local=16
   )
-  assert lower(case, decode.Config(unit=64, splits=32)) == 2
+  assert lower(case, decode.Config(step_keys=64, splits=32)) == 2
 
 
 AUTO = (jax.sharding.AxisType.Auto,)
@@ -709,7 +709,7 @@ def test_gpu_d256(hopper, shape, block_size, splits):
     head_dim=256, index_dim=128, fp8=shape % 2 == 1, block_size=block_size,
     dtype="bfloat16" if shape % 3 else "float16", **GPU_SHAPES[shape],
   )  # fmt: skip
-  config = decode.Config(unit=128, splits=splits) if splits else None
+  config = decode.Config(step_keys=128, splits=splits) if splits else None
   run_and_check(case, config=config, interpret=False)
 
 
