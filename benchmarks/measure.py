@@ -275,10 +275,10 @@ def check_rms(name: str, got: jax.Array, want: jax.Array) -> str | None:
   return None
 
 
-def faster(
+def dense_seconds(
   peers: dict[str, Callable[[], Any]], once: bool
-) -> tuple[str, float]:
-  """Name and seconds of the fastest of some dense programs."""
+) -> dict[str, float]:
+  """Seconds of each of some dense programs that runs here, by name."""
   seconds = {}
   for name, call in peers.items():
     try:
@@ -289,8 +289,7 @@ def faster(
       log(f"  dense {name}: {seconds[name] * 1e3:.3f} ms")
   if not seconds:
     raise RuntimeError("no dense attention runs at this shape")
-  best = min(seconds, key=lambda name: seconds[name])
-  return best, seconds[best]
+  return seconds
 
 
 def record(
@@ -304,7 +303,7 @@ def record(
   union8: float,
   implementation: Implementation,
   score_precision: str = "exact",
-  dense: tuple[str, float] | None = None,
+  dense: dict[str, float] | None = None,
   steps: int = 1,
 ) -> dict[str, Any]:
   """Times an op and returns its record for results/<device>.json.
@@ -319,13 +318,20 @@ def record(
     union8: distinct blocks that 8 neighbouring queries choose, mean.
     implementation: the one that was called by its name.
     score_precision: how the index scores are ranked.
-    dense: name and seconds of the dense peer, if there is one.
+    dense: seconds of a step of each dense peer by name, if there are any. The
+      speed-up is that over the fastest one.
     steps: number of equal steps in a call; the values are per step.
   """
+
+  def milliseconds(seconds: float) -> float:
+    return round(seconds * 1e3, 4)
+
   seconds, spread = measure(call)
   seconds, spread = seconds / steps, spread and spread / steps
-  name, dense_seconds = dense or (None, None)
-  speedup = None if dense_seconds is None else dense_seconds / seconds
+  peers = dense or {}
+  name = min(peers, key=lambda peer: peers[peer], default=None)
+  fastest = None if name is None else peers[name]
+  speedup = None if fastest is None else fastest / seconds
   versus = "" if speedup is None else f", {speedup:.2f}x over {name}"
   tflops = flops / seconds / 1e12
   log(
@@ -339,10 +345,11 @@ def record(
     union8=round(union8, 2),
     score_precision=score_precision,
     implementation=implementation,
-    ms=round(seconds * 1e3, 4),
-    spread_ms=None if spread is None else round(spread * 1e3, 4),
-    dense_ms=None if dense_seconds is None else round(dense_seconds * 1e3, 4),
+    ms=milliseconds(seconds),
+    spread_ms=None if spread is None else milliseconds(spread),
+    dense_ms=None if fastest is None else milliseconds(fastest),
     dense=name,
+    dense_ms_by={peer: milliseconds(x) for peer, x in peers.items()},
     speedup=None if speedup is None else round(speedup, 2),
     tflops=round(tflops, 1),
     peak_bytes=peak_bytes,

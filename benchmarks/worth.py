@@ -107,6 +107,15 @@ def speedup(row: Mapping) -> float:
   return row["dense_ms"] / row["ms"]
 
 
+def cudnn_ms(row: Mapping) -> float | None:
+  """cuDNN's time in the same run; None if the record does not have it.
+
+  Records from before 2026-11-30 have the fastest dense time only.
+  """
+  fastest = {row["dense"]: row["dense_ms"]}
+  return row.get("dense_ms_by", fastest).get("cudnn")
+
+
 def speedups(
   rows: Sequence[Mapping], model: Model, op: str, selection: str
 ) -> dict[int, float]:
@@ -165,9 +174,9 @@ def times(rows: Sequence[Mapping]) -> str:
     if row["op"] in ("prefill", "train")
   }
   lines = [
-    "| H, K, D | tokens | dense, ms | prefill, ms | commit"
-    " | dense with gradients, ms | training, ms | commit |",
-    "|---|---:|---:|---:|---|---:|---:|---|",
+    "| H, K, D | tokens | dense, ms | cuDNN, ms | prefill, ms | commit"
+    " | cuDNN with gradients, ms | training, ms | commit |",
+    "|---|---:|---:|---:|---:|---|---:|---:|---|",
   ]
   for heads in sorted(found, reverse=True):
     model = Model("", *heads)
@@ -176,12 +185,21 @@ def times(rows: Sequence[Mapping]) -> str:
     ]
     for tokens in sorted(set().union(*both)):
       cells = [", ".join(map(str, heads)), name_of(tokens)]
-      for row in (by_length.get(tokens) for by_length in both):
-        cells += ["", "", ""] if row is None else [
-          milliseconds(row["dense_ms"]),
+      for op, by_length in zip(("prefill", "train"), both, strict=True):
+        row = by_length.get(tokens)
+        if row is None:
+          cells += [""] * (4 if op == "prefill" else 3)
+          continue
+        cells.append(milliseconds(row["dense_ms"]))
+        if op == "prefill":  # in training cuDNN is the only one
+          of_cudnn = cudnn_ms(row)
+          cells.append("" if of_cudnn is None else (
+            f"{milliseconds(of_cudnn)} ({of_cudnn / row['ms']:.2f}x)"
+          ))  # fmt: skip
+        cells += [
           f"{milliseconds(row['ms'])} ({speedup(row):.2f}x)",
           row["commit"],
-        ]  # fmt: skip
+        ]
       lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 

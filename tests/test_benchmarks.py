@@ -43,6 +43,7 @@ FIELDS = {
     "ms",
     "spread_ms",
     "dense_ms",
+    "dense_ms_by",
     "dense",
     "speedup",
     "tflops",
@@ -89,9 +90,13 @@ def test_forward_ops_write_records(arguments):
   assert len(rows) == 10
   assert all(set(row) == FIELDS for row in rows)
   assert all(row["ms"] > 0 and row["kv_tokens"] == 64 for row in rows)
-  assert all(
-    (row["speedup"] is None) == (row["op"] != "prefill") for row in rows
-  )
+  for row in rows:
+    times = row["dense_ms_by"]
+    if row["op"] != "prefill":
+      assert row["speedup"] is None and times == {}
+      continue
+    assert set(times) == {"cudnn", "jax mosaic_gpu"}
+    assert row["dense_ms"] == times[row["dense"]] == min(times.values())
   assert path.with_suffix(".png").stat().st_size > 0
   recalls = {(r["selection"], r["score_precision"]) for r in content["recall"]}
   assert recalls == {(s, "fp8") for s in cases.SELECTIONS}
@@ -188,7 +193,9 @@ def test_training_ops_write_records(arguments):
     [*training.OPS[:3] * 2, "warmup"]
   )
   for row in rows:
-    assert (row["speedup"] is None) == (row["op"] in ("sparse_backward", "kl"))
+    alone = row["op"] in ("sparse_backward", "kl")
+    assert (row["speedup"] is None) == alone
+    assert set(row["dense_ms_by"]) == (set() if alone else {"cudnn"})
   assert path.with_suffix(".png").stat().st_size > 0
 
 
@@ -248,6 +255,8 @@ def test_decode_writes_records(decode_arguments):
     assert set(row) == FIELDS | extra
     assert row["batch"] == 2 and row["kv_tokens"] == 64
     assert row["ms"] > 0 and row["dense"] == "cudnn"
+    assert set(row["dense_ms_by"]) == {"cudnn", "xla"}
+    assert row["dense_ms"] == row["dense_ms_by"]["cudnn"]
     assert row["kernels_ms"] == {"decode_scan_kernel": 1e-3}
     assert row["idle_ms"] == 1.5e-3
   assert rows[0]["index_tbs"] == round(2 * 64 * 128 / 1e6, 3)
@@ -629,7 +638,7 @@ def worth_row(op, tokens, speedup, **fields):
     score_precision="exact",
     implementation="mosaic_gpu",
   )
-  times = dict(speedup=speedup, ms=1.0, dense_ms=speedup)
+  times = dict(speedup=speedup, ms=1.0, dense_ms=speedup, dense="cudnn")
   return case | row | times | fields
 
 
@@ -691,10 +700,18 @@ def test_worth_shows_the_times_behind_it():
     worth_row("prefill", 1 << 15, 4.0, ms=7.0, dense_ms=28.25, commit="a"),
     worth_row("train", 1 << 17, 4.0, ms=1234.5, dense_ms=5000.4, commit="b"),
     worth_row("prefill", 1 << 14, 9.0, selection="random"),
-  ]
+    # An old record without cuDNN's time, and a new one with it.
+    worth_row("prefill", 1 << 18, 8.0, dense="jax mosaic_gpu", commit="c"),
+    worth_row(
+      "prefill", 1 << 19, 8.0, dense="jax mosaic_gpu", commit="d",
+      dense_ms_by={"cudnn": 10.0, "jax mosaic_gpu": 8.0},
+    ),
+  ]  # fmt: skip
   assert worth.times(rows).splitlines()[2:] == [
-    "| 64, 4, 128 | 32K | 28.2 | 7.00 (4.04x) | a |  |  |  |",
-    "| 64, 4, 128 | 128K |  |  |  | 5,000 | 1,234 (4.05x) | b |",
+    "| 64, 4, 128 | 32K | 28.2 | 28.2 (4.04x) | 7.00 (4.04x) | a |  |  |  |",
+    "| 64, 4, 128 | 128K |  |  |  |  | 5,000 | 1,234 (4.05x) | b |",
+    "| 64, 4, 128 | 256K | 8.00 |  | 1.00 (8.00x) | c |  |  |  |",
+    "| 64, 4, 128 | 512K | 8.00 | 10.0 (10.00x) | 1.00 (8.00x) | d |  |  |  |",
   ]
 
 
