@@ -56,7 +56,7 @@ from jax.experimental import topologies
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import msa_jax
-from benchmarks import cases, measure, records, training
+from benchmarks import cases, measure, records
 from benchmarks.__main__ import heads, with_heads
 from benchmarks.cases import Case
 from msa_jax import context
@@ -496,7 +496,7 @@ def flops(case: Case, op: str) -> float:
   if op == "context_decode":
     case = dataclasses.replace(case, tokens=1)
   if op == "context_train":
-    return training.flops("train", case)
+    return measure.flops("train", case)
   return measure.main_flops(case) + measure.index_flops(case)
 
 

@@ -223,7 +223,7 @@ def records(
       "decode",
       case,
       call,
-      flops=measure.index_flops(case) + measure.main_flops(case),
+      flops=measure.flops("decode", case),
       peak_bytes=step_bytes(program, q, index_q, caches[0]),
       selection="random",
       union8=case.top_k,

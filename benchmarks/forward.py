@@ -186,10 +186,6 @@ def records(
       if selection not in selections:
         continue
       about: dict[str, Any] = dict(selection=selection, union8=union8)
-      select_flops, sparse_flops = (
-        measure.index_flops(case),
-        measure.main_flops(case),
-      )
       if "prefill" in ops:
         attend = programs["sparse"]
 
@@ -205,7 +201,7 @@ def records(
             "prefill",
             case,
             prefill,
-            flops=select_flops + sparse_flops,
+            flops=measure.flops("prefill", case),
             peak_bytes=peak,
             implementation=implementation,
             score_precision=precision,
@@ -219,7 +215,7 @@ def records(
             "select",
             case,
             functools.partial(choose, *inputs),
-            flops=select_flops,
+            flops=measure.flops("select", case),
             peak_bytes=measure.program_bytes(choose),
             implementation=implementation,
             score_precision=precision,
@@ -232,7 +228,7 @@ def records(
             "sparse_forward",
             case,
             functools.partial(programs["sparse"], *qkv, exact),
-            flops=sparse_flops,
+            flops=measure.flops("sparse_forward", case),
             peak_bytes=measure.program_bytes(programs["sparse"]),
             implementation=implementation,
             **about,

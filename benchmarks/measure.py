@@ -171,7 +171,7 @@ def truth(function: Callable[..., Any]) -> Callable[..., Any]:
   return jax.jit(function, compiler_options={"xla_gpu_autotune_level": 0})
 
 
-# ---- Floating-point operations that an op needs ----
+# ---- What an op needs: floating-point operations and bytes ----
 
 
 def visible_tokens(case: Case) -> np.ndarray:
@@ -202,6 +202,89 @@ def dense_flops(case: Case) -> float:
   """The products q k and p v over all visible tokens."""
   heads = case.batch * case.num_heads
   return 4.0 * case.head_dim * heads * visible_tokens(case).sum()
+
+
+def flops(op: str, case: Case) -> float:
+  """Floating-point operations of an op.
+
+  For each query, head and key of the query's own chosen blocks: 4 D in the
+  forward (q k and p v), 10 D in the backward (five products), 2 D in the KL,
+  which computes q k once more. The index has one head for each group of query
+  heads: 2 I for each query, group and visible key in the choice, and 6 I for
+  each one of the chosen blocks in the KL (scores and their two gradients).
+  """
+  main, index, dense = main_flops(case), index_flops(case), dense_flops(case)
+  pairs = case.num_kv_heads * attended_pairs(case)
+  kl = main / 2 + 6.0 * case.index_dim * pairs
+  return dict(
+    select=index,
+    sparse_forward=main,
+    prefill=index + main,
+    decode=index + main,
+    sparse_backward=2.5 * main,
+    kl=kl,
+    train=index + 3.5 * main + kl,
+    warmup=3.5 * dense + dense / 2 + 4 * index,
+  )[op]
+
+
+def moved_bytes(op: str, case: Case) -> float:
+  """Bytes of memory that `prefill` or `train` reads and writes at least.
+
+  Each part of the op moves each of its arrays once, at its size without
+  padding:
+
+    choice     reads index_q and index_k, writes the choices
+    forward    reads q, k, v and the choices, writes out and lse
+    backward   reads q, k, v, out, dout, lse and the choices, writes dq, dk, dv
+    KL         reads q, k, index_q, index_k, lse and the choices, writes the
+               gradients of index_q and index_k
+  """
+  arrays = shapes(case, case.dtype)
+  q, k, index_q, index_k, ids, lse = (
+    float(arrays[name].size * arrays[name].dtype.itemsize)
+    for name in ("q", "k", "index_q", "index_k", "ids", "lse")
+  )
+  index = index_q + index_k
+  choice = index + ids
+  forward = q + 2 * k + ids + q + lse
+  backward = (q + 2 * k + 2 * q + lse + ids) + (q + 2 * k)
+  kl = (q + k + index + lse + ids) + index
+  training = backward + kl if op == "train" else 0.0
+  return choice + forward + training
+
+
+class Bound(NamedTuple):
+  """What an op needs at least, and the time that this takes.
+
+  The time is the larger one of operations / rate of the tensor cores and of
+  bytes / rate of the memory: both overlap at best.
+
+  Attributes:
+    flops: floating-point operations of `flops`.
+    bytes: of `moved_bytes`.
+    seconds: the larger one of both times.
+    of_memory: whether that is the memory's.
+  """
+
+  flops: float
+  bytes: float
+  seconds: float
+  of_memory: bool
+
+
+def bound(op: str, case: Case, tflops: float, tbs: float) -> Bound:
+  """The bound of `prefill` or `train` at rates of a device.
+
+  Args:
+    op: one of the two.
+    case: its shape.
+    tflops: TFLOP/s of a large product of matrices (`ceilings`).
+    tbs: TB/s of a large copy, read and written.
+  """
+  needed, moved = flops(op, case), moved_bytes(op, case)
+  of_cores, of_memory = needed / (tflops * 1e12), moved / (tbs * 1e12)
+  return Bound(needed, moved, max(of_cores, of_memory), of_memory > of_cores)
 
 
 # ---- Programs ----

@@ -169,22 +169,6 @@ def add_programs(
     )
 
 
-def flops(op: str, case: Case) -> float:
-  """Operations of an op: attention's backward has 5 products, its forward 2."""
-  main, index = measure.main_flops(case), measure.index_flops(case)
-  dense = measure.dense_flops(case)
-  # The KL computes q k once more. Its index scores and their two gradients are
-  # of one index head for each group of G query heads.
-  pairs = measure.attended_pairs(case) * case.num_kv_heads
-  kl = main / 2 + 6.0 * case.index_dim * pairs
-  return dict(
-    train=index + 3.5 * main + kl,
-    sparse_backward=2.5 * main,
-    kl=kl,
-    warmup=3.5 * dense + dense / 2 + 4 * index,
-  )[op]
-
-
 def records(
   case: Case,
   programs: measure.Programs,
@@ -225,7 +209,7 @@ def records(
         op,
         case,
         call,
-        flops=flops(op, case),
+        flops=measure.flops(op, case),
         peak_bytes=measure.program_bytes(programs[op]),
         selection=selection,
         union8=union8,

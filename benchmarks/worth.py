@@ -3,9 +3,9 @@
   python -m benchmarks.worth
   python -m benchmarks.worth --results FILE --page PAGE
 
-The numbers are the records of a results file at the heads of each model. Two
-tables, of speed-ups by model and of times by heads, replace what stands between
-two marks of the page each.
+The numbers are the records of a results file at the heads of each model. Three
+tables, of speed-ups by model, of times by heads and of bounds, replace what
+stands between two marks of the page each.
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ import pathlib
 import sys
 from collections.abc import Mapping, Sequence
 
-from benchmarks import cases, records
+from benchmarks import cases, measure, records
 
 ROOT = pathlib.Path(__file__).parents[1]
 RESULTS = records.FOLDER / "nvidia_h200.json"
 PAGE = ROOT / "docs" / "worth.md"
 MARKS = {
   name: (f"<!-- {name} of benchmarks.worth -->", "<!-- end of the table -->")
-  for name in ("models", "times")
+  for name in ("models", "times", "bounds")
 }
 
 
@@ -60,6 +60,13 @@ COLUMNS = {
   "training step": ("train", "trained_like"),
   "decoding": ("decode", "random"),
 }
+
+
+# H, K, D of the table of bounds.
+BOUNDED = (
+  (64, 4, 128), (64, 8, 128), (48, 8, 128), (32, 8, 128), (16, 8, 128),
+  (32, 8, 64),
+)  # fmt: skip
 
 
 def name_of(tokens: int) -> str:
@@ -204,13 +211,40 @@ def times(rows: Sequence[Mapping]) -> str:
   return "\n".join(lines)
 
 
+def bounds(rows: Sequence[Mapping]) -> str:
+  """The Markdown table of the bounds (`measure.bound`) of some heads."""
+  lines = [
+    "| H, K, D | tokens | op | TFLOP | GB | bound, ms | dense / bound"
+    " | measured, ms | share reached |",
+    "|---|---:|---|---:|---:|---:|---:|---:|---:|",
+  ]
+  names = [field.name for field in dataclasses.fields(cases.Case)]
+  for heads in BOUNDED:
+    for op in ("prefill", "train"):
+      found = records_of(rows, Model("", *heads), op, "trained_like")
+      for tokens, row in found.items():
+        case = cases.Case(**{name: row[name] for name in names})
+        bound = measure.bound(op, case, row["matmul_tflops"], row["copy_tbs"])
+        least = bound.seconds * 1e3
+        cells = [
+          ", ".join(map(str, heads)), name_of(tokens), op,
+          f"{bound.flops / 1e12:#.3g}", f"{bound.bytes / 1e9:#.3g}",
+          milliseconds(least) + (" (memory)" if bound.of_memory else ""),
+          f"{row['dense_ms'] / least:.1f}x", milliseconds(row["ms"]),
+          f"{100 * least / row['ms']:.0f} %",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 def with_tables(page: str, content: Mapping) -> str:
   """A page's text with the tables of a results file between their marks.
 
   Raises:
     ValueError: the page lacks the marks.
   """
-  for name, make in {"models": table, "times": times}.items():
+  makers = dict(models=table, times=times, bounds=bounds)
+  for name, make in makers.items():
     start, end = MARKS[name]
     before, mark, rest = page.partition(start)
     _, closing, after = rest.partition(end)

@@ -715,6 +715,49 @@ def test_worth_shows_the_times_behind_it():
   ]
 
 
+def test_what_an_op_needs_at_least():
+  """By hand, of four queries that see 1, 2, 3 and 4 keys.
+
+  They attend to their own block alone: 1, 2, 1 and 2 keys.
+  """
+  case = cases.Case(
+    tokens=4, num_heads=4, num_kv_heads=2, head_dim=8, index_dim=4,
+    block_size=2, top_k=1,
+  )  # fmt: skip
+  index, main = 2 * 4 * 2 * 10, 4 * 8 * 4 * 6
+  kl = main / 2 + 6 * 4 * 2 * 6
+  assert (index, main, kl) == (160, 768, 672)
+  assert measure.flops("prefill", case) == 928
+  assert measure.flops("train", case) == 160 + 3.5 * 768 + 672
+  # Bytes of q (as of out), k (as of v), index_q, index_k, choices and lse.
+  q, k, index_q, index_k, ids, lse = 256, 128, 64, 32, 32, 64
+  prefill = (index_q + index_k + ids) + (2 * q + 2 * k + ids + lse)
+  backward = (3 * q + 2 * k + lse + ids) + (q + 2 * k)
+  of_kl = (q + k + index_q + index_k + lse + ids) + (index_q + index_k)
+  assert measure.moved_bytes("prefill", case) == prefill == 992
+  assert measure.moved_bytes("train", case) == prefill + backward + of_kl
+  # At 928 operations a second, and at 496 bytes or much more.
+  slow = measure.bound("prefill", case, 928e-12, 496e-12)
+  assert slow == (928, 992, pytest.approx(2.0), True)
+  assert measure.bound("prefill", case, 928e-12, 1.0).seconds == 1.0
+  assert not measure.bound("prefill", case, 928e-12, 1.0).of_memory
+
+
+def test_worth_shows_the_bounds():
+  rates = dict(matmul_tflops=500.0, copy_tbs=4.0)
+  rows = [
+    worth_row("prefill", 1 << 13, 2.0, ms=2.0, dense_ms=4.0, **rates),
+    # Of a shape that is not in the table.
+    worth_row("prefill", 1 << 13, 2.0, num_heads=2, **rates),
+  ]
+  # 0.503 TFLOP at 500 TFLOP/s; 0.302 GB at 4 TB/s take less.
+  assert worth.bounds(rows).splitlines()[2:] == [
+    "| 64, 4, 128 | 8K | prefill | 0.503 | 0.302 | 1.01 | 4.0x | 2.00 | 50 % |"
+  ]
+  rows[0]["copy_tbs"] = 0.1
+  assert " | 3.02 (memory) | 1.3x | 2.00 | " in worth.bounds(rows)
+
+
 def test_starts_of_an_index_are_compared(tmp_path, capsys):
   """The oracle chooses the best blocks, and no start has better ones."""
   sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32)

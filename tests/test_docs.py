@@ -155,6 +155,18 @@ def test_the_table_of_a_plan_has_its_arrays(plan):
   assert re.findall(r"^\| `(\w+)` \|", table, re.M) == [*plan._fields]
 
 
+def test_the_page_on_speed_counts_the_measured_shapes_of_heads():
+  said = re.search(
+    r"\[(\d+) shapes of heads\]\(worth\.md\)",
+    (ROOT / "docs" / "speed.md").read_text(),
+  )
+  page = (ROOT / "docs" / "worth.md").read_text()
+  table = page.partition("<!-- times of benchmarks.worth -->")[2]
+  table = table.partition("<!-- end of the table -->")[0]
+  heads = re.findall(r"^\| (\d+, \d+, \d+) \|", table, re.M)
+  assert said and int(said[1]) == len({*heads})
+
+
 PRINTING = ("README.md", "layers.md")
 
 
