@@ -2,15 +2,16 @@
 
   python -m benchmarks --tokens 32k 128k --ops prefill select
   python -m benchmarks --heads 32x8x128 16x8x128 --tokens 8k --ops train
+  python -m benchmarks --implementation mosaic_gpu xla --tokens 4k 1x4k
 
 Each op is first checked against `msa_jax.reference`; if a check fails, no
 number is printed. Shapes run from the longest to the shortest, because the
 programs of the shorter ones compile while dense attention keeps the GPU busy.
 The file is written after each shape. A new record replaces the one of the same
-op, shape, selection and score precision; all other records stay, with the JAX
-version that they were measured under. Two plots show the speed-up over dense
-attention, measured in the same run, against length: one of the paper's heads,
-and `<device>_heads.png` of all heads.
+op, shape, selection, score precision and implementation; all other records
+stay, with the JAX version that they were measured under. Two plots show the
+speed-up over dense attention, measured in the same run, against length: one of
+the paper's heads, and `<device>_heads.png` of all heads.
 
 The other commands of this package are listed in `benchmarks/__init__.py`.
 """
@@ -84,10 +85,10 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   )
   parser.add_argument(
     "--implementation",
+    nargs="+",
     choices=get_args(Implementation),
-    default="mosaic_gpu",
-    help="which one to measure; decode has mosaic_gpu only (default:"
-    " mosaic_gpu)",
+    default=["mosaic_gpu"],
+    help="which ones to measure (default: mosaic_gpu)",
   )
   parser.add_argument(
     "--no-dense", action="store_true", help="do not time dense attention"
@@ -166,8 +167,6 @@ def choose(
   """
   chosen = {}
   for group in GROUPS:
-    if group is decode and args.implementation != "mosaic_gpu":
-      continue
     # Looked up in each call, because tests replace the shapes by small ones.
     named = {
       each: case
@@ -241,34 +240,39 @@ def main(argv: list[str] | None = None) -> int:
   ):
     measure.log(f"checking {', '.join(args.ops)}")
     checks = [
-      group.start_checks(
-        pool, case, ops[group], args.precision, args.implementation
+      (
+        implementation,
+        group.start_checks(
+          pool, case, ops[group], args.precision, implementation
+        ),
       )
       for group, case in checked
+      for implementation in args.implementation
     ]
     ordered = sorted(
       (
-        (name, case, group)
+        (name, case, group, implementation)
         for group, named in chosen.items()
         for name, case in named.items()
+        for implementation in args.implementation
       ),
       key=lambda item: -item[1].tokens,
     )
-    programs = {}
-    for name, case, group in ordered:
-      programs[name, group] = measure.Programs(pool)
+    programs = []
+    for _, case, group, implementation in ordered:
+      programs.append(measure.Programs(pool))
       group.add_programs(
-        programs[name, group],
+        programs[-1],
         case,
         ops[group],
         args.selection,
         args.precision,
         not args.no_dense,
-        args.implementation,
+        implementation,
       )
     failed = [
-      f"{name}: {check.exception() or check.result()}"
-      for of_group in checks
+      f"{name}: {check.exception() or check.result()} ({implementation})"
+      for implementation, of_group in checks
       for name, check in of_group.items()
       if check.exception() or check.result()
     ]
@@ -277,7 +281,7 @@ def main(argv: list[str] | None = None) -> int:
       print("\n".join(["check failed, nothing measured:", *failed]))
       return 1
     if args.lock:
-      for compiling in programs.values():
+      for compiling in programs:
         compiling.wait()
     wait_for_turn()
     rates = measure.ceilings()
@@ -287,15 +291,17 @@ def main(argv: list[str] | None = None) -> int:
       commit=args.commit or records.commit_name(),
     )
     content = {}
-    for name, case, group in ordered:
-      measure.log(f"{name}: {', '.join(ops[group])}")
+    for (name, case, group, implementation), compiled in zip(
+      ordered, programs, strict=True
+    ):
+      measure.log(f"{name}, {implementation}: {', '.join(ops[group])}")
       found, recalls = group.records(
         case,
-        programs[name, group],
+        compiled,
         ops[group],
         args.selection,
         args.precision,
-        args.implementation,
+        implementation,
       )
       found = [record | rates | note for record in found]
       for record in found:

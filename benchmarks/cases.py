@@ -102,6 +102,7 @@ PAPER = {
   for name, tokens in {
     "256": 1 << 8,
     "1k": 1 << 10,
+    "4k": 1 << 12,
     "8k": 1 << 13,
     "32k": 1 << 15,
     "128k": 1 << 17,
@@ -130,7 +131,8 @@ DECODE = {  # batch x cached tokens, for decode
     tokens=1, kv_tokens=PAPER[name].tokens, batch=batch
   )
   for batch, name in (
-    (1, "32k"), (1, "128k"), (1, "1m"), (8, "128k"), (32, "32k")
+    (1, "256"), (1, "1k"), (1, "4k"), (1, "8k"), (1, "32k"), (1, "128k"),
+    (1, "1m"), (8, "128k"), (32, "32k"),
   )
 }  # fmt: skip
 

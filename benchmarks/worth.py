@@ -3,9 +3,9 @@
   python -m benchmarks.worth
   python -m benchmarks.worth --results FILE --page PAGE
 
-The numbers are the records of a results file at the heads of each model. Three
-tables, of speed-ups by model, of times by heads and of bounds, replace what
-stands between two marks of the page each.
+The numbers are the records of a results file at the heads of each model. Tables
+of speed-ups by model, of times by heads, of bounds and of implementations
+replace what stands between two marks of the page each.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ RESULTS = records.FOLDER / "nvidia_h200.json"
 PAGE = ROOT / "docs" / "worth.md"
 MARKS = {
   name: (f"<!-- {name} of benchmarks.worth -->", "<!-- end of the table -->")
-  for name in ("models", "times", "bounds")
+  for name in ("models", "times", "bounds", "implementations")
 }
 
 
@@ -70,6 +70,8 @@ BOUNDED = (
 
 
 def name_of(tokens: int) -> str:
+  if tokens < 1 << 10:
+    return str(tokens)
   return f"{tokens >> 10}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
 
 
@@ -237,13 +239,65 @@ def bounds(rows: Sequence[Mapping]) -> str:
   return "\n".join(lines)
 
 
+def both_implementations(
+  rows: Sequence[Mapping],
+) -> list[tuple[Mapping, Mapping]]:
+  """Records of the kernels and of the portable path at the same shape.
+
+  Of prefill, training and decoding, with the choices of `COLUMNS`.
+  """
+  fields = [name for name in records.KEY if name != "implementation"]
+  found: dict[tuple, dict[str, Mapping]] = {}
+  for row in rows:
+    if (row["op"], row["selection"]) in COLUMNS.values() and (
+      row["score_precision"] == "exact"
+    ):
+      at = tuple(row.get(name) for name in fields)
+      found.setdefault(at, {})[row["implementation"]] = row
+  return [
+    (of["mosaic_gpu"], of["xla"])
+    for of in found.values()
+    if {"mosaic_gpu", "xla"} <= of.keys()
+  ]
+
+
+def implementations(rows: Sequence[Mapping]) -> str:
+  """The Markdown table of the kernels beside the portable path."""
+  lines = [
+    "| H, K, D | tokens | op | kernels, ms | xla, ms | xla / kernels |",
+    "|---|---:|---|---:|---:|---:|",
+  ]
+  heads = ("num_heads", "num_kv_heads", "head_dim")
+  ordered = sorted(
+    both_implementations(rows),
+    key=lambda both: (
+      *(-both[0][name] for name in heads), both[0]["op"], both[0]["kv_tokens"],
+      both[0]["batch"],
+    ),
+  )  # fmt: skip
+  for ours, xla in ordered:
+    batch = f"{ours['batch']} x " if ours["batch"] > 1 else ""
+    cells = [
+      ", ".join(str(ours[name]) for name in heads),
+      batch + name_of(ours["kv_tokens"]),
+      ours["op"],
+      milliseconds(ours["ms"]),
+      milliseconds(xla["ms"]),
+      f"{xla['ms'] / ours['ms']:.1f}x",
+    ]
+    lines.append(f"| {' | '.join(cells)} |")
+  return "\n".join(lines)
+
+
 def with_tables(page: str, content: Mapping) -> str:
   """A page's text with the tables of a results file between their marks.
 
   Raises:
     ValueError: the page lacks the marks.
   """
-  makers = dict(models=table, times=times, bounds=bounds)
+  makers = dict(
+    models=table, times=times, bounds=bounds, implementations=implementations
+  )
   for name, make in makers.items():
     start, end = MARKS[name]
     before, mark, rest = page.partition(start)

@@ -5,6 +5,7 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import re
 import time
 
 import jax
@@ -208,7 +209,7 @@ def test_kernels_of_a_step(monkeypatch):
   assert fields["idle_ms"] == 0.5
 
 
-def reference_decode(case, config=None):
+def reference_decode(case, implementation):
   """What the kernels compute, by the reference."""
 
   def run(q, k, v, index_q, index_k, scale, kv_lengths):
@@ -226,6 +227,9 @@ def reference_decode(case, config=None):
     return out, ids
 
   return run
+
+
+DECODE_ATTENTION = decode.attention
 
 
 @pytest.fixture
@@ -262,13 +266,32 @@ def test_decode_writes_records(decode_arguments):
   assert rows[0]["index_tbs"] == round(2 * 64 * 128 / 1e6, 3)
 
 
+def test_implementations_are_measured_beside_each_other(
+  decode_arguments, monkeypatch
+):
+  pytest.importorskip("matplotlib")
+  arguments, path = decode_arguments
+  monkeypatch.setattr(decode, "attention", DECODE_ATTENTION)
+  options = ["--ops", "decode", "prefill", "--tokens", "1x32k", "8k"]
+  options += ["--precision", "exact", "--selection", "random"]
+  implementations = ["xla", "reference"]
+  command = [*arguments, *options, "--implementation", *implementations]
+  assert bench.main(command) == 0
+  rows = json.loads(path.read_text())["rows"]
+  found = [(row["op"], row["implementation"]) for row in rows]
+  assert sorted(found) == [
+    (op, name) for op in ("decode", "prefill") for name in ("reference", "xla")
+  ]
+  assert not any("index_tbs" in row for row in rows)  # the kernels' alone
+
+
 def test_no_number_on_a_wrong_decode(decode_arguments, monkeypatch, capsys):
   arguments, path = decode_arguments
   right = reference_decode
 
-  def off(case, config=None):
+  def off(case, implementation):
     def run(*inputs):
-      out, ids = right(case, config)(*inputs)
+      out, ids = right(case, implementation)(*inputs)
       return jnp.multiply(out, 1.02), ids
 
     return run
@@ -407,22 +430,21 @@ def test_lengths_that_were_not_fitted_are_refused_at_once(
   [
     (
       "--ops decode --tokens 32k",
-      "--ops decode --tokens 32k .*: decode has --tokens 1x32k .*"
+      "--ops decode --tokens 32k .*: decode has --tokens 1x256 .*"
       " --selection random",
     ),
     (
       "--ops train warmup --tokens 1m",
-      "--tokens 1m .*: train has --tokens 256 1k 8k 32k 128k 512k .*; warmup"
-      " has --tokens 256 1k 8k 32k 128k small_heads_32k 8x4k .*_16_heads$",
+      "--tokens 1m .*: train has --tokens 256 1k 4k 8k 32k 128k 512k .*; warmup"
+      " has --tokens 256 1k 4k 8k 32k 128k small_heads_32k 8x4k .*_16_heads$",
     ),
     *(
       (
-        f"--ops decode --tokens 1x32k --implementation mosaic_gpu {wrong}",
-        "with --selection random, --precision exact or fp8",
+        f"--ops decode --tokens 1x32k {wrong}",
+        "with --selection random and --precision exact or fp8",
       )
       for wrong in ("--precision fast", "--selection fitted")
     ),
-    ("--ops decode --tokens 1x32k", "--implementation mosaic_gpu"),
   ],
 )
 def test_nothing_to_measure(arguments, options, text):
@@ -756,6 +778,39 @@ def test_worth_shows_the_bounds():
   ]
   rows[0]["copy_tbs"] = 0.1
   assert " | 3.02 (memory) | 1.3x | 2.00 | " in worth.bounds(rows)
+
+
+def test_none_picks_no_slower_implementation():
+  """None takes the kernels, and may lose a quarter of the time by that."""
+  both = worth.both_implementations(records.read_json(worth.RESULTS)["rows"])
+  assert len(both) >= 8
+  for ours, xla in both:
+    assert ours["ms"] <= 1.25 * xla["ms"], (ours, xla)
+  least = min(xla["ms"] / ours["ms"] for ours, xla in both)
+  said = re.search(r"at least ([\d.]+) times as fast", worth.PAGE.read_text())
+  assert said and said[1] == f"{least:.1f}"
+
+
+def test_worth_shows_implementations_beside_each_other():
+  rows = [
+    worth_row("train", 1 << 12, 1.0, ms=2.0),
+    worth_row("train", 1 << 12, 1.0, ms=5.0, implementation="xla"),
+    worth_row("decode", 1, 1.0, kv_tokens=256, selection="random", batch=8),
+    worth_row(
+      "decode", 1, 1.0, kv_tokens=256, selection="random", batch=8, ms=0.5,
+      implementation="xla",
+    ),
+    # One alone, and other choices.
+    worth_row("train", 1 << 13, 1.0),
+    worth_row("train", 1 << 14, 1.0, selection="random"),
+    worth_row(
+      "train", 1 << 14, 1.0, selection="random", implementation="xla"
+    ),
+  ]  # fmt: skip
+  assert worth.implementations(rows).splitlines()[2:] == [
+    "| 64, 4, 128 | 8 x 256 | decode | 1.00 | 0.500 | 0.5x |",
+    "| 64, 4, 128 | 4K | train | 2.00 | 5.00 | 2.5x |",
+  ]
 
 
 def test_starts_of_an_index_are_compared(tmp_path, capsys):
