@@ -13,7 +13,7 @@ demo: $(READY)
 
 ## Run the tests that need no GPU.
 test: $(READY)
-	$(RUN) -m pytest -n 2 --dist loadfile --no-loadscope-reorder
+	$(RUN) -m pytest -n 2 --dist loadfile
 
 ## Run the tests that take too long for CI, and need no GPU either.
 test-slow: $(READY)

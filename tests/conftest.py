@@ -85,6 +85,10 @@ SHORTEST = (
   *("kernels_masked", "report", "package", "imports", "data", "moe"),
   *("selection_stats", "results", "devices"),
 )
+# The same for files of GPU tests, whose workers take groups of tests (below):
+# most groups of these files take less than 20 s, those of others up to 70 s
+# (H200, 2026-11-30).
+SHORTEST_ON_A_GPU = ("kernels_decode", "kernels_kl", "kernels_select")
 
 
 # Tracing allocates many small objects that live on. At Python's threshold of
@@ -170,21 +174,42 @@ def pairs_of_few_blocks():
     yield here
 
 
+def pytest_configure(config):
+  # xdist would put the files, or the groups, with the most tests first.
+  config.option.loadscopereorder = False
+
+
 @pytest.hookimpl(tryfirst=True)  # xdist reads the groups in its own hook
 def pytest_collection_modifyitems(items):
   for item in items:
-    if item.get_closest_marker("gpu_memory"):
-      item.add_marker(pytest.mark.xdist_group("gpu_memory"))
-    elif "two_gpus" in item.fixturenames:
-      item.add_marker(pytest.mark.xdist_group("two_gpus"))
-    elif item.get_closest_marker("gpu"):
-      # Tests of one kernel and case share what is compiled for them.
-      name = getattr(item, "callspec", None)
-      name = name and name.params.get("name")
-      group = f"{item.path.stem}-{name or item.nodeid}"
+    if item.get_closest_marker("gpu") and (group := _group(item)):
       item.add_marker(pytest.mark.xdist_group(group))
-  last = {f"test_{name}": i for i, name in enumerate(SHORTEST)}
-  items.sort(key=lambda item: last.get(item.path.stem, -1))
+  items.sort(key=_place)
+
+
+def _group(item):
+  """What a GPU test runs with, in one process; None for a test alone."""
+  if item.get_closest_marker("gpu_memory"):
+    return "gpu_memory"
+  if "two_gpus" in item.fixturenames:
+    return "two_gpus"
+  # Calls of a test with one case share what is compiled for them.
+  parameters = getattr(item, "callspec", None)
+  if parameters and "name" in parameters.params:
+    name = parameters.params["name"]
+    return f"{item.path.stem}-{item.originalname}-{name}"
+  return None
+
+
+def _place(item):
+  """Where a test stands among all: what takes long goes first."""
+  last = SHORTEST
+  if item.get_closest_marker("gpu"):
+    if _group(item) in ("gpu_memory", "two_gpus"):  # minutes
+      return -2
+    last = SHORTEST_ON_A_GPU
+  file = item.path.stem.removeprefix("test_")
+  return last.index(file) if file in last else -1
 
 
 @pytest.fixture

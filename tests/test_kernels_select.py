@@ -433,7 +433,7 @@ def test_gpu_long_lists_and_padded_heads(hopper, precision, top_k, index_dim):
 @pytest.mark.parametrize("block_size", [64, 128])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("precision", ["exact", "fast", "fp8"])
-def test_gpu_matrix(index_dim, block_size, dtype, precision):
+def test_gpu_matrix(hopper, index_dim, block_size, dtype, precision):
   # Every setting with one of the shapes, in turn.
   turn = (index_dim // 128) + 2 * (block_size // 128) + (dtype == "float16")
   b, t, s, k, top_k, num_local, kv_lengths = GPU_SHAPES[turn % 3]
@@ -453,7 +453,7 @@ def test_gpu_matrix(index_dim, block_size, dtype, precision):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["exact", "fp8"])
-def test_gpu_configs(precision):
+def test_gpu_configs(hopper, precision):
   index_q, index_k = make(11, 1, 700, 3000, 4, 128)
   for config in CONFIGS:
     run_and_check(
@@ -468,7 +468,7 @@ def test_gpu_configs(precision):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("precision", ["exact", "fast", "fp8"])
-def test_gpu_ties_and_nan(precision):
+def test_gpu_ties_and_nan(hopper, precision):
   run = functools.partial(
     run_and_check, config=None, interpret=False, precision=precision, top_k=16
   )
@@ -491,7 +491,7 @@ def test_gpu_ties_and_nan(precision):
 @pytest.mark.gpu_memory
 @pytest.mark.parametrize("name", ["32k", "small_heads_32k"])
 @pytest.mark.parametrize("selection", cases.SELECTIONS)
-def test_gpu_recall_and_union(selection, name):
+def test_gpu_recall_and_union(hopper, selection, name):
   case = cases.CASES[name]
   index_q, index_k = cases.index_inputs(jax.random.key(1), case, selection)
   select = functools.partial(
