@@ -17,6 +17,7 @@ from op_contract import (
 )
 from test_kernels_packed import (
   GPU_CASES,
+  GPU_LAYOUTS,
   assert_rows_agree,
   layout_of,
   poisoned,
@@ -163,7 +164,7 @@ def test_a_packed_layer_lowers_for_cuda_at_128k(pretend_hopper, sinks):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["documents", "trees", "lengths"])
+@pytest.mark.parametrize("packed", [True, False])
 @pytest.mark.parametrize(
   "name",
   [
@@ -172,9 +173,9 @@ def test_a_packed_layer_lowers_for_cuda_at_128k(pretend_hopper, sinks):
     if case.head_dim <= mosaic.MAX_DENSE_HEAD_DIM
   ],
 )
-def test_gpu_attention(hopper, name, kind):
+def test_gpu_attention(hopper, name, packed):
   case, dtype = GPU_CASES[name]
-  if kind == "lengths":
+  if not packed:
     lengths = (case.kv_len, case.kv_len // 3)[: case.batch]
     case = dataclasses.replace(
       case, q_len=case.kv_len - 333, kv_lengths=lengths
@@ -195,8 +196,8 @@ def test_gpu_attention(hopper, name, kind):
     check_attention(case, q, k, v, None, out, lse, layout)
     check_attention_gradients(case, q, k, v, dout, None, grads, dlse, layout)
 
-  for seed in range(2):
-    layout = None if kind == "lengths" else layout_of(case, kind, 10 * seed)
+  for kind, seed in GPU_LAYOUTS if packed else [(None, 0)]:
+    layout = layout_of(case, kind, 10 * seed) if packed else None
     dlse = lse_cotangent(case, None, layout)
     op_contract.run_twice(run, check, q, k, v, dout, layout, dlse)
 

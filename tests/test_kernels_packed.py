@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import itertools
 import re
 from typing import Any
 
@@ -617,10 +618,9 @@ def interpret_kernels(monkeypatch, phase):
     monkeypatch.setattr(module, name, call)
 
 
-def check_odd_segments(case, dtype, kind, phase, repeats=True):
+def check_odd_segments(case, dtype, phase, repeats=True):
   """A row with too many spans is NaN and has no blocks. It changes nothing of
   the row beside it, and no more do numbers that are no segments."""
-  segments = odd_segments(kind, case)
   inputs = case.inputs(dtype=dtype)
 
   @functools.partial(jax.jit, static_argnames="implementation")
@@ -637,49 +637,50 @@ def check_odd_segments(case, dtype, kind, phase, repeats=True):
 
     return jax.grad(loss, has_aux=True)(inputs)
 
-  got = run(inputs, segments)
-  if repeats:
-    op_contract.assert_same_bits(got, run(inputs, segments))
-  grads, result = got
-  blocks = np.asarray(result.block_indices)
-  most = -(-case.kv_len // case.block_size) + segments.max_segments
-  assert blocks.min() >= -1 and blocks.max() < most
-  overflows = kind == "overflow"
-  assert np.isnan(result.kl) == overflows
-  if overflows:
-    assert (blocks[1] == -1).all()
-    for x in (result.out, result.lse):
-      assert np.isnan(np.asarray(x, np.float32)[1]).all()
-    # Tokens behind the last block that fits have no place in the kernels.
-    for x in grads[:3]:
-      assert np.isnan(np.asarray(x, np.float32)[1]).any()
-  inputs, segments, blocks = (
-    jax.tree.map(lambda x: x[:1], x) for x in (inputs, segments, blocks)
-  )
-  want_grads, want = run(inputs, segments, blocks, "xla")
-  results = [*zip((result.out, result.lse), (want.out, want.lse))]
-  results += zip(grads[:3], want_grads)
-  if not overflows:  # the KL is a mean over the tokens of both rows
-    real = np.asarray(odd_segments(kind, case).span) >= 0
-    results.append((grads[3] * (real.sum() / real[0].sum()), want_grads[3]))
-  for x, y in results:
-    x, y = (np.asarray(a, np.float32)[0] for a in (x, y))
-    finite = np.isfinite(y)
-    np.testing.assert_array_equal(np.isfinite(x), finite)
-    error = np.linalg.norm(x[finite] - y[finite])
-    assert error <= 0.02 * np.linalg.norm(y[finite])
+  for kind in ("overflow", "garbage"):
+    segments = odd_segments(kind, case)
+    got = run(inputs, segments)
+    if repeats:
+      op_contract.assert_same_bits(got, run(inputs, segments))
+    grads, result = got
+    blocks = np.asarray(result.block_indices)
+    most = -(-case.kv_len // case.block_size) + segments.max_segments
+    assert blocks.min() >= -1 and blocks.max() < most
+    overflows = kind == "overflow"
+    assert np.isnan(result.kl) == overflows
+    if overflows:
+      assert (blocks[1] == -1).all()
+      for x in (result.out, result.lse):
+        assert np.isnan(np.asarray(x, np.float32)[1]).all()
+      # Tokens behind the last block that fits have no place in the kernels.
+      for x in grads[:3]:
+        assert np.isnan(np.asarray(x, np.float32)[1]).any()
+    first = (
+      jax.tree.map(lambda x: x[:1], x) for x in (inputs, segments, blocks)
+    )
+    want_grads, want = run(*first, "xla")
+    results = [*zip((result.out, result.lse), (want.out, want.lse))]
+    results += zip(grads[:3], want_grads)
+    if not overflows:  # the KL is a mean over the tokens of both rows
+      real = np.asarray(segments.span) >= 0
+      results.append((grads[3] * (real.sum() / real[0].sum()), want_grads[3]))
+    for x, y in results:
+      x, y = (np.asarray(a, np.float32)[0] for a in (x, y))
+      finite = np.isfinite(y)
+      np.testing.assert_array_equal(np.isfinite(x), finite)
+      error = np.linalg.norm(x[finite] - y[finite])
+      assert error <= 0.02 * np.linalg.norm(y[finite])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("phase", ["sparse", "warmup"])
-@pytest.mark.parametrize("kind", ["overflow", "garbage"])
-def test_interpreted_odd_segments(monkeypatch, pretend_hopper, kind, phase):
+def test_interpreted_odd_segments(monkeypatch, pretend_hopper, phase):
   case = Case(
     batch=2, q_len=100, kv_len=100, num_heads=4, num_kv_heads=1, head_dim=64,
     index_dim=64, block_size=64, top_k=2,
   )  # fmt: skip
   interpret_kernels(monkeypatch, phase)
-  check_odd_segments(case, "bfloat16", kind, phase, repeats=False)
+  check_odd_segments(case, "bfloat16", phase, repeats=False)
 
 
 # -------------------------------------------------------- pieces of the queries
@@ -921,25 +922,20 @@ GPU_CASES = {
     index_dim=64, block_size=64, top_k=6,
   ), "float16"),
 }  # fmt: skip
-GPU_MATRIX = pytest.mark.parametrize(
-  "name, kind",
-  [(n, kind) for n in GPU_CASES for kind in ("documents", "trees")],
-)
+# One program computes both: tests that run both compile it once.
+GPU_LAYOUTS = list(itertools.product(("documents", "trees"), range(2)))
 
 
 @pytest.mark.gpu
-@GPU_MATRIX
-def test_gpu_attention(hopper, name, kind):
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_attention(hopper, name):
   case, dtype = GPU_CASES[name]
   args = op_contract.attention_inputs(case, dtype)
-  configs = [None]
-  if (name, kind) in (("block_64", "trees"), ("group_4", "documents")):
-    configs = [*fwd.candidate_configs(), PAIRS]  # a program each
 
-  @functools.partial(jax.jit, static_argnames="config")
-  def run(q, k, v, dout, blocks, layout, dlse, config):
+  @jax.jit
+  def run(q, k, v, dout, blocks, layout, dlse):
     both, pull = jax.vjp(
-      lambda *x: attend(case, *x, blocks, layout, config=config), q, k, v
+      lambda *x: attend(case, *x, blocks, layout, config=None), q, k, v
     )
     return both, pull((dout, dlse))
 
@@ -948,21 +944,38 @@ def test_gpu_attention(hopper, name, kind):
     check_attention(case, q, k, v, blocks, out, lse, layout)
     check_attention_gradients(case, q, k, v, dout, blocks, grads, dlse, layout)
 
-  for seed in range(2):
+  for kind, seed in GPU_LAYOUTS:
     layout = layout_of(case, kind, 10 * seed)
     blocks = random_choices(case, layout, seed)
     dlse = lse_cotangent(case, blocks, layout)
-    for config in configs:
-      op_contract.run_twice(
-        functools.partial(run, config=config),
-        check, *args, blocks, layout, dlse,
-      )  # fmt: skip
+    op_contract.run_twice(run, check, *args, blocks, layout, dlse)
 
 
 @pytest.mark.gpu
-@GPU_MATRIX
-def test_gpu_kl(hopper, name, kind):
+@pytest.mark.parametrize("config", fwd.candidate_configs()[1:], ids=str)
+@pytest.mark.parametrize("name", ["block_64", "group_4"])
+def test_gpu_forward_configs(hopper, name, config):
+  """The backward pass does not know the forward's config."""
   case, dtype = GPU_CASES[name]
+  q, k, v, *_ = case.inputs(dtype=dtype)
+  run = jax.jit(functools.partial(attend, case, config=config))
+
+  def check(q, k, v, blocks, layout, got):
+    check_attention(case, q, k, v, blocks, *got, layout)
+
+  for kind, seed in GPU_LAYOUTS:
+    layout = layout_of(case, kind, 10 * seed)
+    blocks = random_choices(case, layout, seed)
+    op_contract.run_twice(run, check, q, k, v, blocks, layout)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", GPU_CASES)
+def test_gpu_kl(hopper, name):
+  case, dtype = GPU_CASES[name]
+  # Queries have weights or only count: a program each. Most count in the tests
+  # of plain rows.
+  weighted = name not in ("block_64", "d256")
   q, k, _, index_q, index_k = case.inputs(dtype=dtype)
 
   @jax.jit
@@ -975,12 +988,12 @@ def test_gpu_kl(hopper, name, kind):
   def check(q, k, index_q, index_k, blocks, mask, layout, got):
     check_kl(case, q, k, index_q, index_k, blocks, got, mask, layout)
 
-  for seed in range(2):
+  for kind, seed in GPU_LAYOUTS:
     layout = layout_of(case, kind, 10 * seed)
     blocks = random_choices(case, layout, seed)
     mask = layout.own_block >= 0
     mask &= jnp.arange(case.q_len) % 9 != 4
-    if kind == "trees":  # counts, or shares of a small whole
+    if weighted:  # counts, or shares of a small whole
       factor = (1.0, 1e-7)[seed]
       mask = jnp.where(mask, 1.0 + jnp.arange(case.q_len) % 4, 0.0) * factor
     dense = case.head_dim <= mosaic.MAX_DENSE_HEAD_DIM
@@ -1013,32 +1026,20 @@ def test_gpu_choice(hopper, block_size, num_local, precision):
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("phase", ["sparse", "warmup"])
-@pytest.mark.parametrize("kind", ["overflow", "garbage"])
 @pytest.mark.parametrize("name", ["group_4", "block_64"])
-def test_gpu_odd_segments(hopper, name, kind, phase):
+def test_gpu_odd_segments(hopper, name, phase):
   case, dtype = GPU_CASES[name]
-  check_odd_segments(case, dtype, kind, phase)
+  check_odd_segments(case, dtype, phase)
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["documents", "trees"])
-def test_gpu_operation_equals_the_portable_one(hopper, kind):
+def test_gpu_operation_equals_the_portable_one(hopper):
   """`None` takes the kernels; a poisoned document stays alone."""
   case, dtype = GPU_CASES["group_4"]
-  spans, parents = random_spans(5, case.kv_len, 128)
-  spans, parents = (
-    [spans] * 2,
-    [parents if kind == "trees" else roots([spans])[0]] * 2,
-  )
-  segments = segments_of(spans, parents, case.kv_len, 64)
   inputs = case.inputs(dtype=dtype)
-  (choice,) = msa_jax.explain(
-    msa_jax.msa_attention, *inputs, with_kl=True, segments=segments
-  )
-  assert choice.implementation == "mosaic_gpu"
 
   @functools.partial(jax.jit, static_argnames="implementation")
-  def run(inputs, blocks, mask, implementation=None):
+  def run(inputs, segments, blocks, mask, implementation=None):
     def loss(inputs):
       result = msa_jax.msa_attention(
         *inputs, top_k=4, with_kl=True, segments=segments, query_mask=mask,
@@ -1050,37 +1051,44 @@ def test_gpu_operation_equals_the_portable_one(hopper, kind):
 
     return jax.grad(loss, has_aux=True)(inputs)
 
-  mask = jnp.ones(inputs[0].shape[:2], bool)
-  grads, result = run(inputs, None, mask)
-  want_grads, want = run(inputs, result.block_indices, mask, "xla")
-  for got, expected in zip(
-    (*grads, *result), (*want_grads, *want), strict=True
-  ):
-    got, expected = (np.asarray(x, np.float32) for x in (got, expected))
-    finite = np.isfinite(expected)
-    np.testing.assert_array_equal(np.isfinite(got), finite)
-    error = np.linalg.norm(got[finite] - expected[finite])
-    assert error <= 0.02 * np.linalg.norm(expected[finite])
-  root = parents[1].index(-1)
-  stop = next((i for i in range(root + 1, len(spans[1])) if parents[1][i] < 0),
-              len(spans[1]))  # fmt: skip
-  poison = np.zeros(mask.shape, bool)
-  poison[1, spans[1][root][0] : spans[1][stop - 1][1]] = True
-  mask = jnp.asarray(~poison)
-  grads, result = run(inputs, None, mask)
-  bad = tuple(
-    jnp.where(poison.reshape(*poison.shape, *[1] * (x.ndim - 2)), jnp.nan, x)
-    for x in inputs
-  )
-  bad_grads, bad_result = run(bad, None, mask)
-  # Which blocks are shared by a tile depends on all choices, so the order of
-  # sums may change.
-  np.testing.assert_allclose(bad_result.kl, result.kl, rtol=1e-3)
-  for got, expected in zip(
-    (*bad_grads, bad_result.out), (*grads, result.out), strict=True
-  ):
-    got, expected = (
-      np.asarray(x, np.float32)[~poison] for x in (got, expected)
+  spans, tree = random_spans(5, case.kv_len, 128)
+  for parents in (roots([spans])[0], tree):
+    segments = segments_of([spans] * 2, [parents] * 2, case.kv_len, 64)
+    (choice,) = msa_jax.explain(
+      msa_jax.msa_attention, *inputs, with_kl=True, segments=segments
     )
-    error = np.linalg.norm(got - expected)
-    assert error <= 0.005 * np.linalg.norm(expected)
+    assert choice.implementation == "mosaic_gpu"
+    mask = jnp.ones(inputs[0].shape[:2], bool)
+    grads, result = run(inputs, segments, None, mask)
+    want_grads, want = run(inputs, segments, result.block_indices, mask, "xla")
+    for got, expected in zip(
+      (*grads, *result), (*want_grads, *want), strict=True
+    ):
+      got, expected = (np.asarray(x, np.float32) for x in (got, expected))
+      finite = np.isfinite(expected)
+      np.testing.assert_array_equal(np.isfinite(got), finite)
+      error = np.linalg.norm(got[finite] - expected[finite])
+      assert error <= 0.02 * np.linalg.norm(expected[finite])
+    root = parents.index(-1)
+    stop = next((i for i in range(root + 1, len(spans)) if parents[i] < 0),
+                len(spans))  # fmt: skip
+    poison = np.zeros(mask.shape, bool)
+    poison[1, spans[root][0] : spans[stop - 1][1]] = True
+    mask = jnp.asarray(~poison)
+    grads, result = run(inputs, segments, None, mask)
+    bad = tuple(
+      jnp.where(poison.reshape(*poison.shape, *[1] * (x.ndim - 2)), jnp.nan, x)
+      for x in inputs
+    )
+    bad_grads, bad_result = run(bad, segments, None, mask)
+    # Which blocks are shared by a tile depends on all choices, so the order of
+    # sums may change.
+    np.testing.assert_allclose(bad_result.kl, result.kl, rtol=1e-3)
+    for got, expected in zip(
+      (*bad_grads, bad_result.out), (*grads, result.out), strict=True
+    ):
+      got, expected = (
+        np.asarray(x, np.float32)[~poison] for x in (got, expected)
+      )
+      error = np.linalg.norm(got - expected)
+      assert error <= 0.005 * np.linalg.norm(expected)
