@@ -328,7 +328,9 @@ def test_lowers_for_cuda(name):
 
 
 @functools.cache
-def compiled(case, config):
+def compiled(case, config=None):
+  """Forward and backward pass in one program, as users run them."""
+
   def run(q, k, v, dout, blocks, dlse=None):
     def attend(q, k, v):
       return sparse.sparse_attention(
@@ -341,25 +343,38 @@ def compiled(case, config):
   return jax.jit(run)
 
 
-def run_twice(case, q, k, v, dout, blocks, config=None):
-  check = functools.partial(check_attention_gradients, case)
-  return op_contract.run_twice(
-    compiled(case, config), check, q, k, v, dout, blocks
+@functools.partial(jax.jit, static_argnums=0)
+def forward(case, q, k, v, blocks):
+  return sparse.sparse_attention(
+    q, k, v, blocks, block_size=case.block_size, kv_lengths=case.lengths
   )
+
+
+def backward(case, config, results, q, k, v, dout, blocks):
+  """The backward pass alone, after the results of `forward`.
+
+  The forward pass, which takes longer to compile, is the same for all configs
+  of the backward pass.
+  """
+  return sparse._backward(
+    q, k, v, *results, dout, None, blocks, lengths(case),
+    block_size=case.block_size, scale=case.head_dim**-0.5, config=config,
+    interpret=False,
+  )  # fmt: skip
+
+
+def run_twice(case, q, k, v, dout, blocks, config):
+  run = functools.partial(
+    backward, case, config, forward(case, q, k, v, blocks)
+  )
+  check = functools.partial(check_attention_gradients, case)
+  return op_contract.run_twice(run, check, q, k, v, dout, blocks)
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", HOPPER_CASES)
 def test_gpu_patterns(hopper, name):
-  case, dtype = HOPPER_CASES[name]
-  args = attention_inputs(case, dtype)
-  for blocks in patterns(case).values():
-    run_twice(case, *args, blocks)
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", HOPPER_CASES)
-def test_gpu_gradients_through_lse(hopper, name):
+  """With a cotangent of lse; the other tests are without."""
   case, dtype = HOPPER_CASES[name]
   args = attention_inputs(case, dtype)
   for blocks in patterns(case).values():
@@ -369,7 +384,7 @@ def test_gpu_gradients_through_lse(hopper, name):
       *operands, dlse, grads = args
       check_attention_gradients(case, *operands, grads, dlse)
 
-    op_contract.run_twice(compiled(case, None), check, *args, blocks, dlse)
+    op_contract.run_twice(compiled(case), check, *args, blocks, dlse)
 
 
 @pytest.mark.gpu
@@ -385,8 +400,10 @@ def test_gpu_configs(hopper, name, config):
 @pytest.mark.gpu
 def test_gpu_small_chunks_and_tasks(hopper):
   case, dtype = HOPPER_CASES["ragged_batch"]
-  config = bwd.Config(chunk=64, task=16, num_ctas=7)
-  run_twice(case, *attention_inputs(case, dtype), random_blocks(case), config)
+  run = compiled(case, bwd.Config(chunk=64, task=16, num_ctas=7))
+  check = functools.partial(check_attention_gradients, case)
+  args = attention_inputs(case, dtype)
+  op_contract.run_twice(run, check, *args, random_blocks(case))
 
 
 @pytest.mark.gpu
@@ -418,11 +435,11 @@ def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
   blocks = random_blocks(case)
   one = dataclasses.replace(case, batch=1)
   config = bwd.Config(task=2048)
-  want = compiled(case, config)(q, k, v, dout, blocks)
+  args = (forward(case, q, k, v, blocks), q, k, v, dout, blocks)
+  want = backward(case, config, *args)
   for i in (0, 7, 15):
     at = slice(i, i + 1)
-    args = [x[at] for x in (q, k, v, dout, blocks)]
-    got = compiled(one, config)(*args)
+    got = backward(one, config, *jax.tree.map(lambda x, at=at: x[at], args))
     for a, b in zip(got[1:], want[1:]):
       assert np.asarray(a).tobytes() == np.asarray(b[at]).tobytes()
     # XLA sums the partials of dq in an order of its own.
@@ -431,29 +448,24 @@ def test_gpu_rows_beside_each_other_are_rows_alone(hopper):
 
 
 @pytest.mark.gpu
-def test_gpu_nan_of_unchosen_blocks_reaches_nothing(hopper):
+def test_gpu_nan_reaches_only_what_sees_it(hopper):
   case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
   q, k, v, dout = attention_inputs(case, "bfloat16")
+  run = compiled(case)
+  # Of a block that nobody chose: nothing.
   blocks = np.array(random_blocks(case))
   blocks[blocks == 4] = -1
   blocks = jnp.asarray(blocks)
-  want = compiled(case, None)(q, k, v, dout, blocks)
-  k, v = (x.at[:, 512:640].set(jnp.nan) for x in (k, v))
-  got = compiled(case, None)(q, k, v, dout, blocks)
+  want = run(q, k, v, dout, blocks)
+  bad_k, bad_v = (x.at[:, 512:640].set(jnp.nan) for x in (k, v))
+  got = run(q, bad_k, bad_v, dout, blocks)
   for a, b in zip(got, want):
     assert np.asarray(a).tobytes() == np.asarray(b).tobytes()
   for x in got[1:]:
     np.testing.assert_array_equal(np.asarray(x)[:, 512:640], 0.0)
-
-
-@pytest.mark.gpu
-def test_gpu_nan_query_poisons_its_row_and_its_blocks_only(hopper):
-  case = dataclasses.replace(HOPPER_CASES["paper_heads"][0], q_len=300)
-  q, k, v, dout = attention_inputs(case, "bfloat16")
+  # Of a query: its row and its blocks.
   blocks = random_blocks(case)
-  dq, dk, dv = compiled(case, None)(
-    q.at[0, 77, 3].set(jnp.nan), k, v, dout, blocks
-  )
+  dq, dk, dv = run(q.at[0, 77, 3].set(jnp.nan), k, v, dout, blocks)
   bad = np.isnan(np.asarray(dq, np.float32)).any((0, 3))
   np.testing.assert_array_equal(np.argwhere(bad), [[77, 3]])
   chosen = np.isin(np.arange(case.kv_len) // 128, np.asarray(blocks)[0, 0, 77])
@@ -470,7 +482,7 @@ def test_gpu_under_vmap(hopper):
   args = attention_inputs(case, dtype)
   blocks = random_blocks(case)
   two = [jnp.stack([x, x[:, ::-1]]) for x in args]
-  grads = jax.vmap(compiled(case, None), (0, 0, 0, 0, None))(*two, blocks)
+  grads = jax.vmap(compiled(case), (0, 0, 0, 0, None))(*two, blocks)
   for i in range(2):
     check_attention_gradients(
       case, *(x[i] for x in two), blocks, [x[i] for x in grads]
