@@ -878,6 +878,7 @@ def kernel_model(kinds, top_k, dtype="bfloat16", implementation="mosaic_gpu"):
   """Sizes that the kernels take; parameters that bfloat16 holds."""
   config = dataclasses.replace(
     CONFIG,
+    num_layers=2,
     embed_dim=256,
     num_heads=4,
     num_kv_heads=1,
@@ -906,8 +907,9 @@ def read_in_parts(graphdef, params, tokens, cache, counts):
 
 
 LONG = jax.random.randint(jax.random.key(6), (2, 300), 0, 64)
-# A prompt in two chunks, 12 tokens at once, then one by one over a boundary.
-PARTS = (128, 100, 12, *(1,) * 60)
+# A prompt in two chunks, 12 tokens at once, then one by one over a boundary. A
+# program for each length.
+PARTS = (114, 114, 12, *(1,) * 60)
 
 
 @pytest.mark.slow
@@ -934,7 +936,7 @@ def test_steps_of_the_kernels_lower(pretend_hopper):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kinds", [("gqa",), ("msa",), ("gqa", "msa")])
+@pytest.mark.parametrize("kinds", [("gqa",), ("gqa", "msa")])
 def test_kernels_read_in_parts(hopper, kinds):
   """All blocks fit into P, so that no near tie can change the answer."""
   graphdef, params = kernel_model(kinds, top_k=8)

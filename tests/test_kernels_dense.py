@@ -415,7 +415,7 @@ def test_no_gradient_of_gradients(pretend_hopper, phase, kl):
 @pytest.mark.usefixtures("hopper")
 class TestGpuLse(LseContract):
   phases = ("warmup",)
-  dtypes = ("bfloat16", "float16")
+  dtypes = ("bfloat16",)
   dense = Case(
     batch=2, q_len=2048, kv_len=2048, num_heads=64, num_kv_heads=4, head_dim=128
   )
@@ -425,13 +425,15 @@ class TestGpuLse(LseContract):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("sink", [None, 0.5])
 @pytest.mark.parametrize("phase", ["warmup", "sparse"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("tokens, heads, dim", [(1024, 16, 128), (777, 2, 64)])
 def test_gpu_training_matches_the_reference(
-  hopper, phase, dtype, tokens, heads, dim, sink
+  hopper, phase, dtype, tokens, heads, dim
 ):
+  # Half of the calls have sinks: any two of the other values meet both.
+  odd = (phase == "sparse") + (dtype == "float16") + (dim == 64)
+  sink = 0.5 if odd % 2 else None
   case = cases.Case(
     tokens=tokens, batch=2, num_heads=2 * heads, num_kv_heads=2, head_dim=dim,
     index_dim=dim, top_k=3, dtype=dtype,
