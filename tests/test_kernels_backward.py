@@ -236,7 +236,7 @@ def test_launches_cover_everything_and_fit():
 
 # ------------------------------------------------------------ interpret mode
 
-CONFIGS = {
+INTERPRETED_CONFIGS = {
   "block_64": dict(),
   "group_16": dict(task=8, chunk=12),  # hot blocks split, two chunks
   "rows": dict(pairs=72, chunk=5),  # two batch rows a launch, two chunks
@@ -252,7 +252,7 @@ class TestInterpreted(GradientContract):
   scenarios = (*without_dlse, "group_16", "rows")
 
   def run(self, name, case, *args):
-    return interpreted(case, *args, **CONFIGS[name])
+    return interpreted(case, *args, **INTERPRETED_CONFIGS[name])
 
 
 @pytest.mark.parametrize(
