@@ -259,17 +259,6 @@ def heuristic_config(num_blocks: int, top_k: int) -> Config:
   return Config()
 
 
-def candidate_configs() -> tuple[Config, ...]:
-  """Configs that are worth timing; every one of them is tested."""
-  return (
-    Config(),
-    Config(task=128),
-    Config(pair_warpgroups=2, query_stages=3),
-    Config(shared_cost=0.0),
-    Config(shared_cost=1e9, slack=0.0),
-  )
-
-
 def _qk(q_parts, k_smem, num_keys: int) -> Any:
   """Scores of queries, whose columns stand in one operand or in several."""
 

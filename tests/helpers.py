@@ -13,6 +13,16 @@ import numpy as np
 import pytest
 
 from benchmarks import cases
+from pallas_kernels import sparse_attention_fwd
+
+# Configs of the forward that a GPU runs: every way to go through the work.
+FORWARD_CONFIGS = (
+  sparse_attention_fwd.Config(),
+  sparse_attention_fwd.Config(task=128),
+  sparse_attention_fwd.Config(pair_warpgroups=2, query_stages=3),
+  sparse_attention_fwd.Config(shared_cost=0.0),
+  sparse_attention_fwd.Config(shared_cost=1e9, slack=0.0),
+)
 
 
 def run_on_devices(count: int, code: str, *arguments: object) -> str:

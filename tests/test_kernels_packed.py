@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import op_contract
 import pytest
-from helpers import Case, packed_rows
+from helpers import FORWARD_CONFIGS, Case, packed_rows
 from jax import lax
 from op_contract import (
   check_attention,
@@ -952,7 +952,7 @@ def test_gpu_attention(hopper, name):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("config", fwd.candidate_configs()[1:], ids=str)
+@pytest.mark.parametrize("config", FORWARD_CONFIGS[1:], ids=str)
 @pytest.mark.parametrize("name", ["block_64", "group_4"])
 def test_gpu_forward_configs(hopper, name, config):
   """The backward pass does not know the forward's config."""

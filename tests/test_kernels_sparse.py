@@ -10,7 +10,13 @@ import numpy as np
 import op_contract
 import pytest
 from flax import nnx
-from helpers import HOPPER_CASES, Case, patterns, random_blocks
+from helpers import (
+  FORWARD_CONFIGS,
+  HOPPER_CASES,
+  Case,
+  patterns,
+  random_blocks,
+)
 from op_contract import (
   ATTENTION,
   AttentionContract,
@@ -397,7 +403,7 @@ LOWERED_CONFIGS = [
     marks=[pytest.mark.slow]
     * (config in (fwd.Config(), fwd.Config(task=128), PAIRS)),
   )
-  for config in fwd.candidate_configs()
+  for config in FORWARD_CONFIGS
 ]
 
 
@@ -680,7 +686,7 @@ def test_gpu_patterns(hopper, name, config):
 @pytest.mark.parametrize(
   "config",
   # The others are those of test_gpu_patterns.
-  [x for x in fwd.candidate_configs() if x not in (fwd.Config(), WALK)],
+  [x for x in FORWARD_CONFIGS if x not in (fwd.Config(), WALK)],
   ids=str,
 )
 @pytest.mark.parametrize("name", ["paper_heads", "d256"])
