@@ -969,11 +969,9 @@ class MSAttention(GQAttention):
         block_indices = ops.best_blocks(
           q,
           k,
-          block_size=self.index.block_size,
           top_k=self.index.top_k,
           scale=self.scale,
-          segments=segments,
-          query_pieces=query_pieces,
+          **options,
         )
       elif block_indices is None:
         block_indices = self._forced_blocks(

@@ -117,6 +117,31 @@ def warmup_attention(
   return jnp.concatenate(out, axis=1), jnp.concatenate(lse, axis=2)
 
 
+def block_masses(q, k, *, block_size, layout, query_pieces=None, **options):
+  """The mean attention mass of each block over a group's heads, [B, K, T, N].
+
+  Each head's is the output of dense attention whose value of a token is 1 in
+  the dimension of its block and 0 elsewhere. Blocks in excess of the D
+  dimensions of a value take another call.
+  """
+  b, s, num_kv_heads, d = k.shape
+  if layout is None:
+    own, num_blocks = jnp.arange(s)[None] // block_size, -(-s // block_size)
+  else:
+    own, num_blocks = layout.own_block, layout.block_start.shape[1]
+  parts = []
+  for first in range(0, num_blocks, d):
+    values = own[:, :, None, None] == first + jnp.arange(d)
+    values = jnp.broadcast_to(values, k.shape).astype(k.dtype)
+    out, _ = warmup_attention(
+      q, k, values, layout=layout, query_pieces=query_pieces, **options
+    )
+    heads = out.reshape(b, q.shape[1], num_kv_heads, -1, d)
+    parts.append(jnp.mean(heads, axis=3, dtype=jnp.float32))
+  mass = jnp.concatenate(parts, axis=-1)[..., :num_blocks]
+  return jnp.moveaxis(mass, 1, 2)
+
+
 def index_kl_loss(
   q, k, index_q, index_k, block_indices, *, block_size, scale, lse, kv_lengths,
   query_mask, query_pieces=None, **options,

@@ -970,6 +970,7 @@ def best_blocks(
   segments: Segments | None = None,
   max_segments: int | None = None,
   query_pieces: QueryPieces | None = None,
+  implementation: Implementation | None = None,
 ) -> Int32[Array, "B K T P"]:
   """The blocks with the most dense attention: the oracle of a selection.
 
@@ -979,7 +980,10 @@ def best_blocks(
   recall. No block is forced.
 
   Takes O(T S) time and memory linear in T. It is for evaluation: it has no
-  gradient, and XLA computes it on every backend.
+  gradient. "xla" and "reference" compute masses in float32. "mosaic_gpu" takes
+  each head's from dense attention to values that say in which block a token
+  lies, which is much faster and rounds it to q's dtype: where masses are that
+  close, another block may be chosen.
 
   Args:
     q: queries, the last T of the S tokens.
@@ -993,12 +997,14 @@ def best_blocks(
     max_segments: as in `selection_recall`.
     query_pieces: where the queries stand if they are not the last T of S, see
       the module's text.
+    implementation: see the module's text.
 
   Returns:
     Ascending block ids without duplicates, then -1.
 
   Raises:
     ValueError: an argument is wrong.
+    NotImplementedError: the implementation does not support the call.
   """
   check_floats(q=(q, "B T H D"), k=(k, "B S K D"))
   check_attention(q, k, k)
@@ -1009,13 +1015,29 @@ def best_blocks(
   layout = _block_layout(
     segment_ids, segments, max_segments, block_size, queries, q, k
   )
-  chosen = xla.best_blocks(
-    *jax.lax.stop_gradient((q, k)),
-    block_size=block_size,
-    top_k=top_k,
-    scale=check_scale("scale", scale, q.shape[-1]),
-    **queries.portable,
-    layout=layout,
+  q, k = jax.lax.stop_gradient((q, k))
+  options = dict(block_size=block_size, layout=layout)
+  scale = check_scale("scale", scale, q.shape[-1])
+
+  def exact():
+    return xla.best_blocks(
+      q, k, top_k=top_k, scale=scale, **options, **queries.portable
+    )
+
+  def rounded():
+    mass = mosaic_gpu.block_masses(
+      q, k, scale=scale, **options, **queries.kernels
+    )
+    return xla.largest_blocks(
+      mass, k.shape[1], top_k=top_k, **options, **queries.portable
+    )
+
+  chosen = _dispatch(
+    "best_blocks",
+    implementation,
+    reference=exact,
+    xla=exact,
+    mosaic_gpu=rounded,
   )
   return _none_of_overflow(chosen, layout)
 

@@ -1449,6 +1449,27 @@ def best_blocks(
   return run(q, k, positions, layout)[0]
 
 
+def largest_blocks(
+  mass: Float[Array, "B K T N"],
+  kv_len: int,
+  *,
+  block_size: int,
+  top_k: int,
+  kv_lengths: Int[Array, "B"] | None,
+  layout: BlockLayout | None = None,
+  query_slots: Int[Array, "B T"] | None = None,
+) -> Int[Array, "B K T P"]:
+  """`best_blocks` from the masses, which the kernels compute elsewhere."""
+  b, _, t, num_blocks = mass.shape
+  positions = reference.query_positions(
+    t, kv_len, b, kv_lengths, layout, query_slots
+  )
+  seen, none = reference.visible_blocks(
+    positions, num_blocks, block_size, 0, layout
+  )
+  return _best_blocks(mass, seen, none, top_k)
+
+
 def _best_run(q, k, positions, layout, *, block_size, top_k, scale):
   b, t, h, _ = q.shape
   k = _whole_blocks(k, block_size, layout)

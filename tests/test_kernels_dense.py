@@ -14,7 +14,8 @@ from op_contract import LseContract
 
 import msa_jax
 from benchmarks import cases
-from msa_jax import reference
+from msa_jax import mosaic_gpu, reference, xla
+from msa_jax import segments as segments_lib
 from pallas_kernels import dense_attention
 
 NAMES = ("dq", "dk", "dv", "dindex_q", "dindex_k")
@@ -480,3 +481,134 @@ def test_gpu_attention_lse_and_nan(hopper):
   keys[0, :301, 0] = keys[1, :, 1] = True
   np.testing.assert_array_equal(np.isnan(bad[3]).any(-1), keys)
   np.testing.assert_array_equal(bad[0][~where], clean[0][~where])
+
+
+def block_recalls(q, k, chosen, segment_ids=None):
+  """`selection_recall`, relative to the recall of the best blocks."""
+  recall = msa_jax.selection_recall(
+    q, k, chosen, block_size=BLOCKS["block_size"], segment_ids=segment_ids
+  )
+  return recall.score_recall / recall.best_score_recall
+
+
+BLOCKS = dict(block_size=16, top_k=3)
+
+
+def oracle_inputs(dtype=jnp.bfloat16):
+  """Queries and keys with peaked attention, over more blocks than D."""
+  case = Case(
+    batch=2, q_len=272, kv_len=272, num_heads=4, num_kv_heads=2, head_dim=16
+  )
+  q, k, *_ = case.inputs(dtype=dtype)
+  return 3 * q, k
+
+
+def documents():
+  ids = np.repeat([[1, 2, 3, 0], [4, 4, 4, 5]], [100, 61, 100, 11], axis=1)
+  return jnp.asarray(ids, jnp.int32)
+
+
+@pytest.mark.parametrize("where", ["plain", "documents", "lengths", "pieces"])
+def test_blocks_of_one_hot_values_are_the_best(monkeypatch, where):
+  """With float32 attention the choice is that of "xla", for more blocks than a
+  value has dimensions too."""
+  monkeypatch.setattr(mosaic_gpu, "warmup_attention", attention_of_xla)
+  q, k = oracle_inputs(jnp.float32)
+  options, kernels, portable = dict(BLOCKS), {}, {}
+  layout = lengths = None
+  if where == "documents":
+    ids = documents()
+    options["segment_ids"] = ids
+    segments = segments_lib.document_segments(ids)
+    segments = segments_lib.with_max_segments(segments, BLOCKS["block_size"])
+    layout = segments_lib.block_layout(segments, BLOCKS["block_size"])
+  elif where == "lengths":
+    q, lengths = q[:, :40], jnp.array([272, 20])
+    options["kv_lengths"] = lengths
+  elif where == "pieces":
+    slots = np.r_[5:30, 200:250]
+    q = q[:, slots]
+    pieces = [(jnp.array([s, s]), n) for s, n in ((5, 25), (200, 50))]
+    options["query_pieces"] = pieces
+    kernels["query_pieces"] = pieces
+    portable["query_slots"] = jnp.asarray([slots, slots])
+  want = msa_jax.best_blocks(q, k, implementation="xla", **options)
+  mass = mosaic_gpu.block_masses(
+    q, k, block_size=BLOCKS["block_size"], layout=layout, scale=0.25,
+    kv_lengths=lengths, **kernels,
+  )  # fmt: skip
+  got = xla.largest_blocks(
+    mass, k.shape[1], layout=layout, kv_lengths=lengths, **BLOCKS, **portable
+  )
+  assert mass.shape[-1] > q.shape[-1]
+  assert (np.asarray(got) >= 0).any()
+  np.testing.assert_array_equal(got, want)
+
+
+def attention_of_xla(q, k, v, *, kv_lengths, query_pieces=None, **options):
+  slots = None
+  if query_pieces is not None:
+    slots = [start[:, None] + jnp.arange(n) for start, n in query_pieces]
+    slots = jnp.concatenate(slots, axis=1)
+  return xla.warmup_attention(
+    q, k, v, kv_lengths=kv_lengths, query_slots=slots, **options
+  )
+
+
+def test_blocks_of_rounded_masses_are_nearly_the_best(on_cpu, pretend_hopper):
+  """bfloat16 has 8 bits: where masses are that close, either block is good."""
+  q, k = oracle_inputs()
+  mass = mosaic_gpu.block_masses(
+    q, k, block_size=BLOCKS["block_size"], layout=None, scale=0.25,
+    kv_lengths=None,
+  )  # fmt: skip
+  total = jnp.sum(mass, axis=-1)
+  np.testing.assert_allclose(total, 1, atol=2**-8)
+  got = xla.largest_blocks(mass, k.shape[1], kv_lengths=None, **BLOCKS)
+  assert 0.999 < block_recalls(q, k, got) <= 1 + 1e-6
+  # A choice that is not made by attention is far from it.
+  others = msa_jax.best_blocks(q[:, ::-1], k, implementation="xla", **BLOCKS)
+  assert block_recalls(q, k, others) < 0.9
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_the_oracle_of_a_layer_is_lowered_as_dense_attention(
+  pretend_hopper, packed
+):
+  shape = cases.PAPER["8k"]
+  q, k, *_ = shapes(shape)
+  ids = jax.ShapeDtypeStruct(q.shape[:2], jnp.int32) if packed else None
+
+  def choose(q, k, ids):
+    return msa_jax.best_blocks(
+      q, k, segment_ids=ids, implementation="mosaic_gpu"
+    )
+
+  (choice,) = msa_jax.explain(choose, q, k, ids)
+  assert str(choice) == "best_blocks takes mosaic_gpu"
+  text = jax.jit(choose).trace(q, k, ids).lower(lowering_platforms=("cuda",))
+  name = "masked" if packed else "__cudnn"
+  assert name in text.as_text()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("packed", [False, True])
+def test_gpu_blocks_with_the_most_attention(hopper, packed):
+  case = Case(
+    batch=2, q_len=2080, kv_len=2080, num_heads=8, num_kv_heads=2, head_dim=64
+  )
+  q, k, *_ = case.inputs(dtype=jnp.bfloat16)
+  ids = None
+  if packed:
+    ids = jnp.repeat(jnp.array([[1, 2, 3]] * 2), jnp.array([700, 900, 480]), 1)
+  found = {
+    name: jax.jit(
+      functools.partial(
+        msa_jax.best_blocks, segment_ids=ids, implementation=name, **BLOCKS
+      )
+    )(3 * q, k)
+    for name in ("xla", "mosaic_gpu")
+  }
+  same = np.asarray(found["xla"] == found["mosaic_gpu"]).all(-1).mean()
+  assert same > 0.9
+  assert block_recalls(3 * q, k, found["mosaic_gpu"], ids) > 0.999

@@ -627,6 +627,47 @@ def test_probes_are_compared_by_number_and_with_the_oracle(tmp_path):
   assert "<td>25.0</td>" in text and "<td>6.2</td>" in text
 
 
+def test_seeds_may_differ_in_what_is_evaluated_more_at_the_end(tmp_path):
+  """Each number is shown with the number of the seeds that have it."""
+  folder = _make(tmp_path, {"text": {"gqa": [1.0] * 3, "msa": [1.0] * 3}})
+  by_number = [{"number": 4, "accuracy": 0.5, "count": 8, "rows": 8}]
+  for path in folder.glob("text/*/*/metrics.jsonl"):
+    side, seed = path.parts[-3:-1]
+    shares = {"copy_accuracy": 0.5, "copy_by_number": by_number}
+    rows = [r | shares if r["kind"] == "eval" else r for r in _read(path)]
+    if side == "msa":
+      rows.append(rows[-1] | {"kind": "dense_eval"})
+    if (side, seed) == ("msa", "seed2"):
+      rows.append(rows[-1] | {"kind": "oracle_eval"})
+    _write(path, rows)
+  for side in ("gqa", "msa"):
+    config = folder / "text" / side / "seed2" / "config.json"
+    _edit(config, oracle_at_end=True, samples=2)
+  text = report.write(folder).read_text()
+  seeds = [
+    (
+      row["seeds"],
+      *(row[f"held-out loss (bits per byte){way}"] for way in ways),
+    )
+    for row in _summary(folder)["tasks"]["text"]["dense"]
+    for ways in [tables._WAYS]
+  ]
+  assert [
+    (number, *(value != "–" for value in values)) for number, *values in seeds
+  ] == [("3", True, False, True), ("1", True, True, True)]
+  assert "oracle&#x27;s blocks − GQA, points (1 of 3 seeds)" in text
+  sides = runs.group_by_side(runs.read_runs(folder))
+  (probe,) = runs.probes_of([sides["msa"][0].final])
+  colors = dict.fromkeys(sides, "C0")
+  figure = figures.distance_figure("text", sides, colors, probe)
+  labels = {line.get_label() for axes in figure.axes for line in axes.lines}
+  assert {"MSA (3 seeds)", "MSA, oracle's blocks (1 seed)"} <= labels
+  # A number that all seeds have must be the same number.
+  _edit(config, eval_batches=3)
+  with pytest.raises(ValueError, match="and 3 in text/msa/seed2"):
+    report.write(folder)
+
+
 def test_what_the_choice_costs_is_told_apart(tmp_path):
   # GQA's last seed was made before losses by position were recorded.
   losses = {"text": {"gqa": [1.0, 1.2, 5.0], "msa": [1.1, 1.4, 5.0]}}

@@ -453,6 +453,21 @@ def test_what_does_not_compile_leaves_the_key_alone(place):
   assert program_lib.compile_key(run) == program_lib.compile_key(other)
 
 
+def test_more_evaluations_at_the_end_change_nothing_else(place):
+  """Seeds that differ in them were trained alike (`config.MORE_AT_END`)."""
+  plain = dataclasses.replace(tiny_run(place), folder=str(place / "plain"))
+  values = dict(oracle_at_end=True, samples=1)
+  assert set(values) == set(config_lib.MORE_AT_END)
+  more = dataclasses.replace(plain, folder=str(place / "more"), **values)
+  program = program_of(plain)
+  for run in (plain, more):
+    loop.run(run, program=program)
+  assert (pathlib.Path(more.folder) / "samples.json").exists()
+  one, two = (without_times(run.folder) for run in (plain, more))
+  assert [r["kind"] for r in two if r not in one] == ["oracle_eval"]
+  assert [r for r in two if r in one] == one
+
+
 def test_runs_that_share_a_program_give_what_each_alone_gives(
   place, program, source
 ):

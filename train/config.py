@@ -566,6 +566,13 @@ class RunConfig:
     return {"backbone": rate * share, "index": rate * factor}
 
 
+# The fields of a run that add an evaluation of its final weights, of which
+# nothing else depends. The report shows such a number for the seeds that have
+# it, so seeds may differ in them. The other fields of evaluations (eval_every,
+# eval_batches, eval_window and so on) say what a number is that all seeds have.
+MORE_AT_END = ("oracle_at_end", "samples")
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ComparisonConfig:
   """Sides to train on the same batches, for each task and seed."""

@@ -69,6 +69,7 @@ GQA = dataclasses.replace(
   probe_batches=4,
   final_probe_batches=64,
   eval_window=512,
+  oracle_at_end=False,  # `lm13m_4k_index` has it
   layers_every=80,
   checkpoint_every=400,
   keep_steps=(680,),

@@ -48,11 +48,32 @@ are kept for the next command:
   python -m train report runs/lm73m_16k
   python -m train.report.thin runs/lm73m_16k kept/lm73m_16k
 
-On one H200 a seed without `msa_middle` took 22 to 24 minutes (three seeds,
-2026-11-30): 1 to 1.4 to prepare the text, 13.8 for the trunk, 6.3 for `msa` and
-1.4 for `msa_cpt`, of which 12.5, 5.5 and 0.9 are training steps, and the rest
-is to compile, to evaluate and to save. A trunk's step takes 203 ms and a sparse
-one 100. `msa_middle` should take 4 minutes more (computed).
+On one H200 seed 2 without `msa_middle` took 22.6 minutes once the text was
+ready (2026-11-30), and seeds 0 and 1 about as long:
+
+| seconds | training steps | evaluation, checkpoints | all |
+|---|---|---|---|
+| start, compiling for all sides (a test suite ran beside it) | | | 102 |
+| trunk: 3,680 steps of 203 ms | 748 | 49 | 797 |
+| `msa`: 3,312 steps of 100 ms | 330 | 42 | 372 |
+| `msa_cpt`: 552 steps | 54 | 28 | 82 |
+
+`msa_middle` should take 220 seconds more, of which 183 are its 1,840 steps
+(computed). Most of what is evaluated is so after the last step: 32 batches of
+text and 96 of each kind of retrieval, with the model's own blocks, with the
+oracle's, and with dense attention. The oracle's blocks were not evaluated in
+seeds 0 to 2, in which seeds may differ, and should take 25 seconds a side
+(computed: 224 batches, each a forward pass of dense attention and one of sparse
+attention).
+
+The text took 60 to 83 seconds before that, once on a machine. From the start,
+all four sides of a seed then take 28.8 minutes, those without `msa_cpt`
+27.0, and those without `msa_middle` 24.7 (computed). A minute less is enough
+where the programs are compiled while the text is prepared. A run on little text
+does that, because its model and batches are the same:
+
+  python -m train compare lm73m_16k --seeds 3 --folder runs/compiled_first \
+    --minutes 0.01 --no-report --set data.text.max_bytes=4000000 eval_batches=1
 
 The first command below tries everything at full size in 20 steps. `--plan` fits
 the number of steps to another budget, with step times measured on the device.
@@ -173,6 +194,7 @@ GQA = RunConfig(
   probe_batches=4,
   final_probe_batches=96,
   eval_window=2048,  # as many tokens as a sparse query reads
+  oracle_at_end=True,
   layers_every=368,
   checkpoint_every=920,
   keep_checkpoints=1,

@@ -477,7 +477,7 @@ def _draw_answers(axes, sides, colors, key: str, x_of: Callable) -> None:
     for oracle in kinds:
       finals = [r.final_oracle if oracle else r.final for r in done]
       curves = []
-      for final in finals if all(final.get(key) for final in finals) else ():
+      for final in (final for final in finals if final.get(key)):
         # An answer or two say nothing.
         least = 0.01 * sum(b["count"] for b in final[key])
         bins = [b for b in final[key] if b["count"] >= max(least, 1)]
@@ -495,7 +495,7 @@ def _draw_answers(axes, sides, colors, key: str, x_of: Callable) -> None:
           ls="--" if oracle else "-",
           marker=marker,
           mfc="white" if oracle else None,
-          label=_label(name, done),
+          label=f"{name} ({_seeds(len(curves))})",
         )
   axes.set_ylim(0, 102)
   axes.set_ylabel("Answers right (%)")

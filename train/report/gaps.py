@@ -161,6 +161,7 @@ def answer_gaps(
     found.append(
       {
         **dict(place),
+        "seeds": len(values),
         "count": count,
         "baseline": base,
         "side": side,

@@ -398,11 +398,12 @@ def aimed_interval(folders: Iterable[Path]) -> float | None:
 
 
 def _without_seed(run: Run) -> dict:
-  """The run's config without the fields in which the seeds of a side differ."""
+  """The run's config without the fields in which the seeds of a side may
+  differ."""
   config = {
     field: value
     for field, value in flatten(run.config).items()
-    if not _MACHINE.fullmatch(field)
+    if not _MACHINE.fullmatch(field) and field not in config_lib.MORE_AT_END
   }
   config["seed"] = "any"
   start = Path(config.get("recipe.init_from") or "")

@@ -105,30 +105,46 @@ def dense_rows(sides: dict[str, list[Run]], metrics: list[Metric]) -> Rows:
   """Metrics of each side's final weights: with sparse attention, with the best
   possible choice of blocks, and with dense attention.
 
-  They are means over the seeds that were evaluated in all ways that any seed of
-  the side was.
+  The numbers of a row are means over the same seeds. Where only some seeds of a
+  side were evaluated in all ways, these have a row of their own, after that of
+  all seeds with the ways that all have.
   """
+  found = {
+    side: [_ways(run) for run in runs if run.finished]
+    for side, runs in sides.items()
+  }
+  columns = [
+    way
+    for way in _WAYS
+    if any(way in seed for seeds in found.values() for seed in seeds)
+  ]
   rows = []
-  for side, runs in sides.items():
-    ways = {
-      "": [r.final for r in runs if r.finished],
-      ", with the oracle's blocks": [
-        r.final_oracle for r in runs if r.finished
-      ],
-      ", with dense attention": [r.final_dense for r in runs if r.finished],
-    }
-    there = {name: finals for name, finals in ways.items() if any(finals)}
-    if len(there) < 2:
-      continue
-    seeds = [finals for finals in zip(*there.values()) if all(finals)]
-    if not seeds:
-      continue
-    row = {"side": side_name(side), "seeds": str(len(seeds))}
-    for metric in metrics:
-      for name, finals in zip(there, zip(*seeds)):
-        row[f"{_column(metric)}{name}"] = _spread_of(finals, metric)
-    rows.append(row)
+  for side, seeds in found.items():
+    there = [way for way in columns if any(way in seed for seed in seeds)]
+    shared = [way for way in there if all(way in seed for seed in seeds)]
+    for ways in dict.fromkeys((tuple(shared), tuple(there))):
+      whole = [seed for seed in seeds if all(way in seed for way in ways)]
+      if len(ways) < 2 or not whole:
+        continue
+      row = {"side": side_name(side), "seeds": str(len(whole))}
+      for metric in metrics:
+        for way in columns:
+          row[f"{_column(metric)}{way}"] = (
+            _spread_of([seed[way] for seed in whole], metric)
+            if way in ways
+            else "–"
+          )
+      rows.append(row)
   return rows
+
+
+_WAYS = ("", ", with the oracle's blocks", ", with dense attention")
+
+
+def _ways(run: Run) -> dict[str, dict]:
+  """The records of the ways in which a run's final weights were evaluated."""
+  records = run.final, run.final_oracle, run.final_dense
+  return {way: record for way, record in zip(_WAYS, records) if record}
 
 
 def gap_rows(
@@ -308,7 +324,7 @@ def answer_rows(
   found: dict[str, list[dict]], chance: float | None, number: str = "number"
 ) -> Rows:
   """Right answers of the baseline by octave of distance or by number, and each
-  side's difference from them.
+  side's difference from them, with the number of its seeds if others have more.
 
   Args:
     found: for each side the bins of `gaps.answer_gaps`; that of a name which
@@ -317,6 +333,8 @@ def answer_rows(
     number: what the number is.
   """
   found = {side: bins for side, bins in found.items() if bins}
+  seeds = {side: max(b["seeds"] for b in bins) for side, bins in found.items()}
+  most = max(seeds.values(), default=0)
   shown = []
   for bins in zip(*found.values(), strict=True):
     first = bins[0]
@@ -334,9 +352,10 @@ def answer_rows(
       name = side_name(side.removesuffix(" oracle"))
       if side.endswith(" oracle"):
         name += " with the oracle's blocks"
-      row[f"{name} − {side_name(BASELINE)}, points"] = (
-        f"{100 * gap['difference']:+.1f} ± {100 * gap['error']:.1f}"
-      )
+      name += f" − {side_name(BASELINE)}, points"
+      if seeds[side] < most:
+        name += f" ({seeds[side]} of {most} seeds)"
+      row[name] = f"{100 * gap['difference']:+.1f} ± {100 * gap['error']:.1f}"
     shown.append(row)
   return shown
 
@@ -363,6 +382,7 @@ _ABLATIONS = {
     "the index's own attention is added to the output",
     "not reported; without the KL it retrieves badly",
   ),
+  "index_rate_1": ("the index learns at the backbone's rate", "not reported"),
   "lm_trained_index": (
     "the LM loss alone trains the index, through its value head",
     "retrieves badly",
