@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import jax
+import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -51,6 +52,21 @@ def run_on_devices(count: int, code: str, *arguments: object) -> str:
   )
   assert done.returncode == 0, done.stderr[-3000:]
   return done.stdout
+
+
+def launches(jaxpr, found=None):
+  """How often each kernel and cuDNN call stands in a program, by name."""
+  found = {} if found is None else found
+  for eqn in jaxpr.eqns:
+    name = eqn.primitive.name
+    kernel = name == "mpmd_map"
+    if kernel or name.startswith("dot_product_attention"):
+      name = str(eqn.params["name"]) if kernel else name
+      found[name] = found.get(name, 0) + 1
+      continue
+    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
+      launches(inner, found)
+  return found
 
 
 @dataclasses.dataclass(frozen=True)

@@ -1,10 +1,12 @@
 """The benchmark on the CPU, with the reference in the kernels' places."""
 
+import ast
 import concurrent.futures
 import dataclasses
 import functools
 import importlib.util
 import json
+import pathlib
 import re
 import time
 
@@ -14,6 +16,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from helpers import launches
 
 import msa_jax
 from benchmarks import __main__ as bench
@@ -533,15 +536,15 @@ def test_a_plot_has_a_line_for_each_implementation():
 # ------------------------------------------------------------------ the fuzzer
 
 
-FUZZ = ["--signatures", "7", "--tiny", "--implementation", "xla"]
+FUZZ = ["--signatures", "6", "--tiny", "--implementation", "xla"]
 
 
 @pytest.mark.slow
 def test_fuzz_of_a_right_implementation(tmp_path):
   path = tmp_path / "fuzz.json"
-  assert fuzz.main([*FUZZ, "--calls", "14", "--out", str(path)]) == 0
+  assert fuzz.main([*FUZZ, "--calls", "12", "--out", str(path)]) == 0
   summary = json.loads(path.read_text())
-  assert summary["calls"] == 14 and summary["signatures"] == 7
+  assert summary["calls"] == 12 and summary["signatures"] == 6
   assert set(summary["calls_by_op"]) == set(fuzz.OPS)
   assert not summary["failures"] and not summary["unsupported"]
 
@@ -566,31 +569,109 @@ def test_fuzz_finds_a_wrong_implementation(tmp_path, monkeypatch, capsys):
 
   monkeypatch.setattr(fuzz, "runner", wrong)
   path = tmp_path / "fuzz.json"
-  assert fuzz.main([*FUZZ, "--only", "14", "--out", str(path)]) == 1
+  assert fuzz.main([*FUZZ, "--only", "12", "--out", str(path)]) == 1
   [failure] = json.loads(path.read_text())["failures"]
-  assert failure["call"] == 14 and "out: error" in failure["faults"][0]
-  assert failure["repeat"].endswith("--tiny --only 14")
+  assert failure["call"] == 12 and "out: error" in failure["faults"][0]
+  assert failure["repeat"].endswith("--tiny --only 12")
   assert failure["repeat"] in capsys.readouterr().out
 
 
 def test_fuzz_repeats_a_call_and_its_signatures():
   found = fuzz.signatures(5, 100)
   assert found == fuzz.signatures(5, 100) and len(set(found)) > 90
-  assert {s.op for s in found} == set(fuzz.OPS)
   for op in ("attention", "dense"):
     assert {s.with_dlse for s in found if s.op == op} == {False, True}
   for op in ("kl", "warmup_kl"):
     assert {s.weighted for s in found if s.op == op} == {False, True}
-  assert {s.group_size for s in found} == set(range(1, 17))
-  steps = [s for s in found if s.op == "decode"]
-  assert any({s.head_dim, s.index_dim}.isdisjoint((64, 128)) for s in steps)
-  assert not any(s.index_dim % 16 for s in steps if s.precision == "fp8")
-  assert all(s.q_len <= s.kv_len <= 2048 for s in found)
+  fp8 = [s for s in found if s.op == "decode" and s.precision == "fp8"]
+  assert fp8 and not any(s.index_dim % 16 for s in fp8)
+  assert all(s.q_len <= s.kv_len <= 16_384 for s in found)
+  # The reference's largest arrays take up to 1 GiB.
+  for s in found:
+    blocks = -(-s.kv_len // s.block_size)
+    size = s.batch * s.num_heads * s.q_len
+    assert 4 * size * max(blocks * s.head_dim, s.kv_len) <= 1 << 30
   s, key = fuzz.signatures(5, 6, tiny=True)[0], jax.random.key(1)
   for a, b in zip(
     jax.tree.leaves(fuzz.draw(s, key)), jax.tree.leaves(fuzz.draw(s, key))
   ):
     assert a.tobytes() == b.tobytes()
+
+
+@pytest.mark.parametrize("op", fuzz.OPS)
+def test_fuzz_draws_every_size_of_an_operation(op):
+  """In as many signatures as `--signatures` has by default."""
+  found = fuzz.signatures(0, fuzz.parse([]).signatures)
+  found = [s for s in found if s.op == op]
+  dims, index_dims = (
+    {getattr(s, name) for s in found} for name in ("head_dim", "index_dim")
+  )
+  assert {s.group_size for s in found} == set(range(1, 17))
+  assert dims >= {64, 80, 96, 112, 128} and index_dims >= {64, 80, 96, 112, 128}
+  assert max(index_dims) <= mosaic.MAX_INDEX_DIM
+  if op in ("attention", "kl", "decode"):
+    assert dims >= {136, 200, 256}
+  else:
+    assert max(dims) <= mosaic.MAX_DENSE_HEAD_DIM
+  if op in ("warmup_kl", "dense"):
+    return
+  assert {s.top_k for s in found} == {1, 2, 3, 4, 6, 8, 16, 24, 32, 40, 64}
+  many = [s for s in found if s.top_k > mosaic.LONG_LIST]
+  assert all(s.num_blocks >= 2 * s.top_k for s in many)
+  if op == "attention":
+    assert sum(s.pairs != "" for s in found) == len(found) // 2
+    few = [s.num_blocks <= min(64, 4 * s.top_k) for s in found]
+    assert {(s.pairs, x) for s, x in zip(found, few)} >= {
+      ("all", True), ("counted", False), ("", True), ("", False),
+    }  # fmt: skip
+
+
+def kernel_names():
+  """What `pallas_kernels` calls its kernels, as patterns."""
+
+  def names(node):
+    if isinstance(node, ast.Constant):
+      yield node.value
+    elif isinstance(node, ast.IfExp):
+      yield from (*names(node.body), *names(node.orelse))
+    elif isinstance(node, ast.JoinedStr):
+      parts = (next(names(x), ".+") for x in node.values)
+      yield "".join(parts)
+
+  for path in pathlib.Path(mosaic.__file__).parent.glob("*.py"):
+    for call in ast.walk(ast.parse(path.read_text())):
+      if isinstance(call, ast.Call):
+        function = ast.unparse(call.func).rpartition(".")[-1]
+        for x in call.keywords if function in ("launch", "kernel") else ():
+          if x.arg in ("name", "kernel_name"):
+            yield from names(x.value)
+
+
+def test_fuzz_can_launch_each_kernel(pretend_hopper):
+  wanted, found = set(kernel_names()), set()
+  assert {"sparse_tiles", "sparse_tiles_merge", "msa_select_.+"} < wanted
+  for s in fuzz.EACH_KERNEL[:10]:
+    x = jax.eval_shape(functools.partial(fuzz.draw, s), jax.random.key(0))
+    run = jax.jit(fuzz.runner(s, "mosaic_gpu", interpret=False))
+    found |= set(launches(run.trace(x).jaxpr.jaxpr))
+  for name in wanted:
+    assert any(re.fullmatch(name, x) for x in found), name
+  assert {f"msa_select_{x}" for x in ("exact", "fast", "fp8")} < found
+
+
+@pytest.mark.parametrize(
+  "index", [i for i, s in enumerate(fuzz.EACH_KERNEL) if s.pairs]
+)
+def test_fuzz_with_pairs_has_some(index):
+  """All blocks before the one of a tile's first query are in pairs."""
+  s, key = fuzz.EACH_KERNEL[index], jax.random.key(fuzz.parse([]).seed)
+  assert s.pairs == "all" and not s.packed
+  calls = index + len(fuzz.EACH_KERNEL) * jnp.arange(fuzz.CALLS_EACH)
+  keys = jax.vmap(functools.partial(jax.random.fold_in, key))(calls)
+  x = jax.jit(jax.vmap(functools.partial(fuzz.draw, s)))(keys)
+  first = (x["lengths"] - s.q_len) // s.block_size
+  before = (x["blocks"] >= 0) & (x["blocks"] < first[..., None, None, None])
+  assert before.any()
 
 
 # --- Packed rows --------------------------------------------------------------

@@ -4,12 +4,11 @@ import dataclasses
 import functools
 
 import jax
-import jax.extend.core
 import jax.numpy as jnp
 import numpy as np
 import op_contract
 import pytest
-from helpers import Case
+from helpers import Case, launches
 from op_contract import LseContract
 
 import msa_jax
@@ -187,23 +186,6 @@ def shapes(case):
   ]
 
 
-def launches(jaxpr, found=None):
-  """How often each kernel and cuDNN call stands in a program."""
-  found = {} if found is None else found
-  for eqn in jaxpr.eqns:
-    name = eqn.primitive.name
-    if name == "mpmd_map":
-      name = str(eqn.params["name"])
-    if name.startswith(
-      ("dot_product_attention", "kl_", "masked_", "sparse_", "dense_kl_")
-    ):
-      found[name] = found.get(name, 0) + 1
-      continue
-    for inner in jax.extend.core.jaxprs_in_params(eqn.params):
-      launches(inner, found)
-  return found
-
-
 WARMUP = {
   "dot_product_attention_fwd_wrapper": 1,
   "dot_product_attention_bwd_wrapper": 1,
@@ -211,6 +193,7 @@ WARMUP = {
   "dense_kl_units": 1,
 }
 SPARSE = {
+  "msa_select_exact": 1,
   "sparse_pairs": 1,
   "sparse_tiles": 1,
   "sparse_tiles_merge": 1,
