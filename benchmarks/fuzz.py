@@ -7,8 +7,8 @@ A *signature* is an operation with its sizes and dtypes, which are compiled
 once; a *call* is a signature with random values, lengths, choices of blocks and
 NaN, all of them drawn on the device from the seed and the call's number. A
 failure is printed with the command that repeats it alone (`--only N`). Instead
-of random signatures, `--each-kernel` takes a short list, which has every
-kernel, and calls each of them three times.
+of random signatures, `--each-kernel` takes a short list whose calls together
+launch every kernel, at small sizes; it is for tools that slow kernels down.
 
 What must hold (docs/design.md has the contract):
 
@@ -26,7 +26,9 @@ What must hold (docs/design.md has the contract):
 Every operation is called through `msa_jax` with `--implementation`, or, if the
 signature has a config for the kernels (`Signature.pairs`, `splits`), as
 `msa_jax.mosaic_gpu` calls them. With `--interpret`, the kernels run in Pallas's
-GPU interpret mode on a CPU, at tiny sizes.
+GPU interpret mode on a CPU, at tiny sizes. Set NPROC=16, so that its threads
+suffice, and XLA_FLAGS=--xla_cpu_experimental_ynn_fusion_type=, without which
+XLA's CPU backend (jax 0.11.2) loses NaN in row maxima.
 """
 
 from __future__ import annotations
@@ -55,13 +57,12 @@ from msa_jax import segments as segments_lib
 # They take turns in the list of signatures.
 OPS = ("attention", "kl", "select", "decode", "warmup_kl", "dense")
 GROUP_SIZES = tuple(range(1, 17))
-# Of 16 head sizes of an operation. D and I of the others are any multiple of 8
-# up to 128, and D may be above in the operations that take it.
+# Among every 16 head sizes D, and index head sizes I, of an operation. The
+# others are different multiples of 8 up to 128, and D also WIDE_DIMS.
 USUAL_DIMS = (64, 64, 80, 96, 112, 128, 128, 128)
 WIDE_DIMS = (136, 200, 256)
 WIDE_OPS = ("attention", "kl", "decode")
-# Of decoding, P above 32 takes up to 128 query tokens x KV heads, and here are
-# 64 at most.
+# Decoding takes P above 32 for up to 128 query tokens x KV heads; here are 64.
 TOP_KS = (1, 2, 3, 4, 6, 8, 16, 16, 24, 32, 40, 64)
 CHOICES = ("random", "shared", "hot", "own", "empty", "garbage")
 POISONS = ("none", "none", "query", "key", "unseen")
@@ -127,9 +128,9 @@ class Signature:
 def signatures(seed: int, count: int, tiny: bool = False) -> list[Signature]:
   """Random signatures; those of one seed are the same in every run.
 
-  Any 16 signatures of an operation that follow each other, the first of them in
-  a place divisible by 16, have every group size, and D and I of USUAL_DIMS (if
-  not tiny). So 96 signatures have them for all six operations.
+  The first 16 signatures of an operation have every group size, and so have the
+  next 16. If they are not tiny, they also have D and I of USUAL_DIMS. So 96
+  signatures have all of these for each of the six operations.
   """
   of_op = [_signatures_of(op, seed, tiny) for op in OPS]
   return [next(of_op[i % len(OPS)]) for i in range(count)]
@@ -1042,7 +1043,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   parser.add_argument(
     "--each-kernel",
     action="store_true",
-    help="small calls that launch every kernel, three of each signature",
+    help="instead, small calls that together launch every kernel",
   )
   parser.add_argument("--only", type=int, help="run this call alone")
   parser.add_argument(
