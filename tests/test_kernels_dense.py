@@ -187,6 +187,7 @@ def shapes(case):
 
 
 WARMUP = {
+  "msa_select_exact": 1,
   "dot_product_attention_fwd_wrapper": 1,
   "dot_product_attention_bwd_wrapper": 1,
   "dense_kl_index_lse": 1,
@@ -319,7 +320,9 @@ def test_layers_under_remat_scan_and_vmap_lower(pretend_hopper, phase, sink):
   # The KL's pass is part of the forward: once there, once recomputed.
   want = WARMUP if phase == "warmup" else SPARSE
   found = launches(traced.jaxpr.jaxpr)
-  assert set(found) == set(want)
+  # Nothing here reads the choice of the warm-up.
+  unread = {"msa_select_exact"} if phase == "warmup" else set()
+  assert set(found) == set(want) - unread
   name = "dense_kl_units" if phase == "warmup" else "kl_kv_blocks"
   assert found[name] <= 2
   text = traced.lower(lowering_platforms=("cuda",)).as_text()
