@@ -269,6 +269,7 @@ def test_decode_writes_records(decode_arguments):
   assert rows[0]["index_tbs"] == round(2 * 64 * 128 / 1e6, 3)
 
 
+@pytest.mark.slow  # one implementation is measured by the tests above
 def test_implementations_are_measured_beside_each_other(
   decode_arguments, monkeypatch
 ):
@@ -894,6 +895,7 @@ def test_worth_shows_implementations_beside_each_other():
   ]
 
 
+@pytest.mark.slow  # of a benchmark that is seldom run
 def test_starts_of_an_index_are_compared(tmp_path, capsys):
   """The oracle chooses the best blocks, and no start has better ones."""
   sizes = dict(num_heads=4, num_kv_heads=2, head_dim=8, mlp_dim=32)

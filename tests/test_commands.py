@@ -182,7 +182,7 @@ def test_the_presets_are_what_they_say():
     ("lm73m_16k", "msa", "sparse"),
     ("lm13m_4k_ablations", "fixed_window", "warmup"),
     ("probes_4k", "gqa", "dense"),
-    ("probes_4k", "msa", "warmup"),
+    pytest.param("probes_4k", "msa", "warmup", marks=pytest.mark.slow),
     ("probes_4k", "msa_cpt", "sparse"),
   ],
 )

@@ -453,6 +453,7 @@ def test_what_does_not_compile_leaves_the_key_alone(place):
   assert program_lib.compile_key(run) == program_lib.compile_key(other)
 
 
+@pytest.mark.slow  # test_report merges seeds that differ in them
 def test_more_evaluations_at_the_end_change_nothing_else(place):
   """Seeds that differ in them were trained alike (`config.MORE_AT_END`)."""
   plain = dataclasses.replace(tiny_run(place), folder=str(place / "plain"))
