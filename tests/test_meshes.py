@@ -365,7 +365,7 @@ CASES = (
   # kind of axes of the few.
   (dict(tensor=2), 2, 24, 2, ()),
   (dict(tensor=2), 1, 24, 2, (Explicit,)),
-  (dict(tensor=2), 3, 23, 1, (Auto,)),
+  (dict(tensor=2), 3, 23, 1, ()),
   (dict(data=2, tensor=2), 4, 24, 4, ()),
   (dict(fsdp=2, tensor=2), 4, 24, 2, (Explicit,)),
   (dict(context=2, tensor=2), 1, 24, 4, (Auto,)),
