@@ -123,31 +123,9 @@ def query_places(
 # ---- Numbers that share an integer, each with its writer and its readers ----
 
 
-class SortKey(NamedTuple):
-  """An integer that sorts by one number, `high`, and then by another, `low`.
-
-  Bits: `low` in the lowest `low_bits`, `high` above them.
-  """
-
-  low_bits: int
-
-  def pack(self, high: Any, low: Any) -> Any:
-    return (high << self.low_bits) | low
-
-  def least(self, high: Any) -> Any:
-    """The key of `high` with a low number of 0."""
-    return high << self.low_bits
-
-  def high(self, key: Any) -> Any:
-    return key >> self.low_bits
-
-  def low(self, key: Any) -> Any:
-    return key & ((1 << self.low_bits) - 1)
-
-
-def sort_key(num_pairs: int) -> SortKey:
+def sort_key(num_pairs: int) -> mosaic.SortKey:
   """The key of so many pairs, unsigned: KV block, then the pair's slot."""
-  return SortKey((num_pairs - 1).bit_length())
+  return mosaic.SortKey((num_pairs - 1).bit_length())
 
 
 def sort_key_fits(num_kv_blocks: int, num_pairs: int) -> bool:
@@ -493,7 +471,7 @@ def _pairs_of_packs(
   if pack == each == 1:
     return known, valid, None
   # Sorted by block, the choices inside a KV block stand side by side.
-  of_choice = SortKey((pack - 1).bit_length())  # block, then query
+  of_choice = mosaic.SortKey((pack - 1).bit_length())  # block, then query
   key = of_choice.pack(known, query)
   key = lax.sort(jnp.where(valid, key, mosaic.NEVER), is_stable=False)
   valid = key != mosaic.NEVER

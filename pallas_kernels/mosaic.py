@@ -16,7 +16,7 @@ import functools
 import math
 import re
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -83,6 +83,28 @@ def in_32_bits[**A, R](function: Callable[A, R]) -> Callable[A, R]:
 def bit_not(x: Any) -> Any:
   """~x of int32 in a kernel, in 32 bits also if it is lowered in 64-bit JAX."""
   return jnp.bitwise_xor(x, jnp.int32(-1))
+
+
+class SortKey(NamedTuple):
+  """An integer that sorts by one number, `high`, and then by another, `low`.
+
+  Bits: `low` in the lowest `low_bits`, `high` above them.
+  """
+
+  low_bits: int
+
+  def pack(self, high: Any, low: Any) -> Any:
+    return (high << self.low_bits) | low
+
+  def least(self, high: Any) -> Any:
+    """The key of `high` with a low number of 0."""
+    return high << self.low_bits
+
+  def high(self, key: Any) -> Any:
+    return key >> self.low_bits
+
+  def low(self, key: Any) -> Any:
+    return key & ((1 << self.low_bits) - 1)
 
 
 # Up to so many comparisons, one launch that compares all with all takes less

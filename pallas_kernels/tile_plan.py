@@ -117,13 +117,14 @@ class Geometry:
     return min(slots // fewest + self.masked, slots)
 
   @property
-  def slot_bits(self) -> int:
-    """Bits of a choice slot in its tile, which stand below the block id.
+  def choice(self) -> mosaic.SortKey:
+    """A choice of a tile as one integer: block id, then slot in the tile.
 
-    At most 12, of 64 queries with 64 choices each, so that 15 bits of a block
-    id fit beside them and `mosaic.NEVER` stays greater than every choice.
+    A slot has at most 12 bits, of 64 queries with 64 choices each, so that 15
+    bits of a block id fit beside them and `mosaic.NEVER` stays greater than
+    every choice.
     """
-    return (self.tile * self.top_k - 1).bit_length()
+    return mosaic.SortKey((self.tile * self.top_k - 1).bit_length())
 
   @property
   def num_spans(self) -> int:
@@ -167,7 +168,8 @@ class SortedChoices(NamedTuple):
 
   Attributes:
     choices: int32 [tiles, tile * P], ascending: block id and choice slot
-      (query * P + p) of every valid choice, then `mosaic.NEVER`.
+      (query * P + p) of every valid choice (`Geometry.choice`), then
+      `mosaic.NEVER`.
     chosen_by: int32 [tiles, 2, tile * P]: query bits of this choice's query and
       of those behind it that chose the same block.
     is_shared: bool [tiles, tile * P]: the first choices of shared blocks.
@@ -407,13 +409,12 @@ def plan_by_choice(
   slot = jnp.arange(slots, dtype=jnp.int32)[None]
   choices = jnp.where(
     valid.reshape(num_tiles, slots),
-    (known.reshape(num_tiles, slots) << g.slot_bits) | slot,
+    g.choice.pack(known.reshape(num_tiles, slots), slot),
     mosaic.NEVER,
   )
   choices = lax.sort(choices, dimension=1, is_stable=False)
   valid = choices != mosaic.NEVER
-  block = choices >> g.slot_bits
-  query = (choices & ((1 << g.slot_bits) - 1)) // g.top_k
+  block, query = g.choice.high(choices), g.choice.low(choices) // g.top_k
   chosen_by = _chosen_by(block, query, valid, g)
   # The first choice of each block knows of all.
   first = valid & mosaic.starts_run(block)
@@ -510,8 +511,8 @@ def find_pairs(
   The first choice of a block by a query of a pack stands for the whole pack.
   """
   g = geometry
-  block = tiles.choices >> g.slot_bits
-  query = (tiles.choices & ((1 << g.slot_bits) - 1)) // g.top_k
+  block = g.choice.high(tiles.choices)
+  query = g.choice.low(tiles.choices) // g.top_k
   first_of_pack = mosaic.starts_run(block) | mosaic.starts_run(query // g.pack)
   shared = mosaic.or_of_rest_of_run(
     tiles.is_shared.astype(jnp.int32), block, g.tile, backwards=True
@@ -532,7 +533,7 @@ def plan_merges(
     geometry: static sizes.
   """
   g = geometry
-  slot = tiles.choices & ((1 << g.slot_bits) - 1)
+  slot = g.choice.low(tiles.choices)
   pack, slot = slot // g.pack_slots, slot % g.pack_slots
   here = slot[:, None] == jnp.arange(g.pack_slots)[None, :, None]
   merges = []
@@ -567,9 +568,9 @@ def plan_pairs(
   chunk = jnp.arange(num_chunks, dtype=jnp.int32)[:, None, None]
   span = span + chunk * g.num_spans
   segment = jnp.where(
-    is_pair, span * g.num_blocks + (choices >> g.slot_bits), num_segments
+    is_pair, span * g.num_blocks + g.choice.high(choices), num_segments
   )
-  slot = tile * slots + (choices & ((1 << g.slot_bits) - 1))
+  slot = tile * slots + g.choice.low(choices)
   segment, order = lax.sort(
     (
       segment.reshape(-1).astype(jnp.uint32),

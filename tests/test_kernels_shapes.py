@@ -584,8 +584,8 @@ def test_a_choice_fits_31_bits():
       128, 64, mosaic.MAX_TOP_K,
       sparse_attention_fwd.Config(), walk=walk,
     )  # fmt: skip
-    assert g.tile * g.top_k <= 1 << g.slot_bits
-    last = (g.num_blocks << g.slot_bits) - 1
+    assert g.tile * g.top_k <= g.choice.pack(1, 0)
+    last = g.choice.pack(g.num_blocks, 0) - 1
     assert last < mosaic.NEVER
 
 
