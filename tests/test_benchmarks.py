@@ -153,6 +153,7 @@ def test_a_second_run_replaces_the_records_that_it_measured(arguments):
   assert new["commit"] == "third"
 
 
+@pytest.mark.slow  # turns are tested by the next test
 def test_other_heads_in_commands_that_take_turns(arguments, tmp_path):
   pytest.importorskip("matplotlib")
   arguments, path = arguments
@@ -685,6 +686,7 @@ def test_a_missing_plot_library_is_said_at_once(monkeypatch, command):
     command([])
 
 
+@pytest.mark.slow  # test_kernels_packed has what is checked
 def test_packed_rows_are_checked_and_measured(tmp_path, monkeypatch, capsys):
   def small(tokens, batch=1):
     return cases.Case(

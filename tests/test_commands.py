@@ -286,7 +286,10 @@ def records_of(folder: pathlib.Path, kind: str) -> list[dict]:
   return [record for record in records if record["kind"] == kind]
 
 
-@pytest.mark.parametrize("kind", ["mix", "recall", "probes"])
+@pytest.mark.parametrize(
+  "kind",
+  ["mix", pytest.param("recall", marks=pytest.mark.slow), "probes"],
+)
 def test_answers_by_choice_against_a_loop(tiny, kind):
   """A mix and probes count the answers of their probes, recall alone those of
   its held-out batches."""

@@ -220,7 +220,7 @@ def test_models_under_strict_settings(changes):
   "options",
   [
     dict(selection="window"),
-    dict(force_first_block=True, top_k=3),
+    pytest.param(dict(force_first_block=True, top_k=3), marks=pytest.mark.slow),
     dict(value_head=True, detach_teacher=False),
   ],
 )
