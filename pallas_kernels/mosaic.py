@@ -174,6 +174,12 @@ def bit_mask(flags: Bool[Array, "*A n"]) -> Int[Array, "*A"]:
   return jnp.sum(flags.astype(jnp.int32) << shifts, axis=-1, dtype=jnp.int32)
 
 
+def bit_words(flags: Bool[Array, "*A n"]) -> Int[Array, "*A words"]:
+  """Any number of flags as bits of int32 words, 32 in each."""
+  pad = ((0, 0),) * (flags.ndim - 1) + ((0, -flags.shape[-1] % 32),)
+  return bit_mask(jnp.pad(flags, pad).reshape(*flags.shape[:-1], -1, 32))
+
+
 def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
   """Where the first `most` set flags are, ascending; then n.
 
@@ -188,9 +194,7 @@ def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
     places = lax.sort(places, is_stable=False)[..., :most]
     behind = ((0, 0),) * (flags.ndim - 1) + ((0, max(most - n, 0)),)
     return jnp.pad(places, behind, constant_values=n)
-  flags = jnp.pad(flags, ((0, 0),) * (flags.ndim - 1) + ((0, -n % 32),))
-  flags = flags.reshape(*flags.shape[:-1], -1, 32)
-  words = bit_mask(flags).astype(jnp.uint32)  # shifted right without the sign
+  words = bit_words(flags).astype(jnp.uint32)  # shifted right without the sign
   ends = sums_up_to(lax.population_count(words).astype(jnp.int32))
   i = lined_up(jnp.arange(most, dtype=jnp.int32), words.ndim)
   which = jnp.sum(ends[..., None, :] <= i[..., None], axis=-1, dtype=jnp.int32)

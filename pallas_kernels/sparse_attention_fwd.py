@@ -213,9 +213,12 @@ class KernelParams:
     stages = buffers * self.pair_warpgroups
     return mosaic.ring(stages, fills=self.half, buffers=buffers)
 
-  @property
-  def walk_stages(self) -> int:
-    """Key blocks in flight in the tile kernel when there are no pairs."""
+  def kv_stages(self, merging: bool) -> int:
+    """Key blocks in flight in the tile kernel, with or without pairs."""
+    if self.wide:
+      return 2
+    if merging:
+      return self.config.kv_stages
     return min(self.config.walk_stages, 3 if self.head_dim < 128 else 2)
 
   @property
@@ -523,7 +526,7 @@ def _tiles(
   num_groups = 1 if merging else num_tiles // tiles_of_group
   kv_bytes = 2 * k.shape[2] * k.shape[3] * s.dtype.itemsize
   bundle = mosaic.largest_divisor(num_groups, BUNDLE_BYTES // kv_bytes)
-  kv_stages = config.kv_stages if merging and not s.wide else s.walk_stages
+  kv_stages = s.kv_stages(merging)
   each = s.block_size // s.step_keys  # steps of a block
   merge_stages = config.merge_stages
   columns = s.merge_columns if merging else s.head_dim

@@ -243,8 +243,7 @@ def plan_by_block(
   flags = [chosen != 0]
   for kind in range(2):
     bad = first_bad[:, kind]
-    bad_words = jnp.pad(bad < mosaic.NEVER, ((0, 0), (0, -g.num_blocks % WORD)))
-    bad_words = mosaic.bit_mask(bad_words.reshape(num_groups, 1, -1, WORD))
+    bad_words = mosaic.bit_words(bad < mosaic.NEVER)[:, None]
     own_is_bad = jnp.take_along_axis(bad, jnp.maximum(own, 0), axis=1)
     own_is_bad = (own_is_bad <= positions)[..., None]
     bad_words = (bad_words & mosaic.bit_not(is_own)) | jnp.where(
@@ -355,7 +354,7 @@ def _shared(
   num_pairs = jnp.sum(jnp.where(is_chosen & ~popular, packs, 0), axis=-1)
   num_pairs = num_pairs.astype(jnp.float32)
   mixed_cost = jnp.sum(jnp.where(popular, walk, 0), axis=-1)
-  mixed_cost += num_pairs / max(g.shared_cost, 1e-3)
+  mixed_cost += num_pairs / g.shared_cost
   fits = jnp.sum(is_chosen, axis=-1) <= g.max_shared
   walk_tile = fits & (walk_cost <= g.slack * mixed_cost)
   walk_all = jnp.all(fits) & (
