@@ -3,9 +3,11 @@
 Those kernels go over the chosen blocks the other way round. A CTA owns one *KV
 block* of 128 keys: it keeps the keys' gradients in registers and gathers the
 queries that chose the block. The forward records for each query which blocks it
-chose; a plan here records for each KV block which queries chose it. It sorts
+chose; a plan here records for each KV block which queries chose it. It lists
 the **(query, KV block) pairs** by block and cuts each block's list into
-*tasks*, the work of one CTA between two loads of keys.
+*tasks*, the work of one CTA between two loads of keys. The lists come from a
+table of all blocks where they are few, which takes less time, and else from a
+sort; they are the same.
 
 `sparse_attention_bwd` and `index_kl` use it as follows:
 
@@ -27,6 +29,7 @@ the query's own, are dropped before anything is counted.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,9 +41,13 @@ from pallas_kernels import mosaic, packed_rows
 
 KV_BLOCK = 128  # keys of a KV block
 
+# A plan makes a table of all blocks if they are at most so many times as many
+# as the choices of a query: then it has no more words than there are choices.
+TABLE_BLOCKS = mosaic.WORD
+
 
 class KVBlockPlan(NamedTuple):
-  """The pairs of one launch and chunk of queries, sorted by KV block.
+  """The pairs of one launch and chunk of queries, by KV block.
 
   KV blocks of `KV_BLOCK` keys are numbered over all groups of the launch, those
   of one group after those of the group before it. All choices that the queries
@@ -307,12 +314,12 @@ def plan_kv_blocks(
   places: QueryPlaces | None = None,
   block_keys: int = KV_BLOCK,
 ) -> KVBlockPlan:
-  """Sorts the choices of a chunk by KV block and cuts them into tasks.
+  """Lists the choices of a chunk by KV block and cuts the lists into tasks.
 
   Args:
     ids: the blocks that the queries of each pack of each group chose, in any
-      order, the P of a query after those of the query before it; ids outside
-      0 .. own block are dropped.
+      order, the P of a query after those of the query before it, each once; ids
+      outside 0 .. own block are dropped.
     starts: position of each group's first query among the keys; the other
       queries follow. A query at a negative position sees nothing. Not used
       with `places`.
@@ -338,43 +345,28 @@ def plan_kv_blocks(
     positions = query + starts[:, None]
   else:
     positions = places.positions
-  kv_block, is_pair, chosen = _pairs_of_packs(
-    ids,
-    positions,
-    block_size=block_size,
-    num_blocks=num_blocks,
-    pack=pack,
-    each=block_keys // block_size,
-  )
-  group = jnp.arange(num_groups)[:, None]
-  kv_block += group[..., None] * group_kv_blocks
-  slot = jnp.arange(num_pairs, dtype=jnp.uint32).reshape(ids.shape)
-  unused = jnp.uint32(0xFFFFFFFF)
-  of_pair = sort_key(num_pairs)
-  key = jnp.where(
-    is_pair, of_pair.pack(kv_block.astype(jnp.uint32), slot), unused
-  )
-  key = lax.sort(key.reshape(-1), is_stable=False)
-  lists = of_pair.least(jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32))
-  # The first slot of each block's list whose pack stands behind the block's
-  # last key and so needs no causal mask.
+  # The first pack whose queries all stand behind a block's last key: they need
+  # no causal mask.
   if places is None:
     after = (jnp.arange(group_kv_blocks) + 1)[None] * block_keys
     after -= starts[:, None]
   else:
     after = places.unmasked_from
-  after = group * num_packs + jnp.clip(-(-after // pack), 0, num_packs)
-  after = after.reshape(-1).astype(jnp.uint32) * slots
-  bounds, inside = jnp.split(
-    mosaic.counts_below(key, jnp.concatenate([lists, lists[:-1] + after])),
-    [num_kv_blocks + 1],
+  after = jnp.clip(-(-after // pack), 0, num_packs).astype(jnp.int32)
+  by_table = num_blocks <= TABLE_BLOCKS * (slots // pack)
+  lists = (_lists_by_table if by_table else _lists_by_sort)(
+    ids,
+    positions,
+    after,
+    block_size=block_size,
+    num_blocks=num_blocks,
+    pack=pack,
+    each=block_keys // block_size,
   )
-  order = of_pair.low(key).astype(jnp.int32)
-  if chosen is not None:
-    chosen = chosen.reshape(-1)[order]
+  order, bounds, inside = lists.order, lists.bounds, lists.inside
   reach = None
   if places is not None:
-    block = of_pair.high(key).astype(jnp.int32) % group_kv_blocks
+    block = mosaic.counts_up_to(bounds[1:], num_pairs) % group_kv_blocks
     queries = positions.reshape(-1, pack)[order // slots]
     reach = queries + 1 - block[:, None] * block_keys
     reach = jnp.clip(reach, 0, block_keys)
@@ -405,8 +397,8 @@ def plan_kv_blocks(
     longest_first=longest_first.astype(jnp.int32),
     extra=jnp.stack([first_extra, more], axis=-1).astype(jnp.int32),
     order=order,
-    chosen=chosen,
-    is_pair=is_pair,
+    chosen=lists.chosen,
+    is_pair=lists.is_pair,
     reach=reach,
     has_pairs=counts > 0,
   )
@@ -442,6 +434,228 @@ def own_sums(
   return jnp.where(has_sum[:, None, None], own, 0)
 
 
+# ---- The list of each KV block ----
+
+
+class _Lists(NamedTuple):
+  """The pairs of every KV block, one block's after those of the block before.
+
+  Attributes:
+    order, chosen, is_pair: as in `KVBlockPlan`.
+    bounds: int32 [blocks + 1]: where the list of each block begins.
+    inside: int32 [blocks]: the pair from which on those of the block need no
+      mask.
+  """
+
+  order: Int[Array, "pairs"]
+  chosen: Int[Array, "pairs"] | None
+  is_pair: Bool[Array, "groups packs slots"]
+  bounds: Int[Array, "bounds"]
+  inside: Int[Array, "blocks"]
+
+
+def _valid(
+  ids: Int[Array, "groups packs slots"],
+  positions: Int[Array, "groups queries"],
+  block_size: int,
+  num_blocks: int,
+) -> Bool[Array, "groups queries P"]:
+  """Which choices name a block up to the query's own."""
+  ids = ids.reshape(*positions.shape, -1)
+  own = jnp.where(positions < 0, -1, positions // block_size)[..., None]
+  return (ids >= 0) & (ids <= own) & (ids < num_blocks)
+
+
+def _lists_by_table(
+  ids: Int[Array, "groups packs slots"],
+  positions: Int[Array, "groups queries"],
+  after: Int[Array, "groups kv_blocks"],
+  *,
+  block_size: int,
+  num_blocks: int,
+  pack: int,
+  each: int,
+) -> _Lists:
+  """The lists from a table of all blocks, without a sort.
+
+  The table says for each block, as bits of words, which queries chose it. A
+  pair's place in its block's list is the number of bits before its own: those
+  of the words before, which are summed up once, and those of its word.
+
+  Args:
+    ids, positions, block_size, num_blocks, pack: as in `plan_kv_blocks`.
+    after: the first pack that needs no mask in each KV block.
+    each: blocks of a KV block.
+  """
+  num_groups, num_packs, slots = ids.shape
+  num_pairs, num_queries = ids.size, num_packs * pack
+  shape = (num_groups, num_queries, slots // pack)
+  ids = ids.reshape(shape)
+  valid = _valid(ids, positions, block_size, num_blocks) & ~_repeats(ids)
+  group_kv_blocks = -(-num_blocks // each)
+  table = _table(jnp.where(valid, ids, -1), each * group_kv_blocks)
+  words = table.shape[1]
+  halves = [table[..., half::each] for half in range(each)]
+  paired = _first_of_packs(functools.reduce(jnp.bitwise_or, halves), pack)
+
+  # Where the pairs of each word begin.
+  counts = lax.population_count(paired)
+  ends = jnp.cumsum(
+    jnp.sum(counts, axis=1, dtype=jnp.int32).reshape(-1), dtype=jnp.int32
+  )
+  bounds = jnp.pad(ends, (1, 0))
+  begins = jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts
+  begins += bounds[:-1].reshape(num_groups, 1, -1)
+
+  def place_in_list(word, kv_block, place):
+    """Where a pair stands, or would, whose bit has this place in its word."""
+    at = (group * words + word) * group_kv_blocks + kv_block
+    below = jnp.where(place == mosaic.WORD, -1, (jnp.int32(1) << place) - 1)
+    below &= paired.reshape(-1)[at]
+    return at, begins.reshape(-1)[at] + lax.population_count(below)
+
+  group = jnp.arange(num_groups, dtype=jnp.int32)[:, None]
+  first = after * pack
+  word = jnp.minimum(first // mosaic.WORD, words - 1)
+  column = jnp.arange(group_kv_blocks, dtype=jnp.int32)[None]
+  _, inside = place_in_list(word, column, first - word * mosaic.WORD)
+
+  group = group[..., None]
+  query = jnp.arange(num_queries, dtype=jnp.int32)[None, :, None]
+  known = jnp.clip(ids, 0, num_blocks - 1)
+  of_pack = query % mosaic.WORD // pack * pack  # the bit of its first query
+  at, target = place_in_list(query // mosaic.WORD, known // each, of_pack)
+  chosen, stands, is_pair = None, valid, valid
+  slot = jnp.arange(num_pairs, dtype=jnp.int32).reshape(shape)
+  if not pack == each == 1:
+    # The choices of a pack inside a KV block are one pair. It stands where the
+    # first of them would, and the pairs of a pack come first.
+    chosen = _chosen_by_pack([x.reshape(-1)[at] for x in halves], of_pack, pack)
+    mine = 2 * (query % pack) + known % each
+    stands = valid & (chosen & ((jnp.int32(1) << mine) - 1) == 0)
+    of_slot = stands.reshape(num_groups, num_packs, slots)
+    nth = mosaic.counts_before(of_slot).reshape(shape)
+    slot = slot // slots * slots + nth
+    count = jnp.sum(of_slot, axis=-1, dtype=jnp.int32, keepdims=True)
+    is_pair = mosaic.lined_up(jnp.arange(slots), 3) < count
+  target = jnp.where(stands, target, num_pairs).reshape(-1)
+
+  def listed(x):
+    x, all_pairs = x.reshape(-1), jnp.zeros((num_pairs,), jnp.int32)
+    return all_pairs.at[target].set(x, mode="drop", unique_indices=True)
+
+  return _Lists(
+    order=listed(slot),
+    chosen=None if chosen is None else listed(chosen),
+    is_pair=is_pair.reshape(num_groups, num_packs, slots),
+    bounds=bounds,
+    inside=inside.reshape(-1),
+  )
+
+
+def _repeats(ids: Int[Array, "groups queries P"]):
+  """Which choices of a query name the same block as one before."""
+  found = jnp.zeros(ids.shape, bool)
+  for i in range(1, ids.shape[-1]):
+    ahead = ((0, 0), (0, 0), (i, 0))
+    found |= jnp.pad(ids[..., :-i], ahead, constant_values=-1) == ids
+  return found
+
+
+def _table(
+  ids: Int[Array, "groups queries P"], num_blocks: int
+) -> Int[Array, "groups words N"]:
+  """For each block, which queries chose it: bit query % 32 of query // 32.
+
+  Args:
+    ids: -1 is no block.
+    num_blocks: N.
+  """
+  behind = -ids.shape[1] % mosaic.WORD
+  if behind:
+    ids = jnp.pad(ids, ((0, 0), (0, behind), (0, 0)), constant_values=-1)
+  bits = mosaic.choice_bits(ids, num_blocks)
+  bits = bits.reshape(len(ids), -1, mosaic.WORD, bits.shape[-1])
+  return mosaic.query_bits(bits, num_blocks)
+
+
+def _first_of_packs(bits: Int[Array, "*A"], pack: int) -> Int[Array, "*A"]:
+  """Of words of query bits: the first bit of each pack that has any."""
+  any_of_rest = functools.reduce(
+    jnp.bitwise_or,
+    [lax.shift_right_logical(bits, jnp.int32(i)) for i in range(pack)],
+  )
+  first = jnp.uint32(sum(1 << i for i in range(0, mosaic.WORD, pack)))
+  return any_of_rest & first.astype(jnp.int32)
+
+
+def _chosen_by_pack(
+  halves: Sequence[Int[Array, "*A"]], first: Array, pack: int
+) -> Int[Array, "*A"]:
+  """`KVBlockPlan.chosen` of packs.
+
+  Args:
+    halves: for each block of a KV block, one or two, the word of query bits.
+    first: the bit of the pack's first query.
+    pack: queries of a pack.
+  """
+  chosen = jnp.zeros_like(halves[0])
+  for query in range(pack):
+    of_query = [bits >> (first + query) & 1 for bits in halves]
+    both = of_query[0] | of_query[-1] << 1
+    chosen |= pack_chosen(query, both)
+  return chosen
+
+
+def _lists_by_sort(
+  ids: Int[Array, "groups packs slots"],
+  positions: Int[Array, "groups queries"],
+  after: Int[Array, "groups kv_blocks"],
+  *,
+  block_size: int,
+  num_blocks: int,
+  pack: int,
+  each: int,
+) -> _Lists:
+  """The lists of `_lists_by_table` by sorting all pairs.
+
+  Args:
+    ids, positions, after, block_size, num_blocks, pack, each: as there.
+  """
+  num_groups, num_packs, slots = ids.shape
+  num_pairs = ids.size
+  kv_block, is_pair, chosen = _pairs_of_packs(
+    ids,
+    positions,
+    block_size=block_size,
+    num_blocks=num_blocks,
+    pack=pack,
+    each=each,
+  )
+  group_kv_blocks = -(-num_blocks // each)
+  num_kv_blocks = num_groups * group_kv_blocks
+  group = jnp.arange(num_groups)[:, None]
+  kv_block += group[..., None] * group_kv_blocks
+  slot = jnp.arange(num_pairs, dtype=jnp.uint32).reshape(ids.shape)
+  unused = jnp.uint32(0xFFFFFFFF)
+  of_pair = sort_key(num_pairs)
+  key = jnp.where(
+    is_pair, of_pair.pack(kv_block.astype(jnp.uint32), slot), unused
+  )
+  key = lax.sort(key.reshape(-1), is_stable=False)
+  lists = of_pair.least(jnp.arange(num_kv_blocks + 1, dtype=jnp.uint32))
+  # The first slot of each block's list whose pack needs no mask.
+  after = (group * num_packs + after).reshape(-1).astype(jnp.uint32) * slots
+  bounds, inside = jnp.split(
+    mosaic.counts_below(key, jnp.concatenate([lists, lists[:-1] + after])),
+    [num_kv_blocks + 1],
+  )
+  order = of_pair.low(key).astype(jnp.int32)
+  if chosen is not None:
+    chosen = chosen.reshape(-1)[order]
+  return _Lists(order, chosen, is_pair, bounds, inside)
+
+
 def _pairs_of_packs(
   ids: Int[Array, "groups packs slots"],
   positions: Int[Array, "groups queries"],
@@ -460,13 +674,9 @@ def _pairs_of_packs(
   The bits are those of `KVBlockPlan.chosen`; `each` are the blocks of a KV
   block.
   """
-  _, num_packs, slots = ids.shape
+  slots = ids.shape[-1]
   query = jnp.arange(slots, dtype=jnp.int32)[None, None] // (slots // pack)
-  position = jnp.repeat(
-    positions.reshape(-1, num_packs, pack), slots // pack, axis=-1
-  )
-  own = jnp.where(position < 0, -1, position // block_size)
-  valid = (ids >= 0) & (ids <= own) & (ids < num_blocks)
+  valid = _valid(ids, positions, block_size, num_blocks).reshape(ids.shape)
   known = jnp.clip(ids, 0, num_blocks - 1)
   if pack == each == 1:
     return known, valid, None

@@ -180,6 +180,60 @@ def bit_words(flags: Bool[Array, "*A n"]) -> Int[Array, "*A words"]:
   return bit_mask(jnp.pad(flags, pad).reshape(*flags.shape[:-1], -1, 32))
 
 
+WORD = 32  # flags in an int32
+
+
+def block_bits(
+  blocks: Int[Array, "*A"], num_blocks: int
+) -> Int[Array, "*A words"]:
+  """One block as a bit of int32 words, 32 blocks in each; -1 is no block."""
+  word = jnp.arange(-(-num_blocks // WORD), dtype=jnp.int32)
+  here = lined_up(word, blocks.ndim + 1) == (blocks >> 5)[..., None]
+  return jnp.where(here, jnp.int32(1) << (blocks & 31)[..., None], 0)
+
+
+def choice_bits(
+  choices: Int[Array, "*A P"], num_blocks: int
+) -> Int[Array, "*A words"]:
+  """The blocks of each query as bits of int32 words; -1 is no block."""
+  *shape, top_k = choices.shape
+  bits = jnp.zeros((*shape, -(-num_blocks // WORD)), jnp.int32)
+  for p in range(top_k):  # few: XLA takes longer for a reduction
+    bits |= block_bits(choices[..., p], num_blocks)
+  return bits
+
+
+def query_bits(
+  choices: Int[Array, "*A queries words"], num_blocks: int
+) -> Int[Array, "*A N"]:
+  """Which queries chose each block, as bits of an int32.
+
+  Args:
+    choices: `choice_bits` of up to 32 queries.
+    num_blocks: N.
+  """
+  *shape, queries, words = choices.shape
+  place = lined_up(jnp.arange(WORD, dtype=jnp.int32), len(shape) + 2)
+  bits = jnp.zeros((*shape, words, WORD), jnp.int32)
+  for query in range(queries):
+    bits |= (choices[..., query, :, None] >> place & 1) << query
+  return bits.reshape(*shape, -1)[..., :num_blocks]
+
+
+def counts_before(flags: Bool[Array, "*A n"]) -> Int[Array, "*A n"]:
+  """How many flags are set before each place."""
+  n = flags.shape[-1]
+  words = bit_words(flags)
+  counts = lax.population_count(words)
+  begins = sums_up_to(counts) - counts
+  place = jnp.arange(n, dtype=jnp.int32)
+  before = lined_up((jnp.int32(1) << (place & 31)) - 1, flags.ndim)
+  words, begins = (
+    jnp.repeat(x, WORD, axis=-1)[..., :n] for x in (words, begins)
+  )
+  return begins + lax.population_count(words & before)
+
+
 def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
   """Where the first `most` set flags are, ascending; then n.
 

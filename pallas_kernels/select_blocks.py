@@ -283,6 +283,12 @@ def _select_kernel(
     )
     plgpu.barrier_wait(q_ready.at[wg])
     layout = plgpu.Layout.WGMMA
+    if q_gmem.dtype != _FP8:
+      # Queries are read once, so XLA would need a copy of all for this.
+      x = q_smem[wg]
+      x = jnp.where(jnp.abs(x.astype(jnp.float32)) < jnp.inf, x, jnp.nan)
+      q_smem[wg] = x
+      plgpu.commit_smem()
 
     def step(i, masked):
       slot = max_ring.slot(i)
@@ -630,12 +636,12 @@ def _select(
     )
     return (_pad_axis(ids, 3, top_k, -1),)
 
-  # XLA fuses this with padding or quantising, if there is any. Otherwise it
-  # costs a copy of index_q and index_k, linear in T beside quadratic scores.
-  index_q, index_k = (
-    mosaic.pad_head_dim(jnp.where(jnp.isfinite(x), x, jnp.nan))
-    for x in (index_q, index_k)
-  )
+  # An infinity becomes NaN: in index_k here, which costs a copy, and in index_q
+  # inside the kernel, unless XLA quantises it anyway.
+  index_k = jnp.where(jnp.isfinite(index_k), index_k, jnp.nan)
+  if score_precision == "fp8":
+    index_q = jnp.where(jnp.isfinite(index_q), index_q, jnp.nan)
+  index_q, index_k = map(mosaic.pad_head_dim, (index_q, index_k))
   if packed_row is not None:
     index_k = packed_row.to_blocks(index_k, repeat=True)
     kv_lengths = jnp.full_like(kv_lengths, kv_len)

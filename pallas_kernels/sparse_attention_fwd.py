@@ -978,7 +978,7 @@ def geometry(
   pack, pack_rows = packing.queries, packing.rows
   tile = 2 * ROWS // pack_rows * pack
   if walk:
-    tile = 2 * min(ROWS // packing.group_size, tile_plan.WORD)
+    tile = 2 * min(ROWS // packing.group_size, mosaic.WORD)
 
   def round_up(x):
     return -(-x // tile) * tile

@@ -49,8 +49,6 @@ from jaxtyping import Array, Bool, Int
 
 from pallas_kernels import mosaic
 
-WORD = 32  # queries, or blocks, whose bits share an int32
-
 
 @dataclasses.dataclass(frozen=True)
 class Geometry:
@@ -214,32 +212,19 @@ def plan_by_block(
     ids, positions, first_bad, geometry, keys: as in `plan_by_choice`.
   """
   g = geometry
-  num_groups, num_queries, top_k = ids.shape
+  num_groups, num_queries, _ = ids.shape
   num_tiles = num_groups * num_queries // g.tile
   own = _own_blocks(positions, g)
   block = jnp.arange(g.num_blocks, dtype=jnp.int32)
-  word = jnp.arange(-(-g.num_blocks // WORD), dtype=jnp.int32)
-
-  def as_bits(blocks):
-    """Bits [..., words] of one block of each query; of no block, none."""
-    here = mosaic.lined_up(word, blocks.ndim + 1) == blocks[..., None] >> 5
-    return jnp.where(here, jnp.int32(1) << (blocks & 31)[..., None], 0)
-
-  # Loops over few queries and choices: XLA takes longer for reductions.
-  chosen = jnp.zeros((num_groups, num_queries, word.size), jnp.int32)
-  for p in range(top_k):
-    choice = ids[..., p]
-    chosen |= as_bits(jnp.where(_is_valid(choice, own, g), choice, -1))
-  of_half = chosen.reshape(num_tiles, 2, g.half, -1, 1)
-  place = mosaic.lined_up(jnp.arange(WORD, dtype=jnp.int32), 4)
-  bits = jnp.zeros((num_tiles, 2, word.size, WORD), jnp.int32)
-  for query in range(g.half):
-    bits |= (of_half[:, :, query] >> place & 1) << query
-  bits = bits.reshape(num_tiles, 2, -1)[..., : g.num_blocks]
+  valid = _is_valid(ids, own[..., None], g)
+  chosen = mosaic.choice_bits(jnp.where(valid, ids, -1), g.num_blocks)
+  bits = mosaic.query_bits(
+    chosen.reshape(num_tiles, 2, g.half, -1), g.num_blocks
+  )
   is_chosen = (bits[:, 0] | bits[:, 1]) != 0
 
   # A query sees all of the blocks before its own, but only a part of that.
-  is_own = as_bits(own)
+  is_own = mosaic.block_bits(own, g.num_blocks)
   flags = [chosen != 0]
   for kind in range(2):
     bad = first_bad[:, kind]
@@ -447,7 +432,7 @@ def _chosen_by(
   over_runs = functools.partial(
     mosaic.or_of_rest_of_run, key=block, longest=g.tile
   )
-  if g.tile <= WORD:  # both halves in one word
+  if g.tile <= mosaic.WORD:  # both halves in one word
     bits = jnp.where(valid, jnp.int32(1) << query, 0)
     both = over_runs(bits)
     mask = (1 << g.half) - 1
@@ -538,7 +523,7 @@ def plan_merges(
   merges = []
   for half in range(2):
     place = pack * g.pack - half * g.half  # of the pack's first bit in the half
-    mask = jnp.int32((1 << g.pack) - 1) << jnp.clip(place, 0, WORD - 1)
+    mask = jnp.int32((1 << g.pack) - 1) << jnp.clip(place, 0, mosaic.WORD - 1)
     bits = tiles.chosen_by[:, half] & mask
     bits = jnp.where(is_pair & (place >= 0) & (place < g.half), bits, 0)
     merges.append(

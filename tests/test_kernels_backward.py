@@ -143,6 +143,63 @@ def test_every_choice_is_in_one_pair(kind, block_size, pack, starts):
   assert np.all(np.diff(tasks[longest_first][:, 2:4].sum(axis=1)) <= 0)
 
 
+@pytest.mark.parametrize("block_size, pack", [(128, 1), (64, 2), (128, 4)])
+def test_lists_by_table_are_those_by_sort(block_size, pack):
+  rng = np.random.default_rng(pack)
+  queries, top_k, num_blocks, each = 164, 5, 37, 128 // block_size
+  starts = np.array([2000, -20, 37 * block_size - 164])[:, None]
+  positions = starts + np.arange(queries)
+  # Neighbours choose alike; some ids name no block.
+  near = rng.integers(-2, num_blocks + 2, (3, queries // 4, 2 * top_k))
+  ids = rng.permuted(np.repeat(near, 4, axis=1), axis=-1)[..., :top_k]
+  ids = np.sort(ids, axis=-1)
+  ids[..., 1:][ids[..., 1:] == ids[..., :-1]] = -1
+  ids = rng.permuted(ids, axis=-1)
+  after = np.arange(1, -(-num_blocks // each) + 1) * 128 - starts
+  after = np.clip(-(-after // pack), 0, queries // pack)
+  arguments = (
+    ids.reshape(3, -1, pack * top_k).astype(np.int32),
+    positions.astype(np.int32), after.astype(np.int32),
+  )  # fmt: skip
+
+  def lists(how):
+    f = functools.partial(
+      how, block_size=block_size, num_blocks=num_blocks, pack=pack, each=each
+    )
+    return jax.tree.map(np.asarray, jax.jit(f)(*arguments))
+
+  got = lists(kv_block_plan._lists_by_table)
+  want = lists(kv_block_plan._lists_by_sort)
+  assert want.inside.any() and want.is_pair.any()
+  for name in ("bounds", "inside", "is_pair"):
+    np.testing.assert_array_equal(getattr(got, name), getattr(want, name), name)
+  # What is behind the last pair means nothing.
+  num_pairs, slots = want.bounds[-1], pack * top_k
+  if pack == each == 1:
+    assert got.chosen is want.chosen is None
+    np.testing.assert_array_equal(got.order[:num_pairs], want.order[:num_pairs])
+    return
+  np.testing.assert_array_equal(got.chosen[:num_pairs], want.chosen[:num_pairs])
+  # A pack's pairs have its first slots, in any order.
+  np.testing.assert_array_equal(
+    got.order[:num_pairs] // slots, want.order[:num_pairs] // slots
+  )
+  np.testing.assert_array_equal(
+    np.sort(got.order[:num_pairs]), np.flatnonzero(got.is_pair)
+  )
+
+
+def test_of_equal_choices_one_counts():
+  ids = np.array([[[5, 2, 5, 2], [1, 1, 1, 0]]], np.int32)
+  plan = planned(
+    jnp.asarray(ids), jnp.array([700]), block_size=128, num_blocks=6, task=8
+  )
+  want = np.sort([0, 1, 4, 7])
+  np.testing.assert_array_equal(np.flatnonzero(plan.is_pair), want)
+  np.testing.assert_array_equal(np.sort(plan.order[:4]), want)
+  assert plan.tasks[: int(plan.num_tasks[0]), 2].sum() == 4
+
+
 def test_numbers_that_share_an_integer_are_read_as_written():
   counts = [128, 0, 77, 128]  # the last one reaches the sign
   packed = kv_block_plan.pack_counts([jnp.int32(x) for x in counts])
