@@ -178,6 +178,7 @@ def test_report_is_one_file_with_every_picture(pair):
   assert page.count('src="data:image/png;base64,') == len(pictures)
   assert not re.search(r'(src|href)="(?!data:)', page)
   assert "Thin lines are single seeds" in page and "The band is" in page
+  assert "Sides have different seeds" not in page
   # The old report was replaced whole, and nothing is left beside it.
   others = {path.name for path in folder.parent.iterdir()}
   assert others == {"report", "text", "recall"}
@@ -225,6 +226,8 @@ def test_seeds_of_folders_with_other_sides_are_paired(tmp_path):
     "seeds for ± 0.6 %": "14", "by seed": "0: +1.00, 1: +2.00, 2: +3.00",
   }  # fmt: skip
   assert "1.00 %, it takes 14 seeds." in task["verdicts"][-1]
+  page = (tmp_path / "out" / "report" / "report.html").read_text()
+  assert "Sides have different seeds here" in page
   assert summary["warnings"] == [
     "text/msa lacks seed 3: a gap is of the seeds that both of its sides have.",
     "text/msa_cpt lacks seeds 0 to 3: a gap is of the seeds that both of its"
@@ -746,8 +749,9 @@ def test_what_the_choice_costs_is_told_apart(tmp_path):
   assert "if &lt;" in page and "msa &gt;" in page
 
 
-def test_loss_by_place_is_of_the_seeds_that_all_sides_have(tmp_path):
-  losses = {"gqa": [1.0, 3.0], "msa": [1.5, 3.1], "msa_cpt": [1.0]}
+def test_loss_by_place_is_paired_by_seed(tmp_path):
+  """Each side's gap is of its own seeds, also where no seed is in all sides."""
+  losses = {"gqa": [1.0, 3.0, 5.0], "msa": [1.5, 3.1], "msa_cpt": [0, 0, 5.2]}
   _make(tmp_path, {"text": losses | {"no_warmup": [1.0, 3.0]}})
   for side, seeds in losses.items():
     for seed, loss in enumerate(seeds):
@@ -757,21 +761,23 @@ def test_loss_by_place_is_of_the_seeds_that_all_sides_have(tmp_path):
         {"low": 2**i, "high": 2 ** (i + 1), "loss": loss, "count": 8}
         for i in range(2)
       ]
-      _write(path, [*earlier, last | {"loss_by_position": bins}])
+      if loss:  # else the seed was not measured
+        _write(path, [*earlier, last | {"loss_by_position": bins}])
   sides = runs.group_by_side(runs.read_runs(tmp_path))
-  against = gaps.paired_runs(sides)
-  found = gaps.gaps_by_position(against)
+  found = gaps.gaps_by_position(gaps.paired_runs(sides))
   assert found.keys() == {"msa", "msa_cpt"}
-  for side, gap in (("msa", 0.5), ("msa_cpt", 0.0)):
+  for side, by_seed, mean in (
+    ("msa", [0.5, 0.1], 0.3),
+    ("msa_cpt", [0.2], 0.2),
+  ):
     for row in found[side]:
-      assert row["baseline"] == 1.0 and row["by_seed"] == [gap]
-  del against["msa_cpt"]
-  found = gaps.gaps_by_position(against)
-  assert found["msa"][1]["by_seed"] == pytest.approx([0.5, 0.1])
+      assert row["baseline"] == 3.0  # of all three seeds
+      assert row["by_seed"] == pytest.approx(by_seed)
+      assert row["difference"] == pytest.approx(mean)
   colors = figures.side_colors(sides)
   figure = figures.position_figure("text", sides, colors, found)
   drawn = [line.get_ydata() for line in figure.axes[1].lines]
-  for height in (0.3, 0.5, 0.1):  # the mean and both seeds
+  for height in (0.3, 0.5, 0.1, 0.2):  # both means and the seeds of the first
     assert any(y == pytest.approx([height] * 2) for y in drawn if len(y) == 2)
 
 

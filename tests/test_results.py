@@ -211,7 +211,9 @@ def test_committed_results_are_thin():
     sizes[run] = sum(file.stat().st_size for file in run.iterdir())
   assert len(sizes) > 50
   files = (path for path in RESULTS.rglob("*") if path.is_file())
-  assert sum(path.stat().st_size for path in files) < 6_000_000
+  # A report that was drawn here is large, and git ignores most of it.
+  files = (path for path in files if path.parent.name != "report")
+  assert sum(path.stat().st_size for path in files) < 5_000_000
   assert max(sizes.values()) <= 100_000
   for folder in {run.parents[2] for run in sizes}:
     plan = json.loads((folder / "comparison.json").read_text())

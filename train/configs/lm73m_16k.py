@@ -58,19 +58,19 @@ ready (2026-11-30), and seeds 0 and 1 about as long:
 | `msa`: 3,312 steps of 100 ms | 330 | 42 | 372 |
 | `msa_cpt`: 552 steps | 54 | 28 | 82 |
 
-`msa_middle` should take 220 seconds more, of which 183 are its 1,840 steps
-(computed). Most of what is evaluated is so after the last step: 32 batches of
+Seed 3 with `msa_middle` instead of `msa_cpt`, and with the oracle's blocks,
+took 23.2 minutes once the text was ready (2026-11-30, other programs beside
+it): the trunk 782 seconds, `msa` 377 and `msa_middle` 230, of which 180 are its
+1,840 steps. Most of what is evaluated is so after the last step: 32 batches of
 text and 96 of each kind of retrieval, with the model's own blocks, with the
 oracle's, and with dense attention. The oracle's blocks were not evaluated in
-seeds 0 to 2, in which seeds may differ, and should take 25 seconds a side
-(computed: 224 batches, each a forward pass of dense attention and one of sparse
-attention).
+seeds 0 to 2, in which seeds may differ.
 
 The text took 60 to 83 seconds before that, once on a machine. From the start,
-all four sides of a seed then take 28.8 minutes, those without `msa_cpt`
-27.0, and those without `msa_middle` 24.7 (computed). A minute less is enough
-where the programs are compiled while the text is prepared. A run on little text
-does that, because its model and batches are the same:
+all four sides of a seed then take 26.2 minutes (computed: those of seed 3, with
+as long for the text and a minute and a half for `msa_cpt`). A minute less is
+enough where the programs are compiled while the text is prepared. A run on
+little text does that, because its model and batches are the same:
 
   python -m train compare lm73m_16k --seeds 3 --folder runs/compiled_first \
     --minutes 0.01 --no-report --set data.text.max_bytes=4000000 eval_batches=1

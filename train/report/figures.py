@@ -729,8 +729,9 @@ def overview_figure(
       _step_axis(axis)
       title = f"{task}: {metric.title.lower()}"
     axis.set_title(title, pad=18)
-    # The labels drop their numbers of seeds, which may differ by task.
-    for line in axis.lines:
-      line.set_label(line.get_label().split(" (")[0])
+    if len({task for task, *_ in panels}) > 1:
+      # The labels drop their numbers of seeds, which may differ by task.
+      for line in axis.lines:
+        line.set_label(line.get_label().split(" (")[0])
   _legend(figure, *reversed(axes[0]))
   return figure

@@ -177,44 +177,53 @@ def gaps_by_position(
 ) -> dict[str, list[dict[str, Any]]]:
   """Loss after training by the number of tokens before the query.
 
-  All numbers are means over the same seeds, those that every side has measured.
-  Sides that measured in no seed are left out.
+  Differences are paired by seed, of the seeds that a side has measured, which
+  may be others than another side's. Sides that measured in no seed are left
+  out.
 
   Args:
     against: pairs of runs, as `paired_runs` returns them.
 
   Returns:
     For each side a list of bins low <= tokens < high. "baseline" is the
-    baseline's loss, "difference" the side's loss minus that, "by_seed" the same
-    for each seed, and "dense_difference" the same for the side's weights with
-    dense attention (None if a seed was not evaluated with it).
+    baseline's mean loss over the seeds of all sides, "difference" the mean of
+    the side's loss minus the baseline's, "by_seed" the same for each seed, and
+    "dense_difference" the same for the side's weights with dense attention
+    (None if a seed was not evaluated with it).
   """
   key = "loss_by_position"
   measured = {
-    side: {
-      b.seed: (a.final, b.final, b.final_dense)
+    side: [
+      (a.final, b.final, b.final_dense)
       for a, b in pairs
       if key in a.final and key in b.final
-    }
+    ]
     for side, pairs in against.items()
   }
-  measured = {side: finals for side, finals in measured.items() if finals}
-  shared = set.intersection(*map(set, measured.values())) if measured else set()
-  if not shared:
-    return {}
+  bases = {
+    a.seed: [bin_["loss"] for bin_ in a.final[key]]
+    for pairs in against.values()
+    for a, b in pairs
+    if key in a.final and key in b.final
+  }
+  baseline = np.array([*bases.values()]).mean(0) if bases else np.zeros(0)
   return {
-    side: _bins([finals[seed] for seed in sorted(shared)], key)
+    side: _bins(finals, key, baseline)
     for side, finals in measured.items()
+    if finals
   }
 
 
-def _bins(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
+def _bins(
+  finals: list[tuple[dict, dict, dict]], key: str, baseline: np.ndarray
+) -> list[dict]:
   """The bins of a side.
 
   Args:
     finals: for each seed the final records of the baseline, of the side, and of
       the side with dense attention.
     key: of the bins in a record.
+    baseline: mean loss in each bin.
   """
 
   def losses(i: int) -> np.ndarray:
@@ -237,6 +246,6 @@ def _bins(finals: list[tuple[dict, dict, dict]], key: str) -> list[dict]:
       "dense_difference": other,
     }
     for bin_, loss, differences, other in zip(
-      finals[0][0][key], base.mean(0), apart.T, dense, strict=True
+      finals[0][0][key], baseline, apart.T, dense, strict=True
     )
   ]

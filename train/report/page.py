@@ -561,7 +561,17 @@ def _line_widths(tasks: Sequence[dict[str, list[Run]]]) -> str:
   """Says what thin and thick lines mean in figures of these tasks."""
   sides = [runs for members in tasks for runs in members.values()]
   if any(len(runs) > 1 for runs in sides):
-    return "Thin lines are single seeds, thick lines the mean."
+    text = "Thin lines are single seeds, thick lines the mean."
+    if any(
+      len({frozenset(run.seed for run in runs) for runs in members.values()})
+      > 1
+      for members in tasks
+    ):
+      text += (
+        " Sides have different seeds here: a mean is over the seeds of its own"
+        " side, so the means of two sides differ by their seeds too."
+      )
+    return text
   # `figures` draws the baseline wider.
   wider = f" {side_name(BASELINE)} is wider, to show below the others."
   return "One seed a side." + wider * any(BASELINE in m for m in tasks)
@@ -789,6 +799,12 @@ def _add_choice_tables(page: _Page, task: _Task) -> None:
   )
   if not any("oracle" in column for row in dense for column in row):
     oracle = ""
+  names = [row["side"] for row in dense]
+  if len(set(names)) < len(names):
+    oracle += (
+      " Where a side has two rows, the second is of those of its seeds that"
+      " were evaluated in every way."
+    )
   _add_table(
     page,
     task,
@@ -874,8 +890,10 @@ def _add_positions(page: _Page, task: _Task) -> None:
   page.add_figure(
     position_figure(task.name, task.sides, page.colors, bins),
     f"{task.name}_position",
-    "Loss on held-out text by how many tokens of the context come before, "
-    "mean over the seeds that all sides measured; thin lines are single seeds. "
+    "Loss on held-out text by how many tokens of the context come before. "
+    "Differences are paired by seed, and their mean is over the seeds of the "
+    "side; thin lines are single seeds. Left, each side is drawn at "
+    f"{side_name(BASELINE)}'s mean plus its own mean difference. "
     "A query with fewer tokens before it than “tokens read” reads them all, so "
     "a gap there does not come from the choice of blocks. Dashed: the same "
     "weights with dense attention. Bins with less than 1 % of the targets are "
