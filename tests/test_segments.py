@@ -401,7 +401,10 @@ def test_chunks_change_nothing(monkeypatch):
   jax.clear_caches()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# The layout marks such rows, whichever implementation reads it.
+@pytest.mark.parametrize(
+  "implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"]
+)
 def test_more_documents_than_fit_give_nan(implementation):
   case = case_of(q_len=12, kv_len=12)
   inputs = case.inputs()

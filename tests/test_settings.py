@@ -219,8 +219,13 @@ def test_models_under_strict_settings(changes):
 @pytest.mark.parametrize(
   "options",
   [
-    dict(selection="window"),
-    pytest.param(dict(force_first_block=True, top_k=3), marks=pytest.mark.slow),
+    *(
+      pytest.param(options, marks=pytest.mark.slow)
+      for options in (
+        dict(selection="window"),
+        dict(force_first_block=True, top_k=3),
+      )
+    ),
     dict(value_head=True, detach_teacher=False),
   ],
 )
