@@ -217,8 +217,9 @@ def test_padded_heads_stay_out_of_the_kl(sizes):
 
 
 @pytest.mark.parametrize(
+  # Padded groups of 3 heads, above, and TestInterpreted's tasks are for CI.
   "group, head_dim",
-  [(2, 128), *(pytest.param(*x, marks=SLOW) for x in ((4, 256), (1, 64)))],
+  [pytest.param(*x, marks=SLOW) for x in ((2, 128), (4, 256), (1, 64))],
 )
 def test_kl_of_small_groups_over_several_tasks(group, head_dim):
   """Tasks of up to three pair tiles, of two row tiles or of one.

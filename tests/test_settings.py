@@ -85,7 +85,8 @@ def every_operation(implementation, phase, inputs=INPUTS):
     ("sparse", "xla"),
     pytest.param("sparse", "reference", marks=pytest.mark.slow),
     ("warmup", "xla"),
-    ("warmup", "reference"),
+    # Layers run it under strict settings, below.
+    pytest.param("warmup", "reference", marks=pytest.mark.slow),
   ],
 )
 def test_operations_under_strict_settings(implementation, phase):
