@@ -47,10 +47,10 @@ os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 # would write up to 100 frames for each, of which pytest alone has thirty.
 os.environ.setdefault("JAX_TRACEBACK_IN_LOCATIONS_LIMIT", "1")
 
-# Many tests compile what another test, file or process has compiled: the
-# processes that tests start inherit this folder. Each worker has its own in it,
-# because JAX does not write an entry at once, and another could read a part. To
-# keep and to find a program takes longer than to compile a small one.
+# Tests of some files (RECOMPILING) find in this folder what others compiled.
+# Each worker has its own in it, because JAX does not write an entry at once and
+# another could read a part. To keep and to find a program takes longer than to
+# compile a small one.
 if not HAS_GPU and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
   folder = tempfile.mkdtemp(prefix="msa_jax_compiled_")
   atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -76,6 +76,12 @@ import gc
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
+
+# Files whose tests make new functions of programs that were compiled before. In
+# the others nearly nothing is found again, and to look for it and to write it
+# takes 2 % of the time.
+RECOMPILING = ("test_benchmarks", "test_commands", "test_train")
 
 # A worker takes whole files, as their tests share what is trained and compiled.
 # Files of less than half a minute go last, the shortest at the very end: so no
@@ -143,13 +149,30 @@ if jax.__version__ == "0.11.2":
 
 @pytest.fixture(autouse=True, scope="module")
 def _forget_programs():
-  """Frees a file's compiled programs.
+  """Frees compiled programs before a worker has too many.
 
   Each takes memory maps, of which Linux gives a process 65,530; XLA crashes
-  when a worker that ran many files has none left.
+  when none is left. To free them after each file would take a second for most,
+  and the next one would trace and compile the small operations of JAX again.
   """
   yield
-  jax.clear_caches()
+  if _memory_maps() > 20_000:
+    jax.clear_caches()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _keep_programs_where_it_pays(request):
+  """Turns JAX's folder of compiled programs on or off for a file."""
+  if not HAS_GPU:
+    kept = request.path.stem in RECOMPILING
+    jax.config.update("jax_enable_compilation_cache", kept)
+    compilation_cache.reset_cache()  # It looks at the option once.
+
+
+def _memory_maps():
+  """Of this process; infinitely many where the system does not say."""
+  maps = pathlib.Path("/proc/self/maps")
+  return maps.read_bytes().count(b"\n") if maps.exists() else float("inf")
 
 
 @pytest.fixture(autouse=True, scope="session")

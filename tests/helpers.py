@@ -3,9 +3,12 @@
 import dataclasses
 import functools
 import math
+import multiprocessing
 import os
+import pathlib
 import subprocess
 import sys
+import tempfile
 
 import jax
 import jax.extend.core
@@ -29,6 +32,9 @@ FORWARD_CONFIGS = (
 def run_on_devices(count: int, code: str, *arguments: object) -> str:
   """What Python code prints on forced CPU devices, in a process of its own.
 
+  The process is a fork of a server's, which has imported what all need and has
+  no devices yet: imports take two seconds.
+
   Args:
     count: of devices.
     code: it can import the tests.
@@ -37,15 +43,50 @@ def run_on_devices(count: int, code: str, *arguments: object) -> str:
   Raises:
     AssertionError: the code failed.
   """
+  server = multiprocessing.get_context("forkserver")
+  server.set_forkserver_preload([*IMPORTED_ONCE])
+  with tempfile.TemporaryDirectory() as folder:
+    printed, errors = (pathlib.Path(folder) / name for name in ("out", "err"))
+    words = ["-c", *map(str, arguments)]
+    process = server.Process(
+      target=_run_code, args=(count, code, words, printed, errors)
+    )
+    process.start()
+    process.join()
+    assert process.exitcode == 0, errors.read_text()[-3000:]
+    return printed.read_text()
+
+
+IMPORTED_ONCE = ("helpers", "flax.nnx", "msa_jax", "optax", "train.program")
+
+
+def _run_code(count, code, words, printed, errors):
+  """Runs code as a program; what it prints goes into two files."""
+  for path, stream in ((printed, 1), (errors, 2)):
+    os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT), stream)
+  os.environ["XLA_FLAGS"] += f" --xla_force_host_platform_device_count={count}"
+  jax.config.update("jax_platforms", "cpu")
+  # What is compiled here, nobody finds again.
+  jax.config.update("jax_enable_compilation_cache", False)
+  sys.argv = words
+  assert len(jax.devices()) == count
+  exec(compile(code, "<code>", "exec"), {"__name__": "__main__"})
+  sys.stdout.flush()
+
+
+def run_in_a_new_process(count: int, code: str, *arguments: object) -> str:
+  """The same in a process that imports all by itself.
+
+  For what is about imports, and about the memory of a process.
+  """
   flags = os.environ["XLA_FLAGS"]
   env = os.environ | {
     "XLA_FLAGS": f"{flags} --xla_force_host_platform_device_count={count}",
     "JAX_PLATFORMS": "cpu",
     "PYTHONPATH": os.path.dirname(__file__),
   }
-  check = f"import jax\nassert len(jax.devices()) == {count}\n"
   done = subprocess.run(
-    [sys.executable, "-c", check + code, *map(str, arguments)],
+    [sys.executable, "-c", code, *map(str, arguments)],
     env=env,
     capture_output=True,
     text=True,

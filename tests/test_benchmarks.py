@@ -661,8 +661,14 @@ def test_fuzz_can_launch_each_kernel(pretend_hopper):
   assert {f"msa_select_{x}" for x in ("exact", "fast", "fp8")} < found
 
 
+# Both are drawn in one way.
 @pytest.mark.parametrize(
-  "index", [i for i, s in enumerate(fuzz.EACH_KERNEL) if s.pairs]
+  "index",
+  [
+    pytest.param(i, marks=[pytest.mark.slow] * (i == 0))
+    for i, s in enumerate(fuzz.EACH_KERNEL)
+    if s.pairs
+  ],
 )
 def test_fuzz_with_pairs_has_some(index):
   """All blocks before the one of a tile's first query are in pairs."""

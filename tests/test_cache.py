@@ -576,8 +576,9 @@ def check_overflow(model, cache, at):
 @pytest.mark.parametrize(
   "kinds, precision, scan_layers",
   [
-    (("gqa",), "exact", False),
+    pytest.param(("gqa",), "exact", False, marks=pytest.mark.slow),
     pytest.param(("msa",), "fp8", False, marks=pytest.mark.slow),
+    # Layers without a scan: test_each_row_is_continued_as_if_alone.
     (("gqa", "msa"), "exact", True),
   ],
 )

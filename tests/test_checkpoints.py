@@ -770,7 +770,11 @@ def to_msa(model, **options):
 
 
 @pytest.mark.parametrize(
-  "name", ["m2", pytest.param("qwen3", marks=pytest.mark.slow), "llama"]
+  "name",
+  [
+    "m2",
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("qwen3", "llama")),
+  ],
 )
 def test_an_msa_model_of_another_family_is_our_own(name, tmp_path):
   """Its warm-up is what the model was; it goes into a folder and back."""

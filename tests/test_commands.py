@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from helpers import launches
 
 from msa_jax import selection_stats
 from msa_jax.model_config import IndexConfig, MoEConfig
@@ -179,14 +180,32 @@ def test_the_presets_are_what_they_say():
   [
     ("lm13m_4k", "gqa", "dense"),
     ("lm73m_16k", "msa", "warmup"),
-    ("lm73m_16k", "msa", "sparse"),
+    # Traced below, and its kernels are lowered in their own files.
+    pytest.param("lm73m_16k", "msa", "sparse", marks=pytest.mark.slow),
     ("lm13m_4k_ablations", "fixed_window", "warmup"),
     ("probes_4k", "gqa", "dense"),
     pytest.param("probes_4k", "msa", "warmup", marks=pytest.mark.slow),
-    ("probes_4k", "msa_cpt", "sparse"),
+    # Its kernels are lowered in tests/test_kernels_packed.py.
+    pytest.param("probes_4k", "msa_cpt", "sparse", marks=pytest.mark.slow),
   ],
 )
 def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
+  traced, packed = traced_step(preset, side, phase)
+  text = traced.lower(lowering_platforms=("cuda",)).as_text()
+  # cuDNN attends to plain rows alone.
+  assert ("mosaic_gpu" in text) == (side.startswith("msa") or packed)
+  assert ("__cudnn$fmha" in text) == (phase != "sparse" and not packed)
+
+
+def test_a_sparse_training_step_has_the_kernels(pretend_hopper):
+  traced, _ = traced_step("lm73m_16k", "msa", "sparse")
+  found = launches(traced.jaxpr.jaxpr)
+  wanted = {"msa_select_exact", "sparse_tiles", "sparse_kv_blocks"}
+  assert wanted | {"kl_kv_blocks"} <= set(found), found
+
+
+def traced_step(preset, side, phase):
+  """A preset's training step with two layers, and whether rows are packed."""
   [run] = (run for run in configs.preset(preset).runs if run.side == side)
   # All layers are alike.
   model = dataclasses.replace(run.model, num_layers=2)
@@ -204,13 +223,8 @@ def test_training_steps_lower_for_the_gpu(pretend_hopper, preset, side, phase):
   packed = made.config.packed
   if packed:
     operands += (jax.ShapeDtypeStruct(batch, jnp.int32),)
-  traced = jax.jit(made._step, static_argnames="phase").trace(
-    *operands, phase=phase
-  )
-  text = traced.lower(lowering_platforms=("cuda",)).as_text()
-  # cuDNN attends to plain rows alone.
-  assert ("mosaic_gpu" in text) == (side.startswith("msa") or packed)
-  assert ("__cudnn$fmha" in text) == (phase != "sparse" and not packed)
+  step = jax.jit(made._step, static_argnames="phase")
+  return step.trace(*operands, phase=phase), packed
 
 
 def test_own_text_replaces_that_of_the_text_tasks():

@@ -14,7 +14,7 @@ import sys
 import types
 
 import pytest
-from helpers import run_on_devices
+from helpers import run_in_a_new_process
 
 ROOT = pathlib.Path(__file__).parent.parent
 # A package may import itself and the packages after it.
@@ -199,4 +199,4 @@ assert m3 is importlib.import_module("msa_jax.checkpoints.m3") is msa_jax.m3
 
 def test_version_and_m3_of_the_package():
   """The version is the installed one's; a bare source tree has none."""
-  run_on_devices(1, VERSION)
+  run_in_a_new_process(1, VERSION)

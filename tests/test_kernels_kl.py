@@ -55,7 +55,8 @@ def run(case, *args, mask=None, config=None, interpret=False):
 class TestInterpreted(KLContract):
   repeats = False  # the interpreter takes ten seconds a call
   # The launches of rows, below, are of this case.
-  slow = ("rows",)
+  # Rows of 16 heads and heads of 128 columns: test_all_tokens.
+  slow = ("rows", "group_16")
 
   def run(self, name, case, q, k, index_q, index_k, blocks, mask=None):
     config = INTERPRETED if blocks is not None else INTERPRETED_DENSE

@@ -20,7 +20,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
-from helpers import run_on_devices
+from helpers import run_in_a_new_process, run_on_devices
 
 import msa_jax
 from msa_jax import (
@@ -696,7 +696,7 @@ def test_memory_of_a_load_is_that_of_single_tensors(
   newer = [flag for flag in flags if "disable_new_fusion_emitters" not in flag]
   assert len(newer) < len(flags)
   monkeypatch.setenv("XLA_FLAGS", " ".join(newer))
-  printed = run_on_devices(devices, MEMORY, tmp_path / "big")
+  printed = run_in_a_new_process(devices, MEMORY, tmp_path / "big")
   size, more, index, more_converted = map(int, printed.split())
   assert size > 250e6
   # A parameter of experts has 84 MB, a tensor 1 MB.

@@ -364,7 +364,7 @@ CASES = (
   # Batch rows, tokens of each, devices that share them between layers, and the
   # kind of axes of the few.
   (dict(tensor=2), 2, 24, 2, ()),
-  (dict(tensor=2), 1, 24, 2, (Explicit,)),
+  (dict(tensor=2), 1, 24, 2, ()),
   (dict(tensor=2), 3, 23, 1, ()),
   (dict(data=2, tensor=2), 4, 24, 4, ()),
   (dict(fsdp=2, tensor=2), 4, 24, 2, (Explicit,)),

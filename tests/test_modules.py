@@ -610,7 +610,8 @@ ABLATIONS = {
     pytest.param(
       name,
       marks=[pytest.mark.slow]
-      * (name in ("own_not_forced", "force_first_block")),
+      # test_train has a run whose index reads the input with its gradient.
+      * (name in ("own_not_forced", "force_first_block", "input_attached")),
     )
     for name in ABLATIONS
   ],

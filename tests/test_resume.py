@@ -141,7 +141,7 @@ def test_a_full_disk_costs_one_line_and_the_steps_since(place, run, reference):
   )
 
 
-@pytest.mark.parametrize("first", [1, pytest.param(0, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("first", [2, pytest.param(0, marks=pytest.mark.slow)])
 def test_killed_run_ends_with_the_same_bits(place, run, reference, first):
   """Killed at each of the moments from the given one on."""
   folder = place / f"killed{first}"
@@ -172,7 +172,7 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference, first):
     time.sleep(rng.random() * 0.02 if i % 2 == 0 else 0)
     kill(process)
     assert not (folder / "done.json").exists()
-    if i == 1:
+    if i > 0:
       # What a kill within a write leaves.
       with open(metrics, "a") as file:
         file.write('{"kind": "train", "st')

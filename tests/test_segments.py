@@ -164,8 +164,11 @@ def test_a_run_is_a_document_also_if_its_id_returns():
   np.testing.assert_array_equal(segments.positions, [[0, 1, 0, 0, 1, 0, 1, 0]])
 
 
+# Documents are trees of one node, above, and equal rows of their own, below.
 @pytest.mark.parametrize("phase", ["sparse", "warmup"])
-@pytest.mark.parametrize("name", ["documents", "trees"])
+@pytest.mark.parametrize(
+  "name", [pytest.param("documents", marks=pytest.mark.slow), "trees"]
+)
 def test_outputs_and_gradients_equal_loops(name, phase, x64):
   """Both implementations in float64: choices, out, lse, KL, every gradient.
 
@@ -401,7 +404,10 @@ def test_chunks_change_nothing(monkeypatch):
   jax.clear_caches()
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+# The layout marks such rows, whichever implementation reads it.
+@pytest.mark.parametrize(
+  "implementation", [pytest.param("reference", marks=pytest.mark.slow), "xla"]
+)
 def test_more_documents_than_fit_give_nan(implementation):
   case = case_of(q_len=12, kv_len=12)
   inputs = case.inputs()

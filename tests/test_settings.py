@@ -85,7 +85,8 @@ def every_operation(implementation, phase, inputs=INPUTS):
     ("sparse", "xla"),
     pytest.param("sparse", "reference", marks=pytest.mark.slow),
     ("warmup", "xla"),
-    ("warmup", "reference"),
+    # Layers run it under strict settings, below.
+    pytest.param("warmup", "reference", marks=pytest.mark.slow),
   ],
 )
 def test_operations_under_strict_settings(implementation, phase):
@@ -219,8 +220,13 @@ def test_models_under_strict_settings(changes):
 @pytest.mark.parametrize(
   "options",
   [
-    dict(selection="window"),
-    pytest.param(dict(force_first_block=True, top_k=3), marks=pytest.mark.slow),
+    *(
+      pytest.param(options, marks=pytest.mark.slow)
+      for options in (
+        dict(selection="window"),
+        dict(force_first_block=True, top_k=3),
+      )
+    ),
     dict(value_head=True, detach_teacher=False),
   ],
 )

@@ -140,7 +140,7 @@ def test_remat_changes_no_gradient(phase):
   tokens = jax.random.randint(jax.random.key(1), (2, 96), 0, 64)
   grads = []
   for remat in (False, True):
-    config = dataclasses.replace(MODEL, num_layers=2, remat=remat)
+    config = dataclasses.replace(MODEL, remat=remat)
     model = DecoderLM(config, rngs=nnx.Rngs(0))
     graphdef, params = nnx.split(model, nnx.Param)
 

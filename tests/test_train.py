@@ -1336,6 +1336,7 @@ def test_load_model_gives_the_trained_model(compared, source):
 
 def test_nan_stops_the_run_and_keeps_the_checkpoint(place, source, monkeypatch):
   run = as_gqa(tiny_run(place), folder=str(place / "nan"))
+  program = program_of(run)
   train_step = program_lib.train_step
 
   def poison(program, run, state, batch, step):
@@ -1347,7 +1348,7 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(place, source, monkeypatch):
 
   monkeypatch.setattr(loop, "train_step", poison)
   with pytest.raises(loop.NonFiniteError) as error:
-    loop.run(run, source)
+    loop.run(run, source, program)
   assert str(error.value).startswith("step 4:")
   assert "step 2" in str(error.value)
   folder = pathlib.Path(run.folder)
@@ -1355,13 +1356,15 @@ def test_nan_stops_the_run_and_keeps_the_checkpoint(place, source, monkeypatch):
   assert max(row["step"] for row in read_records(folder)) == 3
   assert json.loads((folder / "broken.json").read_text())["step"] == 4
   monkeypatch.undo()
-  assert loop.run(run, source)["step"] == 4
+  assert loop.run(run, source, program)["step"] == 4
   assert not (folder / "broken.json").exists()
   steps = [r["step"] for r in read_records(folder) if r["kind"] == "train"]
   assert steps == [1, 2, 3, 4]
 
 
-def test_weights_that_fail_densely_finish(place, source, monkeypatch, capsys):
+def test_weights_that_fail_densely_finish(
+  place, program, source, monkeypatch, capsys
+):
   run = dataclasses.replace(tiny_run(place), folder=str(place / "dense_nan"))
   held_out_metrics = evaluate.held_out_metrics
 
@@ -1374,7 +1377,7 @@ def test_weights_that_fail_densely_finish(place, source, monkeypatch, capsys):
 
   finished: list[str] = []
   monkeypatch.setattr(evaluate, "held_out_metrics", fail_last)
-  assert loop.run(run, source)["step"] == 4
+  assert loop.run(run, source, program)["step"] == 4
   assert finished == ["warmup", "sparse", "warmup"]
   assert (
     "with dense attention the held-out loss is nan" in capsys.readouterr().out
