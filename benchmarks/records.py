@@ -36,6 +36,9 @@ KEY = [
 # Rates of the bounds in the plot: the best matrix rates seen on an H100.
 BOUND_TFLOPS = dict(exact=800.0, fp8=1300.0)
 PAPER_SPEEDUP = (1 << 20, 14.2)
+# Of the lengths beside dense attention. Shorter rows have hardly more tokens
+# than a query reads.
+SHORTEST = 4096
 
 
 def commit_name() -> str:
@@ -230,12 +233,18 @@ def plot_op(axes, op: str, found: list[dict]) -> None:
   axes.legend(fontsize=8)
 
 
+def name_of(tokens: int) -> str:
+  """A length as in tables and on axes: 256, 8K, 1M."""
+  if tokens < 1 << 10:
+    return str(tokens)
+  return f"{tokens >> 10}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
+
+
 def length_axis(axes, ticks: list[int]) -> None:
   """Logarithmic axes of speed-ups against tokens, with these lengths."""
   axes.set_xscale("log", base=2)
   axes.set_yscale("log", base=2)
-  names = [f"{t >> 10}K" if t < 1 << 20 else f"{t >> 20}M" for t in ticks]
-  axes.set_xticks(ticks, names)
+  axes.set_xticks(ticks, [name_of(t) for t in ticks])
   axes.yaxis.set_major_formatter("{x:g}x")
   axes.set_xlabel("tokens")
   axes.grid(alpha=0.3)
@@ -261,6 +270,7 @@ def plot_heads(content: dict, path: pathlib.Path) -> None:
     if all(record.get(name) == value for name, value in fixed.items()) and (
       record["op"] in lines
       and record["speedup"]
+      and record["tokens"] >= SHORTEST
       and record["tokens"] == record["kv_tokens"]
     ):
       heads = record["num_heads"], record["num_kv_heads"], record["head_dim"]
@@ -316,6 +326,7 @@ def plot(content: dict, path: pathlib.Path) -> None:
       for record in content["rows"]
       if record["op"] == op
       and record["speedup"]
+      and record["tokens"] >= SHORTEST
       and record["tokens"] == record["kv_tokens"]
       and all(record[f] == paper[f] for f in fixed)
     ]

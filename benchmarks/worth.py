@@ -69,16 +69,10 @@ BOUNDED = (
 )  # fmt: skip
 
 
-def name_of(tokens: int) -> str:
-  if tokens < 1 << 10:
-    return str(tokens)
-  return f"{tokens >> 10}K" if tokens < 1 << 20 else f"{tokens >> 20}M"
-
-
 def records_of(
   rows: Sequence[Mapping], model: Model, op: str, selection: str
 ) -> dict[int, Mapping]:
-  """Records with a dense peer by length, for one row of the batch.
+  """Records with a dense peer by length from 4K on, of one row of the batch.
 
   Args:
     rows: records of a results file.
@@ -106,7 +100,9 @@ def records_of(
       if name not in ("tokens", "kv_tokens")
     )
     whole = row["tokens"] == (1 if op == "decode" else row["kv_tokens"])
-    if fits and whole and row["speedup"]:
+    if (
+      fits and whole and row["speedup"] and row["kv_tokens"] >= records.SHORTEST
+    ):
       found[row["kv_tokens"]] = row
   return dict(sorted(found.items()))
 
@@ -147,9 +143,11 @@ def cell(found: Mapping[int, float]) -> str:
   """From which length it pays, and the speed-ups that were measured."""
   if not found:
     return "not measured"
-  measured = ", ".join(f"{name_of(t)} {x:.1f}x" for t, x in found.items())
+  measured = ", ".join(
+    f"{records.name_of(t)} {x:.1f}x" for t, x in found.items()
+  )
   start = pays_from(found)
-  said = "not yet" if start is None else f"from {name_of(start)}"
+  said = "not yet" if start is None else f"from {records.name_of(start)}"
   return f"{said} ({measured})"
 
 
@@ -193,7 +191,7 @@ def times(rows: Sequence[Mapping]) -> str:
       records_of(rows, model, op, "trained_like") for op in ("prefill", "train")
     ]
     for tokens in sorted(set().union(*both)):
-      cells = [", ".join(map(str, heads)), name_of(tokens)]
+      cells = [", ".join(map(str, heads)), records.name_of(tokens)]
       for op, by_length in zip(("prefill", "train"), both, strict=True):
         row = by_length.get(tokens)
         if row is None:
@@ -229,7 +227,7 @@ def bounds(rows: Sequence[Mapping]) -> str:
         bound = measure.bound(op, case, row["matmul_tflops"], row["copy_tbs"])
         least = bound.seconds * 1e3
         cells = [
-          ", ".join(map(str, heads)), name_of(tokens), op,
+          ", ".join(map(str, heads)), records.name_of(tokens), op,
           f"{bound.flops / 1e12:#.3g}", f"{bound.bytes / 1e9:#.3g}",
           milliseconds(least) + (" (memory)" if bound.of_memory else ""),
           f"{row['dense_ms'] / least:.1f}x", milliseconds(row["ms"]),
@@ -262,29 +260,25 @@ def both_implementations(
 
 
 def implementations(rows: Sequence[Mapping]) -> str:
-  """The Markdown table of the kernels beside the portable path."""
-  lines = [
-    "| H, K, D | tokens | op | kernels, ms | xla, ms | xla / kernels |",
-    "|---|---:|---|---:|---:|---:|",
-  ]
+  """The Markdown table of the portable path's time over that of the kernels."""
   heads = ("num_heads", "num_kv_heads", "head_dim")
-  ordered = sorted(
-    both_implementations(rows),
-    key=lambda both: (
-      *(-both[0][name] for name in heads), both[0]["op"], both[0]["kv_tokens"],
-      both[0]["batch"],
-    ),
-  )  # fmt: skip
-  for ours, xla in ordered:
-    batch = f"{ours['batch']} x " if ours["batch"] > 1 else ""
-    cells = [
-      ", ".join(str(ours[name]) for name in heads),
-      batch + name_of(ours["kv_tokens"]),
-      ours["op"],
-      milliseconds(ours["ms"]),
-      milliseconds(xla["ms"]),
-      f"{xla['ms'] / ours['ms']:.1f}x",
-    ]
+  found: dict[tuple, dict[tuple, float]] = {}
+  for ours, xla in both_implementations(rows):
+    line = (*(ours[name] for name in heads), ours["op"])
+    ratios = found.setdefault(line, {})
+    ratios[ours["batch"], ours["kv_tokens"]] = xla["ms"] / ours["ms"]
+  lengths = sorted({at for ratios in found.values() for at in ratios})
+  names = [
+    (f"{batch} x " if batch > 1 else "") + records.name_of(tokens)
+    for batch, tokens in lengths
+  ]
+  lines = [
+    f"| H, K, D | op | {' | '.join(names)} |",
+    "|---|---|" + "---:|" * len(names),
+  ]
+  for (*shape, op), ratios in sorted(found.items(), reverse=True):
+    cells = [", ".join(map(str, shape)), op]
+    cells += [f"{ratios[at]:.1f}x" if at in ratios else "" for at in lengths]
     lines.append(f"| {' | '.join(cells)} |")
   return "\n".join(lines)
 

@@ -897,9 +897,11 @@ def test_worth_shows_implementations_beside_each_other():
       "train", 1 << 14, 1.0, selection="random", implementation="xla"
     ),
   ]  # fmt: skip
-  assert worth.implementations(rows).splitlines()[2:] == [
-    "| 64, 4, 128 | 8 x 256 | decode | 1.00 | 0.500 | 0.5x |",
-    "| 64, 4, 128 | 4K | train | 2.00 | 5.00 | 2.5x |",
+  head, _, *lines = worth.implementations(rows).splitlines()
+  assert head == "| H, K, D | op | 4K | 8 x 256 |"
+  assert lines == [
+    "| 64, 4, 128 | train | 2.5x |  |",
+    "| 64, 4, 128 | decode |  | 0.5x |",
   ]
 
 
