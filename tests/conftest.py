@@ -153,10 +153,11 @@ def _forget_programs():
 
   Each takes memory maps, of which Linux gives a process 65,530; XLA crashes
   when none is left. To free them after each file would take a second for most,
-  and the next one would trace and compile the small operations of JAX again.
+  and the next one would trace and compile the small operations of JAX again. On
+  a GPU they hold its memory, of which each worker has a small part.
   """
   yield
-  if _memory_maps() > 20_000:
+  if HAS_GPU or _memory_maps() > 20_000:
     jax.clear_caches()
 
 
