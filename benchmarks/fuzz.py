@@ -39,6 +39,7 @@ import concurrent.futures
 import dataclasses
 import functools
 import json
+import math
 import pathlib
 import sys
 import time
@@ -275,7 +276,50 @@ EACH_KERNEL = (
 )  # fmt: skip
 
 
-def draw_segments(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
+class Numbers:
+  """Random numbers of a key, different ones in each request.
+
+  They are a hash of the key, the number of the request and the place in the
+  array: a dozen integer operations, where `jax.random` has over a hundred,
+  which XLA compiles again for everything that reads them. So a signature's
+  draws compile in a fifth of the time.
+  """
+
+  def __init__(self, key: jax.Array):
+    self._words = jax.random.key_data(key)
+    self._requests = 0
+
+  def bits(self, shape: tuple[int, ...]) -> jax.Array:
+    self._requests += 1
+    request = jnp.uint32(self._requests * 0x9E3779B9 & 0xFFFFFFFF)
+    place = jnp.arange(math.prod(shape), dtype=jnp.uint32)
+    mixed = _mix(place ^ self._words[0]) + self._words[1] + request
+    return _mix(mixed).reshape(shape)
+
+  def unit(self, *shape: int) -> jax.Array:
+    """Numbers in (0, 1), which 1 - x has too."""
+    return ((self.bits(shape) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+
+  def normal(self, *shape: int) -> jax.Array:
+    return math.sqrt(2) * lax.erf_inv(2 * self.unit(*shape) - 1)
+
+  def integer(self, low: int, high: int, shape: tuple = ()) -> jax.Array:
+    """Numbers from low to high - 1."""
+    rest = self.bits(shape) % jnp.uint32(high - low)
+    return low + rest.astype(jnp.int32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """A bijection of 32-bit words whose bits all depend on each other.
+
+  The constants are those of Wellons's "lowbias32".
+  """
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def draw_segments(s: Signature, numbers: Numbers) -> dict[str, jax.Array]:
   """The spans of packed rows; nothing for plain rows.
 
   Half of a row's spans end about a whole number of blocks after a cut, and one
@@ -284,12 +328,8 @@ def draw_segments(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   """
   if not s.packed:
     return {}
-  keys = iter(jax.random.split(key, 8))
-
-  def integer(low: int, high: int, shape: tuple) -> jax.Array:
-    return jax.random.randint(next(keys), shape, low, high)
-
   b, n, cuts = s.batch, s.kv_len, (MAX_SPANS - 2) // 2
+  integer = numbers.integer
   cut = integer(0, n, (b, cuts))
   size = s.block_size * integer(0, 4, (b, cuts)) + integer(-1, 2, (b, cuts))
   slot = jnp.arange(n)
@@ -341,14 +381,8 @@ def layout_of(s: Signature, x: dict) -> segments_lib.BlockLayout | None:
 
 def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   """All operands of a call, and what was drawn for it."""
-  keys = iter(jax.random.split(key, 24))
-
-  def normal(*shape: int) -> jax.Array:
-    return jax.random.normal(next(keys), shape, jnp.float32)
-
-  def integer(low: Any, high: Any, shape: tuple = ()) -> jax.Array:
-    return jax.random.randint(next(keys), shape, low, high)
-
+  numbers = Numbers(key)
+  normal, integer = numbers.normal, numbers.integer
   b, t, n = s.batch, s.q_len, s.kv_len
   choice, poison = integer(0, len(CHOICES)), integer(0, len(POISONS))
   factor = jnp.asarray(SCALES)[integer(0, len(SCALES))]
@@ -365,12 +399,12 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   x = {name: value.astype(s.dtype) for name, value in x.items()}
   # Half of the rows are full; the others end anywhere.
   lengths = jnp.where(integer(0, 2, (b,)) == 0, n, integer(0, n + 1, (b,)))
-  spans = draw_segments(s, jax.random.fold_in(key, 1))
+  spans = draw_segments(s, numbers)
   layout = layout_of(s, spans)
   if layout is not None:
     lengths = jnp.full((b,), n)
   positions = reference.query_positions(t, n, b, lengths, layout)
-  blocks = _choices(s, choice, positions, layout, normal, integer)
+  blocks = _choices(s, choice, positions, layout, numbers)
   mask = (integer(0, 5, (b, t)) > 0) | (integer(0, 2) == 0)
   if layout is not None:
     mask &= layout.own_block >= 0
@@ -415,7 +449,7 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
     clean[name] = jnp.where(hidden & where, 0, clean[name])
   x = {name: value.astype(s.dtype) for name, value in x.items()}
   if s.weighted:
-    mask = jnp.where(mask, _weights(s, jax.random.fold_in(key, 2)), 0.0)
+    mask = jnp.where(mask, _weights(s, numbers), 0.0)
   extra = dict(blocks=blocks, lengths=lengths, mask=mask) | spans
   if s.with_dlse:
     # The cotangent of a query's lse that sees nothing is dropped.
@@ -439,17 +473,14 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   )
 
 
-def _weights(s: Signature, key: jax.Array) -> jax.Array:
+def _weights(s: Signature, numbers: Numbers) -> jax.Array:
   """Weights of the queries: small counts, or of several orders of magnitude,
   times a factor of all, which makes no difference."""
-  keys = jax.random.split(key, 4)
   shape = (s.batch, s.q_len)
-  counts = jax.random.randint(keys[0], shape, 1, 9).astype(jnp.float32)
-  spread = jnp.exp(2 * jax.random.normal(keys[1], shape))
-  weights = jnp.where(jax.random.bernoulli(keys[2]), counts, spread)
-  return weights * jnp.exp(
-    jax.random.uniform(keys[3], (), minval=-20, maxval=20)
-  )
+  counts = numbers.integer(1, 9, shape).astype(jnp.float32)
+  spread = jnp.exp(2 * numbers.normal(*shape))
+  weights = jnp.where(numbers.integer(0, 2) == 0, counts, spread)
+  return weights * jnp.exp(40 * numbers.unit() - 20)
 
 
 def _kind(poison: jax.Array) -> jax.Array:
@@ -460,12 +491,12 @@ def _kind(poison: jax.Array) -> jax.Array:
 
 def _choices(
   s: Signature, choice: jax.Array, positions: jax.Array,
-  layout: segments_lib.BlockLayout | None, normal: Callable, integer: Callable,
+  layout: segments_lib.BlockLayout | None, numbers: Numbers,
 ) -> jax.Array:  # fmt: skip
   """Block ids: ascending, then -1."""
   b, t, n, p = s.batch, s.q_len, s.num_blocks, s.top_k
   visible, own = reference.visible_blocks(positions, n, s.block_size, 1, layout)
-  scores = normal(b, s.num_kv_heads, t, n)
+  scores = numbers.normal(b, s.num_kv_heads, t, n)
   alike = scores[:, :, jnp.arange(t) // 8 * 8]
   scores = jnp.where(choice == CHOICES.index("shared"), alike, scores)
   hot = (jnp.cumsum(visible, axis=-1) == 1) | own  # the first one that it sees
@@ -474,7 +505,7 @@ def _choices(
   # In packed rows garbage is also a block that the query does not see.
   unseen = layout is not None and choice == CHOICES.index("garbage")
   scores = jnp.where(visible | unseen, scores, -jnp.inf)
-  rows = integer(0, 3, (b, s.num_kv_heads, t, 1)) == 0
+  rows = numbers.integer(0, 3, (b, s.num_kv_heads, t, 1)) == 0
   rows &= choice == CHOICES.index("empty")
   scores = jnp.where(rows, -jnp.inf, scores)
   count = min(p, n)
@@ -1007,17 +1038,18 @@ class Programs:
   """The compiled programs of a signature."""
 
   def __init__(self, s: Signature, implementation: str, interpret: bool):
-    draw_ = jax.jit(functools.partial(draw, s))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    x = jax.eval_shape(draw_, key)
-    run = jax.jit(runner(s, implementation, interpret))
-    out = jax.eval_shape(run, x)
-    # A check runs few times: to search for the fastest products takes longer.
+    # They run few times: to search for the fastest products takes longer.
     options = {"xla_gpu_autotune_level": 0} if _on_gpu() else None
-    check = jax.jit(checker(s), compiler_options=options)
-    self._draw = draw_.lower(key).compile()
-    self._run = run.lower(x).compile()
-    self._check = check.lower(x, out, out).compile()
+    jit = functools.partial(jax.jit, compiler_options=options)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    draw_ = jit(functools.partial(draw, s)).trace(key)
+    x = draw_.out_info
+    run = jit(runner(s, implementation, interpret)).trace(x)
+    out = run.out_info
+    check = jit(checker(s)).trace(x, out, out)
+    self._draw, self._run, self._check = (
+      program.lower().compile() for program in (draw_, run, check)
+    )
 
   def __call__(self, key: jax.Array) -> Any:
     """The report of a call, on the device."""

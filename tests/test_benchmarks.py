@@ -628,6 +628,20 @@ def test_fuzz_draws_every_size_of_an_operation(op):
     }  # fmt: skip
 
 
+def test_fuzz_numbers_are_random():
+  numbers = fuzz.Numbers(jax.random.key(3))
+  x, again = np.asarray(numbers.normal(400, 250)), numbers.normal(400, 250)
+  n = x.size
+  assert abs(x.mean()) < 4 / n**0.5 and abs(x.std() - 1) < 4 / n**0.5
+  # Neighbours, other requests and other keys' numbers do not depend on them.
+  other = fuzz.Numbers(jax.random.key(4)).normal(400, 250)
+  for y in (np.roll(x, 1), np.roll(x, 1, axis=0), again, other):
+    assert abs(np.mean(x * y)) < 4 / n**0.5
+  _, counts = np.unique(numbers.integer(-2, 5, (n,)), return_counts=True)
+  assert len(counts) == 7 and np.abs(counts - n / 7).max() < 5 * (n / 7) ** 0.5
+  assert np.min(numbers.unit(n)) > 0 and np.max(numbers.unit(n)) < 1
+
+
 def kernel_names():
   """What `pallas_kernels` calls its kernels, as patterns."""
 
