@@ -1,7 +1,7 @@
 """Calls an implementation with random inputs and compares with the reference.
 
-  python -m benchmarks.fuzz --calls 10000 --seed 0 --out fuzz.json
-  python -m benchmarks.fuzz --each-kernel
+  python -m benchmarks.fuzz --calls 10000 --processes 14 --out fuzz.json
+  python -m benchmarks.fuzz --each-kernel --processes 7 --sanitizer
 
 A *signature* is an operation with its sizes and dtypes, which are compiled
 once; a *call* is a signature with random values, lengths, choices of blocks and
@@ -9,6 +9,13 @@ NaN, all of them drawn on the device from the seed and the call's number. A
 failure is printed with the command that repeats it alone (`--only N`). Instead
 of random signatures, `--each-kernel` takes a short list whose calls together
 launch every kernel, at small sizes; it is for tools that slow kernels down.
+
+Most of the time is tracing and compilation, so `--processes` (about two fewer
+than there are cores) share the signatures. With `--sanitizer` each signature
+has a process of its own under compute-sanitizer, and so many run at a time. A
+process that dies, or that `--time-limit` ends, is reported and the others go
+on. `--out` is written after every signature: a run that is stopped has said
+which it had finished, what had failed until then and which processes were lost.
 
 What must hold (docs/design.md has the contract):
 
@@ -37,10 +44,12 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import faulthandler
 import functools
 import json
 import math
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -52,6 +61,7 @@ import numpy as np
 from jax import lax
 
 import msa_jax
+from benchmarks import fuzz_processes
 from msa_jax import reference
 from msa_jax import segments as segments_lib
 
@@ -1077,7 +1087,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     action="store_true",
     help="instead, small calls that together launch every kernel",
   )
-  parser.add_argument("--only", type=int, help="run this call alone")
+  parser.add_argument(
+    "--only", type=int, nargs="+", metavar="N", help="run these calls alone"
+  )
+  parser.add_argument(
+    "--processes", type=int, default=1, help="which share the signatures"
+  )
+  parser.add_argument(
+    "--sanitizer",
+    nargs="?",
+    const=fuzz_processes.SANITIZER,
+    metavar="COMMAND",
+    help="run each signature in a process of its own under this command;"
+    f" without one: {fuzz_processes.SANITIZER}",
+  )
+  parser.add_argument(
+    "--time-limit",
+    type=float,
+    default=1800.0,
+    help="seconds of one of the processes, which then ends",
+  )
+  # What a parent gives to its processes: indices of signatures.
+  parser.add_argument("--share", type=int, nargs="+", help=argparse.SUPPRESS)
   parser.add_argument(
     "--implementation",
     default="mosaic_gpu",
@@ -1091,32 +1122,76 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if not 1 <= args.signatures <= 100:
     parser.error(f"--signatures must be 1 to 100, got {args.signatures}")
+  if args.processes < 1:
+    parser.error(f"--processes must be 1 or more, got {args.processes}")
   return args
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs the calls; returns 1 if any failed."""
-  args = parse(argv)
-  tiny = args.tiny or args.interpret
-  options = [f"--seed {args.seed} --implementation {args.implementation}"]
-  options += ["--interpret"] * args.interpret
-  if args.each_kernel:
-    found = list(EACH_KERNEL)
-    calls = range(CALLS_EACH * len(found))
-    options += ["--each-kernel"]
-  else:
-    found = signatures(args.seed, args.signatures, tiny)
-    calls = range(args.calls)
-    options += [f"--signatures {args.signatures}"] + ["--tiny"] * args.tiny
-  if args.only is not None:
-    calls = [args.only]
-  base = jax.random.key(args.seed)
-  workers = 1 if args.interpret or not _on_gpu() else 12
-  start, failures, unsupported = time.perf_counter(), [], {}
-  done: collections.Counter = collections.Counter()
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The calls to make.
 
-  def judge(call: int, s: Signature, report: Any) -> None:
-    done[s.op] += 1
+  Attributes:
+    signatures: all that a call may have.
+    calls: index of a signature -> its calls. They follow each other, so that
+      its programs can go.
+    repeat: the command that makes them, without the calls' numbers.
+  """
+
+  signatures: list[Signature]
+  calls: dict[int, list[int]]
+  repeat: str
+
+  @classmethod
+  def of(cls, args: argparse.Namespace) -> Plan:
+    options = [f"--seed {args.seed} --implementation {args.implementation}"]
+    options += ["--interpret"] * args.interpret
+    if args.each_kernel:
+      found = list(EACH_KERNEL)
+      calls = range(CALLS_EACH * len(found))
+      options += ["--each-kernel"]
+    else:
+      tiny = args.tiny or args.interpret
+      found = signatures(args.seed, args.signatures, tiny)
+      calls = range(args.calls)
+      options += [f"--signatures {args.signatures}"] + ["--tiny"] * args.tiny
+    by_signature = collections.defaultdict(list)
+    for call in args.only or calls:
+      by_signature[call % len(found)].append(call)
+    if args.share is not None:
+      by_signature = {index: by_signature[index] for index in args.share}
+    repeat = f"python -m benchmarks.fuzz {' '.join(options)} --only"
+    return cls(found, dict(by_signature), repeat)
+
+
+class Tally:
+  """What was done and what was wrong, and the file that says so."""
+
+  def __init__(self, args: argparse.Namespace, plan: Plan):
+    self._args, self._plan = args, plan
+    self._start = time.perf_counter()
+    self.summary: dict[str, Any] = dict(
+      device=None,
+      jax=jax.__version__,
+      implementation=args.implementation,
+      interpret=args.interpret,
+      seed=args.seed,
+      signatures=len(plan.calls),
+      calls=0,
+      calls_by_op={},
+      failed=0,
+      failures=[],
+      unsupported={},
+      finished=[],
+      unfinished=list(plan.calls),
+      lost=[],
+      seconds=0.0,
+    )
+
+  def judge(self, call: int, s: Signature, report: Any) -> None:
+    done = self.summary["calls_by_op"]
+    done[s.op] = done.get(s.op, 0) + 1
+    self.summary["calls"] += 1
     report = jax.tree.map(np.asarray, report)
     wrong = faults(report)
     if not wrong:
@@ -1124,72 +1199,158 @@ def main(argv: list[str] | None = None) -> int:
     drawn = {name: x.tolist() for name, x in report["drawn"].items()}
     drawn["choice"] = CHOICES[drawn["choice"]]
     drawn["nan"] = ("none", "query", "key", "unseen")[drawn.pop("kind")]
-    repeat = f"python -m benchmarks.fuzz {' '.join(options)} --only {call}"
-    failures.append(
+    repeat = f"{self._plan.repeat} {call}"
+    self.summary["failures"].append(
       dict(
         call=call, faults=wrong, signature=dataclasses.asdict(s), drawn=drawn,
         repeat=repeat,
       )
     )  # fmt: skip
+    self.summary["failed"] += 1
     print(f"call {call} failed: {'; '.join(wrong)}\n  {s}\n  {drawn}")
     print(f"  {repeat}", flush=True)
+    self.write()
 
-  # The calls of a signature follow each other, so that its programs can go.
-  by_signature = collections.defaultdict(list)
-  for call in calls:
-    by_signature[call % len(found)].append(call)
+  def skip(self, index: int, error: NotImplementedError) -> None:
+    """Counts a signature that the implementation does not have."""
+    self.summary["unsupported"][str(index)] = str(error)
+    print(f"signature {index} is not supported: {error}", flush=True)
+    self.finish(index)
 
-  def build(index: int):
-    return Programs(found[index], args.implementation, args.interpret)
+  def finish(self, index: int) -> None:
+    x = self.summary
+    x["unfinished"].remove(index)
+    x["finished"].append(index)
+    self.write()
+    print(
+      f"[{x['seconds']:6.1f} s] {len(x['finished'])} of {x['signatures']}"
+      f" signatures, {x['calls']} calls, {x['failed']} failed",
+      flush=True,
+    )
 
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    futures = {index: pool.submit(build, index) for index in by_signature}
-    for nth, (index, mine) in enumerate(by_signature.items()):
-      s, waiting = found[index], collections.deque()
+  def merge(self, parts: list[dict], lost: list[dict]) -> None:
+    """Takes what processes did in the place of what was there.
+
+    Args:
+      parts: their summaries.
+      lost: those of them that did not do all that they should.
+    """
+    whole = self.summary
+    by_op: collections.Counter = collections.Counter()
+    finished: set[int] = set()
+    for part in parts:
+      by_op.update(part["calls_by_op"])
+      finished.update(part["finished"])
+      whole["device"] = part["device"] or whole["device"]
+      whole["unsupported"] |= part["unsupported"]
+    failures = [x for part in parts for x in part["failures"]]
+    whole["failures"] = sorted(failures, key=lambda x: x["call"])
+    whole["failed"] = len(failures)
+    whole["calls_by_op"], whole["calls"] = dict(by_op), by_op.total()
+    whole["finished"] = sorted(finished)
+    whole["unfinished"] = sorted(set(self._plan.calls) - finished)
+    whole["lost"] = lost
+    self.write()
+
+  def write(self) -> None:
+    """Writes the summary whole or not at all, also of a run that goes on."""
+    seconds = time.perf_counter() - self._start
+    self.summary["seconds"] = round(seconds, 1)
+    path = self._args.out
+    if path:
+      partial = path.with_name(path.name + ".partial")
+      partial.write_text(json.dumps(self.summary, indent=1) + "\n")
+      partial.replace(path)
+
+  def end(self) -> int:
+    """Writes and prints how it ended; 1 if anything was wrong or left out."""
+    self.write()
+    x = self.summary
+    print(
+      f"{x['calls']} calls of {x['signatures']} signatures, {x['failed']}"
+      f" failed, in {x['seconds']} s"
+    )
+    if x["lost"]:
+      print(f"{len(x['lost'])} processes lost, signatures {x['unfinished']}")
+    # Of the list with every kernel, nothing may be left out.
+    missing = not x["calls"] or x["lost"] or x["unfinished"]
+    missing = missing or (self._args.each_kernel and x["unsupported"])
+    return 1 if x["failures"] or missing else 0
+
+
+def run_here(args: argparse.Namespace, plan: Plan, tally: Tally) -> None:
+  """Makes the calls in this process."""
+  base = jax.random.key(args.seed)
+  tally.summary["device"] = jax.devices()[0].device_kind
+  tally.write()
+
+  def build(index: int) -> Programs:
+    s = plan.signatures[index]
+    return Programs(s, args.implementation, args.interpret)
+
+  # One thread compiles ahead of the calls. Most of that is Python, of which
+  # more threads run no more at once.
+  pool = concurrent.futures.ThreadPoolExecutor(1)
+  try:
+    futures = {index: pool.submit(build, index) for index in plan.calls}
+    for index, calls in plan.calls.items():
+      s, waiting = plan.signatures[index], collections.deque()
       try:
         programs = futures.pop(index).result()
       except NotImplementedError as error:
-        unsupported[index] = str(error)
-        print(f"signature {index} is not supported: {error}", flush=True)
+        tally.skip(index, error)
         continue
-      for call in mine:
+      for call in calls:
         waiting.append((call, programs(jax.random.fold_in(base, call))))
         if len(waiting) > 8:  # the host judges while the device works
           earlier, report = waiting.popleft()
-          judge(earlier, s, report)
+          tally.judge(earlier, s, report)
       for call, report in waiting:
-        judge(call, s, report)
-      print(
-        f"[{time.perf_counter() - start:6.1f} s] {nth + 1} of"
-        f" {len(by_signature)} signatures, {sum(done.values())} calls,"
-        f" {len(failures)} failed",
-        flush=True,
-      )
-  summary = dict(
-    device=jax.devices()[0].device_kind,
-    jax=jax.__version__,
-    implementation=args.implementation,
-    interpret=args.interpret,
-    seed=args.seed,
-    signatures=len(by_signature),
-    calls=sum(done.values()),
-    calls_by_op=dict(done),
-    failed=len(failures),
-    failures=failures,
-    unsupported=unsupported,
-    seconds=round(time.perf_counter() - start, 1),
+        tally.judge(call, s, report)
+      tally.finish(index)
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def run_in_processes(
+  argv: list[str], args: argparse.Namespace, plan: Plan, tally: Tally
+) -> None:
+  """Deals the signatures to processes, which make the calls."""
+  op_of = {index: plan.signatures[index].op for index in plan.calls}
+  under = shlex.split(args.sanitizer or "")
+  count = len(op_of) if under else args.processes
+
+  def command(share: list[int], out: pathlib.Path) -> list[str]:
+    mine = ["--share", *map(str, share), "--out", str(out)]
+    return [*under, sys.executable, "-m", "benchmarks.fuzz", *argv, *mine]
+
+  lost = fuzz_processes.run(
+    fuzz_processes.deal(op_of, count),
+    command,
+    tally.merge,
+    at_once=args.processes,
+    time_limit=args.time_limit,
+    sanitizer=bool(under),
   )
-  if args.out:
-    partial = args.out.with_name(args.out.name + ".partial")
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(args.out)
-  print(
-    f"{summary['calls']} calls of {summary['signatures']} signatures,"
-    f" {summary['failed']} failed, in {summary['seconds']} s"
-  )
-  # Of the list with every kernel, nothing may be left out.
-  missing = not done or (args.each_kernel and unsupported)
-  return 1 if failures or missing else 0
+  fuzz_processes.report(lost)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the calls; returns 1 if any failed or was left out."""
+  argv = sys.argv[1:] if argv is None else argv
+  args = parse(argv)
+  plan = Plan.of(args)
+  tally = Tally(args, plan)
+  if args.share is not None:
+    # Where Python stands when it dies, or does not end.
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(args.time_limit, exit=True)
+    run_here(args, plan, tally)
+  elif args.processes > 1 or args.sanitizer:
+    run_in_processes(argv, args, plan, tally)
+  else:
+    run_here(args, plan, tally)
+  return tally.end()
 
 
 if __name__ == "__main__":
