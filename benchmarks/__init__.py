@@ -16,6 +16,7 @@
 training steps of models.
 
 Modules: `cases` names the shapes and makes the inputs; `forward`, `training`
-and `decode` are groups of ops; `measure` times them; `records` reads, merges,
-writes and plots `results/<device>.json`. `results/LOG.md` says what was tried.
+and `decode` are groups of ops; `measure` times them; `fuzz_processes` runs the
+fuzzer in several processes; `records` reads, merges, writes and plots
+`results/<device>.json`. `results/LOG.md` says what was tried.
 """

@@ -1,7 +1,7 @@
 """Calls an implementation with random inputs and compares with the reference.
 
-  python -m benchmarks.fuzz --calls 10000 --seed 0 --out fuzz.json
-  python -m benchmarks.fuzz --each-kernel
+  python -m benchmarks.fuzz --calls 10000 --processes 14 --out fuzz.json
+  python -m benchmarks.fuzz --each-kernel --processes 7 --sanitizer
 
 A *signature* is an operation with its sizes and dtypes, which are compiled
 once; a *call* is a signature with random values, lengths, choices of blocks and
@@ -9,6 +9,13 @@ NaN, all of them drawn on the device from the seed and the call's number. A
 failure is printed with the command that repeats it alone (`--only N`). Instead
 of random signatures, `--each-kernel` takes a short list whose calls together
 launch every kernel, at small sizes; it is for tools that slow kernels down.
+
+Most of the time is tracing and compilation, so `--processes` (about two fewer
+than there are cores) share the signatures. With `--sanitizer` each signature
+has a process of its own under compute-sanitizer, and so many run at a time. A
+process that dies, or that `--time-limit` ends, is reported and the others go
+on. `--out` is written after every signature: a run that is stopped has said
+which it had finished, what had failed until then and which processes were lost.
 
 What must hold (docs/design.md has the contract):
 
@@ -37,9 +44,12 @@ import argparse
 import collections
 import concurrent.futures
 import dataclasses
+import faulthandler
 import functools
 import json
+import math
 import pathlib
+import shlex
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -51,6 +61,7 @@ import numpy as np
 from jax import lax
 
 import msa_jax
+from benchmarks import fuzz_processes
 from msa_jax import reference
 from msa_jax import segments as segments_lib
 
@@ -275,7 +286,50 @@ EACH_KERNEL = (
 )  # fmt: skip
 
 
-def draw_segments(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
+class Numbers:
+  """Random numbers of a key, different ones in each request.
+
+  They are a hash of the key, the number of the request and the place in the
+  array: a dozen integer operations, where `jax.random` has over a hundred,
+  which XLA compiles again for everything that reads them. So a signature's
+  draws compile in a fifth of the time.
+  """
+
+  def __init__(self, key: jax.Array):
+    self._words = jax.random.key_data(key)
+    self._requests = 0
+
+  def bits(self, shape: tuple[int, ...]) -> jax.Array:
+    self._requests += 1
+    request = jnp.uint32(self._requests * 0x9E3779B9 & 0xFFFFFFFF)
+    place = jnp.arange(math.prod(shape), dtype=jnp.uint32)
+    mixed = _mix(place ^ self._words[0]) + self._words[1] + request
+    return _mix(mixed).reshape(shape)
+
+  def unit(self, *shape: int) -> jax.Array:
+    """Numbers in (0, 1), which 1 - x has too."""
+    return ((self.bits(shape) >> 9).astype(jnp.float32) + 0.5) * 2.0**-23
+
+  def normal(self, *shape: int) -> jax.Array:
+    return math.sqrt(2) * lax.erf_inv(2 * self.unit(*shape) - 1)
+
+  def integer(self, low: int, high: int, shape: tuple = ()) -> jax.Array:
+    """Numbers from low to high - 1."""
+    rest = self.bits(shape) % jnp.uint32(high - low)
+    return low + rest.astype(jnp.int32)
+
+
+def _mix(x: jax.Array) -> jax.Array:
+  """A bijection of 32-bit words whose bits all depend on each other.
+
+  The constants are those of Wellons's "lowbias32".
+  """
+  x = (x ^ (x >> 16)) * jnp.uint32(0x7FEB352D)
+  x = (x ^ (x >> 15)) * jnp.uint32(0x846CA68B)
+  return x ^ (x >> 16)
+
+
+def draw_segments(s: Signature, numbers: Numbers) -> dict[str, jax.Array]:
   """The spans of packed rows; nothing for plain rows.
 
   Half of a row's spans end about a whole number of blocks after a cut, and one
@@ -284,12 +338,8 @@ def draw_segments(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   """
   if not s.packed:
     return {}
-  keys = iter(jax.random.split(key, 8))
-
-  def integer(low: int, high: int, shape: tuple) -> jax.Array:
-    return jax.random.randint(next(keys), shape, low, high)
-
   b, n, cuts = s.batch, s.kv_len, (MAX_SPANS - 2) // 2
+  integer = numbers.integer
   cut = integer(0, n, (b, cuts))
   size = s.block_size * integer(0, 4, (b, cuts)) + integer(-1, 2, (b, cuts))
   slot = jnp.arange(n)
@@ -341,14 +391,8 @@ def layout_of(s: Signature, x: dict) -> segments_lib.BlockLayout | None:
 
 def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   """All operands of a call, and what was drawn for it."""
-  keys = iter(jax.random.split(key, 24))
-
-  def normal(*shape: int) -> jax.Array:
-    return jax.random.normal(next(keys), shape, jnp.float32)
-
-  def integer(low: Any, high: Any, shape: tuple = ()) -> jax.Array:
-    return jax.random.randint(next(keys), shape, low, high)
-
+  numbers = Numbers(key)
+  normal, integer = numbers.normal, numbers.integer
   b, t, n = s.batch, s.q_len, s.kv_len
   choice, poison = integer(0, len(CHOICES)), integer(0, len(POISONS))
   factor = jnp.asarray(SCALES)[integer(0, len(SCALES))]
@@ -365,12 +409,12 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   x = {name: value.astype(s.dtype) for name, value in x.items()}
   # Half of the rows are full; the others end anywhere.
   lengths = jnp.where(integer(0, 2, (b,)) == 0, n, integer(0, n + 1, (b,)))
-  spans = draw_segments(s, jax.random.fold_in(key, 1))
+  spans = draw_segments(s, numbers)
   layout = layout_of(s, spans)
   if layout is not None:
     lengths = jnp.full((b,), n)
   positions = reference.query_positions(t, n, b, lengths, layout)
-  blocks = _choices(s, choice, positions, layout, normal, integer)
+  blocks = _choices(s, choice, positions, layout, numbers)
   mask = (integer(0, 5, (b, t)) > 0) | (integer(0, 2) == 0)
   if layout is not None:
     mask &= layout.own_block >= 0
@@ -415,7 +459,7 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
     clean[name] = jnp.where(hidden & where, 0, clean[name])
   x = {name: value.astype(s.dtype) for name, value in x.items()}
   if s.weighted:
-    mask = jnp.where(mask, _weights(s, jax.random.fold_in(key, 2)), 0.0)
+    mask = jnp.where(mask, _weights(s, numbers), 0.0)
   extra = dict(blocks=blocks, lengths=lengths, mask=mask) | spans
   if s.with_dlse:
     # The cotangent of a query's lse that sees nothing is dropped.
@@ -439,17 +483,14 @@ def draw(s: Signature, key: jax.Array) -> dict[str, jax.Array]:
   )
 
 
-def _weights(s: Signature, key: jax.Array) -> jax.Array:
+def _weights(s: Signature, numbers: Numbers) -> jax.Array:
   """Weights of the queries: small counts, or of several orders of magnitude,
   times a factor of all, which makes no difference."""
-  keys = jax.random.split(key, 4)
   shape = (s.batch, s.q_len)
-  counts = jax.random.randint(keys[0], shape, 1, 9).astype(jnp.float32)
-  spread = jnp.exp(2 * jax.random.normal(keys[1], shape))
-  weights = jnp.where(jax.random.bernoulli(keys[2]), counts, spread)
-  return weights * jnp.exp(
-    jax.random.uniform(keys[3], (), minval=-20, maxval=20)
-  )
+  counts = numbers.integer(1, 9, shape).astype(jnp.float32)
+  spread = jnp.exp(2 * numbers.normal(*shape))
+  weights = jnp.where(numbers.integer(0, 2) == 0, counts, spread)
+  return weights * jnp.exp(40 * numbers.unit() - 20)
 
 
 def _kind(poison: jax.Array) -> jax.Array:
@@ -460,12 +501,12 @@ def _kind(poison: jax.Array) -> jax.Array:
 
 def _choices(
   s: Signature, choice: jax.Array, positions: jax.Array,
-  layout: segments_lib.BlockLayout | None, normal: Callable, integer: Callable,
+  layout: segments_lib.BlockLayout | None, numbers: Numbers,
 ) -> jax.Array:  # fmt: skip
   """Block ids: ascending, then -1."""
   b, t, n, p = s.batch, s.q_len, s.num_blocks, s.top_k
   visible, own = reference.visible_blocks(positions, n, s.block_size, 1, layout)
-  scores = normal(b, s.num_kv_heads, t, n)
+  scores = numbers.normal(b, s.num_kv_heads, t, n)
   alike = scores[:, :, jnp.arange(t) // 8 * 8]
   scores = jnp.where(choice == CHOICES.index("shared"), alike, scores)
   hot = (jnp.cumsum(visible, axis=-1) == 1) | own  # the first one that it sees
@@ -474,7 +515,7 @@ def _choices(
   # In packed rows garbage is also a block that the query does not see.
   unseen = layout is not None and choice == CHOICES.index("garbage")
   scores = jnp.where(visible | unseen, scores, -jnp.inf)
-  rows = integer(0, 3, (b, s.num_kv_heads, t, 1)) == 0
+  rows = numbers.integer(0, 3, (b, s.num_kv_heads, t, 1)) == 0
   rows &= choice == CHOICES.index("empty")
   scores = jnp.where(rows, -jnp.inf, scores)
   count = min(p, n)
@@ -1007,17 +1048,18 @@ class Programs:
   """The compiled programs of a signature."""
 
   def __init__(self, s: Signature, implementation: str, interpret: bool):
-    draw_ = jax.jit(functools.partial(draw, s))
-    key = jax.eval_shape(lambda: jax.random.key(0))
-    x = jax.eval_shape(draw_, key)
-    run = jax.jit(runner(s, implementation, interpret))
-    out = jax.eval_shape(run, x)
-    # A check runs few times: to search for the fastest products takes longer.
+    # They run few times: to search for the fastest products takes longer.
     options = {"xla_gpu_autotune_level": 0} if _on_gpu() else None
-    check = jax.jit(checker(s), compiler_options=options)
-    self._draw = draw_.lower(key).compile()
-    self._run = run.lower(x).compile()
-    self._check = check.lower(x, out, out).compile()
+    jit = functools.partial(jax.jit, compiler_options=options)
+    key = jax.eval_shape(lambda: jax.random.key(0))
+    draw_ = jit(functools.partial(draw, s)).trace(key)
+    x = draw_.out_info
+    run = jit(runner(s, implementation, interpret)).trace(x)
+    out = run.out_info
+    check = jit(checker(s)).trace(x, out, out)
+    self._draw, self._run, self._check = (
+      program.lower().compile() for program in (draw_, run, check)
+    )
 
   def __call__(self, key: jax.Array) -> Any:
     """The report of a call, on the device."""
@@ -1045,7 +1087,28 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     action="store_true",
     help="instead, small calls that together launch every kernel",
   )
-  parser.add_argument("--only", type=int, help="run this call alone")
+  parser.add_argument(
+    "--only", type=int, nargs="+", metavar="N", help="run these calls alone"
+  )
+  parser.add_argument(
+    "--processes", type=int, default=1, help="which share the signatures"
+  )
+  parser.add_argument(
+    "--sanitizer",
+    nargs="?",
+    const=fuzz_processes.SANITIZER,
+    metavar="COMMAND",
+    help="run each signature in a process of its own under this command;"
+    f" without one: {fuzz_processes.SANITIZER}",
+  )
+  parser.add_argument(
+    "--time-limit",
+    type=float,
+    default=1800.0,
+    help="seconds of one of the processes, which then ends",
+  )
+  # What a parent gives to its processes: indices of signatures.
+  parser.add_argument("--share", type=int, nargs="+", help=argparse.SUPPRESS)
   parser.add_argument(
     "--implementation",
     default="mosaic_gpu",
@@ -1059,32 +1122,76 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
   args = parser.parse_args(argv)
   if not 1 <= args.signatures <= 100:
     parser.error(f"--signatures must be 1 to 100, got {args.signatures}")
+  if args.processes < 1:
+    parser.error(f"--processes must be 1 or more, got {args.processes}")
   return args
 
 
-def main(argv: list[str] | None = None) -> int:
-  """Runs the calls; returns 1 if any failed."""
-  args = parse(argv)
-  tiny = args.tiny or args.interpret
-  options = [f"--seed {args.seed} --implementation {args.implementation}"]
-  options += ["--interpret"] * args.interpret
-  if args.each_kernel:
-    found = list(EACH_KERNEL)
-    calls = range(CALLS_EACH * len(found))
-    options += ["--each-kernel"]
-  else:
-    found = signatures(args.seed, args.signatures, tiny)
-    calls = range(args.calls)
-    options += [f"--signatures {args.signatures}"] + ["--tiny"] * args.tiny
-  if args.only is not None:
-    calls = [args.only]
-  base = jax.random.key(args.seed)
-  workers = 1 if args.interpret or not _on_gpu() else 12
-  start, failures, unsupported = time.perf_counter(), [], {}
-  done: collections.Counter = collections.Counter()
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """The calls to make.
 
-  def judge(call: int, s: Signature, report: Any) -> None:
-    done[s.op] += 1
+  Attributes:
+    signatures: all that a call may have.
+    calls: index of a signature -> its calls. They follow each other, so that
+      its programs can go.
+    repeat: the command that makes them, without the calls' numbers.
+  """
+
+  signatures: list[Signature]
+  calls: dict[int, list[int]]
+  repeat: str
+
+  @classmethod
+  def of(cls, args: argparse.Namespace) -> Plan:
+    options = [f"--seed {args.seed} --implementation {args.implementation}"]
+    options += ["--interpret"] * args.interpret
+    if args.each_kernel:
+      found = list(EACH_KERNEL)
+      calls = range(CALLS_EACH * len(found))
+      options += ["--each-kernel"]
+    else:
+      tiny = args.tiny or args.interpret
+      found = signatures(args.seed, args.signatures, tiny)
+      calls = range(args.calls)
+      options += [f"--signatures {args.signatures}"] + ["--tiny"] * args.tiny
+    by_signature = collections.defaultdict(list)
+    for call in args.only or calls:
+      by_signature[call % len(found)].append(call)
+    if args.share is not None:
+      by_signature = {index: by_signature[index] for index in args.share}
+    repeat = f"python -m benchmarks.fuzz {' '.join(options)} --only"
+    return cls(found, dict(by_signature), repeat)
+
+
+class Tally:
+  """What was done and what was wrong, and the file that says so."""
+
+  def __init__(self, args: argparse.Namespace, plan: Plan):
+    self._args, self._plan = args, plan
+    self._start = time.perf_counter()
+    self.summary: dict[str, Any] = dict(
+      device=None,
+      jax=jax.__version__,
+      implementation=args.implementation,
+      interpret=args.interpret,
+      seed=args.seed,
+      signatures=len(plan.calls),
+      calls=0,
+      calls_by_op={},
+      failed=0,
+      failures=[],
+      unsupported={},
+      finished=[],
+      unfinished=list(plan.calls),
+      lost=[],
+      seconds=0.0,
+    )
+
+  def judge(self, call: int, s: Signature, report: Any) -> None:
+    done = self.summary["calls_by_op"]
+    done[s.op] = done.get(s.op, 0) + 1
+    self.summary["calls"] += 1
     report = jax.tree.map(np.asarray, report)
     wrong = faults(report)
     if not wrong:
@@ -1092,72 +1199,158 @@ def main(argv: list[str] | None = None) -> int:
     drawn = {name: x.tolist() for name, x in report["drawn"].items()}
     drawn["choice"] = CHOICES[drawn["choice"]]
     drawn["nan"] = ("none", "query", "key", "unseen")[drawn.pop("kind")]
-    repeat = f"python -m benchmarks.fuzz {' '.join(options)} --only {call}"
-    failures.append(
+    repeat = f"{self._plan.repeat} {call}"
+    self.summary["failures"].append(
       dict(
         call=call, faults=wrong, signature=dataclasses.asdict(s), drawn=drawn,
         repeat=repeat,
       )
     )  # fmt: skip
+    self.summary["failed"] += 1
     print(f"call {call} failed: {'; '.join(wrong)}\n  {s}\n  {drawn}")
     print(f"  {repeat}", flush=True)
+    self.write()
 
-  # The calls of a signature follow each other, so that its programs can go.
-  by_signature = collections.defaultdict(list)
-  for call in calls:
-    by_signature[call % len(found)].append(call)
+  def skip(self, index: int, error: NotImplementedError) -> None:
+    """Counts a signature that the implementation does not have."""
+    self.summary["unsupported"][str(index)] = str(error)
+    print(f"signature {index} is not supported: {error}", flush=True)
+    self.finish(index)
 
-  def build(index: int):
-    return Programs(found[index], args.implementation, args.interpret)
+  def finish(self, index: int) -> None:
+    x = self.summary
+    x["unfinished"].remove(index)
+    x["finished"].append(index)
+    self.write()
+    print(
+      f"[{x['seconds']:6.1f} s] {len(x['finished'])} of {x['signatures']}"
+      f" signatures, {x['calls']} calls, {x['failed']} failed",
+      flush=True,
+    )
 
-  with concurrent.futures.ThreadPoolExecutor(workers) as pool:
-    futures = {index: pool.submit(build, index) for index in by_signature}
-    for nth, (index, mine) in enumerate(by_signature.items()):
-      s, waiting = found[index], collections.deque()
+  def merge(self, parts: list[dict], lost: list[dict]) -> None:
+    """Takes what processes did in the place of what was there.
+
+    Args:
+      parts: their summaries.
+      lost: those of them that did not do all that they should.
+    """
+    whole = self.summary
+    by_op: collections.Counter = collections.Counter()
+    finished: set[int] = set()
+    for part in parts:
+      by_op.update(part["calls_by_op"])
+      finished.update(part["finished"])
+      whole["device"] = part["device"] or whole["device"]
+      whole["unsupported"] |= part["unsupported"]
+    failures = [x for part in parts for x in part["failures"]]
+    whole["failures"] = sorted(failures, key=lambda x: x["call"])
+    whole["failed"] = len(failures)
+    whole["calls_by_op"], whole["calls"] = dict(by_op), by_op.total()
+    whole["finished"] = sorted(finished)
+    whole["unfinished"] = sorted(set(self._plan.calls) - finished)
+    whole["lost"] = lost
+    self.write()
+
+  def write(self) -> None:
+    """Writes the summary whole or not at all, also of a run that goes on."""
+    seconds = time.perf_counter() - self._start
+    self.summary["seconds"] = round(seconds, 1)
+    path = self._args.out
+    if path:
+      partial = path.with_name(path.name + ".partial")
+      partial.write_text(json.dumps(self.summary, indent=1) + "\n")
+      partial.replace(path)
+
+  def end(self) -> int:
+    """Writes and prints how it ended; 1 if anything was wrong or left out."""
+    self.write()
+    x = self.summary
+    print(
+      f"{x['calls']} calls of {x['signatures']} signatures, {x['failed']}"
+      f" failed, in {x['seconds']} s"
+    )
+    if x["lost"]:
+      print(f"{len(x['lost'])} processes lost, signatures {x['unfinished']}")
+    # Of the list with every kernel, nothing may be left out.
+    missing = not x["calls"] or x["lost"] or x["unfinished"]
+    missing = missing or (self._args.each_kernel and x["unsupported"])
+    return 1 if x["failures"] or missing else 0
+
+
+def run_here(args: argparse.Namespace, plan: Plan, tally: Tally) -> None:
+  """Makes the calls in this process."""
+  base = jax.random.key(args.seed)
+  tally.summary["device"] = jax.devices()[0].device_kind
+  tally.write()
+
+  def build(index: int) -> Programs:
+    s = plan.signatures[index]
+    return Programs(s, args.implementation, args.interpret)
+
+  # One thread compiles ahead of the calls. Most of that is Python, of which
+  # more threads run no more at once.
+  pool = concurrent.futures.ThreadPoolExecutor(1)
+  try:
+    futures = {index: pool.submit(build, index) for index in plan.calls}
+    for index, calls in plan.calls.items():
+      s, waiting = plan.signatures[index], collections.deque()
       try:
         programs = futures.pop(index).result()
       except NotImplementedError as error:
-        unsupported[index] = str(error)
-        print(f"signature {index} is not supported: {error}", flush=True)
+        tally.skip(index, error)
         continue
-      for call in mine:
+      for call in calls:
         waiting.append((call, programs(jax.random.fold_in(base, call))))
         if len(waiting) > 8:  # the host judges while the device works
           earlier, report = waiting.popleft()
-          judge(earlier, s, report)
+          tally.judge(earlier, s, report)
       for call, report in waiting:
-        judge(call, s, report)
-      print(
-        f"[{time.perf_counter() - start:6.1f} s] {nth + 1} of"
-        f" {len(by_signature)} signatures, {sum(done.values())} calls,"
-        f" {len(failures)} failed",
-        flush=True,
-      )
-  summary = dict(
-    device=jax.devices()[0].device_kind,
-    jax=jax.__version__,
-    implementation=args.implementation,
-    interpret=args.interpret,
-    seed=args.seed,
-    signatures=len(by_signature),
-    calls=sum(done.values()),
-    calls_by_op=dict(done),
-    failed=len(failures),
-    failures=failures,
-    unsupported=unsupported,
-    seconds=round(time.perf_counter() - start, 1),
+        tally.judge(call, s, report)
+      tally.finish(index)
+  finally:
+    pool.shutdown(cancel_futures=True)
+
+
+def run_in_processes(
+  argv: list[str], args: argparse.Namespace, plan: Plan, tally: Tally
+) -> None:
+  """Deals the signatures to processes, which make the calls."""
+  op_of = {index: plan.signatures[index].op for index in plan.calls}
+  under = shlex.split(args.sanitizer or "")
+  count = len(op_of) if under else args.processes
+
+  def command(share: list[int], out: pathlib.Path) -> list[str]:
+    mine = ["--share", *map(str, share), "--out", str(out)]
+    return [*under, sys.executable, "-m", "benchmarks.fuzz", *argv, *mine]
+
+  lost = fuzz_processes.run(
+    fuzz_processes.deal(op_of, count),
+    command,
+    tally.merge,
+    at_once=args.processes,
+    time_limit=args.time_limit,
+    sanitizer=bool(under),
   )
-  if args.out:
-    partial = args.out.with_name(args.out.name + ".partial")
-    partial.write_text(json.dumps(summary, indent=1) + "\n")
-    partial.replace(args.out)
-  print(
-    f"{summary['calls']} calls of {summary['signatures']} signatures,"
-    f" {summary['failed']} failed, in {summary['seconds']} s"
-  )
-  # Of the list with every kernel, nothing may be left out.
-  missing = not done or (args.each_kernel and unsupported)
-  return 1 if failures or missing else 0
+  fuzz_processes.report(lost)
+
+
+def main(argv: list[str] | None = None) -> int:
+  """Runs the calls; returns 1 if any failed or was left out."""
+  argv = sys.argv[1:] if argv is None else argv
+  args = parse(argv)
+  plan = Plan.of(args)
+  tally = Tally(args, plan)
+  if args.share is not None:
+    # Where Python stands when it dies, or does not end.
+    faulthandler.enable()
+    faulthandler.dump_traceback_later(args.time_limit, exit=True)
+    run_here(args, plan, tally)
+  elif args.processes > 1 or args.sanitizer:
+    run_in_processes(argv, args, plan, tally)
+  else:
+    run_here(args, plan, tally)
+  return tally.end()
 
 
 if __name__ == "__main__":

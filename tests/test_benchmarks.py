@@ -6,8 +6,12 @@ import dataclasses
 import functools
 import importlib.util
 import json
+import os
 import pathlib
 import re
+import shlex
+import signal
+import sys
 import time
 
 import jax
@@ -25,6 +29,7 @@ from benchmarks import (
   decode,
   forward,
   fuzz,
+  fuzz_processes,
   measure,
   packed,
   records,
@@ -626,6 +631,141 @@ def test_fuzz_draws_every_size_of_an_operation(op):
     assert {(s.pairs, x) for s, x in zip(found, few)} >= {
       ("all", True), ("counted", False), ("", True), ("", False),
     }  # fmt: skip
+
+
+def test_fuzz_numbers_are_random():
+  numbers = fuzz.Numbers(jax.random.key(3))
+  x, again = np.asarray(numbers.normal(400, 250)), numbers.normal(400, 250)
+  n = x.size
+  assert abs(x.mean()) < 4 / n**0.5 and abs(x.std() - 1) < 4 / n**0.5
+  # Neighbours, other requests and other keys' numbers do not depend on them.
+  other = fuzz.Numbers(jax.random.key(4)).normal(400, 250)
+  for y in (np.roll(x, 1), np.roll(x, 1, axis=0), again, other):
+    assert abs(np.mean(x * y)) < 4 / n**0.5
+  _, counts = np.unique(numbers.integer(-2, 5, (n,)), return_counts=True)
+  assert len(counts) == 7 and np.abs(counts - n / 7).max() < 5 * (n / 7) ** 0.5
+  assert np.min(numbers.unit(n)) > 0 and np.max(numbers.unit(n)) < 1
+
+
+@pytest.mark.parametrize("count", [1, 5, 14, 100])
+def test_fuzz_processes_share_each_call_once(count):
+  argv = ["--calls", "1000", "--seed", "2"]
+  plan = fuzz.Plan.of(fuzz.parse(argv))
+  op_of = {index: plan.signatures[index].op for index in plan.calls}
+  shares = fuzz_processes.deal(op_of, count)
+  assert len(shares) == min(count, 96)
+  calls = []
+  for share in shares:
+    mine = fuzz.parse([*argv, "--share", *map(str, share)])
+    calls += [x for own in fuzz.Plan.of(mine).calls.values() for x in own]
+    each = [sum(op_of[i] == op for i in share) for op in fuzz.OPS]
+    assert max(each) - min(each) <= 1
+  assert sorted(calls) == list(range(1000))
+  some = fuzz.Plan.of(fuzz.parse(["--only", "3", "97", "99"]))
+  assert some.calls == {3: [3, 99], 1: [97]}
+
+
+# In the fuzzer's place: does nothing, and ends in a way of its own.
+STAND_IN = """
+import json, os, signal, sys, time
+
+share = int(sys.argv[sys.argv.index("--share") + 1])
+x = dict(
+  device="none", pid=os.getpid(), calls_by_op=dict(kl=3), failures=[],
+  unsupported={}, finished=[share], unfinished=[],
+)
+if share == 1:
+  x["failures"] = [dict(call=share)]
+if share in (2, 3):
+  x |= dict(finished=[], unfinished=[share], calls_by_op=dict(kl=1))
+if share != 4:
+  with open("partial" + str(share), "w") as file:
+    json.dump(x, file)
+  os.replace("partial" + str(share), sys.argv[-1])
+print("signature", share)
+if share == 2:
+  os.kill(os.getpid(), signal.SIGSEGV)
+if share == 3:
+  time.sleep(100)
+print("ERROR SUMMARY:", 7 if share == 5 else 0, "errors")
+sys.exit(share == 1)
+"""
+
+
+@pytest.fixture
+def stand_in(tmp_path, monkeypatch):
+  """A command that takes the fuzzer's own as its arguments."""
+  monkeypatch.chdir(tmp_path)
+  monkeypatch.setattr(fuzz_processes, "GRACE", 0.0)
+  monkeypatch.setattr(fuzz_processes, "TURN", 0.02)
+  (tmp_path / "stand_in.py").write_text(STAND_IN)
+  return [sys.executable, "-S", str(tmp_path / "stand_in.py")]
+
+
+def test_fuzz_reports_each_process_that_dies(stand_in, tmp_path, capsys):
+  """By a signal, by the time limit, without a summary, with errors."""
+  path = tmp_path / "fuzz.json"
+  argv = ["--each-kernel", "--processes", "3", "--out", str(path)]
+  argv += ["--sanitizer", shlex.join(stand_in), "--time-limit", "2"]
+  assert fuzz.main([*argv, "--only", *map(str, range(7))]) == 1
+  summary = json.loads(path.read_text())
+  assert summary["calls"] == 4 * 3 + 2 and summary["device"] == "none"
+  assert [x["call"] for x in summary["failures"]] == [1]
+  assert summary["unfinished"] == [2, 3, 4]
+  lost = {x["signatures"][0]: x["fault"] for x in summary["lost"]}
+  assert lost == {
+    2: "signal 11",
+    3: "it did not end in time",
+    4: "exit code 0, and it wrote no summary",
+    5: "the sanitizer did not say that there were no errors",
+  }
+  printed = capsys.readouterr().out
+  assert "| signature 6" in printed and "4 processes lost" in printed
+  assert any("ERROR SUMMARY: 7 errors" in x["output"] for x in summary["lost"])
+  # Without any of these, all is well.
+  assert fuzz.main([*argv, "--only", "0", "6"]) == 0
+  assert json.loads(path.read_text())["calls"] == 6
+
+
+def test_fuzz_leaves_no_process_behind(stand_in):
+  seen = []
+
+  def stop(parts, lost):
+    seen[:] = [x["pid"] for x in parts]
+    if len(seen) == 2:
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  with pytest.raises(SystemExit):
+    fuzz_processes.run(
+      [[3], [3]],
+      lambda share, out: [*stand_in, "--share", str(share[0]), str(out)],
+      stop,
+      at_once=2,
+      time_limit=60.0,
+      sanitizer=False,
+    )
+  for pid in seen:
+    with pytest.raises(ProcessLookupError):
+      os.kill(pid, 0)
+
+
+def test_fuzz_environment_of_a_sanitizer(monkeypatch):
+  monkeypatch.setenv("XLA_FLAGS", "--xla_mine=1")
+  monkeypatch.delenv("XLA_PYTHON_CLIENT_ALLOCATOR", raising=False)
+  assert fuzz_processes.environment(False)["XLA_FLAGS"] == "--xla_mine=1"
+  env = fuzz_processes.environment(True)
+  assert env["XLA_PYTHON_CLIENT_ALLOCATOR"] == "platform"
+  assert env["XLA_FLAGS"].startswith("--xla_gpu_enable_command_buffer= ")
+  assert env["XLA_FLAGS"].endswith(" --xla_mine=1")
+
+
+@pytest.mark.slow
+def test_fuzz_in_processes(tmp_path):
+  path = tmp_path / "fuzz.json"
+  argv = [*FUZZ, "--calls", "7", "--processes", "2", "--time-limit", "300"]
+  assert fuzz.main([*argv, "--out", str(path)]) == 0
+  summary = json.loads(path.read_text())
+  assert summary["calls"] == 7 and summary["finished"] == list(range(6))
 
 
 def kernel_names():
