@@ -541,8 +541,11 @@ def _lists_by_table(
   target = jnp.where(stands, target, num_pairs).reshape(-1)
 
   def listed(x):
-    x, all_pairs = x.reshape(-1), jnp.zeros((num_pairs,), jnp.int32)
-    return all_pairs.at[target].set(x, mode="drop", unique_indices=True)
+    x = x.reshape(-1)
+    # Zeros, as x is not negative, but not those of another list: of these XLA
+    # would make a copy.
+    zeros = jnp.minimum(x, 0)
+    return zeros.at[target].set(x, mode="drop", unique_indices=True)
 
   return _Lists(
     order=listed(slot),

@@ -716,7 +716,10 @@ def _select(
   ids = mosaic.kept_apart(ids)[:, :, :num_rows].reshape(
     batch, -1, q_len, num_groups
   )
-  return (_pad_axis(ids.transpose(0, 3, 2, 1), 3, top_k, -1),)
+  ids = _pad_axis(ids.transpose(0, 3, 2, 1), 3, top_k, -1)
+  # In one axis they have this order in memory too. Else XLA keeps the kernel's
+  # for what is made of them, and writes much of that once more in the other.
+  return (mosaic.kept_apart(ids.reshape(-1)).reshape(ids.shape),)
 
 
 def _packed_operands(
