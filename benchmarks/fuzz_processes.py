@@ -152,7 +152,8 @@ def run(
 ) -> list[dict[str, Any]]:
   """Runs each share in a process of its own.
 
-  However this ends, no process that it started is left.
+  No process that it started is left when it returns or raises, also by
+  SIGTERM, SIGHUP or Ctrl-C.
 
   Args:
     command: (share, where to write the summary) -> a process's command.
@@ -226,12 +227,14 @@ def _start(
 
 @contextlib.contextmanager
 def _ends_when_told() -> Iterator[None]:
-  """SIGTERM, as `timeout` sends it, raises SystemExit here."""
-  before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+  """SIGTERM, as `timeout` sends it, and SIGHUP raise SystemExit here."""
+  told = (signal.SIGTERM, signal.SIGHUP)
+  before = [signal.signal(x, lambda n, _: sys.exit(128 + n)) for x in told]
   try:
     yield
   finally:
-    signal.signal(signal.SIGTERM, before)
+    for x, handler in zip(told, before, strict=True):
+      signal.signal(x, handler)
 
 
 def report(lost: list[dict[str, Any]]) -> None:

@@ -36,8 +36,8 @@ KEY = [
 # Rates of the bounds in the plot: the best matrix rates seen on an H100.
 BOUND_TFLOPS = dict(exact=800.0, fp8=1300.0)
 PAPER_SPEEDUP = (1 << 20, 14.2)
-# Of the lengths beside dense attention. Shorter rows have hardly more tokens
-# than a query reads.
+# Of the lengths beside dense attention. A query reads up to 2,048 tokens, which
+# is all of a shorter row, or most of it.
 SHORTEST = 4096
 
 

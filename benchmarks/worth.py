@@ -266,7 +266,10 @@ def implementations(rows: Sequence[Mapping]) -> str:
   for ours, xla in both_implementations(rows):
     line = (*(ours[name] for name in heads), ours["op"])
     ratios = found.setdefault(line, {})
-    ratios[ours["batch"], ours["kv_tokens"]] = xla["ms"] / ours["ms"]
+    at = ours["batch"], ours["kv_tokens"]
+    if at in ratios:
+      raise ValueError(f"two records of {line}, batch and tokens {at}")
+    ratios[at] = xla["ms"] / ours["ms"]
   lengths = sorted({at for ratios in found.values() for at in ratios})
   names = [
     (f"{batch} x " if batch > 1 else "") + records.name_of(tokens)

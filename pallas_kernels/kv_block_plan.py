@@ -7,7 +7,7 @@ chose; a plan here records for each KV block which queries chose it. It lists
 the **(query, KV block) pairs** by block and cuts each block's list into
 *tasks*, the work of one CTA between two loads of keys. The lists come from a
 table of all blocks where they are few, which takes less time, and else from a
-sort; they are the same.
+sort. They differ only in the slots that the pairs of a pack have.
 
 `sparse_attention_bwd` and `index_kl` use it as follows:
 
@@ -460,10 +460,14 @@ def _valid(
   block_size: int,
   num_blocks: int,
 ) -> Bool[Array, "groups queries P"]:
-  """Which choices name a block up to the query's own."""
+  """Which choices name a block up to the query's own, and the first time.
+
+  Callers give each block once. If they do not, one of equal choices counts: in
+  a table they have one bit, and two could not both be the pair that it counts.
+  """
   ids = ids.reshape(*positions.shape, -1)
   own = jnp.where(positions < 0, -1, positions // block_size)[..., None]
-  return (ids >= 0) & (ids <= own) & (ids < num_blocks)
+  return (ids >= 0) & (ids <= own) & (ids < num_blocks) & ~_repeats(ids)
 
 
 def _lists_by_table(
@@ -491,7 +495,7 @@ def _lists_by_table(
   num_pairs, num_queries = ids.size, num_packs * pack
   shape = (num_groups, num_queries, slots // pack)
   ids = ids.reshape(shape)
-  valid = _valid(ids, positions, block_size, num_blocks) & ~_repeats(ids)
+  valid = _valid(ids, positions, block_size, num_blocks)
   group_kv_blocks = -(-num_blocks // each)
   table = _table(jnp.where(valid, ids, -1), each * group_kv_blocks)
   words = table.shape[1]
@@ -507,24 +511,29 @@ def _lists_by_table(
   begins = jnp.cumsum(counts, axis=1, dtype=jnp.int32) - counts
   begins += bounds[:-1].reshape(num_groups, 1, -1)
 
-  def place_in_list(word, kv_block, place):
+  def place_in_list(group, word, kv_block, place):
     """Where a pair stands, or would, whose bit has this place in its word."""
     at = (group * words + word) * group_kv_blocks + kv_block
     below = jnp.where(place == mosaic.WORD, -1, (jnp.int32(1) << place) - 1)
     below &= paired.reshape(-1)[at]
     return at, begins.reshape(-1)[at] + lax.population_count(below)
 
-  group = jnp.arange(num_groups, dtype=jnp.int32)[:, None]
+  groups = jnp.arange(num_groups, dtype=jnp.int32)
   first = after * pack
   word = jnp.minimum(first // mosaic.WORD, words - 1)
-  column = jnp.arange(group_kv_blocks, dtype=jnp.int32)[None]
-  _, inside = place_in_list(word, column, first - word * mosaic.WORD)
+  _, inside = place_in_list(
+    groups[:, None],
+    word,
+    jnp.arange(group_kv_blocks, dtype=jnp.int32)[None],
+    first - word * mosaic.WORD,
+  )
 
-  group = group[..., None]
   query = jnp.arange(num_queries, dtype=jnp.int32)[None, :, None]
   known = jnp.clip(ids, 0, num_blocks - 1)
   of_pack = query % mosaic.WORD // pack * pack  # the bit of its first query
-  at, target = place_in_list(query // mosaic.WORD, known // each, of_pack)
+  at, target = place_in_list(
+    groups[:, None, None], query // mosaic.WORD, known // each, of_pack
+  )
   chosen, stands, is_pair = None, valid, valid
   slot = jnp.arange(num_pairs, dtype=jnp.int32).reshape(shape)
   if not pack == each == 1:

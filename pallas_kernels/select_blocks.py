@@ -15,7 +15,8 @@ order of index_q. One CTA owns a tile of MMA rows and walks the key blocks that
 may still be chosen for any of them. The tiles with the most blocks start first.
 Warpgroup roles:
 
-  score warpgroups   wgmma of their MMA rows with 128 keys a step, max over each
+  score warpgroups   make infinite queries NaN, in shared memory and once; then
+                     wgmma of their MMA rows with 128 keys a step, max over each
                      block, maxima to shared memory. Forced blocks need no
                      score, so these warpgroups meet no partly visible block
                      unless num_local_blocks = 0.
@@ -284,7 +285,7 @@ def _select_kernel(
     plgpu.barrier_wait(q_ready.at[wg])
     layout = plgpu.Layout.WGMMA
     if q_gmem.dtype != _FP8:
-      # Queries are read once, so XLA would need a copy of all for this.
+      # An infinity counts as NaN. XLA would have to copy all queries for this.
       x = q_smem[wg]
       x = jnp.where(jnp.abs(x.astype(jnp.float32)) < jnp.inf, x, jnp.nan)
       q_smem[wg] = x
@@ -707,8 +708,8 @@ def _select(
     grid_names=("tile",),
     num_threads=config.score_warpgroups + 1,
     thread_name="wg",
-    # No warpgroup reads shared memory that it wrote, so none needs barriers of
-    # its own.
+    # A score warpgroup writes its queries once, and waits for that itself. No
+    # other warpgroup reads what this one wrote but at a barrier.
     compiler_params=plgpu.CompilerParams(unsafe_no_auto_barriers=True),
     interpret=plgpu.InterpretGPUParams() if interpret else False,
     kernel_name=f"msa_select_{score_precision}",

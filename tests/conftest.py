@@ -161,6 +161,17 @@ def _forget_programs():
     jax.clear_caches()
 
 
+@pytest.fixture
+def patched_programs(monkeypatch):
+  """`monkeypatch` for what is compiled into programs, which end with the test.
+
+  Also if it fails: the next test would find a patched program.
+  """
+  yield monkeypatch
+  monkeypatch.undo()
+  jax.clear_caches()
+
+
 @pytest.fixture(autouse=True, scope="module")
 def _keep_programs_where_it_pays(request):
   """Turns JAX's folder of compiled programs on or off for a file."""

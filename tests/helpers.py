@@ -33,7 +33,8 @@ def run_on_devices(count: int, code: str, *arguments: object) -> str:
   """What Python code prints on forced CPU devices, in a process of its own.
 
   The process is a fork of a server's, which has imported what all need and has
-  no devices yet: imports take two seconds.
+  no devices yet: imports take two seconds. The server keeps the environment of
+  the first call.
 
   Args:
     count: of devices.
@@ -47,6 +48,8 @@ def run_on_devices(count: int, code: str, *arguments: object) -> str:
   server.set_forkserver_preload([*IMPORTED_ONCE])
   with tempfile.TemporaryDirectory() as folder:
     printed, errors = (pathlib.Path(folder) / name for name in ("out", "err"))
+    printed.touch()
+    errors.touch()
     words = ["-c", *map(str, arguments)]
     process = server.Process(
       target=_run_code, args=(count, code, words, printed, errors)

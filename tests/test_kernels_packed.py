@@ -277,9 +277,16 @@ def test_no_address_leaves_the_arrays_whatever_the_segments(kind):
     inside(units[0], 0, 2)
 
 
-@pytest.mark.parametrize("block_size, pack", [(64, 1), (128, 1), (64, 4)])
+@pytest.mark.parametrize(
+  "block_size, pack, by_sort",
+  [(64, 1, False), (128, 1, False), (64, 4, False), (64, 4, True)],
+)
 @pytest.mark.parametrize("kind", ["documents", "trees"])
-def test_pairs_without_a_mask_see_a_whole_kv_block(kind, block_size, pack):
+def test_pairs_without_a_mask_see_a_whole_kv_block(
+  kind, block_size, pack, by_sort, monkeypatch
+):
+  if by_sort:
+    monkeypatch.setattr(kv_block_plan, "TABLE_BLOCKS", 0)
   case = Case(
     q_len=900, kv_len=900, block_size=block_size, num_kv_heads=1, top_k=4
   )

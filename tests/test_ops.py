@@ -197,7 +197,7 @@ def test_low_precision_stays_near_the_yardstick(dtype):
   )
 
 
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_change_nothing(patched_programs):
   """Many chunks give what one chunk gives, backward included.
 
   They run inside of a `jax.shard_map` with check_vma=True, whose loops want
@@ -229,8 +229,8 @@ def test_chunks_change_nothing(monkeypatch):
 
   for phase in ("sparse", "warmup"):
     whole = jax.jit(functools.partial(run, phase))(inputs)
-    monkeypatch.setattr(xla, "_chunk_elements", lambda: 700)
-    monkeypatch.setattr(xla, "_TILE_ROWS", 2)
+    patched_programs.setattr(xla, "_chunk_elements", lambda: 700)
+    patched_programs.setattr(xla, "_TILE_ROWS", 2)
     jax.clear_caches()
     k_blocks = jnp.zeros((4, 8, case.block_size, case.head_dim))
     split = xla._sparse_split(jnp.zeros((4, 29, case.top_k)), k_blocks, 2)
@@ -242,7 +242,7 @@ def test_chunks_change_nothing(monkeypatch):
     )
     for x, y in zip(jax.tree.leaves(got), jax.tree.leaves(whole), strict=True):
       np.testing.assert_allclose(x.reshape(y.shape), y, rtol=1e-5, atol=1e-6)
-    monkeypatch.undo()
+    patched_programs.undo()
     jax.clear_caches()
 
 
@@ -267,7 +267,7 @@ def test_gradient_stays_a_small_program():
 
 
 @pytest.mark.parametrize("num_local", [0, 1])
-def test_choices_are_those_of_other_backends(monkeypatch, num_local):
+def test_choices_are_those_of_other_backends(patched_programs, num_local):
   """Off the CPU, a block's scores are neighbours in memory."""
   case = CASES["ragged"]
   *_, index_q, index_k = case.inputs()
@@ -284,13 +284,11 @@ def test_choices_are_those_of_other_backends(monkeypatch, num_local):
     seen.append(sum_of)
     return product(sum_of, *operands)
 
-  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-  monkeypatch.setattr(xla, "_product", recorded)
+  patched_programs.setattr(jax, "default_backend", lambda: "gpu")
+  patched_programs.setattr(xla, "_product", recorded)
   jax.clear_caches()
   np.testing.assert_array_equal(choose(index_q, index_k), want)
   assert seen == ["bri,bnji->brnj"]
-  monkeypatch.undo()
-  jax.clear_caches()
 
 
 def test_memory_grows_linearly():

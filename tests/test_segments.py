@@ -381,7 +381,7 @@ def test_a_document_sees_nothing_of_the_others(implementation, phase):
 
 
 @pytest.mark.slow
-def test_chunks_change_nothing(monkeypatch):
+def test_chunks_change_nothing(patched_programs):
   inputs = case_of().inputs(seed=3)
   cotangent = jax.random.normal(jax.random.key(7), inputs[0].shape)
   ids = jnp.asarray(ids_of(DOCUMENTS, 40))
@@ -392,8 +392,8 @@ def test_chunks_change_nothing(monkeypatch):
     )
 
   whole = {phase: run(phase) for phase in ("sparse", "warmup")}
-  monkeypatch.setattr(xla, "_chunk_elements", lambda: 1000)
-  monkeypatch.setattr(xla, "_TILE_ROWS", 2)
+  patched_programs.setattr(xla, "_chunk_elements", lambda: 1000)
+  patched_programs.setattr(xla, "_TILE_ROWS", 2)
   jax.clear_caches()
   for phase, want in whole.items():
     for x, y in zip(
