@@ -1100,7 +1100,8 @@ def _loss(
     launch,
     (
       jnp.float32(0),
-      jnp.zeros((b, sizes[0], num_kv_heads, i_dim), jnp.float32),
+      # Each launch and chunk writes its own part.
+      lax.empty((b, sizes[0], num_kv_heads, i_dim), jnp.float32),
       jnp.zeros((b, sizes[1], i_dim), jnp.float32),
     ),
   )

@@ -187,9 +187,12 @@ def block_bits(
   blocks: Int[Array, "*A"], num_blocks: int
 ) -> Int[Array, "*A words"]:
   """One block as a bit of int32 words, 32 blocks in each; -1 is no block."""
-  word = jnp.arange(-(-num_blocks // WORD), dtype=jnp.int32)
-  here = lined_up(word, blocks.ndim + 1) == (blocks >> 5)[..., None]
-  return jnp.where(here, jnp.int32(1) << (blocks & 31)[..., None], 0)
+  first = WORD * jnp.arange(-(-num_blocks // WORD), dtype=jnp.int32)
+  # XLA keeps what depends on block and word inside one launch. It would write
+  # what depends on the block alone, its word and its bit, to memory.
+  bit = blocks[..., None] - lined_up(first, blocks.ndim + 1)
+  inside = (bit >= 0) & (bit < WORD)
+  return jnp.where(inside, jnp.int32(1) << (bit & (WORD - 1)), 0)
 
 
 def choice_bits(

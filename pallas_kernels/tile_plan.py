@@ -221,6 +221,9 @@ def plan_by_block(
   bits = mosaic.query_bits(
     chosen.reshape(num_tiles, 2, g.half, -1), g.num_blocks
   )
+  # Several launches read the table, so it is kept in no more bytes than needed.
+  narrow = next(x for x in (8, 16, 32) if g.half <= x)
+  bits = bits.astype(f"uint{narrow}").astype(jnp.int32)
   is_chosen = (bits[:, 0] | bits[:, 1]) != 0
 
   # A query sees all of the blocks before its own, but only a part of that.
