@@ -706,7 +706,7 @@ def test_fuzz_reports_each_process_that_dies(stand_in, tmp_path, capsys):
   """By a signal, by the time limit, without a summary, with errors."""
   path = tmp_path / "fuzz.json"
   argv = ["--each-kernel", "--processes", "3", "--out", str(path)]
-  argv += ["--sanitizer", shlex.join(stand_in), "--time-limit", "6"]
+  argv += ["--sanitizer", shlex.join(stand_in), "--time-limit", "4"]
   assert fuzz.main([*argv, "--only", *map(str, range(7))]) == 1
   summary = json.loads(path.read_text())
   assert summary["calls"] == 4 * 3 + 2 and summary["device"] == "none"
