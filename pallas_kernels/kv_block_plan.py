@@ -356,9 +356,8 @@ def plan_kv_blocks(
   by_table = num_blocks <= TABLE_BLOCKS * (slots // pack)
   lists = (_lists_by_table if by_table else _lists_by_sort)(
     ids,
-    positions,
+    _valid(ids, positions, block_size, num_blocks),
     after,
-    block_size=block_size,
     num_blocks=num_blocks,
     pack=pack,
     each=block_keys // block_size,
@@ -459,23 +458,32 @@ def _valid(
   positions: Int[Array, "groups queries"],
   block_size: int,
   num_blocks: int,
-) -> Bool[Array, "groups queries P"]:
+) -> Bool[Array, "groups packs slots"]:
   """Which choices name a block up to the query's own, and the first time.
 
   Callers give each block once. If they do not, one of equal choices counts: in
   a table they have one bit, and two could not both be the pair that it counts.
   """
-  ids = ids.reshape(*positions.shape, -1)
+  of_query = ids.reshape(*positions.shape, -1)
   own = jnp.where(positions < 0, -1, positions // block_size)[..., None]
-  return (ids >= 0) & (ids <= own) & (ids < num_blocks) & ~_repeats(ids)
+  known = (of_query >= 0) & (of_query <= own) & (of_query < num_blocks)
+  return (known & ~_repeats(of_query)).reshape(ids.shape)
+
+
+def _repeats(ids: Int[Array, "groups queries P"]):
+  """Which choices of a query name the same block as one before."""
+  found = jnp.zeros(ids.shape, bool)
+  for i in range(1, ids.shape[-1]):
+    ahead = ((0, 0), (0, 0), (i, 0))
+    found |= jnp.pad(ids[..., :-i], ahead, constant_values=-1) == ids
+  return found
 
 
 def _lists_by_table(
   ids: Int[Array, "groups packs slots"],
-  positions: Int[Array, "groups queries"],
+  valid: Bool[Array, "groups packs slots"],
   after: Int[Array, "groups kv_blocks"],
   *,
-  block_size: int,
   num_blocks: int,
   pack: int,
   each: int,
@@ -487,20 +495,20 @@ def _lists_by_table(
   of the words before, which are summed up once, and those of its word.
 
   Args:
-    ids, positions, block_size, num_blocks, pack: as in `plan_kv_blocks`.
+    ids, num_blocks, pack: as in `plan_kv_blocks`.
+    valid: which of the ids count, `_valid`.
     after: the first pack that needs no mask in each KV block.
     each: blocks of a KV block.
   """
   num_groups, num_packs, slots = ids.shape
   num_pairs, num_queries = ids.size, num_packs * pack
   shape = (num_groups, num_queries, slots // pack)
-  ids = ids.reshape(shape)
-  valid = _valid(ids, positions, block_size, num_blocks)
+  ids, valid = ids.reshape(shape), valid.reshape(shape)
   group_kv_blocks = -(-num_blocks // each)
   table = _table(jnp.where(valid, ids, -1), each * group_kv_blocks)
   words = table.shape[1]
   halves = [table[..., half::each] for half in range(each)]
-  paired = _first_of_packs(functools.reduce(jnp.bitwise_or, halves), pack)
+  paired = mosaic.first_of_packs(functools.reduce(jnp.bitwise_or, halves), pack)
 
   # Where the pairs of each word begin.
   counts = lax.population_count(paired)
@@ -565,15 +573,6 @@ def _lists_by_table(
   )
 
 
-def _repeats(ids: Int[Array, "groups queries P"]):
-  """Which choices of a query name the same block as one before."""
-  found = jnp.zeros(ids.shape, bool)
-  for i in range(1, ids.shape[-1]):
-    ahead = ((0, 0), (0, 0), (i, 0))
-    found |= jnp.pad(ids[..., :-i], ahead, constant_values=-1) == ids
-  return found
-
-
 def _table(
   ids: Int[Array, "groups queries P"], num_blocks: int
 ) -> Int[Array, "groups words N"]:
@@ -589,16 +588,6 @@ def _table(
   bits = mosaic.choice_bits(ids, num_blocks)
   bits = bits.reshape(len(ids), -1, mosaic.WORD, bits.shape[-1])
   return mosaic.query_bits(bits, num_blocks)
-
-
-def _first_of_packs(bits: Int[Array, "*A"], pack: int) -> Int[Array, "*A"]:
-  """Of words of query bits: the first bit of each pack that has any."""
-  any_of_rest = functools.reduce(
-    jnp.bitwise_or,
-    [lax.shift_right_logical(bits, jnp.int32(i)) for i in range(pack)],
-  )
-  first = jnp.uint32(sum(1 << i for i in range(0, mosaic.WORD, pack)))
-  return any_of_rest & first.astype(jnp.int32)
 
 
 def _chosen_by_pack(
@@ -621,10 +610,9 @@ def _chosen_by_pack(
 
 def _lists_by_sort(
   ids: Int[Array, "groups packs slots"],
-  positions: Int[Array, "groups queries"],
+  valid: Bool[Array, "groups packs slots"],
   after: Int[Array, "groups kv_blocks"],
   *,
-  block_size: int,
   num_blocks: int,
   pack: int,
   each: int,
@@ -632,17 +620,12 @@ def _lists_by_sort(
   """The lists of `_lists_by_table` by sorting all pairs.
 
   Args:
-    ids, positions, after, block_size, num_blocks, pack, each: as there.
+    ids, valid, after, num_blocks, pack, each: as there.
   """
   num_groups, num_packs, slots = ids.shape
   num_pairs = ids.size
   kv_block, is_pair, chosen = _pairs_of_packs(
-    ids,
-    positions,
-    block_size=block_size,
-    num_blocks=num_blocks,
-    pack=pack,
-    each=each,
+    ids, valid, num_blocks=num_blocks, pack=pack, each=each
   )
   group_kv_blocks = -(-num_blocks // each)
   num_kv_blocks = num_groups * group_kv_blocks
@@ -670,9 +653,8 @@ def _lists_by_sort(
 
 def _pairs_of_packs(
   ids: Int[Array, "groups packs slots"],
-  positions: Int[Array, "groups queries"],
+  valid: Bool[Array, "groups packs slots"],
   *,
-  block_size: int,
   num_blocks: int,
   pack: int,
   each: int,
@@ -688,7 +670,6 @@ def _pairs_of_packs(
   """
   slots = ids.shape[-1]
   query = jnp.arange(slots, dtype=jnp.int32)[None, None] // (slots // pack)
-  valid = _valid(ids, positions, block_size, num_blocks).reshape(ids.shape)
   known = jnp.clip(ids, 0, num_blocks - 1)
   if pack == each == 1:
     return known, valid, None

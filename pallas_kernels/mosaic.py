@@ -168,6 +168,9 @@ def lined_up(x: Array, ndim: int) -> Array:
   return lax.expand_dims(x, range(ndim - x.ndim))
 
 
+WORD = 32  # flags in an int32
+
+
 def bit_mask(flags: Bool[Array, "*A n"]) -> Int[Array, "*A"]:
   """Up to 32 flags as bits of an int32, the first one lowest."""
   shifts = lined_up(jnp.arange(flags.shape[-1], dtype=jnp.int32), flags.ndim)
@@ -176,11 +179,8 @@ def bit_mask(flags: Bool[Array, "*A n"]) -> Int[Array, "*A"]:
 
 def bit_words(flags: Bool[Array, "*A n"]) -> Int[Array, "*A words"]:
   """Any number of flags as bits of int32 words, 32 in each."""
-  pad = ((0, 0),) * (flags.ndim - 1) + ((0, -flags.shape[-1] % 32),)
-  return bit_mask(jnp.pad(flags, pad).reshape(*flags.shape[:-1], -1, 32))
-
-
-WORD = 32  # flags in an int32
+  pad = ((0, 0),) * (flags.ndim - 1) + ((0, -flags.shape[-1] % WORD),)
+  return bit_mask(jnp.pad(flags, pad).reshape(*flags.shape[:-1], -1, WORD))
 
 
 def block_bits(
@@ -223,6 +223,15 @@ def query_bits(
   return bits.reshape(*shape, -1)[..., :num_blocks]
 
 
+def first_of_packs(bits: Int[Array, "*A"], pack: int) -> Int[Array, "*A"]:
+  """Of query bits: the bit of the first query of each pack that has any bit."""
+  any_of_pack = bits
+  for shift in range(1, pack):
+    any_of_pack |= lax.shift_right_logical(bits, jnp.int32(shift))
+  first = jnp.uint32(sum(1 << i for i in range(0, WORD, pack)))
+  return any_of_pack & first.astype(jnp.int32)
+
+
 def counts_before(flags: Bool[Array, "*A n"]) -> Int[Array, "*A n"]:
   """How many flags are set before each place."""
   n = flags.shape[-1]
@@ -230,7 +239,7 @@ def counts_before(flags: Bool[Array, "*A n"]) -> Int[Array, "*A n"]:
   counts = lax.population_count(words)
   begins = sums_up_to(counts) - counts
   place = jnp.arange(n, dtype=jnp.int32)
-  before = lined_up((jnp.int32(1) << (place & 31)) - 1, flags.ndim)
+  before = lined_up((jnp.int32(1) << (place & (WORD - 1))) - 1, flags.ndim)
   words, begins = (
     jnp.repeat(x, WORD, axis=-1)[..., :n] for x in (words, begins)
   )
@@ -261,7 +270,7 @@ def places_of(flags: Bool[Array, "*A n"], most: int) -> Int[Array, "*A most"]:
 
   word = of_word(words)
   rest = i - (of_word(ends) - lax.population_count(word).astype(jnp.int32))
-  place = which * 32
+  place = which * WORD
   for half in (16, 8, 4, 2, 1):
     low = word & jnp.uint32((1 << half) - 1)
     count = lax.population_count(low).astype(jnp.int32)

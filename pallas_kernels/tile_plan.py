@@ -455,12 +455,7 @@ def _count_packs(
   bits: Int[Array, "tiles slots"], geometry: Geometry
 ) -> Int[Array, "tiles slots"]:
   """How many packs have a query among query bits."""
-  g = geometry
-  any_of_pack = bits
-  for shift in range(1, g.pack):
-    any_of_pack |= lax.shift_right_logical(bits, jnp.int32(shift))
-  first_of_packs = sum(1 << i for i in range(0, g.half, g.pack))
-  return lax.population_count(any_of_pack & first_of_packs)
+  return lax.population_count(mosaic.first_of_packs(bits, geometry.pack))
 
 
 def tile_of_rank(

@@ -165,16 +165,14 @@ def test_lists_by_table_are_those_by_sort(block_size, pack):
   ids = rng.permuted(ids, axis=-1)
   after = np.arange(1, -(-num_blocks // each) + 1) * 128 - starts
   after = np.clip(-(-after // pack), 0, queries // pack)
-  arguments = (
-    ids.reshape(3, -1, pack * top_k).astype(np.int32),
-    positions.astype(np.int32), after.astype(np.int32),
-  )  # fmt: skip
+  ids = jnp.asarray(ids.reshape(3, -1, pack * top_k), jnp.int32)
+  positions = jnp.asarray(positions, jnp.int32)
+  valid = kv_block_plan._valid(ids, positions, block_size, num_blocks)
 
   def lists(how):
-    f = functools.partial(
-      how, block_size=block_size, num_blocks=num_blocks, pack=pack, each=each
-    )
-    return jax.tree.map(np.asarray, jax.jit(f)(*arguments))
+    f = functools.partial(how, num_blocks=num_blocks, pack=pack, each=each)
+    found = jax.jit(f)(ids, valid, jnp.asarray(after, jnp.int32))
+    return jax.tree.map(np.asarray, found)
 
   got = lists(kv_block_plan._lists_by_table)
   want = lists(kv_block_plan._lists_by_sort)
