@@ -6,35 +6,23 @@ train models of their own, because those of `lm13m_4k` have never seen the
 tasks' tokens, and so could but guess; its mix of text and retrieval stays what
 it was. Final weights are evaluated with the oracle's blocks as well.
 
-In this form the preset has not run. With 4,000 steps and spans of 4, 8 and 16
-symbols it ran on one H200 that three processes shared (2026-11-30, commit
-2419405, seeds 0-2); GQA was finished, and MSA stopped after 3,460 to 3,620
-steps. GQA answered everything but copying: all of multi_query, common_words
-and variable_tracking, 99.7 % or more of multi_value, and 11 to 15 % of copy
-(chance 3 %). It had learned all that after 1,600 steps (97 % or more of each of
-32 held-out rows a task). MSA's answers after 3,200 steps were as right as
-GQA's, but for common_words: 88 to 97 % right, GQA 100 %. All of its errors were
-rows in which the commonest word leads by 10 % (73 % of 30 right, all seeds
-together); at 25 and 50 % it made none. Training rows hold tasks of 128 to 4,096
-tokens, because from one task a row no side learned anything (docs/training.md,
-"Tasks of several lengths").
+Seeds 0 to 2 have run to their end (2026-11-30, commit ffbf282;
+docs/results.md, "Harder probes"). All sides learned everything but copying.
+Training rows hold tasks of 128 to 4,096 tokens, because from one task a row no
+side learned anything (docs/training.md, "Tasks of several lengths").
 
-Spans of 16 are hard for another reason than their distance: of 32 symbols, the
-one that was copied last stands in 63 % of such rows a second time, so it does
-not tell what comes next; with spans of 8 in 38 %. Copied right by a tiny GQA
-model after 900 steps, with spans of 4, 8 and 16: 13 %, and of 2, 4 and 8: 84 %
-(docs/training.md has the command). So this preset has the latter.
+Spans are short because those of 16 are hard for another reason than their
+distance: of 32 symbols, the one that was copied last stands in 63 % of such
+rows a second time, so it does not tell what comes next; with spans of 8 in
+38 %. Copied right by a tiny GQA model after 900 steps, with spans of 4, 8 and
+16: 13 %, and of 2, 4 and 8: 84 % (docs/training.md has the command).
 
-400 steps took GQA 19 s and MSA 20 s in the warm-up and 25 s after it. 2,000
-steps of all sides should take 7.6 minutes (computed): 93, 119 and 18 s of
-steps, two minutes to evaluate, and 100 s to begin and to compile.
-
-Seeds can share a GPU, after those of `lm13m_4k` or beside them. One that ends
-with no time left is continued by the same command:
+Seeds can share a GPU. By these commands the three took eight minutes together,
+on an H200 that ran other programs too:
 
   export JAX_COMPILATION_CACHE_DIR=runs/.compiled
   for seed in 0 1 2; do
-    python -m train compare probes_4k --seeds $seed --minutes 9 --no-report &
+    python -m train compare probes_4k --seeds $seed --no-report &
   done; wait
   python -m train report runs/probes_4k
 """
