@@ -24,6 +24,17 @@ What must hold (docs/design.md has the contract):
   place. The RMS error is at most 0.5 % of the truth's, or twice that of the
   formula with rounded operands: a gradient that cancels has more than 0.5 % of
   rounding error in any implementation.
+
+  So the bound counts each rounding once. The formula rounds the operands of
+  products: probabilities, ds, and g = r - p of the KL. Twice its error, because
+  a kernel may round another multiple of them, as g times a query's weight,
+  which falls elsewhere between two numbers. The unit is half of one for the
+  result, and half of one for its parts, which kernels round before they add
+  them up: dq and dindex_q of a choice have a part for each block. It is a unit
+  of the largest result, of dq's largest part, or of the largest sum of
+  magnitudes of dindex_q's parts. Sums in float32 need nothing of their own.
+  `reference.round_to` rounds here, because XLA on a GPU leaves out a cast to
+  the working dtype and back. The bound would then be the unit alone.
 * Results are NaN or infinite where the truth is, and nowhere else.
 * What no query sees changes no bit.
 * A second run gives equal bits.
@@ -721,7 +732,7 @@ def _teacher_lse(s: Signature, x: dict) -> jax.Array:
 def _rounder(dtype: Any) -> Callable:
   if dtype is None:
     return lambda x: x
-  return lambda x: x.astype(dtype).astype(jnp.float32)
+  return functools.partial(reference.round_to, dtype=dtype)
 
 
 def _by_block(s: Signature, x: jax.Array, axis: int) -> jax.Array:
@@ -931,7 +942,7 @@ def checker(s: Signature) -> Callable:
     )
     attend = functools.partial(reference.attend, q, k, v, visible, s.scale)
     out = attend()[0]
-    near = attend(jnp.dtype(s.dtype))[0].astype(s.dtype)
+    near = reference.round_to(attend(jnp.dtype(s.dtype))[0], s.dtype)
     return dict(
       ids=_choice(s, x, ids, scores, size),
       out=_compare(got["out"], out, near, s.dtype),

@@ -237,7 +237,10 @@ def attend(
   if mask_probs:
     p = jnp.where(visible[:, :, None], p, 0)
   v, bad_v = clean(v)
-  probs_dtype = probs_dtype or p.dtype
+  if probs_dtype is None:
+    probs_dtype = p.dtype
+  else:
+    p = round_to(p, probs_dtype)
   out = jnp.einsum(
     "bkgts,bskd->btkgd",
     p.astype(probs_dtype),
@@ -385,6 +388,26 @@ def fp8_codes(
   )
   x = jnp.where(jnp.isfinite(x), x * factor[..., None], jnp.nan)
   return _round_to_e4m3(x).astype(jnp.float8_e4m3fn), scale
+
+
+def round_to(
+  x: Float[Array, "*A"], dtype: jnp.dtype | str
+) -> Float[Array, "*A"]:
+  """The nearest bfloat16 or float16 numbers, ties to even, in x's dtype.
+
+  XLA may leave out `x.astype(dtype).astype(x.dtype)`
+  (xla_allow_excess_precision), as it does on a GPU, and nothing is rounded.
+  `lax.reduce_precision` stays.
+  """
+  info = jnp.finfo(dtype)
+  normal = lax.reduce_precision(x, info.nexp, info.nmant)
+  if info.minexp == jnp.finfo(x.dtype).minexp:
+    return normal
+  # It takes numbers below float16's normal ones for 0. There, float16 has the
+  # multiples of 2^-24, which is a power of two: to divide by it is exact.
+  step = float(info.smallest_subnormal)
+  below = jnp.abs(x) < float(info.smallest_normal)
+  return jnp.where(below, jnp.round(x / step) * step, normal)
 
 
 def _round_to_e4m3(x: Float[Array, "*A"]) -> Float[Array, "*A"]:

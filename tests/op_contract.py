@@ -103,7 +103,7 @@ def visible_tokens(case: Case, blocks, layout=None):
 def _rounding(dtype):
   if dtype is None:
     return lambda x: x
-  return lambda x: x.astype(dtype).astype(x.dtype)
+  return functools.partial(reference.round_to, dtype=dtype)
 
 
 # ------------------------------------------------------------------ attention

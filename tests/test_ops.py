@@ -10,7 +10,7 @@ from helpers import CASES, Case, loop_msa, loop_select, patterns, random_blocks
 from jax.test_util import check_grads
 
 import msa_jax
-from msa_jax import xla
+from msa_jax import reference, xla
 
 DENSE_AND_SPARSE = ("reference", "xla")
 SLOW = pytest.mark.slow
@@ -289,6 +289,34 @@ def test_choices_are_those_of_other_backends(patched_programs, num_local):
   jax.clear_caches()
   np.testing.assert_array_equal(choose(index_q, index_k), want)
   assert seen == ["bri,bnji->brnj"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_numbers_are_rounded_without_a_cast(dtype, x64):
+  """All finite numbers of a dtype, the middles between them, what is next to
+  these, and others, up to those that become infinite.
+
+  A program has no cast that XLA could leave out.
+  """
+  every = np.arange(1 << 16, dtype=np.uint16).view(jnp.dtype(dtype))
+  every = np.sort(np.float64(every[np.isfinite(every)]))
+  # XLA takes float32 numbers below 2^-126 for 0.
+  every = every[(np.abs(every) >= 2.0**-126) | (every == 0)]
+  middle = (every[1:] + every[:-1]) / 2
+  middle = np.float32(middle[np.abs(middle) >= 2.0**-126])
+  next_to = [np.nextafter(middle, np.float32(x)) for x in (-np.inf, np.inf)]
+  rest = [65519.0, 65520.0, 3.4e38, np.inf, np.nan]
+  x = np.float32([*every, *middle, *np.ravel(next_to), *rest])
+  x = x[~(np.abs(x) < 2.0**-126) | (x == 0)]
+  with np.errstate(over="ignore"):
+    want = np.float32(x.astype(jnp.dtype(dtype)))
+  rounded = jax.jit(functools.partial(reference.round_to, dtype=dtype))
+  got = np.asarray(rounded(x))
+  assert got.dtype == np.float32
+  np.testing.assert_array_equal(got, want)
+  np.testing.assert_array_equal(np.signbit(got), np.signbit(want))
+  assert "convert_element_type" not in str(jax.make_jaxpr(rounded)(x))
+  np.testing.assert_array_equal(rounded(np.float64(x)), want)
 
 
 def test_memory_grows_linearly():
