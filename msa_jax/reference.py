@@ -397,7 +397,8 @@ def round_to(
 
   XLA may leave out `x.astype(dtype).astype(x.dtype)`
   (xla_allow_excess_precision), as it does on a GPU, and nothing is rounded.
-  `lax.reduce_precision` stays.
+  `lax.reduce_precision` stays. This is for comparisons and not for gradients:
+  where float16 has no normal numbers, the derivative is 0.
   """
   info = jnp.finfo(dtype)
   normal = lax.reduce_precision(x, info.nexp, info.nmant)
