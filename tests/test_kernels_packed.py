@@ -406,7 +406,7 @@ def assert_rows_agree(results, poison):
 @pytest.mark.parametrize(
   "kind, head_dim, config",
   [
-    ("documents", None, PAIRS),
+    pytest.param("documents", None, PAIRS, marks=pytest.mark.slow),
     ("trees", None, WALK),
     pytest.param("trees", None, fwd.Config(), marks=pytest.mark.slow),
     pytest.param("documents", 256, PAIRS, marks=pytest.mark.slow),

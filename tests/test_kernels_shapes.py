@@ -553,14 +553,15 @@ def real_case(tokens, heads, kv_heads, dim=128, block_size=128, top_k=16):
   )  # fmt: skip
 
 
+@SLOW
 @pytest.mark.parametrize(
   "case",
   [
-    pytest.param(real_case(1 << 15, 48, 8), marks=SLOW),  # MiniMax-M2
-    pytest.param(real_case(1 << 15, 40, 8), marks=SLOW),  # Qwen3-14B
-    pytest.param(real_case(1 << 15, 32, 8), marks=SLOW),  # Llama 3 8B
-    pytest.param(real_case(1 << 13, 9, 3, dim=64), marks=SLOW),  # SmolLM2-135M
-    pytest.param(real_case(1 << 13, 32, 32, dim=80), marks=SLOW),
+    real_case(1 << 15, 48, 8),  # MiniMax-M2
+    real_case(1 << 15, 40, 8),  # Qwen3-14B
+    real_case(1 << 15, 32, 8),  # Llama 3 8B
+    real_case(1 << 13, 9, 3, dim=64),  # SmolLM2-135M
+    real_case(1 << 13, 32, 32, dim=80),
     real_case(1 << 13, 24, 2, dim=96, block_size=64),
   ],
   ids=str,

@@ -100,7 +100,9 @@ def test_operations_under_strict_settings(implementation, phase):
     np.testing.assert_array_equal(a, b)
 
 
-@pytest.mark.parametrize("phase", ["sparse", "warmup"])
+@pytest.mark.parametrize(
+  "phase", [pytest.param("sparse", marks=pytest.mark.slow), "warmup"]
+)
 def test_nothing_leaks_from_a_choice_of_implementation(phase):
   """JAX counts what is traced before a kernel refuses a call as leaked."""
   with jax.checking_leaks():
@@ -217,16 +219,12 @@ def test_models_under_strict_settings(changes):
   assert all(np.isfinite(np.asarray(x, np.float32)).all() for x in found)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
   "options",
   [
-    *(
-      pytest.param(options, marks=pytest.mark.slow)
-      for options in (
-        dict(selection="window"),
-        dict(force_first_block=True, top_k=3),
-      )
-    ),
+    dict(selection="window"),
+    dict(force_first_block=True, top_k=3),
     dict(value_head=True, detach_teacher=False),
   ],
 )
