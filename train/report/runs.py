@@ -329,6 +329,18 @@ def _completed(config: dict) -> dict:
   return json.loads(json.dumps(config_lib.to_dict(run)))
 
 
+def read_environment(path: Path) -> dict:
+  """The environment of the run in the folder `path`.
+
+  In a thinned result it lies in the task's folder (see `thin`): what all of the
+  task's runs share, and below "runs" what each of them has besides. What is in
+  the run's own folder goes before both.
+  """
+  shared = _read_json(path.parents[1] / "environment.json")
+  besides = shared.pop("runs", {}).get(f"{path.parent.name}/{path.name}", {})
+  return shared | besides | _read_json(path / "environment.json")
+
+
 def _read_folder(folder: Path) -> list[Run]:
   """The runs of one folder."""
   runs = []
@@ -339,10 +351,6 @@ def _read_folder(folder: Path) -> list[Run]:
       continue
     done = (path / "done.json").exists()
     records = _read_metrics(path / "metrics.jsonl", done)
-    # In a thinned result the entries that all runs of a task share stand once,
-    # in the task's folder (see `thin`).
-    environment = _read_json(path.parents[1] / "environment.json")
-    environment |= _read_json(path / "environment.json")
     task, side = path.parts[-3:-1]
     key, fields = (task, side, int(seed)), ("task", "side", "seed")
     if tuple(config.get(name) for name in fields) != key:
@@ -352,7 +360,8 @@ def _read_folder(folder: Path) -> list[Run]:
       )
     finished = done and bool(records["eval"])
     broken = _read_json(path / "broken.json")
-    about = (task, side, int(seed), _completed(config), environment)
+    config, environment = _completed(config), read_environment(path)
+    about = (task, side, int(seed), config, environment)
     samples = _read_json(path / "samples.json") or []
     runs.append(Run(path, *about, records, finished, broken, samples))
   if not runs:

@@ -10,8 +10,9 @@ the full run folders gave. For each run this keeps:
 
 * `config.json` and `broken.json` as they are, and `done.json` without "final",
   which is the last "eval" record of `metrics.jsonl`.
-* `environment.json` without the entries that all runs of the task share. Those
-  are written once, to `<task>/environment.json`; `read_runs` puts them back.
+* What `environment.json` says, in one file of the task, since a file takes 4 KB
+  of a disk however little it holds: `<task>/environment.json` has the entries
+  that all runs of the task share, and below "runs" what each has besides.
 * `metrics.jsonl` with all of its records, but fewer fields. A training record
   keeps its step, seconds, loss and speed, and the peak memory where that is
   highest.
@@ -41,7 +42,7 @@ from typing import Any
 
 import numpy as np
 
-from train.report.runs import check_runs, read_runs
+from train.report.runs import check_runs, read_environment, read_runs
 
 _TRAIN_FIELDS = (
   "kind",
@@ -129,15 +130,6 @@ def _write_json(path: pathlib.Path, value) -> None:
   path.write_text(json.dumps(value, separators=(",", ":")) + "\n")
 
 
-def _read_environment(run: pathlib.Path) -> dict:
-  """A run's environment, as `train.report.runs.read_runs` reads it."""
-  value = {}
-  for path in (run.parents[1] / "environment.json", run / "environment.json"):
-    if path.exists():
-      value |= json.loads(path.read_text())
-  return value
-
-
 def _seed(run: pathlib.Path) -> int:
   return int(run.name.removeprefix("seed"))
 
@@ -150,10 +142,16 @@ def _thin_task(tasks: list[pathlib.Path], target: pathlib.Path) -> None:
     ),
     key=lambda run: (run.parent.name, _seed(run)),
   )
-  environments = {run: _read_environment(run) for run in runs}
+  environments = {
+    f"{run.parent.name}/{run.name}": read_environment(run) for run in runs
+  }
   shared = shared_entries([*environments.values()])
+  besides = {
+    name: {k: v for k, v in found.items() if k not in shared}
+    for name, found in environments.items()
+  }
   target.mkdir()
-  _write_json(target / "environment.json", shared)
+  _write_json(target / "environment.json", shared | {"runs": besides})
   drawn = set()  # the sides whose first saved choices have been met
   for run in runs:
     run_target = target / run.parent.name / run.name
@@ -166,8 +164,6 @@ def _thin_task(tasks: list[pathlib.Path], target: pathlib.Path) -> None:
       value = json.loads(done.read_text())
       value.pop("final", None)
       _write_json(run_target / done.name, value)
-    own = {k: v for k, v in environments[run].items() if k not in shared}
-    _write_json(run_target / "environment.json", own)
     metrics = run / "metrics.jsonl"
     if metrics.exists():
       records = [json.loads(line) for line in metrics.read_text().splitlines()]
