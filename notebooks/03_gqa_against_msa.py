@@ -21,8 +21,8 @@
 # * **Several facts, and counting:** of small models trained for such tasks, MSA
 #   answers as well as GQA where single or linked facts are asked for. Where a
 #   count over the whole context is, GQA answers everything right, MSA 94 to 98 %
-#   and MSA that starts from GQA 77 to 90 % (three seeds): the few blocks are at
-#   fault there, and better ones by attention do not help.
+#   and MSA that starts from GQA 77 to 90 % (three seeds). The blocks with the most
+#   attention do not help there, so the index is not at fault.
 # * **Time:** below about 8,000 tokens there is little to save. From there on the
 #   speed-up grows with the length, to tens of times at a million tokens.
 #
@@ -217,7 +217,7 @@ shown = {side: members[side] for side in ("gqa", "msa", "fixed_window")}
 display(figures.distance_figure("4,096 tokens", shown, colors, probe))
 
 # %% [markdown]
-# ## 4. Where few blocks are not enough
+# ## 4. Where an answer needs more than one fact
 #
 # These models were trained on five tasks alone, three seeds of each side. They
 # are those of `lm13m_4k` with a smaller vocabulary, and a sparse query again reads
@@ -233,7 +233,8 @@ display(figures.distance_figure("4,096 tokens", shown, colors, probe))
 #
 # Filled markers are a side's answers, and open ones those of the same weights with
 # the oracle's blocks. Where only the filled one is behind GQA, the index is at
-# fault; where both are, so few blocks do not suffice for these weights.
+# fault; where both are, it is not: so few blocks may not suffice, or the weights
+# themselves may be worse.
 #
 # *Left:* means of three seeds, each of 192 held-out rows a task. All sides follow
 # single facts and links equally well.
@@ -242,8 +243,8 @@ display(figures.distance_figure("4,096 tokens", shown, colors, probe))
 # are seeds. GQA makes no mistake, and MSA only where the lead is smallest. The
 # dotted line is no model: it is how often the commonest word of eight random
 # blocks, as many as a query reads, is that of the whole row. MSA is better than
-# that, as it can be: its layers, heads and tokens choose different blocks. MSA
-# CPT, which is sparse in the last tenth of the steps only, is no better. With the
+# that, as it can be, since its layers, heads and tokens choose different blocks.
+# MSA CPT, which is sparse in the last tenth of the steps only, is no better. With the
 # oracle's blocks MSA does slightly worse: those with the most attention need not
 # be the best ones for a count.
 
