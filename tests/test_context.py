@@ -606,9 +606,10 @@ case = Case(tokens=512, num_heads=8, num_kv_heads=2, head_dim=64, index_dim=64,
             block_size=64, top_k=2)
 of = [jax.ShapeDtypeStruct(x.shape, x.dtype)
       for x in benchmark.operands(case, mesh, "random")]
-# Both pieces call the same kernels, but for the choice of blocks.
+# Both pieces call the same kernels, but for the choice of blocks. Of few blocks
+# all are shared: no kernel computes pairs or merges them.
 for op, kernels in (
-    ("context_prefill", 5), ("context_train", 11), ("context_decode", 3)):
+    ("context_prefill", 3), ("context_train", 9), ("context_decode", 3)):
   run = benchmark.program(case, mesh, op, "mosaic_gpu")
   text = jax.jit(run).trace(*of).lower(lowering_platforms=("cuda",)).as_text()
   assert text.count("@mosaic_gpu") == kernels, (op, text.count("@mosaic_gpu"))

@@ -511,7 +511,9 @@ for axis_type, program, calls in ((AxisType.Auto, sparse_training, 4),
 mesh, args = placed(AxisType.Explicit)
 mapped = jax.shard_map(
   sparse_training, mesh=mesh, in_specs=specs, out_specs=specs)
-assert lower(mapped, args).count("@mosaic_gpu") == PROGRAMS["sparse"][1]
+# Of few blocks all are shared, which takes two kernels less (see conftest.py).
+found = lower(mapped, args).count("@mosaic_gpu")
+assert found == PROGRAMS["sparse"][1] - 2, found
 """
 
 
