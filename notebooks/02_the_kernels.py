@@ -394,7 +394,7 @@ geometry = tile_plan.Geometry(
   chunk=num_queries, tile=8, span=num_queries, task=32, shared_cost=1e9,
   slack=0.0,
 )
-_, choices = tile_plan.plan_tiles(
+_, choices = tile_plan.plan_by_choice(
   jnp.asarray(ids)[None], jnp.asarray(positions)[None],
   jnp.full((1, 2, num_blocks), mosaic.NEVER), geometry,
 )

@@ -468,7 +468,7 @@ def test_decoding_of_many_blocks():
   test_kernels_decode.run_and_check(case, config=config)
   params = test_kernels_decode.params_of(case, decode.Config())
   # A thread of the warpgroup that merges holds one list.
-  assert params.scan_ctas <= params.window == 128
+  assert params.scan_ctas <= params.window(params.scan_ctas) == 128
 
 
 def test_decoding_of_many_blocks_and_queries_is_refused():
