@@ -132,7 +132,7 @@ def forests(draw):
   return spans, parents, at + draw(st.integers(0, 2))
 
 
-@settings(max_examples=12, deadline=None, derandomize=True)
+@settings(max_examples=25, deadline=None, derandomize=True)
 @given(forests())
 def test_any_forest_has_the_segments_and_blocks_of_the_rule(forest):
   spans, parents, length = forest
