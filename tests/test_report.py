@@ -781,6 +781,40 @@ def test_loss_by_place_is_paired_by_seed(tmp_path):
     assert any(y == pytest.approx([height] * 2) for y in drawn if len(y) == 2)
 
 
+def test_a_legend_of_many_sides_covers_no_panel(tmp_path):
+  names = ["gqa", *(f"a_change_with_a_long_name_{i}" for i in range(8))]
+  folder = _make(tmp_path, {"text": {name: [1.0] for name in names}})
+  sides = runs.group_by_side(runs.read_runs(folder))
+  bins = [
+    {
+      "low": 2**i,
+      "high": 2 ** (i + 1),
+      "count": 8,
+      "baseline": 3.0,
+      "difference": 0.1,
+      "by_seed": [0.1],
+      "dense_difference": 0.2,
+    }
+    for i in range(2)
+  ]
+  found = {side: bins for side in names[1:]}
+  colors = figures.side_colors(sides)
+  figure = figures.position_figure("text", sides, colors, found)
+  figure.draw_without_rendering()
+  (legend,) = figure.legends
+  for axes in figure.axes:
+    assert not legend.get_window_extent().overlaps(axes.get_window_extent())
+
+
+def test_a_side_without_an_index_has_no_panel_of_kl(tmp_path):
+  folder = _make(tmp_path, {"text": {"gqa": [1.0], "msa": [1.0]}})
+  _measure_recalls(folder / "text/msa/seed0", [{"kl": None}] * 2)
+  sides = runs.group_by_side(runs.read_runs(folder))
+  figure = figures.layers_figure("text", "msa", sides["msa"])
+  titles = [axes.get_title() for axes in figure.axes]
+  assert titles[:2] == ["Block recall", "Score recall"]
+
+
 def test_answers_are_told_by_what_was_chosen(tmp_path):
   folder = _make(tmp_path, {"mix": {"gqa": [1.0] * 3, "msa": [1.0] * 3}})
   counts = ("found", "found_right", "missed", "missed_right")

@@ -99,11 +99,15 @@ def _legend(figure: Figure, *panels) -> None:
   width = 0.6 + 0.085 * max(map(len, found), default=0)
   fitting = max(1, int(figure.get_figwidth() / width))
   wanted = number if number <= 4 else min(math.ceil(number / 2), 6)
+  columns = max(1, min(wanted, fitting))
+  # The legend takes its room from the axes: give rows beyond two their own.
+  more_rows = max(0, math.ceil(number / columns) - 2)
+  figure.set_figheight(figure.get_figheight() + 0.25 * more_rows)
   figure.legend(
     found.values(),
     found.keys(),
     loc="outside lower center",
-    ncols=min(wanted, fitting),
+    ncols=columns,
   )
 
 
@@ -360,12 +364,10 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
   runs = [r for r in runs if r.records["layers"]]
   if not runs:
     return None
-  titles = {
-    "kl": "KL loss (nats)",
-    "block_recall": "Block recall",
-    "score_recall": "Score recall",
-  }
   first = runs[0].records["layers"][0]["layers"][0]
+  titles = {"block_recall": "Block recall", "score_recall": "Score recall"}
+  if first.get("kl") is not None:  # A choice without an index has no KL.
+    titles = {"kl": "KL loss (nats)"} | titles
   if first.get("facts_found") is not None:
     titles["facts_found"] = "Asked facts in chosen blocks"
   # The last key is drawn in the panel of the score recall. Older runs lack it.
@@ -378,7 +380,7 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
   ids = [x["layer"] for x in runs[0].records["layers"][0]["layers"]]
   figure, axes = _figure(11 + 3 * (len(titles) - 3), 4.2, columns=len(titles))
   shades = matplotlib.colormaps["viridis"](np.linspace(0, 0.9, len(ids)))
-  for column, title in enumerate(titles.values()):
+  for column, (key, title) in enumerate(titles.items()):
     axis = axes[0, column]
     for i, layer in enumerate(ids):
       axis.plot(
@@ -394,7 +396,7 @@ def layers_figure(task: str, side: str, runs: list[Run]) -> Figure | None:
     axis.set_title(title)
     _step_axis(axis)
     axis.set_xlim(left=0)
-    axis.set_ylim(*((0, None) if column == 0 else (0, 1.02)))
+    axis.set_ylim(*((0, None) if key == "kl" else (0, 1.02)))
   if np.isfinite(values[..., -1]).any():
     axis = axes[0, keys.index("score_recall")]
     for i in range(len(ids)):
@@ -639,8 +641,11 @@ def position_figure(
       axes[0, 1].plot(x, seeds, color=colors[side], lw=0.9, alpha=0.6)
     dense = [bin_["dense_difference"] for bin_ in bins]
     if None not in dense:
-      label = f"{side_name(side)}, its weights with dense attention"
-      axes[0, 0].plot([], [], ls="--", label=label, **style)
+      # The legend has one entry for the dashed lines of all sides.
+      label = "the same weights with dense attention"
+      axes[0, 0].plot(
+        [], [], **style | {"color": "#555555"}, ls="--", label=label
+      )
       axes[0, 1].plot(x, dense, ls="--", **style)
   axes[0, 1].axhline(0, color=colors[BASELINE], lw=_width(BASELINE))
   titles = "held-out loss by position", f"the same minus {side_name(BASELINE)}"
