@@ -237,15 +237,14 @@ HOPPER_CASES = {
 # Shapes at which the kernels that own KV blocks are lowered: the paper's, small
 # heads, and batches of a training step, whose rows share a few launches. Those
 # marked slow give kernels that differ from another one's in numbers only, or in
-# which rows share a launch, which interpreted tests have too.
+# which rows share a launch, which interpreted tests have too. Packed rows are
+# lowered with the paper's heads in tests/test_kernels_packed.py.
 LOWERED = {
   name: (cases.CASES | cases.BATCHES)[name]
   for name in ("8k", "128k", "1m", "small_heads_32k", "8x4k", "16x4k_16_heads")
 }
 LOWERED_NAMES = [
-  pytest.param(
-    name, marks=[pytest.mark.slow] * (name not in ("1m", "small_heads_32k"))
-  )
+  pytest.param(name, marks=[pytest.mark.slow] * (name != "small_heads_32k"))
   for name in LOWERED
 ]
 

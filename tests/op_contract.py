@@ -789,12 +789,13 @@ class KLContract:
     repeats: whether a second call must give equal bits.
     nan_reaches_gradients: whether the gradients of all that sees a NaN must be
       NaN. Otherwise they may be; no implementation may have NaN elsewhere.
-    slow: names of SPARSE_KL that are not part of CI.
+    slow, slow_dense: names of SPARSE_KL and DENSE_KL that are not part of CI.
   """
 
   repeats: bool = True
   nan_reaches_gradients: bool = True
   slow: tuple[str, ...] = ()
+  slow_dense: tuple[str, ...] = ()
 
   def run(self, name, case, q, k, index_q, index_k, blocks, mask=None):
     """Value and gradients, as `kl_and_gradients` returns them."""
@@ -807,14 +808,16 @@ class KLContract:
       assert_same_bits(got, self.run(name, case, *args, mask))
 
   def pytest_generate_tests(self, metafunc):
-    if "sparse_name" in metafunc.fixturenames:
-      names = [
-        pytest.param(name, marks=[pytest.mark.slow] * (name in self.slow))
-        for name in SPARSE_KL
-      ]
-      metafunc.parametrize("sparse_name", names)
-    if "dense_name" in metafunc.fixturenames:
-      metafunc.parametrize("dense_name", DENSE_KL)
+    for argument, every, slow in (
+      ("sparse_name", SPARSE_KL, self.slow),
+      ("dense_name", DENSE_KL, self.slow_dense),
+    ):
+      if argument in metafunc.fixturenames:
+        names = [
+          pytest.param(name, marks=[pytest.mark.slow] * (name in slow))
+          for name in every
+        ]
+        metafunc.parametrize(argument, names)
 
   def test_chosen_blocks(self, sparse_name):
     case = SPARSE_KL[sparse_name]

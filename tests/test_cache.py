@@ -654,7 +654,8 @@ def tiles_attention(seen, q, k, v, *, mask, key_value_seq_lengths, **options):
 
 
 @pytest.mark.parametrize(
-  "num_tokens", [1, 12, pytest.param(128, marks=pytest.mark.slow)]
+  "num_tokens",
+  [1, *(pytest.param(n, marks=pytest.mark.slow) for n in (12, 128))],
 )
 def test_cudnn_is_given_the_same_bits_whatever_unused_slots_hold(
   num_tokens, monkeypatch

@@ -183,7 +183,8 @@ def test_the_presets_are_what_they_say():
     # Traced below, and its kernels are lowered in their own files.
     pytest.param("lm73m_16k", "msa", "sparse", marks=pytest.mark.slow),
     ("lm13m_4k_ablations", "fixed_window", "warmup"),
-    ("probes_4k", "gqa", "dense"),
+    # Its kernels are lowered in tests/test_kernels_masked.py.
+    pytest.param("probes_4k", "gqa", "dense", marks=pytest.mark.slow),
     pytest.param("probes_4k", "msa", "warmup", marks=pytest.mark.slow),
     # Its kernels are lowered in tests/test_kernels_packed.py.
     pytest.param("probes_4k", "msa_cpt", "sparse", marks=pytest.mark.slow),
@@ -302,7 +303,10 @@ def records_of(folder: pathlib.Path, kind: str) -> list[dict]:
 
 @pytest.mark.parametrize(
   "kind",
-  ["mix", pytest.param("recall", marks=pytest.mark.slow), "probes"],
+  [
+    *(pytest.param(x, marks=pytest.mark.slow) for x in ("mix", "recall")),
+    "probes",
+  ],
 )
 def test_answers_by_choice_against_a_loop(tiny, kind):
   """A mix and probes count the answers of their probes, recall alone those of

@@ -18,6 +18,14 @@ class TestReferenceAttention(PortableAttention):
 
 class TestXlaAttention(PortableAttention):
   implementation = "xla"
+  # Rows of lengths have two groups and a ragged batch, too.
+  scenarios = (
+    *("empty_rows", "poisoned", "rows"),
+    *(
+      pytest.param(name, marks=pytest.mark.slow)
+      for name in ("block_64", "group_16")
+    ),
+  )
 
 
 # A cotangent of lse changes one sum of the gradients.
@@ -32,6 +40,7 @@ WITHOUT_DLSE = (
 
 class TestReferenceGradients(PortableGradients):
   implementation = "reference"
+  scenarios = WITHOUT_DLSE
   without_dlse = WITHOUT_DLSE
 
   @pytest.mark.xfail(
@@ -48,17 +57,25 @@ class TestXlaGradients(PortableGradients):
   without_dlse = WITHOUT_DLSE
 
 
+# test_ops.py compares gradients in bfloat16.
+LSE_DTYPES = ("float32", pytest.param("bfloat16", marks=pytest.mark.slow))
+
+
 class TestReferenceLse(PortableLse):
   implementation = "reference"
-  dtypes = ("float32", pytest.param("bfloat16", marks=pytest.mark.slow))
+  dtypes = LSE_DTYPES
 
 
 class TestXlaLse(PortableLse):
   implementation = "xla"
+  dtypes = LSE_DTYPES
 
 
 class TestReferenceKL(PortableKL):
   implementation = "reference"
+  # As above, the truth is its own formula.
+  slow = ("block_64", "group_16")
+  slow_dense = ("batch", "mask")
   # An operand that holds NaN is zeroed, and its scores are marked instead. So
   # the operand itself gets a gradient of zero.
   nan_reaches_gradients = False

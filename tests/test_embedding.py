@@ -288,5 +288,7 @@ with jax.set_mesh(mesh):
 """
 
 
+# Runs over a mesh, in test_train, embed tokens in the same way.
+@pytest.mark.slow
 def test_products_under_meshes():
   run_on_devices(4, MESHES)

@@ -261,6 +261,9 @@ def test_top_p_close_to_0_and_1(top_p, kept):
   assert int(jnp.sum(masked > -jnp.inf)) == kept
 
 
+# Two tests above have rows that are continued as if alone, and draws by a row's
+# key and position.
+@pytest.mark.slow
 def test_a_prompt_with_a_key_of_its_own_gets_what_it_gets_alone():
   draw = functools.partial(
     generate, model(), **SIZES, sampling=Sampling(temperature=2.0)

@@ -199,9 +199,13 @@ def test_lists_by_table_are_those_by_sort(block_size, pack):
 def test_of_equal_choices_one_counts(table_blocks, monkeypatch):
   monkeypatch.setattr(kv_block_plan, "TABLE_BLOCKS", table_blocks)
   ids = np.array([[[5, 2, 5, 2], [1, 1, 1, 0]]], np.int32)
-  plan = kv_block_plan.plan_kv_blocks(
-    jnp.asarray(ids), jnp.array([700]), block_size=128, num_blocks=6, task=8
+  # One program: the plan has many small operations.
+  plan_of = jax.jit(
+    functools.partial(
+      kv_block_plan.plan_kv_blocks, block_size=128, num_blocks=6, task=8
+    )
   )
+  plan = plan_of(jnp.asarray(ids), jnp.array([700]))
   want = np.sort([0, 1, 4, 7])
   np.testing.assert_array_equal(np.flatnonzero(plan.is_pair), want)
   np.testing.assert_array_equal(np.sort(plan.order[:4]), want)

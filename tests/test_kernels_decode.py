@@ -212,7 +212,11 @@ def test_ragged_rows_and_unused_slots(lengths, fp8):
     # Own blocks compete, partly visible; more blocks wanted than there are;
     # fewer keys than queries.
     Case(lengths=(200, 1), tokens=2, num_local=0, top_k=5, fp8=True),
-    Case(lengths=(60, 300), num_local=2, num_heads=16, num_kv_heads=1),
+    # Two forced blocks: test_all_forced_needs_no_scan.
+    pytest.param(
+      Case(lengths=(60, 300), num_local=2, num_heads=16, num_kv_heads=1),
+      marks=pytest.mark.slow,
+    ),
   ],
 )  # fmt: skip
 def test_tokens_groups_and_forced_blocks(case):
@@ -225,12 +229,12 @@ PADDED = [
   # Phi-2's heads, in fp8; partly visible blocks compete.
   Case(lengths=(140, 131), capacity=144, head_dim=80, index_dim=80, tokens=2,
        num_heads=3, num_kv_heads=1, num_local=0, fp8=True, top_k=2),
-  # One operand each, of fewer than 64 columns.
-  Case(lengths=(140,), capacity=143, head_dim=40, index_dim=48, num_heads=4,
-       num_kv_heads=1, top_k=1, num_local=0),
   *(
     pytest.param(case, marks=pytest.mark.slow)
     for case in (
+      # One operand each, of fewer than 64 columns.
+      Case(lengths=(140,), capacity=143, head_dim=40, index_dim=48,
+           num_heads=4, num_kv_heads=1, top_k=1, num_local=0),
       # Two operands each; an empty batch row; Phi-3-mini's heads.
       Case(lengths=(140, 0), capacity=141, head_dim=96, index_dim=96,
            num_heads=1, num_kv_heads=1, top_k=2),
@@ -606,8 +610,8 @@ def lower(case, config=None):
 
 
 @pytest.mark.parametrize("batch, capacity, fp8", [
-  (1, 1 << 20, False),
-  # Odd shapes, below, have e4m3 keys, too.
+  # A split cache, below, is as long, and odd shapes have e4m3 keys.
+  pytest.param(1, 1 << 20, False, marks=pytest.mark.slow),
   pytest.param(8, 1 << 17, True, marks=pytest.mark.slow),
   pytest.param(32, 1 << 15, False, marks=pytest.mark.slow),
 ])  # fmt: skip

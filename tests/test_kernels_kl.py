@@ -56,7 +56,10 @@ class TestInterpreted(KLContract):
   repeats = False  # the interpreter takes ten seconds a call
   # The launches of rows, below, are of this case.
   # Rows of 16 heads and heads of 128 columns: test_all_tokens.
-  slow = ("rows", "group_16")
+  # Queries that do not count, and NaN, have blocks in several tasks; packed
+  # documents have blocks of 64 tokens.
+  slow = tuple(SPARSE_KL)
+  slow_dense = ("batch",)  # rows of all lengths are a batch, too
 
   def run(self, name, case, q, k, index_q, index_k, blocks, mask=None):
     config = INTERPRETED if blocks is not None else INTERPRETED_DENSE

@@ -137,7 +137,9 @@ def attend(case, q, k, v, blocks, layout, *, config, backward=None, **options):
 # ---------------------------------------------------------------- the places
 
 
-@pytest.mark.parametrize("block_size", [64, 128])
+@pytest.mark.parametrize(
+  "block_size", [64, pytest.param(128, marks=pytest.mark.slow)]
+)
 def test_every_block_has_its_places(block_size):
   for seed in range(3):
     spans, parents = random_spans(seed, 900, block_size)
@@ -501,7 +503,7 @@ DEEP_PARENTS = [-1, 0, 1, 1, 3, 3, 5, 5, 7, 7, 9, 1]
 @pytest.mark.parametrize(
   "kind, num_local, precision",
   [
-    ("documents", 1, "exact"),
+    pytest.param("documents", 1, "exact", marks=pytest.mark.slow),
     pytest.param("trees", 2, "exact", marks=pytest.mark.slow),
     # A path of more runs of blocks than a tile has ranges.
     ("deep", 1, "exact"),

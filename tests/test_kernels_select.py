@@ -367,9 +367,14 @@ def test_lowers_ragged_batches():
   )
 
 
+def test_configs_hold_the_defaults():
+  assert {sb.heuristic_config(1), sb.heuristic_config(1 << 20)} <= set(CONFIGS)
+
+
+# The defaults are lowered above, and other tiles interpreted.
+@pytest.mark.slow
 def test_configs_lower():
   case = cases.PAPER["128k"]
-  assert {sb.heuristic_config(1), sb.heuristic_config(1 << 20)} <= set(CONFIGS)
   for config in CONFIGS:
     lower(case, config=config)
   # The one with the largest tiles of keys.

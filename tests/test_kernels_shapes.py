@@ -117,14 +117,11 @@ def pack_case(group):
   )  # fmt: skip
 
 
-@pytest.mark.parametrize(
-  "group", [2, *(pytest.param(n, marks=SLOW) for n in (1, 3))]
-)
-@pytest.mark.parametrize(
-  "config",
-  [FORWARD, pytest.param(PAIRS, marks=SLOW)],
-  ids=["tiles", "pairs"],
-)
+# Padded groups of 3 heads, above, are packs of two queries, one of them half
+# empty.
+@SLOW
+@pytest.mark.parametrize("group", [2, 1, 3])
+@pytest.mark.parametrize("config", [FORWARD, PAIRS], ids=["tiles", "pairs"])
 def test_queries_of_a_pack_choose_apart(group, config):
   case = pack_case(group)
   q, k, v, dout = attention_inputs(case, jnp.bfloat16)
@@ -149,6 +146,8 @@ def test_more_queries_in_tiles_without_pairs(config):
   check_attention(case, q, k, v, blocks, out, lse)
 
 
+# The contract's tests of NaN have packs of four queries, forward and backward.
+@SLOW
 def test_nan_stays_in_its_query_of_a_pack():
   """Queries 4 to 7 are a pack; 5 and 6 are bad, each in its own way."""
   case = pack_case(2)
@@ -174,6 +173,8 @@ def test_nan_stays_in_its_query_of_a_pack():
     np.testing.assert_array_equal(x[0, :, 0].any(-1), keys)
 
 
+# Cases of the contract have rows that share no block, and empty places.
+@SLOW
 def test_one_query_whose_only_block_is_a_pair():
   """Seed 3, call 6 of the fuzzer: no shared block, 7 places of a tile empty."""
   case = dataclasses.replace(
@@ -301,9 +302,9 @@ def test_padded_selection(index_dim, precision):
     np.testing.assert_array_equal(ids, want)
 
 
-@pytest.mark.parametrize(
-  "group", [3, *(pytest.param(n, marks=SLOW) for n in (7, 12))]
-)
+# Padded heads in tests/test_kernels_decode.py have a group of 3, too.
+@SLOW
+@pytest.mark.parametrize("group", [3, 7, 12])
 def test_decoding_of_every_group_size(group):
   case = test_kernels_decode.Case(
     lengths=(140, 3), capacity=144, num_heads=2 * group, top_k=2
@@ -352,6 +353,9 @@ def test_wide_attention_and_gradients(sizes, block_size, config):
   check_attention_gradients(case, q, k, v, dout, blocks, grads)
 
 
+# Attention with wide heads is interpreted above, and every kernel lowered for
+# them below.
+@SLOW
 @pytest.mark.parametrize("sizes, block_size, config", WIDE)
 def test_wide_kl(sizes, block_size, config):
   del config
@@ -363,12 +367,11 @@ def test_wide_kl(sizes, block_size, config):
   check_kl(*args, test_kernels_kl.run(*args, config=config, interpret=True))
 
 
+# The same.
+@SLOW
 @pytest.mark.parametrize(
   "sizes",
-  [
-    dict(num_heads=16, block_size=128),
-    pytest.param(dict(num_heads=6), marks=SLOW),
-  ],
+  [dict(num_heads=16, block_size=128), dict(num_heads=6)],
   ids=str,
 )
 def test_wide_decoding(sizes):

@@ -234,7 +234,13 @@ def test_a_table_of_all_blocks_is_for_few(num_blocks, top_k, few):
 
 @pytest.mark.parametrize(
   "group, tile",
-  [(1, 64), (3, 42), (5, 24), (6, 20), (7, 18), (11, 10), (16, 8)],
+  [
+    *((1, 64), (3, 42), (7, 18), (16, 8)),
+    *(
+      pytest.param(*sizes, marks=pytest.mark.slow)
+      for sizes in ((5, 24), (6, 20), (11, 10))
+    ),
+  ],
 )
 def test_tiles_that_are_walked_hold_as_many_queries_as_fit(group, tile):
   queries, top_k, num_blocks = 4 * tile, 3, 9
@@ -303,7 +309,9 @@ def test_walks_everything_only_while_the_list_holds_it():
   assert np.asarray(is_pair).sum() == 32
 
 
-@pytest.mark.parametrize("num_blocks", [64, 256, 1024])
+@pytest.mark.parametrize(
+  "num_blocks", [64, pytest.param(256, marks=pytest.mark.slow), 1024]
+)
 def test_random_choices_cost_no_more_than_pairs_alone(num_blocks):
   """The default plan against one in which only own blocks are shared.
 
@@ -340,7 +348,11 @@ def test_random_choices_cost_no_more_than_pairs_alone(num_blocks):
 
 
 class TestInterpreted(AttentionContract):
-  scenarios = ("empty_rows", "poisoned")
+  # Padded heads in tests/test_kernels_shapes.py have queries that see nothing,
+  # and wide ones have pairs.
+  scenarios = (
+    pytest.param("empty_rows", marks=pytest.mark.slow), "poisoned",
+  )  # fmt: skip
   repeats = False  # the interpreter takes ten seconds a call
 
   def run(self, name, case, q, k, v, blocks):

@@ -147,7 +147,12 @@ def check_golden(out, rows=slice(None)):
 
 
 @pytest.mark.parametrize(
-  ("implementation", "scan_layers"), [("reference", False), ("xla", True)]
+  ("implementation", "scan_layers"),
+  [
+    # test_ops compares the reference, and a test below layers without a scan.
+    pytest.param("reference", False, marks=pytest.mark.slow),
+    ("xla", True),
+  ],
 )
 def test_model_equals_transformers(implementation, scan_layers):
   """Logits, blocks and experts; layers stacked or not."""
@@ -441,6 +446,8 @@ def saved_config(folder, out, layout=None, **options):
   return json.loads((out / "config.json").read_text())
 
 
+# The released form, below, has all of its fields back, or the same gone.
+@pytest.mark.slow
 def test_save_keeps_what_the_config_held(tmp_path):
   """Every field of the loaded config.json that is still true."""
   whole = json.loads((TINY / "config.json").read_text())
@@ -1086,9 +1093,9 @@ def measure(model, tokens):
   return out.logits, jnp.stack([*recalls, out.kl])
 
 
-@pytest.mark.parametrize(
-  "index_dim", [8, pytest.param(16, marks=pytest.mark.slow)]
-)
+# The test before says it exactly, of one head.
+@pytest.mark.slow
+@pytest.mark.parametrize("index_dim", [8, 16])
 def test_to_msa_starts_from_the_main_attention(index_dim):
   """Recalls of a trained model against fresh projections; the numbers of
   index_dim 16 are those in to_msa's docstring."""
@@ -1131,6 +1138,8 @@ def test_index_dims_beyond_the_heads_start_at_random():
   np.testing.assert_array_equal(got[:, 16:], fresh.index_key.kernel[:, 16:])
 
 
+# test_train has runs that start from a checkpoint folder.
+@pytest.mark.slow
 def test_a_loaded_model_can_be_fine_tuned(m2_folder, tmp_path):
   """MSA-CPT of two layers of an M2-style model: LM loss and KL fall, both."""
   tensors = {

@@ -393,9 +393,9 @@ for sizes, rows, length, parts, kinds in CASES:
 """
 
 
-@pytest.mark.parametrize(
-  "cases", ["few", pytest.param("every", marks=pytest.mark.slow)]
-)
+# Runs over a mesh, in test_train, have the numbers of one device, too.
+@pytest.mark.slow
+@pytest.mark.parametrize("cases", ["few", "every"])
 def test_devices_that_share_heads_share_tokens_between_layers(cases):
   """Each computes norms and losses of its own tokens, and all get the numbers
   of one device, also where the axis divides neither batch rows nor tokens.

@@ -127,7 +127,9 @@ def test_the_index_rotates_as_many_dims_as_it_is_told():
 
 
 @pytest.mark.parametrize("phase", ["sparse", "warmup"])
-@pytest.mark.parametrize("selection", ["index", "window"])
+@pytest.mark.parametrize(
+  "selection", ["index", pytest.param("window", marks=pytest.mark.slow)]
+)
 def test_sinks_take_a_share_of_each_head_and_none_of_the_kl(phase, selection):
   index = dataclasses.replace(INDEX, selection=selection)
   options = dict(num_kv_heads=2, index=index, implementation="xla")
@@ -159,7 +161,8 @@ def test_sinks_take_a_share_of_each_head_and_none_of_the_kl(phase, selection):
   [
     ("GQAttention", None),
     ("MSAttention", "sparse"),
-    ("MSAttention", "warmup"),
+    # A warm-up reads densely, as GQA does.
+    pytest.param("MSAttention", "warmup", marks=pytest.mark.slow),
   ],
 )
 def test_sinks_with_a_cache_equal_a_full_pass(kind, phase):
@@ -230,7 +233,9 @@ def test_scale_and_bias(kind):
     make(32, scale=np.inf)
 
 
-@pytest.mark.parametrize("selection", ["index", "window"])
+@pytest.mark.parametrize(
+  "selection", ["index", pytest.param("window", marks=pytest.mark.slow)]
+)
 def test_a_layer_takes_given_choices(selection):
   index = dataclasses.replace(INDEX, selection=selection)
   layer = msa_jax.MSAttention(

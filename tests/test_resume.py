@@ -13,11 +13,15 @@ import time
 
 import numpy as np
 import pytest
-from test_train import program_of, read_records, tiny_run
+from test_train import (
+  assert_same_run,
+  read_records,
+  tiny_run,
+  without_times,
+)
 
 from train import checkpoint
 from train import config as config_lib
-from train import program as program_lib
 
 # A dozen processes start here: each may wait long for a core.
 pytestmark = pytest.mark.timeout(2400)
@@ -97,11 +101,6 @@ def kill(process: subprocess.Popen) -> None:
   process.stdout.close()
 
 
-def without_times(records: list[dict]) -> list[dict]:
-  times = ("seconds", "tokens_per_second")
-  return [{k: v for k, v in r.items() if k not in times} for r in records]
-
-
 FULL_DISK = """
 import resource, sys
 from train import __main__, checkpoint
@@ -138,12 +137,12 @@ def test_a_full_disk_costs_one_line_and_the_steps_since(place, run, reference):
     " the run continues from there."
   )
   finish(start(config, place / "cache"))
-  assert without_times(read_records(folder)) == without_times(
-    read_records(reference)
-  )
+  assert without_times(folder) == without_times(reference)
 
 
-@pytest.mark.parametrize("first", [2, pytest.param(0, marks=pytest.mark.slow)])
+# test_train stops a run after each step, in one process.
+@pytest.mark.slow
+@pytest.mark.parametrize("first", [2, 0])
 def test_killed_run_ends_with_the_same_bits(place, run, reference, first):
   """Killed at each of the moments from the given one on."""
   folder = place / f"killed{first}"
@@ -179,26 +178,7 @@ def test_killed_run_ends_with_the_same_bits(place, run, reference, first):
       with open(metrics, "a") as file:
         file.write('{"kind": "train", "st')
   finish(start(config, place / "cache"))
-  assert without_times(read_records(folder)) == without_times(
-    read_records(reference)
-  )
-  steps = [r["step"] for r in read_records(folder) if r["kind"] == "train"]
-  assert steps == list(range(1, NUM_STEPS + 1))
-  seconds = [r["seconds"] for r in read_records(folder) if r["kind"] == "train"]
-  assert seconds == sorted(seconds)
-
-  program = program_of(run)
-  wanted = program_lib.flatten_state(program.abstract_state)
-  readers = [
-    checkpoint.Checkpoints(f, read_only=True) for f in (folder, reference)
-  ]
-  assert readers[0].latest() == NUM_STEPS
-  for step in (5, 10, NUM_STEPS):
-    mine, theirs = (r.restore(step, wanted)[0] for r in readers)
-    for name in wanted:
-      np.testing.assert_array_equal(mine[name], theirs[name], name)
-  counts = [np.load(f / "selection.npz")["counts"] for f in (folder, reference)]
-  np.testing.assert_array_equal(*counts)
+  assert_same_run(run, folder, reference, steps=(5, 10, NUM_STEPS))
   environment = json.loads((folder / "environment.json").read_text())
   assert environment["resumed"][-1]["step"] >= 8
 

@@ -342,8 +342,14 @@ def _recall(q, k, blocks, ids):
   return msa_jax.selection_recall(q, k, blocks, block_size=4, segment_ids=ids)
 
 
-@pytest.mark.parametrize("phase", ["sparse", "warmup"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
+@pytest.mark.parametrize(
+  "implementation, phase",
+  [
+    *(("xla", phase) for phase in ("sparse", "warmup")),
+    ("reference", "sparse"),
+    pytest.param("reference", "warmup", marks=pytest.mark.slow),
+  ],
+)
 def test_a_document_sees_nothing_of_the_others(implementation, phase):
   """Others change, or are NaN: no bit of a document and its gradients moves."""
   run = functools.partial(_run, implementation=implementation, phase=phase)
@@ -617,10 +623,10 @@ SEQUENCES = [
 ]
 
 
-# Loops say what trees with weights give in the warm-up, above.
-@pytest.mark.parametrize(
-  "phase", ["sparse", pytest.param("warmup", marks=pytest.mark.slow)]
-)
+# Loops say what trees with weights give, and the test before that merged rows
+# are the sequences' trees.
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
 def test_merged_prefixes_train_like_the_sequences(phase, x64):
   """Loss, KL and all gradients in float64, and the choices of both."""
   config = msa_jax.ModelConfig(

@@ -133,9 +133,9 @@ def test_attention_and_choice_are_computed_once(pretend_hopper, kind, remat):
   assert text.count("@mosaic_gpu_v2") == 9
 
 
-@pytest.mark.parametrize(
-  "phase", ["sparse", pytest.param("warmup", marks=pytest.mark.slow)]
-)
+# test_ops has the operations' gradients, and test_modules a scan of layers.
+@pytest.mark.slow
+@pytest.mark.parametrize("phase", ["sparse", "warmup"])
 def test_remat_changes_no_gradient(phase):
   tokens = jax.random.randint(jax.random.key(1), (2, 96), 0, 64)
   grads = []

@@ -113,6 +113,34 @@ def source(place) -> data.Source:
   return data.load(tiny_run(place).data)
 
 
+def without_times(folder, after: int = 0) -> list[dict]:
+  times = ("seconds", "tokens_per_second")
+  return [
+    {k: v for k, v in row.items() if k not in times}
+    for row in read_records(pathlib.Path(folder))
+    if row["step"] > after
+  ]
+
+
+def assert_same_run(run, folder, wanted_folder, steps):
+  """Records but for times, checkpoints of the steps, and counts of choices."""
+  folders = (folder, wanted_folder)
+  assert without_times(folder) == without_times(wanted_folder)
+  trained = [r for r in read_records(folder) if r["kind"] == "train"]
+  assert [r["step"] for r in trained] == list(range(1, run.num_steps + 1))
+  seconds = [r["seconds"] for r in trained]
+  assert seconds == sorted(seconds)
+  wanted = program_lib.flatten_state(program_of(run).abstract_state)
+  readers = [checkpoint.Checkpoints(f, read_only=True) for f in folders]
+  assert readers[0].latest() == run.num_steps
+  for step in steps:
+    mine, theirs = (r.restore(step, wanted)[0] for r in readers)
+    for name in wanted:
+      np.testing.assert_array_equal(mine[name], theirs[name], name)
+  counts = [np.load(f / "selection.npz")["counts"] for f in folders]
+  np.testing.assert_array_equal(*counts)
+
+
 def parts_of(batch: data.Batch, count: int) -> tuple[np.ndarray, ...]:
   tokens = batch.tokens
   return tuple(
@@ -502,6 +530,29 @@ def test_runs_that_share_a_program_give_what_each_alone_gives(
       np.testing.assert_array_equal(value, state.params[name], name)
 
 
+def test_a_stopped_run_ends_with_the_same_bits(place, program, source):
+  """Stopped after each step, before and after the switch to sparse. What a
+  kill within a write leaves is put there: half a line and half a
+  checkpoint."""
+  whole, parts = (
+    dataclasses.replace(tiny_run(place), folder=str(place / name))
+    for name in ("whole", "parts")
+  )
+  assert loop.run(whole, source, program) is not None
+  folder = pathlib.Path(parts.folder)
+  for step in (1, 2, 3):
+    assert loop.run(parts, source, program, stop_at=0.0) is None
+    with open(folder / "metrics.jsonl", "a") as file:
+      file.write('{"kind": "train", "st')
+    half = folder / "checkpoints" / f"{step + 1}.orbax-checkpoint-tmp-1"
+    half.mkdir()
+    (half / "state").write_bytes(b"?")
+  assert loop.run(parts, source, program) is not None
+  assert_same_run(parts, folder, pathlib.Path(whole.folder), steps=(4,))
+  environment = json.loads((folder / "environment.json").read_text())
+  assert [x["step"] for x in environment["resumed"]] == [1, 2, 3]
+
+
 def test_a_run_refuses_another_runs_program(place, program, source):
   run = tiny_run(place, recipe=config_lib.RecipeConfig(kl_weight=0.5))
   with pytest.raises(ValueError, match="it differs in kl_weight"):
@@ -794,6 +845,7 @@ def test_a_window_hides_the_tokens_far_back(place):
   )
   np.testing.assert_allclose(same["loss"], got["loss"], rtol=1e-5)
   model, losses, counts = program.merge(params), [], []
+  logits_of = nnx.jit(lambda model, x, ids: model(x, segment_ids=ids).logits)
   for number in range(2):
     batch = source.eval_batch(number, **program.eval_shape)
     loss = np.zeros(batch.loss_mask.shape)
@@ -802,7 +854,7 @@ def test_a_window_hides_the_tokens_far_back(place):
     for first in firsts:
       ids = batch.segment_ids[:, first : first + 30]
       tokens = batch.tokens[:, first : first + 30]
-      logits[first] = model(tokens, segment_ids=ids).logits
+      logits[first] = logits_of(model, tokens, ids)
     for query in range(64):
       # The first piece that the query is in, which sees the most before it.
       first = next(x for x in firsts if query < x + 30)
@@ -1094,15 +1146,6 @@ def last_state(program, folder) -> dict:
   found = program_lib.read_state(program, pathlib.Path(folder))
   assert found is not None and found[1] == 4
   return program_lib.flatten_state(found[0])
-
-
-def without_times(folder, after: int = 0) -> list[dict]:
-  times = ("seconds", "tokens_per_second")
-  return [
-    {k: v for k, v in row.items() if k not in times}
-    for row in read_records(pathlib.Path(folder))
-    if row["step"] > after
-  ]
 
 
 def test_a_trunk_trains_the_backbone_of_gqa(trunk, program, source, compared):
