@@ -10,20 +10,20 @@
 # * **Loss:** with 13M parameters and 4,096 tokens of context, MSA ends 0.8 %
 #   below GQA (16 seeds), and MSA that starts from a GQA model less than 0.1 %
 #   above it. With 73M and 16,384 tokens MSA is 1.2 ± 0.6 % below (five seeds),
-#   and MSA that starts from GQA 0.1 ± 0.1 % above (four).
+#   and MSA that starts from GQA +0.12 ± 0.14 % (four).
 # * **Facts far back:** at 4,096 tokens MSA finds as many as GQA. At 16,384 one of
 #   five seeds of GQA learns late to find them, and MSA is far ahead there; in
 #   the others MSA finds 0.0, 2.4, 1.9 and 3.2 points fewer of the farthest. MSA
 #   that starts from a GQA model late in training finds fewer: at 16,384 tokens 7,
 #   9, 4 and 1 points fewer. This is where making a dense model sparse costs
-#   something. In the two seeds in which it was tried, the same weights miss next
-#   to no fact if they read the best blocks instead of those that the index
-#   chooses.
+#   something. Where it was tried (two seeds of MSA, one of MSA that starts from
+#   GQA), the same weights miss next to no fact if they read the best blocks
+#   instead of those that the index chooses.
 # * **Several facts, and counting:** of small models trained for such tasks, MSA
 #   answers as well as GQA where single or linked facts are asked for. Where a
 #   count over the whole context is, GQA answers everything right, MSA 94 to 98 %
 #   and MSA that starts from GQA 77 to 90 % (three seeds). The blocks with the most
-#   attention do not help there, so the index is not at fault.
+#   attention do not help MSA there, so its index is not at fault.
 # * **Time:** below about 8,000 tokens there is little to save. From there on the
 #   speed-up grows with the length, to tens of times at a million tokens.
 #
@@ -205,7 +205,8 @@ plt.show()
 # A sparse model without an Index Branch, which always reads the first block and
 # a window of the nearest tokens, has the same budget of tokens. Its loss on text
 # is no worse than MSA's, because most of that loss depends on near tokens. But
-# it cannot find facts beyond its window, and answers by guessing. So the loss
+# it cannot find facts beyond its window, except in the first block, and answers
+# by guessing. So the loss
 # alone does not show whether a choice is good: look at facts.
 #
 # Here are 13M parameters and 4,096 tokens of context, of which both sparse models
@@ -235,8 +236,8 @@ display(figures.distance_figure("4,096 tokens", shown, colors, probe))
 #
 # Filled markers are a side's answers, and open ones those of the same weights with
 # the oracle's blocks. Where only the filled one is behind GQA, the index is at
-# fault; where both are, it is not: so few blocks may not suffice, or the weights
-# themselves may be worse.
+# fault. Where both are, what is left is not the index's: so few blocks may not
+# suffice, or the weights themselves may be worse.
 #
 # *Left:* means of three seeds, each of 192 held-out rows a task. All sides follow
 # single facts and links equally well.
