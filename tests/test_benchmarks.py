@@ -88,6 +88,8 @@ def arguments(monkeypatch, tmp_path, pretend_hopper):
   return ["--tokens", "8k", "--implementation", "reference", *options], path
 
 
+# Replaced records, below, are written in the same way.
+@pytest.mark.slow
 def test_forward_ops_write_records(arguments):
   pytest.importorskip("matplotlib")
   arguments, path = arguments
@@ -916,6 +918,8 @@ def kernel_names():
             yield from names(x.value)
 
 
+# A GPU's machine alone runs the fuzzer by --each-kernel.
+@pytest.mark.slow
 def test_fuzz_can_launch_each_kernel(pretend_hopper):
   wanted, found = set(kernel_names()), set()
   assert {"sparse_tiles", "sparse_tiles_merge", "msa_select_.+"} < wanted

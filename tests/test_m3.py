@@ -1183,6 +1183,8 @@ def test_a_loaded_model_can_be_fine_tuned(m2_folder, tmp_path):
 # --- Commands -----------------------------------------------------------------
 
 
+# test_sampling_from_a_run_folder samples by a command too.
+@pytest.mark.slow
 def test_sample(capsys, tmp_path, monkeypatch):
   """Greedy tokens are those of whole passes; text goes through the folder's
   tokenizer, up to the end-of-text token of its config."""

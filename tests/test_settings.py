@@ -109,9 +109,9 @@ def test_nothing_leaks_from_a_choice_of_implementation(phase):
     jax.jit(functools.partial(every_operation, None, phase)).trace(INPUTS)
 
 
-@pytest.mark.parametrize(
-  "group_size", [pytest.param(2, marks=pytest.mark.slow), 16]
-)
+# Operations, above, trace under these settings too, without kernels.
+@pytest.mark.slow
+@pytest.mark.parametrize("group_size", [2, 16])
 def test_kernels_lower_under_strict_settings(
   group_size, pretend_hopper, monkeypatch, pairs_of_few_blocks
 ):
