@@ -88,8 +88,6 @@ def arguments(monkeypatch, tmp_path, pretend_hopper):
   return ["--tokens", "8k", "--implementation", "reference", *options], path
 
 
-# Replaced records, below, are written in the same way.
-@pytest.mark.slow
 def test_forward_ops_write_records(arguments):
   pytest.importorskip("matplotlib")
   arguments, path = arguments
@@ -918,7 +916,7 @@ def kernel_names():
             yield from names(x.value)
 
 
-# A GPU's machine alone runs the fuzzer by --each-kernel.
+# `--each-kernel`, which this tests, is for machines with a GPU.
 @pytest.mark.slow
 def test_fuzz_can_launch_each_kernel(pretend_hopper):
   wanted, found = set(kernel_names()), set()

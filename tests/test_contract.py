@@ -73,7 +73,7 @@ class TestXlaLse(PortableLse):
 
 class TestReferenceKL(PortableKL):
   implementation = "reference"
-  # As above, the truth is its own formula.
+  # The truth is its own formula, so one case of each kind suffices by default.
   slow = ("block_64", "group_16")
   slow_dense = ("batch", "mask")
   # An operand that holds NaN is zeroed, and its scores are marked instead. So

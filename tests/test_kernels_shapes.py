@@ -367,7 +367,7 @@ def test_wide_kl(sizes, block_size, config):
   check_kl(*args, test_kernels_kl.run(*args, config=config, interpret=True))
 
 
-# The same.
+# As for the KL, every kernel is lowered for wide heads below.
 @SLOW
 @pytest.mark.parametrize(
   "sizes",
