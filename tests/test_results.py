@@ -15,6 +15,8 @@ from train.report import page, runs, thin
 
 RESULTS = pathlib.Path(__file__).parents[1] / "train" / "results"
 SIDES = {"gqa": [1.0, 1.1], "msa": [1.05, 1.2]}
+# Those of a training record that a report reads, beside its kind and phase.
+FIELDS = ("step", "seconds", "loss", "tokens_per_second")
 ANSWERS = {"gqa": [0.1, 0.15], "msa": [0.2, 0.3]}  # shares answered wrong
 
 
@@ -42,6 +44,8 @@ def full(tmp_path):
     for record in records:
       if record["kind"] == "train" and record["step"] == 20:
         record["peak_bytes"] = 1000 + number
+      if record["kind"] == "train" and record["step"] == 30:
+        record["tokens_per_second"] = None
     text = "".join(json.dumps(record) + "\n" for record in records)
     (path / "metrics.jsonl").write_text(text)
     _edit(path / "done.json", final=records[-1])
@@ -87,20 +91,35 @@ def test_what_a_thinned_run_keeps(full, tmp_path):
     for folder in (full, small)
   )
   assert before.keys() == after.keys() and len(before) == 8
-  for label, run in after.items():
+  for number, (label, run) in enumerate(sorted(after.items())):
     assert run.environment == before[label].environment
     assert run.final == before[label].final
-    trained = run.records["train"]
-    assert len(trained) == len(before[label].records["train"])
-    assert not any({"grad_norm", "kl", "tokens"} & x.keys() for x in trained)
-    assert [x["step"] for x in trained if "peak_bytes" in x] == [20]
+    assert run.finished
+    expected = [
+      {field: record[field] for field in ("kind", "phase", *FIELDS)}
+      for record in before[label].records["train"]
+    ]
+    assert [record["step"] for record in expected] == [10, 20, 30, 40]
+    for record in expected:
+      record["loss"] = pytest.approx(record["loss"], rel=1e-6)
+    expected[1]["peak_bytes"] = 1000 + number
+    assert expected[2]["tokens_per_second"] is None
+    assert run.records["train"] == expected
     assert all(x["batch_loss"] == [] for x in run.records["eval"][:-1])
   for seed in (0, 1):
     with np.load(small / "text/msa" / f"seed{seed}" / "selection.npz") as file:
       assert "union8" in file and "block_indices" not in file
       assert ("counts" in file) == (seed == 0)
-  done = small / "text/msa/seed0/done.json"
-  assert json.loads(done.read_text()) == {"step": 40}
+  # A phase is a line, without the record that has the peak memory.
+  run = small / "text/msa/seed0"
+  lines = _read(run / "metrics.jsonl")
+  assert [x["columns"]["step"] for x in lines if "columns" in x] == [
+    [10],
+    [20],
+    [30, 40],
+  ]
+  assert lines[-1] == {"kind": "done", "step": 40}
+  assert not (run / "done.json").exists()
 
 
 def test_counts_keep_eighths():
@@ -119,6 +138,46 @@ def test_thinning_again_changes_nothing(full, tmp_path):
   thin.thin([full], tmp_path / "once")
   thin.thin([tmp_path / "once"], tmp_path / "twice")
   assert files_of(tmp_path / "once") == files_of(tmp_path / "twice")
+  # Thin folders used to have a record a line and done.json.
+  shutil.copytree(tmp_path / "once", tmp_path / "old")
+  for path in (tmp_path / "old").glob("*/*/seed*/metrics.jsonl"):
+    *records, done = runs.read_records(path.parent)
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    assert done.pop("kind") == "done"
+    (path.parent / "done.json").write_text(json.dumps(done))
+  thin.thin([tmp_path / "old"], tmp_path / "again")
+  assert files_of(tmp_path / "once") == files_of(tmp_path / "again")
+
+
+def test_a_run_that_was_not_finished_stays_so(full, tmp_path):
+  run = full / "text" / "msa" / "seed1"
+  (run / "done.json").unlink()
+  with (run / "metrics.jsonl").open("a") as file:
+    file.write('{"kind": "tra')  # killed while it wrote
+  thin.thin([full], tmp_path / "small")
+  for folder in (full, tmp_path / "small"):
+    unfinished = [r.label for r in runs.read_runs(folder) if not r.finished]
+    assert unfinished == ["text/msa/seed1"]
+
+
+@pytest.mark.parametrize(
+  ("columns", "message"),
+  [
+    ({"step": [1, 2], "loss": [1.0]}, "one length above 0, got .*'loss': 1"),
+    ({"step": []}, "one length above 0"),
+    ({}, "one length above 0"),
+    ({"step": "12"}, "a list for each field"),
+    ([1, 2], "a list for each field"),
+    ({"step": [1, 2]}, "train record lacks .*'loss'"),
+    ({field: [2, 1] for field in FIELDS}, "train step 1 follows step 2"),
+  ],
+)
+def test_broken_columns_are_named(tmp_path, columns, message):
+  path = tmp_path / "metrics.jsonl"
+  line = {"kind": "train", "phase": "dense", "columns": columns}
+  path.write_text(json.dumps(line) + "\n")
+  with pytest.raises(ValueError, match=f"{path}, line 1: .*{message}"):
+    runs.read_records(tmp_path)
 
 
 def test_folders_with_other_seeds_are_thinned_to_one(full, tmp_path):

@@ -1445,6 +1445,19 @@ def test_another_config_or_data_is_refused(compared, place, source):
     loop.run(run, changed)
 
 
+def test_a_thinned_run_is_not_continued(place, source):
+  """Its folder would lose what it holds."""
+  run = as_gqa(tiny_run(place), folder=str(place / "thinned"))
+  metrics = place / "thinned" / "metrics.jsonl"
+  metrics.parent.mkdir()
+  line = '{"kind":"train","phase":"dense","columns":{"step":[1,2]}}\n'
+  metrics.write_text(line)
+  with pytest.raises(ValueError, match="thinned holds a thinned run, which"):
+    loop.run(run, source)
+  assert [path.name for path in metrics.parent.iterdir()] == [metrics.name]
+  assert metrics.read_text() == line
+
+
 def test_one_process_a_folder(place, source):
   run = as_gqa(tiny_run(place), folder=str(place / "locked"))
   open_folder = checkpoint.RunFolder(run, source.fingerprint)

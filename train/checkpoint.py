@@ -300,6 +300,12 @@ class RunFolder:
     return self.path / "done.json"
 
   def _check(self, data: dict) -> None:
+    metrics = self.path / "metrics.jsonl"
+    if metrics.exists() and '"columns":' in metrics.read_text():
+      raise ValueError(
+        f"{self.path} holds a thinned run, which has no checkpoint to continue"
+        " from; choose another folder."
+      )
     saved = read_config(self.path)
     wanted = config_lib.to_dict(self._config)
     checkpoints = self.path / "checkpoints"

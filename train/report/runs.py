@@ -3,7 +3,8 @@
 The side named ``gqa`` is the baseline of a comparison. Runs that differ in more
 than attention are refused. `gaps` computes what they differ by.
 
-A record is one line of a run's metrics.jsonl.
+A record is one line of a run's metrics.jsonl. A thinned run has several in a
+line, and `read_records` gives them one by one.
 """
 
 import dataclasses
@@ -94,7 +95,8 @@ class Run:
   """The content of one run folder.
 
   Attributes:
-    records: of metrics.jsonl by kind; `_NEEDED` lists the kinds.
+    records: of metrics.jsonl by kind; `_NEEDED` lists the kinds. "done" is left
+      out.
     samples: of samples.json (see `train.sample.continuations`).
     finished: whether the run has finished.
     broken: the step at which a number became NaN or infinite, and why; empty
@@ -253,20 +255,51 @@ _NEEDED = {
   "oracle_eval": ("step", "loss"),
   "window_eval": ("step", "loss", "loss_by_position", "window", "window_most"),
   "layers": ("step", "phase", "layers"),
+  "done": ("step",),
 }
 
 
-def _read_metrics(path: Path, finished: bool) -> dict[str, list[dict]]:
-  records: dict[str, list[dict]] = {kind: [] for kind in _NEEDED}
+def _expand(line: dict) -> list[dict]:
+  """The records of one line of metrics.jsonl: those in its columns, each with
+  the line's other fields, or else the line itself."""
+  if "columns" not in line:
+    return [line]
+  columns = line["columns"]
+  shared = {key: value for key, value in line.items() if key != "columns"}
+  if not isinstance(columns, dict) or not all(
+    isinstance(column, list) for column in columns.values()
+  ):
+    raise ValueError("columns: wanted a list for each field")
+  lengths = {field: len(column) for field, column in columns.items()}
+  if len(set(lengths.values())) != 1 or 0 in lengths.values():
+    raise ValueError(f"columns: wanted one length above 0, got {lengths}")
+  rows = zip(*columns.values(), strict=True)
+  return [shared | dict(zip(columns, row, strict=True)) for row in rows]
+
+
+def read_records(run: Path) -> list[dict]:
+  """The records of a run folder, in the order of its metrics.jsonl.
+
+  A thinned run (see `thin`) has its training records in columns, and a last
+  record of kind "done" in the place of done.json. A folder as it was trained
+  gives the same kinds: what its done.json says becomes that record.
+
+  Raises:
+    ValueError: a file is broken; the text names it.
+  """
+  path, done = run / "metrics.jsonl", run / "done.json"
+  records: list[dict] = []
+  steps: dict[str, float] = {}  # of the last record of each kind
   lines = path.read_text().splitlines(keepends=True) if path.exists() else []
   for number, line in enumerate(lines, start=1):
     # The last line of a run in progress, or killed, may be incomplete.
-    if not finished and number == len(lines) and not line.endswith("\n"):
+    if not done.exists() and number == len(lines) and not line.endswith("\n"):
       break
     try:
-      record = json.loads(line)
-      kind = record["kind"]
-      missing = [key for key in _NEEDED[kind] if key not in record]
+      found = _expand(json.loads(line))
+      kind = found[0]["kind"]
+      # The records of a line have the same fields.
+      missing = [key for key in _NEEDED[kind] if key not in found[0]]
     except (ValueError, KeyError, TypeError) as error:
       raise ValueError(
         f"{path}, line {number}: not a metrics record ({error!r}):"
@@ -274,13 +307,19 @@ def _read_metrics(path: Path, finished: bool) -> dict[str, list[dict]]:
       ) from error
     if missing:
       raise ValueError(f"{path}, line {number}: {kind} record lacks {missing}")
-    before = records[kind][-1]["step"] if records[kind] else -math.inf
-    if record["step"] <= before:
-      raise ValueError(
-        f"{path}, line {number}: {kind} step {record['step']} follows step "
-        f"{before}; steps must grow"
-      )
-    records[kind].append(record)
+    for record in found:
+      before = steps.get(kind, -math.inf)
+      if record["step"] <= before:
+        raise ValueError(
+          f"{path}, line {number}: {kind} step {record['step']} follows step "
+          f"{before}; steps must grow"
+        )
+      steps[kind] = record["step"]
+    records += found
+  if done.exists() and "done" not in steps:
+    # "final" is the last "eval" record.
+    said = {k: v for k, v in _read_json(done).items() if k != "final"}
+    records.append({"kind": "done"} | said)
   return records
 
 
@@ -349,8 +388,9 @@ def _read_folder(folder: Path) -> list[Run]:
     config = _read_json(path / "config.json")
     if not seed.isdigit() or not config:
       continue
-    done = (path / "done.json").exists()
-    records = _read_metrics(path / "metrics.jsonl", done)
+    records: dict[str, list[dict]] = {kind: [] for kind in _NEEDED}
+    for record in read_records(path):
+      records[record["kind"]].append(record)
     task, side = path.parts[-3:-1]
     key, fields = (task, side, int(seed)), ("task", "side", "seed")
     if tuple(config.get(name) for name in fields) != key:
@@ -358,7 +398,7 @@ def _read_folder(folder: Path) -> list[Run]:
         f"{path} must hold the run that its name says, its config.json is of "
         f"{[config.get(name) for name in fields]}"
       )
-    finished = done and bool(records["eval"])
+    finished = bool(records.pop("done")) and bool(records["eval"])
     broken = _read_json(path / "broken.json")
     config, environment = _completed(config), read_environment(path)
     about = (task, side, int(seed), config, environment)

@@ -8,17 +8,22 @@ Several folders, each with other seeds, become one.
 A committed result should be small, and its report must show the numbers that
 the full run folders gave. For each run this keeps:
 
-* `config.json` and `broken.json` as they are, and `done.json` without "final",
-  which is the last "eval" record of `metrics.jsonl`.
+* `config.json`, `broken.json` and `samples.json` as they are.
 * What `environment.json` says, in one file of the task, since a file takes 4 KB
   of a disk however little it holds: `<task>/environment.json` has the entries
   that all runs of the task share, and below "runs" what each has besides.
 * `metrics.jsonl` with all of its records, but fewer fields. A training record
-  keeps its step, seconds, loss and speed, and the peak memory where that is
-  highest.
+  keeps its step, phase, seconds, loss and speed, and the peak memory where that
+  is highest. As the names of fields would be most of their bytes, training
+  records lie in columns: those that follow each other in one phase are one
+  line, with what they share and below "columns" a list for each other field.
+  The record with the peak memory is a line of its own.
   The last record of every other kind is what tables and gaps are made of, and
   stays whole. Earlier records serve only curves: they keep single numbers and
   lose lists (losses of each batch, answers by distance).
+  A finished run ends with a record of kind "done", which has what `done.json`
+  says but for "final", the last "eval" record: a file of 14 bytes would take 4
+  KB too. `runs.read_records` gives the records one by one.
 * `selection.npz` without the chosen blocks of single queries. The first seed of
   a side, which the report draws, keeps `counts`, rounded to 1/8: the colours of
   the figure hardly show more. The statistics of shared choices stay in all. The
@@ -30,6 +35,7 @@ Checkpoints, event files and the report are left behind.
 
 import argparse
 import io
+import itertools
 import json
 import math
 import pathlib
@@ -42,7 +48,12 @@ from typing import Any
 
 import numpy as np
 
-from train.report.runs import check_runs, read_environment, read_runs
+from train.report.runs import (
+  check_runs,
+  read_environment,
+  read_records,
+  read_runs,
+)
 
 _TRAIN_FIELDS = (
   "kind",
@@ -52,6 +63,8 @@ _TRAIN_FIELDS = (
   "loss",
   "tokens_per_second",
 )
+# What the training records of one line share.
+_SHARED = ("kind", "phase", "peak_bytes")
 _COPIED = ("config.json", "broken.json", "samples.json")
 _DIGITS = 7  # of numbers that only curves and medians show
 _LAYER_DIGITS = 4
@@ -69,19 +82,38 @@ def _rounded(value: Any, digits: int = _DIGITS) -> Any:
   return value
 
 
+def _in_columns(records: list[dict]) -> list[dict]:
+  """Training records as lines in columns (see the module)."""
+  lines = []
+  for _, group in itertools.groupby(
+    records, key=lambda record: [record.get(field) for field in _SHARED]
+  ):
+    first, *_ = members = list(group)
+    line = {field: first[field] for field in _SHARED if field in first}
+    line["columns"] = {
+      field: [record[field] for record in members]
+      for field in first
+      if field not in _SHARED
+    }
+    lines.append(line)
+  return lines
+
+
 def thin_metrics(records: list[dict]) -> list[dict]:
-  """The records of a metrics.jsonl with what the report reads of each."""
+  """The lines of a thinned metrics.jsonl: what the report reads of each record,
+  the training records first."""
   last = {record["kind"]: i for i, record in enumerate(records)}
   peaks = [record.get("peak_bytes") or 0 for record in records]
   highest = max(peaks, default=0)
-  thinned = []
+  trained, others = [], []
   for i, record in enumerate(records):
     if record["kind"] == "train":
-      kept = {key: record[key] for key in _TRAIN_FIELDS if key in record}
-      kept = _rounded(kept)
+      kept = _rounded({field: record[field] for field in _TRAIN_FIELDS})
       if highest and i == peaks.index(highest):
         kept["peak_bytes"] = highest
-    elif i == last[record["kind"]]:
+      trained.append(kept)
+      continue
+    if i == last[record["kind"]]:
       kept = record
     elif record["kind"] == "layers":
       kept = _rounded(record, _LAYER_DIGITS)
@@ -93,8 +125,8 @@ def thin_metrics(records: list[dict]) -> list[dict]:
       }
       if "batch_loss" in record:
         kept["batch_loss"] = []  # an eval record must have the field
-    thinned.append(kept)
-  return thinned
+    others.append(kept)
+  return [*_in_columns(trained), *others]
 
 
 def thin_selection(content: bytes, with_counts: bool) -> bytes:
@@ -126,8 +158,9 @@ def shared_entries(environments: list[dict]) -> dict:
   }
 
 
-def _write_json(path: pathlib.Path, value) -> None:
-  path.write_text(json.dumps(value, separators=(",", ":")) + "\n")
+def _json(value: dict) -> str:
+  """A line of JSON without spaces."""
+  return json.dumps(value, separators=(",", ":")) + "\n"
 
 
 def _seed(run: pathlib.Path) -> int:
@@ -151,7 +184,7 @@ def _thin_task(tasks: list[pathlib.Path], target: pathlib.Path) -> None:
     for name, found in environments.items()
   }
   target.mkdir()
-  _write_json(target / "environment.json", shared | {"runs": besides})
+  (target / "environment.json").write_text(_json(shared | {"runs": besides}))
   drawn = set()  # the sides whose first saved choices have been met
   for run in runs:
     run_target = target / run.parent.name / run.name
@@ -159,19 +192,8 @@ def _thin_task(tasks: list[pathlib.Path], target: pathlib.Path) -> None:
     for name in _COPIED:
       if (run / name).exists():
         shutil.copyfile(run / name, run_target / name)
-    done = run / "done.json"
-    if done.exists():
-      value = json.loads(done.read_text())
-      value.pop("final", None)
-      _write_json(run_target / done.name, value)
-    metrics = run / "metrics.jsonl"
-    if metrics.exists():
-      records = [json.loads(line) for line in metrics.read_text().splitlines()]
-      lines = (
-        json.dumps(record, separators=(",", ":")) + "\n"
-        for record in thin_metrics(records)
-      )
-      (run_target / "metrics.jsonl").write_text("".join(lines))
+    if lines := thin_metrics(read_records(run)):
+      (run_target / "metrics.jsonl").write_text("".join(map(_json, lines)))
     selection = run / "selection.npz"
     if selection.exists():
       first = run.parent.name not in drawn
@@ -207,7 +229,7 @@ def _write_head(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
       sides.setdefault((run["task"], run["side"]), run)
   found = {"seeds": sorted(seeds), "runs": [*sides.values()]}
   if any(plans[0][key] != value for key, value in found.items()):
-    _write_json(target / "comparison.json", plans[0] | found)
+    (target / "comparison.json").write_text(_json(plans[0] | found))
 
 
 def thin(sources: Sequence[pathlib.Path], target: pathlib.Path) -> None:
