@@ -300,18 +300,19 @@ class RunFolder:
     return self.path / "done.json"
 
   def _check(self, data: dict) -> None:
-    metrics = self.path / "metrics.jsonl"
-    if metrics.exists() and '"columns":' in metrics.read_text():
-      raise ValueError(
-        f"{self.path} holds a thinned run, which has no checkpoint to continue"
-        " from; choose another folder."
-      )
     saved = read_config(self.path)
     wanted = config_lib.to_dict(self._config)
     checkpoints = self.path / "checkpoints"
     began = self.done.exists() or (
       checkpoints.is_dir() and any(checkpoints.iterdir())
     )
+    metrics = self.path / "metrics.jsonl"
+    if not began and metrics.exists() and '"columns":' in metrics.read_text():
+      # It would be taken for an earlier attempt, and its metrics dropped.
+      raise ValueError(
+        f"{self.path} holds a thinned run, which has no checkpoint to continue"
+        " from; choose another folder."
+      )
     if saved is not None and not began:
       # An earlier attempt left no checkpoint from which to continue.
       saved = None
