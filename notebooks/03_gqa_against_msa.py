@@ -21,9 +21,9 @@
 # * **Several facts, and counting:** of small models trained for such tasks, MSA
 #   answers as well as GQA where single or linked facts are asked for. Where a
 #   count over the whole context is, GQA answers everything right, MSA 94 to 98 %
-#   and MSA that starts from GQA 77 to 90 % (three seeds). Reading the
-#   blocks with the most attention does not help MSA there, and dense attention
-#   does, so that it reads too few.
+#   and MSA that starts from GQA 77 to 90 % (three seeds). Blocks with
+#   more attention do not help MSA there, while dense attention brings back most
+#   of what it misses: it reads too few.
 # * **Time:** below about 8,000 tokens there is little to save. From there on the
 #   speed-up grows with the length, to tens of times at a million tokens.
 #
@@ -158,8 +158,8 @@ display(figures.overview_figure({"16,384 tokens": found}, colors))
 # of the context, where both read everything ([Results](../docs/results.md#loss)).
 # Of far facts, MSA CPT finds fewer than GQA at both lengths: its bars end below 0.
 # At 4K, wider index heads bring back most of what it misses. For MSA at 16K the
-# seed in which GQA learns late makes the bar too wide to say anything; without
-# it the bar would end below 0, as that of MSA CPT would not.
+# seed in which GQA learns late makes the bar too wide to say anything. Without
+# that seed MSA's bar would end below 0, and MSA CPT's at 16K would cross it.
 # MSA middle's one seed ends like those of MSA CPT, in loss and in far facts.
 
 # %%
