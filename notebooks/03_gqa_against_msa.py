@@ -9,14 +9,14 @@
 #
 # * **Loss:** with 13M parameters and 4,096 tokens of context, MSA ends 0.8 %
 #   below GQA (16 seeds), and MSA that starts from a GQA model less than 0.1 %
-#   above it. With 73M and 16,384 tokens MSA is 1.1 ± 0.5 % below (six seeds), and
-#   MSA that starts from GQA 0.13 ± 0.10 % above (five).
+#   above it. With 73M and 16,384 tokens MSA is 1.1 ± 0.4 % below (seven seeds),
+#   and MSA that starts from GQA late in its training 0.13 ± 0.08 % above (six).
 # * **Facts far back:** at 4,096 tokens MSA finds as many as GQA. At 16,384 one of
-#   six seeds of GQA learns late to find them, and MSA is far ahead there; in
-#   the others MSA finds 2.3 ± 1.8 points fewer of the farthest. MSA that starts
+#   seven seeds of GQA learns late to find them, and MSA is far ahead there; in
+#   the others MSA finds 1.9 ± 1.7 points fewer of the farthest. MSA that starts
 #   from a GQA model late in training finds fewer at both lengths: at 16,384
-#   tokens 1 to 9 points fewer in each of five seeds. Where it was tried (three
-#   seeds of MSA, two of MSA that starts from GQA), the same weights miss next to
+#   tokens 1 to 9 points fewer in each of six seeds. Where it was tried (four
+#   seeds of MSA, three of MSA that starts from GQA), the same weights miss next to
 #   no fact if they read the best blocks instead of those that the index chooses.
 # * **Several facts, and counting:** of small models trained for such tasks, MSA
 #   answers as well as GQA where single or linked facts are asked for. Where a
@@ -72,7 +72,7 @@ ROWS = {
 # 128 dimensions instead of the 64 of attention's heads. With 73M an Index Branch
 # learns beside GQA without changing it, so both MSA and MSA CPT start from GQA's
 # run, and are sparse at once. *MSA middle* is a third side that does so, after
-# half of the steps. It has one seed, and one seed shows no spread.
+# half of the steps, in two seeds, which say little about the spread.
 #
 # "far facts" are facts in the farther half of the context. Each fact is stated
 # once and asked for later, and the answer is counted right or wrong.
@@ -135,7 +135,7 @@ for name, side, loss, facts in answer:
 # MSA CPT started from that seed before it had learnt this, and finds the fewest
 # of the farthest. Dashed lines are the same weights with the *oracle's blocks*,
 # those with the most dense attention, as many as the index chooses. They were
-# evaluated in seeds 3 to 5 alone, and lie on 100 %: the index misses facts, and
+# evaluated in seeds 3 to 6 alone, and lie on 100 %: the index misses facts, and
 # 16 blocks are not too few.
 
 # %%
@@ -147,20 +147,21 @@ display(figures.overview_figure({"16,384 tokens": found}, colors))
 # ## 2. How sure is this?
 #
 # Each dot is one seed of a side minus the same seed of GQA, a diamond is their
-# mean, and a bar its 95 % interval, which one seed does not have. The axes are
-# logarithmic beyond 0.1, so that small gaps can be seen beside large ones. On
-# the green ground the side is better than GQA. A bar that crosses 0 shows no
-# difference, which does not prove that there is none.
+# mean, and a bar its 95 % interval. The axes are logarithmic beyond 0.1, so that
+# small gaps can be seen beside large ones. On the green ground the side is better
+# than GQA. A bar that crosses 0 shows no difference, which does not prove that
+# there is none.
 #
 # The loss varies by chance. MSA's is lower at 4K (16 seeds) and at 16K, where
-# six seeds give a wider bar. That comes from training and not from reading
+# seven seeds give a wider bar. That comes from training and not from reading
 # less: at 4K the gap opens when MSA becomes sparse and is widest near the start
 # of the context, where both read everything ([Results](../docs/results.md#loss)).
 # Of far facts, MSA CPT finds fewer than GQA at both lengths: its bars end below 0.
 # At 4K, wider index heads bring back most of what it misses. For MSA at 16K the
 # seed in which GQA learns late makes the bar too wide to say anything. Without
-# that seed MSA's bar would end below 0, and MSA CPT's at 16K would cross it.
-# MSA middle's one seed ends like those of MSA CPT, in loss and in far facts.
+# that seed MSA's bar would end below 0. MSA middle has two seeds, of which the
+# bar says nothing. Each ends above MSA of its seed in loss, and finds fewer of
+# the far facts.
 
 # %%
 def draw_gaps(axes, column, better_below):

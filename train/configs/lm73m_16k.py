@@ -13,8 +13,8 @@ batches. One dense training is the trunk, from which the others start:
   sparse at once: each query attends to 16 blocks of 128 tokens, 2,048 of
   16,384. Each is what a run of its own with as long a warm-up would be. The
   first is MSA-PT, and the second stands for MSA-CPT, which makes a trained GQA
-  model sparse; here its index has learned from the beginning. `msa_middle` is
-  last, because only one seed of it was wanted.
+  model sparse; here its index has learned from the beginning. Seeds 0 to 2, 4
+  and 5 were trained without `msa_middle`, and seed 3 without `msa_cpt`.
 
 MSA names the kernels (`implementation="mosaic_gpu"`), so the runs fail where
 the kernels cannot run.
@@ -48,32 +48,28 @@ are kept for the next command:
   python -m train report runs/lm73m_16k
   python -m train.report.thin runs/lm73m_16k kept/lm73m_16k
 
-On one H200 seed 2 without `msa_middle` took 22.6 minutes once the text was
-ready (2026-11-30), seeds 0 and 1 about as long, and seed 5, which had the
-oracle's blocks too and its programs compiled, 22.1:
+On one H200 with nothing beside it, seed 6 with all four sides took 27.4 minutes
+(2026-12-01):
 
 | seconds | training steps | evaluation, checkpoints | all |
 |---|---|---|---|
-| start, compiling for all sides (a test suite ran beside it) | | | 102 |
-| trunk: 3,680 steps of 203 ms | 748 | 49 | 797 |
-| `msa`: 3,312 steps of 100 ms | 330 | 42 | 372 |
-| `msa_cpt`: 552 steps | 54 | 28 | 82 |
+| text, and compiling for all sides beside it | | | 114 |
+| start | | | 34 |
+| trunk: 3,680 steps of 203 ms | 747 | 42 | 789 |
+| `msa`: 3,312 steps of 100 ms | 330 | 52 | 382 |
+| `msa_cpt`: 552 steps | 54 | 40 | 94 |
+| `msa_middle`: 1,840 steps | 182 | 46 | 228 |
 
-Seed 3 with `msa_middle` instead of `msa_cpt`, and with the oracle's blocks,
-took 23.2 minutes once the text was ready (2026-11-30, other programs beside
-it): the trunk 782 seconds, `msa` 377 and `msa_middle` 230, of which 180 are its
-1,840 steps. Most of what is evaluated is so after the last step: 32 batches of
-text and 96 of each kind of retrieval, with the model's own blocks, with the
-oracle's, and with dense attention. The oracle's blocks were not evaluated in
-seeds 0 to 2, in which seeds may differ.
+Most of what is evaluated is so after the last step: 32 batches of text and 96
+of each kind of retrieval, with the model's own blocks, with the oracle's, and
+with dense attention. The oracle's blocks were not evaluated in seeds 0 to 2, in
+which seeds may differ.
 
-The text took 60 to 83 seconds before that, once on a machine. From the start,
-all four sides of a seed then take 26.2 minutes (computed: those of seed 3, with
-as long for the text and a minute and a half for `msa_cpt`). A minute less is
-enough where the programs are compiled while the text is prepared. A run on
-little text does that, because its model and batches are the same:
+A run on little text compiles the programs while the command's own text is
+prepared, which is done once on a machine, because its model and batches are the
+same. Without it a seed takes about a minute more:
 
-  python -m train compare lm73m_16k --seeds 3 --folder runs/compiled_first \
+  python -m train compare lm73m_16k --seeds 6 --folder runs/compiled_first \
     --minutes 0.01 --no-report --set data.text.max_bytes=4000000 eval_batches=1
 
 The first command below tries everything at full size in 20 steps. `--plan` fits
@@ -224,7 +220,7 @@ def _branch(side: str, start: int) -> RunConfig:
 EARLY, MIDDLE, LATE = TRUNK.keep_steps
 COMPARISON = ComparisonConfig(
   name="lm73m_16k",
-  seeds=(0, 1, 2, 3, 4, 5),
+  seeds=(0, 1, 2, 3, 4, 5, 6),
   runs=(
     TRUNK,
     _branch("msa", EARLY),
