@@ -120,9 +120,10 @@ for name, side, loss, facts in answer:
 #
 # 73M parameters, 16,384 tokens of context, of which a sparse query reads 2,048;
 # 121M training tokens. Thin lines are seeds, thick lines the mean of a side's own
-# seeds, of which sides have different ones: GQA and MSA 0 to 5, MSA CPT all but
-# 3, MSA middle 3. All sparse models start from one dense training, which is GQA: MSA
-# after a tenth of the steps, MSA middle after half of them, MSA CPT after 85 %.
+# seeds, of which sides have different ones: GQA and MSA 0 to 6, MSA CPT all but
+# 3, MSA middle 3 and 6. All sparse models start from one dense training, which
+# is GQA: MSA after a tenth of the steps, MSA middle after half of them, MSA CPT
+# after 85 %.
 #
 # *Left:* the loss on held-out text; lower is better, and the axis is cut. With
 # the last 2,048 to 2,560 tokens alone GQA's would be 3.1 % higher.
@@ -159,9 +160,9 @@ display(figures.overview_figure({"16,384 tokens": found}, colors))
 # Of far facts, MSA CPT finds fewer than GQA at both lengths: its bars end below 0.
 # At 4K, wider index heads bring back most of what it misses. For MSA at 16K the
 # seed in which GQA learns late makes the bar too wide to say anything. Without
-# that seed MSA's bar would end below 0. MSA middle has two seeds, of which the
-# bar says nothing. Each ends above MSA of its seed in loss, and finds fewer of
-# the far facts.
+# that seed MSA's bar would end just below 0. MSA middle has two seeds, too few
+# for its bar to say anything. Each ends above MSA of its seed in loss, and finds
+# fewer of the far facts.
 
 # %%
 def draw_gaps(axes, column, better_below):
