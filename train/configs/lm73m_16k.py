@@ -62,8 +62,8 @@ On one H200 with nothing beside it, seed 6 with all four sides took 27.4 minutes
 
 Most of what is evaluated is so after the last step: 32 batches of text and 96
 of each kind of retrieval, with the model's own blocks, with the oracle's, and
-with dense attention. The oracle's blocks were not evaluated in seeds 0 to 2, in
-which seeds may differ.
+with dense attention. Seeds 0 to 2 were trained before the oracle's blocks were
+evaluated. Seeds may differ in that.
 
 The text has to be prepared once on a machine, in 60 to 83 seconds. This run on
 little text has the same model and batches, so it can compile the programs
